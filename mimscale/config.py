@@ -1,0 +1,435 @@
+"""The run configuration: a YAML recipe plus `key=value` overrides, strict and typed.
+
+This file holds the envelope. The section under `method:` is validated by the method's own model, which is imported by
+name (`mimscale.methods.<name>`), so adding a method edits nothing here. A DeepSpeed JSON file, named by
+`engine.ds_config`, owns the ZeRO stage, the precision and the communication; the recipe owns everything else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from mimscale.errors import UserError
+
+STUDENT_SIZES = {  # width, depth, heads
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Strict(BaseModel):
+    """A section: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class MethodConfig(Strict):
+    """Base of every method's own section."""
+
+    name: str
+
+
+class DataConfig(Strict):
+    """Where the images are and how they are cut. `shards` is a folder that holds manifest.json."""
+
+    shards: Path
+    image_size: int = Field(224, ge=8)
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    flip: float = Field(0.5, ge=0, le=1)
+    workers: int = Field(8, ge=0)
+    prefetch: int = Field(2, ge=1)
+    streams: int = Field(256, ge=1)
+    block: int = Field(8192, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DataConfig:
+        for name, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
+            if not 0 < low <= high or (name == "crop_scale" and high > 1):
+                raise ValueError(f"{name} = [{low}, {high}]: must rise, stay above 0 and (scale) not exceed 1")
+        return self
+
+
+class StudentConfig(Strict):
+    """A plain ViT. `size` names width, depth and heads; for other shapes leave it out and give all three."""
+
+    size: Literal["tiny", "small", "base", "large", "huge"] | None = None
+    width: int = Field(0, ge=0)
+    depth: int = Field(0, ge=0)
+    heads: int = Field(0, ge=0)
+    patch: int = Field(16, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    drop_path: Fraction = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_size(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("size") in STUDENT_SIZES:
+            named = dict(zip(("width", "depth", "heads"), STUDENT_SIZES[values["size"]], strict=True))
+            return {**named, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _complete(self) -> StudentConfig:
+        if not (self.width and self.depth and self.heads):
+            raise ValueError("needs size (tiny, small, base, large, huge) or all of width, depth, heads")
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width = {self.width} must be divisible by heads = {self.heads} and by 4")
+        return self
+
+
+class TeacherConfig(Strict):
+    """A frozen teacher. `weights` is a local file; without it the library's own pretrained tag is used.
+
+    options: keyword arguments for the library's model constructor (e.g. embed_dim, depth of a custom ViT).
+    activation: required for open_clip with a local file, which cannot say whether it wants QuickGELU.
+    random: leave the weights at their seeded random initialisation (a control, not a teacher).
+    """
+
+    library: Literal["timm", "open_clip"]
+    model: str
+    weights: Path | None = None
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    pretrained: str | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    image_size: int | None = Field(None, ge=8)
+    activation: Literal["gelu", "quickgelu"] | None = None
+    random: bool = False
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class OptimConfig(Strict):
+    """AdamW. clip: global gradient norm, 0 = off. layer_decay: 1 = off."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    clip: float = Field(0.0, ge=0)
+
+
+class ScheduleConfig(Strict):
+    """Linear warm-up, then half a cosine. The peak is base_lr x global_batch / lr_batch.
+
+    Give `epochs` (steps per epoch = floor(samples / global_batch)) or, for a short run, `steps`.
+    """
+
+    global_batch: int = Field(ge=1)
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, ge=1)
+    warmup_epochs: float = Field(0.0, ge=0)
+    base_lr: float = Field(gt=0)
+    lr_batch: int = Field(256, ge=1)
+    min_lr: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> ScheduleConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("needs exactly one of epochs and steps")
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        return self.base_lr * self.global_batch / self.lr_batch
+
+
+class EngineConfig(Strict):
+    """ds_config: a name in ds_configs/ (`zero2_fp16`) or a path to a JSON file of your own.
+
+    max_micro_batch: images per rank and forward pass at most; accumulation is solved from it and the world size.
+    activation_checkpointing: 0 off, k = recompute every k-th block.
+    """
+
+    ds_config: str = "zero2_bf16"
+    max_micro_batch: int = Field(64, ge=1)
+    activation_checkpointing: int = Field(0, ge=0)
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+
+
+class CheckpointConfig(Strict):
+    """every: optimiser steps between saves, 0 = only at the end. keep: newest checkpoints that stay on disk."""
+
+    every: int = Field(1000, ge=0)
+    keep: int = Field(2, ge=1)
+
+
+class LogConfig(Strict):
+    """every: optimiser steps between log lines. panels: steps between pictures, 0 = none."""
+
+    every: int = Field(20, ge=1)
+    panels: int = Field(0, ge=0)
+    tensorboard: bool = True
+
+
+class RunConfig(Strict):
+    """One run, whole. Sections that shape the result are in `fingerprint`; the others may change at a resume."""
+
+    seed: int = 0
+    data: DataConfig
+    student: StudentConfig
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    method: SerializeAsAny[MethodConfig]
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_by_name(cls, values: Any) -> Any:
+        section = values.get("method") if isinstance(values, Mapping) else None
+        if isinstance(section, Mapping):
+            if "name" not in section:
+                raise ValueError(f"method.name is missing; choose one of {', '.join(method_names())}")
+            config = method_class(str(section["name"])).Config
+            try:
+                return {**values, "method": config.model_validate(section)}
+            except ValidationError as error:
+                raise ValueError(_first_line(error, config, ("method",))) from None
+        return values
+
+    @model_validator(mode="after")
+    def _grid(self) -> RunConfig:
+        if self.data.image_size % self.student.patch:
+            raise ValueError(
+                f"data.image_size = {self.data.image_size} is not a multiple of student.patch = {self.student.patch}"
+            )
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the student's patch tokens."""
+        side = self.data.image_size // self.student.patch
+        return side, side
+
+    def dump(self) -> dict[str, Any]:
+        """Plain JSON-able values, complete: what is written into the run folder."""
+        return self.model_dump(mode="json")
+
+    def shaping(self) -> dict[str, Any]:
+        """The flat `section.key` values that decide the result; a resume refuses a change in any of them."""
+        free = ("engine.", "checkpoint.", "log.", "data.workers", "data.prefetch", "data.shards")
+        flat = dict(_flatten(self.dump()))
+        return {key: value for key, value in flat.items() if not key.startswith(free) and not key.endswith(".weights")}
+
+
+# ------------------------------------------------------------------------------------------------ methods by name
+
+
+def method_names() -> list[str]:
+    """Files of mimscale/methods that hold a method."""
+    files = (entry.name for entry in resources.files("mimscale.methods").iterdir())
+    return sorted(f[:-3] for f in files if f.endswith(".py") and not f.startswith("_") and f != "base.py")
+
+
+def method_class(name: str) -> Any:
+    """The Method that the file mimscale/methods/<name>.py defines."""
+    if name not in method_names():
+        raise ValueError(f"method.name = '{name}' is unknown{_nearest(name, method_names())}")
+    module = importlib.import_module(f"mimscale.methods.{name}")
+    base = importlib.import_module("mimscale.methods.base").Method
+    found = [
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, base) and c.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise TypeError(f"mimscale/methods/{name}.py must define exactly one Method, found {len(found)}")
+    return found[0]
+
+
+# ------------------------------------------------------------------------------------------------ reading recipes
+
+
+def recipe_names() -> list[str]:
+    files = (entry.name for entry in resources.files("mimscale.recipes").iterdir())
+    return sorted(f[:-5] for f in files if f.endswith(".yaml"))
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe (a name in mimscale/recipes or a path to YAML) and apply `section.key=value` overrides.
+
+    Raises UserError with one line that names the value, the rule and the fix.
+    """
+    values = _read_recipe(recipe)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"override '{override}' is not of the form section.key=value")
+        _assign(values, key.split("."), _parse_value(key, text))
+    return validate(values, source=recipe)
+
+
+def validate(values: Mapping[str, Any], source: str) -> RunConfig:
+    """Plain values -> RunConfig; one line of UserError for the first thing that is wrong."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_first_line(error, RunConfig, ())}") from None
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        if recipe not in recipe_names():
+            raise UserError(
+                f"recipe '{recipe}' is unknown{_nearest(recipe, recipe_names())}; or give a path that ends in .yaml"
+            )
+        text = resources.files("mimscale.recipes").joinpath(f"{recipe}.yaml").read_text()
+    else:
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise UserError(f"recipe '{recipe}' cannot be read: {error.strerror}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe '{recipe}' is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe '{recipe}' must be a mapping of sections, found {type(values).__name__}")
+    return values
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {key}={text}: the value is not YAML") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _assign(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    for depth, key in enumerate(keys[:-1]):
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"override {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} is a value, not a section")
+        values = inner
+    values[keys[-1]] = value
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; choose one of {', '.join(known)}"
+
+
+def _first_line(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...]) -> str:
+    """pydantic's report of the first mistake, in one line with its place and the nearest known key."""
+    first = error.errors()[0]
+    place = [*prefix, *(str(part) for part in first["loc"])]
+    name = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(model, tuple(str(part) for part in first["loc"])[:-1])
+        return f"unknown key {name}{_nearest(place[-1], known)}"
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{name}: {message}" if name and not message.startswith(name) else message
+    return f"{name} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(model: type[BaseModel], place: Sequence[str]) -> list[str]:
+    for part in place:
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+            model = annotation
+        elif part == "teachers" or field is None:
+            model = TeacherConfig
+    return sorted(model.model_fields)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# ------------------------------------------------------------------------------------------------ DeepSpeed JSON files
+
+DS_OWNS = frozenset({"zero_optimization", "fp16", "bf16", "data_types", "communication_data_type",
+                     "zero_allow_untested_optimizer", "prescale_gradients", "gradient_predivide_factor",
+                     "wall_clock_breakdown", "comms_logger", "flops_profiler", "dump_state"})  # fmt: skip
+RECIPE_OWNS = {
+    "train_batch_size": "schedule.global_batch",
+    "train_micro_batch_size_per_gpu": "engine.max_micro_batch",
+    "gradient_accumulation_steps": "engine.max_micro_batch",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "steps_per_print": "log.every",
+    "checkpoint": "checkpoint",
+    "tensorboard": "log.tensorboard",
+}
+
+
+def ds_config_names() -> list[str]:
+    files = (entry.name for entry in resources.files("ds_configs").iterdir())
+    return sorted(f[:-5] for f in files if f.endswith(".json"))
+
+
+def load_ds_config(name: str) -> dict[str, Any]:
+    """The JSON that `engine.ds_config` names, with its ownership checked. Raises UserError."""
+    path = Path(name)
+    if path.suffix == ".json":
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise UserError(f"engine.ds_config = '{name}' cannot be read: {error.strerror}") from None
+    elif name in ds_config_names():
+        text = resources.files("ds_configs").joinpath(f"{name}.json").read_text()
+    else:
+        raise UserError(f"engine.ds_config = '{name}' is unknown{_nearest(name, ds_config_names())}")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"engine.ds_config = '{name}' is not JSON: {error}") from None
+    for key in values:
+        if key in RECIPE_OWNS:
+            raise UserError(f"{name}: '{key}' is owned by the recipe; remove it there and set {RECIPE_OWNS[key]}")
+        if key not in DS_OWNS:
+            raise UserError(f"{name}: unknown top-level key '{key}'{_nearest(key, sorted(DS_OWNS))}")
+    zero = values.get("zero_optimization", {})
+    if zero.get("round_robin_gradients"):
+        raise UserError(f"{name}: zero_optimization.round_robin_gradients breaks checkpoints; remove it")
+    if zero.get("memory_efficient_linear", False):
+        raise UserError(f"{name}: zero_optimization.memory_efficient_linear changes every later matmul; set it false")
+    return values
+
+
+def precision_of(ds_config: Mapping[str, Any]) -> Literal["fp32", "bf16", "fp16"]:
+    """Which number format a DeepSpeed config trains in."""
+    for name in ("fp16", "bf16"):
+        if ds_config.get(name, {}).get("enabled"):
+            return name
+    return "fp32"
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """sha256 of plain values, independent of the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,129 @@
+"""What the rooms of this package hand to each other: noise, batches, targets, and what a method asks for.
+
+Nothing here computes. Data fills a `Batch`, a teacher fills `Targets`, a method states its `Needs`; none of the three
+imports the others.
+
+Shape letters: B images of a micro-batch, L patches of the grid, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Random numbers that a method wants for each sample; drawn by the loader, keyed by the sample's position.
+
+    uniform: float32 in [0, 1).  exponential: float32, unit rate, > 0.
+    """
+
+    kind: Literal["uniform", "exponential"]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TeacherNeeds:
+    """What a loss reads of one teacher. levels: 0-based block indices, ascending."""
+
+    levels: tuple[int, ...] = ()
+    cls_attention: bool = False
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Everything that a method wants to find in a batch and in the targets."""
+
+    noise: Mapping[str, Noise] = field(default_factory=dict)
+    teachers: Mapping[str, TeacherNeeds] = field(default_factory=dict)
+    labels: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """A teacher as far as it is known without its weights. grid: (rows, columns) of its patch tokens at image_size."""
+
+    name: str
+    dim: int
+    depth: int
+    grid: tuple[int, int]
+    image_size: int
+    has_cls: bool
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What one teacher saw in the whole image. All without gradient, in the teacher's own precision.
+
+    levels: block index -> patch tokens [B, L, D], the raw residual stream after that block (no final norm).
+    cls: block index -> class token [B, D]; empty where the teacher has none.
+    cls_attention: [B, L] float32, last block, softmax over all keys, mean over heads, the patch columns only.
+    """
+
+    levels: Mapping[int, Tensor]
+    cls: Mapping[int, Tensor]
+    cls_attention: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank.
+
+    images: uint8 [B, 3, H, W] out of the loader; float32, ImageNet-normalised, after `normalised()`.
+    ids: int64 [B], row of the sample in the manifest.
+    positions: int64 [B], place in the endless training sequence (or in the evaluation order).
+    noise: purpose -> float32 [B, *shape], as `Needs.noise` asked.
+    boxes: float32 [B, 4], crop (top, left, height, width) as fractions of the stored image.
+    flips: bool [B], mirrored left-right after the crop.
+    labels: int64 [B] where asked, else None.
+    """
+
+    images: Tensor
+    ids: Tensor
+    positions: Tensor
+    noise: Mapping[str, Tensor]
+    boxes: Tensor
+    flips: Tensor
+    labels: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device; copies do not block the host where the memory is pinned."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(
+            images=move(self.images),
+            ids=move(self.ids),
+            positions=move(self.positions),
+            noise={purpose: move(tensor) for purpose, tensor in self.noise.items()},
+            boxes=move(self.boxes),
+            flips=move(self.flips),
+            labels=None if self.labels is None else move(self.labels),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader when it pins."""
+        return Batch(
+            images=self.images.pin_memory(),
+            ids=self.ids.pin_memory(),
+            positions=self.positions.pin_memory(),
+            noise={purpose: tensor.pin_memory() for purpose, tensor in self.noise.items()},
+            boxes=self.boxes.pin_memory(),
+            flips=self.flips.pin_memory(),
+            labels=None if self.labels is None else self.labels.pin_memory(),
+        )
+
+    def normalised(self) -> Batch:
+        """uint8 -> float32 with ImageNet's mean and deviation, on the device where the batch is."""
+        mean = torch.tensor(IMAGENET_MEAN, device=self.images.device).view(1, 3, 1, 1)
+        std = torch.tensor(IMAGENET_STD, device=self.images.device).view(1, 3, 1, 1)
+        return replace(self, images=(self.images.float() / 255 - mean) / std)

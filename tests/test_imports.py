@@ -1,0 +1,86 @@
+"""The import arrows of the package point down only, and only the engine needs DeepSpeed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import mimscale
+
+ROOT = Path(mimscale.__file__).parent
+
+# room -> rooms it may import from. A room is a folder or a single file of mimscale/. Every room may import BOTTOM.
+BOTTOM = {"errors", "contracts", "config"}
+MAY_IMPORT = {
+    "errors": set(),
+    "contracts": set(),
+    "config": set(),
+    "schedule": set(),
+    "optim": set(),
+    "models": set(),
+    "methods": {"models"},
+    "teachers": set(),
+    "data": set(),
+    "resilience": set(),
+    "observe": set(),
+    "engine": {"optim"},
+    "state": set(),
+    "recipes": set(),
+    "convert": {"models", "methods", "data", "resilience"},
+    "evals": {"models", "methods", "data", "resilience", "convert"},
+    "doctor": {"models", "methods", "teachers", "data"},
+    "train": {"models", "methods", "teachers", "data", "resilience", "observe", "engine", "state", "schedule", "optim"},
+    "__main__": {"train", "evals", "convert", "doctor"},
+    "__init__": set(),
+}
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of this package, and outside packages, that a file imports anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            names |= {f"{module}.{a.name}" for a in node.names} if module == "mimscale" else {module}
+    return names
+
+
+def test_arrows_point_down() -> None:
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        here = room(path)
+        assert here in MAY_IMPORT, f"{path}: room '{here}' is not in the map of this test"
+        allowed = (
+            MAY_IMPORT[here]
+            | ({here} if (ROOT / here).is_dir() else set())
+            | (BOTTOM if here not in BOTTOM else {"errors"})
+        )
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "mimscale" and len(parts) > 1 and parts[1] not in allowed and parts[1] != "__version__":
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+            if parts[0] == "deepspeed" and here != "engine":
+                wrong.append(f"{path.relative_to(ROOT)} imports deepspeed")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_everything_but_the_engine_imports_without_deepspeed() -> None:
+    files = [p for p in ROOT.rglob("*.py") if room(p) not in {"engine", "train", "__main__"}]
+    names = sorted(
+        ".".join(("mimscale", *p.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for p in files
+    )
+    code = (
+        "import sys, importlib; sys.modules['deepspeed'] = None\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
