@@ -1,0 +1,87 @@
+"""Host-side agreement between ranks, on a gloo group of its own: never waits for the accelerator.
+
+Flags, error texts and barriers go through here; tensors of the training never do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class Control:
+    """The control plane of a run. Without an initialised process group it is that of a single rank."""
+
+    def __init__(self, timeout_s: float = 1800.0) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self._group: Any = None
+        if self.world > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def gather(self, item: T) -> list[T]:
+        """The item of every rank, in rank order, on every rank."""
+        if self.world == 1:
+            return [item]
+        items: list[Any] = [None] * self.world
+        dist.all_gather_object(items, item, group=self._group)
+        return items
+
+    def broadcast(self, item: T) -> T:
+        """Rank 0's item, on every rank."""
+        if self.world == 1:
+            return item
+        items = [item]
+        dist.broadcast_object_list(items, src=0, group=self._group)
+        return items[0]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self._group)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run `work`, which must not communicate, on every rank; if it fails on any, raise on all with the texts.
+
+        Without this a rank that fails alone would leave the others waiting in their next collective.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        texts = self.gather(None if failure is None else f"rank {self.rank}: {type(failure).__name__}: {failure}")
+        failed = [text for text in texts if text]
+        if failure is not None and (self.world == 1 or len(failed) == self.world):
+            raise failure
+        if failed:
+            raise RuntimeError("; ".join(failed[:3])) from failure
+        return result  # type: ignore[return-value]
+
+    def any_raised(self, flag: bool) -> bool:
+        """True on every rank at the same call once any rank passed True; the answer is that of the PREVIOUS call.
+
+        The reduction started here runs beside the step and is read at the next call, so no rank waits for it.
+        """
+        if self.world == 1:
+            return flag
+        answer = self.settle()
+        tensor = torch.tensor([int(flag)])
+        self._pending = (tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True))
+        return answer
+
+    def settle(self) -> bool:
+        """Wait for the reduction under way, if any, and return its answer."""
+        if self._pending is None:
+            return False
+        tensor, work = self._pending
+        self._pending = None
+        work.wait()
+        return bool(tensor.item())
