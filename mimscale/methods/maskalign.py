@@ -1,0 +1,187 @@
+"""MaskAlign: a masked student aligned with a frozen teacher (Xue et al., CVPR 2023, arXiv 2211.08887)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import field_validator
+from torch import Tensor
+
+from mimscale.config import Fraction, MethodConfig, RunConfig
+from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo, TeacherNeeds
+from mimscale.errors import UserError
+from mimscale.methods import base
+from mimscale.models.heads import Adaptor, Alignment, Fusion, level_weights
+from mimscale.models.masking import attentive_keep, gather_tokens, kept_patches, random_keep
+from mimscale.models.vit import ViT
+
+TargetNorm = Literal["whiten", "none", "l2"]
+Loss = Literal["smoothl1", "l2", "l1"]
+WHITEN_EPS = 1e-5
+
+
+class MaskAlignConfig(MethodConfig):
+    """Defaults are the published recipe. The official flag is named where ours differs.
+
+    masking: patches kept by uniform noise, or drawn in proportion to the teacher's CLS attention (mask_type).
+    fusion: trained mixing of student levels that starts at identity + 0.01 (linear) or at 1/N (sum, the only one for
+    unequal depths), or level i to level i (simple) (fusion_type).
+    adaptor: from the student's width to the teacher's, one per supervised level (head_type; mlp_norm is its mlp2).
+    target_norm: LayerNorm without affine (whiten), unit length (l2) or as they are, per token.
+    levels: weight of each teacher level in the loss (loss_weights). cls_target: align the class token as well; false is
+    ours, for teachers without one. teacher: which of several `teachers`.
+    """
+
+    mask_ratio: Fraction = 0.7
+    masking: Literal["random", "attention"] = "attention"
+    fusion: Fusion = "linear"
+    adaptor: Adaptor = "linear"
+    target_norm: TargetNorm = "whiten"
+    loss: Loss = "smoothl1"
+    levels: str = "top5"
+    cls_target: bool = True
+    teacher: str | None = None
+
+    @field_validator("target_norm", mode="before")
+    @classmethod
+    def _no_batch_statistics(cls, value: object) -> object:
+        if value == "bn":
+            raise ValueError(
+                "target_norm = 'bn' uses the statistics of one rank's batch, so the loss would depend on the number of "
+                "ranks; choose whiten, l2 or none"
+            )
+        return value
+
+
+def normalise_target(features_BTC: Tensor, norm: TargetNorm) -> Tensor:
+    """Teacher features of any type -> float32, normalised per token (whiten as released: eps 1e-5, no affine)."""
+    features = features_BTC.float()
+    if norm == "whiten":
+        return F.layer_norm(features, features.shape[-1:], eps=WHITEN_EPS)
+    return F.normalize(features, dim=-1) if norm == "l2" else features
+
+
+def alignment_loss(pred: Tensor, target: Tensor, kind: Loss) -> Tensor:
+    """Mean over batch, tokens and channels, fp32. smoothl1 is twice PyTorch's with beta = 1, as released."""
+    if kind == "smoothl1":
+        return 2 * F.smooth_l1_loss(pred.float(), target)
+    return F.mse_loss(pred.float(), target) if kind == "l2" else F.l1_loss(pred.float(), target)
+
+
+class MaskAlign(base.Method):
+    """`student` (no final norm: nothing would train it) sees the kept patches, `alignment` predicts the teacher."""
+
+    Config = MaskAlignConfig
+
+    @classmethod
+    def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
+        config = cast(MaskAlignConfig, run.method)
+        name = _teacher_name(config, teachers)
+        info = teachers[name]
+        if info.grid != run.grid:
+            raise UserError(
+                f"teachers.{name} has a {info.grid[0]}x{info.grid[1]} grid at {info.image_size} px, the student "
+                f"{run.grid[0]}x{run.grid[1]}; set teachers.{name}.image_size to "
+                f"{run.grid[0] * info.image_size // info.grid[0]} so that the grids are equal"
+            )
+        if config.fusion != "sum" and info.depth != run.student.depth:
+            raise UserError(
+                f"method.fusion = {config.fusion} needs a teacher as deep as the student ({info.depth} and "
+                f"{run.student.depth} blocks); set method.fusion = sum"
+            )
+        if config.masking == "attention" and not info.has_cls:
+            raise UserError(
+                f"method.masking = attention needs the CLS attention of teachers.{name}, which has no class token; "
+                "set method.masking = random, or take a teacher with a class token"
+            )
+        if config.cls_target and not info.has_cls:
+            raise UserError(
+                f"method.cls_target = true, but teachers.{name} has no class token; set method.cls_target = false"
+            )
+        patches = run.grid[0] * run.grid[1]
+        if kept_patches(patches, config.mask_ratio) < 1:
+            raise UserError(f"method.mask_ratio = {config.mask_ratio} keeps none of {patches} patches; lower it")
+        try:
+            weights = level_weights(config.levels, info.depth)
+        except ValueError as error:
+            raise UserError(f"method.levels = {config.levels}: {error}") from None
+        if config.fusion == "simple" and not weights[-1]:
+            raise UserError(
+                f"method.levels = {config.levels} with fusion = simple leaves the student's last blocks without a "
+                "gradient; choose fusion = linear or sum"
+            )
+
+    def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
+        super().__init__(run, teachers)
+        self.config = config = cast(MaskAlignConfig, run.method)
+        self.teacher = _teacher_name(config, teachers)
+        info = teachers[self.teacher]
+        weights = level_weights(config.levels, info.depth)
+        self.level_weights = {level: weight for level, weight in enumerate(weights) if weight}
+        self.student: ViT = ViT(
+            run.student,
+            run.data.image_size,
+            final_norm=False,
+            checkpoint_every=run.engine.activation_checkpointing,
+        )
+        self.alignment = Alignment(
+            fusion=config.fusion,
+            adaptor=config.adaptor,
+            width=run.student.width,
+            target_width=info.dim,
+            student_depth=run.student.depth,
+            supervised=tuple(self.level_weights),
+        )
+        self.keep = kept_patches(self.student.patches, config.mask_ratio)
+        attentive = config.masking == "attention"
+        noise = {"mask": Noise("exponential" if attentive else "uniform", (self.student.patches,))}
+        if run.student.drop_path:
+            noise["drop_path"] = Noise("uniform", (run.student.depth, 2))
+        self.needs = Needs(
+            noise=noise,
+            teachers={self.teacher: TeacherNeeds(levels=tuple(self.level_weights), cls_attention=attentive)},
+        )
+
+    def visible(self, batch: Batch, targets: Targets) -> Tensor:
+        """int64 [B, K]: the patches that the student sees, in the order in which it sees them."""
+        if self.config.masking == "random":
+            return random_keep(batch.noise["mask"], self.keep)
+        assert targets.cls_attention is not None
+        return attentive_keep(targets.cls_attention, batch.noise["mask"], self.keep)
+
+    def target(self, targets: Targets, level: int, ids_keep_BK: Tensor) -> Tensor:
+        """Normalised teacher features of one level at the kept positions, class token first: float32 [B, 1+K, C]."""
+        features = gather_tokens(targets.levels[level], ids_keep_BK)
+        if self.config.cls_target:
+            features = torch.cat([targets.cls[level][:, None], features], dim=1)
+        return normalise_target(features, self.config.target_norm)
+
+    def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
+        """Scalars: loss, and level_<i> for each supervised teacher level before its weight."""
+        teacher = targets[self.teacher]
+        ids_keep = self.visible(batch, teacher)
+        out = self.student(batch.images, ids_keep, batch.noise.get("drop_path"), self.alignment.student_levels)
+        first = 0 if self.config.cls_target else 1
+        losses = {
+            level: alignment_loss(pred[:, first:], self.target(teacher, level, ids_keep), self.config.loss)
+            for level, pred in self.alignment(out.levels).items()
+        }
+        total = torch.stack([self.level_weights[level] * loss for level, loss in losses.items()]).sum()
+        return {"loss": total, **{f"level_{level}": loss.detach() for level, loss in losses.items()}}
+
+    def no_weight_decay(self) -> set[str]:
+        return set() if self.alignment.mixing is None else {"alignment.mixing"}
+
+
+def _teacher_name(config: MaskAlignConfig, teachers: Mapping[str, TeacherInfo]) -> str:
+    if not teachers:
+        raise UserError("method.name = maskalign needs a teacher and the section teachers is empty; add one there")
+    if config.teacher is None and len(teachers) > 1:
+        raise UserError(f"method.teacher is not set and there are several: choose one of {', '.join(teachers)}")
+    name = config.teacher or next(iter(teachers))
+    if name not in teachers:
+        raise UserError(f"method.teacher = '{name}' is not in teachers; choose one of {', '.join(teachers)}")
+    return name

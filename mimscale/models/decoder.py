@@ -1,0 +1,47 @@
+"""MAE's decoder: a narrow ViT over visible and mask tokens (He et al. 2022, sec. 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mimscale.models.masking import gather_tokens
+from mimscale.models.posembed import sincos_2d
+from mimscale.models.vit import LN_EPS, Block, Linear, run_blocks
+
+
+class MAEDecoder(nn.Module):
+    """width, depth, heads of the decoder; `patch` fixes the length p*p*3 of a predicted patch."""
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        *,
+        in_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int,
+        grid: tuple[int, int],
+        checkpoint_every: int = 0,
+    ) -> None:
+        super().__init__()
+        self.checkpoint_every = checkpoint_every
+        self.embed = Linear(in_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.register_buffer("pos_embed", sincos_2d(width, grid))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=LN_EPS)
+        self.pred = Linear(width, patch * patch * 3)
+
+    def forward(self, latent_BTD: Tensor, ids_restore_BL: Tensor) -> Tensor:
+        """latent [B, 1+K, D] of the encoder, ids_restore int64 [B, L] -> predictions [B, L, p*p*3] in raster order."""
+        x = self.embed(latent_BTD)
+        masked = ids_restore_BL.shape[1] + 1 - x.shape[1]
+        shuffled = torch.cat([x[:, 1:], self.mask_token.expand(len(x), masked, -1)], dim=1)
+        x = torch.cat([x[:, :1], gather_tokens(shuffled, ids_restore_BL)], dim=1)
+        x = (x + self.pos_embed).to(x.dtype)
+        x = run_blocks(self.blocks, x, None, self.checkpoint_every).tokens
+        return self.pred(self.norm(x[:, 1:]))

@@ -1,0 +1,100 @@
+"""MaskAlign's head: mixing of student levels and one adaptor per supervised teacher level (Xue et al. 2023).
+
+As released, not as drawn in the paper's figure: the student's levels are mixed first, then adapted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mimscale.models.vit import LN_EPS, Linear
+
+Fusion = Literal["linear", "sum", "simple"]
+Adaptor = Literal["linear", "norm_linear", "mlp", "mlp_norm"]
+
+
+def level_weights(rule: str, depth: int) -> tuple[float, ...]:
+    """Weight of each of `depth` teacher levels in the loss; they sum to 1.
+
+    top<k>: 1/k on the last k. mean: all alike. out: the last only. linear_decay: level i gets i / sum, so the first
+    gets nothing and, despite the official name, the weight rises. mid<i>: only level i (0-based).
+    Raises ValueError with a one-line reason.
+    """
+    if rule == "mean":
+        return (1 / depth,) * depth
+    if rule == "out":
+        return (0.0,) * (depth - 1) + (1.0,)
+    if rule == "linear_decay":
+        if depth < 2:
+            raise ValueError("linear_decay needs a teacher of at least 2 blocks")
+        return tuple(level / sum(range(depth)) for level in range(depth))
+    if match := re.fullmatch(r"top(\d+)", rule):
+        count = int(match[1])
+        if not 1 <= count <= depth:
+            raise ValueError(f"{rule} needs 1 to {depth} levels, the depth of the teacher")
+        return (0.0,) * (depth - count) + (1 / count,) * count
+    if match := re.fullmatch(r"mid(\d+)", rule):
+        if int(match[1]) >= depth:
+            raise ValueError(f"{rule} does not exist: the teacher's levels are 0 to {depth - 1}")
+        return tuple(float(level == int(match[1])) for level in range(depth))
+    raise ValueError(f"'{rule}' is unknown; choose top<k>, mean, out, linear_decay or mid<i>")
+
+
+def make_adaptor(kind: Adaptor, width: int, target_width: int) -> nn.Module:
+    """[..., D] -> [..., C]. The official names are the same, but for mlp_norm, which is called mlp2 there."""
+    if kind == "linear":
+        return Linear(width, target_width)
+    if kind == "norm_linear":
+        return nn.Sequential(nn.LayerNorm(width, eps=LN_EPS), Linear(width, target_width))
+    if kind == "mlp":
+        return nn.Sequential(Linear(width, width), nn.GELU(), Linear(width, target_width))
+    return nn.Sequential(Linear(width, width), nn.LayerNorm(width, eps=LN_EPS), Linear(width, target_width))
+
+
+def initial_mixing(fusion: Literal["linear", "sum"], student_depth: int, supervised: Sequence[int]) -> Tensor:
+    """[S, N] float32: rows of identity + 0.01 (linear), or 1/N everywhere (sum)."""
+    if fusion == "sum":
+        return torch.full((len(supervised), student_depth), 1 / student_depth)
+    return torch.eye(student_depth)[list(supervised)] + 0.01
+
+
+class Alignment(nn.Module):
+    """Predicts the supervised teacher levels (and only those) from the student's levels.
+
+    mixing: [S, N], a row for each supervised level in ascending order, a column for each student block; no softmax.
+    adaptors: keyed by teacher level.
+    """
+
+    def __init__(
+        self,
+        *,
+        fusion: Fusion,
+        adaptor: Adaptor,
+        width: int,
+        target_width: int,
+        student_depth: int,
+        supervised: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.supervised = tuple(supervised)
+        self.student_levels = self.supervised if fusion == "simple" else tuple(range(student_depth))
+        mixing = None if fusion == "simple" else nn.Parameter(initial_mixing(fusion, student_depth, self.supervised))
+        self.register_parameter("mixing", mixing)
+        self.adaptors = nn.ModuleDict({str(i): make_adaptor(adaptor, width, target_width) for i in self.supervised})
+
+    def aggregate(self, levels: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Student levels [B, T, D] -> teacher level -> mixed features [B, T, D]."""
+        if self.mixing is None:
+            return {level: levels[level] for level in self.supervised}
+        stacked = torch.stack([levels[level] for level in self.student_levels])
+        mixed = torch.einsum("sn,nbtd->sbtd", self.mixing, stacked)
+        return dict(zip(self.supervised, mixed, strict=True))
+
+    def forward(self, levels: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Student level -> raw block output [B, T, D]; returns teacher level -> prediction [B, T, C]."""
+        return {level: self.adaptors[str(level)](x) for level, x in self.aggregate(levels).items()}

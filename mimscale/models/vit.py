@@ -1,0 +1,205 @@
+"""A plain pre-norm Vision Transformer whose state dict has the names of timm's VisionTransformer.
+
+Differences to timm's, all for masked pre-training: patches are gathered before they are embedded, the drop-path draw
+comes in from outside, raw block outputs can be returned, and every module uses only parameters of its own (ZeRO-3
+gathers parameters module by module). Parameters may be fp32, bf16 or fp16; LayerNorm and softmax accumulate in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mimscale.config import StudentConfig
+from mimscale.models.masking import gather_tokens
+from mimscale.models.patches import cut
+from mimscale.models.posembed import sincos_2d
+
+LN_EPS = 1e-6
+
+
+class ViTOutput(NamedTuple):
+    """tokens: [B, 1+K, D], class token first. levels: 0-based block index -> raw block output [B, 1+K, D].
+
+    A tuple, because DeepSpeed looks for tensors in tuples and dicts only.
+    """
+
+    tokens: Tensor
+    levels: dict[int, Tensor]
+
+
+class Linear(nn.Linear):
+    """nn.Linear with MAE's initialisation: Xavier-uniform weight, zero bias.
+
+    Set in the constructor, so that it holds under zero.Init, where a later `apply` would see empty tensors.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class PatchProjection(nn.Conv2d):
+    """The patch embedding as a convolution in the state dict and a matrix product in the forward.
+
+    The weight is initialised as the matrix that it is (MAE); the bias keeps PyTorch's default.
+    """
+
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__(3, width, kernel_size=patch, stride=patch)
+        nn.init.xavier_uniform_(self.weight.view(width, -1))
+
+    def forward(self, patches_BKCpp: Tensor) -> Tensor:
+        """Patches [B, K, 3, p, p] of any float type -> [B, K, D] in the type of the weight."""
+        return F.linear(patches_BKCpp.flatten(2).to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Holds the projection under timm's name `patch_embed.proj`."""
+
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = PatchProjection(width, patch)
+
+    def forward(self, patches_BKCpp: Tensor) -> Tensor:
+        return self.proj(patches_BKCpp)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        qkv = self.qkv(x_BTD).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BTD)))
+
+
+class Block(nn.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)); each branch is scaled per sample by drop path."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=LN_EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=LN_EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None) -> Tensor:
+        attended = self.attn(self.norm1(x_BTD))
+        x_BTD = x_BTD + (attended if scales_B2 is None else attended * _per_sample(scales_B2[:, 0], attended))
+        widened = self.mlp(self.norm2(x_BTD))
+        return x_BTD + (widened if scales_B2 is None else widened * _per_sample(scales_B2[:, 1], widened))
+
+
+def _per_sample(scale_B: Tensor, like_BTD: Tensor) -> Tensor:
+    return scale_B.to(like_BTD.dtype)[:, None, None]
+
+
+def drop_path_scales(noise_BN2: Tensor, rate: float) -> Tensor:
+    """Uniform noise [B, depth, 2] -> float32 factors [B, depth, 2] of the two branches of every block: 0 or 1 / keep.
+
+    The rate rises linearly from 0 in the first block to `rate` in the last (Huang et al. 2016).
+    """
+    depth = noise_BN2.shape[1]
+    keep = 1 - rate * torch.arange(depth, device=noise_BN2.device, dtype=torch.float32) / max(depth - 1, 1)
+    return torch.floor(noise_BN2.float() + keep[:, None]) / keep[:, None]
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x_BTD: Tensor, scales_BN2: Tensor | None, checkpoint_every: int, levels: Collection[int] = ()
+) -> ViTOutput:
+    """Tokens through all blocks. Every `checkpoint_every`-th block is recomputed in the backward pass (0: none)."""
+    kept = {}
+    for index, block in enumerate(blocks):
+        scales = None if scales_BN2 is None else scales_BN2[:, index]
+        if checkpoint_every and index % checkpoint_every == 0 and torch.is_grad_enabled():
+            x_BTD = checkpoint(block, x_BTD, scales, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x_BTD = block(x_BTD, scales)
+        if index in levels:
+            kept[index] = x_BTD
+    return ViTOutput(x_BTD, kept)
+
+
+class ViT(nn.Module):
+    """final_norm: whether the last LayerNorm exists. learned_pos: positions are a parameter, not a fixed buffer.
+
+    checkpoint_every: recompute every k-th block in the backward pass, 0 = none.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        config: StudentConfig,
+        image_size: int,
+        *,
+        final_norm: bool = True,
+        learned_pos: bool = False,
+        checkpoint_every: int = 0,
+    ) -> None:
+        super().__init__()
+        side = image_size // config.patch
+        self.config = config
+        self.grid = (side, side)
+        self.checkpoint_every = checkpoint_every
+        self.patch_embed = PatchEmbed(config.width, config.patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        nn.init.normal_(self.cls_token, std=0.02)
+        table = sincos_2d(config.width, self.grid)
+        if learned_pos:
+            self.pos_embed = nn.Parameter(table)
+        else:
+            self.register_buffer("pos_embed", table)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=LN_EPS) if final_norm else nn.Identity()
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def forward(
+        self,
+        images_B3HW: Tensor,
+        ids_keep: Tensor | None = None,
+        drop_noise: Tensor | None = None,
+        levels: Collection[int] = (),
+    ) -> ViTOutput:
+        """images: normalised, any float type. ids_keep: int64 [B, K], the visible patches in the order to be seen; None
+        sees all in raster order. drop_noise: uniform [B, depth, 2]; None drops nothing. levels: blocks to return raw.
+
+        Returns tokens [B, 1+K, D] after the final norm where there is one, in the parameters' type.
+        """
+        patches = cut(images_B3HW, self.config.patch)
+        positions_LD = self.pos_embed[0, 1:]
+        if ids_keep is None:
+            tokens = self.patch_embed(patches)
+            positions = positions_LD[None]
+        else:
+            tokens = self.patch_embed(gather_tokens(patches, ids_keep))
+            positions = positions_LD[ids_keep]
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        x_BTD = torch.cat([cls.to(tokens.dtype), (tokens + positions).to(tokens.dtype)], dim=1)
+        scales = None if drop_noise is None else drop_path_scales(drop_noise, self.config.drop_path)
+        out = run_blocks(self.blocks, x_BTD, scales, self.checkpoint_every, levels)
+        return ViTOutput(self.norm(out.tokens), out.levels)
