@@ -1,0 +1,1 @@
+"""Makes data sets for mimscale: `python -m data_prep --help`."""

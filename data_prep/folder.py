@@ -1,0 +1,74 @@
+"""Source: a folder tree of pictures."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from data_prep.plan import IMAGE_EXTENSIONS, SIGNATURE_BYTES, Item, Source, sniff, unique_keys
+from mimscale.errors import UserError
+
+PROBES_AT_ONCE = 16  # opening a file on a network file system is mostly waiting
+
+
+def read_folder(root: Path, labelled: bool) -> Source:
+    """Labelled: the sub-folders of `root` are the classes, in sorted order, as torchvision's ImageFolder has them.
+
+    Unlabelled: all pictures below `root`. A picture has an image's extension and an image's first bytes; the latter
+    decide what it is. Raises UserError.
+    """
+    if not root.is_dir():
+        raise UserError(f"source '{root}': no such folder")
+    skipped: Counter[str] = Counter()
+    names = sorted(_walk(root, skipped))
+    classes = (
+        sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")) if labelled else None
+    )
+    if labelled:
+        if not classes:
+            raise UserError(f"source '{root}' has no class sub-folders; for pictures without classes add --unlabelled")
+        inside = [name for name in names if os.sep in name]
+        skipped["outside of the class folders"] += len(names) - len(inside)
+        names = inside
+    label_of = {name: label for label, name in enumerate(classes or [])}
+    with ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
+        probed = list(pool.map(lambda name: _probe(root / name), names))
+    items = []
+    for name, key, (extension, size) in zip(
+        names, unique_keys(os.path.splitext(n)[0] for n in names), probed, strict=True
+    ):
+        if extension is None:
+            skipped["without an image's content"] += 1
+            continue
+        label = label_of[name.split(os.sep, 1)[0]] if labelled else -1
+        items.append(Item(key, extension, label, str(root / name), 0, size))
+    empty = sorted(set(label_of.values()) - {item.label for item in items})
+    if classes and empty:
+        raise UserError(f"class folder '{root / classes[empty[0]]}' holds no picture; fill it or take it away")
+    return Source({"kind": "folder", "path": str(root)}, items, classes, +skipped)
+
+
+def _walk(root: Path, skipped: Counter[str]) -> list[str]:
+    """Paths below root of all files that are called like pictures."""
+    names = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        for file in files:
+            if file.startswith("."):
+                skipped["hidden"] += 1
+            elif os.path.splitext(file)[1][1:].lower() not in IMAGE_EXTENSIONS:
+                skipped["without an image's extension"] += 1
+            else:
+                names.append(os.path.relpath(os.path.join(folder, file), root))
+    return names
+
+
+def _probe(path: Path) -> tuple[str | None, int]:
+    """Extension by content (None: not a picture) and size in bytes."""
+    try:
+        with open(path, "rb") as file:
+            return sniff(file.read(SIGNATURE_BYTES)), os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UserError(f"source file '{path}' cannot be read: {error.strerror}") from None

@@ -1,0 +1,42 @@
+"""How far a long command is: a bar with rate and remaining time on a terminal, now and then a line in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 30.0
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Gives a function to be called with the number of samples that were done. Everything goes to stderr."""
+    console = Console(stderr=True)
+    start, done, last_line = time.monotonic(), 0, time.monotonic()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, rate="")
+
+        def advance(samples: int) -> None:
+            nonlocal done, last_line
+            done += samples
+            now = time.monotonic()
+            rate = done / max(now - start, 1e-6)
+            bar.update(task, completed=done, rate=f"{rate:,.0f} images/s")
+            if not console.is_terminal and now - last_line > LINE_EVERY_S:
+                last_line = now
+                left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
+                console.print(f"{what}: {done:,} of {total:,}, {rate:,.0f} images/s, {left} left", soft_wrap=True)
+
+        yield advance

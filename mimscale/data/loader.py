@@ -1,0 +1,246 @@
+"""Batches for training and evaluation: manifest + order + noise -> `Batch`, the same for any workers, ranks and resume.
+
+A batch is a function of its positions alone. The sampler hands lists of positions to the workers, a worker turns one
+list into one micro-batch; so neither the number of workers nor where a run was interrupted can be seen in the data.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import time
+import weakref
+from collections.abc import Generator, Iterator
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mimscale.config import DataConfig
+from mimscale.contracts import Batch, Needs, Noise
+from mimscale.data import noise
+from mimscale.data.decode import BadImage, decode
+from mimscale.data.manifest import Manifest
+from mimscale.data.order import Ints, Order, rank_positions
+from mimscale.data.transforms import CROP_NUMBERS, centre_crop, pixels, random_box, resized_crop
+from mimscale.errors import UserError
+
+Running = Generator[Batch, None, None]
+_RUNNING: weakref.WeakSet[Running] = weakref.WeakSet()
+READ_PAUSES_S = (0.1, 1.0)  # between the tries to read one sample: shared file systems hiccup
+
+
+class DamagedSample(RuntimeError):
+    """A sample that cannot be read or decoded after several tries; the message names its shard and key."""
+
+
+class TrainLoader:
+    """Endless micro-batches of one rank from `start_step` on: global_batch / (world * micro_batch) of them per step.
+
+    pin: put batches into pinned memory. One iteration runs at a time: a new one starts again at `start_step`. Workers
+    end with `close()`, with the loader, or with the program. They ignore SIGINT, SIGTERM and SIGUSR1, which SLURM sends to
+    every process of a job: when to stop is the trainer's decision. Raises UserError where sizes do not divide or labels
+    are needed and missing; iterating raises DamagedSample.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        needs: Needs,
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        start_step: int = 0,
+        pin: bool = False,
+    ):
+        if micro_batch < 1 or world < 1 or global_batch % (world * micro_batch):
+            raise UserError(
+                f"global batch {global_batch} is not a multiple of world size {world} x micro-batch {micro_batch}"
+            )
+        if needs.labels and manifest.labels is None:
+            raise UserError(
+                f"the method needs labels and '{manifest.folder}' has none; prepare it without --unlabelled"
+            )
+        order = Order(manifest, seed, data.streams, data.block)
+        self._loader = _data_loader(
+            TrainSamples(manifest, order, data, needs, seed),
+            Positions(global_batch, micro_batch, rank, world, start_step),
+            workers=data.workers,
+            prefetch=data.prefetch,
+            pin=pin,
+        )
+        self._running: Running | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        self._running = _run(self._loader)
+        return self._running
+
+    def close(self) -> None:
+        """End the workers. Iterating again starts new ones."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+
+def eval_batches(
+    manifest: Manifest,
+    image_size: int,
+    *,
+    batch: int,
+    workers: int,
+    crop_pct: float = 0.875,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """Every sample once, in manifest order: rank r has the r-th of `world` consecutive parts; the last batch is short.
+
+    Centre crops (see `transforms.centre_crop`), no noise; ids and positions are the same; labels where there are any.
+    """
+    if batch < 1 or not 0 <= rank < world or not 0 < crop_pct <= 1:
+        raise UserError(
+            f"batch {batch} must be >= 1, rank {rank} below world size {world}, crop_pct {crop_pct} in (0, 1]"
+        )
+    first, last = (manifest.samples * r // world for r in (rank, rank + 1))
+    parts = [np.arange(start, min(start + batch, last)) for start in range(first, last, batch)]
+    return _run(_data_loader(EvalSamples(manifest, image_size, crop_pct), parts, workers, prefetch=2, pin=False))
+
+
+class Positions:
+    """The endless list of micro-batches of one rank: int64 [micro_batch] positions each."""
+
+    def __init__(self, global_batch: int, micro_batch: int, rank: int, world: int, start_step: int):
+        self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
+        self.start_step = start_step
+
+    def __iter__(self) -> Iterator[Ints]:
+        for step in count(self.start_step):
+            positions = rank_positions(step, self.global_batch, self.rank, self.world)
+            yield from positions.reshape(-1, self.micro_batch)
+
+
+class TrainSamples(Dataset[Batch]):
+    """int64 [B] positions -> Batch of random crops."""
+
+    def __init__(self, manifest: Manifest, order: Order, data: DataConfig, needs: Needs, seed: int):
+        self.manifest, self.order, self.data, self.needs, self.seed = manifest, order, data, needs, seed
+
+    def __getitem__(self, positions: Ints) -> Batch:
+        side, total = self.data.image_size, len(positions)
+        ids = self.order.ids(positions)
+        places = [divmod(int(position), self.manifest.samples) for position in positions]
+        images, boxes = np.empty((total, 3, side, side), np.uint8), np.empty((total, 4), np.float32)
+        flips = np.empty(total, np.bool_)
+        for row, (sample, (epoch, place)) in enumerate(zip(ids, places, strict=True)):
+            image = load_image(self.manifest, int(sample))
+            numbers = noise.uniform(self.seed, "crop", epoch, place, n=CROP_NUMBERS).tolist()
+            height, width = image.height, image.width
+            box = random_box((height, width), self.data.crop_scale, self.data.crop_ratio, numbers)
+            flips[row] = numbers[-1] < self.data.flip
+            images[row] = pixels(resized_crop(image, box, side, self.data.interpolation), flips[row])
+            boxes[row] = np.array(box) / (height, width, height, width)
+        return Batch(
+            images=torch.from_numpy(images),
+            ids=torch.from_numpy(ids),
+            positions=torch.from_numpy(np.array(positions)),
+            noise={name: self._noise(name, wanted, places) for name, wanted in self.needs.noise.items()},
+            boxes=torch.from_numpy(boxes),
+            flips=torch.from_numpy(flips),
+            labels=_labels(self.manifest, ids) if self.needs.labels else None,
+        )
+
+    def _noise(self, name: str, wanted: Noise, places: list[tuple[int, int]]) -> Tensor:
+        draw = noise.uniform if wanted.kind == "uniform" else noise.exponential
+        n = int(np.prod(wanted.shape))
+        rows = [draw(self.seed, f"noise/{name}", *place, n=n) for place in places]
+        return torch.from_numpy(np.stack(rows).reshape(-1, *wanted.shape))
+
+
+class EvalSamples(Dataset[Batch]):
+    """int64 [B] sample ids -> Batch of centre crops."""
+
+    def __init__(self, manifest: Manifest, side: int, crop_pct: float):
+        self.manifest, self.side, self.crop_pct = manifest, side, crop_pct
+
+    def __getitem__(self, ids: Ints) -> Batch:
+        cut = [centre_crop(load_image(self.manifest, int(i)), self.side, self.crop_pct) for i in ids]
+        return Batch(
+            images=torch.from_numpy(np.stack([pixels(image) for image, _ in cut])),
+            ids=torch.from_numpy(ids),
+            positions=torch.from_numpy(ids),
+            noise={},
+            boxes=torch.tensor([box for _, box in cut], dtype=torch.float32),
+            flips=torch.zeros(len(ids), dtype=torch.bool),
+            labels=None if self.manifest.labels is None else _labels(self.manifest, ids),
+        )
+
+
+def load_image(manifest: Manifest, sample: int) -> Image.Image:
+    """Read and decode; a failure is tried again from a freshly opened file. Raises DamagedSample."""
+    for pause_s in (*READ_PAUSES_S, None):
+        try:
+            return decode(manifest.read(sample))
+        except (OSError, BadImage) as error:
+            if pause_s is None:
+                shard = manifest.shard_paths[int(manifest.locate(sample)[0])]
+                raise DamagedSample(
+                    f"sample {sample} (key '{_key(manifest, sample)}') of shard '{shard}' cannot be used: {error}; "
+                    f"`python -m data_prep verify {manifest.folder} --decode` lists all damage"
+                ) from error
+            manifest.close()
+            time.sleep(pause_s)
+    raise AssertionError("unreachable")
+
+
+def _key(manifest: Manifest, sample: int) -> str:
+    try:
+        return manifest.key(sample)
+    except Exception:  # the header may be what is damaged
+        return "unreadable"
+
+
+def _labels(manifest: Manifest, ids: Ints) -> Tensor:
+    assert manifest.labels is not None
+    return torch.from_numpy(np.array(manifest.labels[ids]))
+
+
+def _data_loader(samples: Dataset[Batch], sampler: Any, workers: int, prefetch: int, pin: bool) -> DataLoader[Batch]:
+    return DataLoader(
+        samples,
+        sampler=sampler,
+        batch_size=None,  # the samples make whole batches themselves
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        worker_init_fn=_ignore_signals,
+        pin_memory=pin,
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _drain(loader: DataLoader[Batch]) -> Running:
+    yield from iter(loader)  # owns the iterator, and so the workers: closing this generator ends them
+
+
+def _run(loader: DataLoader[Batch]) -> Running:
+    running = _drain(loader)
+    _RUNNING.add(running)
+    return running
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Before multiprocessing's own exit function, which would wait for workers that ignore its SIGTERM."""
+    for running in list(_RUNNING):
+        running.close()

@@ -1,0 +1,222 @@
+"""A data set on disk: tar shards in the WebDataset layout, and an index that makes every sample readable by its number.
+
+    FOLDER/
+      manifest.json      what stands below; written last, so its presence means that the data set is complete
+      index.npy          int64 [samples, 2]: offset and size in bytes of each image inside its shard
+      labels.npy         int64 [samples]; only where the samples are labelled
+      shard-000000.tar   per sample KEY.jpg (or .png, ...; original bytes) and, where labelled, KEY.cls (decimal text)
+
+manifest.json: {"format": 1, "samples": N, "labelled": bool, "classes": [names in label order] or null, "seed": of the
+shuffle, "options": {...}, "source": {...}, "shards": [{"name", "count", "bytes", "sha256"}], "index": {file: sha256}}
+
+Sample ids are 0 .. N-1 in the order of the shards and, inside one, of its members. Any WebDataset reader can read the
+shards; nothing here is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mimscale.errors import UserError
+
+MANIFEST, INDEX, LABELS = "manifest.json", "index.npy", "labels.npy"
+OPEN_SHARDS = 128
+Ints = NDArray[np.int64]
+Sha256 = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Shard(BaseModel):
+    """One tar file: its samples, its length in bytes, its checksum."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
+    count: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: str = Sha256
+
+
+class ManifestFile(BaseModel):
+    """manifest.json, typed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    samples: int = Field(ge=1)
+    labelled: bool
+    classes: list[str] | None
+    seed: int
+    options: dict[str, Any]
+    source: dict[str, Any]
+    shards: list[Shard] = Field(min_length=1)
+    index: dict[str, str]
+
+
+class _OpenShard:
+    """A file descriptor that closes when its last user lets go; `os.pread` needs no position, so forks may share it."""
+
+    def __init__(self, path: Path):
+        self.fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class Manifest:
+    """An opened data set. Index and labels are memory-mapped: all processes of a node share one copy of them.
+
+    samples: N. counts: int64 [shards]. shard_paths: [shards]. offsets, sizes: int64 [N]. labels: int64 [N] or None.
+    classes: names in label order or None. fingerprint: sha256 of content and order, wherever the folder lies.
+    """
+
+    def __init__(self, folder: Path, file: ManifestFile, index: Ints, labels: Ints | None):
+        self.folder, self.file, self.labels = folder, file, labels
+        self.samples, self.classes = file.samples, file.classes
+        self.offsets, self.sizes = index[:, 0], index[:, 1]
+        self.shard_paths = [folder / shard.name for shard in file.shards]
+        self.counts: Ints = np.array([shard.count for shard in file.shards], dtype=np.int64)
+        self._ends: Ints = np.cumsum(self.counts)
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(lambda shard: _OpenShard(self.shard_paths[shard]))
+
+    @classmethod
+    def load(cls, folder: Path, check_shards: bool = True) -> Manifest:
+        """Open the data set in `folder` (or the path of its manifest.json). Raises UserError for whatever is wrong.
+
+        check_shards: every shard must be there with its length; contents are checked by `data_prep verify`.
+        """
+        folder = Path(folder)
+        folder = folder.parent if folder.name == MANIFEST else folder
+        if not folder.is_dir():
+            raise UserError(f"data set '{folder}': no such folder; make it with `python -m data_prep`")
+        try:
+            file = ManifestFile.model_validate_json((folder / MANIFEST).read_bytes())
+        except FileNotFoundError:
+            raise UserError(
+                f"data set '{folder}' has no {MANIFEST}; finish or repeat its `python -m data_prep`"
+            ) from None
+        except (ValidationError, OSError) as error:
+            reason = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error.strerror)
+            raise UserError(f"'{folder / MANIFEST}' is damaged ({reason}); repeat its `python -m data_prep`") from None
+        if sum(shard.count for shard in file.shards) != file.samples or file.labelled != (LABELS in file.index):
+            raise UserError(f"'{folder / MANIFEST}' contradicts itself; repeat its `python -m data_prep`")
+        index = _map(folder / INDEX, (file.samples, 2))
+        labels = _map(folder / LABELS, (file.samples,)) if file.labelled else None
+        manifest = cls(folder, file, index, labels)
+        if check_shards:
+            for shard, path in zip(file.shards, manifest.shard_paths, strict=True):
+                found = path.stat().st_size if path.is_file() else None
+                if found != shard.bytes:
+                    state = "is missing" if found is None else f"has {found} bytes, not {shard.bytes}"
+                    raise UserError(f"shard '{path}' {state}; repeat its `python -m data_prep` or copy it again")
+        return manifest
+
+    def __reduce__(self) -> tuple[object, ...]:  # a process that is not forked maps the files again
+        return Manifest.load, (self.folder, False)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over shard contents, sample order, labels and class names."""
+        shards = [(shard.count, shard.bytes, shard.sha256) for shard in self.file.shards]
+        values = [self.file.format, self.samples, self.classes, shards, sorted(self.file.index.items())]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+    def locate(self, ids: ArrayLike) -> tuple[Ints, Ints]:
+        """int64 [n] sample ids -> their shards and their rows inside these. Raises IndexError."""
+        at = np.asarray(ids, dtype=np.int64)
+        if at.size and (at.min() < 0 or at.max() >= self.samples):
+            raise IndexError(f"sample id outside 0 .. {self.samples - 1}")
+        shards = np.searchsorted(self._ends, at, side="right")
+        return shards, at - (self._ends - self.counts)[shards]
+
+    def read(self, sample_id: int) -> bytes:
+        """The stored bytes of an image. Raises OSError, also where the shard ends too early."""
+        return self._pread(sample_id, int(self.offsets[sample_id]), int(self.sizes[sample_id]))
+
+    def key(self, sample_id: int) -> str:
+        """Name of the sample inside its shard, without extension."""
+        block = 512  # a member's header stands right before its bytes
+        header = self._pread(sample_id, int(self.offsets[sample_id]) - block, block)
+        return os.path.splitext(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
+
+    def close(self) -> None:
+        """Let go of open shards; the next read opens them again."""
+        self._open.cache_clear()
+
+    def _pread(self, sample_id: int, offset: int, size: int) -> bytes:
+        shard = int(self.locate(sample_id)[0])
+        data = os.pread(self._open(shard).fd, size, offset)
+        if len(data) != size:
+            raise OSError(f"'{self.shard_paths[shard]}' ends early: {len(data)} of {size} bytes at {offset}")
+        return data
+
+
+def _map(path: Path, shape: tuple[int, ...]) -> Ints:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"'{path}' is missing or damaged; repeat its `python -m data_prep`") from None
+    if array.shape != shape or array.dtype != np.int64:
+        raise UserError(
+            f"'{path}' holds {array.dtype} {array.shape}, not int64 {shape}; repeat its `python -m data_prep`"
+        )
+    return array.view(np.ndarray)  # a plain array over the same mapping is faster to index
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """The file appears whole or not at all, also after a power failure."""
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_manifest(
+    folder: Path,
+    *,
+    shards: Sequence[Shard],
+    index: Ints,
+    labels: Ints | None,
+    classes: list[str] | None,
+    seed: int,
+    options: Mapping[str, Any],
+    source: Mapping[str, Any],
+) -> None:
+    """Write index, labels and, last, manifest.json. The same arguments give the same bytes."""
+    checksums = {}
+    for name, array in ((INDEX, index), (LABELS, labels)):
+        if array is not None:
+            data = _npy(array)
+            checksums[name] = hashlib.sha256(data).hexdigest()
+            write_atomic(folder / name, data)
+    file = ManifestFile(
+        samples=len(index),
+        labelled=labels is not None,
+        classes=classes,
+        seed=seed,
+        options=dict(options),
+        source=dict(source),
+        shards=list(shards),
+        index=checksums,
+    )
+    write_atomic(folder / MANIFEST, (file.model_dump_json(indent=1) + "\n").encode())
+
+
+def _npy(array: Ints) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array, dtype=np.int64), allow_pickle=False)
+    return buffer.getvalue()

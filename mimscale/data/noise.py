@@ -1,0 +1,37 @@
+"""Random numbers as a pure function of a key: seed, purpose, epoch and place in the epoch.
+
+Nothing has a state that could be lost at a resume or differ between workers: a number depends on its key alone. The key
+is hashed (blake2b, 128 bits) into the key of a Philox generator (Salmon et al. 2011), of which only the raw 64-bit
+integers are used: numpy guarantees that stream across versions, while it may change the methods of `Generator`.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import numpy as np
+from numpy.random import Philox
+from numpy.typing import NDArray
+
+
+def raw(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.uint64]:
+    """uint64 [n]: the first n integers under the key (seed, purpose, *numbers). Other keys give independent streams."""
+    text = "/".join([*(str(int(number)) for number in (seed, *numbers)), purpose])  # purpose last: it may hold a slash
+    key = int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "little")
+    return Philox(key=key).random_raw(n)
+
+
+def uniform(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.float32]:
+    """float32 [n] in [0, 1), multiples of 2**-24."""
+    return (raw(seed, purpose, *numbers, n=n) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+
+def exponential(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.float32]:
+    """float32 [n] > 0 with unit rate: -log1p(-u) in float64, u the midpoints of 2**52 equal cells of (0, 1)."""
+    cells = (raw(seed, purpose, *numbers, n=n) >> np.uint64(12)).astype(np.float64)
+    return (-np.log1p(-(cells + 0.5) * 2**-52)).astype(np.float32)
+
+
+def permutation(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.int64]:
+    """int64 [n]: a random order of 0 .. n-1."""
+    return np.argsort(raw(seed, purpose, *numbers, n=n), kind="stable")

@@ -1,0 +1,73 @@
+"""Crops as pure functions of given random numbers, and the pixels under a crop.
+
+The numbers equal torchvision's RandomResizedCrop, Resize and CenterCrop on Pillow pictures; only the random source is
+ours. Boxes are (top, left, height, width) in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Box = tuple[int, int, int, int]
+Interpolation = Literal["bilinear", "bicubic"]
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+TRIES = 10
+CROP_NUMBERS = 2 * TRIES + 3  # area and ratio of each try; top, left; flip
+
+
+def random_box(
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], numbers: Sequence[float]
+) -> Box:
+    """Random resized crop (Szegedy et al. 2015, as in torchvision): area uniform, aspect ratio log-uniform.
+
+    size: (height, width). numbers: in [0, 1), at least 2 * TRIES + 2. After ten tries that do not fit: the largest
+    centre crop whose ratio is allowed.
+    """
+    height, width = size
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for area_number, ratio_number in zip(numbers[:TRIES], numbers[TRIES : 2 * TRIES], strict=True):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * area_number)
+        aspect = math.exp(low + (high - low) * ratio_number)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = numbers[2 * TRIES : 2 * TRIES + 2]
+            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+    h, w = height, width
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resized_crop(image: Image.Image, box: Box, side: int, interpolation: Interpolation) -> Image.Image:
+    """Crop, then resize to side x side: pixels outside the box have no influence."""
+    top, left, height, width = box
+    return image.crop((left, top, left + width, top + height)).resize((side, side), RESAMPLING[interpolation])
+
+
+def centre_crop(image: Image.Image, side: int, crop_pct: float) -> tuple[Image.Image, tuple[float, ...]]:
+    """Evaluation: the short side becomes round(side / crop_pct) (bicubic), then the central side x side is cut out.
+
+    Returns the picture and its box as fractions of the stored image.
+    """
+    width, height = image.size
+    short = round(side / crop_pct)
+    new_width, new_height = max(short, int(short * width / height)), max(short, int(short * height / width))
+    if image.size != (new_width, new_height):
+        image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    top, left = round((new_height - side) / 2), round((new_width - side) / 2)
+    fractions = (top / new_height, left / new_width, side / new_height, side / new_width)
+    return image.crop((left, top, left + side, top + side)), fractions
+
+
+def pixels(image: Image.Image, flip: bool = False) -> NDArray[np.uint8]:
+    """uint8 [3, H, W], mirrored left-right where asked."""
+    array = np.asarray(image).transpose(2, 0, 1)
+    return array[:, :, ::-1] if flip else array
