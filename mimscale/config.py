@@ -100,6 +100,8 @@ class TeacherConfig(Strict):
     options: keyword arguments for the library's model constructor (e.g. embed_dim, depth of a custom ViT).
     activation: required for open_clip with a local file, which cannot say whether it wants QuickGELU.
     random: leave the weights at their seeded random initialisation (a control, not a teacher).
+    mean, std, norm_eps: facts of a checkpoint where they differ from what the library says of `model` (LayerNorm eps of
+    Hugging Face's DINO: 1e-12; weights trained by this package: ImageNet's mean and std).
     """
 
     library: Literal["timm", "open_clip"]
@@ -111,6 +113,9 @@ class TeacherConfig(Strict):
     image_size: int | None = Field(None, ge=8)
     activation: Literal["gelu", "quickgelu"] | None = None
     random: bool = False
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    norm_eps: float | None = Field(None, gt=0)
     options: dict[str, Any] = Field(default_factory=dict)
 
 
