@@ -1,0 +1,100 @@
+"""All teachers of a run behind one call."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimscale.config import TeacherConfig
+from mimscale.contracts import Targets, TeacherInfo, TeacherNeeds
+from mimscale.errors import UserError
+from mimscale.teachers import weights
+from mimscale.teachers.base import DTYPES, Teacher, check_needs
+
+_CLASSES = {"timm": "TimmTeacher", "open_clip": "OpenClipTeacher"}
+
+
+def adapter(library: str) -> Any:
+    """The module that knows a library; imported only for the libraries that a run uses."""
+    return importlib.import_module(f"mimscale.teachers.{library}_adapter")
+
+
+def skeleton(name: str, config: TeacherConfig, default_image_size: int) -> Teacher:
+    """The teacher without its weights (on the meta device): cheap at any size, and offline. Raises UserError."""
+    with torch.device("meta"):
+        return _build(name, config, default_image_size)
+
+
+def describe(name: str, config: TeacherConfig, default_image_size: int) -> TeacherInfo:
+    """Width, depth and grid of a teacher at its image size, else at the run's. Raises UserError."""
+    return skeleton(name, config, default_image_size).info
+
+
+def _build(name: str, config: TeacherConfig, default_image_size: int) -> Teacher:
+    build = getattr(adapter(config.library), _CLASSES[config.library])
+    teacher: Teacher = build(name, config, config.image_size or default_image_size)
+    return teacher
+
+
+def load(name: str, config: TeacherConfig, default_image_size: int) -> tuple[Teacher, dict[str, Any]]:
+    """(teacher with its weights on the CPU, its identity). Raises UserError."""
+    identity: dict[str, Any] = {"library": config.library, "model": config.model, "sha256": None, "random": False}
+    if config.random:
+        teacher = _random(name, config, default_image_size)
+        identity["random"] = True
+    else:
+        teacher = skeleton(name, config, default_image_size)
+        path = weights.locate(
+            name, config, lambda: adapter(config.library).hub_file(name, config), weights.downloads_allowed()
+        )
+        identity["sha256"] = weights.verify(name, config, path)
+        teacher.load(weights.read(name, path), config.precision, f"teachers.{name}: {path}")
+    return teacher.requires_grad_(False).eval(), identity
+
+
+def _random(name: str, config: TeacherConfig, default_image_size: int) -> Teacher:
+    """Seeded by the teacher's name alone, on the CPU; the global generators are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big"))
+        teacher = _build(name, config, default_image_size)
+    teacher.tower.to(DTYPES[config.precision])
+    return teacher
+
+
+class Bank:
+    """The teachers that a method needs, loaded and frozen on one device.
+
+    Nothing is downloaded inside a SLURM job or with HF_HUB_OFFLINE=1. Every mistake that can be seen without the
+    weights is reported before any is read. Raises UserError.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, TeacherConfig],
+        needs: Mapping[str, TeacherNeeds],
+        default_image_size: int,
+        device: torch.device,
+    ) -> None:
+        for name, wanted in needs.items():
+            if name not in configs:
+                raise UserError(f"the method needs teachers.{name}, which the recipe does not have; add that section")
+            check_needs(describe(name, configs[name], default_image_size), wanted)
+        self.needs = dict(needs)
+        self.teachers: dict[str, Teacher] = {}
+        self._identities: dict[str, dict[str, Any]] = {}
+        for name in needs:
+            teacher, self._identities[name] = load(name, configs[name], default_image_size)
+            self.teachers[name] = teacher.to(device)
+
+    def __call__(self, images: Tensor) -> dict[str, Targets]:
+        """float32 ImageNet-normalised [B, 3, H, W] on the bank's device -> teacher's name -> what was asked of it."""
+        return {name: teacher(images, self.needs[name]) for name, teacher in self.teachers.items()}
+
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """Which weights these are, for the checkpoint's record: name -> library, model, sha256 (null if random)."""
+        return {name: dict(identity) for name, identity in self._identities.items()}

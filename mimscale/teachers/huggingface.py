@@ -1,0 +1,94 @@
+"""Hugging Face's names of CLIP vision towers and ViTs, turned into timm's.
+
+Official MaskAlign checkpoints carry their teacher under these names, and so do the model files that people download.
+A file does not say its constants: CLIP has LayerNorm eps 1e-5 and QuickGELU; DINO's ViT has eps 1e-12, which timm's
+own models have not (set `norm_eps`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_CLIP_ANCHOR = "vision_model.embeddings.class_embedding"
+_VIT_ANCHOR = "embeddings.cls_token"
+_CLIP_BLOCK = {
+    "self_attn.out_proj": "attn.proj",
+    "layer_norm1": "norm1",
+    "layer_norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_VIT_BLOCK = {
+    "attention.output.dense": "attn.proj",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+
+
+def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The same weights under timm's names; None where the names are not Hugging Face's."""
+    if any(key.endswith(_CLIP_ANCHOR) for key in state):
+        return from_huggingface_clip(state)
+    if any(key.endswith(_VIT_ANCHOR) for key in state):
+        return from_huggingface_vit(state)
+    return None
+
+
+def from_huggingface_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CLIPVisionModel, or any model that contains one -> timm's VisionTransformer (pre-norm, no patch bias, no head).
+
+    Raises KeyError where a tensor of the tower is missing.
+    """
+    state = _below(state, _CLIP_ANCHOR, "embeddings.class_embedding")
+    out = {
+        "cls_token": state["embeddings.class_embedding"].view(1, 1, -1),
+        "pos_embed": state["embeddings.position_embedding.weight"].unsqueeze(0),
+        "patch_embed.proj.weight": state["embeddings.patch_embedding.weight"],
+    }
+    for theirs, ours in (("pre_layrnorm", "norm_pre"), ("post_layernorm", "norm")):  # their spelling
+        out |= {f"{ours}.{kind}": state[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+    attention = [f"self_attn.{part}_proj" for part in "qkv"]
+    return out | _blocks(state, "encoder.layers", attention, _CLIP_BLOCK)
+
+
+def from_huggingface_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """ViTModel (supervised, DINO), or any model that contains one -> timm's VisionTransformer without head.
+
+    Raises KeyError where a tensor of the tower is missing.
+    """
+    state = _below(state, _VIT_ANCHOR, _VIT_ANCHOR)
+    out = {
+        "cls_token": state["embeddings.cls_token"],
+        "pos_embed": state["embeddings.position_embeddings"],
+    }
+    for theirs, ours in (("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("layernorm", "norm")):
+        out |= {f"{ours}.{kind}": state[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+    attention = [f"attention.attention.{part}" for part in ("query", "key", "value")]
+    return out | _blocks(state, "encoder.layer", attention, _VIT_BLOCK)
+
+
+def _below(state: Mapping[str, Tensor], anchor: str, kept: str) -> dict[str, Tensor]:
+    """The tensors of the module that owns `anchor`, named from there."""
+    found = next(key for key in state if key.endswith(anchor))
+    prefix = found.removesuffix(kept)
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def _blocks(
+    state: Mapping[str, Tensor], root: str, attention: list[str], names: Mapping[str, str]
+) -> dict[str, Tensor]:
+    found = (re.match(rf"{re.escape(root)}\.(\d+)\.", key) for key in state)
+    depth = 1 + max(int(match[1]) for match in found if match)
+    out: dict[str, Tensor] = {}
+    for index in range(depth):
+        for kind in ("weight", "bias"):
+            here, there = f"{root}.{index}", f"blocks.{index}"
+            out[f"{there}.attn.qkv.{kind}"] = torch.cat([state[f"{here}.{part}.{kind}"] for part in attention])
+            out |= {f"{there}.{ours}.{kind}": state[f"{here}.{theirs}.{kind}"] for theirs, ours in names.items()}
+    return out

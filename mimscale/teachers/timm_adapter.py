@@ -1,0 +1,147 @@
+"""Teachers from timm: every model whose class is the plain `VisionTransformer` (CLIP, DINO, DINOv2, SigLIP, ...)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mimscale.config import TeacherConfig
+from mimscale.errors import UserError
+from mimscale.teachers import huggingface
+from mimscale.teachers.base import Teacher, info_of, one_line
+from mimscale.teachers.weights import HubFile
+
+_UNREAD = ("norm", "fc_norm", "attn_pool", "head")  # of the tower; targets are the raw residual stream
+_ACTIVATIONS = {"gelu": "gelu", "quickgelu": "quick_gelu"}
+
+
+class TimmTeacher(Teacher):
+    """A timm VisionTransformer. Its parameters are where the surrounding `torch.device` puts them."""
+
+    tower: Any  # VisionTransformer, whose attributes timm does not annotate
+
+    def __init__(self, name: str, config: TeacherConfig, image_size: int) -> None:
+        tower = _build(name, config, image_size)
+        patch = tower.patch_embed.patch_size
+        info = info_of(name, config, image_size, patch, tower.embed_dim, len(tower.blocks), tower.cls_token is not None)
+        facts = tower.pretrained_cfg
+        super().__init__(tower, info, tower.num_prefix_tokens, config.mean or facts["mean"], config.std or facts["std"])
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.tower.blocks)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        tower = self.tower
+        patches = tower.patch_embed(pixels)
+        prefix = [t.expand(len(pixels), -1, -1) for t in (tower.cls_token, tower.reg_token) if t is not None]
+        if tower.pos_embed is None:
+            tokens = torch.cat([*prefix, patches], dim=1)
+        elif tower.no_embed_class:
+            tokens = torch.cat([*prefix, patches + tower.pos_embed], dim=1)
+        else:
+            tokens = torch.cat([*prefix, patches], dim=1) + tower.pos_embed
+        return tower.norm_pre(tokens)
+
+    def query_and_keys(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        attention: Any = block.attn
+        normed = block.norm1(tokens)  # type: ignore[operator]
+        weights = attention.qkv.weight.chunk(3)
+        biases = attention.qkv.bias.chunk(3) if attention.qkv.bias is not None else (None, None)
+
+        def heads(part: int, inputs: Tensor) -> Tensor:
+            return (
+                F.linear(inputs, weights[part], biases[part]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            )
+
+        query, keys = attention.q_norm(heads(0, normed[:, :1])), attention.k_norm(heads(1, normed))
+        return query * attention.scale, keys
+
+    def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        named = checkpoint_filter_fn(huggingface.to_timm(state) or dict(state), self.tower, antialias=False)
+        return {key: tensor for key, tensor in named.items() if key.partition(".")[0] not in _UNREAD}
+
+
+def hub_file(name: str, config: TeacherConfig) -> HubFile:
+    """The file that timm's tag stands for. Raises UserError where there is none."""
+    facts = timm.get_pretrained_cfg(_tagged(name, config)[0])
+    if facts is None or not facts.hf_hub_id:
+        raise UserError(f"teachers.{name}: timm names no hub file for {config.model}; set teachers.{name}.weights")
+    return HubFile.of(facts.hf_hub_id, facts.hf_hub_filename or "")
+
+
+class _LinspaceOnCpu(TorchFunctionMode):
+    """timm before 1.0.21 reads numbers out of a torch.linspace while it builds, which a meta tensor has not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **({**(kwargs or {}), "device": "cpu"} if func is torch.linspace else kwargs or {}))
+
+
+def _build(name: str, config: TeacherConfig, image_size: int) -> Any:
+    model, tag = _tagged(name, config)
+    _refuse_ambiguous_activation(name, config, tag)
+    options = dict(config.options)
+    if config.activation is not None:
+        options["act_layer"] = _ACTIVATIONS[config.activation]
+    try:
+        with _LinspaceOnCpu():
+            tower: Any = timm.create_model(model, img_size=image_size, num_classes=0, **options)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"teachers.{name}: timm cannot build {config.model} at {image_size} px as a plain vision transformer"
+            f"{f' with {config.options}' if config.options else ''}: {one_line(error)}"
+        ) from None
+    if type(tower).__name__ == "Eva":
+        raise UserError(
+            f"teachers.{name}: {config.model} has rotary positions (timm's class Eva: DINOv3, EVA02, PE), which are "
+            f"not supported; choose a CLIP, DINO, DINOv2 or SigLIP model"
+        )
+    plain = type(tower) is VisionTransformer and not tower.dynamic_img_size
+    if not plain or any(type(b) is not Block or type(b.attn) is not Attention for b in tower.blocks):
+        raise UserError(
+            f"teachers.{name}: {config.model} ({type(tower).__name__}) is not a plain pre-norm VisionTransformer "
+            f"of timm; choose a CLIP, DINO, DINOv2 or SigLIP model"
+        )
+    if config.norm_eps is not None:
+        for module in tower.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = config.norm_eps
+    tower.norm, tower.fc_norm, tower.attn_pool, tower.head = nn.Identity(), nn.Identity(), None, nn.Identity()
+    return tower
+
+
+def _tagged(name: str, config: TeacherConfig) -> tuple[str, str]:
+    """(model.tag as timm wants it, tag). Raises UserError for a model or tag that timm does not know."""
+    model, _, tag = config.model.partition(".")
+    tag = config.pretrained or tag
+    if not timm.is_model(model):
+        close = difflib.get_close_matches(model, timm.list_models(), n=1)
+        raise UserError(
+            f"teachers.{name}.model = '{config.model}' is unknown to timm {timm.__version__}"
+            f"{f'; did you mean {close[0]}?' if close else ''}"
+        )
+    if tag and f"{model}.{tag}" not in timm.list_pretrained(f"{model}.*"):
+        known = ", ".join(entry.partition(".")[2] for entry in timm.list_pretrained(f"{model}.*"))
+        raise UserError(f"teachers.{name}: timm has no tag '{tag}' for {model}; choose one of {known or '(none)'}")
+    return (f"{model}.{tag}" if tag else model), tag
+
+
+def _refuse_ambiguous_activation(name: str, config: TeacherConfig, tag: str) -> None:
+    """timm lists some CLIP weights under two models, exact GELU and QuickGELU; they were trained with one of them."""
+    model = config.model.partition(".")[0]
+    twin = model.replace("_clip_", "_clip_quickgelu_")
+    if config.activation is not None or "_quickgelu_" in model or twin == model or not tag:
+        return
+    if f"{twin}.{tag}" in timm.list_pretrained(f"{twin}.*"):
+        raise UserError(
+            f"teachers.{name}.model = '{config.model}' uses exact GELU, but these weights were trained with QuickGELU; "
+            f"use {twin}.{tag} (or say activation: gelu if you mean it)"
+        )

@@ -1,0 +1,144 @@
+"""Where a teacher's file is, that it is the right one, and what is in it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mimscale.config import TeacherConfig
+from mimscale.errors import UserError
+
+FETCH = "run `mimscale doctor RECIPE --fetch` on a machine with internet and paste the lines that it prints"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a Hugging Face repository. names: tried in this order."""
+
+    repo: str
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, repo: str, name: str = "") -> HubFile:
+        """The repository's file `name`, preferring its safetensors twin; no name: what the libraries call it."""
+        if not name:
+            return cls(repo, ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+                              "pytorch_model.bin", "open_clip_pytorch_model.bin"))  # fmt: skip
+        return cls(repo, tuple(dict.fromkeys((f"{name.rpartition('.')[0]}.safetensors", name))))
+
+
+def locate(name: str, config: TeacherConfig, hub: Callable[[], HubFile], may_download: bool) -> Path:
+    """The teacher's file on this machine: `weights`, else the local hub cache, else (if allowed) a download.
+
+    Raises UserError with the command that gets the file.
+    """
+    if config.weights is not None:
+        if not config.weights.is_file():
+            raise UserError(f"teachers.{name}.weights = {config.weights} does not exist; {FETCH}")
+        return config.weights
+    file = hub()
+    path = cached(file)
+    if path is None and may_download:
+        path = download(name, file)
+    if path is None:
+        raise UserError(
+            f"teachers.{name}: {file.repo} is not in the local cache and nothing is downloaded here; {FETCH}"
+        )
+    return path
+
+
+def downloads_allowed() -> bool:
+    """No in a SLURM job (a thousand ranks would ask the hub at once) and where HF_HUB_OFFLINE is set."""
+    return "SLURM_JOB_ID" not in os.environ and os.environ.get("HF_HUB_OFFLINE", "0").lower() in (
+        "",
+        "0",
+        "false",
+        "no",
+    )
+
+
+def cached(file: HubFile) -> Path | None:
+    """The file in the local Hugging Face cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in file.names:
+        path = try_to_load_from_cache(file.repo, name)
+        if isinstance(path, str):
+            return Path(path)
+    return None
+
+
+def download(name: str, file: HubFile, folder: Path | None = None) -> Path:
+    """Get the file from the hub, into `folder` or into the cache. Raises UserError where that fails."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+
+    for filename in file.names:
+        try:
+            return Path(hf_hub_download(file.repo, filename, local_dir=folder))
+        except LocalEntryNotFoundError as error:
+            raise _unreachable(name, file, error) from None
+        except EntryNotFoundError:
+            continue
+        except OSError as error:
+            raise _unreachable(name, file, error) from None
+    raise UserError(f"teachers.{name}: {file.repo} holds none of {', '.join(file.names)}; set teachers.{name}.weights")
+
+
+def _unreachable(name: str, file: HubFile, error: Exception) -> UserError:
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    reason = type(error.__cause__ or error).__name__
+    return UserError(
+        f"teachers.{name}: cannot get {file.repo} from {endpoint} ({reason}); use a machine with internet, "
+        f"or copy the file here and set teachers.{name}.weights"
+    )
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def verify(name: str, config: TeacherConfig, path: Path) -> str:
+    """The file's sha256, compared with the configured one. Raises UserError with both."""
+    found = sha256(path)
+    if config.sha256 is not None and found != config.sha256:
+        raise UserError(
+            f"teachers.{name}.sha256 = {config.sha256}, but {path} has {found}; get the right file or correct the hash"
+        )
+    return found
+
+
+def read(name: str, path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file, by name, without running code from it. Raises UserError."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE-style files carry their arguments
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"teachers.{name}: {path} cannot be read as plain tensors ({reason}); convert it to .safetensors"
+        ) from None
+    for key in ("model", "state_dict", "teacher"):  # how training scripts wrap their weights
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise UserError(f"teachers.{name}: {path} holds a {type(state).__name__}, not a dictionary of tensors")
+    return {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
