@@ -50,6 +50,10 @@ class Method(nn.Module):
         """0-based layer of a parameter for layer-wise lr decay (0 = embeddings); None: the method has no such order."""
         return None
 
+    def pictures(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
+        """uint8 [3, H, W] pictures of a few samples, by name, for whoever watches the run. No gradient."""
+        return {}
+
     def after_step(self, batch: Batch) -> None:
         """Called once after each optimiser step, for what a method learns between steps."""
 

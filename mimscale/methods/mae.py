@@ -121,20 +121,23 @@ class MAE(base.Method):
         pred, mask = self.predict(batch)
         return {"loss": masked_patch_loss(pred, self.target(batch.images), mask)}
 
-    @torch.no_grad()
-    def reconstruct(self, batch: Batch) -> Reconstruction:
-        """Predicted pictures of a normalised batch, for the eye.
+    def pictures(self, pred_BLP: Tensor, images_B3HW: Tensor) -> Tensor:
+        """Predictions of all patches as float32 images [B, 3, H, W] in 0..1 (values outside are cut).
 
-        With norm_pix_loss the model predicts each patch only up to its mean and contrast: these are taken from the true
-        image, so colour and brightness of a patch are not the model's achievement. Values are cut to 0..1.
-        Under ZeRO-3 every rank has to call this.
+        With norm_pix_loss a patch is predicted only up to its mean and contrast: these are taken from the true image,
+        so colour and brightness of a patch are not the model's achievement.
         """
-        pred, mask = self.predict(batch)
-        pixels = pred.float()
+        pixels = pred_BLP.float()
         if self.config.norm_pix_loss:
-            mean, deviation = pixel_statistics(pixels_last(cut(batch.images.float(), self.student.config.patch)))
+            mean, deviation = pixel_statistics(pixels_last(cut(images_B3HW.float(), self.student.config.patch)))
             pixels = pixels * deviation + mean
         images = assemble(from_pixels_last(pixels, self.student.config.patch), self.student.grid)
-        to_mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-        to_std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
-        return Reconstruction((images * to_std + to_mean).clamp(0, 1), mask)
+        mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
+        std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
+        return (images * std + mean).clamp(0, 1)
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        """Every patch of a normalised batch as predicted, see `pictures`. Under ZeRO-3 every rank has to call this."""
+        pred, mask = self.predict(batch)
+        return Reconstruction(self.pictures(pred, batch.images), mask)

@@ -1,0 +1,83 @@
+"""Supervised classification with a plain ViT, as MAE fine-tunes and as a teacher is trained from scratch.
+
+Whole image, cross-entropy with label smoothing (He et al. 2022, app. A.1). Positions are learned here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mimscale.config import Fraction, MethodConfig, RunConfig
+from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo
+from mimscale.errors import UserError
+from mimscale.methods import base
+from mimscale.models.layer_order import vit_layer_of
+from mimscale.models.vit import LN_EPS, ViT
+
+
+class FinetuneConfig(MethodConfig):
+    """pool: mean of the patch tokens and a fresh LayerNorm, or the class token after the encoder's own last norm."""
+
+    classes: int = Field(ge=2)
+    pool: Literal["mean", "cls"] = "mean"
+    label_smoothing: Fraction = 0.1
+    head_std: float = Field(2e-5, gt=0)
+
+
+class Classifier(nn.Linear):
+    """[B, D] -> [B, classes]; truncated-normal weight, zero bias."""
+
+    def __init__(self, width: int, classes: int, std: float) -> None:
+        super().__init__(width, classes)
+        nn.init.trunc_normal_(self.weight, std=std)
+        nn.init.zeros_(self.bias)
+
+
+class Finetune(base.Method):
+    """`student`, then `fc_norm` (pool = mean only) and `head`, under timm's names."""
+
+    Config = FinetuneConfig
+
+    @classmethod
+    def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
+        if teachers:
+            raise UserError(f"teachers.{next(iter(teachers))}: finetune reads no teacher; remove the section teachers")
+
+    def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
+        super().__init__(run, teachers)
+        self.config = config = cast(FinetuneConfig, run.method)
+        mean = config.pool == "mean"
+        self.student: ViT = ViT(
+            run.student,
+            run.data.image_size,
+            final_norm=not mean,
+            learned_pos=True,
+            checkpoint_every=run.engine.activation_checkpointing,
+        )
+        self.fc_norm = nn.LayerNorm(run.student.width, eps=LN_EPS) if mean else nn.Identity()
+        self.head = Classifier(run.student.width, config.classes, config.head_std)
+        noise = {"drop_path": Noise("uniform", (run.student.depth, 2))} if run.student.drop_path else {}
+        self.needs = Needs(noise=noise, labels=True)
+
+    def features(self, images_B3HW: Tensor, drop_noise: Tensor | None = None) -> Tensor:
+        """What enters the head: [B, D]."""
+        tokens = self.student(images_B3HW, drop_noise=drop_noise).tokens
+        return self.fc_norm(tokens[:, 1:].mean(dim=1) if self.config.pool == "mean" else tokens[:, 0])
+
+    def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
+        """Scalars: loss, and top1, the share of the micro-batch that is classified right."""
+        assert batch.labels is not None
+        logits = self.head(self.features(batch.images, batch.noise.get("drop_path"))).float()
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)
+        return {"loss": loss, "top1": (logits.argmax(dim=1) == batch.labels).float().mean()}
+
+    def no_weight_decay(self) -> set[str]:
+        return {"student.pos_embed", "student.cls_token"}
+
+    def layer_of(self, name: str) -> int:
+        return vit_layer_of(name.removeprefix("student."), self.student.config.depth)

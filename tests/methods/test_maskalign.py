@@ -1,0 +1,165 @@
+"""MaskAlign against the official program's numbers, and what its check refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mimscale.contracts import Targets, TeacherInfo
+from mimscale.convert import maskalign_from_official
+from mimscale.errors import UserError
+from mimscale.methods.maskalign import MaskAlign
+from mimscale.models.masking import mask_of
+from tests import golden
+from tests.golden import batch_of, close, gradient_close, run_config
+
+GOLDENS = ["default", "sum_mlp", "simple_random", "dino_attn", "clip14"]
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_golden(name: str) -> None:
+    g = golden.load(f"maskalign_{name}_dev")
+    run = golden.maskalign_run(g.config)
+    method = golden.maskalign_method(run, g.config, g.part("state"))
+    targets = golden.targets_of(g["teacher/hidden_states"], g["teacher/cls_attention"])
+    random = g.config["mask_type"] == "random"
+    batch = batch_of(g["input/images"], mask=g["mask/noise" if random else "mask/exponential_noise"])
+
+    ids_keep = method.visible(batch, targets)
+    assert torch.equal(ids_keep, g["mask/ids_keep"])
+    assert torch.equal(mask_of(ids_keep, method.student.patches), g["mask/binary"])
+
+    levels = method.student(batch.images, ids_keep, levels=range(run.student.depth)).levels
+    for level, output in levels.items():
+        close(output, g["student/hidden_states"][level])
+    for level, mixed in method.alignment.aggregate(levels).items():
+        close(mixed, g["student/aggregated"][level])
+    for level, prediction in method.alignment(levels).items():
+        close(prediction, g["student/prediction"][level])
+        close(method.target(targets, level, ids_keep), g["target/normalised"][level])
+
+    out = method(batch, {"teacher": targets})
+    torch.testing.assert_close(out["loss"], g["loss/total"][0], rtol=golden.LOSS, atol=0)
+    for level in method.level_weights:
+        stored = g["loss/per_level_unweighted"][level]
+        torch.testing.assert_close(out[f"level_{level}"], stored, rtol=golden.LOSS, atol=0)
+    assert len(out) == 1 + len(method.level_weights)
+
+    out["loss"].backward()
+    golden.every_parameter_has_a_gradient(method)
+    ours = {n: p.grad for n, p in method.named_parameters()}
+    stored_gradients = maskalign_from_official(g.part("grad"), tuple(method.level_weights)).weights
+    assert len(stored_gradients) >= 8
+    for parameter, gradient in stored_gradients.items():
+        gradient_close(ours[parameter], gradient)
+    if "grad/distill_weights" in g.tensors:  # the rows that we do not build have no gradient there either
+        unsupervised = [i for i in range(len(g["grad/distill_weights"])) if i not in method.level_weights]
+        assert not g["grad/distill_weights"][unsupervised].any()
+
+
+# ------------------------------------------------------------------------------------------------- options and refusals
+
+INFO = TeacherInfo("t", dim=24, depth=3, grid=(4, 4), image_size=64, has_cls=True)
+STUDENT = {"width": 32, "depth": 3, "heads": 2}
+
+
+def build(info: TeacherInfo = INFO, student: dict[str, Any] | None = None, **method: Any) -> MaskAlign:
+    torch.manual_seed(5)
+    values = {"name": "maskalign", "levels": "top2", **method}
+    return MaskAlign(run_config(values, student or STUDENT), {"t": info})
+
+
+def targets(info: TeacherInfo = INFO, count: int = 2) -> Targets:
+    generator = torch.Generator().manual_seed(6)
+    patches = info.grid[0] * info.grid[1]
+    attention = torch.rand(count, patches, generator=generator).softmax(1) if info.has_cls else None
+    levels = {i: torch.randn(count, patches, info.dim, generator=generator) for i in range(info.depth)}
+    cls = {i: torch.randn(count, info.dim, generator=generator) for i in range(info.depth)} if info.has_cls else {}
+    return Targets(levels, cls, attention)
+
+
+def noise_for(method: MaskAlign, count: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {name: torch.rand(count, *n.shape, generator=generator) + 1e-3 for name, n in method.needs.noise.items()}
+
+
+def images(count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(8))
+
+
+@pytest.mark.parametrize("adaptor", ["linear", "norm_linear", "mlp", "mlp_norm"])
+@pytest.mark.parametrize("fusion", ["linear", "sum", "simple"])
+def test_every_parameter_learns(fusion: str, adaptor: str) -> None:
+    method = build(fusion=fusion, adaptor=adaptor, target_norm="l2", loss="l1", levels="linear_decay")
+    method(batch_of(images(), **noise_for(method)), {"t": targets()})["loss"].backward()
+    golden.every_parameter_has_a_gradient(method)
+    assert method.no_weight_decay() <= {n for n, _ in method.named_parameters()}
+    assert (method.alignment.mixing is None) == (fusion == "simple")
+    assert all(p.dim() > 0 for p in method.parameters())
+
+
+def test_needs() -> None:
+    method = build()
+    assert method.needs.noise["mask"].kind == "exponential" and method.needs.noise["mask"].shape == (16,)
+    assert method.needs.teachers["t"].levels == (1, 2) and method.needs.teachers["t"].cls_attention
+    random = build(masking="random", levels="mean")
+    assert random.needs.noise["mask"].kind == "uniform"
+    assert random.needs.teachers["t"].levels == (0, 1, 2) and not random.needs.teachers["t"].cls_attention
+    assert "drop_path" in build(student={**STUDENT, "drop_path": 0.2}).needs.noise
+
+
+def test_teacher_without_class_token() -> None:
+    info = TeacherInfo("t", 24, 3, (4, 4), 64, has_cls=False)
+    method = build(info, masking="random", cls_target=False)
+    loss = method(batch_of(images(), **noise_for(method)), {"t": targets(info)})["loss"]
+    loss.backward()
+    golden.every_parameter_has_a_gradient(method)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
+    method = build()
+    batch = batch_of(images(), **noise_for(method))
+    full = method(batch, {"t": targets()})
+    for parameter in method.parameters():
+        parameter.data = parameter.data.to(dtype)
+    half = method(batch, {"t": targets()})
+    half["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
+    for name, value in half.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, full[name], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("info", "method", "fragment"),
+    [
+        ({"grid": (16, 16), "image_size": 224}, {}, "16x16 grid at 224 px, the student 4x4; set teachers.t.image_size"),
+        ({"depth": 6}, {}, "set method.fusion = sum"),
+        ({"depth": 6}, {"fusion": "simple"}, "set method.fusion = sum"),
+        ({"has_cls": False}, {}, "method.masking = random, or take a teacher with a class token"),
+        ({"has_cls": False}, {"masking": "random"}, "cls_target = false"),
+        ({}, {"mask_ratio": 0.95}, "keeps none of 16"),
+        ({}, {"levels": "top4"}, "needs 1 to 3 levels"),
+        ({}, {"levels": "mid3"}, "0 to 2"),
+        ({}, {"levels": "best"}, "choose top<k>"),
+        ({}, {"levels": "mid1", "fusion": "simple"}, "without a gradient"),
+        ({}, {"teacher": "other"}, "choose one of t"),
+        ({}, {"target_norm": "bn"}, "number of ranks"),
+        ({}, {"adaptor": "mlp2"}, "method.adaptor = 'mlp2'"),
+    ],
+)
+def test_refusals(info: dict[str, Any], method: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(UserError, match=fragment) as error:
+        build(TeacherInfo(**{**INFO.__dict__, **info}), **method)
+    assert "\n" not in str(error.value)
+
+
+def test_refuses_no_teacher_and_an_ambiguous_one() -> None:
+    run = run_config({"name": "maskalign", "levels": "top2"}, STUDENT)
+    with pytest.raises(UserError, match="needs a teacher"):
+        MaskAlign(run, {})
+    with pytest.raises(UserError, match="choose one of a, b"):
+        MaskAlign(run, {"a": INFO, "b": INFO})

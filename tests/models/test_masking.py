@@ -1,0 +1,64 @@
+"""Masks against the official programs' and against torch.multinomial."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mimscale.models.masking import (
+    attentive_keep,
+    gather_tokens,
+    kept_patches,
+    mask_of,
+    random_keep,
+    random_order,
+    restore_order,
+)
+from tests import golden
+
+
+def test_golden() -> None:
+    g = golden.load("attentive_masking_dev")
+    for case in g.config["cases"]:
+        part = g.part(f"L{case['L']}_r{round(100 * case['mask_ratio'])}")
+        keep = kept_patches(case["L"], case["mask_ratio"])
+        importance = part["cls_attention_per_head"][:, :, 1:].mean(1)
+        torch.testing.assert_close(importance, part["importance"], rtol=1e-6, atol=0)
+        ids = attentive_keep(part["importance"], part["exponential_noise"], keep)
+        assert torch.equal(ids, part["attn_ids_keep"])
+        everything = attentive_keep(part["importance"], part["exponential_noise"], case["L"])
+        assert torch.equal(everything, part["attn_ids_shuffle"])
+        assert torch.equal(gather_tokens(part["tokens"], ids), part["attn_tokens_kept"])
+        uniform = random_keep(part["uniform_noise"], keep)
+        assert torch.equal(uniform, part["random_ids_keep"])
+        assert torch.equal(gather_tokens(part["tokens"], uniform), part["random_tokens_kept"])
+
+
+@pytest.mark.parametrize(
+    ("patches", "ratio", "keep"), [(196, 0.7, 58), (196, 0.75, 49), (256, 0.75, 64), (256, 0.7, 76), (16, 0.9, 1)]
+)
+def test_kept_patches(patches: int, ratio: float, keep: int) -> None:
+    assert kept_patches(patches, ratio) == keep
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_attentive_draw_is_multinomial(seed: int) -> None:
+    importance = torch.rand(7, 50, generator=torch.Generator().manual_seed(seed)).pow(3)
+    theirs = torch.multinomial(importance, 20, generator=torch.Generator().manual_seed(seed + 100))
+    noise = torch.empty(7, 50).exponential_(1, generator=torch.Generator().manual_seed(seed + 100))
+    assert torch.equal(attentive_keep(importance, noise, 20), theirs)
+
+
+def test_patches_without_importance_come_last() -> None:
+    importance = torch.tensor([[0.0, 0.5, 0.0, 1e-20, 0.3]])
+    noise = torch.tensor([[2.0, 1.0, 1.0, 3.0, 1.0]])
+    assert attentive_keep(importance, noise, 5).tolist() == [[1, 4, 3, 2, 0]]
+    assert attentive_keep(torch.zeros(1, 5, dtype=torch.float16), noise, 2).shape == (1, 2)
+
+
+def test_restore_undoes_the_shuffle_and_mask_marks_the_rest() -> None:
+    order = random_order(torch.rand(3, 10, generator=torch.Generator().manual_seed(0)))
+    restored = torch.gather(order, 1, restore_order(order))
+    assert torch.equal(restored, torch.arange(10).expand(3, -1))
+    mask = mask_of(order[:, :4], 10)
+    assert mask.sum(1).tolist() == [6, 6, 6] and not mask.gather(1, order[:, :4]).any()
