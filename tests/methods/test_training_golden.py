@@ -64,7 +64,7 @@ def test_teacher_of_the_training_run(name: str) -> None:
 
 def test_a_wrong_move_is_seen() -> None:
     t = training_golden.mae()
-    with pytest.raises(AssertionError, match="of"):
+    with pytest.raises(AssertionError, match="in a move of"):
         t.check_weights(t.start)
     almost = {name: end + 0.05 * (end - t.start[name]) for name, end in t.end.items()}
     with pytest.raises(AssertionError):

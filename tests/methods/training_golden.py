@@ -48,13 +48,18 @@ class TrainingGolden:
     def check_weights(self, weights: Mapping[str, Tensor]) -> None:
         """The error is small against the move of each tensor, and what did not move is the same to the bit.
 
-        Raises AssertionError. weights: parameters (fp32) by our names; buffers may be among them.
+        Key biases are left out: softmax does not see them, so their true gradient is zero, and Adam turns the rounding
+        noise in its place into full steps. Raises AssertionError. weights: fp32, by our names, buffers may be there.
         """
         assert self.end.keys() <= weights.keys()
         for name, end in self.end.items():
-            move = (end - self.start[name]).norm()
-            error = (weights[name] - end).norm()
-            assert error < 1e-2 * move if move else torch.equal(weights[name], end), f"{name}: {error} of {move}"
+            move, error = (_without_key_bias(name, x) for x in (end - self.start[name], weights[name] - end))
+            small = error.norm() < 1e-2 * move.norm() if move.any() else not error.any()
+            assert small, f"{name}: an error of {error.norm():.1e} in a move of {move.norm():.1e}"
+
+
+def _without_key_bias(name: str, tensor: Tensor) -> Tensor:
+    return tensor.view(3, -1)[[0, 2]] if name.endswith("qkv.bias") else tensor
 
 
 def mae() -> TrainingGolden:
