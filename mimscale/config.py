@@ -420,6 +420,8 @@ def load_ds_config(name: str) -> dict[str, Any]:
         if key not in DS_OWNS:
             raise UserError(f"{name}: unknown top-level key '{key}'{_nearest(key, sorted(DS_OWNS))}")
     zero = values.get("zero_optimization", {})
+    if zero.get("stage", 0) == 0 and precision_of(values) != "fp32":
+        raise UserError(f"{name}: ZeRO stage 0 in 16 bit drifts from the other stages; set zero_optimization.stage = 1")
     if zero.get("round_robin_gradients"):
         raise UserError(f"{name}: zero_optimization.round_robin_gradients breaks checkpoints; remove it")
     if zero.get("memory_efficient_linear", False):
@@ -438,3 +440,24 @@ def precision_of(ds_config: Mapping[str, Any]) -> Literal["fp32", "bf16", "fp16"
 def fingerprint(values: Mapping[str, Any]) -> str:
     """sha256 of plain values, independent of the order of their keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ batch arithmetic
+
+
+def solve_batch(global_batch: int, world: int, max_micro_batch: int) -> tuple[int, int]:
+    """(micro-batch per rank, accumulation steps) with micro x accumulation x world = global_batch, fewest steps.
+
+    Raises UserError with the neighbouring values that would work.
+    """
+    if global_batch % world:
+        below, above = global_batch // world * world, -(-global_batch // world) * world
+        worlds = [w for w in range(1, 2 * world) if global_batch % w == 0]
+        nearest = sorted(worlds, key=lambda w: abs(w - world))[:3]
+        raise UserError(
+            f"schedule.global_batch = {global_batch} does not divide over {world} ranks; "
+            f"use {' or '.join(str(b) for b in (below, above) if b)}, or {', '.join(map(str, sorted(nearest)))} ranks"
+        )
+    per_rank = global_batch // world
+    micro = max(size for size in range(1, min(per_rank, max_micro_batch) + 1) if per_rank % size == 0)
+    return micro, per_rank // micro

@@ -74,6 +74,19 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class View:
+    """What a method can show of a micro-batch to whoever watches a run; absent parts are None.
+
+    images, reconstruction: float32 [B, 3, H, W] in 0..1.  mask: [B, L], 1 = masked.  attention: [B, L], any scale.
+    """
+
+    images: Tensor
+    mask: Tensor | None = None
+    reconstruction: Tensor | None = None
+    attention: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank.
 

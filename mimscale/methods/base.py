@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mimscale.config import MethodConfig, RunConfig
-from mimscale.contracts import Batch, Needs, Targets, TeacherInfo
+from mimscale.contracts import Batch, Needs, Targets, TeacherInfo, View
 
 
 class Method(nn.Module):
@@ -50,9 +50,9 @@ class Method(nn.Module):
         """0-based layer of a parameter for layer-wise lr decay (0 = embeddings); None: the method has no such order."""
         return None
 
-    def pictures(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
-        """uint8 [3, H, W] pictures of a few samples, by name, for whoever watches the run. No gradient."""
-        return {}
+    def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View | None:
+        """What there is to see in this batch. Every rank calls it at the same step (ZeRO-3 gathers); no gradient."""
+        return None
 
     def after_step(self, batch: Batch) -> None:
         """Called once after each optimiser step, for what a method learns between steps."""

@@ -46,7 +46,7 @@ class Control:
         if self.world > 1:
             dist.barrier(group=self._group)
 
-    def together(self, work: Callable[[], T]) -> T:
+    def together(self, work: Callable[..., T], *args: Any) -> T:
         """Run `work`, which must not communicate, on every rank; if it fails on any, raise on all with the texts.
 
         Without this a rank that fails alone would leave the others waiting in their next collective.
@@ -54,7 +54,7 @@ class Control:
         result: T | None = None
         failure: Exception | None = None
         try:
-            result = work()
+            result = work(*args)
         except Exception as error:
             failure = error
         texts = self.gather(None if failure is None else f"rank {self.rank}: {type(failure).__name__}: {failure}")
@@ -64,6 +64,10 @@ class Control:
         if failed:
             raise RuntimeError("; ".join(failed[:3])) from failure
         return result  # type: ignore[return-value]
+
+    def first(self, work: Callable[..., None], *args: Any) -> None:
+        """Run `work` on rank 0 only; if it fails there, raise on all. The others wait."""
+        self.together(work if self.rank == 0 else lambda *_: None, *args)
 
     def any_raised(self, flag: bool) -> bool:
         """True on every rank at the same call once any rank passed True; the answer is that of the PREVIOUS call.

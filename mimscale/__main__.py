@@ -1,0 +1,46 @@
+"""The command line: `python -m mimscale VERB ...`, or `mimscale VERB ...`. Parses, calls, prints."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from mimscale import __version__
+from mimscale.errors import UserError
+
+VERBS = {
+    "train": ("mimscale.train", "pre-train a student; resumes what the run folder holds"),
+    "evaluate": ("mimscale.evals.cli", "kNN and linear accuracy of frozen features"),
+    "convert": ("mimscale.convert", "official checkpoints <-> ours <-> timm, each with an equality check"),
+    "doctor": ("mimscale.doctor", "check this machine, a recipe, its data and its teachers"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 fine, 2 bad input (one line on stderr), anything else a failure with its traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="mimscale", description="Masked-image-modeling pre-training at scale.")
+    parser.add_argument("--version", action="version", version=f"mimscale {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    module = None
+    for name, (path, text) in VERBS.items():
+        sub = verbs.add_parser(name, help=text, description=text)
+        if name == chosen:  # only the verb that runs is imported
+            module = importlib.import_module(path)
+            module.add_arguments(sub)
+    args = parser.parse_args(arguments)
+    assert module is not None
+    try:
+        return int(module.run(args))
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"mimscale {args.verb}: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

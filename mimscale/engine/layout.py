@@ -1,0 +1,205 @@
+"""Where DeepSpeed keeps each piece of each parameter: the map between live optimizer state and checkpoint fragments.
+
+This is the one file that reads DeepSpeed's private attributes. `Layout.check` tests the map at every start without
+reference data: every master fragment, rounded, must equal the weights at its mapped place, and the fragments of all
+ranks must tile every parameter. A release that renames or moves something is noticed there, not in a loss curve.
+
+A *leaf* is the tensor that the base optimizer steps on; leaf[offset : offset + length] holds
+flat(parameter)[start : start + length]:
+
+    stage 0     the leaf is the parameter; replicated, so rank (index mod world) writes it
+    stage 1, 2  one leaf per group: the group's parameters concatenated, padded, and cut into equal pieces
+    stage 3     one leaf per sub-group: this rank's equal slice of each parameter, padded per parameter
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mimscale.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+COUNTERS = ("global_steps", "skipped_steps", "global_samples")
+
+
+class LayoutError(RuntimeError):
+    """The installed DeepSpeed does not keep its state where this file looks for it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    name: str
+    parameter: nn.Parameter
+    start: int
+    length: int
+    leaf: Tensor
+    offset: int
+    owned: bool  # this rank writes it
+
+
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """The parameter's own shape, also where ZeRO-3 has replaced it by an empty tensor."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _numel(parameter: Tensor) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+class Layout:
+    """The fragments of this rank. Built right after `deepspeed.initialize`; creates Adam's state, empty."""
+
+    def __init__(self, ds_engine: Any) -> None:
+        self._ds = ds_engine
+        self.stage: int = ds_engine.zero_optimization_stage()
+        self.parameters: dict[str, nn.Parameter] = dict(ds_engine.module.named_parameters())
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        try:
+            zero = ds_engine.optimizer
+            self._base = zero.optimizer if self.stage else zero
+            self._leaves, self.fragments = self._map(zero)
+        except AttributeError as error:
+            raise LayoutError(f"this DeepSpeed release keeps its state elsewhere ({error}); use 0.19.8") from error
+        self.create_state(0)
+        self.check()
+
+    def _map(self, zero: Any) -> tuple[list[Tensor], list[Fragment]]:
+        fragments = []
+        if self.stage == 3:
+            names = {id(parameter): name for name, parameter in self.parameters.items()}
+            leaves = list(zero.fp32_partitioned_groups_flat)
+            for leaf, group in zip(leaves, zero.fp16_groups, strict=True):
+                offset = 0
+                for parameter in group:
+                    slice_size = parameter.partition_numel()
+                    start = self._rank * slice_size
+                    length = max(0, min(slice_size, _numel(parameter) - start))
+                    if length:
+                        fragments.append(
+                            Fragment(names[id(parameter)], parameter, start, length, leaf, offset, owned=True)
+                        )
+                    offset += slice_size
+        elif self.stage:
+            leaves = [group["params"][0] for group in zero.param_groups]
+            for name, parameter in self.parameters.items():
+                mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+                if mapping is not None:  # else no piece of it lies on this rank
+                    weights, masters = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    leaf = leaves[mapping.param_group_index]
+                    fragments.append(
+                        Fragment(name, parameter, weights.start, weights.numel, leaf, masters.start, owned=True)
+                    )
+        else:
+            leaves = [parameter for group in zero.param_groups for parameter in group["params"]]
+            for index, (name, parameter) in enumerate(self.parameters.items()):
+                owned = index % self._world == self._rank
+                fragments.append(Fragment(name, parameter, 0, parameter.numel(), parameter, 0, owned))
+        return leaves, fragments
+
+    def view(self, fragment: Fragment, kind: str) -> Tensor:
+        """The live numbers of a fragment, 1-D: read on save, written on load."""
+        tensor = fragment.leaf.data if kind == "fp32" else self._base.state[fragment.leaf][kind]
+        return tensor.view(-1)[fragment.offset : fragment.offset + fragment.length]
+
+    def _weights(self, fragment: Fragment) -> Tensor:
+        """The same elements in the copy that the forward pass uses."""
+        if self.stage == 3:
+            return fragment.parameter.ds_tensor.data.view(-1)[: fragment.length]  # type: ignore[attr-defined]
+        return fragment.parameter.data.view(-1)[fragment.start : fragment.start + fragment.length]
+
+    def create_state(self, step: float) -> None:
+        """Adam's state for every leaf, zero moments: what a first step would create.
+
+        Done at once because DeepSpeed links states to parameters after the first GROUP's step, when other groups have
+        none. Each leaf gets a step tensor of its own; a shared one would advance once per leaf.
+        """
+        on_device = any(group.get("fused") or group.get("capturable") for group in self._base.param_groups)
+        for leaf in self._leaves:
+            device = leaf.device if on_device else torch.device("cpu")
+            state = self._base.state[leaf]
+            state.clear()
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+            for kind in MOMENTS:
+                state[kind] = torch.zeros_like(leaf.data)
+
+    def adam_step(self) -> float:
+        steps = {float(self._base.state[leaf]["step"]) for leaf in self._leaves}
+        if len(steps) > 1:
+            raise LayoutError(f"Adam's step differs between groups: {sorted(steps)}")
+        return steps.pop() if steps else 0.0
+
+    def refresh_weights(self) -> None:
+        """After the masters were written: bring the forward pass's copies up to date."""
+        zero = self._ds.optimizer
+        if self.stage == 3:
+            zero.checkpoint_event_prologue()  # releases the gathered copies of small parameters
+            for fragment in self.fragments:
+                self._weights(fragment).copy_(self.view(fragment, "fp32"))
+            zero.checkpoint_event_epilogue()
+        elif self.stage:
+            zero.update_lp_params()
+
+    def mismatches(self) -> list[str]:
+        """Names of local fragments whose rounded master differs from the weights."""
+        return [
+            f.name
+            for f in self.fragments
+            if not torch.equal(self.view(f, "fp32").to(f.parameter.dtype), self._weights(f))
+        ]
+
+    def check(self) -> None:
+        """Raise LayoutError on every rank if the map is wrong on any. Collective."""
+        pieces = [(f.name, f.start, f.length) for f in self.fragments if f.owned]
+        everyone: list[Any] = [None] * self._world
+        dist.all_gather_object(everyone, (pieces, self.mismatches()))
+        wrong = sorted({name for _, names in everyone for name in names})
+        if wrong:
+            raise LayoutError(f"masters and weights disagree for {len(wrong)} parameters, first {wrong[:3]}")
+        filled: dict[str, int] = {}
+        for name, start, length in sorted(piece for theirs, _ in everyone for piece in theirs):
+            if filled.get(name, 0) != start:
+                raise LayoutError(f"{name}: hole or overlap at element {start}")
+            filled[name] = start + length
+        for name, parameter in self.parameters.items():
+            if filled.get(name) != _numel(parameter):
+                raise LayoutError(f"{name}: {filled.get(name, 0)} of {_numel(parameter)} elements are mapped")
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: list(shape_of(parameter)) for name, parameter in self.parameters.items()}
+
+    # -------------------------------------------------------------------------------- the engine's own small state
+
+    def engine_state(self) -> dict[str, Any]:
+        """Counters and loss scaler, JSON-able."""
+        scaler = getattr(self._ds.optimizer, "loss_scaler", None)
+        dynamic = getattr(scaler, "dynamic", False)
+        return {
+            "adam_step": self.adam_step(),
+            "counters": {name: int(getattr(self._ds, name)) for name in COUNTERS},
+            "scaler": {name: getattr(scaler, name) for name in SCALER_FIELDS} if dynamic else None,
+        }
+
+    def load_engine_state(self, state: dict[str, Any]) -> None:
+        """Adam's step is restored by `create_state`. The scaler is taken only where both runs have a dynamic one."""
+        for name in COUNTERS:
+            setattr(self._ds, name, state["counters"][name])
+        self._ds.micro_steps = self._ds.global_steps * self._ds.gradient_accumulation_steps()
+        scaler = getattr(self._ds.optimizer, "loss_scaler", None)
+        if state["scaler"] and getattr(scaler, "dynamic", False):
+            for name in SCALER_FIELDS:
+                setattr(scaler, name, state["scaler"][name])
+
+
+def refuse_unfit(module: nn.Module) -> None:
+    """What the layout and ZeRO cannot carry. Raises UserError (a programming mistake in a method, said plainly)."""
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            raise UserError(f"parameter {name} is frozen; make it a buffer, or keep it outside the method")
+        if parameter.dim() == 0:
+            raise UserError(f"parameter {name} is 0-dimensional, which ZeRO cannot hold; give it shape (1,)")

@@ -1,0 +1,102 @@
+"""Ranks and devices: the same code under torchrun, under srun with one task per rank, and as a plain process.
+
+Everything here happens before DeepSpeed is imported, because DeepSpeed picks its accelerator at import.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from mimscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks, and its device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+
+def from_environment(wanted: Literal["auto", "cuda", "cpu"]) -> World:
+    """Read RANK, WORLD_SIZE and LOCAL_RANK (absent: one plain process) and choose the device. Raises UserError."""
+    numbers = {name: int(os.environ.get(name, fallback)) for name, fallback in
+               (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))}  # fmt: skip
+    cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not cuda:
+        raise UserError("engine.device = cuda: this process sees no CUDA device; use engine.device=cpu or a GPU node")
+    if wanted == "cpu" or not cuda:
+        device = torch.device("cpu")
+    else:
+        local, visible = numbers["LOCAL_RANK"], torch.cuda.device_count()
+        if local >= visible and visible > 1:
+            raise UserError(f"LOCAL_RANK = {local}, but {visible} GPUs are visible; start one rank per GPU of the node")
+        device = torch.device("cuda", local % visible)  # srun may show each task only its own GPU
+    return World(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], device)
+
+
+def check_precision(device: torch.device, precision: Literal["fp32", "bf16", "fp16"]) -> None:
+    """Refuse a number format that the device lacks. Raises UserError."""
+    if precision == "fp16" and device.type == "cpu" and not _cpu_has_fp16():
+        raise UserError("engine.ds_config asks for fp16, which this CPU lacks; use a *_bf16 or *_fp32 config")
+    if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"engine.ds_config asks for bf16, which {name} lacks (compute capability 8.0); use *_fp16")
+
+
+def _cpu_has_fp16() -> bool:
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())  # the same question that DeepSpeed asks
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed with its accelerator settled, and without its shared-memory op.
+
+    That op is compiled at start-up on a CPU (a minute or two) and serves only an all-reduce for inference.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def open_process_group(world: World, timeout_s: float = 1800.0) -> None:
+    """nccl on GPUs, gloo on CPUs. A plain process becomes a group of one."""
+    for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
+        os.environ[name] = str(value)
+    if "MASTER_ADDR" not in os.environ:
+        if world.size > 1:
+            raise UserError(f"WORLD_SIZE = {world.size} without MASTER_ADDR; start the ranks with torchrun or srun")
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    deepspeed = import_deepspeed(world.device)
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_s))
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1")))) if world.size > 1 else None
+
+
+def close_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,85 @@
+"""What a run tells: `metrics.jsonl`, TensorBoard and a progress line. Rank 0 only; silent elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Logbook:
+    """Append-only. Steps that are redone after a resume appear twice in metrics.jsonl; the later line counts."""
+
+    def __init__(self, run_dir: Path, *, active: bool, tensorboard: bool, total: int, step: int) -> None:
+        self.console = Console(stderr=True, quiet=not active)
+        self._active = active
+        self._file = (run_dir / "metrics.jsonl").open("a", buffering=1) if active else None
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step) if active and tensorboard else None
+        self._progress: Progress | None = None
+        if active and self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[line]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("train", total=total, completed=step, line="")
+        self._total = total
+        self._clock = (step, time.monotonic())
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def event(self, name: str, **values: Any) -> None:
+        """Something that happened once: a start, a save, a preemption."""
+        self._write({"event": name, **values})
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """One log line."""
+        self._write({"step": step, **metrics})
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+        line = "  ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "lr", "images_per_s") if name in metrics)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, line=line)
+        elif self._active:
+            first, start_s = self._clock
+            eta_s = (time.monotonic() - start_s) / max(1, step - first) * (self._total - step)
+            self.say(f"step {step}/{self._total}  {line}  ETA {_duration(eta_s)}")
+
+    def picture(self, step: int, name: str, image_3HW: Tensor) -> None:
+        """A uint8 picture for TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, image_3HW, step)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._board is not None:
+            self._board.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self._file is not None:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self._file.write(json.dumps({**finite, "time": round(time.time(), 3)}) + "\n")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

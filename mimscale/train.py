@@ -1,0 +1,299 @@
+"""Pre-training: check -> build -> resume -> loop -> save. Read `train` from top to bottom; all else serves it.
+
+One process per rank. Everything random comes in with the batch, so the sequence of batches, masks and drop paths is a
+function of the step alone, whatever the number of ranks or workers and however often the run was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimscale import run_folder, schedule
+from mimscale.config import RunConfig, load, load_ds_config, method_class, precision_of, recipe_names, solve_batch
+from mimscale.contracts import TeacherInfo
+from mimscale.data.loader import TrainLoader
+from mimscale.data.manifest import Manifest
+from mimscale.engine.engine import Engine
+from mimscale.engine.world import World, check_precision, close_process_group, from_environment, open_process_group
+from mimscale.errors import UserError
+from mimscale.methods.base import Method
+from mimscale.observe.logbook import Logbook
+from mimscale.observe.meter import Meter, Phases
+from mimscale.resilience import checkpoint
+from mimscale.resilience.control import Control
+from mimscale.resilience.preempt import Preemption, ignore_signals, leave_requeue_marker
+from mimscale.state import TrainState
+from mimscale.teachers.bank import Bank, describe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that passed every check that needs no other rank."""
+
+    run: RunConfig
+    run_dir: Path
+    parent: Path | None  # the checkpoint whose weights a fork starts from
+    world: World
+    manifest: Manifest
+    teachers: Mapping[str, TeacherInfo]
+    steps_per_epoch: int
+    total_steps: int
+    command: tuple[str, ...]
+
+    def lr(self, step: int) -> float:
+        curve = self.run.schedule
+        return schedule.lr(
+            step,
+            self.steps_per_epoch,
+            peak=curve.peak_lr,
+            min_lr=curve.min_lr,
+            warmup_epochs=curve.warmup_epochs,
+            epochs=curve.epochs or self.total_steps / self.steps_per_epoch,
+        )
+
+
+def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:
+    """Every check, before a process group is opened. Raises UserError."""
+    world = from_environment(run.engine.device)
+    check_precision(world.device, precision_of(load_ds_config(run.engine.ds_config)))
+    solve_batch(run.schedule.global_batch, world.size, run.engine.max_micro_batch)
+    teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
+    method_class(run.method.name).check(run, teachers)
+
+    stored = run_folder.existing_run(run_dir)
+    parent = None
+    if fork is not None:
+        parent = checkpoint.newest(run_dir)
+        if parent is None:
+            raise UserError(f"--fork: {run_dir} has no checkpoint to start from; let it save one first")
+        run_dir, stored = fork, run_folder.existing_run(fork)
+    if stored is not None:
+        run_folder.refuse_changes(stored, run, run_dir)
+
+    manifest = Manifest.load(run.data.shards)
+    steps_per_epoch = manifest.samples // run.schedule.global_batch
+    if run.schedule.steps is None and steps_per_epoch == 0:
+        raise UserError(
+            f"schedule.global_batch = {run.schedule.global_batch} exceeds the {manifest.samples} samples of "
+            f"{run.data.shards}; lower it, or give schedule.steps instead of schedule.epochs"
+        )
+    total = run.schedule.steps or round((run.schedule.epochs or 0) * steps_per_epoch)
+    return Plan(run, run_dir, parent, world, manifest, teachers, max(1, steps_per_epoch), total, command)
+
+
+def train(plan: Plan, phases: Phases) -> None:
+    """Run to the last step, or to the step at which a signal asks to stop. Saves at either."""
+    run, world = plan.run, plan.world
+    if (plan.run_dir / "done").exists():
+        if world.rank == 0:
+            print(f"{plan.run_dir} is finished; nothing to do", file=sys.stderr)
+        return
+
+    with phases("process_group"):
+        open_process_group(world)
+        control = Control()
+    preemption = Preemption(stop_files=run_folder.stop_files(plan.run_dir))
+
+    with phases("model"):
+        torch.manual_seed(run.seed)
+        method: Method = method_class(run.method.name)(run, plan.teachers)
+        needs = method.needs
+        bank = Bank(run.teachers, needs.teachers, run.data.image_size, world.device)
+    with phases("engine"):
+        engine = Engine(method, run, world)
+    with phases("resume"):
+        state = restore(plan, engine, method, bank, control).launched()
+        control.first(open_folder, plan, state)
+
+    logbook = Logbook(
+        plan.run_dir,
+        active=world.rank == 0,
+        tensorboard=run.log.tensorboard,
+        total=plan.total_steps,
+        step=state.step,
+    )
+    logbook.say(describe_run(plan, engine, state))
+    loader = TrainLoader(
+        plan.manifest,
+        run.data,
+        needs,
+        seed=run.seed,
+        global_batch=run.schedule.global_batch,
+        micro_batch=engine.micro_batch,
+        rank=world.rank,
+        world=world.size,
+        start_step=state.step,
+        pin=world.device.type == "cuda",
+    )
+    batches = iter(loader)
+    meter = Meter(world.device)
+    saved_step = state.step if state.launches > 1 else -1
+    loop_start_s = step_start_s = time.perf_counter()
+
+    while state.step < plan.total_steps:
+        lr = plan.lr(state.step)
+        engine.set_lr(lr)
+        for _ in range(engine.accumulation):
+            with meter.waiting():
+                batch = next(batches)
+            batch = batch.to(world.device).normalised()
+            scalars = engine.micro_step(batch, bank(batch.images))
+            meter.add(scalars, images=len(batch.ids) * world.size)
+        method.after_step(batch)
+
+        now_s = time.perf_counter()
+        state, step_start_s = state.advanced(run.schedule.global_batch, now_s - step_start_s), now_s
+        if "first_step" not in phases.seconds:
+            phases.seconds["first_step"] = round(now_s - loop_start_s, 3)
+            logbook.event("first_step", seconds=phases.seconds)
+
+        last = state.step == plan.total_steps
+        if last or state.step % run.log.every == 0:
+            metrics = meter.read()
+            metrics |= {"lr": lr, "grad_norm": engine.gradient_norm(), "loss_scale": engine.loss_scale}
+            metrics |= {"epoch": state.step / plan.steps_per_epoch, "skipped_steps": float(engine.skipped_steps)}
+            logbook.step(state.step, metrics)
+        stop = control.any_raised(preemption.raised()) and not last
+        if stop or last:
+            ignore_signals()
+        if stop or last or (run.checkpoint.every and state.step % run.checkpoint.every == 0):
+            if state.step != saved_step:
+                save(plan, engine, method, bank, control, state)
+                logbook.event("saved", at=state.step)
+            saved_step = state.step
+        if stop:
+            logbook.event("stopped", at=state.step, reason=preemption.reason)
+            logbook.say(f"stopped at step {state.step} ({preemption.reason or 'asked by another rank'}), saved")
+            if world.rank == 0:
+                leave_requeue_marker(state.step)
+            break
+    else:
+        control.first(run_folder.mark_done, plan.run_dir, state.step)
+        logbook.say(f"done: {plan.run_dir}, step {state.step}")
+
+    control.settle()
+    logbook.close()
+    loader.close()
+    control.barrier()
+    engine.close()
+    close_process_group()
+
+
+# ------------------------------------------------------------------------------------------------ saving and resuming
+
+
+def restore(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Control) -> TrainState:
+    """Continue from the newest checkpoint that is whole, else from a fork's parent, else from the beginning."""
+    for path in reversed(control.broadcast(checkpoint.complete(plan.run_dir / "checkpoints"))):
+        try:
+            reader = control.together(opened, path, control)
+        except RuntimeError as error:
+            if control.rank == 0:
+                print(f"passing over {path.name}: {error}", file=sys.stderr)
+            continue
+        refuse_other_inputs(reader, plan, bank)
+        control.together(engine.load, reader)
+        engine.finish_load(reader)
+        method.load_extra_state(reader.meta["method"])
+        state = TrainState.load(reader.meta["state"])
+        if state.samples != state.step * plan.run.schedule.global_batch:
+            raise UserError(f"{path}: {state.samples} samples are not {state.step} steps of the global batch")
+        return state
+    if plan.parent is not None:
+        reader = checkpoint.Reader(plan.parent)
+        control.together(engine.load_weights, reader)
+        engine.finish_load(reader, counters=False)
+    return TrainState()
+
+
+def opened(path: Path, control: Control) -> checkpoint.Reader:
+    """A reader of a checkpoint whose files this rank has checked its share of."""
+    reader = checkpoint.Reader(path)
+    reader.verify(control.rank, control.world)
+    return reader
+
+
+def refuse_other_inputs(reader: checkpoint.Reader, plan: Plan, bank: Bank) -> None:
+    """The images and the teachers are inputs like the recipe, but are known only by their content."""
+    if reader.meta["data"] != plan.manifest.fingerprint:
+        raise UserError(f"data.shards = {plan.run.data.shards} holds other samples than {reader.path} was trained on")
+    if reader.meta["teachers"] != bank.identities():
+        raise UserError(f"the teachers' weights differ from those that {reader.path} was trained with")
+
+
+def save(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Control, state: TrainState) -> None:
+    """Every rank writes its fragments; rank 0 commits when all are on disk, and drops the oldest. Collective."""
+    root = plan.run_dir / "checkpoints"
+    final = checkpoint.step_folder(root, state.step)
+    temporary = control.broadcast(root / f".tmp-{final.name}-{time.time_ns():x}")
+    shard = control.together(write_shard, temporary, engine, control)
+    shards = control.gather(shard)
+    meta = {
+        "step": state.step,
+        "state": state.dump(),
+        "config": plan.run.dump(),
+        "data": plan.manifest.fingerprint,
+        "teachers": bank.identities(),
+        "method": method.extra_state(),
+        **engine.meta(),
+    }
+
+    control.first(checkpoint.commit, temporary, final, shards, meta)
+    control.first(checkpoint.prune, root, plan.run.checkpoint.keep)
+
+
+def write_shard(folder: Path, engine: Engine, control: Control) -> dict[str, Any]:
+    return checkpoint.write_shard(folder, engine.tensors(), control.rank, control.world)
+
+
+def open_folder(plan: Plan, state: TrainState) -> None:
+    """Rank 0: the configuration once, a line about this launch each time."""
+    if not (plan.run_dir / "config.yaml").exists():
+        run_folder.create(plan.run_dir, plan.run)
+    run_folder.record_launch(
+        plan.run_dir,
+        plan.command,
+        ranks=plan.world.size,
+        device=str(plan.world.device.type),
+        ds_config=plan.run.engine.ds_config,
+        step=state.step,
+        forked_from=None if plan.parent is None else str(plan.parent),
+    )
+
+
+def describe_run(plan: Plan, engine: Engine, state: TrainState) -> str:
+    run, parameters = plan.run, sum(int(torch.tensor(s).prod()) for s in engine.layout.shapes().values())
+    return (
+        f"{run.method.name}: {parameters / 1e6:.1f} M parameters, {run.engine.ds_config}, {plan.world.size} ranks on "
+        f"{plan.world.device.type}, batch {run.schedule.global_batch} = {engine.micro_batch} x {engine.accumulation} x "
+        f"{plan.world.size}, peak lr {run.schedule.peak_lr:.3g}, {plan.manifest.samples} images, "
+        f"step {state.step} of {plan.total_steps}, folder {plan.run_dir}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help=f"a recipe ({', '.join(recipe_names())}) or a path to a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    parser.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/RECIPE); resumes what it holds")
+    parser.add_argument("--fork", type=Path, metavar="NEW", help="start a new run in NEW from --run-dir's weights")
+
+
+def run(args: argparse.Namespace) -> int:
+    phases = Phases()
+    with phases("checks"):
+        config = load(args.recipe, args.overrides)
+        run_dir = args.run_dir or Path("runs") / Path(args.recipe).stem
+        plan = prepare(config, run_dir, args.fork, tuple(sys.argv))
+    train(plan, phases)
+    return 0
