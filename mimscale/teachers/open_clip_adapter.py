@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mimscale.config import TeacherConfig
 from mimscale.errors import UserError
 from mimscale.teachers.base import Teacher, info_of, one_line
-from mimscale.teachers.weights import HubFile
+from mimscale.teachers.weights import OPEN_CLIP_FILE, HubFile
 
 _UNREAD = ("ln_post", "proj", "attn_pool", "attn_pool_contrastive")  # of the tower; targets are the raw residual stream
 _NO_TEXT = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}  # create_model builds one anyway
@@ -80,7 +80,7 @@ def hub_file(name: str, config: TeacherConfig) -> HubFile:
         raise UserError(
             f"teachers.{name}: open_clip names no hub file for {config.pretrained}; set teachers.{name}.weights"
         )
-    return HubFile.of(repo, filename)
+    return HubFile.of(repo, filename or OPEN_CLIP_FILE)
 
 
 def _tag(config: TeacherConfig) -> dict[str, Any]:

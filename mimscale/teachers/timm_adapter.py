@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -17,7 +18,7 @@ from mimscale.config import TeacherConfig
 from mimscale.errors import UserError
 from mimscale.teachers import huggingface
 from mimscale.teachers.base import Teacher, info_of, one_line
-from mimscale.teachers.weights import HubFile
+from mimscale.teachers.weights import TIMM_FILE, HubFile
 
 _UNREAD = ("norm", "fc_norm", "attn_pool", "head")  # of the tower; targets are the raw residual stream
 _ACTIVATIONS = {"gelu": "gelu", "quickgelu": "quick_gelu"}
@@ -75,7 +76,7 @@ def hub_file(name: str, config: TeacherConfig) -> HubFile:
     facts = timm.get_pretrained_cfg(_tagged(name, config)[0])
     if facts is None or not facts.hf_hub_id:
         raise UserError(f"teachers.{name}: timm names no hub file for {config.model}; set teachers.{name}.weights")
-    return HubFile.of(facts.hf_hub_id, facts.hf_hub_filename or "")
+    return HubFile.of(facts.hf_hub_id, facts.hf_hub_filename or TIMM_FILE)
 
 
 class _LinspaceOnCpu(TorchFunctionMode):
@@ -93,7 +94,7 @@ def _build(name: str, config: TeacherConfig, image_size: int) -> Any:
         options["act_layer"] = _ACTIVATIONS[config.activation]
     try:
         with _LinspaceOnCpu():
-            tower: Any = timm.create_model(model, img_size=image_size, num_classes=0, **options)
+            tower: Any = timm.create_model(model, img_size=image_size, num_classes=0, dynamic_img_size=False, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(
             f"teachers.{name}: timm cannot build {config.model} at {image_size} px as a plain vision transformer"
@@ -104,7 +105,7 @@ def _build(name: str, config: TeacherConfig, image_size: int) -> Any:
             f"teachers.{name}: {config.model} has rotary positions (timm's class Eva: DINOv3, EVA02, PE), which are "
             f"not supported; choose a CLIP, DINO, DINOv2 or SigLIP model"
         )
-    plain = type(tower) is VisionTransformer and not tower.dynamic_img_size
+    plain = type(tower) is VisionTransformer and type(tower.patch_embed) is PatchEmbed
     if not plain or any(type(b) is not Block or type(b.attn) is not Attention for b in tower.blocks):
         raise UserError(
             f"teachers.{name}: {config.model} ({type(tower).__name__}) is not a plain pre-norm VisionTransformer "

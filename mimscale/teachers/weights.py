@@ -21,6 +21,10 @@ from mimscale.errors import UserError
 
 FETCH = "run `mimscale doctor RECIPE --fetch` on a machine with internet and paste the lines that it prints"
 
+# One repository may hold the same weights under timm's and under open_clip's names: the file's name tells them apart.
+TIMM_FILE, OPEN_CLIP_FILE = "pytorch_model.bin", "open_clip_pytorch_model.bin"
+_SAFE_TWINS = {TIMM_FILE: "model.safetensors", OPEN_CLIP_FILE: "open_clip_model.safetensors"}
+
 
 @dataclass(frozen=True)
 class HubFile:
@@ -30,12 +34,9 @@ class HubFile:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, repo: str, name: str = "") -> HubFile:
-        """The repository's file `name`, preferring its safetensors twin; no name: what the libraries call it."""
-        if not name:
-            return cls(repo, ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
-                              "pytorch_model.bin", "open_clip_pytorch_model.bin"))  # fmt: skip
-        return cls(repo, tuple(dict.fromkeys((f"{name.rpartition('.')[0]}.safetensors", name))))
+    def of(cls, repo: str, name: str) -> HubFile:
+        """The repository's file `name`, or its safetensors twin where there is one."""
+        return cls(repo, (_SAFE_TWINS.get(name, f"{name.rpartition('.')[0]}.safetensors"), name))
 
 
 def locate(name: str, config: TeacherConfig, hub: Callable[[], HubFile], may_download: bool) -> Path:
