@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "recipes": set(),
     "convert": {"models", "methods", "data", "resilience"},
     "evals": {"models", "methods", "data", "resilience", "convert"},
-    "doctor": {"models", "methods", "teachers", "data"},
+    "doctor": {"models", "methods", "teachers", "data", "engine"},
     "train": {
         "models",
         "methods",
