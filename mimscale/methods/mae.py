@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -10,12 +11,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mimscale.config import Fraction, MethodConfig, RunConfig
-from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD, Batch, Needs, Noise, Targets, TeacherInfo
+from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo, View
 from mimscale.errors import UserError
 from mimscale.methods import base
 from mimscale.models.decoder import MAEDecoder
 from mimscale.models.masking import kept_patches, mask_of, random_order, restore_order
-from mimscale.models.patches import assemble, cut, from_pixels_last, pixels_last
+from mimscale.models.patches import assemble, cut, from_pixels_last, pixels_last, unnormalised
 from mimscale.models.vit import ViT
 
 PIXEL_EPS = 1e-6
@@ -42,13 +43,6 @@ class Prediction(NamedTuple):
     """pred: [B, L, p*p*3] in raster order, in the parameters' type. mask: float32 [B, L], 1 = masked."""
 
     pred: Tensor
-    mask: Tensor
-
-
-class Reconstruction(NamedTuple):
-    """images: float32 [B, 3, H, W] in 0..1, every patch as predicted. mask: float32 [B, L], 1 = masked."""
-
-    images: Tensor
     mask: Tensor
 
 
@@ -121,7 +115,7 @@ class MAE(base.Method):
         pred, mask = self.predict(batch)
         return {"loss": masked_patch_loss(pred, self.target(batch.images), mask)}
 
-    def pictures(self, pred_BLP: Tensor, images_B3HW: Tensor) -> Tensor:
+    def images_of(self, pred_BLP: Tensor, images_B3HW: Tensor) -> Tensor:
         """Predictions of all patches as float32 images [B, 3, H, W] in 0..1 (values outside are cut).
 
         With norm_pix_loss a patch is predicted only up to its mean and contrast: these are taken from the true image,
@@ -131,13 +125,10 @@ class MAE(base.Method):
         if self.config.norm_pix_loss:
             mean, deviation = pixel_statistics(pixels_last(cut(images_B3HW.float(), self.student.config.patch)))
             pixels = pixels * deviation + mean
-        images = assemble(from_pixels_last(pixels, self.student.config.patch), self.student.grid)
-        mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
-        return (images * std + mean).clamp(0, 1)
+        return unnormalised(assemble(from_pixels_last(pixels, self.student.config.patch), self.student.grid))
 
     @torch.no_grad()
-    def reconstruct(self, batch: Batch) -> Reconstruction:
-        """Every patch of a normalised batch as predicted, see `pictures`. Under ZeRO-3 every rank has to call this."""
-        pred, mask = self.predict(batch)
-        return Reconstruction(self.pictures(pred, batch.images), mask)
+    def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
+        """The images, the mask, and every patch as predicted (see `images_of`)."""
+        pred, mask = self.predict(replace(batch, noise={"mask": batch.noise["mask"]}))
+        return View(unnormalised(batch.images), mask=mask, reconstruction=self.images_of(pred, batch.images))

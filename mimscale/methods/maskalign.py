@@ -11,11 +11,12 @@ from pydantic import field_validator
 from torch import Tensor
 
 from mimscale.config import Fraction, MethodConfig, RunConfig
-from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo, TeacherNeeds
+from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo, TeacherNeeds, View
 from mimscale.errors import UserError
 from mimscale.methods import base
 from mimscale.models.heads import Adaptor, Alignment, Fusion, level_weights
-from mimscale.models.masking import attentive_keep, gather_tokens, kept_patches, random_keep
+from mimscale.models.masking import attentive_keep, gather_tokens, kept_patches, mask_of, random_keep
+from mimscale.models.patches import unnormalised
 from mimscale.models.vit import ViT
 
 TargetNorm = Literal["whiten", "none", "l2"]
@@ -171,6 +172,13 @@ class MaskAlign(base.Method):
         }
         total = torch.stack([self.level_weights[level] * loss for level, loss in losses.items()]).sum()
         return {"loss": total, **{f"level_{level}": loss.detach() for level, loss in losses.items()}}
+
+    @torch.no_grad()
+    def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
+        """The images, what the student sees of them, and the teacher's CLS attention where it was asked for."""
+        teacher = targets[self.teacher]
+        mask = mask_of(self.visible(batch, teacher), self.student.patches)
+        return View(unnormalised(batch.images), mask=mask, attention=teacher.cls_attention)
 
     def no_weight_decay(self) -> set[str]:
         return set() if self.alignment.mixing is None else {"alignment.mixing"}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD
 
 
 def cut(images_BCHW: Tensor, patch: int) -> Tensor:
@@ -27,3 +30,10 @@ def pixels_last(patches_BLCpp: Tensor) -> Tensor:
 def from_pixels_last(vectors_BLP: Tensor, patch: int) -> Tensor:
     """The inverse of `pixels_last` for three channels: [B, L, p*p*3] -> [B, L, 3, p, p]."""
     return vectors_BLP.unflatten(2, (patch, patch, 3)).permute(0, 1, 4, 2, 3)
+
+
+def unnormalised(images_B3HW: Tensor) -> Tensor:
+    """ImageNet-normalised images of any float type -> float32 in 0..1; values outside are cut."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images_B3HW.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images_B3HW.device).view(1, 3, 1, 1)
+    return (images_B3HW.float() * std + mean).clamp(0, 1)

@@ -130,11 +130,13 @@ def test_picture_of_a_perfect_prediction_is_the_image(norm_pix: bool) -> None:
     std, mean = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     pixels = images * std + mean
     assert pixels.min() >= 0 and pixels.max() <= 1
-    torch.testing.assert_close(method.pictures(method.target(images), images), pixels, atol=1e-5, rtol=0)
+    torch.testing.assert_close(method.images_of(method.target(images), images), pixels, atol=1e-5, rtol=0)
 
-    pictures, mask = method.reconstruct(batch_of(images, mask=noise))
-    assert pictures.shape == images.shape and not pictures.requires_grad
-    assert torch.equal(mask, mask_of(random_order(noise)[:, : method.keep], method.student.patches))
+    view = method.view(batch_of(images, mask=noise), {})
+    torch.testing.assert_close(view.images, pixels)
+    assert view.reconstruction is not None and view.mask is not None
+    assert view.reconstruction.shape == images.shape and not view.reconstruction.requires_grad
+    assert torch.equal(view.mask, mask_of(random_order(noise)[:, : method.keep], method.student.patches))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -110,6 +110,14 @@ def test_needs() -> None:
     assert "drop_path" in build(student={**STUDENT, "drop_path": 0.2}).needs.noise
 
 
+def test_view_shows_what_the_student_sees() -> None:
+    method = build()
+    batch, seen = batch_of(images(), **noise_for(method)), targets()
+    view = method.view(batch, {"t": seen})
+    assert view.mask is not None and view.mask.sum(1).tolist() == [12, 12]
+    assert view.attention is seen.cls_attention and 0 <= view.images.min() <= view.images.max() <= 1
+
+
 def test_teacher_without_class_token() -> None:
     info = TeacherInfo("t", 24, 3, (4, 4), 64, has_cls=False)
     method = build(info, masking="random", cls_target=False)

@@ -6,7 +6,7 @@ are themselves checked against stored teacher outputs (test_training_golden.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +35,7 @@ class TrainingGolden:
     run: RunConfig
     method: Method
     batches: list[Batch]
-    targets: list[Mapping[str, Targets]]
+    targets: Sequence[Mapping[str, Targets]]
     steps_per_epoch: int
     decayed: set[str]
     undecayed: set[str]

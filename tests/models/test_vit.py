@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -73,7 +75,8 @@ def test_drop_path_is_exact() -> None:
 
     vit = small(final_norm=False)
     out = vit(images(1), drop_noise=noise, levels=range(3))
-    first, second, third = vit.blocks
+    blocks: list[Any] = list(vit.blocks)
+    first, second, third = blocks
     x = out.levels[0]
     x = x + second.mlp(second.norm2(x)) / 0.75
     close(out.levels[1], x)
@@ -135,7 +138,7 @@ def test_layer_norm_is_evaluated_in_fp32(dtype: torch.dtype) -> None:
 
 def test_initialisation_is_maes() -> None:
     torch.manual_seed(0)
-    vit = ViT(StudentConfig(width=256, depth=1, heads=4), 64)
+    vit: Any = ViT(StudentConfig(width=256, depth=1, heads=4), 64)
     qkv = vit.blocks[0].attn.qkv
     for weight, fan_in, fan_out in ((qkv.weight, 256, 768), (vit.patch_embed.proj.weight, 768, 256)):
         bound = (6 / (fan_in + fan_out)) ** 0.5

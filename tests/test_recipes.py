@@ -1,0 +1,63 @@
+"""Every recipe loads, says what it should reach and cost, and builds the published model."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import pytest
+import timm
+import torch
+
+from mimscale.config import RunConfig, load, load_ds_config, method_class, recipe_names
+from mimscale.contracts import TeacherInfo
+from mimscale.methods.base import Method
+
+CLIP_B = TeacherInfo("clip", dim=768, depth=12, grid=(14, 14), image_size=224, has_cls=True)
+CLIP_L_196 = TeacherInfo("clip", dim=1024, depth=24, grid=(14, 14), image_size=196, has_cls=True)
+CLIP_L_224 = TeacherInfo("clip", dim=1024, depth=24, grid=(16, 16), image_size=224, has_cls=True)
+
+MAE_MILLIONS = {"mae_vit_b16": 111.9, "mae_vit_l16": 329.5, "mae_vit_h14": 657.1}  # the official models
+MASKALIGN = {
+    "maskalign_vit_b16": (CLIP_B, "vit_base_patch16_224"),
+    "maskalign_vit_l16": (CLIP_L_196, "vit_large_patch16_224"),
+    "maskalign_vit_h14": (CLIP_L_224, "vit_huge_patch14_224"),
+}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_loads_and_has_a_header(name: str) -> None:
+    run = load(name)
+    load_ds_config(run.engine.ds_config)
+    text = resources.files("mimscale.recipes").joinpath(f"{name}.yaml").read_text()
+    header = text[: text.index("\ndata:")]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert all(word in header for word in ("Source:", "Expected result:", "Expected cost:"))
+
+
+def built(name: str, teachers: dict[str, TeacherInfo]) -> tuple[RunConfig, Method, int]:
+    """The recipe, its method without memory, and how many numbers its state holds."""
+    run = load(name)
+    with torch.device("meta"):
+        method = method_class(run.method.name)(run, teachers)
+    return run, method, sum(tensor.numel() for tensor in method.state_dict().values())
+
+
+@pytest.mark.parametrize("name", MAE_MILLIONS)
+def test_mae(name: str) -> None:
+    run, _, count = built(name, {})
+    assert count / 1e6 == pytest.approx(MAE_MILLIONS[name], abs=0.05)
+    assert run.schedule.peak_lr == pytest.approx(2.4e-3)
+
+
+@pytest.mark.parametrize("name", MASKALIGN)
+def test_maskalign(name: str) -> None:
+    """timm's ViT without its last norm, five linear adaptors and the mixing rows of five levels."""
+    info, timm_name = MASKALIGN[name]
+    run, method, count = built(name, {"clip": info})
+    with torch.device("meta"):
+        reference = timm.create_model(timm_name, num_classes=0)
+    width, depth = run.student.width, run.student.depth
+    vit = sum(p.numel() for p in reference.parameters()) - 2 * width
+    assert count == vit + 5 * (width * info.dim + info.dim) + 5 * depth
+    assert run.schedule.peak_lr == pytest.approx(6e-4)
+    assert run.teachers.keys() == method.needs.teachers.keys()
