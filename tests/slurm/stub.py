@@ -1,0 +1,79 @@
+"""A stand-in for Python: keeps the trainer's contract with the batch scripts without torch, so it starts in 0.1 s.
+
+    python stub.py -m mimscale train RECIPE --run-dir DIR [stub.steps=5] [stub.step_s=0.02] [anything else]
+    python stub.py -m mimscale evaluate VERB DIR ...
+    python stub.py -m data_prep ... DESTINATION --part I/N
+
+stub.deaf_s: seconds before the signal handlers are there.  stub.crash_rank: exits 9 at its third step.
+stub.exit: leaves at once with this code.  stub.frozen: no step ever counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def train(arguments: list[str]) -> int:
+    run_dir = Path(arguments[arguments.index("--run-dir") + 1])
+    pairs = (a.split("=", 1) for a in arguments if "=" in a)
+    options = {key.removeprefix("stub."): value for key, value in pairs if key.startswith("stub.")}
+    rank, restart = int(os.environ["RANK"]), os.environ.get("SLURM_RESTART_COUNT", "0")
+    started = {"arguments": arguments, "environment": dict(os.environ)}
+    (run_dir / f"launch.{restart}.{rank}.json").write_text(json.dumps(started))
+    if "exit" in options:
+        return int(options["exit"])
+    if (run_dir / "done").exists():
+        return 0
+
+    saved = run_dir / "step"
+    step = int(saved.read_text()) if saved.exists() else 0
+    time.sleep(float(options.get("deaf_s", "0")))
+    asked: list[int] = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    stop_file = Path(os.environ["MIMSCALE_STOP_FILE"])
+    if rank == 0:
+        print(f"stub starts at step {step}", flush=True)
+    while step < int(options.get("steps", "5")):
+        time.sleep(float(options.get("step_s", "0.02")))
+        step += "frozen" not in options
+        if options.get("crash_rank") == str(rank) and step == 3:
+            return 9
+        if asked or stop_file.exists():
+            if rank == 0:
+                saved.write_text(str(step))
+                Path(os.environ["MIMSCALE_REQUEUE_FILE"]).write_text(f"{step}\n")
+            return 0
+    if rank == 0:
+        saved.write_text(str(step))
+        (run_dir / "done").write_text(f"{step}\n")
+    return 0
+
+
+def prepare(arguments: list[str]) -> int:
+    part, of = arguments[arguments.index("--part") + 1].split("/")
+    destination = Path(arguments[arguments.index("--part") - 1])
+    destination.mkdir(parents=True, exist_ok=True)
+    (destination / f"{part}-of-{of}").write_text(json.dumps(arguments))
+    return 1 if os.environ.get("STUB_FAILING_PART") == part else 0
+
+
+def main() -> int:
+    match sys.argv[1:]:
+        case ["-m", "mimscale", "train", *arguments]:
+            return train(arguments)
+        case ["-m", "mimscale", "evaluate", verb, run_dir, *arguments]:
+            (Path(run_dir) / f"evaluated.{verb}").write_text(json.dumps(arguments))
+            return 0
+        case ["-m", "data_prep", *arguments]:
+            return prepare(arguments)
+    raise SystemExit(f"stub: not understood: {sys.argv[1:]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""jobs/ on a real SLURM of two nodes, with a stub in the trainer's place."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import JOBS, Site
+
+pytestmark = pytest.mark.slurm
+CHAIN = {
+    "ARRAY": "0-2%2",
+    "PREP_OPTS": "--cpus-per-task=1",
+    "TRAIN_OPTS": "--nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1 --comment='two words'",
+    "EVAL_OPTS": "--cpus-per-task=1",
+}
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in JOBS.glob("*.sbatch")))
+def test_slurm_accepts_every_header(site: Site, name: str) -> None:
+    fits = ["--nodes=2", "--ntasks-per-node=8", "--cpus-per-task=2"] if name.startswith("pretrain") else []
+    done = site.cluster.run("sbatch", "--test-only", *fits, str(JOBS / name), env=site.env)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bare_sbatch_from_another_folder(site: Site) -> None:
+    """The script finds its own folder although SLURM runs a copy; each rank gets its numbers and a meeting point."""
+    job = site.sbatch(
+        "--nodes=2", "--cpus-per-task=1", str(JOBS / "pretrain_vit_h.sbatch")
+    )  # 2 x 8 ranks, as it stands
+    assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.log(job)
+    site.run_dir = next((site.folder / "runs").iterdir())
+    assert site.run_dir.name.endswith(job)
+    for rank in range(16):
+        env = site.launch(rank)["environment"]
+        expected = (str(rank), str(rank % 8), "16", "8")
+        assert tuple(env[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")) == expected
+        assert env["MASTER_ADDR"] == (site.cluster.nodes[0] if site.cluster.isolated else "127.0.0.1")
+        assert 10000 <= int(env["MASTER_PORT"]) < 30000
+        for cache in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+            assert env[cache].startswith(str(site.cluster.local))
+
+
+def test_a_path_with_spaces(site: Site) -> None:
+    jobs = site.folder / "my project" / "jobs"
+    shutil.copytree(JOBS, jobs)
+    job = site.sbatch(
+        *("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"),
+        str(jobs / "pretrain_vit_l.sbatch"),
+        env={"RUN_DIR": str(site.folder / "my run")},
+    )
+    assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.log(job)
+    assert (site.folder / "my run" / "done").exists()
+
+
+def test_options_reach_the_trainer(site: Site) -> None:
+    job = site.pretrain(
+        "data.note=two words",
+        "x=*",
+        "y=$HOME 'q'",
+        env={"PRECISION": "bf16", "ZERO": "3", "ACT_CKPT": "1", "SHARDS": "/a b", "RECIPE": "r.yaml"},
+    )
+    site.cluster.wait(job)
+    assert site.launch()["arguments"] == [
+        "r.yaml", "--run-dir", str(site.run_dir), "engine.ds_config=zero3_bf16", "engine.activation_checkpointing=1",
+        "data.shards=/a b", "data.note=two words", "x=*", "y=$HOME 'q'",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("env", "options", "message"),
+    [
+        ({"PRECISION": "fp8"}, (), "PRECISION='fp8'"),
+        ({"ZERO": "5"}, (), "ZERO='5'"),
+        ({}, ("--gpus-per-node=4",), "4 GPUs per node"),
+        ({}, ("--ntasks=3",), "3 tasks"),
+        ({"SITE_ENV": "/nowhere"}, (), "SITE_ENV='/nowhere'"),
+    ],
+)
+def test_bad_input_ends_with_2(site: Site, env: dict[str, str], options: tuple[str, ...], message: str) -> None:
+    job = site.pretrain(options=options, env=env)
+    assert site.cluster.wait(job)["ExitCode"] == "2:0", site.log(job)
+    assert message in site.log(job).splitlines()[-1]
+    assert not list(site.folder.glob("run/launch.*"))
+
+
+# ------------------------------------------------------------------------------------------------- stop and go on
+
+
+def test_time_limit_requeues_and_resumes(site: Site) -> None:
+    job = site.pretrain("stub.steps=30", "stub.step_s=0.1")
+    site.until_started()
+    site.interrupt(job)
+    site.cluster.start_now(job)
+    end = site.cluster.wait(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), site.log(job)
+    assert (site.run_dir / "done").read_text() == "30\n"
+    starts = [int(n) for n in re.findall(r"stub starts at step (\d+)", site.log(job))]  # one log for both turns
+    assert starts[0] == 0 and 0 < starts[1] < 30
+    assert f"job {job} restart 0 step {starts[1]}" in (site.run_dir / "job" / "restarts.txt").read_text()
+    assert [p.name for p in (site.run_dir / "job").iterdir()] == ["restarts.txt"]
+
+
+def test_signal_before_the_trainer_listens(site: Site) -> None:
+    """Neither kills the ranks nor gets lost."""
+    job = site.pretrain("stub.steps=1000", "stub.step_s=0.1", "stub.deaf_s=2")
+    site.until_started()
+    site.interrupt(job)
+    site.cluster.start_now(job)
+    assert "stub starts at step 0" in site.log(job)
+    assert (site.run_dir / "step").read_text() == "1"
+
+
+def test_cancel_saves_and_does_not_requeue(site: Site) -> None:
+    job = site.pretrain("stub.steps=1000", "stub.step_s=0.1")
+    site.until_started()
+    site.cluster.run("scancel", job)
+    end = site.cluster.wait(job)
+    assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0")
+    assert int((site.run_dir / "step").read_text()) > 0
+    assert not (site.run_dir / "job" / "restarts.txt").exists()
+
+
+def test_crash_of_one_rank_ends_the_job(site: Site) -> None:
+    job = site.pretrain("stub.steps=10000", "stub.step_s=0.05", "stub.crash_rank=2")
+    end = site.cluster.wait(job, timeout_s=40)
+    assert (end["JobState"], end["Restarts"]) == ("FAILED", "0"), site.log(job)
+
+
+def test_bad_input_to_the_trainer_is_not_requeued(site: Site) -> None:
+    end = site.cluster.wait(site.pretrain("stub.exit=2"))
+    assert (end["JobState"], end["Restarts"]) == ("FAILED", "0")
+
+
+def test_leaving_unfinished_is_a_failure(site: Site) -> None:
+    """Exit code 0 without the file `done` must not start what waits for this job's success."""
+    job = site.pretrain("stub.exit=0")
+    assert site.cluster.wait(job)["ExitCode"] == "1:0"
+    assert "without finishing" in site.log(job)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "env", "message"),
+    [
+        ("stub.steps=1000", {"MAX_RESTARTS": "0"}, "MAX_RESTARTS=0 are used up"),
+        ("stub.frozen=1", {}, "no further than the last time"),
+    ],
+)
+def test_requeue_has_limits(site: Site, trainer: str, env: dict[str, str], message: str) -> None:
+    job = site.pretrain(trainer, "stub.step_s=0.1", env=env)
+    site.until_started()
+    site.interrupt(job)
+    end = site.cluster.wait(job)
+    assert (end["JobState"], end["Restarts"]) == ("FAILED", "0")
+    assert message in site.log(job)
+
+
+def test_a_stop_file_made_by_a_person_is_not_requeued(site: Site) -> None:
+    job = site.pretrain("stub.steps=1000", "stub.step_s=0.1")
+    site.until_started()
+    (site.run_dir / "stop").touch()
+    site.interrupt(job)
+    assert site.cluster.wait(job)["JobState"] == "FAILED"
+    assert "remove that file" in site.log(job)
+
+
+# ------------------------------------------------------------------------------------------------------------ nodes
+
+
+@pytest.mark.parametrize(
+    ("env", "why"),
+    [
+        ({"FAKE_BAD_NODE": "n2"}, "1 of 2 GPUs answer"),
+        ({"FAKE_ECC_NODE": "n2", "CHECK_ECC": "1"}, "7 uncorrected ECC errors"),
+    ],
+)
+def test_bad_node_is_named(site: Site, env: dict[str, str], why: str) -> None:
+    job = site.pretrain(env=env)
+    assert site.cluster.wait(job)["ExitCode"] == "3:0", site.log(job)
+    assert f"BAD NODE n2: {why}" in site.log(job) and "--exclude=n2 " in site.log(job)
+    assert "BAD NODE n1" not in site.log(job)
+    assert not list(site.run_dir.glob("launch.*"))
+
+
+def test_full_disk_is_a_bad_node(site: Site) -> None:
+    site.write_env(
+        MIMSCALE_PYTHON=f"{site.folder}/bin/python", SITE_LOCAL_DIR=str(site.cluster.local), MIN_FREE_GB="999999"
+    )
+    job = site.pretrain()
+    assert site.cluster.wait(job)["ExitCode"] == "3:0"
+    assert "BAD NODE n1" in site.log(job) and "--exclude=n1,n2 " in site.log(job)
+
+
+def test_packed_environment_is_unpacked_once_per_node(site: Site) -> None:
+    packed, zstd = site.folder / "env.tar.gz", shutil.which("zstd")
+    subprocess.run(["tar", "-czf", str(packed), "-C", str(site.folder), "bin"], check=True)
+    local = site.cluster.local
+    site.write_env(SITE_ENV_TARBALL=str(packed), SITE_LOCAL_DIR=str(local), MIN_FREE_GB="1")
+    logs = []
+    for _ in range(2):
+        job = site.pretrain()
+        assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.log(job)
+        logs.append(site.log(job))
+        (site.run_dir / "done").unlink()
+    assert logs[0].count("unpacking") == (2 if site.cluster.isolated else 1)
+    assert logs[1].count("unpacking") == 0
+    python = Path(site.launch()["environment"]["MIMSCALE_PYTHON"])
+    for folder in [local.with_name(f"local.{n}") for n in site.cluster.nodes] if site.cluster.isolated else [local]:
+        assert (folder / python.relative_to(local).parents[1] / "COMPLETE").exists()
+
+    if zstd:
+        subprocess.run(["tar", "--zstd", "-cf", str(packed), "-C", str(site.folder), "bin/nvidia-smi"], check=True)
+        job = site.pretrain()
+        assert site.cluster.wait(job)["ExitCode"] == "2:0" and "has no bin/python" in site.log(job)
+
+
+# ------------------------------------------------------------------------------------------------------------ chain
+
+
+def submit(site: Site, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    folders = {"IMAGENET": "/in", "SHARDS": f"{site.folder}/train", "VAL_SHARDS": f"{site.folder}/val"}
+    everything = {**site.env, **CHAIN, **folders, "RUN_DIR": str(site.run_dir), **env}
+    return site.cluster.run(str(JOBS / "submit"), *arguments, env=everything, cwd=site.folder)
+
+
+def test_chain(site: Site) -> None:
+    done = submit(site, "stub.steps=3", "note=two words")
+    assert done.returncode == 0, done.stderr
+    jobs = dict(line.split() for line in (site.run_dir / "job" / "jobs.txt").read_text().splitlines())
+    assert list(jobs) == ["prepare", "pretrain", "evaluate"]
+    last = site.cluster.wait(jobs["evaluate"])
+    assert last["JobState"] == "COMPLETED", site.log(jobs["evaluate"])
+    assert sorted(p.name for p in (site.folder / "train").iterdir()) == ["0-of-3", "1-of-3", "2-of-3"]
+    assert sorted(p.name for p in (site.folder / "val").iterdir()) == ["0-of-3", "1-of-3", "2-of-3"]
+    assert site.launch()["arguments"][-3:] == [f"data.shards={site.folder}/train", "stub.steps=3", "note=two words"]
+    assert {p.name for p in site.run_dir.glob("evaluated.*")} == {"evaluated.knn", "evaluated.linear"}
+    assert last["StdOut"].startswith(f"{site.run_dir}/job/")
+
+
+def test_failed_preparation_cancels_what_follows(site: Site) -> None:
+    assert submit(site, STUB_FAILING_PART="1").returncode == 0
+    jobs = dict(line.split() for line in (site.run_dir / "job" / "jobs.txt").read_text().splitlines())
+    for stage in ("pretrain", "evaluate"):
+        assert site.cluster.wait(jobs[stage])["JobState"] == "CANCELLED"
+    assert not list(site.run_dir.glob("launch.*"))
+
+
+def test_dry_run_submits_nothing(site: Site) -> None:
+    done = submit(site, "--dry-run", "a=1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("to start at") == 3
+    assert not site.run_dir.exists()
+    refused = submit(site, "--dry-run", TRAIN_OPTS="--nodes=3")
+    assert refused.returncode == 1 and "would refuse stage 'pretrain'" in refused.stderr
+
+
+def test_parts_of_a_partial_array_must_be_told(site: Site) -> None:
+    script, arguments = str(JOBS / "prepare_imagenet.sbatch"), ("folder", "/in", str(site.folder / "out"))
+    job = site.sbatch("--array=2", "--cpus-per-task=1", script, *arguments)
+    assert site.cluster.wait(job)["ExitCode"] == "2:0"
+    job = site.sbatch("--array=2", "--cpus-per-task=1", script, *arguments, env={"PARTS": "5"})
+    assert site.cluster.wait(job)["JobState"] == "COMPLETED"
+    assert [p.name for p in (site.folder / "out").iterdir()] == ["2-of-5"]
+
+
+@pytest.mark.slow
+def test_communication_check(site: Site) -> None:
+    """2 x 2 real ranks over gloo; the limit is set so that the noise of a busy host accuses nobody."""
+    job = site.pretrain(env={"COMM_CHECK": "1", "COMM_CHECK_FACTOR": "1000"})
+    assert site.cluster.wait(job, timeout_s=300)["JobState"] == "COMPLETED", site.log(job)
+    assert "all-reduce of 1 MiB" in site.log(job)
+    for node in site.cluster.nodes:
+        assert re.search(rf"^  {node} [\d.]+ [\d.]+$", site.log(job), re.MULTILINE)
+    assert site.launch()["environment"]["RANK"] == "0"  # the training went ahead
+
+
+@pytest.mark.slow
+def test_communication_check_names_a_slow_node(site: Site) -> None:
+    """Under a limit that nobody can meet all are named, and the training does not start."""
+    job = site.pretrain(env={"COMM_CHECK": "1", "COMM_CHECK_FACTOR": "0.0001"})
+    assert site.cluster.wait(job, timeout_s=300)["ExitCode"] == "3:0", site.log(job)
+    assert "BAD NODE n1: all-reduce" in site.log(job) and "--exclude=n1,n2 " in site.log(job)
+    assert not list(site.run_dir.glob("launch.*"))
