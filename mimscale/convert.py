@@ -206,7 +206,10 @@ def read(path: Path) -> Loaded:
 def _read_own(folder: Path, run_dir: Path) -> Loaded:
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}/config.yaml is missing; a checkpoint is read inside its run folder")
-    return Loaded(checkpoint.load_weights(folder), config.load(str(run_dir / "config.yaml")))
+    try:
+        return Loaded(checkpoint.load_weights(folder), config.load(str(run_dir / "config.yaml")))
+    except checkpoint.CheckpointError as error:
+        raise UserError(f"{error}; take an older checkpoint of the run") from None
 
 
 def _read_safetensors(path: Path) -> Loaded:
@@ -242,7 +245,7 @@ def _read_pickle(path: Path) -> State:
 
 @dataclass(frozen=True)
 class StudentInfo:
-    """What is known of a loaded student. method: None for a file that does not say; final_norm: as it was trained."""
+    """What is known of a loaded student. method: None for a file that does not say; final_norm: whether it has one."""
 
     config: StudentConfig
     image_size: int
@@ -261,7 +264,8 @@ def student_from(path: Path, *, image_size: int | None = None, heads: int | None
 
 def _student(loaded: Loaded, path: Path, image_size: int | None, heads: int | None) -> tuple[ViT, StudentInfo]:
     encoder = encoder_of(loaded.weights)
-    missing = [name for name in ("cls_token", "pos_embed", "patch_embed.proj.weight") if name not in encoder]
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    missing = [name for name in needed if name not in encoder]
     if missing:
         raise UserError(f"{path} holds no ViT with a class token: {missing[0]} is missing")
     run = loaded.run

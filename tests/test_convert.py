@@ -199,6 +199,9 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, fragment in cases:
         assert fragment in refused(arguments, capsys)
         assert not Path(out).exists()
+    shard = next((folder / "checkpoints" / "step-00000007").glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-8])
+    assert "take an older checkpoint" in refused([str(folder), out, "--to", "timm"], capsys)
     (tmp_path / "empty").mkdir()
     run_folder.create(tmp_path / "empty", run)
     assert "no complete checkpoint" in refused([str(tmp_path / "empty"), out, "--to", "timm"], capsys)

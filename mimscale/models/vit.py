@@ -72,6 +72,8 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention [B, T, D] -> [B, T, D]; scale head_dim^-0.5, biases on."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -85,6 +87,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """[B, T, D] -> [B, T, D] through `hidden` channels and the exact (erf) GELU."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = Linear(width, hidden)
