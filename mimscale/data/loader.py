@@ -42,9 +42,9 @@ class TrainLoader:
     """Endless micro-batches of one rank from `start_step` on: global_batch / (world * micro_batch) of them per step.
 
     pin: put batches into pinned memory. One iteration runs at a time: a new one starts again at `start_step`. Workers
-    end with `close()`, with the loader, or with the program. They ignore SIGINT, SIGTERM and SIGUSR1, which SLURM sends to
-    every process of a job: when to stop is the trainer's decision. Raises UserError where sizes do not divide or labels
-    are needed and missing; iterating raises DamagedSample.
+    end with `close()`, with the loader, or with the program. They ignore SIGINT, SIGTERM and SIGUSR1, which SLURM
+    sends to every process of a job: when to stop is the trainer's decision. Raises UserError where sizes do not divide
+    or labels are needed and missing; iterating raises DamagedSample.
     """
 
     def __init__(
@@ -221,6 +221,7 @@ def _data_loader(samples: Dataset[Batch], sampler: Any, workers: int, prefetch: 
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=_ignore_signals,
         pin_memory=pin,
+        generator=torch.Generator(),  # unused by the samples; without it torch would advance the global one
     )
 
 
@@ -230,7 +231,19 @@ def _ignore_signals(worker: int) -> None:
 
 
 def _drain(loader: DataLoader[Batch]) -> Running:
-    yield from iter(loader)  # owns the iterator, and so the workers: closing this generator ends them
+    """Closing this generator, or an error in it, ends the workers.
+
+    To drop the iterator is not enough: a traceback may hold it, and its workers ignore the SIGTERM that would end them.
+    """
+    batches: Any = iter(loader)
+    try:
+        yield from batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()
+            for worker in batches._workers:
+                if worker.is_alive():
+                    worker.kill()
 
 
 def _run(loader: DataLoader[Batch]) -> Running:

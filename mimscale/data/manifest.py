@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mimscale.errors import UserError
 
 MANIFEST, INDEX, LABELS = "manifest.json", "index.npy", "labels.npy"
-OPEN_SHARDS = 128
+OPEN_SHARDS = 512
 Ints = NDArray[np.int64]
 Sha256 = Field(pattern="^[0-9a-f]{64}$")
 
@@ -65,10 +65,13 @@ class ManifestFile(BaseModel):
 
 
 class _OpenShard:
-    """A file descriptor that closes when its last user lets go; `os.pread` needs no position, so forks may share it."""
+    """An open file that closes when its last user lets go. `os.pread` needs no position, so forks may share it."""
 
     def __init__(self, path: Path):
         self.fd = os.open(path, os.O_RDONLY)
+
+    def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self.fd, size, offset)
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -157,7 +160,7 @@ class Manifest:
 
     def _pread(self, sample_id: int, offset: int, size: int) -> bytes:
         shard = int(self.locate(sample_id)[0])
-        data = os.pread(self._open(shard).fd, size, offset)
+        data = self._open(shard).read(size, offset)
         if len(data) != size:
             raise OSError(f"'{self.shard_paths[shard]}' ends early: {len(data)} of {size} bytes at {offset}")
         return data

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 def raw(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.uint64]:
     """uint64 [n]: the first n integers under the key (seed, purpose, *numbers). Other keys give independent streams."""
-    text = "/".join([*(str(int(number)) for number in (seed, *numbers)), purpose])  # purpose last: it may hold a slash
+    fields = [len(numbers), int(seed), *map(int, numbers), purpose]  # the count first: no two keys read alike
+    text = "/".join(map(str, fields))
     key = int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "little")
     return Philox(key=key).random_raw(n)
 
@@ -27,11 +28,15 @@ def uniform(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.float3
 
 
 def exponential(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.float32]:
-    """float32 [n] > 0 with unit rate: -log1p(-u) in float64, u the midpoints of 2**52 equal cells of (0, 1)."""
-    cells = (raw(seed, purpose, *numbers, n=n) >> np.uint64(12)).astype(np.float64)
-    return (-np.log1p(-(cells + 0.5) * 2**-52)).astype(np.float32)
+    """float32 [n] > 0 with unit rate: the inverse distribution function, -log1p(-u), in float64."""
+    return _unit_rate(raw(seed, purpose, *numbers, n=n))
 
 
 def permutation(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.int64]:
     """int64 [n]: a random order of 0 .. n-1."""
     return np.argsort(raw(seed, purpose, *numbers, n=n), kind="stable")
+
+
+def _unit_rate(integers: NDArray[np.uint64]) -> NDArray[np.float32]:
+    cells = (integers >> np.uint64(12)).astype(np.float64)  # their midpoints are exact in float64 and never 0 or 1
+    return (-np.log1p(-(cells + 0.5) * 2**-52)).astype(np.float32)
