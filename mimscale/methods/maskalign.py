@@ -168,7 +168,7 @@ class MaskAlign(base.Method):
         first = 0 if self.config.cls_target else 1
         losses = {
             level: alignment_loss(pred[:, first:], self.target(teacher, level, ids_keep), self.config.loss)
-            for level, pred in self.alignment(out.levels).items()
+            for level, pred in zip(self.level_weights, self.alignment(out.levels), strict=True)
         }
         total = torch.stack([self.level_weights[level] * loss for level, loss in losses.items()]).sum()
         return {"loss": total, **{f"level_{level}": loss.detach() for level, loss in losses.items()}}

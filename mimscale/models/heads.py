@@ -87,14 +87,16 @@ class Alignment(nn.Module):
         self.register_parameter("mixing", mixing)
         self.adaptors = nn.ModuleDict({str(i): make_adaptor(adaptor, width, target_width) for i in self.supervised})
 
-    def aggregate(self, levels: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Student levels [B, T, D] -> teacher level -> mixed features [B, T, D]."""
+    def aggregate(self, levels: Mapping[int, Tensor]) -> list[Tensor]:
+        """Student level -> raw block output [B, T, D]; returns mixed features [B, T, D] for each supervised level."""
         if self.mixing is None:
-            return {level: levels[level] for level in self.supervised}
+            return [levels[level] for level in self.supervised]
         stacked = torch.stack([levels[level] for level in self.student_levels])
-        mixed = torch.einsum("sn,nbtd->sbtd", self.mixing, stacked)
-        return dict(zip(self.supervised, mixed, strict=True))
+        return list(torch.einsum("sn,nbtd->sbtd", self.mixing, stacked))
 
-    def forward(self, levels: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Student level -> raw block output [B, T, D]; returns teacher level -> prediction [B, T, C]."""
-        return {level: self.adaptors[str(level)](x) for level, x in self.aggregate(levels).items()}
+    def forward(self, levels: Mapping[int, Tensor]) -> list[Tensor]:
+        """Predictions [B, T, C], one for each supervised teacher level in ascending order.
+
+        A list: DeepSpeed's ZeRO-3 looks through the outputs of modules and stops at a dict whose keys are not text.
+        """
+        return [adaptor(x) for adaptor, x in zip(self.adaptors.values(), self.aggregate(levels), strict=True)]

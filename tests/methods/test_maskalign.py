@@ -34,9 +34,9 @@ def test_golden(name: str) -> None:
     levels = method.student(batch.images, ids_keep, levels=range(run.student.depth)).levels
     for level, output in levels.items():
         close(output, g["student/hidden_states"][level])
-    for level, mixed in method.alignment.aggregate(levels).items():
+    aggregated, predictions = method.alignment.aggregate(levels), method.alignment(levels)
+    for level, mixed, prediction in zip(method.level_weights, aggregated, predictions, strict=True):
         close(mixed, g["student/aggregated"][level])
-    for level, prediction in method.alignment(levels).items():
         close(prediction, g["student/prediction"][level])
         close(method.target(targets, level, ids_keep), g["target/normalised"][level])
 
