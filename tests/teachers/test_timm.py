@@ -1,0 +1,141 @@
+"""timm's models: our walk equals timm's own forward, the row equals the full attention matrix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimscale.contracts import TeacherNeeds
+from mimscale.errors import UserError
+from mimscale.teachers.bank import describe, skeleton
+from tests import golden
+from tests.teachers import tiny
+
+SIZES = {
+    "vit_base_patch16_clip_quickgelu_224": 64,  # norm before the blocks, no patch bias
+    "vit_base_patch16_224.dino": 64,
+    "vit_base_patch14_dinov2": 56,  # layer scale
+    "vit_base_patch14_reg4_dinov2": 56,  # registers, position table without a row for the class token
+    "vit_base_patch16_siglip_224": 64,  # no class token
+    "deit3_small_patch16_224": 64,
+    "test_vit": 64,  # timm's default here is a model for any size
+}
+
+
+def full_attention(model: Any, pixels: Tensor) -> Tensor:
+    """[B, H, N, N] of the last block, from timm's unfused path."""
+    seen: list[Tensor] = []
+    attention = model.blocks[-1].attn
+    attention.fused_attn = False
+    handle = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.forward_features(pixels)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("name", SIZES)
+@torch.no_grad()
+def test_equals_timm(name: str, qk_norm: bool, tmp_path: Path) -> None:
+    size = SIZES[name]
+    model = tiny.timm_model(name, size, qk_norm=qk_norm)
+    config = tiny.timm_config(name, tiny.saved(model, tmp_path / "w.safetensors"),
+                              options={**tiny.TIMM, "qk_norm": qk_norm})  # fmt: skip
+    info = describe("t", config, size)
+    needs = TeacherNeeds(levels=(0, 1, 2), cls_attention=info.has_cls)
+    bank = tiny.bank(config, size, needs)
+    images = tiny.images(2, size)
+    targets = bank(images)["t"]
+    pixels = bank.teachers["t"].preprocess(images)
+
+    intermediates = model.forward_intermediates(
+        pixels, output_fmt="NLC", return_prefix_tokens=info.has_cls, intermediates_only=True
+    )
+    assert (info.dim, info.depth, info.grid, info.image_size) == (32, 3, (4, 4), size)
+    assert info.has_cls == (model.cls_token is not None)
+    for level, expected in enumerate(intermediates):
+        patches, prefix = expected if info.has_cls else (expected, None)
+        torch.testing.assert_close(targets.levels[level], patches, atol=1e-5, rtol=1e-5)
+        if prefix is not None:
+            torch.testing.assert_close(targets.cls[level], prefix[:, 0], atol=1e-5, rtol=1e-5)
+    if info.has_cls:
+        matrix = full_attention(model, pixels)
+        row = matrix.mean(1)[:, 0, model.num_prefix_tokens :]
+        torch.testing.assert_close(targets.cls_attention, row, atol=1e-6, rtol=0)
+        assert targets.cls_attention is not None and bool((targets.cls_attention.sum(1) < 1).all())
+    else:
+        assert not targets.cls and targets.cls_attention is None
+
+
+def test_another_grid_resamples_the_positions(tmp_path: Path) -> None:
+    model = tiny.timm_model("vit_base_patch16_224.dino", 96)
+    config = tiny.timm_config("vit_base_patch16_224.dino", tiny.saved(model, tmp_path / "w.safetensors"), image_size=64)
+    ours = tiny.bank(config, 96).teachers["t"].tower.state_dict()["pos_embed"]
+    table = model.pos_embed.detach()
+    grid = table[:, 1:].transpose(1, 2).unflatten(2, (6, 6))
+    expected = F.interpolate(grid, size=(4, 4), mode="bicubic", align_corners=False, antialias=False)
+    assert torch.equal(ours[:, :1], table[:, :1])
+    torch.testing.assert_close(ours[:, 1:], expected.flatten(2).transpose(1, 2), atol=1e-6, rtol=0)
+
+
+def test_clip_l14_positions_equal_the_official_resize(tmp_path: Path) -> None:
+    official = golden.load("clip14_pos_resize_dev")
+    options = {**tiny.TIMM, "embed_dim": 24, "patch_size": 14}
+    model = tiny.timm_model("vit_base_patch16_clip_quickgelu_224", 224, **options)
+    model.pos_embed.data[0, 1:] = official["input/patch_positions_16x16"]
+    config = tiny.timm_config("vit_base_patch16_clip_quickgelu_224", tiny.saved(model, tmp_path / "w.safetensors"),
+                              image_size=196, options=options)  # fmt: skip
+    teacher = tiny.bank(config, 224).teachers["t"]
+    assert teacher.info.grid == (14, 14)
+    golden.close(teacher.tower.state_dict()["pos_embed"][0, 1:], official["output/patch_positions_14x14"], 1e-6)
+
+
+def test_patch_14_meets_a_patch_16_student_at_196_px() -> None:
+    config = tiny.timm_config("vit_base_patch14_reg4_dinov2", None, random=True, image_size=196)
+    targets = tiny.bank(config, 224)(tiny.images(1, 224))["t"]
+    assert targets.levels[2].shape == (1, 14 * 14, 32) and targets.cls_attention is not None
+    assert targets.cls_attention.shape == (1, 14 * 14)
+
+
+def test_activation_replaces_the_model_s() -> None:
+    exact = tiny.bank(tiny.timm_config("vit_base_patch16_clip_224", None, random=True), 32)
+    quick = tiny.bank(tiny.timm_config("vit_base_patch16_clip_224", None, random=True, activation="quickgelu"), 32)
+    named = tiny.bank(tiny.timm_config("vit_base_patch16_clip_quickgelu_224", None, random=True), 32)
+    images = tiny.images(1, 32)
+    outputs = [teacher(images)["t"].levels[2] for teacher in (exact, quick, named)]
+    assert torch.equal(outputs[1], outputs[2]) and not torch.equal(outputs[0], outputs[1])
+
+
+def test_skeleton_of_a_giant_takes_no_memory() -> None:
+    teacher = skeleton("t", tiny.timm_config("vit_giant_patch14_reg4_dinov2", None, options={}, image_size=196), 224)
+    assert all(p.is_meta for p in teacher.parameters()) and sum(p.numel() for p in teacher.parameters()) > 1e9
+    assert (teacher.info.dim, teacher.info.depth, teacher.info.grid) == (1536, 40, (14, 14))
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "line"),
+    [
+        ("vit_bse_patch16_224", {}, "unknown to timm .*did you mean vit_base_patch16_224"),
+        ("vit_base_patch16_224.dinoo", {}, "no tag 'dinoo' for vit_base_patch16_224; choose one of .*dino"),
+        ("eva02_base_patch14_224", {"image_size": 28}, "rotary positions"),
+        ("deit_base_distilled_patch16_224", {}, "VisionTransformerDistilled.* is not a plain"),
+        ("vit_small_r26_s32_224", {}, "is not a plain"),
+        ("resnet18", {"options": {}}, "timm cannot build resnet18"),
+        ("vit_base_patch16_224", {"options": {"width": 3}}, "timm cannot build .*width"),
+        ("vit_base_patch14_dinov2", {}, "image size 64 is not a multiple of the patch 14 .* to 56 or 70"),
+        (
+            "vit_base_patch16_clip_224.openai",
+            {},
+            "trained with QuickGELU; use vit_base_patch16_clip_quickgelu_224.openai",
+        ),
+    ],
+)
+def test_refusals(model: str, changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line) as error:
+        describe("t", tiny.timm_config(model, None, **changes), 64)
+    assert "\n" not in str(error.value) and "teachers.t" in str(error.value)
