@@ -1,0 +1,75 @@
+"""Features of frozen networks, streamed through a data set once for all networks that look at the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimscale.config import StudentConfig
+from mimscale.data.loader import eval_batches
+from mimscale.data.manifest import Manifest
+from mimscale.models.vit import LN_EPS, ViT
+
+Pool = Literal["mean", "cls"]
+Extractor = Callable[[Tensor], dict[str, Tensor]]
+"""float32 ImageNet-normalised images [B, 3, H, W] -> pool -> float32 features [B, D]."""
+
+PIXELS = "pixels"
+PIXEL_SIDE = 32  # larger pictures are averaged down to it: 3,072 numbers per picture
+
+
+def frozen(vit: ViT, pools: Sequence[Pool]) -> Extractor:
+    """Tokens after the last norm, in the type of the network's parameters, pooled.
+
+    mean: of the patch tokens; cls: the class token. A student without a last norm (MaskAlign trains none) gets one of
+    weight 1 and bias 0, as in MaskAlign's own linear probe.
+    """
+    vit = vit.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def extract(images: Tensor) -> dict[str, Tensor]:
+        tokens = vit(images).tokens
+        if not isinstance(vit.norm, nn.LayerNorm):
+            tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=LN_EPS)
+        tokens = tokens.float()
+        return {pool: tokens[:, 1:].mean(dim=1) if pool == "mean" else tokens[:, 0] for pool in pools}
+
+    return extract
+
+
+def raw_pixels(images: Tensor) -> dict[str, Tensor]:
+    """The picture itself, averaged down to 32 x 32 where it is larger: what a network has to beat."""
+    if images.shape[-1] > PIXEL_SIDE:
+        images = F.adaptive_avg_pool2d(images, PIXEL_SIDE)
+    return {PIXELS: images.flatten(1)}
+
+
+def random_vit(config: StudentConfig, image_size: int, seed: int) -> ViT:
+    """The same class and shape at its own initialisation. The global generators are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return ViT(config, image_size)
+
+
+def stream(
+    extractors: Mapping[str, Extractor],
+    manifest: Manifest,
+    image_size: int,
+    *,
+    batch: int,
+    workers: int,
+    crop_pct: float,
+    device: torch.device,
+) -> Iterator[tuple[dict[tuple[str, str], Tensor], Tensor]]:
+    """({(name, pool): float32 [B, D]}, int64 labels [B]) on `device`, batch by batch: every sample once, in order."""
+    for images in eval_batches(manifest, image_size, batch=batch, workers=workers, crop_pct=crop_pct):
+        images = images.to(device).normalised()
+        assert images.labels is not None
+        yield (
+            {(n, pool): f for n, extract in extractors.items() for pool, f in extract(images.images).items()},
+            images.labels,
+        )

@@ -1,0 +1,73 @@
+"""The rows of an evaluation: raw pixels, the networks at random, the trained ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimscale.convert import student_from
+from mimscale.evals.features import Extractor, Pool, frozen, random_vit, raw_pixels
+from mimscale.models.vit import ViT
+from mimscale.resilience import checkpoint
+
+
+@dataclass(frozen=True)
+class Network:
+    """One row of the table. about: where it comes from, for the report."""
+
+    name: str
+    image_size: int
+    extract: Extractor
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_networks(
+    paths: Sequence[Path],
+    *,
+    pools: Sequence[Pool],
+    image_size: int | None,
+    seed: int,
+    device: torch.device,
+    precision: str,
+) -> list[Network]:
+    """Raw pixels for each image size, a random network for each shape, then the runs in the order given."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def extractor(vit: ViT) -> Extractor:
+        extract = frozen(vit.to(device, dtype), pools)
+        return lambda images: extract(images.to(dtype))
+
+    trained, shapes = [], []
+    for path in paths:
+        source = (checkpoint.newest(path) if (path / "config.yaml").is_file() else path) or path
+        vit, info = student_from(source, image_size=image_size)
+        shape = (info.config.model_copy(update={"size": None, "drop_path": 0.0}), info.image_size)
+        shapes.append(shape)
+        name = path.name if [p.name for p in paths].count(path.name) == 1 else str(path)
+        about = {"source": str(source), **_checkpoint_identity(source), "method": info.method}
+        trained.append(Network(name, info.image_size, extractor(vit), about))
+    shapes, sizes = list(dict.fromkeys(shapes)), list(dict.fromkeys(size for _, size in shapes))
+    raw = [Network(f"raw pixels at {size}" if len(sizes) > 1 else "raw pixels", size, raw_pixels) for size in sizes]
+    untrained = [
+        Network(
+            f"random init {config.width}x{config.depth}/{config.patch} at {size}" if len(shapes) > 1 else "random init",
+            size,
+            extractor(random_vit(config, size, seed)),
+        )
+        for config, size in shapes
+    ]
+    return [*raw, *untrained, *trained]
+
+
+def _checkpoint_identity(source: Path) -> dict[str, Any]:
+    """step: None where a file does not say. sha256: of the file, or of a checkpoint's manifest, which names its own."""
+    if source.is_dir():
+        step, file = int(source.name.rpartition("-")[2]), source / "manifest.json"
+    else:
+        step, file = None, source
+    return {"step": step, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from data_prep.folder import read_folder
+from data_prep.plan import Plan
+from data_prep.write import unfinished, write
+from mimscale.config import RunConfig, method_class, validate
+from mimscale.data.synthetic import make_image_folder
+from mimscale.resilience import checkpoint
+
+
+def shards(pictures: Path, out: Path, labelled: bool = True) -> Path:
+    plan = Plan(read_folder(pictures, labelled=labelled), seed=0, shard_mb=256, shard_samples=50)
+    assert write(plan, out, unfinished(plan, out))
+    return out
+
+
+def small_run(method: str, image_size: int = 32) -> RunConfig:
+    values = {
+        "data": {"shards": "unused", "image_size": image_size},
+        "student": {"width": 32, "depth": 2, "heads": 2, "patch": 8},
+        "method": {"name": method, "classes": 3}
+        if method == "finetune"
+        else {"name": method, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2},
+        "schedule": {"global_batch": 8, "steps": 1, "base_lr": 1e-3},
+    }
+    return validate(values, "test")
+
+
+def save_run(folder: Path, run: RunConfig, step: int = 7) -> Path:
+    """A run folder with one checkpoint of the method at its seeded initialisation."""
+    torch.manual_seed(step)
+    state = method_class(run.method.name)(run, {}).state_dict()
+    fixed = {name for name in state if name.endswith("pos_embed") and run.method.name == "mae"}
+    part = folder / "checkpoints" / ".tmp"
+    pieces = {f"{'buffer' if n in fixed else 'fp32'}|{n}|0": t.detach().flatten() for n, t in state.items()}
+    shard = checkpoint.write_shard(part, pieces, 0, 1)
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    final = checkpoint.step_folder(folder / "checkpoints", step)
+    checkpoint.commit(part, final, [shard], {"step": step, "shapes": shapes})
+    (folder / "config.yaml").write_text(yaml.safe_dump(run.dump()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Labelled shards: 120 pictures to learn from, 45 others of the same 3 classes."""
+    root = tmp_path_factory.mktemp("data")
+    for name, per_class, seed in (("train", 40, 0), ("val", 15, 1)):
+        shards(
+            make_image_folder(root / f"{name}-pictures", classes=3, per_class=per_class, side=32, seed=seed),
+            root / name,
+        )
+    return root / "train", root / "val"
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("runs") / "mae", small_run("mae"))

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mimscale.config import StudentConfig
+from mimscale.data.manifest import Manifest
+from mimscale.evals.features import frozen, random_vit, raw_pixels, stream
+from mimscale.models.vit import LN_EPS, ViT
+
+SMALL = StudentConfig(width=32, depth=2, heads=2, patch=8)
+
+
+@pytest.mark.parametrize(("batch", "workers"), [(7, 0), (120, 0), (16, 2)])
+def test_every_sample_once_in_order_with_its_own_features(data: tuple[Path, Path], batch: int, workers: int) -> None:
+    manifest = Manifest.load(data[0])
+    vit = random_vit(SMALL, 32, seed=0)
+    both = {"vit": frozen(vit, ("mean", "cls")), "raw": raw_pixels}
+    options = {"crop_pct": 1.0, "device": torch.device("cpu")}
+    pieces = list(stream(both, manifest, 32, batch=batch, workers=workers, **options))  # type: ignore[arg-type]
+    labels = torch.cat([labels for _, labels in pieces])
+    assert manifest.labels is not None and labels.tolist() == manifest.labels.tolist()
+    pixels = torch.cat([features["raw", "pixels"] for features, _ in pieces])
+    assert pixels.shape == (120, 3 * 32 * 32) and len(pixels.unique(dim=0)) == 120
+    tokens = vit(pixels.view(-1, 3, 32, 32)).tokens
+    for pool, expected in (("mean", tokens[:, 1:].mean(1)), ("cls", tokens[:, 0])):
+        torch.testing.assert_close(torch.cat([features["vit", pool] for features, _ in pieces]), expected)
+
+
+def test_a_student_without_last_norm_gets_an_untrained_one() -> None:
+    vit = ViT(SMALL, 32, final_norm=False)
+    images = torch.randn(2, 3, 32, 32)
+    expected = F.layer_norm(vit(images).tokens, (32,), eps=LN_EPS)[:, 1:].mean(1)
+    torch.testing.assert_close(frozen(vit, ["mean"])(images)["mean"], expected)
+
+
+def test_random_networks_are_seeded_and_leave_the_global_generator_alone() -> None:
+    before = torch.random.get_rng_state()
+    one, same, other = (random_vit(SMALL, 32, seed).state_dict()["blocks.0.attn.qkv.weight"] for seed in (3, 3, 4))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_large_pictures_are_averaged_for_the_raw_row() -> None:
+    images = torch.arange(64.0).view(1, 1, 1, 64).expand(2, 3, 64, 64)
+    pixels = raw_pixels(images)["pixels"].view(2, 3, 32, 32)
+    assert torch.equal(pixels[0, 0, 0], torch.arange(32.0) * 2 + 0.5)
