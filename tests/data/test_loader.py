@@ -1,0 +1,304 @@
+"""Batches: bit by bit the same for any ranks, workers, micro-batches and resume."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mimscale.config import DataConfig
+from mimscale.contracts import Batch, Needs, Noise
+from mimscale.data import loader as module
+from mimscale.data.decode import decode
+from mimscale.data.loader import DamagedSample, TrainLoader, eval_batches
+from mimscale.data.manifest import Manifest
+from mimscale.data.transforms import pixels, resized_crop
+from mimscale.errors import UserError
+
+NEEDS = Needs(
+    noise={"mask": Noise("uniform", (3, 4)), "jitter": Noise("uniform", (3, 4)), "wait": Noise("exponential", (5,))},
+    labels=True,
+)
+GLOBAL, STEPS = 24, 8  # of 80 samples: more than two epochs
+
+
+def config(manifest: Manifest, **changes) -> DataConfig:
+    return DataConfig(
+        **{"shards": manifest.folder, "image_size": 32, "workers": 0, "streams": 4, "block": 8, **changes}
+    )
+
+
+def loader(manifest: Manifest, data: DataConfig | None = None, needs: Needs = NEEDS, **changes) -> TrainLoader:
+    values = {"seed": 3, "global_batch": GLOBAL, "micro_batch": GLOBAL, "rank": 0, "world": 1, **changes}
+    return TrainLoader(manifest, data or config(manifest), needs, **values)
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    fields = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return {**fields, **{f"noise/{name}": value for name, value in batch.noise.items()}}
+
+
+def by_position(batches: Iterator[Batch]) -> dict[int, dict[str, torch.Tensor]]:
+    samples = {}
+    for batch in batches:
+        for row, position in enumerate(batch.positions.tolist()):
+            assert position not in samples
+            samples[position] = {name: tensor[row] for name, tensor in tensors(batch).items()}
+    return samples
+
+
+def assert_same(one: dict[int, dict[str, torch.Tensor]], two: dict[int, dict[str, torch.Tensor]]) -> None:
+    assert one.keys() == two.keys()
+    for position, fields in one.items():
+        assert fields.keys() == two[position].keys()
+        for name, value in fields.items():
+            assert torch.equal(value, two[position][name]), (position, name)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(shards: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """All steps, by one rank without workers."""
+    return by_position(islice(loader(Manifest.load(shards)), STEPS))
+
+
+def test_what_a_batch_holds(manifest: Manifest) -> None:
+    batch = next(iter(loader(manifest)))
+    shapes = {name: (tuple(value.shape), value.dtype) for name, value in tensors(batch).items()}
+    assert shapes == {
+        "images": ((GLOBAL, 3, 32, 32), torch.uint8),
+        "ids": ((GLOBAL,), torch.int64),
+        "positions": ((GLOBAL,), torch.int64),
+        "boxes": ((GLOBAL, 4), torch.float32),
+        "flips": ((GLOBAL,), torch.bool),
+        "labels": ((GLOBAL,), torch.int64),
+        "noise/mask": ((GLOBAL, 3, 4), torch.float32),
+        "noise/jitter": ((GLOBAL, 3, 4), torch.float32),
+        "noise/wait": ((GLOBAL, 5), torch.float32),
+    }
+    assert batch.labels is not None and manifest.labels is not None
+    for row, sample in enumerate(batch.ids.tolist()):
+        source = decode(manifest.read(sample))
+        height, width = source.height, source.width
+        box = (batch.boxes[row].double() * torch.tensor([height, width, height, width])).round().int().tolist()
+        expected = pixels(resized_crop(source, tuple(box), 32, "bicubic"), bool(batch.flips[row]))
+        assert np.array_equal(batch.images[row].numpy(), expected)
+        assert batch.labels[row] == manifest.labels[sample]
+
+
+def test_an_epoch_has_every_sample_once(manifest: Manifest) -> None:
+    ids = torch.cat([batch.ids for batch in islice(loader(manifest, global_batch=16, micro_batch=4), 20)])
+    assert sorted(ids.tolist()) == list(range(80))
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize(("world", "workers", "micro"), [(1, 1, 24), (1, 2, 4), (2, 0, 12), (4, 2, 3), (12, 0, 1)])
+def test_ranks_workers_and_micro_batches_do_not_show(
+    manifest: Manifest, never_stopped, world: int, workers: int, micro: int
+) -> None:
+    per_rank = STEPS * GLOBAL // (world * micro)
+    batches = []
+    for rank in range(world):
+        part = loader(manifest, config(manifest, workers=workers), micro_batch=micro, rank=rank, world=world)
+        batches += list(islice(part, per_rank))
+        part.close()
+    assert_same(by_position(iter(batches)), never_stopped)
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize(("step", "world", "workers"), [(1, 1, 0), (3, 1, 2), (5, 2, 1)])
+def test_resume_equals_never_stopping(manifest: Manifest, never_stopped, step: int, world: int, workers: int) -> None:
+    batches = []
+    for rank in range(world):
+        data = config(manifest, workers=workers)
+        part = loader(manifest, data, micro_batch=GLOBAL // world, rank=rank, world=world, start_step=step)
+        batches += list(islice(part, STEPS - step))
+        part.close()
+    rest = {position: fields for position, fields in never_stopped.items() if position >= step * GLOBAL}
+    assert_same(by_position(iter(batches)), rest)
+
+
+def test_noise_is_independent_of_what_else_is_asked(manifest: Manifest, never_stopped) -> None:
+    """Purposes do not share numbers, and one more of them changes neither the others nor the pixels."""
+    alone = by_position(islice(loader(manifest, needs=Needs(noise={"mask": NEEDS.noise["mask"]})), 1))
+    for position, fields in alone.items():
+        for name in ("images", "boxes", "noise/mask"):
+            assert torch.equal(fields[name], never_stopped[position][name])
+        assert not torch.equal(fields["noise/mask"], never_stopped[position]["noise/jitter"])
+        assert "labels" not in fields
+
+
+def test_epochs_and_seeds_differ(manifest: Manifest, never_stopped) -> None:
+    seen = {int(fields["ids"]): fields for position, fields in never_stopped.items() if position < 80}
+    later = [fields for position, fields in never_stopped.items() if 80 <= position < 160]
+    other = by_position(islice(loader(manifest, seed=4), 4))
+    for fields in (*later, *(f for p, f in other.items() if p < 80)):
+        for name in ("boxes", "noise/mask", "noise/wait"):
+            assert not torch.equal(fields[name], seen[int(fields["ids"])][name])
+
+
+def test_flip_and_crop_follow_the_configuration(manifest: Manifest) -> None:
+    always = next(iter(loader(manifest, config(manifest, flip=1.0, crop_scale=(1.0, 1.0), crop_ratio=(0.1, 10.0)))))
+    assert always.flips.all()
+    never = next(iter(loader(manifest, config(manifest, flip=0.0))))
+    assert not never.flips.any() and torch.equal(never.boxes, next(iter(loader(manifest))).boxes)
+
+
+def test_a_second_iteration_begins_again(manifest: Manifest) -> None:
+    both = loader(manifest, start_step=2)
+    assert torch.equal(next(iter(both)).positions, next(iter(both)).positions)
+    assert next(iter(both)).positions[0] == 2 * GLOBAL
+
+
+def test_the_global_generators_are_left_alone(manifest: Manifest) -> None:
+    torch.manual_seed(0)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
+    next(iter(loader(manifest)))
+    list(eval_batches(manifest, 16, batch=80, workers=0))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)  # type: ignore[index]
+
+
+def test_wrong_sizes_are_refused(manifest: Manifest) -> None:
+    with pytest.raises(UserError, match="global batch 24 is not a multiple of world size 5 x micro-batch 1"):
+        loader(manifest, world=5, micro_batch=1)
+    with pytest.raises(UserError, match="rank 2"):
+        next(iter(loader(manifest, world=2, micro_batch=12, rank=2)))
+
+
+def test_labels_that_are_not_there(manifest: Manifest) -> None:
+    manifest.labels = None
+    with pytest.raises(UserError, match="needs labels"):
+        loader(manifest)
+    assert next(iter(loader(manifest, needs=replace(NEEDS, labels=False)))).labels is None
+    assert next(iter(eval_batches(manifest, 16, batch=2, workers=0))).labels is None
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 80), (1, 7), (4, 4), (7, 100), (100, 2)])
+def test_evaluation_takes_every_sample_once_in_order(manifest: Manifest, world: int, batch: int) -> None:
+    parts = [list(eval_batches(manifest, 16, batch=batch, workers=0, rank=r, world=world)) for r in range(world)]
+    batches = [one for part in parts for one in part]
+    assert torch.equal(torch.cat([one.ids for one in batches]), torch.arange(80))
+    assert all(len(one.ids) == batch for part in parts for one in part[:-1])
+    for one in batches:
+        assert one.labels is not None and manifest.labels is not None
+        assert one.labels.tolist() == manifest.labels[one.ids.numpy()].tolist()
+        assert one.images.shape == (len(one.ids), 3, 16, 16) and not one.flips.any()
+
+
+@pytest.mark.multi
+def test_evaluation_is_the_same_with_workers(manifest: Manifest) -> None:
+    plain = by_position(eval_batches(manifest, 16, batch=7, workers=0))
+    assert_same(by_position(eval_batches(manifest, 16, batch=7, workers=2)), plain)
+
+
+@pytest.fixture
+def damaged(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest, int]:
+    """A copy of the data in which one picture's bytes are overwritten."""
+    monkeypatch.setattr(module, "READ_PAUSES_S", (0.0, 0.0))
+    manifest = Manifest.load(Path(shutil.copytree(shards, tmp_path / "damaged")))
+    with open(manifest.shard_paths[2], "r+b") as file:
+        file.seek(int(manifest.offsets[40]))
+        file.write(bytes(64))
+    return manifest, 40
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_names_shard_and_key(damaged: tuple[Manifest, int], workers: int) -> None:
+    manifest, sample = damaged
+    with pytest.raises(DamagedSample) as caught:
+        list(eval_batches(manifest, 16, batch=10, workers=workers))
+    for part in (f"sample {sample} ", manifest.key(sample), "shard-000002.tar", "data_prep verify"):
+        assert part in str(caught.value)
+    assert not multiprocessing.active_children()  # though `caught` still holds the frames of the failure
+
+
+def test_a_passing_fault_is_survived(damaged: tuple[Manifest, int], shards: Path) -> None:
+    """The file is replaced by a whole one after the first try: the next opens it anew."""
+    manifest, sample = damaged
+    broken = manifest.shard_paths[2]
+
+    class Repaired(Manifest):
+        tries = 0
+
+        def read(self, sample_id: int) -> bytes:
+            self.tries += 1
+            if self.tries == 2:
+                shutil.copy(shards / broken.name, f"{broken}.new")
+                os.replace(f"{broken}.new", broken)
+            return super().read(sample_id)
+
+    again = Repaired.load(manifest.folder)
+    assert isinstance(again, Repaired)
+    assert module.load_image(again, sample).size == decode(Manifest.load(shards).read(sample)).size
+    assert again.tries == 2
+
+
+SCRIPT = """
+import os, sys, time
+from itertools import islice
+from pathlib import Path
+from mimscale.config import DataConfig
+from mimscale.contracts import Needs
+from mimscale.data.loader import TrainLoader
+from mimscale.data.manifest import Manifest
+
+folder = Path(sys.argv[1])
+data = DataConfig(shards=folder, image_size=32, workers=2)
+sizes = dict(global_batch=4, micro_batch=4, rank=0, world=1)
+batches = iter(TrainLoader(Manifest.load(folder), data, Needs(), seed=0, **sizes))
+next(batches)
+print(*open(f"/proc/self/task/{os.getpid()}/children").read().split(), flush=True)
+"""
+
+
+def run_script(shards: Path, ending: str) -> tuple[subprocess.Popen[str], list[int]]:
+    script = subprocess.Popen([sys.executable, "-c", SCRIPT + ending, str(shards)], stdout=-1, stderr=-1, text=True)
+    assert script.stdout is not None
+    return script, [int(pid) for pid in script.stdout.readline().split()]
+
+
+def gone(pids: list[int], patience_s: float) -> bool:
+    end = time.monotonic() + patience_s
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("ending", ["", "raise RuntimeError('trainer failed')", "sys.exit(3)"])
+def test_the_program_ends_with_its_workers(shards: Path, ending: str) -> None:
+    script, workers = run_script(shards, ending)
+    assert len(workers) == 2
+    script.communicate(timeout=30)
+    assert script.returncode == {"": 0, "sys.exit(3)": 3}.get(ending, 1)
+    assert gone(workers, 0.5)
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_workers_outlive_the_signals_of_a_job_and_not_their_trainer(shards: Path) -> None:
+    """SLURM signals every process of a job; what it means is for the trainer alone to decide."""
+    script, workers = run_script(shards, "\nfor batch in batches: time.sleep(0.01)")
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for pid in workers:
+            os.kill(pid, number)
+    time.sleep(0.5)
+    assert script.poll() is None and all(Path(f"/proc/{pid}").exists() for pid in workers)
+    script.kill()
+    script.communicate()
+    assert gone(workers, 20)

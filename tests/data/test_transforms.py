@@ -1,0 +1,97 @@
+"""Crops and pixels against torchvision, which the published recipes used."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as tv
+
+from mimscale.data import noise
+from mimscale.data.synthetic import picture
+from mimscale.data.transforms import CROP_NUMBERS, TRIES, centre_crop, pixels, random_box, resized_crop
+
+MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+
+
+def image(height: int, width: int, number: int = 0) -> Image.Image:
+    return Image.fromarray(picture(0, 3, 300, 0, number)).resize((width, height))
+
+
+def numbers(place: int) -> list[float]:
+    return noise.uniform(0, "test", place, n=CROP_NUMBERS).tolist()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(120, 160), (31, 200), (17, 19)])
+def test_pixels_equal_torchvisions_resized_crop(interpolation, size: tuple[int, int]) -> None:
+    source = image(*size)
+    for place in range(10):
+        box = random_box(size, SCALE, RATIO, numbers(place))
+        ours = resized_crop(source, box, 64, interpolation)
+        theirs = tv.resized_crop(source, *box, [64, 64], MODES[interpolation])
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+        flipped = np.asarray(tv.horizontal_flip(theirs)).transpose(2, 0, 1)
+        assert np.array_equal(pixels(ours, flip=True), flipped)
+
+
+class Scripted(v2.RandomResizedCrop):
+    """torchvision's own algorithm, drawing from our numbers."""
+
+    def boxes(self, source: Image.Image, given_numbers: list[float], monkeypatch: pytest.MonkeyPatch) -> tuple:
+        script = iter([x for pair in zip(given_numbers[:TRIES], given_numbers[TRIES:], strict=False) for x in pair])
+        places = iter(given_numbers[2 * TRIES :])
+
+        def uniform_(tensor: torch.Tensor, low: float, high: float) -> torch.Tensor:
+            return tensor.double().fill_(low + (high - low) * next(script))
+
+        def randint(low: int, high: int, size: tuple[int, ...]) -> torch.Tensor:
+            return torch.tensor([low + int(next(places) * (high - low))])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "uniform_", uniform_)
+            patch.setattr(torch, "randint", randint)
+            box = self.make_params([source])
+        return box["top"], box["left"], box["height"], box["width"]
+
+
+@pytest.mark.parametrize("size", [(120, 160), (300, 40), (40, 300), (1, 1), (5, 500), (224, 224)])
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.67, 1.0), (0.08, 1.0), (1.0, 1.0)])
+def test_boxes_equal_torchvisions_algorithm(size, scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tries, rounding, ends of the ranges and the fallback, number by number."""
+    theirs, source = Scripted(8, scale=scale, ratio=RATIO), image(*size)
+    for place in range(40):
+        expected = theirs.boxes(source, numbers(place), monkeypatch)
+        assert random_box(size, scale, RATIO, numbers(place)) == expected
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 10**6), st.floats(0.01, 1), st.floats(0.3, 1))
+def test_boxes_lie_inside(height: int, width: int, place: int, low: float, ratio: float) -> None:
+    top, left, h, w = random_box((height, width), (low, 1.0), (ratio, 1 / ratio), numbers(place))
+    assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h and w
+
+
+def test_area_and_ratio_are_spread_as_they_should() -> None:
+    boxes = np.array([random_box((400, 400), SCALE, RATIO, numbers(place)) for place in range(4000)])
+    area, ratio = boxes[:, 2] * boxes[:, 3] / 160_000, np.log(boxes[:, 3] / boxes[:, 2])
+    assert abs(np.median(area[area < 0.7]) - 0.45) < 0.02  # below 0.75 no ratio is ever refused: uniform there
+    assert abs(ratio.mean()) < 0.02 and abs(ratio.min() + math.log(4 / 3)) < 0.02
+
+
+@pytest.mark.parametrize("size", [(120, 160), (333, 97), (64, 64), (20, 90)])
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0, 0.9])
+def test_evaluation_equals_torchvisions(size: tuple[int, int], crop_pct: float) -> None:
+    source, side = image(*size), 64
+    ours, box = centre_crop(source, side, crop_pct)
+    theirs = v2.CenterCrop(side)(v2.Resize(round(side / crop_pct), InterpolationMode.BICUBIC)(source))
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    top, left, height, width = box
+    assert math.isclose(max(height, width), side / round(side / crop_pct))  # of the short side
+    assert abs(top + height / 2 - 0.5) < 0.01 and abs(left + width / 2 - 0.5) < 0.01
