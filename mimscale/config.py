@@ -95,10 +95,10 @@ class StudentConfig(Strict):
 
 
 class TeacherConfig(Strict):
-    """A frozen teacher. `weights` is a local file; without it the library's own pretrained tag is used.
+    """A frozen teacher. `weights` is a local file; without it the file of the library's tag `pretrained` is used.
 
     options: keyword arguments for the library's model constructor (e.g. embed_dim, depth of a custom ViT).
-    activation: required for open_clip with a local file, which cannot say whether it wants QuickGELU.
+    activation: required for open_clip with a local file and no tag: a file cannot say whether it wants QuickGELU.
     random: leave the weights at their seeded random initialisation (a control, not a teacher).
     mean, std, norm_eps: facts of a checkpoint where they differ from what the library says of `model` (LayerNorm eps of
     Hugging Face's DINO: 1e-12; weights trained by this package: ImageNet's mean and std).
