@@ -82,7 +82,9 @@ class Teacher(nn.Module, ABC):
         cls: dict[int, Tensor] = {}
         attention = None
         last = self.info.depth - 1
-        runs = max([level + 1 for level in needs.levels] + [last * needs.cls_attention])
+        runs = max((level + 1 for level in needs.levels), default=0)
+        if needs.cls_attention:
+            runs = max(runs, last)  # the row is read from the tokens that enter the last block
         for index, block in enumerate(self.blocks):
             if index == last and needs.cls_attention:
                 attention = cls_attention(*self.query_and_keys(block, tokens))[:, self.prefix :]
@@ -99,7 +101,7 @@ class Teacher(nn.Module, ABC):
         """Take a checkpoint's weights, cast once. Raises UserError naming the first tensor that does not fit."""
         try:
             given = self.adapt(state)
-        except (AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
+        except (AssertionError, AttributeError, LookupError, ValueError, RuntimeError) as error:
             raise UserError(f"{source} is not a checkpoint of this model: {one_line(error)}") from None
         wanted = self.tower.state_dict()
         for key in sorted(wanted.keys() | given.keys()):

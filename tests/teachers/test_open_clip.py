@@ -51,6 +51,16 @@ def test_equals_open_clip(name: str, tmp_path: Path) -> None:
     assert bank.teachers["t"].info == describe("t", tiny.open_clip_config(name, None), size)
 
 
+@pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.03), ("fp16", 0.004)])
+def test_low_precision_is_close(precision: str, limit: float, tmp_path: Path) -> None:
+    path = tiny.saved(tiny.open_clip_model("ViT-B-16", 64), tmp_path / "w.safetensors")
+    banks = [tiny.bank(tiny.open_clip_config("ViT-B-16", path, precision=p), 64) for p in ("fp32", precision)]
+    exact, low = (bank(tiny.images(2, 64))["t"] for bank in banks)
+    assert exact.cls_attention is not None and low.cls_attention is not None
+    for ours, reference in ((low.levels[2], exact.levels[2]), (low.cls_attention, exact.cls_attention)):
+        assert 0 < float((ours.float() - reference).norm() / reference.norm()) < limit
+
+
 def test_a_file_of_the_image_tower_alone(tmp_path: Path) -> None:
     model = tiny.open_clip_model("ViT-B-16", 64)
     whole = tiny.saved(model, tmp_path / "whole.safetensors")
