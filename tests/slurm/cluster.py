@@ -147,9 +147,12 @@ class Cluster:
         self._until(what, condition, timeout_s)
 
     def start_now(self, job: str, timeout_s: float = 30) -> None:
-        """A requeued job waits until its old credential has expired; skip that."""
+        """A requeued job waits until its old credential has expired; shorten that.
+
+        Not to zero: a credential of the second in which the old one was revoked is taken for the old one.
+        """
         self._until(f"requeue of job {job}", lambda: self.show(job)["JobState"] == "PENDING", timeout_s)
-        self._client("scontrol", "update", f"jobid={job}", "starttime=now")
+        self._client("scontrol", "update", f"jobid={job}", "starttime=now+2")
 
     # ---------------------------------------------------------------------------------------------------- plumbing
 
