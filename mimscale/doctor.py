@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         check_teacher(name, config.teachers[name], info, args.fetch_dir if args.fetch else None, found)
     check_data(config, found)
     show(args.recipe, found.rows)
-    show("ranks: micro-batch x accumulation", batch_rows(config))
+    show(f"global batch {config.schedule.global_batch}: micro-batch x accumulation by ranks", batch_rows(config))
     if found.paste:
         print("give these to `mimscale train`, or write them into the recipe:")
         print(*found.paste, sep="\n")
@@ -207,10 +207,10 @@ def batch_rows(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def show(title: str, rows: list[tuple[str, str]]) -> None:
-    """A table of two columns on stdout; long paths are folded, never cut."""
-    table = Table(title=title, title_justify="left", show_header=False)
+    """A title and a table of two columns on stdout; long paths are folded, never cut."""
+    table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for what, value in rows:
         table.add_row(what, Text(value))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(Text(title), table)

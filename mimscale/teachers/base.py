@@ -27,10 +27,17 @@ class Teacher(nn.Module, ABC):
 
     tower: the library's module without the parts that no target reads (final norm, pooling, head).
     prefix: tokens before the patches; the class token, where there is one, is the first of them.
+    norm_eps: of every LayerNorm, where it is not the library's.
     """
 
     def __init__(
-        self, tower: nn.Module, info: TeacherInfo, prefix: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        tower: nn.Module,
+        info: TeacherInfo,
+        prefix: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        norm_eps: float | None,
     ) -> None:
         super().__init__()
         self.tower, self.info, self.prefix = tower, info, prefix
@@ -41,6 +48,10 @@ class Teacher(nn.Module, ABC):
             self.register_buffer(name, tensor, persistent=False)
         self.scale: Tensor
         self.shift: Tensor
+        if norm_eps is not None:
+            for module in tower.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = norm_eps
 
     @property
     @abstractmethod
@@ -116,6 +127,11 @@ class Teacher(nn.Module, ABC):
     def train(self, mode: bool = True) -> Teacher:
         """A teacher stays in evaluation mode."""
         return super().train(False)
+
+
+def project(tokens: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """A linear layer and the split into heads: [B, N, D] -> [B, H, N, d]."""
+    return F.linear(tokens, weight, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def cls_attention(query: Tensor, keys: Tensor) -> Tensor:

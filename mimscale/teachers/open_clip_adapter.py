@@ -9,18 +9,19 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from open_clip.model import resize_pos_embed
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from mimscale.config import TeacherConfig
 from mimscale.errors import UserError
-from mimscale.teachers.base import Teacher, info_of, one_line
+from mimscale.teachers.base import Teacher, info_of, one_line, project
 from mimscale.teachers.weights import OPEN_CLIP_FILE, HubFile
 
 _UNREAD = ("ln_post", "proj", "attn_pool", "attn_pool_contrastive")  # of the tower; targets are the raw residual stream
 _NO_TEXT = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}  # create_model builds one anyway
+
+_WORD = {True: "quickgelu", False: "gelu"}
 
 
 class OpenClipTeacher(Teacher):
@@ -35,7 +36,7 @@ class OpenClipTeacher(Teacher):
         facts = _tag(config)
         mean = config.mean or facts.get("mean") or open_clip.OPENAI_DATASET_MEAN
         std = config.std or facts.get("std") or open_clip.OPENAI_DATASET_STD
-        super().__init__(tower, info, 1, mean, std)
+        super().__init__(tower, info, 1, mean, std, config.norm_eps)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -51,13 +52,8 @@ class OpenClipTeacher(Teacher):
         attention: Any = block.attn
         normed = block.ln_1(tokens)  # type: ignore[operator]
         weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
-
-        def heads(part: int, inputs: Tensor) -> Tensor:
-            return (
-                F.linear(inputs, weights[part], biases[part]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-            )
-
-        return heads(0, normed[:, :1]) * attention.head_dim**-0.5, heads(1, normed)
+        query = project(normed[:, :1], weights[0], biases[0], attention.num_heads)
+        return query * attention.head_dim**-0.5, project(normed, weights[1], biases[1], attention.num_heads)
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         named = dict(state)
@@ -124,10 +120,6 @@ def _build(name: str, config: TeacherConfig, image_size: int) -> Any:
         )
     for block in tower.transformer.resblocks:
         block.attn.batch_first = True  # open_clip before 2.25 keeps [N, B, D] inside
-    if config.norm_eps is not None:
-        for module in tower.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = config.norm_eps
     tower.ln_post, tower.attn_pool, tower.attn_pool_contrastive = nn.Identity(), None, None
     del tower.proj
     return tower
@@ -137,19 +129,22 @@ def _check_activation(name: str, config: TeacherConfig, quick: bool) -> None:
     """A file cannot say whether it was trained with QuickGELU, and the wrong choice is silent. Raises UserError."""
     if config.random:
         return
-    if config.pretrained:
-        trained_quick = bool(_tag(config).get("quick_gelu", config.pretrained == "openai"))
-    elif config.activation is not None:
-        trained_quick = config.activation == "quickgelu"
-    else:
+    tagged = bool(_tag(config).get("quick_gelu", config.pretrained == "openai")) if config.pretrained else None
+    stated = config.activation == "quickgelu" if config.activation is not None else None
+    if tagged is None and stated is None:
         raise UserError(
             f"teachers.{name}.activation is missing: a local open_clip file does not say it; set quickgelu for weights "
             f"of OpenAI, gelu for most others"
         )
-    named = "-quickgelu" in config.model
-    if config.activation is not None and (config.activation == "quickgelu") != trained_quick or trained_quick != quick:
-        other = config.model.replace("-quickgelu", "") if named else f"{config.model}-quickgelu"
+    if tagged is not None and stated is not None and tagged != stated:
         raise UserError(
-            f"teachers.{name}: the weights were trained with {'quickgelu' if trained_quick else 'gelu'}, "
-            f"model {config.model} computes {'quickgelu' if quick else 'gelu'}; use model: {other}"
+            f"teachers.{name}.activation = {config.activation}, but pretrained = {config.pretrained} was trained with "
+            f"{_WORD[tagged]}; leave activation out"
+        )
+    trained = bool(stated if tagged is None else tagged)
+    if trained != quick:
+        other = config.model.replace("-quickgelu", "") if quick else f"{config.model}-quickgelu"
+        raise UserError(
+            f"teachers.{name}: the weights were trained with {_WORD[trained]}, but {config.model} computes "
+            f"{_WORD[quick]}; use model: {other}"
         )

@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from mimscale.config import TeacherConfig
 from mimscale.errors import UserError
 from mimscale.teachers import huggingface
-from mimscale.teachers.base import Teacher, info_of, one_line
+from mimscale.teachers.base import Teacher, info_of, one_line, project
 from mimscale.teachers.weights import TIMM_FILE, HubFile
 
 _UNREAD = ("norm", "fc_norm", "attn_pool", "head")  # of the tower; targets are the raw residual stream
@@ -33,8 +32,8 @@ class TimmTeacher(Teacher):
         tower = _build(name, config, image_size)
         patch = tower.patch_embed.patch_size
         info = info_of(name, config, image_size, patch, tower.embed_dim, len(tower.blocks), tower.cls_token is not None)
-        facts = tower.pretrained_cfg
-        super().__init__(tower, info, tower.num_prefix_tokens, config.mean or facts["mean"], config.std or facts["std"])
+        mean, std = config.mean or tower.pretrained_cfg["mean"], config.std or tower.pretrained_cfg["std"]
+        super().__init__(tower, info, tower.num_prefix_tokens, mean, std, config.norm_eps)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -57,13 +56,8 @@ class TimmTeacher(Teacher):
         normed = block.norm1(tokens)  # type: ignore[operator]
         weights = attention.qkv.weight.chunk(3)
         biases = attention.qkv.bias.chunk(3) if attention.qkv.bias is not None else (None, None)
-
-        def heads(part: int, inputs: Tensor) -> Tensor:
-            return (
-                F.linear(inputs, weights[part], biases[part]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-            )
-
-        query, keys = attention.q_norm(heads(0, normed[:, :1])), attention.k_norm(heads(1, normed))
+        query = attention.q_norm(project(normed[:, :1], weights[0], biases[0], attention.num_heads))
+        keys = attention.k_norm(project(normed, weights[1], biases[1], attention.num_heads))
         return query * attention.scale, keys
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,10 +105,6 @@ def _build(name: str, config: TeacherConfig, image_size: int) -> Any:
             f"teachers.{name}: {config.model} ({type(tower).__name__}) is not a plain pre-norm VisionTransformer "
             f"of timm; choose a CLIP, DINO, DINOv2 or SigLIP model"
         )
-    if config.norm_eps is not None:
-        for module in tower.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = config.norm_eps
     tower.norm, tower.fc_norm, tower.attn_pool, tower.head = nn.Identity(), nn.Identity(), None, nn.Identity()
     return tower
 

@@ -100,6 +100,11 @@ def test_the_tag_gives_the_statistics(tmp_path: Path) -> None:
         ("ViT-B-16", {"activation": "quickgelu"}, "trained with quickgelu.*use model: ViT-B-16-quickgelu"),
         ("ViT-B-16-quickgelu", {"activation": "gelu"}, "trained with gelu.*use model: ViT-B-16$"),
         ("ViT-B-16", {"pretrained": "openai", "activation": None}, "quickgelu.*use model: ViT-B-16-quickgelu"),
+        (
+            "ViT-B-16",
+            {"pretrained": "laion2b_s34b_b88k", "activation": "quickgelu"},
+            "trained with gelu; leave activation",
+        ),
         ("ViT-B-16", {"pretrained": "nothing", "activation": None}, "'nothing' is unknown; choose one of openai"),
         ("ViT-B-16", {"options": {"wdith": 3}}, "open_clip cannot build ViT-B-16"),
         ("ViT-L-14", {}, "image size 64 is not a multiple of the patch 14"),
