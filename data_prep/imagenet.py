@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data_prep.plan import SIGNATURE_BYTES, Item, Source, sniff, unique_keys
+from data_prep.plan import BLOCK, SIGNATURE_BYTES, Item, Source, padded, sniff, unique_keys
 from mimscale.errors import UserError
 
 DEVKIT_META = "data/meta.mat"
@@ -118,17 +118,25 @@ def _open(archive: Path) -> BinaryIO:
 
 
 def _members(file: BinaryIO, archive: Path, start: int, end: int) -> Iterator[Member]:
-    """The files of the tar that lies at [start, end) of an open file; only headers are read."""
+    """The files of the tar that lies at [start, end) of an open file; only headers are read.
+
+    tarfile takes a damaged header for the end of the archive, and a missing end for an end. Here only the empty block
+    that every tar program writes is one, so that half a download is not half a data set.
+    """
+    after = start
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                if info.offset_data + info.size > end:
+                after = info.offset_data + padded(info.size)
+                if after > end:
                     break
                 if info.isreg():
                     yield Member(info.name, info.offset_data, info.size)
-    except tarfile.TarError as error:
-        raise UserError(f"'{archive}' is not a whole tar archive: {error} (at byte {start:,})") from None
+    except tarfile.TarError:
+        pass  # the check below says where
+    if after + BLOCK > end or any(os.pread(file.fileno(), BLOCK, after)):
+        raise UserError(f"'{archive}' is not a whole tar archive: no end where one should be, at byte {after:,}")
 
 
 def _source(archive: Path, kind: str, found: list[tuple[Member, str]]) -> Source:

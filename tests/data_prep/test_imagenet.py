@@ -1,0 +1,160 @@
+"""Tiny archives laid out as the official ones, with a devkit order that is not the sorted one."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from data_prep.__main__ import main
+from mimscale.data.decode import decode
+from mimscale.data.manifest import Manifest
+from mimscale.data.synthetic import make_image_folder
+
+WNIDS = ["n02119789", "n01440764", "n03100240", "n01443537"]  # line i = ILSVRC2012_ID i
+ANCESTOR = "n00001740"
+TRUTH = [3, 1, 2, 4, 4, 1]  # of pictures 1 .. 6
+
+
+def pack(path: Path, members: dict[str, bytes], mode: str = "w") -> bytes:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("official")
+    pictures = [p.read_bytes() for p in sorted(make_image_folder(root / "p", classes=2, per_class=10).glob("*/*"))]
+    inner = {}
+    for number, wnid in enumerate(sorted(WNIDS)):
+        content = {f"{wnid}_{k}.JPEG": pictures[3 * number + k] for k in range(3)}
+        inner[f"{wnid}.tar"] = pack(root / f"{wnid}.tar", content)
+    pack(root / "ILSVRC2012_img_train.tar", inner)
+    pack(
+        root / "ILSVRC2012_img_val.tar",
+        {f"ILSVRC2012_val_{n + 1:08d}.JPEG": pictures[n] for n in (4, 0, 2, 1, 5, 3)},
+    )
+    truth = "".join(f"{number}\n" for number in TRUTH)
+    (root / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
+    (root / "synsets.txt").write_text("".join(f"{wnid} some words\n" for wnid in WNIDS))
+    boxes = {"val_00000003": " 1 2 3 4 n02119789 5 6 7 8"}
+    rows = [
+        f"ILSVRC2012_{name},{WNIDS[devkit_id - 1]}{boxes.get(name, ' 85 1 499 272')} \n"
+        for name, devkit_id in ((f"val_{number:08d}", devkit_id) for number, devkit_id in enumerate(TRUTH, 1))
+    ]
+    (root / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "".join(reversed(rows)))
+    pack(
+        root / "ILSVRC2012_devkit_t12.tar.gz",
+        {
+            "ILSVRC2012_devkit_t12/readme.txt": b"",
+            "ILSVRC2012_devkit_t12/data/meta.mat": meta(),
+            "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
+        },
+        "w:gz",
+    )
+    return root
+
+
+def meta() -> bytes:
+    """meta.mat as the devkit has it: a struct array of the classes, followed by their ancestors."""
+    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    rows = [(number, wnid, "words", "gloss", 0) for number, wnid in enumerate(WNIDS, 1)]
+    synsets = np.array([*rows, (5, ANCESTOR, "entity", "all", 4)], dtype=kinds)
+    buffer = io.BytesIO()
+    savemat(buffer, {"synsets": synsets.reshape(-1, 1)})
+    return buffer.getvalue()
+
+
+def labels_by_key(manifest: Manifest) -> dict[str, str]:
+    assert manifest.labels is not None and manifest.classes is not None
+    return {manifest.key(n): manifest.classes[manifest.labels[n]] for n in range(manifest.samples)}
+
+
+def test_train_archive_is_read_in_place(official: Path, tmp_path: Path) -> None:
+    archive, out = official / "ILSVRC2012_img_train.tar", tmp_path / "out"
+    assert main(["imagenet", "--train", str(archive), str(out), "--shard-samples", "5"]) == 0
+    manifest = Manifest.load(out)
+    assert manifest.classes == sorted(WNIDS)
+    assert labels_by_key(manifest) == {f"{wnid}_{k}": wnid for wnid in WNIDS for k in range(3)}
+    for sample in range(manifest.samples):
+        key = manifest.key(sample)
+        with tarfile.open(official / f"{key.split('_')[0]}.tar") as tar:
+            assert manifest.read(sample) == tar.extractfile(f"{key}.JPEG").read()  # type: ignore[union-attr]
+        decode(manifest.read(sample))
+    assert main(["verify", str(out), "--decode"]) == 0
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        ["ILSVRC2012_devkit_t12.tar.gz"],
+        ["LOC_val_solution.csv"],
+        ["ILSVRC2012_validation_ground_truth.txt", "--synsets", "synsets.txt"],
+    ],
+)
+def test_validation_labels(official: Path, tmp_path: Path, truth: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(official)
+    assert main(["imagenet", "--val", "ILSVRC2012_img_val.tar", "--truth", *truth, str(tmp_path / "out")]) == 0
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.classes == sorted(WNIDS)
+    expected = {f"ILSVRC2012_val_{number:08d}": WNIDS[devkit_id - 1] for number, devkit_id in enumerate(TRUTH, 1)}
+    assert labels_by_key(manifest) == expected
+    with tarfile.open("ILSVRC2012_img_val.tar") as tar:
+        for sample in range(6):
+            member = tar.extractfile(f"{manifest.key(sample)}.JPEG")
+            assert member is not None and manifest.read(sample) == member.read()
+
+
+def test_mistakes_are_named(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(official)
+
+    def refused(*arguments: str) -> str:
+        assert main(["imagenet", *arguments, str(tmp_path / "out")]) == 2
+        assert not (tmp_path / "out").exists()
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return str(error)
+
+    (tmp_path / "short.txt").write_text("1\n2\n")
+    (tmp_path / "high.txt").write_text("1\n2\n3\n4\n5\n1\n")
+    (tmp_path / "words.txt").write_text("cat\n")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    pack(tmp_path / "other.tar.gz", {"x": b""}, "w:gz")
+    val, synsets = "ILSVRC2012_img_val.tar", ["--synsets", "synsets.txt"]
+    assert "needs --truth" in refused("--val", val)
+    assert "add --synsets FILE" in refused("--val", val, "--truth", "ILSVRC2012_validation_ground_truth.txt")
+    assert "in only one" in refused("--val", val, "--truth", str(tmp_path / "short.txt"), *synsets)
+    assert "5 is not in it" in refused("--val", val, "--truth", str(tmp_path / "high.txt"), *synsets)
+    assert "cannot be read" in refused("--val", val, "--truth", str(tmp_path / "words.txt"), *synsets)
+    assert "'ImageId' is not in it" in refused("--val", val, "--truth", str(tmp_path / "other.csv"))
+    assert "holds no data/meta.mat" in refused("--val", val, "--truth", str(tmp_path / "other.tar.gz"))
+    assert "cannot be read" in refused("--val", val, "--truth", "nowhere.csv")
+    assert "not one tar per class" in refused("--train", val)
+    assert "No such file" in refused("--train", "nowhere.tar")
+    assert "not a whole tar archive" in refused("--train", "synsets.txt")
+
+
+def test_half_an_archive_is_not_half_a_data_set(official: Path, tmp_path: Path, capsys) -> None:
+    """Cut anywhere, also between two members, or with a damaged header: tarfile alone would take it for the end."""
+    whole = (official / "ILSVRC2012_img_train.tar").read_bytes()
+    with tarfile.open(official / "ILSVRC2012_img_train.tar") as tar:
+        headers = [member.offset for member in tar]
+    broken = tmp_path / "broken.tar"
+    for cut in (0, 100, *headers[1:], headers[2] + 512, headers[2] + 2000, headers[3] - 700):
+        broken.write_bytes(whole[:cut])
+        assert main(["imagenet", "--train", str(broken), str(tmp_path / "out")]) == 2
+        assert "not a whole tar archive" in capsys.readouterr().err
+    inner_header = headers[1] + 512
+    for place in (headers[0], headers[2], inner_header):
+        broken.write_bytes(whole[:place] + b"damage" + whole[place + 6 :])
+        assert main(["imagenet", "--train", str(broken), str(tmp_path / "out")]) == 2
+        capsys.readouterr()
+    assert not (tmp_path / "out").exists()
