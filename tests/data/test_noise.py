@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random import Philox
 
 from mimscale.data import noise
 
@@ -21,6 +24,12 @@ def test_the_streams_never_change() -> None:
 RAW = [12229081767526461648, 2276589232726329813, 16576020196205046699]
 PERMUTATION = [6, 1, 5, 3, 0, 7, 2, 4]
 EXPONENTIAL = [1.0874939, 0.131720632, 2.28856254]
+
+
+def test_the_generator_is_plain_philox() -> None:
+    digest = blake2b(b"2/0/3/17/crop", digest_size=16).digest()
+    assert Philox(key=int.from_bytes(digest, "little")).random_raw(3).tolist() == RAW
+
 
 keys = st.tuples(
     st.integers(0, 2**63), st.sampled_from(["crop", "noise/mask", "1", "/", "1/crop"]), st.lists(st.integers(0, 99))
