@@ -32,8 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == chosen:  # only the verb that runs is imported
             module = importlib.import_module(path)
             module.add_arguments(sub)
-    args = parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
     assert module is not None
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if hasattr(args, "overrides"):  # argparse takes positionals in one place only; ours may also follow the options
+        args.overrides += overrides
+        rest = [word for word in rest if word not in overrides]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(module.run(args))
     except UserError as error:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from mimscale.errors import UserError
 
+EMULATE_FP16 = "MIMSCALE_EMULATE_FP16"
+
 
 @dataclass(frozen=True)
 class World:
@@ -54,6 +56,8 @@ def check_precision(device: torch.device, precision: Literal["fp32", "bf16", "fp
 
 
 def _cpu_has_fp16() -> bool:
+    if os.environ.get(EMULATE_FP16):
+        return True
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())  # the same question that DeepSpeed asks
     except (AttributeError, RuntimeError):
@@ -63,7 +67,9 @@ def _cpu_has_fp16() -> bool:
 def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed with its accelerator settled, and without its shared-memory op.
 
-    That op is compiled at start-up on a CPU (a minute or two) and serves only an all-reduce for inference.
+    That op is compiled at start-up on a CPU (a minute or two) and serves only an all-reduce for inference. With
+    EMULATE_FP16 in the environment DeepSpeed also accepts fp16 on a CPU without native fp16 arithmetic, where torch
+    computes it, slowly: enough to test the path of the loss scaler anywhere.
     """
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -71,6 +77,8 @@ def import_deepspeed(device: torch.device) -> Any:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu" and os.environ.get(EMULATE_FP16):
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     return deepspeed
 
 
@@ -88,7 +96,6 @@ def open_process_group(world: World, timeout_s: float = 1800.0) -> None:
     deepspeed = import_deepspeed(world.device)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_s))
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1")))) if world.size > 1 else None
 
 
 def close_process_group() -> None:

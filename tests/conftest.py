@@ -1,0 +1,23 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from data_prep.__main__ import main as data_prep
+from mimscale.data.synthetic import make_image_folder
+from mimscale.engine.world import EMULATE_FP16
+
+os.environ[EMULATE_FP16] = "1"  # some CPUs lack fp16 arithmetic; the tests of the fp16 path must run there too
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 small labelled pictures in 4 classes, as 5 shards."""
+    root = tmp_path_factory.mktemp("shards")
+    make_image_folder(root / "images", classes=4, per_class=20, side=48)
+    assert data_prep(["folder", str(root / "images"), str(root / "shards"), "--shard-samples", "16"]) == 0
+    return root / "shards"

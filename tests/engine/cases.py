@@ -1,0 +1,119 @@
+"""Cases for live engines, started on two ranks by test_cases.py:  torchrun -m tests.engine.cases RECIPE CASE"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from mimscale.config import RunConfig, load, method_class
+from mimscale.contracts import Batch
+from mimscale.data.loader import TrainLoader
+from mimscale.data.manifest import Manifest
+from mimscale.engine.engine import Engine
+from mimscale.engine.layout import MOMENTS, LayoutError
+from mimscale.engine.world import close_process_group, from_environment, open_process_group
+from mimscale.errors import UserError
+
+CPU_CONFIGS = [f"cpu_zero{s}_fp32" for s in range(4)] + [f"cpu_zero{s}_{p}" for s in (2, 3) for p in ("fp16", "bf16")]
+
+
+def engines(recipe: str, names: list[str]) -> Iterator[tuple[str, Engine, Iterator[Batch], RunConfig]]:
+    for name in names:
+        run = load(recipe, [f"engine.ds_config={name}"])
+        torch.manual_seed(0)
+        engine = Engine(method_class("mae")(run, {}), run, world)
+        loader = TrainLoader(
+            Manifest.load(run.data.shards),
+            run.data.model_copy(update={"workers": 0}),
+            engine.module.needs,  # type: ignore[arg-type]
+            seed=0,
+            global_batch=16,
+            micro_batch=8,
+            rank=world.rank,
+            world=world.size,
+        )
+        engine.set_lr(1e-3)
+        yield name, engine, (batch.normalised() for batch in loader), run
+        engine.close()
+
+
+def oracle(recipe: str) -> None:
+    """Our fragments equal what DeepSpeed's public, collective functions say, before and after steps."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    for name, engine, batches, _ in engines(recipe, [c for c in CPU_CONFIGS if "zero0" not in c]):
+        for _ in range(2):
+            engine.micro_step(next(batches), {})
+        for parameter_name, parameter in engine.layout.parameters.items():
+            full = {"fp32": safe_get_full_fp32_param(parameter)}
+            full |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS}
+            for f in engine.layout.fragments:
+                if f.name == parameter_name:
+                    for kind, tensor in full.items():
+                        mine = engine.layout.view(f, kind)
+                        theirs = tensor.view(-1)[f.start : f.start + f.length]
+                        assert torch.equal(mine, theirs), f"{name}: {kind} of {f.name}"
+        assert engine.layout.adam_step() == 2
+
+
+def nonfinite(recipe: str) -> None:
+    """A step whose gradients are not finite on ONE rank changes nothing on any, and is counted; the next one trains."""
+    for name, engine, batches, _ in engines(recipe, CPU_CONFIGS):
+        engine.micro_step(next(batches), {})
+        before = engine.tensors()
+        good = next(batches)
+        poison = torch.full_like(good.images, torch.inf) if world.rank else good.images
+        engine.micro_step(dataclasses.replace(good, images=poison), {})
+        after = engine.tensors()
+        assert all(torch.equal(before[key], after[key]) for key in before), f"{name}: weights or moments moved"
+        assert engine.skipped_steps == 1, f"{name}: {engine.skipped_steps} skips counted"
+        engine.layout.check()
+        engine.micro_step(next(batches), {})
+        moved = engine.tensors()
+        assert not all(torch.equal(after[key], moved[key]) for key in after), f"{name}: stuck"
+        assert all(bool(t.isfinite().all()) for t in moved.values()), f"{name}: not finite"
+        assert engine.skipped_steps == 1
+
+
+def planted_faults(recipe: str) -> None:
+    """The map's self-test notices weights that differ from their masters, and an Adam step that ran away."""
+    for name, engine, _, _ in engines(recipe, ["cpu_zero1_fp32", "cpu_zero2_bf16", "cpu_zero3_fp16"]):
+        engine.layout.check()
+        first = engine.layout.fragments[0]
+        if world.rank == 1:
+            with torch.no_grad():
+                engine.layout.view(first, "fp32").add_(1.0)
+        expect(LayoutError, engine.layout.check, f"{name}: master changed on one rank")
+        if world.rank == 1:
+            with torch.no_grad():
+                engine.layout.view(first, "fp32").sub_(1.0)
+        saved, engine.layout.fragments = engine.layout.fragments, engine.layout.fragments[1:]
+        expect(LayoutError, engine.layout.check, f"{name}: a fragment is missing")
+        engine.layout.fragments = saved
+        if len(engine.layout._leaves) > 1:
+            engine.layout._base.state[engine.layout._leaves[0]]["step"] += 1
+            expect(LayoutError, engine.layout.adam_step, f"{name}: one leaf is a step ahead")
+    run = load(recipe)
+    method = method_class("mae")(run, {})
+    method.scale = torch.nn.Parameter(torch.tensor(1.0))
+    expect(UserError, lambda: Engine(method, run, world), "a 0-dimensional parameter")
+
+
+def expect(kind: type[Exception], work: Callable[[], object], what: str) -> None:
+    try:
+        work()
+    except kind:
+        return
+    raise AssertionError(f"not noticed: {what}")
+
+
+if __name__ == "__main__":
+    world = from_environment("cpu")
+    open_process_group(world)
+    {"oracle": oracle, "nonfinite": nonfinite, "planted_faults": planted_faults}[sys.argv[2]](sys.argv[1])
+    dist.barrier()
+    close_process_group()

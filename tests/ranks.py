@@ -1,0 +1,128 @@
+"""Real trainer processes for tests: a tiny data set, a tiny recipe, torchrun, and what a run left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from mimscale.resilience import checkpoint
+
+KINDS = checkpoint.KINDS
+
+
+def recipe(folder: Path, shards: Path, method: str = "mae", **sections: dict[str, Any]) -> Path:
+    """A recipe file for a network of a few thousand parameters, drop path on. `sections` replace keys."""
+    values: dict[str, dict[str, Any]] = {
+        "data": {"shards": str(shards), "image_size": 32, "workers": 1},
+        "student": {"width": 32, "depth": 3, "heads": 4, "patch": 8, "drop_path": 0.1},
+        "method": {"name": "mae", "norm_pix_loss": True, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4},
+        "schedule": {"global_batch": 16, "steps": 12, "warmup_epochs": 0.4, "base_lr": 1.6e-2, "min_lr": 1e-5},
+        "engine": {"ds_config": "cpu_zero2_fp32", "max_micro_batch": 8, "device": "cpu"},
+        "checkpoint": {"every": 4, "keep": 100},
+        "log": {"every": 1, "tensorboard": False},
+    }
+    if method == "maskalign":
+        values["method"] = {"name": "maskalign", "levels": "top2", "fusion": "linear"}
+        options = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
+        teacher = {"library": "timm", "model": "vit_tiny_patch16_224", "random": True, "precision": "fp32"}
+        values["teachers"] = {"tiny": {**teacher, "options": options}}
+    for name, changes in sections.items():
+        values[name] = {**values.get(name, {}), **changes}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def command(ranks: int, *words: str | Path) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, "-m", *map(str, words)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    return [*launcher, *map(str, words)]
+
+
+def environment() -> dict[str, str]:
+    """This environment without what an outer launcher or test left in it."""
+    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MIMSCALE_STOP_FILE")
+    return {**{k: v for k, v in os.environ.items() if k not in drop}, "OMP_NUM_THREADS": "1"}
+
+
+def run(ranks: int, *words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a module on that many ranks and wait; on failure show what it printed."""
+    done = subprocess.run(command(ranks, *words), capture_output=True, text=True, env=environment())
+    if check and done.returncode:
+        raise AssertionError(f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+    return done
+
+
+def train(ranks: int, recipe: Path, run_dir: Path, *overrides: str) -> None:
+    run(ranks, "mimscale", "train", recipe, *overrides, "--run-dir", run_dir)
+
+
+def train_until(
+    step: int, ranks: int, recipe: Path, run_dir: Path, number: signal.Signals, overrides: Sequence[str] = ()
+) -> int:
+    """Start a run, signal its ranks once it has logged `step`, and return the exit code."""
+    words = command(ranks, "mimscale", "train", recipe, *overrides, "--run-dir", run_dir)
+    with subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while len(curve(run_dir)) < step:
+            assert process.poll() is None, "the run ended before the signal"
+            time.sleep(0.05)
+        for pid in trainers(process.pid):
+            os.kill(pid, number)
+        return process.wait()
+
+
+def trainers(pid: int) -> list[int]:
+    """Rank processes below a launcher (or the plain process itself)."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ranks = [int(child) for child in children if b"mimscale" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return ranks if len(ranks) > 1 else [pid]
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def curve(run_dir: Path, name: str = "loss") -> dict[int, float]:
+    """step -> logged value; where a step was redone the later counts."""
+    return {line["step"]: line[name] for line in lines(run_dir) if "step" in line}
+
+
+def tensors(run_dir: Path) -> dict[str, Tensor]:
+    """Everything in the newest checkpoint, whole, by "kind|name"."""
+    path = checkpoint.newest(run_dir)
+    assert path is not None, f"{run_dir} has no checkpoint"
+    reader = checkpoint.Reader(path)
+    return {f"{kind}|{name}": reader.full(kind, name) for kind in (*KINDS, "buffer") for name in reader.names(kind)}
+
+
+def meta(run_dir: Path) -> dict[str, Any]:
+    path = checkpoint.newest(run_dir)
+    assert path is not None
+    return checkpoint.Reader(path).meta
+
+
+def difference(a: Path, b: Path) -> float:
+    """Largest absolute difference between the weights in two runs' newest checkpoints."""
+    ours, theirs = tensors(a), tensors(b)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[k] - theirs[k]).abs().max()) for k in ours if k.startswith("fp32"))
+
+
+def identical(a: Path, b: Path) -> bool:
+    """Weights, moments, buffers, Adam's step, counters and scaler, to the bit."""
+    ours, theirs = tensors(a), tensors(b)
+    same = ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    return same and meta(a)["engine"] == meta(b)["engine"]
