@@ -172,11 +172,11 @@ def check_teacher(name: str, config: TeacherConfig, info: TeacherInfo, fetch: Pa
 
 
 def _weights(name: str, config: TeacherConfig, fetch: Path | None) -> Path:
-    if fetch is None:
-        return weights.locate(name, config, lambda: adapter(config.library).hub_file(name, config), may_download=False)
-    if config.weights is not None and config.weights.is_file():
-        return config.weights.absolute()
-    file = adapter(config.library).hub_file(name, config)
+    hub = partial(adapter(config.library).hub_file, name, config)
+    here = config.weights is not None and (config.weights.is_file() or not weights.names_a_tag(config))
+    if fetch is None or here:
+        return weights.locate(name, config, hub, may_download=False).absolute()
+    file = hub()
     return weights.cached(file) or weights.download(name, file, fetch.absolute() / file.repo.replace("/", "--"))
 
 

@@ -183,6 +183,14 @@ def test_fetch_downloads_and_prints_lines_to_paste(tmp_path: Path, shards: Path,
     assert main(["doctor", config, weights, digest]) == 0
 
 
+def test_fetch_does_not_guess(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of one's own making is not on a hub."""
+    own = recipe(tmp_path, shards, weights=str(tmp_path / "own.safetensors"), model="vit_tiny_patch16_224")
+    assert main(["doctor", own, "--fetch", "--fetch-dir", str(tmp_path / "fetched")]) == 2
+    assert "own.safetensors does not exist; make it or copy it there" in capsys.readouterr().err
+    assert not (tmp_path / "fetched").exists()
+
+
 def test_fetch_that_is_refused(tmp_path: Path, shards: Path, hub: str) -> None:
     result = doctor(tmp_path, hub, recipe(tmp_path, shards), "teachers.tiny.pretrained=augreg_in21k_ft_in1k", "--fetch")
     assert result.returncode == 2

@@ -67,7 +67,10 @@ class TimmTeacher(Teacher):
 
 def hub_file(name: str, config: TeacherConfig) -> HubFile:
     """The file that timm's tag stands for. Raises UserError where there is none."""
-    facts = timm.get_pretrained_cfg(_tagged(name, config)[0])
+    model, tag = _tagged(name, config)
+    if not tag:  # timm's default tag of a model changes between its versions
+        raise UserError(f"teachers.{name} has neither weights nor a tag; timm's tags for {model} are {_tags(model)}")
+    facts = timm.get_pretrained_cfg(model)
     if facts is None or not facts.hf_hub_id:
         raise UserError(f"teachers.{name}: timm names no hub file for {config.model}; set teachers.{name}.weights")
     return HubFile.of(facts.hf_hub_id, facts.hf_hub_filename or TIMM_FILE)
@@ -120,9 +123,12 @@ def _tagged(name: str, config: TeacherConfig) -> tuple[str, str]:
             f"{f'; did you mean {close[0]}?' if close else ''}"
         )
     if tag and f"{model}.{tag}" not in timm.list_pretrained(f"{model}.*"):
-        known = ", ".join(entry.partition(".")[2] for entry in timm.list_pretrained(f"{model}.*"))
-        raise UserError(f"teachers.{name}: timm has no tag '{tag}' for {model}; choose one of {known or '(none)'}")
+        raise UserError(f"teachers.{name}: timm has no tag '{tag}' for {model}; choose one of {_tags(model)}")
     return (f"{model}.{tag}" if tag else model), tag
+
+
+def _tags(model: str) -> str:
+    return ", ".join(entry.partition(".")[2] for entry in timm.list_pretrained(f"{model}.*")) or "(none)"
 
 
 def _refuse_ambiguous_activation(name: str, config: TeacherConfig, tag: str) -> None:

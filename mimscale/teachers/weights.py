@@ -46,7 +46,8 @@ def locate(name: str, config: TeacherConfig, hub: Callable[[], HubFile], may_dow
     """
     if config.weights is not None:
         if not config.weights.is_file():
-            raise UserError(f"teachers.{name}.weights = {config.weights} does not exist; {FETCH}")
+            fix = FETCH if names_a_tag(config) else "make it or copy it there (no tag says where to fetch it)"
+            raise UserError(f"teachers.{name}.weights = {config.weights} does not exist; {fix}")
         return config.weights
     file = hub()
     path = cached(file)
@@ -57,6 +58,11 @@ def locate(name: str, config: TeacherConfig, hub: Callable[[], HubFile], may_dow
             f"teachers.{name}: {file.repo} is not in the local cache and nothing is downloaded here; {FETCH}"
         )
     return path
+
+
+def names_a_tag(config: TeacherConfig) -> bool:
+    """Whether the library knows which published file this is."""
+    return config.pretrained is not None or (config.library == "timm" and "." in config.model)
 
 
 def downloads_allowed() -> bool:

@@ -80,6 +80,8 @@ def test_loading_draws_no_random_numbers(dino: Path) -> None:
     [
         (tiny.timm_config(SIGLIP, None), TeacherNeeds(cls_attention=True), "no class token.*use random masking or a"),
         (tiny.timm_config(DINO, None), TeacherNeeds(levels=(3,)), "blocks 0 to 2; level 3 is outside"),
+        (tiny.timm_config("vit_base_patch16_224", Path("none.pth")), TeacherNeeds(), "not exist; make it or copy it"),
+        (tiny.timm_config("vit_base_patch16_224", None), TeacherNeeds(), "neither weights nor a tag; .* are .*dino"),
         (tiny.timm_config(DINO, Path("nowhere.pth")), TeacherNeeds(), "nowhere.pth does not exist; run `mimscale"),
     ],
 )  # fmt: skip
