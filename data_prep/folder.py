@@ -23,31 +23,33 @@ def read_folder(root: Path, labelled: bool) -> Source:
         raise UserError(f"source '{root}': no such folder")
     skipped: Counter[str] = Counter()
     names = sorted(_walk(root, skipped))
-    classes = (
-        sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")) if labelled else None
-    )
-    if labelled:
-        if not classes:
-            raise UserError(f"source '{root}' has no class sub-folders; for pictures without classes add --unlabelled")
+    classes = _classes(root) if labelled else None
+    if classes is not None:
         inside = [name for name in names if os.sep in name]
         skipped["outside of the class folders"] += len(names) - len(inside)
         names = inside
-    label_of = {name: label for label, name in enumerate(classes or [])}
     with ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
         probed = list(pool.map(lambda name: _probe(root / name), names))
+    keys = unique_keys(os.path.splitext(name)[0] for name in names)
+    label_of = {name: label for label, name in enumerate(classes or [])}
     items = []
-    for name, key, (extension, size) in zip(
-        names, unique_keys(os.path.splitext(n)[0] for n in names), probed, strict=True
-    ):
+    for name, key, (extension, size) in zip(names, keys, probed, strict=True):
         if extension is None:
             skipped["without an image's content"] += 1
-            continue
-        label = label_of[name.split(os.sep, 1)[0]] if labelled else -1
-        items.append(Item(key, extension, label, str(root / name), 0, size))
-    empty = sorted(set(label_of.values()) - {item.label for item in items})
+        else:
+            label = label_of.get(name.split(os.sep, 1)[0], -1)
+            items.append(Item(key, extension, label, str(root / name), 0, size))
+    empty = set(label_of.values()) - {item.label for item in items}
     if classes and empty:
-        raise UserError(f"class folder '{root / classes[empty[0]]}' holds no picture; fill it or take it away")
+        raise UserError(f"class folder '{root / classes[min(empty)]}' holds no picture; fill it or take it away")
     return Source({"kind": "folder", "path": str(root)}, items, classes, +skipped)
+
+
+def _classes(root: Path) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UserError(f"source '{root}' has no class sub-folders; for pictures without classes add --unlabelled")
+    return names
 
 
 def _walk(root: Path, skipped: Counter[str]) -> list[str]:

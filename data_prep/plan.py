@@ -130,7 +130,7 @@ class Plan:
     def index(self) -> Ints:
         """int64 [N, 2]: offset and size of each picture inside its shard."""
         sizes = np.array([item.size for item in self.items], dtype=np.int64)
-        spans = BLOCK - (-sizes // BLOCK) * BLOCK + (2 * BLOCK if self.labelled else 0)
+        spans = BLOCK + -(-sizes // BLOCK) * BLOCK + (2 * BLOCK if self.labelled else 0)
         starts = np.cumsum(spans) - spans
         for first, last in zip(self.bounds, self.bounds[1:], strict=False):
             starts[first:last] -= starts[first]

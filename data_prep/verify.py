@@ -48,7 +48,11 @@ def _check_shard(folder: Path, decode_all: bool, number: int) -> tuple[int, list
     found = []
     if path.stat().st_size != shard.bytes:
         found.append(f"{shard.name}: {path.stat().st_size:,} bytes, not {shard.bytes:,}")
-    if _sha256(path) != shard.sha256:
+    try:
+        checksum = _sha256(path)
+    except OSError as error:
+        return shard.count, [f"{shard.name}: cannot be read: {error.strerror}"]
+    if checksum != shard.sha256:
         found.append(f"{shard.name}: its checksum is not the manifest's")
     first = int(manifest.counts[:number].sum())
     found += [f"{shard.name}: {line}" for line in _check_members(manifest, path, first, shard.count)]

@@ -11,6 +11,7 @@ import signal
 import time
 import weakref
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -24,8 +25,8 @@ from mimscale.config import DataConfig
 from mimscale.contracts import Batch, Needs, Noise
 from mimscale.data import noise
 from mimscale.data.decode import BadImage, decode
-from mimscale.data.manifest import Manifest
-from mimscale.data.order import Ints, Order, rank_positions
+from mimscale.data.manifest import Ints, Manifest
+from mimscale.data.order import Order, rank_positions
 from mimscale.data.transforms import CROP_NUMBERS, centre_crop, pixels, random_box, resized_crop
 from mimscale.errors import UserError
 
@@ -185,19 +186,19 @@ class EvalSamples(Dataset[Batch]):
 
 def load_image(manifest: Manifest, sample: int) -> Image.Image:
     """Read and decode; a failure is tried again from a freshly opened file. Raises DamagedSample."""
-    for pause_s in (*READ_PAUSES_S, None):
-        try:
+    for pause_s in READ_PAUSES_S:
+        with suppress(OSError, BadImage):
             return decode(manifest.read(sample))
-        except (OSError, BadImage) as error:
-            if pause_s is None:
-                shard = manifest.shard_paths[int(manifest.locate(sample)[0])]
-                raise DamagedSample(
-                    f"sample {sample} (key '{_key(manifest, sample)}') of shard '{shard}' cannot be used: {error}; "
-                    f"`python -m data_prep verify {manifest.folder} --decode` lists all damage"
-                ) from error
-            manifest.close()
-            time.sleep(pause_s)
-    raise AssertionError("unreachable")
+        manifest.close()
+        time.sleep(pause_s)
+    try:
+        return decode(manifest.read(sample))
+    except (OSError, BadImage) as error:
+        shard = manifest.shard_paths[int(manifest.locate(sample)[0])]
+        raise DamagedSample(
+            f"sample {sample} (key '{_key(manifest, sample)}') of shard '{shard}' cannot be used: {error}; "
+            f"`python -m data_prep verify {manifest.folder} --decode` lists all damage"
+        ) from error
 
 
 def _key(manifest: Manifest, sample: int) -> str:

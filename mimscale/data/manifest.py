@@ -92,6 +92,7 @@ class Manifest:
         self.shard_paths = [folder / shard.name for shard in file.shards]
         self.counts: Ints = np.array([shard.count for shard in file.shards], dtype=np.int64)
         self._ends: Ints = np.cumsum(self.counts)
+        self._starts: Ints = self._ends - self.counts
         self._open = lru_cache(maxsize=OPEN_SHARDS)(lambda shard: _OpenShard(self.shard_paths[shard]))
 
     @classmethod
@@ -142,7 +143,7 @@ class Manifest:
         if at.size and (at.min() < 0 or at.max() >= self.samples):
             raise IndexError(f"sample id outside 0 .. {self.samples - 1}")
         shards = np.searchsorted(self._ends, at, side="right")
-        return shards, at - (self._ends - self.counts)[shards]
+        return shards, at - self._starts[shards]
 
     def read(self, sample_id: int) -> bytes:
         """The stored bytes of an image. Raises OSError, also where the shard ends too early."""

@@ -24,10 +24,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mimscale.data import noise
-from mimscale.data.manifest import Manifest
+from mimscale.data.manifest import Ints, Manifest
 from mimscale.errors import UserError
 
-Ints = NDArray[np.int64]
 _CACHE_BYTES = 64 << 20
 
 
@@ -45,7 +44,7 @@ class Order:
 
     counts: samples per shard, or the manifest itself. streams, block: see the module; `self.streams` is what
     `fitting_streams` made of it. Any position costs the same: there is no state and no replay. Memory is bounded by
-    the number of shards and a cache of block permutations (64 MiB at most).
+    the number of shards and a cache of block permutations (64 MiB, or one block if that is larger).
     """
 
     def __init__(self, counts: Manifest | Sequence[int] | Ints, seed: int, streams: int = 256, block: int = 8192):
@@ -79,8 +78,11 @@ class Order:
 
     def _ids_of_epoch(self, epoch: int, places: Ints) -> Ints:
         stream, row = places % self.streams, places // self.streams
-        stream[row >= self.length] = self.streams  # the tail counts as one more stream
-        row[row >= self.length] = places[row >= self.length] - self.streams * self.length
+        tail = row >= self.length
+        stream[tail], row[tail] = (
+            self.streams,
+            places[tail] - self.streams * self.length,
+        )  # it counts as one more stream
         number, inside = np.divmod(row, self.block)
         laid = stream * self.length + number * self.block  # place on the line of shards
         for s, k in np.unique(np.stack([stream, number]), axis=1).T:
