@@ -258,6 +258,17 @@ def test_dry_run_submits_nothing(site: Site) -> None:
     assert refused.returncode == 1 and "would refuse stage 'pretrain'" in refused.stderr
 
 
+def test_bare_array(site: Site) -> None:
+    """The array's last task bears the number of the whole array, about which SLURM answers once per task."""
+    out = site.folder / "out"
+    job = site.sbatch(
+        "--array=0-2", "--cpus-per-task=1", str(JOBS / "prepare_imagenet.sbatch"), "folder", "/in", str(out)
+    )
+    for task in range(3):
+        assert site.cluster.wait(f"{job}_{task}")["JobState"] == "COMPLETED", site.log(f"{job}_{task}")
+    assert sorted(p.name for p in out.iterdir()) == ["0-of-3", "1-of-3", "2-of-3"]
+
+
 def test_parts_of_a_partial_array_must_be_told(site: Site) -> None:
     script, arguments = str(JOBS / "prepare_imagenet.sbatch"), ("folder", "/in", str(site.folder / "out"))
     job = site.sbatch("--array=2", "--cpus-per-task=1", script, *arguments)

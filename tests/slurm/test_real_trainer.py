@@ -1,4 +1,4 @@
-"""The batch script with the real trainer: 2 nodes x 2 ranks of gloo, DeepSpeed ZeRO-2 in bf16, a toy model on CPUs."""
+"""The batch scripts with the real programs: 2 x 2 ranks of gloo, DeepSpeed ZeRO-2 in bf16, toy weights on CPUs."""
 
 from __future__ import annotations
 
@@ -11,23 +11,19 @@ import pytest
 import torch
 
 from mimscale.resilience.checkpoint import load_weights, newest
-from tests.slurm.conftest import Site
+from tests.slurm.conftest import JOBS, Site
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.multi]
 TINY = Path(__file__).with_name("tiny.yaml")
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for arguments in (["synthetic", "pictures", "--per-class=8"], ["folder", "pictures", "shards"]):
-        subprocess.run([sys.executable, "-m", "data_prep", *arguments], cwd=folder, check=True, capture_output=True)
-    return folder / "shards"
+def real_python(site: Site) -> None:
+    site.write_env(MIMSCALE_PYTHON=sys.executable, SITE_LOCAL_DIR=str(site.cluster.local), MIN_FREE_GB="1")
 
 
 def pretrain(site: Site, shards: Path, run_dir: Path) -> str:
     site.run_dir = run_dir
-    site.write_env(MIMSCALE_PYTHON=sys.executable, SITE_LOCAL_DIR=str(site.cluster.local), MIN_FREE_GB="1")
+    real_python(site)
     return site.pretrain("engine.ds_config=cpu_zero2_bf16", env={"RECIPE": str(TINY), "SHARDS": str(shards)})
 
 
@@ -35,7 +31,23 @@ def launches(site: Site) -> list[dict[str, object]]:
     return [json.loads(line) for line in (site.run_dir / "launches.jsonl").read_text().splitlines()]
 
 
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(site: Site, shards: Path) -> None:
+def prepare(site: Site, seed: int) -> Path:
+    """Shards of 20 made-up pictures each, written by an array of two jobs."""
+    pictures, shards = site.folder / f"pictures{seed}", site.folder / f"shards{seed}"
+    command = [sys.executable, "-m", "data_prep", "synthetic", str(pictures), "--per-class=8", f"--seed={seed}"]
+    subprocess.run(command, check=True, capture_output=True)
+    real_python(site)
+    script = (str(JOBS / "prepare_imagenet.sbatch"), "folder", str(pictures), str(shards), "--shard-samples=20")
+    job = site.sbatch("--array=0-1", "--cpus-per-task=1", *script)
+    for part in (f"{job}_0", f"{job}_1"):
+        assert site.cluster.wait(part, timeout_s=200)["JobState"] == "COMPLETED", site.log(part)
+    assert (shards / "manifest.json").exists()
+    return shards
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(site: Site) -> None:
+    """Preparation, pre-training with and without a requeue, evaluation."""
+    shards, other = prepare(site, seed=0), prepare(site, seed=1)
     plain = pretrain(site, shards, site.folder / "plain")
     assert site.cluster.wait(plain, timeout_s=400)["JobState"] == "COMPLETED", site.log(plain)
     assert [(line["ranks"], line["step"]) for line in launches(site)] == [(4, 0)]
@@ -57,6 +69,11 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(site: Site, shards: P
         weights.append(load_weights(checkpoint))
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+    folders = {"RUN_DIR": str(site.run_dir), "SHARDS": str(shards), "VAL_SHARDS": str(other)}
+    job = site.sbatch("--cpus-per-task=1", str(JOBS / "evaluate.sbatch"), "--workers=1", env=folders)
+    assert site.cluster.wait(job, timeout_s=400)["JobState"] == "COMPLETED", site.log(job)
+    assert {"knn", "linear"} <= {path.stem.split("-")[0] for path in (site.run_dir / "eval").iterdir()}
 
 
 def test_bad_input_is_told_and_not_requeued(site: Site, tmp_path: Path) -> None:
