@@ -8,4 +8,5 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 def top1(predictions_N: Tensor, labels_N: Tensor, classes: int) -> float:
     """Percent of int64 predictions [N] that equal the labels [N]."""
-    return 100 * float(multiclass_accuracy(predictions_N, labels_N, num_classes=classes, average="micro"))
+    share = multiclass_accuracy(predictions_N, labels_N, num_classes=classes, average="micro")
+    return round(100 * float(share), 4)

@@ -1,0 +1,83 @@
+"""Draws what the demo's networks see and do on ten test digits: demo_picture.py SEED_FOLDER TEST_SHARDS OUT.png."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import torch
+
+from mimscale.config import load, method_class
+from mimscale.contracts import Batch, View
+from mimscale.data import noise
+from mimscale.data.loader import eval_batches
+from mimscale.data.manifest import Manifest
+from mimscale.observe.panels import tiles
+from mimscale.resilience import checkpoint
+from mimscale.teachers.bank import Bank, describe
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+def one_of_each_class(shards: Path) -> Batch:
+    """Ten test digits, 0 to 9, normalised."""
+    manifest = Manifest.load(shards)
+    (batch,) = eval_batches(manifest, 32, batch=manifest.samples, workers=0, crop_pct=1.0)
+    assert batch.labels is not None
+    rows = torch.stack([(batch.labels == label).nonzero()[0, 0] for label in range(10)])
+    return replace(batch, images=batch.images[rows], ids=batch.ids[rows], labels=None).normalised()
+
+
+def look(run_dir: Path, batch: Batch) -> View:
+    """What a trained method shows of these pictures, on the CPU."""
+    run, newest = load(str(run_dir / "config.yaml")), checkpoint.newest(run_dir)
+    assert newest is not None
+    teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
+    method = method_class(run.method.name)(run, teachers)
+    method.load_state_dict(checkpoint.load_weights(newest))
+    bank = Bank(run.teachers, method.needs.teachers, run.data.image_size, torch.device("cpu"))
+    mask = method.needs.noise["mask"]
+    draw = noise.uniform if mask.kind == "uniform" else noise.exponential
+    numbers = draw(0, "demo picture", n=len(batch.ids) * mask.shape[0]).reshape(-1, *mask.shape)
+    with torch.no_grad():
+        view = method.eval().view(replace(batch, noise={"mask": torch.from_numpy(numbers)}), bank(batch.images))
+    assert view is not None
+    return view
+
+
+def draw(rows: dict[str, torch.Tensor], out: Path) -> None:
+    """Labelled rows of uint8 pictures [B, 3, H, W]."""
+    columns = len(next(iter(rows.values())))
+    figure, axes = pyplot.subplots(len(rows), columns, figsize=(0.95 * columns + 1.5, 0.98 * len(rows)))
+    for axis_row, (label, pictures) in zip(axes, rows.items(), strict=True):
+        for axis, picture in zip(axis_row, pictures, strict=True):
+            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+        axis_row[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=10, fontsize=11)
+    figure.subplots_adjust(
+        left=1.45 / (0.95 * columns + 1.5), right=0.995, top=0.99, bottom=0.01, wspace=0.06, hspace=0.06
+    )
+    figure.savefig(out, dpi=110, facecolor="white")
+
+
+def main(folder: Path, shards: Path, out: Path) -> None:
+    batch = one_of_each_class(shards)
+    mae, aligned = (tiles(look(folder / name, batch), samples=10) for name in ("mae", "maskalign"))
+    rows = {
+        "test digit": mae["input"],
+        "MAE sees\n4 of 16 patches": mae["masked"],
+        "MAE paints\nthe other 12": mae["reconstruction"],
+        "where the\nteacher looks": aligned["attention"],
+        "so MaskAlign\nsees these 8": aligned["masked"],
+    }
+    draw(rows, out)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
