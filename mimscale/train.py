@@ -198,6 +198,7 @@ def restore(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Con
         except RuntimeError as error:
             if control.rank == 0:
                 print(f"passing over {path.name}: {error}", file=sys.stderr)
+            control.first(checkpoint.set_aside, path)
             continue
         refuse_other_inputs(reader, plan, bank)
         control.together(engine.load, reader)

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,11 @@ def commit(temporary: Path, final: Path, shards: list[dict[str, Any]], meta: Map
     _fsync(temporary)
     os.rename(temporary, final)
     _fsync(final.parent)
+
+
+def set_aside(path: Path) -> None:
+    """Move a damaged checkpoint out of the way of the run that will reach its step again; it stays for inspection."""
+    os.rename(path, path.with_name(f"damaged-{path.name}-{time.time_ns():x}"))
 
 
 def prune(root: Path, keep: int) -> None:
