@@ -181,31 +181,30 @@ ask_to_save() { # by signal, and by a file for ranks that do not listen yet
 
 run_with_requeue() { # ARGUMENTS OF PYTHON...: as launch; saves before the time limit and goes on in a new turn
   local restart=${SLURM_RESTART_COUNT:-0} history=$RUN_DIR/job/restarts.txt
-  local command step status signalled terminated='' asked=$early_stop saved last=0
+  local command step='' status signalled terminated='' asked=$early_stop saved last=0
   export MIMSCALE_STOP_FILE=$RUN_DIR/job/stop.$SLURM_JOB_ID.$restart
   export MIMSCALE_REQUEUE_FILE=$RUN_DIR/job/requeue.$SLURM_JOB_ID.$restart
   rm -f "$MIMSCALE_STOP_FILE" "$MIMSCALE_REQUEUE_FILE"
+  trap 'ask_to_save USR1' USR1
+  trap 'terminated=1; ask_to_save TERM' TERM
   [ -z "$early_stop" ] || : > "$MIMSCALE_STOP_FILE"
 
   rank_command "$@"
   "${command[@]}" &
   step=$!
-  trap 'ask_to_save USR1' USR1
-  trap 'terminated=1; ask_to_save TERM' TERM
   while signalled='' && status=0 && { wait "$step" || status=$?; } && [ -n "$signalled" ]; do :; done
   trap '' USR1
   trap - TERM
 
-  rm -f "$MIMSCALE_STOP_FILE"
+  saved=$(cat "$MIMSCALE_REQUEUE_FILE" 2> /dev/null) || true
+  rm -f "$MIMSCALE_STOP_FILE" "$MIMSCALE_REQUEUE_FILE"
   [ -z "$terminated" ] || die 143 "ended by SLURM or by scancel; whether it runs again is SLURM's decision"
   # After the crash of one rank srun ends the others with TERM, on which they may still save and leave a marker.
-  if [ ! -s "$MIMSCALE_REQUEUE_FILE" ] || { [ "$status" != 0 ] && [ -z "$asked" ]; }; then
+  if [ -z "$saved" ] || { [ "$status" != 0 ] && [ -z "$asked" ]; }; then
     [ "$status" = 0 ] || die "$status" "the trainer failed (srun exit code $status); not requeued"
     [ -e "$RUN_DIR/done" ] || die 1 "the trainer left without finishing $RUN_DIR; not requeued"
     return 0
   fi
-  saved=$(< "$MIMSCALE_REQUEUE_FILE")
-  rm -f "$MIMSCALE_REQUEUE_FILE"
   [ ! -s "$history" ] || last=$(sed -n '$s/.* step //p' "$history")
   echo "job $SLURM_JOB_ID restart $restart step $saved" >> "$history"
   local again="submit again with RUN_DIR='$RUN_DIR' to go on"

@@ -55,7 +55,10 @@ KillWait=5
 ReturnToService=2
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} Boards=1 \
 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=16000 Gres=gpu:{gpus} State=UNKNOWN
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=7-00:00:00 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=7-00:00:00 State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=low Nodes=ALL MaxTime=7-00:00:00 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
 """
 
 
@@ -93,9 +96,8 @@ class Cluster:
     def stop(self) -> None:
         try:
             if len(self._daemons) > 1:
-                subprocess.run(["scancel", "-u", getpass.getuser()], env=self.environment(), timeout=20, check=False)
-                with contextlib.suppress(TimeoutError):
-                    self._until("the queue", lambda: not self._client("squeue", "-h").strip(), 20)
+                with contextlib.suppress(TimeoutError, subprocess.TimeoutExpired):
+                    self.cancel_all()
         finally:
             for daemon in reversed(self._daemons):
                 daemon.terminate()
@@ -142,6 +144,11 @@ class Cluster:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         self._until(f"job {job}", lambda: self.show(job)["JobState"] in ended, timeout_s)
         return self.show(job)
+
+    def cancel_all(self) -> None:
+        """End every job and wait until the nodes are free again."""
+        self._client("scancel", "-u", getpass.getuser())
+        self._until("the queue to be empty", lambda: not self._client("squeue", "-h").strip(), 30)
 
     def until(self, what: str, condition: Callable[[], bool], timeout_s: float = 30) -> None:
         self._until(what, condition, timeout_s)

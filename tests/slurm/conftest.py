@@ -81,7 +81,7 @@ class Site:
 
 
 @pytest.fixture
-def site(cluster: Cluster, tmp_path: Path) -> Site:
+def site(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     python = PYTHON.format(python=sys.executable, stub=Path(__file__).with_name("stub.py"))
@@ -95,4 +95,5 @@ def site(cluster: Cluster, tmp_path: Path) -> Site:
         SITE_LOCAL_DIR=str(cluster.local),
         MIN_FREE_GB="1",
     )
-    return made
+    yield made
+    cluster.cancel_all()

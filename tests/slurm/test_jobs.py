@@ -122,7 +122,30 @@ def test_cancel_saves_and_does_not_requeue(site: Site) -> None:
     end = site.cluster.wait(job)
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0")
     assert int((site.run_dir / "step").read_text()) > 0
-    assert not (site.run_dir / "job" / "restarts.txt").exists()
+    site.cluster.until("the batch script's end", lambda: not list((site.run_dir / "job").iterdir()))
+
+
+def test_preemption_saves_and_slurm_requeues(site: Site) -> None:
+    """A job of higher rank takes the nodes: ours gets TERM, saves within the grace time and comes back afterwards."""
+    job = site.pretrain("stub.steps=30", "stub.step_s=0.1", options=["--partition=low"])
+    site.until_started()
+    other = site.sbatch("--nodes=2", "--exclusive", "--wrap=sleep 1")
+    site.cluster.start_now(job)
+    assert site.cluster.wait(other)["JobState"] == "COMPLETED"
+    end = site.cluster.wait(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), site.log(job)
+    starts = [int(n) for n in re.findall(r"stub starts at step (\d+)", site.log(job))]
+    assert starts[0] == 0 and 0 < starts[1] < 30
+
+
+def test_signal_during_the_node_check(site: Site) -> None:
+    nvidia_smi, waiting = site.folder / "bin" / "nvidia-smi", site.folder / "waiting"
+    nvidia_smi.write_text(nvidia_smi.read_text() + f"touch '{waiting}'; sleep 1\n")
+    job = site.pretrain("stub.steps=1000", "stub.step_s=0.1")
+    site.cluster.until("the node check", waiting.exists)
+    site.interrupt(job)
+    site.cluster.start_now(job)
+    assert (site.run_dir / "step").read_text() == "1"
 
 
 def test_crash_of_one_rank_ends_the_job(site: Site) -> None:
