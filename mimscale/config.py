@@ -424,7 +424,7 @@ def load_ds_config(name: str) -> dict[str, Any]:
         raise UserError(f"{name}: ZeRO stage 0 in 16 bit drifts from the other stages; set zero_optimization.stage = 1")
     if zero.get("round_robin_gradients"):
         raise UserError(f"{name}: zero_optimization.round_robin_gradients breaks checkpoints; remove it")
-    if zero.get("memory_efficient_linear", False):
+    if zero.get("stage", 0) == 3 and zero.get("memory_efficient_linear", True):
         raise UserError(f"{name}: zero_optimization.memory_efficient_linear changes every later matmul; set it false")
     return values
 

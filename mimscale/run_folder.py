@@ -71,7 +71,12 @@ def create(run_dir: Path, run: RunConfig) -> None:
 def stop_files(run_dir: Path) -> list[Path]:
     """Files that ask a run to save and stop: one for a person, one that a batch script names for this launch."""
     named = os.environ.get("MIMSCALE_STOP_FILE")
-    return [run_dir / "stop", *([Path(named)] if named else [])]
+    return [stop_wish(run_dir), *([Path(named)] if named else [])]
+
+
+def stop_wish(run_dir: Path) -> Path:
+    """A person's stop file. Unlike a signal it is not answered with a request to run again."""
+    return run_dir / "stop"
 
 
 def mark_done(run_dir: Path, step: int) -> None:

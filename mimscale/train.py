@@ -27,6 +27,7 @@ from mimscale.errors import UserError
 from mimscale.methods.base import Method
 from mimscale.observe.logbook import Logbook
 from mimscale.observe.meter import Meter, Phases
+from mimscale.observe.panels import panel
 from mimscale.resilience import checkpoint
 from mimscale.resilience.control import Control
 from mimscale.resilience.preempt import Preemption, ignore_signals, leave_requeue_marker
@@ -77,6 +78,8 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
         run_dir, stored = fork, run_folder.existing_run(fork)
     if stored is not None:
         run_folder.refuse_changes(stored, run, run_dir)
+    if run_folder.stop_wish(run_dir).exists():
+        raise UserError(f"{run_folder.stop_wish(run_dir)} asks this run to stop; remove it to go on")
 
     manifest = Manifest.load(run.data.shards)
     steps_per_epoch = manifest.samples // run.schedule.global_batch
@@ -145,8 +148,8 @@ def train(plan: Plan, phases: Phases) -> None:
             with meter.waiting():
                 batch = next(batches)
             batch = batch.to(world.device).normalised()
-            scalars = engine.micro_step(batch, bank(batch.images))
-            meter.add(scalars, images=len(batch.ids) * world.size)
+            targets = bank(batch.images)
+            meter.add(engine.micro_step(batch, targets), images=len(batch.ids) * world.size)
         method.after_step(batch)
 
         now_s = time.perf_counter()
@@ -161,6 +164,11 @@ def train(plan: Plan, phases: Phases) -> None:
             metrics |= {"lr": lr, "grad_norm": engine.gradient_norm(), "loss_scale": engine.loss_scale}
             metrics |= {"epoch": state.step / plan.steps_per_epoch, "skipped_steps": float(engine.skipped_steps)}
             logbook.step(state.step, metrics)
+        if run.log.panels and (last or state.step % run.log.panels == 0):
+            with torch.no_grad():
+                view = method.view(batch, targets)
+            if view is not None:
+                logbook.picture(state.step, "view", panel(view))
         stop = control.any_raised(preemption.raised()) and not last
         if stop or last:
             ignore_signals()
@@ -172,7 +180,7 @@ def train(plan: Plan, phases: Phases) -> None:
         if stop:
             logbook.event("stopped", at=state.step, reason=preemption.reason)
             logbook.say(f"stopped at step {state.step} ({preemption.reason or 'asked by another rank'}), saved")
-            if world.rank == 0:
+            if world.rank == 0 and not run_folder.stop_wish(plan.run_dir).exists():
                 leave_requeue_marker(state.step)
             break
     else:

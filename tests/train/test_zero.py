@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import ranks
 
@@ -24,10 +25,14 @@ def ddp(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> tuple[Path, d
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_loss_curve_equals_ddp(stage: int, ddp: tuple[Path, dict[str, list[float]]], tmp_path: Path) -> None:
     recipe, reference = ddp
-    ranks.train(2, recipe, tmp_path / "run", f"engine.ds_config=cpu_zero{stage}_fp32")
+    watched = ["log.panels=5", "log.tensorboard=true"]  # looking at a run must not change it
+    ranks.train(2, recipe, tmp_path / "run", f"engine.ds_config=cpu_zero{stage}_fp32", *watched)
     assert list(ranks.curve(tmp_path / "run").values()) == pytest.approx(reference["loss"], abs=1e-6)
     assert list(ranks.curve(tmp_path / "run", "grad_norm").values()) == pytest.approx(reference["norm"], rel=1e-5)
     assert list(ranks.curve(tmp_path / "run", "lr").values()) == pytest.approx(reference["lr"], rel=1e-12)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [image.step for image in board.Images("view")] == [5, 10, 12]
+    assert [scalar.value for scalar in board.Scalars("loss")] == pytest.approx(reference["loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -1,0 +1,95 @@
+"""The command line: exit codes, one line for bad input, and an installed wheel that works from any folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mimscale.__main__ import main
+from tests import ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """The single line that bad input gets; the exit code is 2 and no run folder appears."""
+    assert main([str(word) for word in words]) == 2
+    captured = capsys.readouterr().err.strip().splitlines()
+    assert len(captured) == 1, captured
+    return captured[0]
+
+
+def test_impossible_runs_are_refused_before_any_rank_connects(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MASTER_ADDR", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    recipe = ranks.recipe(tmp_path, shards)
+    words = ("train", recipe, "--run-dir", tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "does not divide over 3 ranks" in refusal(capsys, *words)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "unknown key engine.devise; did you mean 'device'?" in refusal(capsys, *words, "engine.devise=cpu")
+    assert "no such folder; make it with" in refusal(capsys, *words, f"data.shards={tmp_path / 'nowhere'}")
+    assert "exceeds the 80 samples" in refusal(
+        capsys, *words, "schedule.global_batch=96", "schedule.steps=null", "schedule.epochs=1"
+    )
+    assert "sees no CUDA device" in refusal(capsys, *words, "engine.device=cuda")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").touch()
+    assert "holds something that is not a run (thesis.txt)" in refusal(capsys, *words)
+    (tmp_path / "run" / "thesis.txt").unlink()
+    assert "has no checkpoint to start from" in refusal(capsys, *words, "--fork", tmp_path / "new")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_teacher_mismatches_are_refused(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    words = ("train", ranks.recipe(tmp_path, shards, "maskalign"), "--run-dir", tmp_path / "run")
+    assert "sum" in refusal(capsys, *words, "student.depth=5")
+    line = refusal(capsys, *words, "teachers.tiny.options.patch_size=16")
+    assert "2x2" in line.replace(" ", "") or "(2,2)" in line.replace(" ", ""), line
+    assert "bn" in refusal(capsys, *words, "method.target_norm=bn")
+
+
+def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["fly"], ["train"], ["train", "mae_vit_b16", "--speed"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+    assert "unrecognized arguments: --speed" in capsys.readouterr().err
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in ("train", "evaluate", "convert", "doctor"))
+
+
+@pytest.mark.slow
+def test_installed_package_works_from_any_folder(tmp_path: Path) -> None:
+    """Recipes, DeepSpeed configs and data_prep travel with the package into a folder of their own."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True, stderr=subprocess.DEVNULL)
+    (wheel,) = tmp_path.glob("mimscale-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"ds_configs/zero2_fp16.json", "mimscale/recipes/mae_vit_b16.yaml", "mimscale/py.typed"} <= names
+    assert not any(name.startswith("tests/") for name in names)
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    code = (
+        "import mimscale.config as c, pathlib, sys; assert 'site' in c.__file__, c.__file__;"
+        "c.load('maskalign_vit_h14'); c.load_ds_config('zero3_bf16'); print(c.recipe_names())"
+    )
+    environment = {**ranks.environment(), "PYTHONPATH": str(tmp_path / "site")}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for words in (["-c", code], ["-m", "data_prep", "--help"], ["-m", "mimscale", "doctor", "--help"]):
+        subprocess.run([sys.executable, *words], cwd=elsewhere, env=environment, check=True, stdout=subprocess.DEVNULL)
