@@ -1,6 +1,6 @@
 """Teacher -> masked students -> frozen-feature accuracy, on real handwritten digits. See README, "Demo".
 
-Every stage is one command of the project, printed as it starts. Stages that are done are not done again.
+Every stage is one command of the project, printed as it starts. Training that is done is not done again.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ RUNS = ("teacher", "mae", "control", "maskalign")
 ROWS = {  # network in the reports -> (title, what it saw before the test)
     "raw pixels": ("raw pixels", "no network"),
     "random init": ("random initialisation", "nothing"),
-    "teacher": ("the teacher itself, transferred", "4,000 MNIST digits with labels"),
+    "teacher": ("teacher, transferred", "4,000 MNIST digits with labels"),
     "mae": ("MAE", "1,297 digits without labels"),
-    "control": ("MaskAlign to a random teacher (control)", "1,297 digits without labels"),
-    "maskalign": ("MaskAlign", "1,297 digits without labels, through the teacher's features"),
+    "control": ("MaskAlign, random teacher", "1,297 digits without labels"),
+    "maskalign": ("MaskAlign", "1,297 digits without labels, and the teacher"),
 }
-METRICS = {"knn": "kNN", "linear": "linear, 1,297 labels", "few_shot": "linear, 5 labels per class"}
+METRICS = {"knn": "kNN", "linear": "linear", "few_shot": "5-shot"}
 OVER_RANDOM, OVER_CONTROL = 12.0, 8.0  # points that MaskAlign has to be ahead in kNN and with 5 labels per class
 console = Console(highlight=False)
 
@@ -160,7 +160,7 @@ def findings(scores: Sequence[dict[str, dict[str, float]]]) -> list[str]:
 
     def compare(first: str, second: str) -> str:
         gaps = [(m, mean(scores, first, m) - mean(scores, second, m)) for m in ("knn", "few_shot")]
-        told = " and ".join(f"{gap:+.1f} points in {METRICS[m].removeprefix('linear, ')}" for m, gap in gaps)
+        told = " and ".join(f"{gap:+.1f} points in {METRICS[m]}" for m, gap in gaps)
         return f"{ROWS[first][0]} against {ROWS[second][0]}: {told}."
 
     pairs = (("maskalign", "random init"), ("maskalign", "control"), ("maskalign", "teacher"))
@@ -181,11 +181,13 @@ def failures(scores: Sequence[dict[str, dict[str, float]]], scale: float) -> lis
 def caption(seeds: int) -> str:
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{RANKS} processes on a CPU"
     over = f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "One seed"
+    commit = git_commit() or "unknown"
+    changed = " with changes" if commit.endswith("+") else ""
     return (
-        "Percent of 500 digits of scikit-learn that are classified right; no network and no probe saw them. The "
-        "networks are frozen, features are the mean of the patch tokens; kNN and the linear probe learn from the "
-        f"labels of the other 1,297. {over}; `bash jobs/demo.sh`, {where}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, commit {(git_commit() or 'unknown')[:12]}."
+        "Percent of 500 of scikit-learn's digits that are classified right; no network and no probe saw these. Features "
+        "are the mean of the frozen network's patch tokens. kNN and linear learn from the labels of the other 1,297 "
+        f"digits, 5-shot from 5 labels per class (mean of 3 draws). {over}; `bash jobs/demo.sh`, {where}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}, commit {commit[:12]}{changed}."
     )
 
 
