@@ -184,9 +184,9 @@ def caption(seeds: int) -> str:
     commit = git_commit() or "unknown"
     changed = " with changes" if commit.endswith("+") else ""
     return (
-        "Percent of 500 of scikit-learn's digits that are classified right; no network and no probe saw these. Features "
-        "are the mean of the frozen network's patch tokens. kNN and linear learn from the labels of the other 1,297 "
-        f"digits, 5-shot from 5 labels per class (mean of 3 draws). {over}; `bash jobs/demo.sh`, {where}, "
+        "Percent of 500 of scikit-learn's digits that are classified right; no network and no probe saw these. "
+        "Features are the mean of the frozen network's patch tokens. kNN and linear learn from the labels of the other "
+        f"1,297 digits, 5-shot from 5 labels per class (mean of 3 draws). {over}; `bash jobs/demo.sh`, {where}, "
         f"torch {torch.__version__}, Python {platform.python_version()}, commit {commit[:12]}{changed}."
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     protocols = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL")
     knn = protocols.add_parser("knn", help="weighted k nearest neighbours: no training, no choice to make")
     _add_common(knn)
-    knn.add_argument("--k", type=_positive, default=K, help=f"neighbours (default {K})")
+    knn.add_argument("--k", type=_at_least(1), default=K, help=f"neighbours (default {K})")
     knn.add_argument("--temperature", type=float, default=TEMPERATURE, help=f"of their votes (default {TEMPERATURE})")
     probe = protocols.add_parser("linear", help="logistic regression on all labels, and on a few per class")
     _add_common(probe)
-    probe.add_argument("--shots", type=_positive, metavar="N", help="also with N labels per class")
-    probe.add_argument("--draws", type=_positive, default=3, metavar="N", help="choices of those labels (default 3)")
+    probe.add_argument("--shots", type=_at_least(1), metavar="N", help="also with N labels per class")
+    probe.add_argument("--draws", type=_at_least(1), default=3, metavar="N", help="choices of those labels (default 3)")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -50,10 +50,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pool", nargs="+", choices=("mean", "cls"), default=["mean"], help="patch mean, class token (default mean)"
     )
-    parser.add_argument("--image-size", type=_positive, metavar="PX", help="default: as the run was trained")
+    parser.add_argument("--image-size", type=_at_least(1), metavar="PX", help="default: as the run was trained")
     parser.add_argument("--crop-pct", type=float, default=0.875, help="share of the short side seen (default 0.875)")
-    parser.add_argument("--batch", type=_positive, default=256, help="images at a time (default 256)")
-    parser.add_argument("--workers", type=int, default=8, help="processes that read images (default 8)")
+    parser.add_argument("--batch", type=_at_least(1), default=256, help="images at a time (default 256)")
+    parser.add_argument("--workers", type=_at_least(0), default=8, help="processes that read images (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="of random networks, hold-out and few-shot draws")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the networks (default bf16 on cuda)")
@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     classes = int(max(train.labels.max(), val.labels.max())) + 1
     if args.protocol == "knn" and args.k > train.samples:
         raise UserError(f"--k {args.k} is more than the {train.samples} training samples of {args.train}; lower it")
+    if args.protocol == "knn" and not args.temperature > 0:
+        raise UserError(f"--temperature {args.temperature:g} must be above 0; {TEMPERATURE} is usual")
     if args.out is not None and args.out.suffix != ".json":
         raise UserError(f"--out {args.out} must end in .json")
     args.device = _device(args.device)
@@ -157,8 +159,7 @@ def _linear(look: Look, train: Manifest, val: Manifest, classes: int, args: argp
     unknown, truth = look.whole(val, "val")
     scores: dict[Key, Scores] = {}
     for key in _progress(list(known), len(known), "fit"):
-        standardise = linear.Standardiser.of(known[key])
-        x, x_val = standardise(known.pop(key)), standardise(unknown.pop(key))
+        x, x_val = linear.standardised(known.pop(key), unknown.pop(key))
         classifier, l2 = linear.full_data(x, labels, classes, seed=args.seed, device=args.device)
         scores[key] = {"linear": top1(linear.predict(classifier, x_val), truth, classes), "l2": l2}
         if args.shots:
@@ -229,7 +230,10 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number above 0")
-    return int(text)
+def _at_least(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' must be a whole number, {least} or more")
+        return int(text)
+
+    return whole_number

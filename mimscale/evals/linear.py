@@ -28,19 +28,11 @@ CHUNK = 65_536  # samples on the device at a time
 L2_OF_ONE_SHOT = 1e-2  # one label per class leaves nothing to choose with
 
 
-class Standardiser(NamedTuple):
-    """mean and deviation: float32 [D]."""
-
-    mean: Tensor
-    deviation: Tensor
-
-    @classmethod
-    def of(cls, features_ND: Tensor) -> Standardiser:
-        deviation, mean = torch.std_mean(features_ND, dim=0, correction=0)
-        return cls(mean, deviation.clamp_min(1e-6))  # a channel that never changes stays 0
-
-    def __call__(self, features_ND: Tensor) -> Tensor:
-        return (features_ND - self.mean) / self.deviation
+def standardised(train_ND: Tensor, val_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the training set's mean removed and divided by its deviation, in place: they may be large."""
+    deviation, mean = torch.std_mean(train_ND, dim=0, correction=0)
+    deviation = deviation.clamp_min(1e-6)  # a channel that never changes in training is 0 there
+    return train_ND.sub_(mean).div_(deviation), val_MD.sub_(mean).div_(deviation)
 
 
 class Classifier(NamedTuple):
@@ -51,11 +43,16 @@ class Classifier(NamedTuple):
 
 
 def fit(
-    features_ND: Tensor, labels_N: Tensor, classes: int, l2: float, start: Classifier | None, device: torch.device
+    features_ND: Tensor,
+    labels_N: Tensor,
+    rows: Tensor,
+    classes: int,
+    l2: float,
+    start: Classifier | None,
+    device: torch.device,
 ) -> Classifier:
-    """L-BFGS over the whole training set, which may stay in host memory. The classifier is on `device`."""
-    wide = features_ND.shape[1]
-    weight = start.weight.clone() if start else torch.zeros(classes, wide, device=device)
+    """L-BFGS over the samples `rows` (int64) of features that may stay in host memory. The result is on `device`."""
+    weight = start.weight.clone() if start else torch.zeros(classes, features_ND.shape[1], device=device)
     bias = start.bias.clone() if start else torch.zeros(classes, device=device)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
     solver = torch.optim.LBFGS(
@@ -66,10 +63,9 @@ def fit(
         solver.zero_grad()
         total = 0.5 * l2 * weight.square().sum()
         total.backward()
-        for first in range(0, len(features_ND), CHUNK):
-            rows = slice(first, first + CHUNK)
-            logits = F.linear(features_ND[rows].to(device), weight, bias)
-            part = F.cross_entropy(logits, labels_N[rows].to(device), reduction="sum") / len(features_ND)
+        for some in rows.split(CHUNK):
+            logits = F.linear(features_ND[some].to(device), weight, bias)
+            part = F.cross_entropy(logits, labels_N[some].to(device), reduction="sum") / len(rows)
             part.backward()
             total = total + part
         return total.detach()
@@ -82,15 +78,15 @@ def full_data(
     features_ND: Tensor, labels_N: Tensor, classes: int, *, seed: int, device: torch.device
 ) -> tuple[Classifier, float]:
     """The classifier of all training labels, and its l2: the best on a tenth of the training set that was held out."""
-    held = hold_out(labels_N.numpy(), HOLD_OUT, seed)
-    inside, outside = torch.from_numpy(~held), torch.from_numpy(held)
+    held = torch.from_numpy(hold_out(labels_N.numpy(), HOLD_OUT, seed))
+    inside, outside = (~held).nonzero().flatten(), held.nonzero().flatten()
     best, chosen, classifier = -1.0, L2_GRID[0], None
     for l2 in L2_GRID:
-        classifier = fit(features_ND[inside], labels_N[inside], classes, l2, classifier, device)
+        classifier = fit(features_ND, labels_N, inside, classes, l2, classifier, device)
         right = top1(predict(classifier, features_ND[outside]), labels_N[outside], classes)
         if right > best:
             best, chosen = right, l2
-    return fit(features_ND, labels_N, classes, chosen, None, device), chosen
+    return fit(features_ND, labels_N, torch.arange(len(labels_N)), classes, chosen, None, device), chosen
 
 
 def predict(classifier: Classifier, features_ND: Tensor) -> Tensor:

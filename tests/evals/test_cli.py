@@ -86,6 +86,7 @@ def test_refusals(data: tuple[Path, Path], run_dir: Path, tmp_path: Path, capsys
     assert "without labels" in refused("linear", run_dir, val=unlabelled)
     assert "training set itself" in refused("knn", run_dir, val=train)
     assert "--k 200 is more than the 120" in refused("knn", run_dir, "--k", 200)
+    assert "--temperature 0 must be above 0" in refused("knn", run_dir, "--temperature", 0)
     assert "--shots 41: class 0 has 40" in refused("linear", run_dir, "--shots", 41)
     assert "image size 33 is not a multiple" in refused("knn", run_dir, "--image-size", 33)
     assert "neither a run folder" in refused("knn", tmp_path / "nothing")

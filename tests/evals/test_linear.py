@@ -17,23 +17,31 @@ CPU = torch.device("cpu")
 def digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     x, y = load_digits(return_X_y=True)
     features, labels = torch.from_numpy(x).float(), torch.from_numpy(y).long()
-    standardise = linear.Standardiser.of(features[:1297])
-    return standardise(features[:1297]), labels[:1297], standardise(features[1297:]), labels[1297:]
+    train, val = linear.standardised(features[:1297], features[1297:])
+    return train, labels[:1297], val, labels[1297:]
 
 
 @pytest.mark.parametrize("l2", [1e-1, 1e-3])
 def test_fit_equals_scikit_learn(digits: tuple[torch.Tensor, ...], l2: float, monkeypatch: pytest.MonkeyPatch) -> None:
     train, labels, val, _ = digits
     monkeypatch.setattr(linear, "CHUNK", 400)  # so that the sum over pieces is seen to be the whole
-    ours = linear.fit(train, labels, 10, l2, None, CPU)
+    ours = linear.fit(train, labels, torch.arange(len(train)), 10, l2, None, CPU)
     reference = LogisticRegression(C=1 / (l2 * len(train)), max_iter=5000, tol=1e-8).fit(train.numpy(), labels.numpy())
     torch.testing.assert_close(ours.weight, torch.from_numpy(reference.coef_).float(), atol=2e-3, rtol=2e-2)
     assert (linear.predict(ours, val).numpy() == reference.predict(val.numpy())).mean() > 0.995
 
 
-def test_standardiser_keeps_a_constant_channel_at_zero() -> None:
-    x = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
-    assert linear.Standardiser.of(x)(x).tolist() == [[-1.0, 0.0], [1.0, 0.0]]
+def test_standardised_with_the_training_set_and_a_constant_channel_at_zero() -> None:
+    train, val = linear.standardised(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), torch.tensor([[4.0, 5.0]]))
+    assert train.tolist() == [[-1.0, 0.0], [1.0, 0.0]] and val.tolist() == [[2.0, 0.0]]
+
+
+def test_fit_sees_only_its_rows(digits: tuple[torch.Tensor, ...]) -> None:
+    train, labels, _, _ = digits
+    rows = torch.arange(0, 1297, 3)
+    some = linear.fit(train, labels, rows, 10, 1e-2, None, CPU)
+    alone = linear.fit(train[rows], labels[rows], torch.arange(len(rows)), 10, 1e-2, None, CPU)
+    torch.testing.assert_close(some.weight, alone.weight)
 
 
 def test_full_data_chooses_from_the_grid_and_learns(digits: tuple[torch.Tensor, ...]) -> None:
