@@ -4,7 +4,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-VENV=.venv EXTRAS=demo CONSTRAINTS=''
 source jobs/setup.sh
-PATH=$PWD/$VENV/bin:$PATH
 exec python jobs/demo.py "$@"

@@ -23,6 +23,7 @@ if [ "$asked" -gt 0 ]; then
 fi
 
 folder=${LOCAL_DIR:-/tmp}
+# shellcheck disable=SC2174 # only the deepest folder is ours
 mkdir -p -m 700 "$folder" 2> /dev/null && [ -w "$folder" ] || bad "$folder cannot be written"
 free_gb=$(($(df -Pk "$folder" | awk 'NR == 2 {print $4}') / 1048576))
 [ "$free_gb" -ge "${MIN_FREE_GB:-10}" ] || bad "$free_gb GB free on $folder, MIN_FREE_GB=${MIN_FREE_GB:-10}"

@@ -5,28 +5,31 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-VENV=.venv EXTRAS=test,demo CONSTRAINTS='' SELECT='not gpu'
+SELECT='not gpu'
 case "${1:-}" in
   --fast) SELECT='not gpu and not multi and not slurm and not slow'; shift ;;
   --floor) VENV=.venv-floor CONSTRAINTS=tests/floor.txt SELECT='not gpu and not multi and not slurm and not slow'; shift ;;
 esac
 source jobs/setup.sh
-PATH=$PWD/$VENV/bin:$PATH
 
-case "$SELECT" in *'not slurm'*) ;; *)
-  if command -v slurmctld > /dev/null && command -v munged > /dev/null; then
-    echo "setup: SLURM is installed"
-  elif [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-    echo "setup: installing SLURM's daemons for the tests of jobs/"
-    apt-get update -qq > /dev/null
-    # the daemons are started by the tests, in a folder of their own; keep the packages from starting them system-wide
-    [ -e /usr/sbin/policy-rc.d ] || { printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d; made_policy=1; }
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge > /dev/null
-    [ -z "${made_policy:-}" ] || rm /usr/sbin/policy-rc.d
-  else
-    echo "setup: SLURM's daemons are missing and cannot be installed without root and apt; its tests will be skipped"
-  fi
-esac
+missing=''
+for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge shellcheck:shellcheck; do
+  command -v "${pair%:*}" > /dev/null || missing="$missing ${pair#*:}"
+done
+if [ -z "$missing" ] || [[ $SELECT == *'not slurm'* ]]; then
+  echo "setup: nothing to install for the tests of jobs/"
+elif [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+  echo "setup: installing$missing for the tests of jobs/"
+  # the tests start the daemons themselves, in a folder of their own; keep the packages from starting them system-wide
+  policy=/usr/sbin/policy-rc.d
+  if [ -e $policy ]; then policy=''; else printf '#!/bin/sh\nexit 101\n' > $policy; chmod +x $policy; fi
+  apt-get update -qq > /dev/null
+  # shellcheck disable=SC2086
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing > /dev/null 2>&1
+  [ -z "$policy" ] || rm $policy
+else
+  echo "setup:$missing missing and not installable without root and apt; the tests that need them will be skipped"
+fi
 
 if [ -z "$CONSTRAINTS" ]; then
   echo "lint: ruff"; ruff check . ; ruff format --check .
