@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -17,6 +18,13 @@ from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@lru_cache
+def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, float32 [1, 3, 1, 1]. Kept per device, because making them there waits for the device."""
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,5 @@ class Batch:
 
     def normalised(self) -> Batch:
         """uint8 -> float32 with ImageNet's mean and deviation, on the device where the batch is."""
-        mean = torch.tensor(IMAGENET_MEAN, device=self.images.device).view(1, 3, 1, 1)
-        std = torch.tensor(IMAGENET_STD, device=self.images.device).view(1, 3, 1, 1)
+        mean, std = imagenet_statistics(self.images.device)
         return replace(self, images=(self.images.float() / 255 - mean) / std)

@@ -7,6 +7,7 @@ function of the step alone, whatever the number of ranks or workers and however 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -279,7 +280,7 @@ def open_folder(plan: Plan, state: TrainState) -> None:
 
 
 def describe_run(plan: Plan, engine: Engine, state: TrainState) -> str:
-    run, parameters = plan.run, sum(int(torch.tensor(s).prod()) for s in engine.layout.shapes().values())
+    run, parameters = plan.run, sum(math.prod(shape) for shape in engine.layout.shapes().values())
     return (
         f"{run.method.name}: {parameters / 1e6:.1f} M parameters, {run.engine.ds_config}, {plan.world.size} ranks on "
         f"{plan.world.device.type}, batch {run.schedule.global_batch} = {engine.micro_batch} x {engine.accumulation} x "

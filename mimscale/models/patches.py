@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD
+from mimscale.contracts import imagenet_statistics
 
 
 def cut(images_BCHW: Tensor, patch: int) -> Tensor:
@@ -34,6 +33,5 @@ def from_pixels_last(vectors_BLP: Tensor, patch: int) -> Tensor:
 
 def unnormalised(images_B3HW: Tensor) -> Tensor:
     """ImageNet-normalised images of any float type -> float32 in 0..1; values outside are cut."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images_B3HW.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images_B3HW.device).view(1, 3, 1, 1)
+    mean, std = imagenet_statistics(images_B3HW.device)
     return (images_B3HW.float() * std + mean).clamp(0, 1)

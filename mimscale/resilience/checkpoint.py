@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -152,7 +153,7 @@ class Reader:
     def full(self, kind: str, name: str) -> Tensor:
         """One whole parameter or buffer in its own shape."""
         shape = self.meta["shapes"][name]
-        flat = torch.empty(int(torch.tensor(shape).prod()) if shape else 1, dtype=self._dtype(kind, name))
+        flat = torch.empty(math.prod(shape), dtype=self._dtype(kind, name))
         self.into(kind, name, 0, flat)
         return flat.view(shape)
 

@@ -1,0 +1,59 @@
+"""What only a CUDA device can show: 16-bit training on nccl, and forward passes that never wait for the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimscale.config import load, method_class
+from mimscale.contracts import Batch, Noise
+from mimscale.teachers.bank import Bank, describe
+from tests import ranks
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("method", ["mae", "maskalign"])
+@pytest.mark.parametrize("ds_config", ["zero2_fp16", "zero2_bf16", "zero3_fp16", "zero3_bf16"])
+def test_trains(method: str, ds_config: str, shards: Path, tmp_path: Path) -> None:
+    recipe = ranks.recipe(tmp_path, shards, method, engine={"device": "cuda", "activation_checkpointing": 1})
+    ranks.train(1, recipe, tmp_path / "run", f"engine.ds_config={ds_config}")
+    losses = list(ranks.curve(tmp_path / "run").values())
+    assert len(losses) == 12 and losses[-1] < losses[0]
+
+
+def drawn(noise: Noise, batch: int) -> torch.Tensor:
+    values = torch.rand(batch, *noise.shape)
+    return -torch.log1p(-values) if noise.kind == "exponential" else values
+
+
+@pytest.mark.parametrize("name", ["mae", "maskalign"])
+def test_forward_and_backward_never_wait_for_the_device(name: str, tmp_path: Path) -> None:
+    run = load(str(ranks.recipe(tmp_path, tmp_path, name, engine={"device": "cuda"})))
+    device = torch.device("cuda")
+    teachers = {key: describe(key, teacher, 32) for key, teacher in run.teachers.items()}
+    method = method_class(name)(run, teachers).to(device)
+    bank = Bank(run.teachers, method.needs.teachers, 32, device)
+    batch = Batch(
+        images=torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8),
+        ids=torch.arange(4),
+        positions=torch.arange(4),
+        noise={purpose: drawn(noise, 4) for purpose, noise in method.needs.noise.items()},
+        boxes=torch.zeros(4, 4),
+        flips=torch.zeros(4, dtype=torch.bool),
+    )
+
+    def step(on_device: Batch) -> None:
+        normalised = on_device.normalised()
+        method(normalised, bank(normalised.images))["loss"].backward()
+
+    pinned = batch.pin_memory()
+    step(pinned.to(device))  # constants are made and kernels chosen here
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(pinned.to(device))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
