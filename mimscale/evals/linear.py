@@ -56,7 +56,12 @@ def fit(
     bias = start.bias.clone() if start else torch.zeros(classes, device=device)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
     solver = torch.optim.LBFGS(
-        parameters, max_iter=MAX_ITERATIONS, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+        parameters,
+        max_iter=MAX_ITERATIONS,
+        history_size=10,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
     )
 
     def loss() -> Tensor:
@@ -134,7 +139,5 @@ def few_shot(features_ND: Tensor, labels_N: Tensor) -> LogisticRegression:
 
 def _sklearn_fit(x: NDArray[np.float64], y: NDArray[np.int64], l2: float) -> LogisticRegression:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # separable data and a weak l2: the last digits do not matter
+        warnings.simplefilter("ignore", ConvergenceWarning)  # separable and hardly regularised: the sign is decided
         return LogisticRegression(C=1 / (l2 * len(y)), max_iter=MAX_ITERATIONS).fit(x, y)
