@@ -176,7 +176,9 @@ def _linear(look: Look, train: Manifest, val: Manifest, classes: int, args: argp
 def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """A bar for a person who watches, nothing in a file."""
     console = Console(stderr=True)
-    yield from track(items, what, total, console=console, transient=True, disable=not console.is_terminal)
+    if console.is_terminal:
+        items = track(items, what, total, console=console, transient=True)
+    yield from items
 
 
 # ------------------------------------------------------------------------------------------------ in and out

@@ -26,6 +26,7 @@ def adapter(library: str) -> Any:
 
 def skeleton(name: str, config: TeacherConfig, default_image_size: int) -> Teacher:
     """The teacher without its weights (on the meta device): cheap at any size, and offline. Raises UserError."""
+    adapter(config.library)  # imported before the context: libraries compute tables while they are imported
     with torch.device("meta"):
         return _build(name, config, default_image_size)
 

@@ -105,7 +105,7 @@ def _build(name: str, config: TeacherConfig, image_size: int) -> Any:
     _check_activation(name, config, bool(facts.get("quick_gelu", False)))
     vision = {**facts["vision_cfg"], **config.options, "image_size": image_size}
     try:
-        device = torch.get_default_device()
+        device = torch.empty(0).device  # meta for a skeleton: get_default_device of torch 2.6 does not see the context
         tower = open_clip.create_model(config.model, device=device, vision_cfg=vision, text_cfg=_NO_TEXT).visual
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(

@@ -11,7 +11,6 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mimscale.config import TeacherConfig
 from mimscale.errors import UserError
@@ -76,13 +75,6 @@ def hub_file(name: str, config: TeacherConfig) -> HubFile:
     return HubFile.of(facts.hf_hub_id, facts.hf_hub_filename or TIMM_FILE)
 
 
-class _LinspaceOnCpu(TorchFunctionMode):
-    """timm before 1.0.21 reads numbers out of a torch.linspace while it builds, which a meta tensor has not."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **({**(kwargs or {}), "device": "cpu"} if func is torch.linspace else kwargs or {}))
-
-
 def _build(name: str, config: TeacherConfig, image_size: int) -> Any:
     model, tag = _tagged(name, config)
     _refuse_ambiguous_activation(name, config, tag)
@@ -90,8 +82,7 @@ def _build(name: str, config: TeacherConfig, image_size: int) -> Any:
     if config.activation is not None:
         options["act_layer"] = _ACTIVATIONS[config.activation]
     try:
-        with _LinspaceOnCpu():
-            tower: Any = timm.create_model(model, img_size=image_size, num_classes=0, dynamic_img_size=False, **options)
+        tower: Any = timm.create_model(model, img_size=image_size, num_classes=0, dynamic_img_size=False, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(
             f"teachers.{name}: timm cannot build {config.model} at {image_size} px as a plain vision transformer"
