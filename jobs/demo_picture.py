@@ -73,8 +73,8 @@ def main(folder: Path, shards: Path, out: Path) -> None:
         "test digit": mae["input"],
         "MAE sees\n4 of 16 patches": mae["masked"],
         "MAE paints\nthe other 12": mae["reconstruction"],
-        "where the\nteacher looks": aligned["attention"],
-        "so MaskAlign\nsees these 8": aligned["masked"],
+        "the teacher's\nCLS attention": aligned["attention"],
+        "MaskAlign sees\n8, drawn by it": aligned["masked"],
     }
     draw(rows, out)
 
