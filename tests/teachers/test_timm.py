@@ -92,7 +92,7 @@ def test_clip_l14_positions_equal_the_official_resize(tmp_path: Path) -> None:
                               image_size=196, options=options)  # fmt: skip
     teacher = tiny.bank(config, 224).teachers["t"]
     assert teacher.info.grid == (14, 14)
-    golden.close(teacher.tower.state_dict()["pos_embed"][0, 1:], official["output/patch_positions_14x14"], 1e-6)
+    golden.close(teacher.tower.state_dict()["pos_embed"][0, 1:], official["output/patch_positions_14x14"])
 
 
 def test_patch_14_meets_a_patch_16_student_at_196_px() -> None:
