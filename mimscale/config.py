@@ -249,12 +249,8 @@ def method_class(name: str) -> Any:
     if name not in method_names():
         raise ValueError(f"method.name = '{name}' is unknown{_nearest(name, method_names())}")
     module = importlib.import_module(f"mimscale.methods.{name}")
-    base = importlib.import_module("mimscale.methods.base").Method
-    found = [
-        c
-        for _, c in inspect.getmembers(module, inspect.isclass)
-        if issubclass(c, base) and c.__module__ == module.__name__
-    ]
+    local = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
+    found = [c for c in local if issubclass(getattr(c, "Config", type(None)), MethodConfig)]
     if len(found) != 1:
         raise TypeError(f"mimscale/methods/{name}.py must define exactly one Method, found {len(found)}")
     return found[0]

@@ -101,16 +101,15 @@ def train(plan: Plan, phases: Phases) -> None:
             print(f"{plan.run_dir} is finished; nothing to do", file=sys.stderr)
         return
 
-    with phases("process_group"):
-        open_process_group(world)
-        control = Control()
     preemption = Preemption(stop_files=run_folder.stop_files(plan.run_dir))
-
-    with phases("model"):
+    with phases("model"):  # before the ranks connect: a missing teacher file is still one line
         torch.manual_seed(run.seed)
         method: Method = method_class(run.method.name)(run, plan.teachers)
         needs = method.needs
         bank = Bank(run.teachers, needs.teachers, run.data.image_size, world.device)
+    with phases("process_group"):
+        open_process_group(world)
+        control = Control()
     with phases("engine"):
         engine = Engine(method, run, world)
     with phases("resume"):

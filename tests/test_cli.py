@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from mimscale.__main__ import main
 from tests import ranks
@@ -56,6 +57,9 @@ def test_teacher_mismatches_are_refused(
     line = refusal(capsys, *words, "teachers.tiny.options.patch_size=16")
     assert "2x2" in line.replace(" ", "") or "(2,2)" in line.replace(" ", ""), line
     assert "bn" in refusal(capsys, *words, "method.target_norm=bn")
+    missing = ["teachers.tiny.random=false", "teachers.tiny.weights=nowhere.safetensors"]
+    assert "nowhere.safetensors does not exist" in refusal(capsys, *words, *missing)
+    assert not (tmp_path / "run").exists() and not dist.is_initialized()
 
 
 def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
