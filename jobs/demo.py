@@ -1,6 +1,6 @@
 """Teacher -> masked students -> frozen-feature accuracy, on real handwritten digits. See README, "Demo".
 
-Every stage is one command of the project, printed as it starts. Training that is done is not done again.
+Every stage is one command of the project, the first line of its log. Training that is done is not done again.
 """
 
 from __future__ import annotations
