@@ -122,7 +122,7 @@ class TeacherConfig(Strict):
 class OptimConfig(Strict):
     """AdamW. clip: global gradient norm, 0 = off. layer_decay: 1 = off."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     layer_decay: float = Field(1.0, gt=0, le=1)
@@ -146,7 +146,9 @@ class ScheduleConfig(Strict):
     @model_validator(mode="after")
     def _one_length(self) -> ScheduleConfig:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("needs exactly one of epochs and steps")
+            raise ValueError("needs exactly one of epochs and steps; set the other to null")
+        if self.epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs = {self.warmup_epochs} must be below epochs = {self.epochs}")
         return self
 
     @property
@@ -375,6 +377,14 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 DS_OWNS = frozenset({"zero_optimization", "fp16", "bf16", "data_types", "communication_data_type",
                      "zero_allow_untested_optimizer", "prescale_gradients", "gradient_predivide_factor",
                      "wall_clock_breakdown", "comms_logger", "flops_profiler", "dump_state"})  # fmt: skip
+DS_REFUSED = (
+    ("bf16", "check_grad_overflow"),
+    ("bf16", "bf16_master_weights_and_grads"),
+    ("bf16", "bf16_optimizer_states"),
+    ("zero_optimization", "compute_grad_norm"),
+    ("zero_optimization", "offload_optimizer"),
+    ("zero_optimization", "offload_param"),
+)
 RECIPE_OWNS = {
     "train_batch_size": "schedule.global_batch",
     "train_micro_batch_size_per_gpu": "engine.max_micro_batch",
@@ -418,6 +428,9 @@ def load_ds_config(name: str) -> dict[str, Any]:
     zero = values.get("zero_optimization", {})
     if zero.get("stage", 0) == 0 and precision_of(values) != "fp32":
         raise UserError(f"{name}: ZeRO stage 0 in 16 bit drifts from the other stages; set zero_optimization.stage = 1")
+    for section, key in DS_REFUSED:
+        if key in values.get(section, {}):
+            raise UserError(f"{name}: {section}.{key} would switch off a check or move state that checkpoints need")
     if zero.get("round_robin_gradients"):
         raise UserError(f"{name}: zero_optimization.round_robin_gradients breaks checkpoints; remove it")
     if zero.get("stage", 0) == 3 and zero.get("memory_efficient_linear", True):

@@ -39,7 +39,8 @@ def existing_run(run_dir: Path) -> RunConfig | None:
         return load(str(run_dir / "config.yaml"))
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file; name a folder")
-    foreign = sorted(p.name for p in run_dir.iterdir() if p.name != "job") if run_dir.is_dir() else []
+    ours = ("job", "slurm-", ".config.yaml.part")  # of batch scripts, and of a start that was killed
+    foreign = sorted(p.name for p in run_dir.iterdir() if not p.name.startswith(ours)) if run_dir.is_dir() else []
     if foreign:
         raise UserError(f"--run-dir {run_dir} holds something that is not a run ({foreign[0]}); name an empty folder")
     return None

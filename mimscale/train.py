@@ -68,6 +68,9 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
     check_precision(world.device, precision_of(load_ds_config(run.engine.ds_config)))
     solve_batch(run.schedule.global_batch, world.size, run.engine.max_micro_batch)
     teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
+    for name, teacher in run.teachers.items():
+        if world.device.type == "cuda":
+            check_precision(world.device, teacher.precision, f"teachers.{name}.precision")
     method_class(run.method.name).check(run, teachers)
 
     stored = run_folder.existing_run(run_dir)
@@ -90,7 +93,13 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
             f"{run.data.shards}; lower it, or give schedule.steps instead of schedule.epochs"
         )
     total = run.schedule.steps or round((run.schedule.epochs or 0) * steps_per_epoch)
-    return Plan(run, run_dir, parent, world, manifest, teachers, max(1, steps_per_epoch), total, command)
+    steps_per_epoch = max(1, steps_per_epoch)
+    if total <= run.schedule.warmup_epochs * steps_per_epoch:
+        raise UserError(
+            f"the run has {total} steps and a warm-up of schedule.warmup_epochs = {run.schedule.warmup_epochs} "
+            f"({run.schedule.warmup_epochs * steps_per_epoch:g} steps); lengthen the one or shorten the other"
+        )
+    return Plan(run, run_dir, parent, world, manifest, teachers, steps_per_epoch, total, command)
 
 
 def train(plan: Plan, phases: Phases) -> None:
@@ -116,14 +125,6 @@ def train(plan: Plan, phases: Phases) -> None:
         state = restore(plan, engine, method, bank, control).launched()
         control.first(open_folder, plan, state)
 
-    logbook = Logbook(
-        plan.run_dir,
-        active=world.rank == 0,
-        tensorboard=run.log.tensorboard,
-        total=plan.total_steps,
-        step=state.step,
-    )
-    logbook.say(describe_run(plan, engine, state))
     loader = TrainLoader(
         plan.manifest,
         run.data,
@@ -136,7 +137,15 @@ def train(plan: Plan, phases: Phases) -> None:
         start_step=state.step,
         pin=world.device.type == "cuda",
     )
-    batches = iter(loader)
+    batches = iter(loader)  # starts the workers, before this process has threads of its own
+    logbook = Logbook(
+        plan.run_dir,
+        active=world.rank == 0,
+        tensorboard=run.log.tensorboard,
+        total=plan.total_steps,
+        step=state.step,
+    )
+    logbook.say(describe_run(plan, engine, state))
     meter = Meter(world.device)
     saved_step = state.step if state.launches > 1 else -1
     loop_start_s = step_start_s = time.perf_counter()
@@ -200,12 +209,13 @@ def train(plan: Plan, phases: Phases) -> None:
 
 def restore(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Control) -> TrainState:
     """Continue from the newest checkpoint that is whole, else from a fork's parent, else from the beginning."""
-    for path in reversed(control.broadcast(checkpoint.complete(plan.run_dir / "checkpoints"))):
-        try:
-            reader = control.together(opened, path, control)
-        except RuntimeError as error:
+    root = plan.run_dir / "checkpoints"
+    for path in reversed(control.broadcast(checkpoint.complete(root))):
+        reader, damage = control.together(opened, path, control)
+        wrong = [text for text in control.gather(damage) if text]
+        if reader is None or wrong:
             if control.rank == 0:
-                print(f"passing over {path.name}: {error}", file=sys.stderr)
+                print(f"passing over {path.name}: {wrong[0]}", file=sys.stderr)
             control.first(checkpoint.set_aside, path)
             continue
         refuse_other_inputs(reader, plan, bank)
@@ -216,6 +226,8 @@ def restore(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Con
         if state.samples != state.step * plan.run.schedule.global_batch:
             raise UserError(f"{path}: {state.samples} samples are not {state.step} steps of the global batch")
         return state
+    if control.broadcast(checkpoint.damaged(root)):
+        raise UserError(f"every checkpoint in {root} is damaged; remove the damaged-* folders to start at step 0")
     if plan.parent is not None:
         reader = checkpoint.Reader(plan.parent)
         control.together(engine.load_weights, reader)
@@ -223,11 +235,20 @@ def restore(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Con
     return TrainState()
 
 
-def opened(path: Path, control: Control) -> checkpoint.Reader:
-    """A reader of a checkpoint whose files this rank has checked its share of."""
-    reader = checkpoint.Reader(path)
-    reader.verify(control.rank, control.world)
-    return reader
+def opened(path: Path, control: Control) -> tuple[checkpoint.Reader | None, str | None]:
+    """A reader of a checkpoint whose files this rank has checked its share of, else what is damaged in it.
+
+    Damage counts when a second look sees it too. Anything else that fails here ends the run and touches nothing.
+    """
+    damage = ""
+    for _ in range(2):
+        try:
+            reader = checkpoint.Reader(path)
+            reader.verify(control.rank, control.world)
+            return reader, None
+        except checkpoint.CheckpointError as error:
+            damage = str(error)
+    return None, damage
 
 
 def refuse_other_inputs(reader: checkpoint.Reader, plan: Plan, bank: Bank) -> None:

@@ -21,3 +21,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_image_folder(root / "images", classes=4, per_class=20, side=48)
     assert data_prep(["folder", str(root / "images"), str(root / "shards"), "--shard-samples", "16"]) == 0
     return root / "shards"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With MIMSCALE_NO_SKIPS a test that was skipped fails the run: continuous integration has all that they need."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter is not None else []
+    if reporter is not None and os.environ.get("MIMSCALE_NO_SKIPS") and skipped:
+        reporter.write_line(f"MIMSCALE_NO_SKIPS is set and {len(skipped)} tests were skipped: {skipped[0].longrepr}")
+        session.exitstatus = 1

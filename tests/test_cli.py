@@ -32,6 +32,9 @@ def test_impossible_runs_are_refused_before_any_rank_connects(
     recipe = ranks.recipe(tmp_path, shards)
     words = ("train", recipe, "--run-dir", tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "WORLD_SIZE = 3 without MASTER_ADDR" in refusal(capsys, *words)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29999")
     assert "does not divide over 3 ranks" in refusal(capsys, *words)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "unknown key engine.devise; did you mean 'device'?" in refusal(capsys, *words, "engine.devise=cpu")
@@ -39,6 +42,16 @@ def test_impossible_runs_are_refused_before_any_rank_connects(
     assert "exceeds the 80 samples" in refusal(
         capsys, *words, "schedule.global_batch=96", "schedule.steps=null", "schedule.epochs=1"
     )
+    assert "has 0 steps" in refusal(
+        capsys,
+        *words,
+        "schedule.steps=null",
+        "schedule.epochs=0.5",
+        "schedule.warmup_epochs=0",
+        "schedule.global_batch=80",
+        "schedule.epochs=0.4",
+    )
+    assert "a warm-up of schedule.warmup_epochs = 50" in refusal(capsys, *words, "schedule.warmup_epochs=50")
     assert "sees no CUDA device" in refusal(capsys, *words, "engine.device=cuda")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").touch()

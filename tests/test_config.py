@@ -29,7 +29,8 @@ def recipe(tmp_path: Path) -> Path:
         ("method.name=mea", "method.name = 'mea' is unknown; did you mean 'mae'?"),
         ("schedule.global_batch=many", "schedule.global_batch = 'many': input should be a valid integer"),
         ("schedule.global_batch=0", "schedule.global_batch = 0: input should be greater than or equal to 1"),
-        ("schedule.epochs=3", "schedule: needs exactly one of epochs and steps"),
+        ("schedule.epochs=3", "schedule: needs exactly one of epochs and steps; set the other to null"),
+        ("optim.betas=[0.9,1.5]", "optim.betas.1 = 1.5: input should be less than 1"),
         ("data.image_size=36", "data.image_size = 36 is not a multiple of student.patch = 8"),
         ("data.crop_scale=[0.5,0.2]", "crop_scale = [0.5, 0.2]: must rise"),
         ("student.heads=5", "width = 32 must be divisible by heads = 5"),
@@ -84,6 +85,11 @@ def test_what_may_change_at_a_resume(recipe: Path) -> None:
         ({"zero_optimisation": {}}, "unknown top-level key 'zero_optimisation'; did you mean 'zero_optimization'?"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients breaks"),
         ({"zero_optimization": {"stage": 3}}, "memory_efficient_linear"),
+        (
+            {"zero_optimization": {"stage": 2}, "bf16": {"check_grad_overflow": False}},
+            "bf16.check_grad_overflow would switch off",
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {}}}, "zero_optimization.offload_optimizer would"),
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "stage 0 in 16 bit"),
     ],
 )

@@ -12,25 +12,32 @@ from torch import Tensor, nn
 from mimscale.config import RunConfig, load_ds_config, solve_batch
 from mimscale.engine.layout import MOMENTS, Layout, refuse_unfit
 from mimscale.engine.world import World, import_deepspeed
+from mimscale.errors import UserError
 from mimscale.optim import parameter_groups
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that leaves the weights alone when the gradients are not finite.
+    """AdamW that clips, and leaves the weights alone when the gradients are not finite.
 
     Only for ZeRO stage 0 in fp32, the one place where DeepSpeed does not check. The gradients are all-reduced by then,
     so every rank decides alike. DeepSpeed reads `overflow` after each step and counts the skip. Costs one host sync.
+    clip: largest global gradient norm, 0 = off. norm: that of the last step, before clipping.
     """
 
     overflow = False
-    norm = 0.0
+    norm = math.nan
+    clip = 0.0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
         self.overflow = not math.isfinite(self.norm)
-        return None if self.overflow else super().step(closure)
+        if self.overflow:
+            return None
+        if 0 < self.clip < self.norm:
+            torch._foreach_mul_(gradients, self.clip / (self.norm + 1e-6))
+        return super().step(closure)
 
 
 class Engine:
@@ -45,13 +52,16 @@ class Engine:
         self.micro_batch, self.accumulation = solve_batch(
             run.schedule.global_batch, world.size, run.engine.max_micro_batch
         )
+        values = load_ds_config(run.engine.ds_config)
+        stage = values.get("zero_optimization", {}).get("stage", 0)
         ds_config = {
-            **load_ds_config(run.engine.ds_config),
+            **values,
             "train_batch_size": run.schedule.global_batch,
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": run.optim.clip,  # always written: DeepSpeed's default is 1.0, not off
+            "gradient_clipping": run.optim.clip if stage else 0.0,  # always written: DeepSpeed's default is not off
             "steps_per_print": 10**12,
+            "timers": {"throughput": {"enabled": False}},  # it would synchronise the device twice in every micro-step
         }
         groups = parameter_groups(
             method,
@@ -61,7 +71,6 @@ class Engine:
             layer_of=method.layer_of,
         )
         self.groups: list[dict[str, Any]] = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         adamw = GuardedAdamW if stage == 0 else torch.optim.AdamW
         self._optimizer = adamw(
             [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups],
@@ -70,6 +79,8 @@ class Engine:
             eps=run.optim.eps,
             fused=world.device.type == "cuda",
         )
+        if isinstance(self._optimizer, GuardedAdamW):
+            self._optimizer.clip = run.optim.clip
         deepspeed = import_deepspeed(world.device)
         self._ds, *_ = deepspeed.initialize(
             model=method, optimizer=self._optimizer, config=ds_config, dist_init_required=False
@@ -99,10 +110,10 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """Global L2 norm of the last step's gradients, before clipping. Reads from the device."""
+        if isinstance(self._optimizer, GuardedAdamW):
+            return self._optimizer.norm
         norm = self._ds.get_global_grad_norm()
-        if norm is None or self.layout.stage == 0:
-            norm = getattr(self._optimizer, "norm", math.nan)
-        return float(norm)
+        return math.nan if norm is None else float(norm)
 
     @property
     def loss_scale(self) -> float:
@@ -137,11 +148,11 @@ class Engine:
     def load(self, reader: Any) -> None:
         """Fill masters, moments and buffers from a checkpoint (`resilience.checkpoint.Reader`), whatever wrote it.
 
-        Local: no communication. Call `finish_load` on every rank afterwards. Raises ValueError where the checkpoint's
+        Local: no communication. Call `finish_load` on every rank afterwards. Raises UserError where the checkpoint's
         parameters or groups are not this run's.
         """
         if reader.meta["groups"] != self.groups:
-            raise ValueError(f"{reader.path}: parameter groups (decay, lr scale) differ from this run's")
+            raise UserError(f"{reader.path}: parameter groups (decay, lr scale) differ from this run's; use --fork")
         self.layout.create_state(reader.meta["engine"]["adam_step"])
         self._fill(reader, ("fp32", *MOMENTS))
 
@@ -154,7 +165,10 @@ class Engine:
         theirs, ours = reader.meta["shapes"], self.meta()["shapes"]
         if theirs != ours:
             different = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n))
-            raise ValueError(f"{reader.path}: parameters differ from this run's, first {different[:3]}")
+            raise UserError(
+                f"{reader.path} holds other parameters than this run ({', '.join(different[:3])}, {len(different)} in "
+                f"all); a resume and --fork need the same student and method"
+            )
         for fragment in self.layout.fragments:
             for kind in kinds:
                 reader.into(kind, fragment.name, fragment.start, self.layout.view(fragment, kind))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -30,9 +31,18 @@ class World:
 
 
 def from_environment(wanted: Literal["auto", "cuda", "cpu"]) -> World:
-    """Read RANK, WORLD_SIZE and LOCAL_RANK (absent: one plain process) and choose the device. Raises UserError."""
+    """Read torchrun's variables, else those of a bare srun (absent: one plain process), and choose the device.
+
+    Makes a GPU the current device of this process. Raises UserError.
+    """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        _adopt_slurm_step()
     numbers = {name: int(os.environ.get(name, fallback)) for name, fallback in
                (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))}  # fmt: skip
+    if numbers["WORLD_SIZE"] > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(
+            f"WORLD_SIZE = {numbers['WORLD_SIZE']} without MASTER_ADDR and MASTER_PORT; start with torchrun or srun"
+        )
     cuda = torch.cuda.is_available()
     if wanted == "cuda" and not cuda:
         raise UserError("engine.device = cuda: this process sees no CUDA device; use engine.device=cpu or a GPU node")
@@ -43,16 +53,31 @@ def from_environment(wanted: Literal["auto", "cuda", "cpu"]) -> World:
         if local >= visible and visible > 1:
             raise UserError(f"LOCAL_RANK = {local}, but {visible} GPUs are visible; start one rank per GPU of the node")
         device = torch.device("cuda", local % visible)  # srun may show each task only its own GPU
+        torch.cuda.set_device(device)
     return World(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], device)
 
 
-def check_precision(device: torch.device, precision: Literal["fp32", "bf16", "fp16"]) -> None:
+def _adopt_slurm_step() -> None:
+    """Give a task of a bare `srun python -m mimscale ...` the variables that torchrun would have set."""
+    job = os.environ
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", job["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+    )
+    job["RANK"], job["LOCAL_RANK"] = job["SLURM_PROCID"], job["SLURM_LOCALID"]
+    job["WORLD_SIZE"] = job["SLURM_STEP_NUM_TASKS"]
+    job.setdefault("MASTER_ADDR", hosts.stdout.split()[0])
+    job.setdefault("MASTER_PORT", str(20000 + int(job["SLURM_JOB_ID"]) % 20000))
+
+
+def check_precision(
+    device: torch.device, precision: Literal["fp32", "bf16", "fp16"], what: str = "engine.ds_config"
+) -> None:
     """Refuse a number format that the device lacks. Raises UserError."""
     if precision == "fp16" and device.type == "cpu" and not _cpu_has_fp16():
-        raise UserError("engine.ds_config asks for fp16, which this CPU lacks; use a *_bf16 or *_fp32 config")
+        raise UserError(f"{what} asks for fp16, which this CPU lacks; use bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"engine.ds_config asks for bf16, which {name} lacks (compute capability 8.0); use *_fp16")
+        raise UserError(f"{what} asks for bf16, which {name} lacks (compute capability 8.0); use fp16")
 
 
 def _cpu_has_fp16() -> bool:
@@ -86,16 +111,14 @@ def open_process_group(world: World, timeout_s: float = 1800.0) -> None:
     """nccl on GPUs, gloo on CPUs. A plain process becomes a group of one."""
     for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
         os.environ[name] = str(value)
-    if "MASTER_ADDR" not in os.environ:
-        if world.size > 1:
-            raise UserError(f"WORLD_SIZE = {world.size} without MASTER_ADDR; start the ranks with torchrun or srun")
+    if world.size == 1:  # whatever an outer launcher left behind
         os.environ["MASTER_ADDR"] = "127.0.0.1"
         os.environ["MASTER_PORT"] = str(_free_port())
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
     deepspeed = import_deepspeed(world.device)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_s))
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
+    )
 
 
 def close_process_group() -> None:

@@ -41,7 +41,10 @@ class Meter:
         self._waiting_s += time.perf_counter() - start_s
 
     def read(self) -> dict[str, float]:
-        """Means and rates of the window that ends here; starts the next one. Collective; synchronises the device."""
+        """Means and rates of the window that ends here; starts the next one. Collective; synchronises the device.
+
+        data_wait (share of the time) and memory_gib are those of the rank where they are largest.
+        """
         names = sorted(self._sums)
         sums = torch.stack([self._sums[name] for name in names]) if names else torch.zeros(0, device=self._device)
         ranks = 1
@@ -50,11 +53,13 @@ class Meter:
             dist.all_reduce(sums)
         means = dict(zip(names, (sums / max(1, ranks * self._micro_steps)).tolist(), strict=True))
         elapsed_s = time.perf_counter() - self._start_s
-        rates = {
-            "images_per_s": self._images / elapsed_s,
-            "data_wait": self._waiting_s / elapsed_s,
-            "memory_gib": peak_memory_bytes(self._device) / 2**30,
-        }
+        worst = torch.tensor(
+            [self._waiting_s / elapsed_s, peak_memory_bytes(self._device) / 2**30], device=self._device
+        )
+        if dist.is_initialized():
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+        wait, memory = worst.tolist()
+        rates = {"images_per_s": self._images / elapsed_s, "data_wait": wait, "memory_gib": memory}
         self._reset()
         return {**means, **rates}
 

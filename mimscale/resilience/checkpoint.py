@@ -33,13 +33,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mimscale.errors import UserError
+
 FORMAT = 1
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 _STEP = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged or does not fit. The message names the file and what is wrong."""
+    """A checkpoint that is damaged. The message names the file and what is wrong.
+
+    A file system that fails to answer is no damage: its OSError passes through.
+    """
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -79,11 +84,13 @@ def write_shard(folder: Path, tensors: Mapping[str, Tensor], rank: int, world: i
 
 
 def commit(temporary: Path, final: Path, shards: list[dict[str, Any]], meta: Mapping[str, Any]) -> None:
-    """Rank 0, after every shard is on disk: manifest, then the final name. Replaces nothing."""
+    """Rank 0, after every shard is on disk: manifest, then the final name."""
     manifest = temporary / "manifest.json"
     manifest.write_text(json.dumps({"format": FORMAT, **meta, "shards": shards}))
     _fsync(manifest)
     _fsync(temporary)
+    if final.exists():  # without a manifest, or it would have been resumed from: half of a copy, say
+        set_aside(final)
     os.rename(temporary, final)
     _fsync(final.parent)
 
@@ -91,6 +98,11 @@ def commit(temporary: Path, final: Path, shards: list[dict[str, Any]], meta: Map
 def set_aside(path: Path) -> None:
     """Move a damaged checkpoint out of the way of the run that will reach its step again; it stays for inspection."""
     os.rename(path, path.with_name(f"damaged-{path.name}-{time.time_ns():x}"))
+
+
+def damaged(root: Path) -> list[Path]:
+    """What `set_aside` moved away."""
+    return sorted(root.glob("damaged-step-*"))
 
 
 def prune(root: Path, keep: int) -> None:
@@ -107,20 +119,20 @@ def prune(root: Path, keep: int) -> None:
 
 
 class Reader:
-    """Random access to a checkpoint's fragments. `meta` is the manifest. Raises CheckpointError."""
+    """Random access to a checkpoint's fragments. `meta` is the manifest. Raises CheckpointError, UserError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self.meta: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path}/manifest.json cannot be read: {error}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path}/manifest.json is not JSON: {error}") from None
         if self.meta.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: format {self.meta.get('format')}, this version reads {FORMAT}")
+            raise UserError(f"{path} has format {self.meta.get('format')}; this version of mimscale reads {FORMAT}")
         self._pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
         for shard in self.meta["shards"]:
             file = path / shard["file"]
-            size = file.stat().st_size if file.is_file() else None
+            size = file.stat().st_size if file.exists() else None
             if size != shard["bytes"]:
                 raise CheckpointError(f"{file}: {'missing' if size is None else f'{size} bytes'}, not {shard['bytes']}")
             for kind, name, start, length in shard["fragments"]:

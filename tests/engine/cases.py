@@ -60,6 +60,19 @@ def oracle(recipe: str) -> None:
         assert engine.layout.adam_step() == 2
 
 
+def no_synchronise(recipe: str) -> None:
+    """DeepSpeed's timers would wait for the device in every micro-step; they are off."""
+    from deepspeed.accelerator import get_accelerator
+
+    calls = []
+    get_accelerator().synchronize = lambda *_: calls.append(1)
+    for name, engine, batches, _ in engines(recipe, CPU_CONFIGS):
+        calls.clear()  # building an engine may wait
+        for _ in range(4):
+            engine.micro_step(next(batches), {})
+        assert not calls, f"{name}: {len(calls)} device-wide waits in 4 steps"
+
+
 def nonfinite(recipe: str) -> None:
     """A step whose gradients are not finite on ONE rank changes nothing on any, and is counted; the next one trains."""
     for name, engine, batches, _ in engines(recipe, CPU_CONFIGS):
@@ -114,6 +127,7 @@ def expect(kind: type[Exception], work: Callable[[], object], what: str) -> None
 if __name__ == "__main__":
     world = from_environment("cpu")
     open_process_group(world)
-    {"oracle": oracle, "nonfinite": nonfinite, "planted_faults": planted_faults}[sys.argv[2]](sys.argv[1])
+    cases = (oracle, nonfinite, planted_faults, no_synchronise)
+    {case.__name__: case for case in cases}[sys.argv[2]](sys.argv[1])
     dist.barrier()
     close_process_group()

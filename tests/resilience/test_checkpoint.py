@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from mimscale.errors import UserError
 from mimscale.resilience import checkpoint
 from mimscale.resilience.checkpoint import CheckpointError, Reader
 
@@ -76,11 +77,19 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="found 0 of 3 elements"):
         Reader(path).into("exp_avg", "w", 0, torch.empty(3))
     (path / "manifest.json").write_text('{"format": 99}')
-    with pytest.raises(CheckpointError, match="format 99"):
+    with pytest.raises(UserError, match="format 99; this version of mimscale reads 1"):
         Reader(path)
     (path / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="manifest.json"):
+    with pytest.raises(CheckpointError, match="manifest.json is not JSON"):
         Reader(path)
+
+
+def test_half_a_copy_does_not_block_the_step(tmp_path: Path) -> None:
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "step-00000003" / "shard").touch()
+    path = write(tmp_path, 3, torch.arange(4.0), [])
+    assert torch.equal(Reader(path).full("fp32", "w"), torch.arange(4.0))
+    assert [p.name[:21] for p in checkpoint.damaged(tmp_path)] == ["damaged-step-00000003"]
 
 
 def test_newest_keeps_and_prunes(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ class Cluster:
         return {**mine, "SLURM_CONF": str(self.config), **more}
 
     def run(
-        self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+        self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 60
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command,
@@ -125,7 +125,7 @@ class Cluster:
             cwd=cwd or self.root,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=timeout_s,
         )
 
     def sbatch(self, *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:

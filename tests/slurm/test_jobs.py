@@ -66,8 +66,8 @@ def test_options_reach_the_trainer(site: Site) -> None:
     )
     site.cluster.wait(job)
     assert site.launch()["arguments"] == [
-        "r.yaml", "--run-dir", str(site.run_dir), "engine.ds_config=zero3_bf16", "engine.activation_checkpointing=1",
-        "data.shards=/a b", "data.note=two words", "x=*", "y=$HOME 'q'",
+        "r.yaml", "--run-dir", str(site.run_dir), "engine.ds_config=zero3_bf16", "engine.device=cuda",
+        "engine.activation_checkpointing=1", "data.shards=/a b", "data.note=two words", "x=*", "y=$HOME 'q'",
     ]  # fmt: skip
 
 

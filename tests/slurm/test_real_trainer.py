@@ -24,7 +24,9 @@ def real_python(site: Site) -> None:
 def pretrain(site: Site, shards: Path, run_dir: Path) -> str:
     site.run_dir = run_dir
     real_python(site)
-    return site.pretrain("engine.ds_config=cpu_zero2_bf16", env={"RECIPE": str(TINY), "SHARDS": str(shards)})
+    return site.pretrain(
+        "engine.ds_config=cpu_zero2_bf16", "engine.device=cpu", env={"RECIPE": str(TINY), "SHARDS": str(shards)}
+    )
 
 
 def launches(site: Site) -> list[dict[str, object]]:
@@ -74,6 +76,16 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(site: Site) -> None:
     job = site.sbatch("--cpus-per-task=1", str(JOBS / "evaluate.sbatch"), "--workers=1", env=folders)
     assert site.cluster.wait(job, timeout_s=400)["JobState"] == "COMPLETED", site.log(job)
     assert {"knn", "linear"} <= {path.stem.split("-")[0] for path in (site.run_dir / "eval").iterdir()}
+
+
+def test_a_bare_srun_is_one_run(site: Site, shards: Path) -> None:
+    """Without jobs/: the tasks of a step find each other by SLURM's own variables."""
+    run_dir = site.folder / "bare"
+    step = ("srun", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", sys.executable, "-m", "mimscale", "train")
+    changes = (f"data.shards={shards}", "schedule.steps=3", "log.every=1", "engine.ds_config=cpu_zero2_fp32")
+    site.cluster.run(*step, str(TINY), "--run-dir", str(run_dir), *changes, timeout_s=300)
+    (launch,) = (json.loads(line) for line in (run_dir / "launches.jsonl").read_text().splitlines())
+    assert launch["ranks"] == 4 and (run_dir / "done").exists()
 
 
 def test_bad_input_is_told_and_not_requeued(site: Site, tmp_path: Path) -> None:

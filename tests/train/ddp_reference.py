@@ -59,12 +59,12 @@ def main(recipe: str, out: str) -> None:
                 loss = model(batch, {})["loss"] / accumulation
                 loss.backward()
             total += loss.detach()
-        norms = [p.grad.norm() for p in method.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(method.parameters(), run.optim.clip)
         optimizer.step()
         optimizer.zero_grad()
         dist.all_reduce(total)
         result["loss"].append(float(total / world))
-        result["norm"].append(float(torch.stack(norms).norm()))
+        result["norm"].append(float(norm))
         result["lr"].append(rate)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(result))

@@ -83,6 +83,22 @@ def test_a_damaged_checkpoint_is_passed_over(recipe: Path, whole: Path, tmp_path
     assert ranks.identical(tmp_path / "run", whole)
 
 
+def test_only_proven_damage_is_passed_over(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    """A checkpoint of another format is refused, and a run whose checkpoints are all damaged does not start at 0."""
+    cut_back(whole, tmp_path / "run", 4)
+    root = tmp_path / "run" / "checkpoints"
+    manifest = root / "step-00000004" / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"format": 1', '"format": 2'))
+    refused = ranks.run(1, "mimscale", "train", recipe, "--run-dir", tmp_path / "run", check=False)
+    assert refused.returncode == 2 and "has format 2" in refused.stderr
+    manifest.write_text(text[:-10])
+    for _ in range(2):
+        refused = ranks.run(1, "mimscale", "train", recipe, "--run-dir", tmp_path / "run", check=False)
+        assert refused.returncode == 2 and "every checkpoint in" in refused.stderr
+    assert [p.name[:21] for p in root.iterdir()] == ["damaged-step-00000004"]
+
+
 def test_a_finished_run_ends_at_once(recipe: Path, whole: Path) -> None:
     before = ranks.lines(whole)
     assert "is finished" in ranks.run(1, "mimscale", "train", recipe, "--run-dir", whole).stderr
@@ -95,6 +111,8 @@ def test_a_changed_recipe_is_refused_and_a_fork_starts_anew(recipe: Path, whole:
     refused = ranks.run(1, *words, check=False)
     assert refused.returncode == 2
     assert "schedule.base_lr: 0.016 -> 0.004" in refused.stderr and "--fork" in refused.stderr
+    other = ranks.run(1, *words, "student.depth=2", "--fork", tmp_path / "other", check=False)
+    assert other.returncode == 2 and "holds other parameters" in other.stderr
     ranks.run(1, *words, "--fork", tmp_path / "fork")
     first = ranks.curve(tmp_path / "fork")
     assert len(first) == 12 and ranks.meta(tmp_path / "fork")["engine"]["adam_step"] == 12

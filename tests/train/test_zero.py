@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.multi, pytest.mark.slow]
 def ddp(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> tuple[Path, dict[str, list[float]]]:
     """Losses and gradient norms of a plain DDP loop, two ranks, two micro-steps per step."""
     folder = tmp_path_factory.mktemp("ddp")
-    recipe = ranks.recipe(folder, shards, engine={"max_micro_batch": 4})
+    recipe = ranks.recipe(folder, shards, engine={"max_micro_batch": 4}, optim={"clip": 0.6})
     ranks.run(2, "tests.train.ddp_reference", recipe, folder / "reference.json")
     return recipe, json.loads((folder / "reference.json").read_text())
 
@@ -30,6 +30,7 @@ def test_loss_curve_equals_ddp(stage: int, ddp: tuple[Path, dict[str, list[float
     assert list(ranks.curve(tmp_path / "run").values()) == pytest.approx(reference["loss"], abs=1e-6)
     assert list(ranks.curve(tmp_path / "run", "grad_norm").values()) == pytest.approx(reference["norm"], rel=1e-5)
     assert list(ranks.curve(tmp_path / "run", "lr").values()) == pytest.approx(reference["lr"], rel=1e-12)
+    assert min(reference["norm"]) < 0.6 < max(reference["norm"])  # some steps are clipped, others not
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [image.step for image in board.Images("view")] == [5, 10, 12]
     assert [scalar.value for scalar in board.Scalars("loss")] == pytest.approx(reference["loss"], abs=1e-6)
