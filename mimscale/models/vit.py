@@ -188,11 +188,13 @@ class ViT(nn.Module):
         ids_keep: Tensor | None = None,
         drop_noise: Tensor | None = None,
         levels: Collection[int] = (),
+        apply_norm: bool = True,
     ) -> ViTOutput:
         """images: normalised, any float type. ids_keep: int64 [B, K], the visible patches in the order to be seen; None
         sees all in raster order. drop_noise: uniform [B, depth, 2]; None drops nothing. levels: blocks to return raw.
 
-        Returns tokens [B, 1+K, D] after the final norm where there is one, in the parameters' type.
+        Returns tokens [B, 1+K, D] in the parameters' type: after the final norm where there is one, and raw without
+        apply_norm, for a method that calls `norm` on something else.
         """
         patches = cut(images_B3HW, self.config.patch)
         positions_LD = self.pos_embed[0, 1:]
@@ -206,4 +208,4 @@ class ViT(nn.Module):
         x_BTD = torch.cat([cls.to(tokens.dtype), (tokens + positions).to(tokens.dtype)], dim=1)
         scales = None if drop_noise is None else drop_path_scales(drop_noise, self.config.drop_path)
         out = run_blocks(self.blocks, x_BTD, scales, self.checkpoint_every, levels)
-        return ViTOutput(self.norm(out.tokens), out.levels)
+        return ViTOutput(self.norm(out.tokens) if apply_norm else out.tokens, out.levels)
