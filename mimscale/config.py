@@ -45,12 +45,19 @@ class MethodConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Where the images are and how they are cut. `shards` is a folder that holds manifest.json."""
+    """Where the images are and how they are cut. `shards` is a folder that holds manifest.json.
+
+    crop: random_resized takes a part of random area (crop_scale) and aspect (crop_ratio). padded, the conservative crop
+    of PixMIM and MFF, resizes the short side to image_size, reflects crop_padding pixels over each edge and takes a
+    random square.
+    """
 
     shards: Path
     image_size: int = Field(224, ge=8)
+    crop: Literal["random_resized", "padded"] = "random_resized"
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_padding: int = Field(4, ge=0)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     flip: float = Field(0.5, ge=0, le=1)
     workers: int = Field(8, ge=0)
@@ -59,10 +66,12 @@ class DataConfig(Strict):
     block: int = Field(8192, ge=1)
 
     @model_validator(mode="after")
-    def _ordered(self) -> DataConfig:
+    def _possible(self) -> DataConfig:
         for name, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
             if not 0 < low <= high or (name == "crop_scale" and high > 1):
                 raise ValueError(f"{name} = [{low}, {high}]: must rise, stay above 0 and (scale) not exceed 1")
+        if self.crop_padding >= self.image_size:
+            raise ValueError(f"crop_padding = {self.crop_padding}: must be below image_size = {self.image_size}")
         return self
 
 

@@ -20,6 +20,8 @@ from mimscale.models.patches import unnormalised
 from mimscale.models.targets import images_of_pixels, low_pass, low_pass_disc, pixel_target
 from mimscale.models.vit import ViT
 
+TOKENS = {"student.cls_token", "decoder.mask_token"}  # decayed by MAE itself, exempt in OpenMMLab's methods
+
 
 class MAEConfig(MethodConfig):
     """norm_pix_loss: normalise the pixels of each target patch (the published ImageNet recipes do).
@@ -80,8 +82,8 @@ class MAE(base.Method):
             passed = int(disc.sum())
             if not 0 < passed < disc.numel():
                 raise UserError(
-                    f"method.low_pass_radius = {config.low_pass_radius} passes {passed} of {disc.numel()} frequencies at "
-                    f"{side} px; choose one between 1 and {side // 2}"
+                    f"method.low_pass_radius = {config.low_pass_radius} passes {passed} of {disc.numel()} frequencies "
+                    f"at {side} px; choose one between 1 and {side // 2}"
                 )
         if teachers:
             raise UserError(
