@@ -1,7 +1,8 @@
-"""Checkpoints of the official MAE and MaskAlign code <-> ours <-> timm, each with an equality check.
+"""Checkpoints of the methods' official code <-> ours <-> timm, each with an equality check.
 
-Names: "official" puts student and decoder side by side (`blocks.0...`, `decoder_blocks.0...`, `distill_heads.7...`);
-"ours" is the state dict of a Method (`student.`, `decoder.`, `alignment.`); "timm" is the student alone.
+Names: "official" puts student and decoder side by side (`blocks.0...`, `decoder_blocks.0...`, `distill_heads.7...`), or
+is OpenMMLab's for MFF and PixMIM (`backbone.layers.0...`, `neck.decoder_blocks.0...`); "ours" is the state dict of a
+Method (`student.`, `decoder.`, `alignment.`, `fusion.`); "timm" is the student alone.
 """
 
 from __future__ import annotations
@@ -32,8 +33,27 @@ from mimscale.models.vit import LN_EPS, ViT
 from mimscale.resilience import checkpoint
 
 State = dict[str, Tensor]
+Pairs = Sequence[tuple[str, str]]
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 TEACHERS = ("clip_model.", "dino_model.")
+OPENMMLAB = ("mff", "pixmim")
+OPENMMLAB_PREFIXES = (  # theirs, ours; the first that fits is replaced
+    ("backbone.patch_embed.projection.", "student.patch_embed.proj."),
+    ("backbone.layers.", "student.blocks."),
+    ("backbone.ln1.", "student.norm."),
+    ("backbone.proj_layers.", "fusion.projections."),
+    ("backbone.proj_weights", "fusion.logits"),
+    ("backbone.", "student."),
+    ("neck.mask_token", "decoder.mask_token"),
+    ("neck.ln1.", "decoder.norm."),
+    ("neck.decoder_", "decoder."),
+)
+OPENMMLAB_INSIDE = (
+    (".ln1.", ".norm1."),
+    (".ln2.", ".norm2."),
+    (".ffn.layers.0.0.", ".mlp.fc1."),
+    (".ffn.layers.1.", ".mlp.fc2."),
+)
 LIMIT = 1e-4  # of the largest output, fp32: the two programs sum in another order
 METADATA = "mimscale"
 
@@ -51,6 +71,8 @@ class Mapped:
 
 def encoder_of(state: Mapping[str, Tensor]) -> State:
     """The student's tensors under timm's names, out of official or our names."""
+    if any(name.startswith("backbone.") for name in state):
+        state = openmmlab_from_official(state).weights
     if any(name.startswith("student.") for name in state):
         return {name.removeprefix("student."): t for name, t in state.items() if name.startswith("student.")}
     encoder = {name: t for name, t in state.items() if name.startswith(ENCODER)}
@@ -123,6 +145,36 @@ def finetune_to_official(weights: Mapping[str, Tensor]) -> Mapped:
     return Mapped({name.removeprefix("student."): tensor for name, tensor in weights.items()})
 
 
+def openmmlab_from_official(state: Mapping[str, Tensor]) -> Mapped:
+    """MFF's and PixMIM's names. The position tables come along: OpenMMLab's have MAE's two halves swapped."""
+    left_out = {
+        name
+        for name, tensor in state.items()
+        if name.startswith("target_generator.")  # the low-pass filter, which follows from its radius
+        or (name == "backbone.proj_weights" and len(tensor) == 1)  # one level: frozen and without effect
+    }
+    weights = {
+        _renamed(name, OPENMMLAB_PREFIXES, OPENMMLAB_INSIDE): tensor
+        for name, tensor in state.items()
+        if name not in left_out
+    }
+    return Mapped(weights, tuple(f"left out: {name}, which is not trained" for name in sorted(left_out)))
+
+
+def openmmlab_to_official(weights: Mapping[str, Tensor]) -> Mapped:
+    """What is not trained there (see `openmmlab_from_official`) is not filled in: load with strict=False."""
+    prefixes, inside = ([(ours, theirs) for theirs, ours in pairs] for pairs in (OPENMMLAB_PREFIXES, OPENMMLAB_INSIDE))
+    return Mapped({_renamed(name, prefixes, inside): tensor for name, tensor in weights.items()})
+
+
+def _renamed(name: str, prefixes: Pairs, inside: Pairs) -> str:
+    old, new = next((pair for pair in prefixes if name.startswith(pair[0])), ("", ""))
+    name = new + name.removeprefix(old)
+    for old, new in inside:
+        name = name.replace(old, new)
+    return name
+
+
 def to_timm(encoder: Mapping[str, Tensor]) -> State:
     """The student under timm's names, with a last norm of weight 1 and bias 0 where the method has none."""
     width = encoder["cls_token"].shape[-1]
@@ -136,6 +188,8 @@ def to_official(weights: Mapping[str, Tensor], run: RunConfig) -> Mapped:
         return mae_to_official(weights)
     if method.name == "finetune":
         return finetune_to_official(weights)
+    if method.name in OPENMMLAB:
+        return openmmlab_to_official(weights)
     if method.name == "maskalign":
         depth = run.student.depth
         if method.fusion == "sum":
@@ -148,6 +202,7 @@ def from_official(state: Mapping[str, Tensor], run: RunConfig, path: Path) -> tu
     """The method of a recipe with the weights of an official pre-training file, and notes of what was left out."""
     name = run.method.name
     needed = {"mae": "mask_token", "maskalign": "distill_heads.", "finetune": "head.weight"}
+    needed |= dict.fromkeys(OPENMMLAB, "neck.mask_token")
     if name not in needed:
         raise UserError(f"method.name = {name} has no official names; choose a recipe of {', '.join(needed)}")
     if not any(key.startswith(needed[name]) for key in state):
@@ -158,6 +213,8 @@ def from_official(state: Mapping[str, Tensor], run: RunConfig, path: Path) -> tu
     if name == "maskalign":
         (needs,) = method.needs.teachers.values()
         mapped = maskalign_from_official(state, needs.levels)
+    elif name in OPENMMLAB:
+        mapped = openmmlab_from_official(state)
     else:
         mapped = mae_from_official(state) if name == "mae" else finetune_from_official(state)
     _load(method, mapped.weights, path)
