@@ -65,6 +65,7 @@ class MAE(base.Method):
     """`student` sees the visible patches; `decoder` predicts the pixels of all; the loss reads the masked ones."""
 
     Config = MAEConfig
+    student: ViT
 
     @classmethod
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
@@ -94,7 +95,7 @@ class MAE(base.Method):
         super().__init__(run, teachers)
         self.config = config = cast(MAEConfig, run.method)
         every = run.engine.activation_checkpointing
-        self.student: ViT = ViT(run.student, run.data.image_size, checkpoint_every=every)
+        self.student = self.make_student(run)
         self.decoder = MAEDecoder(
             in_width=run.student.width,
             width=config.decoder_width,
@@ -102,13 +103,18 @@ class MAE(base.Method):
             heads=config.decoder_heads,
             patch=run.student.patch,
             grid=run.grid,
+            prefix=self.student.prefix,
             checkpoint_every=every,
         )
         self.keep = kept_patches(self.student.patches, config.mask_ratio)
         noise = {"mask": Noise("uniform", (self.student.patches,))}
         if run.student.drop_path:
-            noise["drop_path"] = Noise("uniform", (run.student.depth, 2))
+            noise["drop_path"] = Noise("uniform", (self.student.depth, 2))
         self.needs = Needs(noise=noise)
+
+    def make_student(self, run: RunConfig) -> ViT:
+        """The encoder; with `prefix` tokens before those of the patches."""
+        return ViT(run.student, run.data.image_size, checkpoint_every=run.engine.activation_checkpointing)
 
     def target_images(self, images_B3HW: Tensor) -> Tensor:
         """The images whose pixels are regressed."""
@@ -122,7 +128,7 @@ class MAE(base.Method):
         )
 
     def encode(self, batch: Batch, ids_keep_BK: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the decoder gets of the visible patches, [B, 1+K, D], and scalars for the log."""
+        """What the decoder gets of the visible patches, [B, prefix + K, D], and scalars for the log."""
         return self.student(batch.images, ids_keep_BK, batch.noise.get("drop_path")).tokens, {}
 
     def predict(self, batch: Batch) -> Prediction:

@@ -1,14 +1,20 @@
-"""What a pixel decoder regresses: the pixels of each patch, of the image itself or of its low frequencies."""
+"""What is regressed: pixels of each patch, of the image or of its low frequencies; features of a teacher."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mimscale.contracts import imagenet_statistics
 from mimscale.models.patches import assemble, cut, from_pixels_last, pixels_last
 
+FeatureNorm = Literal["whiten", "none", "l2"]
+FeatureLoss = Literal["smoothl1", "l2", "l1", "cosine"]
 PIXEL_EPS = 1e-6
+WHITEN_EPS = 1e-5
 
 
 def pixel_statistics(pixels_BLP: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,3 +74,28 @@ def low_pass(images_B3HW: Tensor, radius: float) -> Tensor:
     spectrum = torch.fft.fft2(images_B3HW.float() * std + mean)
     disc = low_pass_disc((images_B3HW.shape[-2], images_B3HW.shape[-1]), radius, images_B3HW.device)
     return (torch.fft.ifft2(spectrum * disc).abs() - mean) / std
+
+
+def normalise_features(features_BTC: Tensor, norm: FeatureNorm) -> Tensor:
+    """Teacher features of any type -> float32, per token: LayerNorm without affine (whiten), unit length (l2), as is.
+
+    whiten is as MaskAlign released it, eps 1e-5.
+    """
+    features = features_BTC.float()
+    if norm == "whiten":
+        return F.layer_norm(features, features.shape[-1:], eps=WHITEN_EPS)
+    return F.normalize(features, dim=-1) if norm == "l2" else features
+
+
+def feature_loss(pred_BTC: Tensor, target_BTC: Tensor, kind: FeatureLoss) -> Tensor:
+    """Mean over batch, tokens and channels, fp32 scalar. target: float32.
+
+    smoothl1 is twice PyTorch's with beta = 1, as MaskAlign released it: squared error in its quadratic zone. cosine is
+    1 - cosine similarity, mean over batch and tokens.
+    """
+    pred = pred_BTC.float()
+    if kind == "smoothl1":
+        return 2 * F.smooth_l1_loss(pred, target_BTC)
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(pred, target_BTC, dim=-1).mean()
+    return F.mse_loss(pred, target_BTC) if kind == "l2" else F.l1_loss(pred, target_BTC)
