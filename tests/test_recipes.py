@@ -11,6 +11,7 @@ import torch
 from mimscale.config import RunConfig, load, load_ds_config, method_class, recipe_names
 from mimscale.contracts import TeacherInfo
 from mimscale.methods.base import Method
+from mimscale.methods.mae import MAE, MAEConfig
 
 CLIP_B = TeacherInfo("clip", dim=768, depth=12, grid=(14, 14), image_size=224, has_cls=True)
 CLIP_L_196 = TeacherInfo("clip", dim=1024, depth=24, grid=(14, 14), image_size=196, has_cls=True)
@@ -47,6 +48,21 @@ def test_mae(name: str) -> None:
     run, _, count = built(name, {})
     assert count / 1e6 == pytest.approx(MAE_MILLIONS[name], abs=0.05)
     assert run.schedule.peak_lr == pytest.approx(2.4e-3)
+
+
+@pytest.mark.parametrize(("name", "levels"), [("mff_vit_b16", 6), ("mff_vit_s16", 4), ("pixmim_vit_b16", 1)])
+def test_relatives_of_mae(name: str, levels: int) -> None:
+    """MAE's size, and for each level but the last a linear layer; one logit per level."""
+    run, method, count = built(name, {})
+    values = run.method.model_dump() | {"name": "mae"}
+    with torch.device("meta"):
+        mae = MAE(run.model_copy(update={"method": MAEConfig(**{k: values[k] for k in MAEConfig.model_fields})}), {})
+    width = run.student.width
+    fusion = (levels - 1) * (width * width + width) + levels if levels > 1 else 0
+    assert count == sum(tensor.numel() for tensor in mae.state_dict().values()) + fusion
+    assert run.schedule.peak_lr == pytest.approx(2.4e-3)
+    assert (run.data.crop, run.data.interpolation) == ("padded", "bilinear")
+    assert method.no_weight_decay() == {"student.cls_token", "decoder.mask_token"}
 
 
 @pytest.mark.parametrize("name", MASKALIGN)

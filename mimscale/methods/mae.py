@@ -79,7 +79,7 @@ class MAE(base.Method):
             )
         if config.low_pass_radius is not None:
             side = run.data.image_size
-            disc = low_pass_disc((side, side), config.low_pass_radius)
+            disc = low_pass_disc((side, side), config.low_pass_radius, torch.device("cpu"))
             passed = int(disc.sum())
             if not 0 < passed < disc.numel():
                 raise UserError(
