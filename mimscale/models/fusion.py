@@ -25,6 +25,8 @@ class LevelFusion(nn.Module):
     it is constant, so no gradient would reach it.
     """
 
+    logits: Tensor | None
+
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
         self.projections = nn.ModuleList(Linear(width, width) for _ in range(count - 1))

@@ -22,9 +22,9 @@ STUDENT = {"width": 32, "depth": 4, "heads": 2}
 DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
 
 
-def small(student: dict[str, object] = STUDENT, **values: object) -> MFF:
+def small(**values: object) -> MFF:
     torch.manual_seed(3)
-    return MFF(run_config({"name": "mff", "levels": [0, 2, 3], **DECODER, **values}, student), {})
+    return MFF(run_config({"name": "mff", "levels": [0, 2, 3], **DECODER, **values}, STUDENT), {})
 
 
 def inputs(count: int = 3) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,9 @@ STUDENT = {"width": 32, "depth": 2, "heads": 2}
 SECTION = {"name": "pixmim", "low_pass_radius": 10, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
 
 
-def small(drop_path: float = 0.0, **values: object) -> PixMIM:
+def small(**values: object) -> PixMIM:
     torch.manual_seed(3)
-    return PixMIM(run_config({**SECTION, **values}, {**STUDENT, "drop_path": drop_path}), {})
+    return PixMIM(run_config({**SECTION, **values}, STUDENT), {})
 
 
 def inputs(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +104,7 @@ def test_tokens_are_not_decayed() -> None:
 
 
 def test_drop_path_comes_from_noise() -> None:
-    method, (images, noise) = small(drop_path=0.3), inputs()
+    method, (images, noise) = PixMIM(run_config(SECTION, {**STUDENT, "drop_path": 0.3}), {}), inputs()
     before = torch.get_rng_state()
     kept = method(batch_of(images, mask=noise, drop_path=torch.full((3, 2, 2), 0.99)), {})["loss"]
     dropped = method(batch_of(images, mask=noise, drop_path=torch.zeros(3, 2, 2)), {})["loss"]

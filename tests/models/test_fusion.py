@@ -17,8 +17,9 @@ def levels(count: int) -> list[torch.Tensor]:
 def test_starts_as_a_plain_mean() -> None:
     fusion, inputs = LevelFusion(8, 3), levels(3)
     with torch.no_grad():
-        for projection in fusion.projections:
-            projection.weight.copy_(torch.eye(8))
+        for name, parameter in fusion.projections.named_parameters():
+            if name.endswith("weight"):
+                parameter.copy_(torch.eye(8))
     fused = fusion(inputs)
     close(fused.tokens, torch.stack(inputs).mean(dim=0))
     close(fused.weights, torch.full((3,), 1 / 3))
@@ -27,6 +28,7 @@ def test_starts_as_a_plain_mean() -> None:
 
 def test_weights_follow_the_logits_and_only_shallow_levels_are_projected() -> None:
     fusion, inputs = LevelFusion(8, 3), levels(3)
+    assert fusion.logits is not None
     with torch.no_grad():
         fusion.logits.copy_(torch.tensor([0.0, -1e4, 1.0]).view(3, 1, 1, 1))
     fused = fusion(inputs)
