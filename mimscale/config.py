@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
@@ -386,8 +386,9 @@ def _known_keys(model: type[BaseModel], place: Sequence[str]) -> list[str]:
     for part in place:
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None
-        if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-            model = annotation
+        sections = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type(BaseModel))]
+        if sections:
+            model = sections[0]
         elif part == "teachers" or field is None:
             model = TeacherConfig
     return sorted(model.model_fields)
