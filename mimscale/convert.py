@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import pickle
 from collections.abc import Mapping, Sequence
@@ -28,13 +29,19 @@ from mimscale.contracts import TeacherInfo
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
 from mimscale.models import posembed
+from mimscale.models.beit import LAYER_SCALE, Beit
 from mimscale.models.heads import initial_mixing
+from mimscale.models.relpos import CLS_ROWS, relative_index
 from mimscale.models.vit import LN_EPS, ViT
 from mimscale.resilience import checkpoint
 
 State = dict[str, Tensor]
+Student = ViT | Beit
 Pairs = Sequence[tuple[str, str]]
-ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+ENCODER = ("cls_token", "pos_embed", "rel_pos_bias.", "patch_embed.", "blocks.", "norm.")
+REL_POS_TABLE = "rel_pos_bias.relative_position_bias_table"
+REL_POS_INDEX = "rel_pos_bias.relative_position_index"
+HEAD = ("fc_norm.", "head.")
 TEACHERS = ("clip_model.", "dino_model.")
 OPENMMLAB = ("mff", "pixmim")
 OPENMMLAB_PREFIXES = (  # theirs, ours; the first that fits is replaced
@@ -73,8 +80,11 @@ def encoder_of(state: Mapping[str, Tensor]) -> State:
     """The student's tensors under timm's names, out of official or our names."""
     if any(name.startswith("backbone.") for name in state):
         state = openmmlab_from_official(state).weights
+    if any(name.startswith("encoder.") for name in state):
+        state = simmim_from_official(state).weights
     if any(name.startswith("student.") for name in state):
-        return {name.removeprefix("student."): t for name, t in state.items() if name.startswith("student.")}
+        state = {name.removeprefix("student."): t for name, t in state.items() if name.startswith("student.")}
+        return {name: tensor for name, tensor in state.items() if name != "mask_token"}
     encoder = {name: t for name, t in state.items() if name.startswith(ENCODER)}
     if any(name.startswith("distill_") for name in state):  # MaskAlign never trains its last norm
         encoder = {name: t for name, t in encoder.items() if not name.startswith("norm.")}
@@ -82,10 +92,12 @@ def encoder_of(state: Mapping[str, Tensor]) -> State:
 
 
 def mae_from_official(state: Mapping[str, Tensor]) -> Mapped:
+    """ConvMAE's names too: all but the decoder is the encoder."""
+
     def ours(name: str) -> str:
-        if name.startswith(ENCODER):
-            return f"student.{name}"
-        return "decoder.mask_token" if name == "mask_token" else f"decoder.{name.removeprefix('decoder_')}"
+        if name == "mask_token":
+            return "decoder.mask_token"
+        return f"decoder.{name.removeprefix('decoder_')}" if name.startswith("decoder_") else f"student.{name}"
 
     return Mapped({ours(name): tensor for name, tensor in state.items()})
 
@@ -138,7 +150,7 @@ def maskalign_to_official(weights: Mapping[str, Tensor], *, fusion: str, teacher
 
 
 def finetune_from_official(state: Mapping[str, Tensor]) -> Mapped:
-    return Mapped({f"student.{n}" if n.startswith(ENCODER) else n: tensor for n, tensor in state.items()})
+    return Mapped({n if n.startswith(HEAD) else f"student.{n}": tensor for n, tensor in state.items()})
 
 
 def finetune_to_official(weights: Mapping[str, Tensor]) -> Mapped:
@@ -175,6 +187,27 @@ def _renamed(name: str, prefixes: Pairs, inside: Pairs) -> str:
     return name
 
 
+def simmim_from_official(state: Mapping[str, Tensor]) -> Mapped:
+    """The index into the bias table is left out: it follows from the grid."""
+    weights = {}
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        if part == "encoder" and rest != REL_POS_INDEX:
+            weights[f"student.{rest}"] = tensor
+        elif part == "decoder":  # decoder.0: a 1 x 1 convolution
+            weights[f"head.{rest.removeprefix('0.')}"] = tensor.flatten(1) if tensor.dim() > 1 else tensor
+    return Mapped(weights)
+
+
+def simmim_to_official(weights: Mapping[str, Tensor]) -> Mapped:
+    state = {name.replace("student.", "encoder.", 1): t for name, t in weights.items() if name.startswith("student.")}
+    if f"encoder.{REL_POS_TABLE}" in state:
+        side = _side({REL_POS_TABLE: state[f"encoder.{REL_POS_TABLE}"]})
+        state[f"encoder.{REL_POS_INDEX}"] = relative_index((side, side), torch.device("cpu"))
+    state["decoder.0.weight"] = weights["head.weight"][:, :, None, None]
+    return Mapped({**state, "decoder.0.bias": weights["head.bias"]})
+
+
 def to_timm(encoder: Mapping[str, Tensor]) -> State:
     """The student under timm's names, with a last norm of weight 1 and bias 0 where the method has none."""
     width = encoder["cls_token"].shape[-1]
@@ -188,6 +221,8 @@ def to_official(weights: Mapping[str, Tensor], run: RunConfig) -> Mapped:
         return mae_to_official(weights)
     if method.name == "finetune":
         return finetune_to_official(weights)
+    if method.name == "simmim":
+        return simmim_to_official(weights)
     if method.name in OPENMMLAB:
         return openmmlab_to_official(weights)
     if method.name == "maskalign":
@@ -202,7 +237,7 @@ def from_official(state: Mapping[str, Tensor], run: RunConfig, path: Path) -> tu
     """The method of a recipe with the weights of an official pre-training file, and notes of what was left out."""
     name = run.method.name
     needed = {"mae": "mask_token", "maskalign": "distill_heads.", "finetune": "head.weight"}
-    needed |= dict.fromkeys(OPENMMLAB, "neck.mask_token")
+    needed |= {"simmim": "encoder.mask_token", **dict.fromkeys(OPENMMLAB, "neck.mask_token")}
     if name not in needed:
         raise UserError(f"method.name = {name} has no official names; choose a recipe of {', '.join(needed)}")
     if not any(key.startswith(needed[name]) for key in state):
@@ -215,6 +250,8 @@ def from_official(state: Mapping[str, Tensor], run: RunConfig, path: Path) -> tu
         mapped = maskalign_from_official(state, needs.levels)
     elif name in OPENMMLAB:
         mapped = openmmlab_from_official(state)
+    elif name == "simmim":
+        mapped = simmim_from_official(state)
     else:
         mapped = mae_from_official(state) if name == "mae" else finetune_from_official(state)
     _load(method, mapped.weights, path)
@@ -310,7 +347,7 @@ class StudentInfo:
     final_norm: bool
 
 
-def student_from(path: Path, *, image_size: int | None = None, heads: int | None = None) -> tuple[ViT, StudentInfo]:
+def student_from(path: Path, *, image_size: int | None = None, heads: int | None = None) -> tuple[Student, StudentInfo]:
     """The student of any checkpoint that `read` understands, on the CPU in fp32, and what is known of it.
 
     image_size: resize the positions to another input. heads: needed for an official file of an unusual size, because
@@ -319,30 +356,53 @@ def student_from(path: Path, *, image_size: int | None = None, heads: int | None
     return _student(read(path), path, image_size, heads)
 
 
-def _student(loaded: Loaded, path: Path, image_size: int | None, heads: int | None) -> tuple[ViT, StudentInfo]:
+def _student(loaded: Loaded, path: Path, image_size: int | None, heads: int | None) -> tuple[Student, StudentInfo]:
     encoder = encoder_of(loaded.weights)
-    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    relative = REL_POS_TABLE in encoder
+    positions = REL_POS_TABLE if relative else "pos_embed"
+    needed = ("cls_token", positions, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     missing = [name for name in needed if name not in encoder]
     if missing:
         raise UserError(f"{path} holds no ViT with a class token: {missing[0]} is missing")
     run = loaded.run
     student = run.student if run else loaded.student or _config_from(encoder, path, heads)
-    side = round((encoder["pos_embed"].shape[1] - 1) ** 0.5)
+    side = _side(encoder)
     size = image_size or side * student.patch
     if size % student.patch:
         raise UserError(f"image size {size} is not a multiple of the student's patch = {student.patch}")
     new = size // student.patch
-    encoder = {**encoder, "pos_embed": posembed.resize(encoder["pos_embed"], (side, side), (new, new))}
+    if relative and new != side:
+        raise UserError(f"{path} has relative positions, which are not resized; take image size {side * student.patch}")
+    if not relative:
+        encoder = {**encoder, "pos_embed": posembed.resize(encoder["pos_embed"], (side, side), (new, new))}
     final_norm = "norm.weight" in encoder
-    vit = ViT(student, size, final_norm=final_norm)
+    vit: Student
+    if "blocks.0.attn.q_bias" in encoder:
+        vit = Beit(
+            student,
+            size,
+            positions="relative" if relative else "absolute",
+            layer_scale=LAYER_SCALE if "blocks.0.gamma_1" in encoder else None,
+        )
+    else:
+        vit = ViT(student, size, final_norm=final_norm)
     _load(vit, encoder, path)
     return vit, StudentInfo(student, size, run.method.name if run else None, final_norm)
+
+
+def _side(encoder: Mapping[str, Tensor]) -> int:
+    """Rows of the square grid that the positions are for."""
+    if REL_POS_TABLE in encoder:
+        return (math.isqrt(len(encoder[REL_POS_TABLE]) - CLS_ROWS) + 1) // 2
+    return math.isqrt(encoder["pos_embed"].shape[1] - 1)
 
 
 def _config_from(encoder: Mapping[str, Tensor], path: Path, heads: int | None) -> StudentConfig:
     width, _, patch, _ = encoder["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
     usual = {(w, d): h for w, d, h in STUDENT_SIZES.values()}
+    if REL_POS_TABLE in encoder:
+        heads = encoder[REL_POS_TABLE].shape[1]
     if heads is None and (width, depth) not in usual:
         raise UserError(
             f"{path}: width {width}, depth {depth} is no usual size and weights do not tell; give the heads"
@@ -366,23 +426,41 @@ def _load(module: torch.nn.Module, weights: Mapping[str, Tensor], path: Path) ->
 # ------------------------------------------------------------------------------------------------------------ checking
 
 
-def difference_to_timm(vit: ViT, timm_state: Mapping[str, Tensor]) -> float:
-    """Largest difference of all tokens to timm's VisionTransformer with `timm_state`, over the largest value.
+def timm_reference(vit: Student) -> Any:
+    """timm's VisionTransformer, or Beit, of the same shape."""
+    from timm.models.beit import Beit as TimmBeit
+    from timm.models.vision_transformer import VisionTransformer
+
+    student = vit.config
+    shape: dict[str, Any] = {
+        "img_size": vit.grid[0] * student.patch,
+        "patch_size": student.patch,
+        "embed_dim": student.width,
+        "depth": student.depth,
+        "num_heads": student.heads,
+        "mlp_ratio": student.mlp_ratio,
+        "num_classes": 0,
+    }
+    return TimmBeit(**shape, **timm_beit_options(vit)) if isinstance(vit, Beit) else VisionTransformer(**shape)
+
+
+def timm_beit_options(vit: Beit) -> dict[str, Any]:
+    """What timm's Beit has to be told besides its sizes; without global_pool it has no last norm of this name."""
+    absolute = vit.positions == "absolute"
+    return {
+        "use_abs_pos_emb": absolute,
+        "use_shared_rel_pos_bias": not absolute,
+        "init_values": vit.layer_scale,
+        "global_pool": "token",
+    }
+
+
+def difference_to_timm(vit: Student, timm_state: Mapping[str, Tensor]) -> float:
+    """Largest difference of all tokens to timm's network with `timm_state`, over the largest value.
 
     A fixed picture in fp32; where the student has no last norm, an untrained one is applied, as timm will.
     """
-    from timm.models.vision_transformer import VisionTransformer
-
-    size, student = vit.grid[0] * vit.config.patch, vit.config
-    reference = VisionTransformer(
-        img_size=size,
-        patch_size=student.patch,
-        embed_dim=student.width,
-        depth=student.depth,
-        num_heads=student.heads,
-        mlp_ratio=student.mlp_ratio,
-        num_classes=0,
-    ).eval()
+    size, reference = vit.grid[0] * vit.config.patch, timm_reference(vit).eval()
     reference.load_state_dict(timm_state)
     image = torch.sin(torch.arange(3 * size * size) * 0.37).view(1, 3, size, size) * 2
     with torch.no_grad():
@@ -393,7 +471,7 @@ def difference_to_timm(vit: ViT, timm_state: Mapping[str, Tensor]) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def _checked(vit: ViT, timm_state: Mapping[str, Tensor]) -> str:
+def _checked(vit: Student, timm_state: Mapping[str, Tensor]) -> str:
     difference = difference_to_timm(vit, timm_state)
     if not difference < LIMIT:
         raise RuntimeError(f"the converted student differs from timm's by {difference:.1e} of the largest output")
@@ -432,8 +510,11 @@ def _to_timm(args: argparse.Namespace, loaded: Loaded) -> list[str]:
     state = to_timm(vit.state_dict())
     line = _checked(vit, state)
     _write(args.out, state, {"student": info.config.model_dump(mode="json"), "image_size": info.image_size})
-    filled = [] if info.final_norm else ["filled in: a last norm of weight 1 and bias 0; the method trains none"]
-    return [*filled, line]
+    notes = [] if info.final_norm else ["filled in: a last norm of weight 1 and bias 0; the method trains none"]
+    if isinstance(vit, Beit):
+        options = ", ".join(f"{name}={value!r}" for name, value in timm_beit_options(vit).items())
+        notes.append(f"timm: timm.models.beit.Beit with {options}")
+    return [*notes, line]
 
 
 def _to_official(args: argparse.Namespace, loaded: Loaded) -> list[str]:
@@ -456,7 +537,7 @@ def _to_ours(args: argparse.Namespace, loaded: Loaded) -> list[str]:
         raise UserError("--recipe is missing: --to mimscale has to know the method and its sizes, e.g. mae_vit_l16")
     run_config = config.load(args.recipe, args.set)
     method, notes = from_official(loaded.weights, run_config, args.source)
-    assert isinstance(method.student, ViT)
+    assert isinstance(method.student, ViT | Beit)
     line = _checked(method.student, to_timm(encoder_of(loaded.weights)))
     _write(args.out, method.state_dict(), {"run": run_config.dump()})
     return [*notes, line]

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimscale.config import StudentConfig
 from mimscale.data.loader import eval_batches
 from mimscale.data.manifest import Manifest
+from mimscale.models.beit import Beit
 from mimscale.models.vit import LN_EPS, ViT
 
 Pool = Literal["mean", "cls"]
+Student = ViT | Beit
 Extractor = Callable[[Tensor], dict[str, Tensor]]
 """float32 ImageNet-normalised images [B, 3, H, W] -> pool -> float32 features [B, D]."""
 
@@ -22,7 +23,7 @@ PIXELS = "pixels"
 PIXEL_SIDE = 32  # larger pictures are averaged down to it: 3,072 numbers per picture
 
 
-def frozen(vit: ViT, pools: Sequence[Pool]) -> Extractor:
+def frozen(vit: Student, pools: Sequence[Pool]) -> Extractor:
     """Tokens after the last norm, in the type of the network's parameters, pooled.
 
     mean: of the patch tokens; cls: the class token. A student without a last norm (MaskAlign trains none) gets one of
@@ -48,11 +49,11 @@ def raw_pixels(images: Tensor) -> dict[str, Tensor]:
     return {PIXELS: images.flatten(1)}
 
 
-def random_vit(config: StudentConfig, image_size: int, seed: int) -> ViT:
+def random_like(vit: Student, seed: int) -> Student:
     """The same class and shape at its own initialisation. The global generators are left as they were."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return ViT(config, image_size)
+        return vit.untrained()
 
 
 def stream(

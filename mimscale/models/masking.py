@@ -87,7 +87,7 @@ def masked_units(units: int, mask_ratio: float) -> int:
 
 
 def unit_mask(order_BU: Tensor, masked: int, unit_grid: tuple[int, int], factor: int) -> Tensor:
-    """The first `masked` units of an order int64 [B, U] as a mask of patches: float32 [B, L] in raster order, 1 = masked.
+    """The first `masked` units of an order int64 [B, U], as a mask of patches: float32 [B, L], 1 = masked.
 
     unit_grid: rows and columns of units, U in all; each covers factor x factor patches (SimMIM).
     """

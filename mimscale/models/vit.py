@@ -206,6 +206,10 @@ class ViT(nn.Module):
         """Tokens before the patch tokens."""
         return 1
 
+    def untrained(self) -> ViT:
+        """A network of the same shape, with a last norm, at a fresh initialisation."""
+        return ViT(self.config, self.grid[0] * self.config.patch)
+
     def forward(
         self,
         images_B3HW: Tensor,

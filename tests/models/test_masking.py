@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,9 +11,11 @@ from mimscale.models.masking import (
     gather_tokens,
     kept_patches,
     mask_of,
+    masked_units,
     random_keep,
     random_order,
     restore_order,
+    unit_mask,
 )
 from tests import golden
 
@@ -62,3 +65,21 @@ def test_restore_undoes_the_shuffle_and_mask_marks_the_rest() -> None:
     assert torch.equal(restored, torch.arange(10).expand(3, -1))
     mask = mask_of(order[:, :4], 10)
     assert mask.sum(1).tolist() == [6, 6, 6] and not mask.gather(1, order[:, :4]).any()
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_golden_units(case: int) -> None:
+    """With numpy's permutation as the order, SimMIM's masks come out."""
+    g = golden.load("simmim_maskgen")
+    size, unit, patch, ratio, seed, masked = g[f"cfg/{case}"].tolist()
+    side = int(size // unit)
+    assert masked_units(side**2, ratio) == masked
+    stored, draw = g[f"mask/{case}"], np.random.RandomState(int(seed))
+    order = torch.from_numpy(np.stack([draw.permutation(side**2) for _ in stored]))
+    ours = unit_mask(order, int(masked), (side, side), int(unit // patch))
+    assert torch.equal(ours, stored.flatten(1).float())
+
+
+def test_units_of_a_grid_that_is_not_square() -> None:
+    mask = unit_mask(torch.tensor([[5, 0, 1, 2, 3, 4]]), 2, (2, 3), 2).view(4, 6)
+    assert mask.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 4], [2, 5], [3, 4], [3, 5]]
