@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,9 +323,9 @@ def _read_safetensors(path: Path) -> Loaded:
 
 
 def _read_pickle(path: Path) -> State:
-    """A torch file, without running code that may be in it; training files also hold their command line."""
+    """A torch file, without running code that may be in it; training files also hold their command line or config."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"{path} cannot be read as a torch checkpoint: {str(error).splitlines()[0]}") from None
@@ -461,7 +462,8 @@ def difference_to_timm(vit: Student, timm_state: Mapping[str, Tensor]) -> float:
     A fixed picture in fp32; where the student has no last norm, an untrained one is applied, as timm will.
     """
     size, reference = vit.grid[0] * vit.config.patch, timm_reference(vit).eval()
-    reference.load_state_dict(timm_state)
+    index = {name: t for name, t in reference.state_dict().items() if name == REL_POS_INDEX}  # there in older timm
+    reference.load_state_dict({**index, **timm_state})
     image = torch.sin(torch.arange(3 * size * size) * 0.37).view(1, 3, size, size) * 2
     with torch.no_grad():
         ours = vit(image).tokens
