@@ -9,7 +9,7 @@ from timm.models.beit import gen_relative_position_index
 from torch import nn
 
 from mimscale.config import StudentConfig
-from mimscale.models.beit import Beit, Positions
+from mimscale.models.beit import Beit, Block, Positions
 from mimscale.models.relpos import RelativePositionBias, relative_index, table_rows
 
 CPU = torch.device("cpu")
@@ -53,6 +53,20 @@ def test_index_is_timms(grid: tuple[int, int]) -> None:
     ours = relative_index(grid, CPU)
     assert torch.equal(ours, gen_relative_position_index(grid))
     assert int(ours.max()) + 1 == table_rows(grid)
+
+
+def test_drop_path_scales_each_branch() -> None:
+    block = moved(Block(16, 2, 4.0, layer=1, layer_scale=0.1))
+    assert isinstance(block, Block) and block.gamma_1 is not None and block.gamma_2 is not None
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(2))
+    out = block(x, torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]]))
+    assert torch.equal(out[0], x[0])
+    torch.testing.assert_close(out[1], x[1] + 2 * block.gamma_1 * block.attn(block.norm1(x[1:2]))[0])
+    torch.testing.assert_close(out[2], x[2] + 2 * block.gamma_2 * block.mlp(block.norm2(x[2:3]))[0])
+
+
+def test_bias_of_a_16_bit_table_is_fp32() -> None:
+    assert RelativePositionBias((2, 2), heads=2).bfloat16()().dtype == torch.float32
 
 
 def test_bias_depends_on_the_offset_only() -> None:
