@@ -31,15 +31,16 @@ from mimscale.errors import UserError
 from mimscale.methods.base import Method
 from mimscale.models import posembed
 from mimscale.models.beit import LAYER_SCALE, Beit
+from mimscale.models.convvit import ConvStages, ConvViT, stages_of
 from mimscale.models.heads import initial_mixing
 from mimscale.models.relpos import CLS_ROWS, relative_index
 from mimscale.models.vit import LN_EPS, ViT
 from mimscale.resilience import checkpoint
 
 State = dict[str, Tensor]
-Student = ViT | Beit
+Student = ViT | Beit | ConvViT
 Pairs = Sequence[tuple[str, str]]
-ENCODER = ("cls_token", "pos_embed", "rel_pos_bias.", "patch_embed.", "blocks.", "norm.")
+ENCODER = ("cls_token", "pos_embed", "rel_pos_bias.", "patch_embed", "blocks", "stage1_", "stage2_", "norm.")
 REL_POS_TABLE = "rel_pos_bias.relative_position_bias_table"
 REL_POS_INDEX = "rel_pos_bias.relative_position_index"
 HEAD = ("fc_norm.", "head.")
@@ -62,6 +63,7 @@ OPENMMLAB_INSIDE = (
     (".ffn.layers.0.0.", ".mlp.fc1."),
     (".ffn.layers.1.", ".mlp.fc2."),
 )
+CONVMAE_BASE = (768, 11)  # width and depth of its attention stage
 LIMIT = 1e-4  # of the largest output, fp32: the two programs sum in another order
 METADATA = "mimscale"
 
@@ -218,7 +220,7 @@ def to_timm(encoder: Mapping[str, Tensor]) -> State:
 def to_official(weights: Mapping[str, Tensor], run: RunConfig) -> Mapped:
     """Our state dict of a run -> the names of the method's official code. Raises UserError for a method without one."""
     method: Any = run.method
-    if method.name == "mae":
+    if method.name in ("mae", "convmae"):
         return mae_to_official(weights)
     if method.name == "finetune":
         return finetune_to_official(weights)
@@ -238,7 +240,11 @@ def from_official(state: Mapping[str, Tensor], run: RunConfig, path: Path) -> tu
     """The method of a recipe with the weights of an official pre-training file, and notes of what was left out."""
     name = run.method.name
     needed = {"mae": "mask_token", "maskalign": "distill_heads.", "finetune": "head.weight"}
-    needed |= {"simmim": "encoder.mask_token", **dict.fromkeys(OPENMMLAB, "neck.mask_token")}
+    needed |= {
+        "convmae": "stage1_output_decode.",
+        "simmim": "encoder.mask_token",
+        **dict.fromkeys(OPENMMLAB, "neck.mask_token"),
+    }
     if name not in needed:
         raise UserError(f"method.name = {name} has no official names; choose a recipe of {', '.join(needed)}")
     if not any(key.startswith(needed[name]) for key in state):
@@ -254,7 +260,7 @@ def from_official(state: Mapping[str, Tensor], run: RunConfig, path: Path) -> tu
     elif name == "simmim":
         mapped = simmim_from_official(state)
     else:
-        mapped = mae_from_official(state) if name == "mae" else finetune_from_official(state)
+        mapped = finetune_from_official(state) if name == "finetune" else mae_from_official(state)
     _load(method, mapped.weights, path)
     return method, mapped.notes
 
@@ -346,6 +352,7 @@ class StudentInfo:
     image_size: int
     method: str | None
     final_norm: bool
+    stages: ConvStages | None = None
 
 
 def student_from(path: Path, *, image_size: int | None = None, heads: int | None = None) -> tuple[Student, StudentInfo]:
@@ -361,12 +368,18 @@ def _student(loaded: Loaded, path: Path, image_size: int | None, heads: int | No
     encoder = encoder_of(loaded.weights)
     relative = REL_POS_TABLE in encoder
     positions = REL_POS_TABLE if relative else "pos_embed"
-    needed = ("cls_token", positions, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    convolutional = "patch_embed1.proj.weight" in encoder
+    needed: tuple[str, ...] = ("cls_token", positions, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    if convolutional:
+        needed = (positions, "patch_embed2.proj.weight", "patch_embed3.proj.weight")
+        needed = (*needed, *(f"blocks{stage}.0.mlp.fc1.weight" for stage in (1, 2, 3)))
     missing = [name for name in needed if name not in encoder]
     if missing:
-        raise UserError(f"{path} holds no ViT with a class token: {missing[0]} is missing")
+        kind = "ConvMAE encoder" if convolutional else "ViT with a class token"
+        raise UserError(f"{path} holds no {kind}: {missing[0]} is missing")
+    stages = stages_of(encoder) if convolutional else None
     run = loaded.run
-    student = run.student if run else loaded.student or _config_from(encoder, path, heads)
+    student = run.student if run else loaded.student or _config_from(encoder, path, heads, stages)
     side = _side(encoder)
     size = image_size or side * student.patch
     if size % student.patch:
@@ -375,7 +388,8 @@ def _student(loaded: Loaded, path: Path, image_size: int | None, heads: int | No
     if relative and new != side:
         raise UserError(f"{path} has relative positions, which are not resized; take image size {side * student.patch}")
     if not relative:
-        encoder = {**encoder, "pos_embed": posembed.resize(encoder["pos_embed"], (side, side), (new, new))}
+        table = posembed.resize(encoder["pos_embed"], (side, side), (new, new), int("cls_token" in encoder))
+        encoder = {**encoder, "pos_embed": table}
     final_norm = "norm.weight" in encoder
     vit: Student
     if "blocks.0.attn.q_bias" in encoder:
@@ -385,23 +399,29 @@ def _student(loaded: Loaded, path: Path, image_size: int | None, heads: int | No
             positions="relative" if relative else "absolute",
             layer_scale=LAYER_SCALE if "blocks.0.gamma_1" in encoder else None,
         )
+    elif stages is not None:
+        vit = ConvViT(student, stages, size, fusion="stage1_output_decode.weight" in encoder, final_norm=final_norm)
     else:
         vit = ViT(student, size, final_norm=final_norm)
     _load(vit, encoder, path)
-    return vit, StudentInfo(student, size, run.method.name if run else None, final_norm)
+    return vit, StudentInfo(student, size, run.method.name if run else None, final_norm, stages)
 
 
 def _side(encoder: Mapping[str, Tensor]) -> int:
     """Rows of the square grid that the positions are for."""
     if REL_POS_TABLE in encoder:
         return (math.isqrt(len(encoder[REL_POS_TABLE]) - CLS_ROWS) + 1) // 2
-    return math.isqrt(encoder["pos_embed"].shape[1] - 1)
+    return math.isqrt(encoder["pos_embed"].shape[1] - int("cls_token" in encoder))
 
 
-def _config_from(encoder: Mapping[str, Tensor], path: Path, heads: int | None) -> StudentConfig:
-    width, _, patch, _ = encoder["patch_embed.proj.weight"].shape
-    depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
-    usual = {(w, d): h for w, d, h in STUDENT_SIZES.values()}
+def _config_from(
+    encoder: Mapping[str, Tensor], path: Path, heads: int | None, stages: ConvStages | None
+) -> StudentConfig:
+    blocks = "blocks." if stages is None else "blocks3."
+    hidden, width = encoder[f"{blocks}0.mlp.fc1.weight"].shape
+    patch = encoder["patch_embed.proj.weight"].shape[2] if stages is None else stages.patch
+    depth = len({name.split(".")[1] for name in encoder if name.startswith(blocks)})
+    usual = {(w, d): h for w, d, h in STUDENT_SIZES.values()} | {CONVMAE_BASE: 12}
     if REL_POS_TABLE in encoder:
         heads = encoder[REL_POS_TABLE].shape[1]
     if heads is None and (width, depth) not in usual:
@@ -413,7 +433,7 @@ def _config_from(encoder: Mapping[str, Tensor], path: Path, heads: int | None) -
         depth=depth,
         heads=heads or usual[width, depth],
         patch=patch,
-        mlp_ratio=encoder["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        mlp_ratio=hidden / width,
     )
 
 
@@ -473,8 +493,10 @@ def difference_to_timm(vit: Student, timm_state: Mapping[str, Tensor]) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def _checked(vit: Student, timm_state: Mapping[str, Tensor]) -> str:
-    difference = difference_to_timm(vit, timm_state)
+def _checked(vit: Student, encoder: Mapping[str, Tensor]) -> str:
+    if isinstance(vit, ConvViT):
+        return "not compared with timm, which does not have ConvMAE's encoder"
+    difference = difference_to_timm(vit, to_timm(encoder))
     if not difference < LIMIT:
         raise RuntimeError(f"the converted student differs from timm's by {difference:.1e} of the largest output")
     tokens = vit.patches + 1
@@ -509,6 +531,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _to_timm(args: argparse.Namespace, loaded: Loaded) -> list[str]:
     vit, info = _student(loaded, args.source, None, args.heads)
+    if isinstance(vit, ConvViT):
+        raise UserError(
+            f"{args.source} holds ConvMAE's encoder, which timm does not have; runs of convmae and finetune go --to official"
+        )
     state = to_timm(vit.state_dict())
     line = _checked(vit, state)
     _write(args.out, state, {"student": info.config.model_dump(mode="json"), "image_size": info.image_size})
@@ -524,7 +550,7 @@ def _to_official(args: argparse.Namespace, loaded: Loaded) -> list[str]:
         raise UserError(f"{args.source} is not a checkpoint of ours; --to official reads run folders and our files")
     mapped = to_official(loaded.weights, loaded.run)
     vit, _ = _student(loaded, args.source, None, None)
-    line = _checked(vit, to_timm(encoder_of(mapped.weights)))
+    line = _checked(vit, encoder_of(mapped.weights))
     back = from_official(mapped.weights, loaded.run, args.source)[0].state_dict()
     if back.keys() != loaded.weights.keys() or not all(torch.equal(back[n], t) for n, t in loaded.weights.items()):
         raise RuntimeError("the official names do not map back to the same weights")
@@ -539,8 +565,8 @@ def _to_ours(args: argparse.Namespace, loaded: Loaded) -> list[str]:
         raise UserError("--recipe is missing: --to mimscale has to know the method and its sizes, e.g. mae_vit_l16")
     run_config = config.load(args.recipe, args.set)
     method, notes = from_official(loaded.weights, run_config, args.source)
-    assert isinstance(method.student, ViT | Beit)
-    line = _checked(method.student, to_timm(encoder_of(loaded.weights)))
+    assert isinstance(method.student, ViT | Beit | ConvViT)
+    line = _checked(method.student, encoder_of(loaded.weights))
     _write(args.out, method.state_dict(), {"run": run_config.dump()})
     return [*notes, line]
 

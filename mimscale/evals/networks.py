@@ -13,6 +13,7 @@ import torch
 from mimscale.config import StudentConfig
 from mimscale.convert import student_from
 from mimscale.evals.features import Extractor, Pool, Student, frozen, random_like, raw_pixels
+from mimscale.models.convvit import ConvStages
 from mimscale.resilience import checkpoint
 
 
@@ -43,16 +44,16 @@ def load_networks(
         return lambda images: extract(images.to(dtype))
 
     trained = []
-    shapes: dict[tuple[type, StudentConfig, int], Student] = {}
+    shapes: dict[tuple[type, StudentConfig, ConvStages | None, int], Student] = {}
     for path in paths:
         source = (checkpoint.newest(path) if (path / "config.yaml").is_file() else path) or path
         vit, info = student_from(source, image_size=image_size)
         shape = info.config.model_copy(update={"size": None, "drop_path": 0.0})
-        shapes.setdefault((type(vit), shape, info.image_size), vit)
+        shapes.setdefault((type(vit), shape, info.stages, info.image_size), vit)
         name = path.name if [p.name for p in paths].count(path.name) == 1 else str(path)
         about = {"source": str(source), **_checkpoint_identity(source), "method": info.method}
         trained.append(Network(name, info.image_size, extractor(vit), about))
-    sizes = list(dict.fromkeys(size for _, _, size in shapes))
+    sizes = list(dict.fromkeys(size for *_, size in shapes))
     raw = [Network(f"raw pixels at {size}" if len(sizes) > 1 else "raw pixels", size, raw_pixels) for size in sizes]
     untrained = [
         Network(
@@ -62,7 +63,7 @@ def load_networks(
             size,
             extractor(random_like(vit, seed)),
         )
-        for (kind, c, size), vit in shapes.items()
+        for (kind, c, _, size), vit in shapes.items()
     ]
     return [*raw, *untrained, *trained]
 

@@ -8,7 +8,7 @@ masked windows are zero. Names in the state dict are the official ones.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Annotated, NamedTuple
 
 import torch
@@ -56,6 +56,20 @@ class ConvStages(Strict):
     def patch(self) -> int:
         """Pixels per side of a window."""
         return self.patches[0] * self.patches[1] * self.patches[2]
+
+
+def stages_of(encoder: Mapping[str, Tensor]) -> ConvStages:
+    """The stages that a state dict under the official names belongs to."""
+    embeds = [encoder[f"patch_embed{stage}.proj.weight"].shape for stage in (1, 2, 3)]
+    hidden = [encoder[f"blocks{stage}.0.mlp.fc1.weight"].shape for stage in (1, 2)]
+    first, second = ({name.split(".")[1] for name in encoder if name.startswith(f"blocks{stage}.")} for stage in (1, 2))
+    return ConvStages(
+        patches=(embeds[0][2], embeds[1][2], embeds[2][2]),
+        widths=(embeds[0][0], embeds[1][0]),
+        depths=(len(first), len(second)),
+        mlp_ratios=(hidden[0][0] / hidden[0][1], hidden[1][0] / hidden[1][1]),
+        class_token="cls_token" in encoder,
+    )
 
 
 def check_stages(stages: ConvStages, student: StudentConfig) -> None:
@@ -236,6 +250,11 @@ class ConvViT(nn.Module):
     def prefix(self) -> int:
         """Tokens before the patch tokens."""
         return int(self.stages.class_token)
+
+    def untrained(self) -> ConvViT:
+        """A network of the same shape, with a last norm, at a fresh initialisation."""
+        fusion = self.stage1_output_decode is not None
+        return ConvViT(self.config, self.stages, self.grid[0] * self.stages.patch, fusion=fusion)
 
     def forward(
         self,
