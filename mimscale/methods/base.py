@@ -20,7 +20,7 @@ class Method(nn.Module):
 
     Rules that ZeRO depends on: every parameter gets a gradient in every step, no parameter is 0-dimensional, a
     parameter is used only inside the forward of the module that owns it, and nothing draws random numbers in `forward`.
-    The backbone is the attribute `student`, whose state dict has the names of timm's VisionTransformer.
+    The backbone is the attribute `student`, whose state dict has the names of timm's VisionTransformer or Beit.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig

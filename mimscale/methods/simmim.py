@@ -94,7 +94,7 @@ class SimMIM(base.Method):
         self.masked = masked_units(units, config.mask_ratio)
         noise = {"mask": Noise("uniform", (units,))}
         if run.student.drop_path:
-            noise["drop_path"] = Noise("uniform", (run.student.depth, 2))
+            noise["drop_path"] = Noise("uniform", (self.student.depth, 2))
         self.needs = Needs(noise=noise)
 
     def mask(self, noise_BU: Tensor) -> Tensor:
