@@ -532,9 +532,7 @@ def run(args: argparse.Namespace) -> int:
 def _to_timm(args: argparse.Namespace, loaded: Loaded) -> list[str]:
     vit, info = _student(loaded, args.source, None, args.heads)
     if isinstance(vit, ConvViT):
-        raise UserError(
-            f"{args.source} holds ConvMAE's encoder, which timm does not have; runs of convmae and finetune go --to official"
-        )
+        raise UserError(f"{args.source} holds ConvMAE's encoder, which timm does not have; convmae goes --to official")
     state = to_timm(vit.state_dict())
     line = _checked(vit, state)
     _write(args.out, state, {"student": info.config.model_dump(mode="json"), "image_size": info.image_size})

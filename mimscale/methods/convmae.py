@@ -5,7 +5,7 @@ stages (block-wise masking). Both stages are added to the last block's output be
 fusion); fine-tuning drops that. Decoder, target and loss are MAE's.
 
 Differences to the release: grids follow from the image and patch sizes, stages 1 and 2 compute visible windows only
-(`stages.skip_masked`, same numbers), and the class token is an option.
+(`stages.skip_masked`, same numbers up to rounding), and the class token is an option.
 """
 
 from __future__ import annotations

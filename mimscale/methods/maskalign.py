@@ -63,12 +63,7 @@ class MaskAlign(base.Method):
         config = cast(MaskAlignConfig, run.method)
         name = _teacher_name(config, teachers)
         info = teachers[name]
-        if info.grid != run.grid:
-            raise UserError(
-                f"teachers.{name} has a {info.grid[0]}x{info.grid[1]} grid at {info.image_size} px, the student "
-                f"{run.grid[0]}x{run.grid[1]}; set teachers.{name}.image_size to "
-                f"{run.grid[0] * info.image_size // info.grid[0]} so that the grids are equal"
-            )
+        base.check_grid(name, info, run)
         if config.fusion != "sum" and info.depth != run.student.depth:
             raise UserError(
                 f"method.fusion = {config.fusion} needs a teacher as deep as the student ({info.depth} and "

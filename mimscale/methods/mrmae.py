@@ -19,6 +19,7 @@ from mimscale.config import RunConfig
 from mimscale.contracts import Batch, Needs, Targets, TeacherInfo, TeacherNeeds, View
 from mimscale.errors import UserError
 from mimscale.methods import mae
+from mimscale.methods.base import check_grid
 from mimscale.models.convvit import ConvStages, ConvViT, ConvViTOutput, check_stages
 from mimscale.models.fusion import LevelFusion
 from mimscale.models.heads import Adaptor, make_adaptor
@@ -76,12 +77,7 @@ class MRMAE(mae.MAE):
         if not teachers:
             raise UserError("method.name = mrmae needs a teacher and the section teachers is empty; add one there")
         for name, info in teachers.items():
-            if info.grid != run.grid:
-                raise UserError(
-                    f"teachers.{name} has a {info.grid[0]}x{info.grid[1]} grid at {info.image_size} px, the student "
-                    f"{run.grid[0]}x{run.grid[1]}; set teachers.{name}.image_size to "
-                    f"{run.grid[0] * info.image_size // info.grid[0]} so that the grids are equal"
-                )
+            check_grid(name, info, run)
             if config.cls_target and not info.has_cls:
                 raise UserError(
                     f"method.cls_target = true, but teachers.{name} has no class token; set method.cls_target = false"
@@ -111,10 +107,9 @@ class MRMAE(mae.MAE):
         )
         self.target_level = {name: info.depth - 1 for name, info in teachers.items()}
         self.masking_teacher = _masking_teacher(config, teachers)
-        noise = {**self.needs.noise}
-        del noise["mask"]
+        noise = {purpose: wanted for purpose, wanted in self.needs.noise.items() if purpose != "mask"}
         self.needs = Needs(
-            noise={**noise, **mask_noise(config.masking, self.student.patches)},
+            noise={**mask_noise(config.masking, self.student.patches), **noise},
             teachers={
                 name: TeacherNeeds(levels=(level,), cls_attention=name == self.masking_teacher)
                 for name, level in self.target_level.items()

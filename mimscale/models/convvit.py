@@ -34,7 +34,8 @@ class ConvStages(Strict):
     """The convolution stages before a ViT, base size by default; the ViT itself is the section `student`.
 
     patches: downsampling before stage 1, stage 2 and attention; their product is student.patch. skip_masked: compute
-    visible windows only; false computes all and multiplies by the mask, as released: same numbers, more work.
+    visible windows only; false computes all and multiplies by the mask, as released: more work, and the same numbers up
+    to rounding.
     class_token: one in the attention stage; ConvMAE has none, ConvMAE-v2 has.
     """
 

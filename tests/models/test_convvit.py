@@ -156,6 +156,14 @@ def test_recomputation_changes_no_gradient() -> None:
         assert ours is not None and torch.equal(ours, stored)
 
 
+def test_two_kinds_of_norm() -> None:
+    """As released: the configured 1e-6 reaches the attention stage and the last norm only."""
+    norms = {name: m.eps for name, m in small().named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    attention = {name for name in norms if name.startswith("blocks3.") or name == "norm"}
+    assert {norms[name] for name in attention} == {1e-6} and len(attention) == 5
+    assert {eps for name, eps in norms.items() if name not in attention} == {1e-5}
+
+
 def test_initialisation() -> None:
     """Matrices are Xavier-uniform where the release makes them so; other convolutions keep PyTorch's default."""
     network = ConvViT(STUDENT, ConvStages(widths=(64, 96)), 64)

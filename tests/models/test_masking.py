@@ -15,7 +15,10 @@ from mimscale.models.masking import (
     random_keep,
     random_order,
     restore_order,
+    restore_visible,
+    scatter_tokens,
     unit_mask,
+    visible_ids,
 )
 from tests import golden
 
@@ -65,6 +68,29 @@ def test_restore_undoes_the_shuffle_and_mask_marks_the_rest() -> None:
     assert torch.equal(restored, torch.arange(10).expand(3, -1))
     mask = mask_of(order[:, :4], 10)
     assert mask.sum(1).tolist() == [6, 6, 6] and not mask.gather(1, order[:, :4]).any()
+
+
+def test_restoring_the_visible_serves_a_decoder_as_the_whole_order_does() -> None:
+    order = random_order(torch.rand(3, 10, generator=torch.Generator().manual_seed(0)))
+    tokens = torch.cat([torch.randn(3, 4, 2), torch.full((3, 6, 2), 7.0)], dim=1)  # four visible, then mask tokens
+    whole, visible = restore_order(order), restore_visible(order[:, :4], 10)
+    assert torch.equal(gather_tokens(tokens, visible), gather_tokens(tokens, whole))
+
+
+def test_scatter_is_the_inverse_of_gather() -> None:
+    ids = random_keep(torch.rand(2, 6, generator=torch.Generator().manual_seed(0)), 3)
+    tokens = torch.randn(2, 6, 2, 3)
+    spread = scatter_tokens(gather_tokens(tokens, ids), ids, 6)
+    assert torch.equal(spread, tokens * (1 - mask_of(ids, 6))[:, :, None, None])
+
+
+def test_policies() -> None:
+    importance = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    noise = torch.tensor([[0.1, 4.0, 0.5, 1.0]])
+    assert visible_ids("random", 2, noise, None).tolist() == [[0, 2]]
+    assert visible_ids("topk", 2, None, importance).tolist() == [[1, 3]]
+    assert visible_ids("attention", 2, noise, importance).tolist() == [[0, 2]]
+    assert visible_ids("attention", 4, noise, importance).tolist() == [[0, 2, 3, 1]]
 
 
 @pytest.mark.parametrize("case", range(4))
