@@ -14,8 +14,9 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
@@ -45,12 +46,19 @@ class MethodConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Where the images are and how they are cut. `shards` is a folder that holds manifest.json."""
+    """Where the images are and how they are cut. `shards` is a folder that holds manifest.json.
+
+    crop: random_resized takes a part of random area (crop_scale) and aspect (crop_ratio). padded, the conservative crop
+    of PixMIM and MFF, resizes the short side to image_size, reflects crop_padding pixels over each edge and takes a
+    random square.
+    """
 
     shards: Path
     image_size: int = Field(224, ge=8)
+    crop: Literal["random_resized", "padded"] = "random_resized"
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_padding: int = Field(4, ge=0)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     flip: float = Field(0.5, ge=0, le=1)
     workers: int = Field(8, ge=0)
@@ -59,10 +67,12 @@ class DataConfig(Strict):
     block: int = Field(8192, ge=1)
 
     @model_validator(mode="after")
-    def _ordered(self) -> DataConfig:
+    def _possible(self) -> DataConfig:
         for name, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
             if not 0 < low <= high or (name == "crop_scale" and high > 1):
                 raise ValueError(f"{name} = [{low}, {high}]: must rise, stay above 0 and (scale) not exceed 1")
+        if self.crop_padding >= self.image_size:
+            raise ValueError(f"crop_padding = {self.crop_padding}: must be below image_size = {self.image_size}")
         return self
 
 
@@ -130,18 +140,24 @@ class OptimConfig(Strict):
 
 
 class ScheduleConfig(Strict):
-    """Linear warm-up, then half a cosine. The peak is base_lr x global_batch / lr_batch.
+    """How the learning rate moves; the peak is base_lr x global_batch / lr_batch. The curves are in schedule.py.
 
+    kind: cosine is MAE's; timm_cosine and multistep (x gamma at each epoch of `milestones`) are SimMIM's.
+    warmup_lr, min_lr: where the warm-up starts and the cosine ends, absolute.
     Give `epochs` (steps per epoch = floor(samples / global_batch)) or, for a short run, `steps`.
     """
 
+    kind: Literal["cosine", "timm_cosine", "multistep"] = "cosine"
     global_batch: int = Field(ge=1)
     epochs: float | None = Field(None, gt=0)
     steps: int | None = Field(None, ge=1)
     warmup_epochs: float = Field(0.0, ge=0)
     base_lr: float = Field(gt=0)
     lr_batch: int = Field(256, ge=1)
+    warmup_lr: float = Field(0.0, ge=0)
     min_lr: float = Field(0.0, ge=0)
+    milestones: tuple[float, ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)
 
     @model_validator(mode="after")
     def _one_length(self) -> ScheduleConfig:
@@ -149,6 +165,17 @@ class ScheduleConfig(Strict):
             raise ValueError("needs exactly one of epochs and steps; set the other to null")
         if self.epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs = {self.warmup_epochs} must be below epochs = {self.epochs}")
+        return self
+
+    @model_validator(mode="after")
+    def _milestones_fit(self) -> ScheduleConfig:
+        given = f"milestones = {list(self.milestones)}"
+        if bool(self.milestones) != (self.kind == "multistep"):
+            raise ValueError(f"{given} with kind = {self.kind}: multistep needs some, the cosines have none")
+        if list(self.milestones) != sorted(self.milestones) or min(self.milestones, default=inf) < self.warmup_epochs:
+            raise ValueError(f"{given}: must rise and not lie inside the warm-up of {self.warmup_epochs:g} epochs")
+        if self.kind == "multistep" and self.min_lr:
+            raise ValueError(f"min_lr = {self.min_lr} with kind = multistep: only a cosine has a floor; remove it")
         return self
 
     @property
@@ -357,8 +384,9 @@ def _known_keys(model: type[BaseModel], place: Sequence[str]) -> list[str]:
     for part in place:
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None
-        if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-            model = annotation
+        sections = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type(BaseModel))]
+        if sections:
+            model = sections[0]
         elif part == "teachers" or field is None:
             model = TeacherConfig
     return sorted(model.model_fields)

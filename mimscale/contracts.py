@@ -102,7 +102,8 @@ class Batch:
     ids: int64 [B], row of the sample in the manifest.
     positions: int64 [B], place in the endless training sequence (or in the evaluation order).
     noise: purpose -> float32 [B, *shape], as `Needs.noise` asked.
-    boxes: float32 [B, 4], crop (top, left, height, width) as fractions of the stored image.
+    boxes: float32 [B, 4], crop (top, left, height, width) as fractions of the stored image; a padded crop may reach a
+        little outside of it.
     flips: bool [B], mirrored left-right after the crop.
     labels: int64 [B] where asked, else None.
     """

@@ -1,15 +1,18 @@
-"""Checkpoints of the official MAE and MaskAlign code <-> ours <-> timm, each with an equality check.
+"""Checkpoints of the methods' official code <-> ours <-> timm, each with an equality check.
 
-Names: "official" puts student and decoder side by side (`blocks.0...`, `decoder_blocks.0...`, `distill_heads.7...`);
-"ours" is the state dict of a Method (`student.`, `decoder.`, `alignment.`); "timm" is the student alone.
+Names: "official" puts student and decoder side by side (`blocks.0...`, `decoder_blocks.0...`, `distill_heads.7...`), or
+is OpenMMLab's for MFF and PixMIM (`backbone.layers.0...`, `neck.decoder_blocks.0...`); "ours" is the state dict of a
+Method (`student.`, `decoder.`, `alignment.`, `fusion.`); "timm" is the student alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +30,40 @@ from mimscale.contracts import TeacherInfo
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
 from mimscale.models import posembed
+from mimscale.models.beit import LAYER_SCALE, Beit
+from mimscale.models.convvit import ConvStages, ConvViT, stages_of
 from mimscale.models.heads import initial_mixing
+from mimscale.models.relpos import CLS_ROWS, relative_index
 from mimscale.models.vit import LN_EPS, ViT
 from mimscale.resilience import checkpoint
 
 State = dict[str, Tensor]
-ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+Student = ViT | Beit | ConvViT
+Pairs = Sequence[tuple[str, str]]
+ENCODER = ("cls_token", "pos_embed", "rel_pos_bias.", "patch_embed", "blocks", "stage1_", "stage2_", "norm.")
+REL_POS_TABLE = "rel_pos_bias.relative_position_bias_table"
+REL_POS_INDEX = "rel_pos_bias.relative_position_index"
+HEAD = ("fc_norm.", "head.")
 TEACHERS = ("clip_model.", "dino_model.")
+OPENMMLAB = ("mff", "pixmim")
+OPENMMLAB_PREFIXES = (  # theirs, ours; the first that fits is replaced
+    ("backbone.patch_embed.projection.", "student.patch_embed.proj."),
+    ("backbone.layers.", "student.blocks."),
+    ("backbone.ln1.", "student.norm."),
+    ("backbone.proj_layers.", "fusion.projections."),
+    ("backbone.proj_weights", "fusion.logits"),
+    ("backbone.", "student."),
+    ("neck.mask_token", "decoder.mask_token"),
+    ("neck.ln1.", "decoder.norm."),
+    ("neck.decoder_", "decoder."),
+)
+OPENMMLAB_INSIDE = (
+    (".ln1.", ".norm1."),
+    (".ln2.", ".norm2."),
+    (".ffn.layers.0.0.", ".mlp.fc1."),
+    (".ffn.layers.1.", ".mlp.fc2."),
+)
+CONVMAE_BASE = (768, 11)  # width and depth of its attention stage
 LIMIT = 1e-4  # of the largest output, fp32: the two programs sum in another order
 METADATA = "mimscale"
 
@@ -51,8 +81,13 @@ class Mapped:
 
 def encoder_of(state: Mapping[str, Tensor]) -> State:
     """The student's tensors under timm's names, out of official or our names."""
+    if any(name.startswith("backbone.") for name in state):
+        state = openmmlab_from_official(state).weights
+    if any(name.startswith("encoder.") for name in state):
+        state = simmim_from_official(state).weights
     if any(name.startswith("student.") for name in state):
-        return {name.removeprefix("student."): t for name, t in state.items() if name.startswith("student.")}
+        state = {name.removeprefix("student."): t for name, t in state.items() if name.startswith("student.")}
+        return {name: tensor for name, tensor in state.items() if name != "mask_token"}
     encoder = {name: t for name, t in state.items() if name.startswith(ENCODER)}
     if any(name.startswith("distill_") for name in state):  # MaskAlign never trains its last norm
         encoder = {name: t for name, t in encoder.items() if not name.startswith("norm.")}
@@ -60,10 +95,12 @@ def encoder_of(state: Mapping[str, Tensor]) -> State:
 
 
 def mae_from_official(state: Mapping[str, Tensor]) -> Mapped:
+    """ConvMAE's names too: all but the decoder is the encoder."""
+
     def ours(name: str) -> str:
-        if name.startswith(ENCODER):
-            return f"student.{name}"
-        return "decoder.mask_token" if name == "mask_token" else f"decoder.{name.removeprefix('decoder_')}"
+        if name == "mask_token":
+            return "decoder.mask_token"
+        return f"decoder.{name.removeprefix('decoder_')}" if name.startswith("decoder_") else f"student.{name}"
 
     return Mapped({ours(name): tensor for name, tensor in state.items()})
 
@@ -116,11 +153,62 @@ def maskalign_to_official(weights: Mapping[str, Tensor], *, fusion: str, teacher
 
 
 def finetune_from_official(state: Mapping[str, Tensor]) -> Mapped:
-    return Mapped({f"student.{n}" if n.startswith(ENCODER) else n: tensor for n, tensor in state.items()})
+    return Mapped({n if n.startswith(HEAD) else f"student.{n}": tensor for n, tensor in state.items()})
 
 
 def finetune_to_official(weights: Mapping[str, Tensor]) -> Mapped:
     return Mapped({name.removeprefix("student."): tensor for name, tensor in weights.items()})
+
+
+def openmmlab_from_official(state: Mapping[str, Tensor]) -> Mapped:
+    """MFF's and PixMIM's names. The position tables come along: OpenMMLab's have MAE's two halves swapped."""
+    left_out = {
+        name
+        for name, tensor in state.items()
+        if name.startswith("target_generator.")  # the low-pass filter, which follows from its radius
+        or (name == "backbone.proj_weights" and len(tensor) == 1)  # one level: frozen and without effect
+    }
+    weights = {
+        _renamed(name, OPENMMLAB_PREFIXES, OPENMMLAB_INSIDE): tensor
+        for name, tensor in state.items()
+        if name not in left_out
+    }
+    return Mapped(weights, tuple(f"left out: {name}, which is not trained" for name in sorted(left_out)))
+
+
+def openmmlab_to_official(weights: Mapping[str, Tensor]) -> Mapped:
+    """What is not trained there (see `openmmlab_from_official`) is not filled in: load with strict=False."""
+    prefixes, inside = ([(ours, theirs) for theirs, ours in pairs] for pairs in (OPENMMLAB_PREFIXES, OPENMMLAB_INSIDE))
+    return Mapped({_renamed(name, prefixes, inside): tensor for name, tensor in weights.items()})
+
+
+def _renamed(name: str, prefixes: Pairs, inside: Pairs) -> str:
+    old, new = next((pair for pair in prefixes if name.startswith(pair[0])), ("", ""))
+    name = new + name.removeprefix(old)
+    for old, new in inside:
+        name = name.replace(old, new)
+    return name
+
+
+def simmim_from_official(state: Mapping[str, Tensor]) -> Mapped:
+    """The index into the bias table is left out: it follows from the grid."""
+    weights = {}
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        if part == "encoder" and rest != REL_POS_INDEX:
+            weights[f"student.{rest}"] = tensor
+        elif part == "decoder":  # decoder.0: a 1 x 1 convolution
+            weights[f"head.{rest.removeprefix('0.')}"] = tensor.flatten(1) if tensor.dim() > 1 else tensor
+    return Mapped(weights)
+
+
+def simmim_to_official(weights: Mapping[str, Tensor]) -> Mapped:
+    state = {name.replace("student.", "encoder.", 1): t for name, t in weights.items() if name.startswith("student.")}
+    if f"encoder.{REL_POS_TABLE}" in state:
+        side = _side({REL_POS_TABLE: state[f"encoder.{REL_POS_TABLE}"]})
+        state[f"encoder.{REL_POS_INDEX}"] = relative_index((side, side), torch.device("cpu"))
+    state["decoder.0.weight"] = weights["head.weight"][:, :, None, None]
+    return Mapped({**state, "decoder.0.bias": weights["head.bias"]})
 
 
 def to_timm(encoder: Mapping[str, Tensor]) -> State:
@@ -132,10 +220,14 @@ def to_timm(encoder: Mapping[str, Tensor]) -> State:
 def to_official(weights: Mapping[str, Tensor], run: RunConfig) -> Mapped:
     """Our state dict of a run -> the names of the method's official code. Raises UserError for a method without one."""
     method: Any = run.method
-    if method.name == "mae":
+    if method.name in ("mae", "convmae"):
         return mae_to_official(weights)
     if method.name == "finetune":
         return finetune_to_official(weights)
+    if method.name == "simmim":
+        return simmim_to_official(weights)
+    if method.name in OPENMMLAB:
+        return openmmlab_to_official(weights)
     if method.name == "maskalign":
         depth = run.student.depth
         if method.fusion == "sum":
@@ -148,6 +240,11 @@ def from_official(state: Mapping[str, Tensor], run: RunConfig, path: Path) -> tu
     """The method of a recipe with the weights of an official pre-training file, and notes of what was left out."""
     name = run.method.name
     needed = {"mae": "mask_token", "maskalign": "distill_heads.", "finetune": "head.weight"}
+    needed |= {
+        "convmae": "stage1_output_decode.",
+        "simmim": "encoder.mask_token",
+        **dict.fromkeys(OPENMMLAB, "neck.mask_token"),
+    }
     if name not in needed:
         raise UserError(f"method.name = {name} has no official names; choose a recipe of {', '.join(needed)}")
     if not any(key.startswith(needed[name]) for key in state):
@@ -158,8 +255,12 @@ def from_official(state: Mapping[str, Tensor], run: RunConfig, path: Path) -> tu
     if name == "maskalign":
         (needs,) = method.needs.teachers.values()
         mapped = maskalign_from_official(state, needs.levels)
+    elif name in OPENMMLAB:
+        mapped = openmmlab_from_official(state)
+    elif name == "simmim":
+        mapped = simmim_from_official(state)
     else:
-        mapped = mae_from_official(state) if name == "mae" else finetune_from_official(state)
+        mapped = finetune_from_official(state) if name == "finetune" else mae_from_official(state)
     _load(method, mapped.weights, path)
     return method, mapped.notes
 
@@ -228,9 +329,9 @@ def _read_safetensors(path: Path) -> Loaded:
 
 
 def _read_pickle(path: Path) -> State:
-    """A torch file, without running code that may be in it; training files also hold their command line."""
+    """A torch file, without running code that may be in it; training files also hold their command line or config."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"{path} cannot be read as a torch checkpoint: {str(error).splitlines()[0]}") from None
@@ -251,9 +352,10 @@ class StudentInfo:
     image_size: int
     method: str | None
     final_norm: bool
+    stages: ConvStages | None = None
 
 
-def student_from(path: Path, *, image_size: int | None = None, heads: int | None = None) -> tuple[ViT, StudentInfo]:
+def student_from(path: Path, *, image_size: int | None = None, heads: int | None = None) -> tuple[Student, StudentInfo]:
     """The student of any checkpoint that `read` understands, on the CPU in fp32, and what is known of it.
 
     image_size: resize the positions to another input. heads: needed for an official file of an unusual size, because
@@ -262,30 +364,66 @@ def student_from(path: Path, *, image_size: int | None = None, heads: int | None
     return _student(read(path), path, image_size, heads)
 
 
-def _student(loaded: Loaded, path: Path, image_size: int | None, heads: int | None) -> tuple[ViT, StudentInfo]:
+def _student(loaded: Loaded, path: Path, image_size: int | None, heads: int | None) -> tuple[Student, StudentInfo]:
     encoder = encoder_of(loaded.weights)
-    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    relative = REL_POS_TABLE in encoder
+    positions = REL_POS_TABLE if relative else "pos_embed"
+    convolutional = "patch_embed1.proj.weight" in encoder
+    needed: tuple[str, ...] = ("cls_token", positions, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    if convolutional:
+        needed = (positions, "patch_embed2.proj.weight", "patch_embed3.proj.weight")
+        needed = (*needed, *(f"blocks{stage}.0.mlp.fc1.weight" for stage in (1, 2, 3)))
     missing = [name for name in needed if name not in encoder]
     if missing:
-        raise UserError(f"{path} holds no ViT with a class token: {missing[0]} is missing")
+        kind = "ConvMAE encoder" if convolutional else "ViT with a class token"
+        raise UserError(f"{path} holds no {kind}: {missing[0]} is missing")
+    stages = stages_of(encoder) if convolutional else None
     run = loaded.run
-    student = run.student if run else loaded.student or _config_from(encoder, path, heads)
-    side = round((encoder["pos_embed"].shape[1] - 1) ** 0.5)
+    student = run.student if run else loaded.student or _config_from(encoder, path, heads, stages)
+    side = _side(encoder)
     size = image_size or side * student.patch
     if size % student.patch:
         raise UserError(f"image size {size} is not a multiple of the student's patch = {student.patch}")
     new = size // student.patch
-    encoder = {**encoder, "pos_embed": posembed.resize(encoder["pos_embed"], (side, side), (new, new))}
+    if relative and new != side:
+        raise UserError(f"{path} has relative positions, which are not resized; take image size {side * student.patch}")
+    if not relative:
+        table = posembed.resize(encoder["pos_embed"], (side, side), (new, new), int("cls_token" in encoder))
+        encoder = {**encoder, "pos_embed": table}
     final_norm = "norm.weight" in encoder
-    vit = ViT(student, size, final_norm=final_norm)
+    vit: Student
+    if "blocks.0.attn.q_bias" in encoder:
+        vit = Beit(
+            student,
+            size,
+            positions="relative" if relative else "absolute",
+            layer_scale=LAYER_SCALE if "blocks.0.gamma_1" in encoder else None,
+        )
+    elif stages is not None:
+        vit = ConvViT(student, stages, size, fusion="stage1_output_decode.weight" in encoder, final_norm=final_norm)
+    else:
+        vit = ViT(student, size, final_norm=final_norm)
     _load(vit, encoder, path)
-    return vit, StudentInfo(student, size, run.method.name if run else None, final_norm)
+    return vit, StudentInfo(student, size, run.method.name if run else None, final_norm, stages)
 
 
-def _config_from(encoder: Mapping[str, Tensor], path: Path, heads: int | None) -> StudentConfig:
-    width, _, patch, _ = encoder["patch_embed.proj.weight"].shape
-    depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
-    usual = {(w, d): h for w, d, h in STUDENT_SIZES.values()}
+def _side(encoder: Mapping[str, Tensor]) -> int:
+    """Rows of the square grid that the positions are for."""
+    if REL_POS_TABLE in encoder:
+        return (math.isqrt(len(encoder[REL_POS_TABLE]) - CLS_ROWS) + 1) // 2
+    return math.isqrt(encoder["pos_embed"].shape[1] - int("cls_token" in encoder))
+
+
+def _config_from(
+    encoder: Mapping[str, Tensor], path: Path, heads: int | None, stages: ConvStages | None
+) -> StudentConfig:
+    blocks = "blocks." if stages is None else "blocks3."
+    hidden, width = encoder[f"{blocks}0.mlp.fc1.weight"].shape
+    patch = encoder["patch_embed.proj.weight"].shape[2] if stages is None else stages.patch
+    depth = len({name.split(".")[1] for name in encoder if name.startswith(blocks)})
+    usual = {(w, d): h for w, d, h in STUDENT_SIZES.values()} | {CONVMAE_BASE: 12}
+    if REL_POS_TABLE in encoder:
+        heads = encoder[REL_POS_TABLE].shape[1]
     if heads is None and (width, depth) not in usual:
         raise UserError(
             f"{path}: width {width}, depth {depth} is no usual size and weights do not tell; give the heads"
@@ -295,7 +433,7 @@ def _config_from(encoder: Mapping[str, Tensor], path: Path, heads: int | None) -
         depth=depth,
         heads=heads or usual[width, depth],
         patch=patch,
-        mlp_ratio=encoder["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        mlp_ratio=hidden / width,
     )
 
 
@@ -309,24 +447,43 @@ def _load(module: torch.nn.Module, weights: Mapping[str, Tensor], path: Path) ->
 # ------------------------------------------------------------------------------------------------------------ checking
 
 
-def difference_to_timm(vit: ViT, timm_state: Mapping[str, Tensor]) -> float:
-    """Largest difference of all tokens to timm's VisionTransformer with `timm_state`, over the largest value.
+def timm_reference(vit: Student) -> Any:
+    """timm's VisionTransformer, or Beit, of the same shape."""
+    from timm.models.beit import Beit as TimmBeit
+    from timm.models.vision_transformer import VisionTransformer
+
+    student = vit.config
+    shape: dict[str, Any] = {
+        "img_size": vit.grid[0] * student.patch,
+        "patch_size": student.patch,
+        "embed_dim": student.width,
+        "depth": student.depth,
+        "num_heads": student.heads,
+        "mlp_ratio": student.mlp_ratio,
+        "num_classes": 0,
+    }
+    return TimmBeit(**shape, **timm_beit_options(vit)) if isinstance(vit, Beit) else VisionTransformer(**shape)
+
+
+def timm_beit_options(vit: Beit) -> dict[str, Any]:
+    """What timm's Beit has to be told besides its sizes; without global_pool it has no last norm of this name."""
+    absolute = vit.positions == "absolute"
+    return {
+        "use_abs_pos_emb": absolute,
+        "use_shared_rel_pos_bias": not absolute,
+        "init_values": vit.layer_scale,
+        "global_pool": "token",
+    }
+
+
+def difference_to_timm(vit: Student, timm_state: Mapping[str, Tensor]) -> float:
+    """Largest difference of all tokens to timm's network with `timm_state`, over the largest value.
 
     A fixed picture in fp32; where the student has no last norm, an untrained one is applied, as timm will.
     """
-    from timm.models.vision_transformer import VisionTransformer
-
-    size, student = vit.grid[0] * vit.config.patch, vit.config
-    reference = VisionTransformer(
-        img_size=size,
-        patch_size=student.patch,
-        embed_dim=student.width,
-        depth=student.depth,
-        num_heads=student.heads,
-        mlp_ratio=student.mlp_ratio,
-        num_classes=0,
-    ).eval()
-    reference.load_state_dict(timm_state)
+    size, reference = vit.grid[0] * vit.config.patch, timm_reference(vit).eval()
+    index = {name: t for name, t in reference.state_dict().items() if name == REL_POS_INDEX}  # there in older timm
+    reference.load_state_dict({**index, **timm_state})
     image = torch.sin(torch.arange(3 * size * size) * 0.37).view(1, 3, size, size) * 2
     with torch.no_grad():
         ours = vit(image).tokens
@@ -336,8 +493,10 @@ def difference_to_timm(vit: ViT, timm_state: Mapping[str, Tensor]) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def _checked(vit: ViT, timm_state: Mapping[str, Tensor]) -> str:
-    difference = difference_to_timm(vit, timm_state)
+def _checked(vit: Student, encoder: Mapping[str, Tensor]) -> str:
+    if isinstance(vit, ConvViT):
+        return "not compared with timm, which does not have ConvMAE's encoder"
+    difference = difference_to_timm(vit, to_timm(encoder))
     if not difference < LIMIT:
         raise RuntimeError(f"the converted student differs from timm's by {difference:.1e} of the largest output")
     tokens = vit.patches + 1
@@ -372,11 +531,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _to_timm(args: argparse.Namespace, loaded: Loaded) -> list[str]:
     vit, info = _student(loaded, args.source, None, args.heads)
+    if isinstance(vit, ConvViT):
+        raise UserError(f"{args.source} holds ConvMAE's encoder, which timm does not have; convmae goes --to official")
     state = to_timm(vit.state_dict())
     line = _checked(vit, state)
     _write(args.out, state, {"student": info.config.model_dump(mode="json"), "image_size": info.image_size})
-    filled = [] if info.final_norm else ["filled in: a last norm of weight 1 and bias 0; the method trains none"]
-    return [*filled, line]
+    notes = [] if info.final_norm else ["filled in: a last norm of weight 1 and bias 0; the method trains none"]
+    if isinstance(vit, Beit):
+        options = ", ".join(f"{name}={value!r}" for name, value in timm_beit_options(vit).items())
+        notes.append(f"timm: timm.models.beit.Beit with {options}")
+    return [*notes, line]
 
 
 def _to_official(args: argparse.Namespace, loaded: Loaded) -> list[str]:
@@ -384,7 +548,7 @@ def _to_official(args: argparse.Namespace, loaded: Loaded) -> list[str]:
         raise UserError(f"{args.source} is not a checkpoint of ours; --to official reads run folders and our files")
     mapped = to_official(loaded.weights, loaded.run)
     vit, _ = _student(loaded, args.source, None, None)
-    line = _checked(vit, to_timm(encoder_of(mapped.weights)))
+    line = _checked(vit, encoder_of(mapped.weights))
     back = from_official(mapped.weights, loaded.run, args.source)[0].state_dict()
     if back.keys() != loaded.weights.keys() or not all(torch.equal(back[n], t) for n, t in loaded.weights.items()):
         raise RuntimeError("the official names do not map back to the same weights")
@@ -399,8 +563,8 @@ def _to_ours(args: argparse.Namespace, loaded: Loaded) -> list[str]:
         raise UserError("--recipe is missing: --to mimscale has to know the method and its sizes, e.g. mae_vit_l16")
     run_config = config.load(args.recipe, args.set)
     method, notes = from_official(loaded.weights, run_config, args.source)
-    assert isinstance(method.student, ViT)
-    line = _checked(method.student, to_timm(encoder_of(loaded.weights)))
+    assert isinstance(method.student, ViT | Beit | ConvViT)
+    line = _checked(method.student, encoder_of(loaded.weights))
     _write(args.out, method.state_dict(), {"run": run_config.dump()})
     return [*notes, line]
 

@@ -51,15 +51,7 @@ class Plan:
     command: tuple[str, ...]
 
     def lr(self, step: int) -> float:
-        curve = self.run.schedule
-        return schedule.lr(
-            step,
-            self.steps_per_epoch,
-            peak=curve.peak_lr,
-            min_lr=curve.min_lr,
-            warmup_epochs=curve.warmup_epochs,
-            epochs=curve.epochs or self.total_steps / self.steps_per_epoch,
-        )
+        return schedule.lr_of(self.run.schedule, step, self.steps_per_epoch, self.total_steps)
 
 
 def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:

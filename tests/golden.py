@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,8 @@ def batch_of(images: Tensor, **noise: Tensor) -> Batch:
 # --------------------------------------------------------------------------------------------------- methods of goldens
 
 
-def mae_run(c: dict[str, Any], **sections: Any) -> RunConfig:
-    """The two sets of goldens name their settings differently."""
+def mae_run(c: dict[str, Any], changes: Mapping[str, Any] | None = None, **sections: Any) -> RunConfig:
+    """The sets of goldens name their settings differently. changes: of the method's section, for MAE's relatives."""
 
     def pick(*names: str) -> Any:
         return next(c[name] for name in names if name in c)
@@ -116,6 +117,7 @@ def mae_run(c: dict[str, Any], **sections: Any) -> RunConfig:
         "decoder_width": width,
         "decoder_depth": pick("decoder_depth", "dec_depth"),
         "decoder_heads": pick("decoder_num_heads", "dec_heads"),
+        **(changes or {}),
     }
     student = {"width": pick("embed_dim", "embed"), "depth": c["depth"], "heads": pick("num_heads", "heads")}
     return run_config(method, student, pick("img_size", "img"), **sections)

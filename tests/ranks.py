@@ -21,19 +21,33 @@ from mimscale.resilience import checkpoint
 KINDS = checkpoint.KINDS
 
 
+DECODER = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4}
+STAGES = {"patches": [2, 2, 2], "widths": [8, 16], "depths": [1, 1]}
+METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
+    "mae": {"norm_pix_loss": True, **DECODER},
+    "maskalign": {"levels": "top2", "fusion": "linear"},
+    "mff": {"levels": [0, 1, 2], **DECODER},
+    "pixmim": {"low_pass_radius": 8, **DECODER},
+    "simmim": {"mask_unit": 16},
+    "convmae": {"stages": STAGES, **DECODER},
+    "mrmae": {"levels": [0, 2], "fusion": "learned", **DECODER},
+    "mrmae_convmae": {"name": "mrmae", "stages": {**STAGES, "class_token": True}, **DECODER},
+}
+TAUGHT = ("maskalign", "mrmae", "mrmae_convmae")
+
+
 def recipe(folder: Path, shards: Path, method: str = "mae", **sections: dict[str, Any]) -> Path:
     """A recipe file for a network of a few thousand parameters, drop path on. `sections` replace keys."""
     values: dict[str, dict[str, Any]] = {
         "data": {"shards": str(shards), "image_size": 32, "workers": 1},
         "student": {"width": 32, "depth": 3, "heads": 4, "patch": 8, "drop_path": 0.1},
-        "method": {"name": "mae", "norm_pix_loss": True, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4},
+        "method": {"name": method, **METHODS[method]},
         "schedule": {"global_batch": 16, "steps": 12, "warmup_epochs": 0.4, "base_lr": 1.6e-2, "min_lr": 1e-5},
         "engine": {"ds_config": "cpu_zero2_fp32", "max_micro_batch": 8, "device": "cpu"},
         "checkpoint": {"every": 4, "keep": 100},
         "log": {"every": 1, "tensorboard": False},
     }
-    if method == "maskalign":
-        values["method"] = {"name": "maskalign", "levels": "top2", "fusion": "linear"}
+    if method in TAUGHT:
         options = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
         teacher = {"library": "timm", "model": "vit_tiny_patch16_224", "random": True, "precision": "fp32"}
         values["teachers"] = {"tiny": {**teacher, "options": options}}

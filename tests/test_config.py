@@ -33,6 +33,8 @@ def recipe(tmp_path: Path) -> Path:
         ("optim.betas=[0.9,1.5]", "optim.betas.1 = 1.5: input should be less than 1"),
         ("data.image_size=36", "data.image_size = 36 is not a multiple of student.patch = 8"),
         ("data.crop_scale=[0.5,0.2]", "crop_scale = [0.5, 0.2]: must rise"),
+        ("data.crop_padding=32", "crop_padding = 32: must be below image_size = 32"),
+        ("data.crop=pad", "data.crop = 'pad': input should be 'random_resized' or 'padded'"),
         ("student.heads=5", "width = 32 must be divisible by heads = 5"),
         ("student.drop_path=1.0", "student.drop_path = 1.0: input should be less than 1"),
         ("teachers.a.library=tim", "teachers.a.library = 'tim': input should be 'timm' or 'open_clip'"),

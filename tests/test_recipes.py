@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from typing import Any
 
 import pytest
 import timm
@@ -11,6 +12,8 @@ import torch
 from mimscale.config import RunConfig, load, load_ds_config, method_class, recipe_names
 from mimscale.contracts import TeacherInfo
 from mimscale.methods.base import Method
+from mimscale.methods.mae import MAE, MAEConfig
+from mimscale.schedule import lr_of
 
 CLIP_B = TeacherInfo("clip", dim=768, depth=12, grid=(14, 14), image_size=224, has_cls=True)
 CLIP_L_196 = TeacherInfo("clip", dim=1024, depth=24, grid=(14, 14), image_size=196, has_cls=True)
@@ -49,6 +52,36 @@ def test_mae(name: str) -> None:
     assert run.schedule.peak_lr == pytest.approx(2.4e-3)
 
 
+@pytest.mark.parametrize(("name", "levels"), [("mff_vit_b16", 6), ("mff_vit_s16", 4), ("pixmim_vit_b16", 1)])
+def test_relatives_of_mae(name: str, levels: int) -> None:
+    """MAE's size, and for each level but the last a linear layer; one logit per level."""
+    run, method, count = built(name, {})
+    values = run.method.model_dump() | {"name": "mae"}
+    with torch.device("meta"):
+        mae = MAE(run.model_copy(update={"method": MAEConfig(**{k: values[k] for k in MAEConfig.model_fields})}), {})
+    width = run.student.width
+    fusion = (levels - 1) * (width * width + width) + levels if levels > 1 else 0
+    assert count == sum(tensor.numel() for tensor in mae.state_dict().values()) + fusion
+    assert run.schedule.peak_lr == pytest.approx(2.4e-3)
+    assert (run.data.crop, run.data.interpolation) == ("padded", "bilinear")
+    assert method.no_weight_decay() == {"student.cls_token", "decoder.mask_token"}
+
+
+@pytest.mark.parametrize(
+    ("name", "teachers", "trained"),
+    [
+        ("convmae_b", {}, 114.79),  # the official model
+        ("mrmae_vit_b16", {"clip": CLIP_B}, 111.66 + 0.59),  # MAE's and the head
+        ("mrmae_convmae_b", {"clip": CLIP_B}, 114.79 + 0.59),
+    ],
+)
+def test_convmae_and_mrmae(name: str, teachers: dict[str, TeacherInfo], trained: float) -> None:
+    run, method, _ = built(name, teachers)
+    assert sum(p.numel() for p in method.parameters()) / 1e6 == pytest.approx(trained, abs=0.01)
+    assert run.teachers.keys() == method.needs.teachers.keys()
+    assert run.schedule.peak_lr == pytest.approx(1.5e-4 * run.schedule.global_batch / 256)
+
+
 @pytest.mark.parametrize("name", MASKALIGN)
 def test_maskalign(name: str) -> None:
     """timm's ViT without its last norm, five linear adaptors and the mixing rows of five levels."""
@@ -61,3 +94,21 @@ def test_maskalign(name: str) -> None:
     assert count == vit + 5 * (width * info.dim + info.dim) + 5 * depth
     assert run.schedule.peak_lr == pytest.approx(6e-4)
     assert run.teachers.keys() == method.needs.teachers.keys()
+
+
+def test_simmim() -> None:
+    """timm's BEiT-B with one shared bias table, a mask token and a linear head; the released rates."""
+    run, method, count = built("simmim_vit_b16", {})
+    options: dict[str, Any] = {
+        "use_abs_pos_emb": False,
+        "use_shared_rel_pos_bias": True,
+        "init_values": 0.1,
+        "global_pool": "token",
+    }
+    with torch.device("meta"):
+        reference = timm.models.beit.Beit(num_classes=0, **options)
+    assert count == sum(p.numel() for p in reference.parameters()) + 768 + (768 * 768 + 768)
+    assert {name: noise.shape for name, noise in method.needs.noise.items()} == {"mask": (49,), "drop_path": (12, 2)}
+    steps = 1_281_167 // 2048
+    rates = [lr_of(run.schedule, step, steps, 800 * steps) for step in (0, 1, 10 * steps + 1, 700 * steps + 1)]
+    assert rates == pytest.approx([2e-6, 2e-6, 4e-4, 4e-5])

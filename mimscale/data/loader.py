@@ -27,7 +27,17 @@ from mimscale.data import noise
 from mimscale.data.decode import BadImage, decode
 from mimscale.data.manifest import Ints, Manifest
 from mimscale.data.order import Order, rank_positions
-from mimscale.data.transforms import CROP_NUMBERS, centre_crop, pixels, random_box, resized_crop
+from mimscale.data.transforms import (
+    CROP_NUMBERS,
+    centre_crop,
+    fractions,
+    padded_box,
+    padded_crop,
+    pixels,
+    random_box,
+    resized,
+    resized_crop,
+)
 from mimscale.errors import UserError
 
 Running = Generator[Batch, None, None]
@@ -143,11 +153,9 @@ class TrainSamples(Dataset[Batch]):
         for row, (sample, (epoch, place)) in enumerate(zip(ids, places, strict=True)):
             image = load_image(self.manifest, int(sample))
             numbers = noise.uniform(self.seed, "crop", epoch, place, n=CROP_NUMBERS).tolist()
-            height, width = image.height, image.width
-            box = random_box((height, width), self.data.crop_scale, self.data.crop_ratio, numbers)
+            crop, boxes[row] = self._crop(image, numbers)
             flips[row] = numbers[-1] < self.data.flip
-            images[row] = pixels(resized_crop(image, box, side, self.data.interpolation), flips[row])
-            boxes[row] = np.array(box) / (height, width, height, width)
+            images[row] = pixels(crop, flips[row])
         return Batch(
             images=torch.from_numpy(images),
             ids=torch.from_numpy(ids),
@@ -157,6 +165,18 @@ class TrainSamples(Dataset[Batch]):
             flips=torch.from_numpy(flips),
             labels=_labels(self.manifest, ids) if self.needs.labels else None,
         )
+
+    def _crop(self, image: Image.Image, numbers: list[float]) -> tuple[Image.Image, tuple[float, ...]]:
+        """The crop and its box as fractions of the stored image."""
+        data = self.data
+        if data.crop == "padded":
+            image = resized(image, data.image_size, data.interpolation)
+            size = image.height, image.width
+            box = padded_box(size, data.image_size, data.crop_padding, numbers[-3:-1])
+            return padded_crop(image, box, data.crop_padding), fractions(box, size)
+        size = image.height, image.width
+        box = random_box(size, data.crop_scale, data.crop_ratio, numbers)
+        return resized_crop(image, box, data.image_size, data.interpolation), fractions(box, size)
 
     def _noise(self, name: str, wanted: Noise, places: list[tuple[int, int]]) -> Tensor:
         draw = noise.uniform if wanted.kind == "uniform" else noise.exponential

@@ -1,7 +1,7 @@
 """Crops as pure functions of given random numbers, and the pixels under a crop.
 
-The numbers equal torchvision's RandomResizedCrop, Resize and CenterCrop on Pillow pictures; only the random source is
-ours. Boxes are (top, left, height, width) in pixels.
+The numbers equal torchvision's RandomResizedCrop, RandomCrop, Resize and CenterCrop on Pillow pictures; only the random
+source is ours. Boxes are (top, left, height, width) in pixels.
 """
 
 from __future__ import annotations
@@ -52,19 +52,50 @@ def resized_crop(image: Image.Image, box: Box, side: int, interpolation: Interpo
     return image.crop((left, top, left + width, top + height)).resize((side, side), RESAMPLING[interpolation])
 
 
+def resized_size(size: tuple[int, int], short: int) -> tuple[int, int]:
+    """(height, width) with the same aspect, up to rounding, whose shorter side is `short`."""
+    height, width = size
+    return max(short, int(short * height / width)), max(short, int(short * width / height))
+
+
+def resized(image: Image.Image, short: int, interpolation: Interpolation) -> Image.Image:
+    """The whole picture with its short side resized to `short`."""
+    height, width = resized_size((image.height, image.width), short)
+    return image if image.size == (width, height) else image.resize((width, height), RESAMPLING[interpolation])
+
+
+def padded_box(size: tuple[int, int], side: int, padding: int, numbers: Sequence[float]) -> Box:
+    """A random square of a picture whose short side was resized to `side`; it may reach `padding` pixels outside.
+
+    size: (height, width) after the resize. numbers: for top and left, in [0, 1).
+    """
+    top, left = (int(n * (length + 2 * padding - side + 1)) - padding for n, length in zip(numbers, size, strict=True))
+    return top, left, side, side
+
+
+def padded_crop(image: Image.Image, box: Box, padding: int) -> Image.Image:
+    """Cut the box out of the picture continued by reflection, `padding` pixels beyond each edge."""
+    top, left, height, width = box
+    edges = ((padding, padding), (padding, padding), (0, 0))
+    padded = np.pad(np.asarray(image), edges, mode="reflect")
+    return Image.fromarray(padded).crop((left + padding, top + padding, left + padding + width, top + padding + height))
+
+
+def fractions(box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """A box in a picture of this (height, width) -> the same in parts of height and width."""
+    top, left, height, width = box
+    return top / size[0], left / size[1], height / size[0], width / size[1]
+
+
 def centre_crop(image: Image.Image, side: int, crop_pct: float) -> tuple[Image.Image, tuple[float, ...]]:
     """Evaluation: the short side becomes round(side / crop_pct) (bicubic), then the central side x side is cut out.
 
     Returns the picture and its box as fractions of the stored image.
     """
-    width, height = image.size
-    short = round(side / crop_pct)
-    new_width, new_height = max(short, int(short * width / height)), max(short, int(short * height / width))
-    if image.size != (new_width, new_height):
-        image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
-    top, left = round((new_height - side) / 2), round((new_width - side) / 2)
-    fractions = (top / new_height, left / new_width, side / new_height, side / new_width)
-    return image.crop((left, top, left + side, top + side)), fractions
+    image = resized(image, round(side / crop_pct), "bicubic")
+    top, left = round((image.height - side) / 2), round((image.width - side) / 2)
+    box = (top, left, side, side)
+    return image.crop((left, top, left + side, top + side)), fractions(box, (image.height, image.width))
 
 
 def pixels(image: Image.Image, flip: bool = False) -> NDArray[np.uint8]:

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimscale.config import StudentConfig
 from mimscale.data.loader import eval_batches
 from mimscale.data.manifest import Manifest
+from mimscale.errors import UserError
+from mimscale.models.beit import Beit
+from mimscale.models.convvit import ConvViT
 from mimscale.models.vit import LN_EPS, ViT
 
 Pool = Literal["mean", "cls"]
+Student = ViT | Beit | ConvViT
 Extractor = Callable[[Tensor], dict[str, Tensor]]
 """float32 ImageNet-normalised images [B, 3, H, W] -> pool -> float32 features [B, D]."""
 
@@ -22,12 +25,15 @@ PIXELS = "pixels"
 PIXEL_SIDE = 32  # larger pictures are averaged down to it: 3,072 numbers per picture
 
 
-def frozen(vit: ViT, pools: Sequence[Pool]) -> Extractor:
+def frozen(vit: Student, pools: Sequence[Pool]) -> Extractor:
     """Tokens after the last norm, in the type of the network's parameters, pooled.
 
     mean: of the patch tokens; cls: the class token. A student without a last norm (MaskAlign trains none) gets one of
-    weight 1 and bias 0, as in MaskAlign's own linear probe.
+    weight 1 and bias 0, as in MaskAlign's own linear probe. ConvMAE's encoder keeps the fusion that it was trained
+    with. Raises UserError for cls without a class token.
     """
+    if "cls" in pools and not vit.prefix:
+        raise UserError("--pool cls: this network has no class token; choose --pool mean")
     vit = vit.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -36,7 +42,7 @@ def frozen(vit: ViT, pools: Sequence[Pool]) -> Extractor:
         if not isinstance(vit.norm, nn.LayerNorm):
             tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=LN_EPS)
         tokens = tokens.float()
-        return {pool: tokens[:, 1:].mean(dim=1) if pool == "mean" else tokens[:, 0] for pool in pools}
+        return {pool: tokens[:, vit.prefix :].mean(dim=1) if pool == "mean" else tokens[:, 0] for pool in pools}
 
     return extract
 
@@ -48,11 +54,11 @@ def raw_pixels(images: Tensor) -> dict[str, Tensor]:
     return {PIXELS: images.flatten(1)}
 
 
-def random_vit(config: StudentConfig, image_size: int, seed: int) -> ViT:
+def random_like(vit: Student, seed: int) -> Student:
     """The same class and shape at its own initialisation. The global generators are left as they were."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return ViT(config, image_size)
+        return vit.untrained()
 
 
 def stream(

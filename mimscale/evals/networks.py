@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from mimscale.config import StudentConfig
 from mimscale.convert import student_from
-from mimscale.evals.features import Extractor, Pool, frozen, random_vit, raw_pixels
-from mimscale.models.vit import ViT
+from mimscale.evals.features import Extractor, Pool, Student, frozen, random_like, raw_pixels
+from mimscale.models.convvit import ConvStages
 from mimscale.resilience import checkpoint
 
 
@@ -38,28 +39,31 @@ def load_networks(
     """Raw pixels for each image size, a random network for each shape, then the runs in the order given."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
-    def extractor(vit: ViT) -> Extractor:
+    def extractor(vit: Student) -> Extractor:
         extract = frozen(vit.to(device, dtype), pools)
         return lambda images: extract(images.to(dtype))
 
-    trained, shapes = [], []
+    trained = []
+    shapes: dict[tuple[type, StudentConfig, ConvStages | None, int], Student] = {}
     for path in paths:
         source = (checkpoint.newest(path) if (path / "config.yaml").is_file() else path) or path
         vit, info = student_from(source, image_size=image_size)
-        shape = (info.config.model_copy(update={"size": None, "drop_path": 0.0}), info.image_size)
-        shapes.append(shape)
+        shape = info.config.model_copy(update={"size": None, "drop_path": 0.0})
+        shapes.setdefault((type(vit), shape, info.stages, info.image_size), vit)
         name = path.name if [p.name for p in paths].count(path.name) == 1 else str(path)
         about = {"source": str(source), **_checkpoint_identity(source), "method": info.method}
         trained.append(Network(name, info.image_size, extractor(vit), about))
-    shapes, sizes = list(dict.fromkeys(shapes)), list(dict.fromkeys(size for _, size in shapes))
+    sizes = list(dict.fromkeys(size for *_, size in shapes))
     raw = [Network(f"raw pixels at {size}" if len(sizes) > 1 else "raw pixels", size, raw_pixels) for size in sizes]
     untrained = [
         Network(
-            f"random init {config.width}x{config.depth}/{config.patch} at {size}" if len(shapes) > 1 else "random init",
+            f"random init {kind.__name__} {c.width}x{c.depth}/{c.patch} at {size}"
+            if len(shapes) > 1
+            else "random init",
             size,
-            extractor(random_vit(config, size, seed)),
+            extractor(random_like(vit, seed)),
         )
-        for config, size in shapes
+        for (kind, c, _, size), vit in shapes.items()
     ]
     return [*raw, *untrained, *trained]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mimscale.config import MethodConfig, RunConfig
 from mimscale.contracts import Batch, Needs, Targets, TeacherInfo, View
+from mimscale.errors import UserError
 
 
 class Method(nn.Module):
@@ -20,7 +21,7 @@ class Method(nn.Module):
 
     Rules that ZeRO depends on: every parameter gets a gradient in every step, no parameter is 0-dimensional, a
     parameter is used only inside the forward of the module that owns it, and nothing draws random numbers in `forward`.
-    The backbone is the attribute `student`, whose state dict has the names of timm's VisionTransformer.
+    The backbone is the attribute `student`, whose state dict has the names of timm's VisionTransformer or Beit.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -63,3 +64,13 @@ class Method(nn.Module):
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take back what `extra_state` gave."""
+
+
+def check_grid(name: str, info: TeacherInfo, run: RunConfig) -> None:
+    """Refuse a teacher whose patch tokens do not stand where the student's do. Raises UserError."""
+    if info.grid != run.grid:
+        raise UserError(
+            f"teachers.{name} has a {info.grid[0]}x{info.grid[1]} grid at {info.image_size} px, the student "
+            f"{run.grid[0]}x{run.grid[1]}; set teachers.{name}.image_size to "
+            f"{run.grid[0] * info.image_size // info.grid[0]} so that the grids are equal"
+        )

@@ -1,4 +1,4 @@
-"""Supervised classification with a plain ViT, as MAE fine-tunes and as a teacher is trained from scratch.
+"""Supervised classification with a ViT or ConvMAE's encoder, as MAE fine-tunes and as a teacher is trained.
 
 Whole image, cross-entropy with label smoothing (He et al. 2022, app. A.1). Positions are learned here.
 """
@@ -16,14 +16,19 @@ from mimscale.config import Fraction, MethodConfig, RunConfig
 from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo
 from mimscale.errors import UserError
 from mimscale.methods import base
-from mimscale.models.layer_order import vit_layer_of
+from mimscale.models.convvit import ConvStages, ConvViT, check_stages
+from mimscale.models.layer_order import convvit_layer_of, vit_layer_of
 from mimscale.models.vit import LN_EPS, ViT
 
 
 class FinetuneConfig(MethodConfig):
-    """pool: mean of the patch tokens and a fresh LayerNorm, or the class token after the encoder's own last norm."""
+    """pool: mean of the patch tokens and a fresh LayerNorm, or the class token after the encoder's own last norm.
+
+    stages: ConvMAE's convolution stages before the ViT, without the fusion of pre-training; null: a plain ViT.
+    """
 
     classes: int = Field(ge=2)
+    stages: ConvStages | None = None
     pool: Literal["mean", "cls"] = "mean"
     label_smoothing: Fraction = 0.1
     head_std: float = Field(2e-5, gt=0)
@@ -39,35 +44,37 @@ class Classifier(nn.Linear):
 
 
 class Finetune(base.Method):
-    """`student`, then `fc_norm` (pool = mean only) and `head`, under timm's names."""
+    """`student`, then `fc_norm` (pool = mean only) and `head`, under timm's names (ConvMAE's with stages)."""
 
     Config = FinetuneConfig
+    student: ViT | ConvViT
 
     @classmethod
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         if teachers:
             raise UserError(f"teachers.{next(iter(teachers))}: finetune reads no teacher; remove the section teachers")
+        config = cast(FinetuneConfig, run.method)
+        if config.stages is not None:
+            check_stages(config.stages, run.student)
+            if config.pool == "cls" and not config.stages.class_token:
+                raise UserError("method.pool = cls, but stages.class_token is false; set method.pool = mean")
 
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__(run, teachers)
         self.config = config = cast(FinetuneConfig, run.method)
         mean = config.pool == "mean"
-        self.student: ViT = ViT(
-            run.student,
-            run.data.image_size,
-            final_norm=not mean,
-            learned_pos=True,
-            checkpoint_every=run.engine.activation_checkpointing,
-        )
+        self.student = _student(run, config.stages, final_norm=not mean)
         self.fc_norm = nn.LayerNorm(run.student.width, eps=LN_EPS) if mean else nn.Identity()
         self.head = Classifier(run.student.width, config.classes, config.head_std)
-        noise = {"drop_path": Noise("uniform", (run.student.depth, 2))} if run.student.drop_path else {}
+        noise = {"drop_path": Noise("uniform", (self.student.depth, 2))} if run.student.drop_path else {}
         self.needs = Needs(noise=noise, labels=True)
 
     def features(self, images_B3HW: Tensor, drop_noise: Tensor | None = None) -> Tensor:
         """What enters the head: [B, D]."""
         tokens = self.student(images_B3HW, drop_noise=drop_noise).tokens
-        return self.fc_norm(tokens[:, 1:].mean(dim=1) if self.config.pool == "mean" else tokens[:, 0])
+        return self.fc_norm(
+            tokens[:, self.student.prefix :].mean(dim=1) if self.config.pool == "mean" else tokens[:, 0]
+        )
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
         """Scalars: loss, and top1, the share of the micro-batch that is classified right."""
@@ -80,4 +87,20 @@ class Finetune(base.Method):
         return {"student.pos_embed", "student.cls_token"}
 
     def layer_of(self, name: str) -> int:
-        return vit_layer_of(name.removeprefix("student."), self.student.config.depth)
+        order = vit_layer_of if self.config.stages is None else convvit_layer_of
+        return order(name.removeprefix("student."), self.student.config.depth)
+
+
+def _student(run: RunConfig, stages: ConvStages | None, final_norm: bool) -> ViT | ConvViT:
+    size, every = run.data.image_size, run.engine.activation_checkpointing
+    if stages is None:
+        return ViT(run.student, size, final_norm=final_norm, learned_pos=True, checkpoint_every=every)
+    return ConvViT(
+        run.student,
+        stages,
+        size,
+        fusion=False,
+        final_norm=final_norm,
+        learned_pos=True,
+        checkpoint_every=every,
+    )

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from pydantic import field_validator
 from torch import Tensor
 
@@ -15,13 +14,10 @@ from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo, Teache
 from mimscale.errors import UserError
 from mimscale.methods import base
 from mimscale.models.heads import Adaptor, Alignment, Fusion, level_weights
-from mimscale.models.masking import attentive_keep, gather_tokens, kept_patches, mask_of, random_keep
+from mimscale.models.masking import gather_tokens, kept_patches, mask_noise, mask_of, visible_ids
 from mimscale.models.patches import unnormalised
+from mimscale.models.targets import FeatureNorm, feature_loss, normalise_features
 from mimscale.models.vit import ViT
-
-TargetNorm = Literal["whiten", "none", "l2"]
-Loss = Literal["smoothl1", "l2", "l1"]
-WHITEN_EPS = 1e-5
 
 
 class MaskAlignConfig(MethodConfig):
@@ -40,8 +36,8 @@ class MaskAlignConfig(MethodConfig):
     masking: Literal["random", "attention"] = "attention"
     fusion: Fusion = "linear"
     adaptor: Adaptor = "linear"
-    target_norm: TargetNorm = "whiten"
-    loss: Loss = "smoothl1"
+    target_norm: FeatureNorm = "whiten"
+    loss: Literal["smoothl1", "l2", "l1"] = "smoothl1"
     levels: str = "top5"
     cls_target: bool = True
     teacher: str | None = None
@@ -57,21 +53,6 @@ class MaskAlignConfig(MethodConfig):
         return value
 
 
-def normalise_target(features_BTC: Tensor, norm: TargetNorm) -> Tensor:
-    """Teacher features of any type -> float32, normalised per token (whiten as released: eps 1e-5, no affine)."""
-    features = features_BTC.float()
-    if norm == "whiten":
-        return F.layer_norm(features, features.shape[-1:], eps=WHITEN_EPS)
-    return F.normalize(features, dim=-1) if norm == "l2" else features
-
-
-def alignment_loss(pred: Tensor, target: Tensor, kind: Loss) -> Tensor:
-    """Mean over batch, tokens and channels, fp32. smoothl1 is twice PyTorch's with beta = 1, as released."""
-    if kind == "smoothl1":
-        return 2 * F.smooth_l1_loss(pred.float(), target)
-    return F.mse_loss(pred.float(), target) if kind == "l2" else F.l1_loss(pred.float(), target)
-
-
 class MaskAlign(base.Method):
     """`student` (no final norm: nothing would train it) sees the kept patches, `alignment` predicts the teacher."""
 
@@ -82,12 +63,7 @@ class MaskAlign(base.Method):
         config = cast(MaskAlignConfig, run.method)
         name = _teacher_name(config, teachers)
         info = teachers[name]
-        if info.grid != run.grid:
-            raise UserError(
-                f"teachers.{name} has a {info.grid[0]}x{info.grid[1]} grid at {info.image_size} px, the student "
-                f"{run.grid[0]}x{run.grid[1]}; set teachers.{name}.image_size to "
-                f"{run.grid[0] * info.image_size // info.grid[0]} so that the grids are equal"
-            )
+        base.check_grid(name, info, run)
         if config.fusion != "sum" and info.depth != run.student.depth:
             raise UserError(
                 f"method.fusion = {config.fusion} needs a teacher as deep as the student ({info.depth} and "
@@ -137,28 +113,28 @@ class MaskAlign(base.Method):
             supervised=tuple(self.level_weights),
         )
         self.keep = kept_patches(self.student.patches, config.mask_ratio)
-        attentive = config.masking == "attention"
-        noise = {"mask": Noise("exponential" if attentive else "uniform", (self.student.patches,))}
+        noise = mask_noise(config.masking, self.student.patches)
         if run.student.drop_path:
             noise["drop_path"] = Noise("uniform", (run.student.depth, 2))
         self.needs = Needs(
             noise=noise,
-            teachers={self.teacher: TeacherNeeds(levels=tuple(self.level_weights), cls_attention=attentive)},
+            teachers={
+                self.teacher: TeacherNeeds(
+                    levels=tuple(self.level_weights), cls_attention=config.masking == "attention"
+                )
+            },
         )
 
     def visible(self, batch: Batch, targets: Targets) -> Tensor:
         """int64 [B, K]: the patches that the student sees, in the order in which it sees them."""
-        if self.config.masking == "random":
-            return random_keep(batch.noise["mask"], self.keep)
-        assert targets.cls_attention is not None
-        return attentive_keep(targets.cls_attention, batch.noise["mask"], self.keep)
+        return visible_ids(self.config.masking, self.keep, batch.noise["mask"], targets.cls_attention)
 
     def target(self, targets: Targets, level: int, ids_keep_BK: Tensor) -> Tensor:
         """Normalised teacher features of one level at the kept positions, class token first: float32 [B, 1+K, C]."""
         features = gather_tokens(targets.levels[level], ids_keep_BK)
         if self.config.cls_target:
             features = torch.cat([targets.cls[level][:, None], features], dim=1)
-        return normalise_target(features, self.config.target_norm)
+        return normalise_features(features, self.config.target_norm)
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
         """Scalars: loss, and level_<i> for each supervised teacher level before its weight."""
@@ -167,7 +143,7 @@ class MaskAlign(base.Method):
         out = self.student(batch.images, ids_keep, batch.noise.get("drop_path"), self.alignment.student_levels)
         first = 0 if self.config.cls_target else 1
         losses = {
-            level: alignment_loss(pred[:, first:], self.target(teacher, level, ids_keep), self.config.loss)
+            level: feature_loss(pred[:, first:], self.target(teacher, level, ids_keep), self.config.loss)
             for level, pred in zip(self.level_weights, self.alignment(out.levels), strict=True)
         }
         total = torch.stack([self.level_weights[level] * loss for level, loss in losses.items()]).sum()

@@ -11,7 +11,10 @@ from mimscale.models.vit import LN_EPS, Block, Linear, run_blocks
 
 
 class MAEDecoder(nn.Module):
-    """width, depth, heads of the decoder; `patch` fixes the length p*p*3 of a predicted patch."""
+    """width, depth, heads of the decoder; `patch` fixes the length p*p*3 of a predicted patch.
+
+    prefix: tokens of the latent before its patch tokens: 1, the class token, or 0.
+    """
 
     pos_embed: Tensor
 
@@ -24,24 +27,27 @@ class MAEDecoder(nn.Module):
         heads: int,
         patch: int,
         grid: tuple[int, int],
+        prefix: int = 1,
         checkpoint_every: int = 0,
     ) -> None:
         super().__init__()
+        self.prefix = prefix
         self.checkpoint_every = checkpoint_every
         self.embed = Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         nn.init.normal_(self.mask_token, std=0.02)
-        self.register_buffer("pos_embed", sincos_2d(width, grid))
+        self.register_buffer("pos_embed", sincos_2d(width, grid, cls=prefix == 1))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
         self.pred = Linear(width, patch * patch * 3)
 
     def forward(self, latent_BTD: Tensor, ids_restore_BL: Tensor) -> Tensor:
-        """latent [B, 1+K, D] of the encoder, ids_restore int64 [B, L] -> predictions [B, L, p*p*3] in raster order."""
+        """latent [B, prefix + K, D], ids_restore int64 [B, L] -> predictions [B, L, p*p*3] in raster order."""
         x = self.embed(latent_BTD)
-        masked = ids_restore_BL.shape[1] + 1 - x.shape[1]
-        shuffled = torch.cat([x[:, 1:], self.mask_token.expand(len(x), masked, -1)], dim=1)
-        x = torch.cat([x[:, :1], gather_tokens(shuffled, ids_restore_BL)], dim=1)
+        first, patches = x[:, : self.prefix], x[:, self.prefix :]
+        masked = ids_restore_BL.shape[1] - patches.shape[1]
+        shuffled = torch.cat([patches, self.mask_token.expand(len(x), masked, -1)], dim=1)
+        x = torch.cat([first, gather_tokens(shuffled, ids_restore_BL)], dim=1)
         x = (x + self.pos_embed).to(x.dtype)
         x = run_blocks(self.blocks, x, None, self.checkpoint_every).tokens
-        return self.pred(self.norm(x[:, 1:]))
+        return self.pred(self.norm(x[:, self.prefix :]))

@@ -7,8 +7,8 @@ gathers parameters module by module). Parameters may be fp32, bf16 or fp16; Laye
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,11 +61,11 @@ class PatchProjection(nn.Conv2d):
 
 
 class PatchEmbed(nn.Module):
-    """Holds the projection under timm's name `patch_embed.proj`."""
+    """Holds the projection under timm's name `patch_embed.proj`; `projection` decides how that starts."""
 
-    def __init__(self, width: int, patch: int) -> None:
+    def __init__(self, width: int, patch: int, projection: type[PatchProjection] = PatchProjection) -> None:
         super().__init__()
-        self.proj = PatchProjection(width, patch)
+        self.proj = projection(width, patch)
 
     def forward(self, patches_BKCpp: Tensor) -> Tensor:
         return self.proj(patches_BKCpp)
@@ -87,12 +87,18 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """[B, T, D] -> [B, T, D] through `hidden` channels and the exact (erf) GELU."""
+    """[B, T, D] -> [B, T, D] through `hidden` channels and the exact (erf) GELU; fc1, fc2 decide how these start."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        fc1: Callable[[int, int], nn.Linear] = Linear,
+        fc2: Callable[[int, int], nn.Linear] = Linear,
+    ) -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.fc1 = fc1(width, hidden)
+        self.fc2 = fc2(hidden, width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x_BTD)))
@@ -110,13 +116,14 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None) -> Tensor:
         attended = self.attn(self.norm1(x_BTD))
-        x_BTD = x_BTD + (attended if scales_B2 is None else attended * _per_sample(scales_B2[:, 0], attended))
+        x_BTD = x_BTD + (attended if scales_B2 is None else attended * per_sample(scales_B2[:, 0], attended))
         widened = self.mlp(self.norm2(x_BTD))
-        return x_BTD + (widened if scales_B2 is None else widened * _per_sample(scales_B2[:, 1], widened))
+        return x_BTD + (widened if scales_B2 is None else widened * per_sample(scales_B2[:, 1], widened))
 
 
-def _per_sample(scale_B: Tensor, like_BTD: Tensor) -> Tensor:
-    return scale_B.to(like_BTD.dtype)[:, None, None]
+def per_sample(scale_B: Tensor, like_BX: Tensor) -> Tensor:
+    """A factor for each sample, in the type and number of dimensions of what it scales."""
+    return scale_B.to(like_BX.dtype).reshape(-1, *(1,) * (like_BX.dim() - 1))
 
 
 def drop_path_scales(noise_BN2: Tensor, rate: float) -> Tensor:
@@ -130,16 +137,24 @@ def drop_path_scales(noise_BN2: Tensor, rate: float) -> Tensor:
 
 
 def run_blocks(
-    blocks: nn.ModuleList, x_BTD: Tensor, scales_BN2: Tensor | None, checkpoint_every: int, levels: Collection[int] = ()
+    blocks: nn.ModuleList,
+    x_BTD: Tensor,
+    scales_BN2: Tensor | None,
+    checkpoint_every: int,
+    levels: Collection[int] = (),
+    extra: tuple[Any, ...] = (),
 ) -> ViTOutput:
-    """Tokens through all blocks. Every `checkpoint_every`-th block is recomputed in the backward pass (0: none)."""
+    """Tokens through all blocks. Every `checkpoint_every`-th block is recomputed in the backward pass (0: none).
+
+    extra: further inputs that every block gets.
+    """
     kept = {}
     for index, block in enumerate(blocks):
         scales = None if scales_BN2 is None else scales_BN2[:, index]
         if checkpoint_every and index % checkpoint_every == 0 and torch.is_grad_enabled():
-            x_BTD = checkpoint(block, x_BTD, scales, use_reentrant=False, preserve_rng_state=False)
+            x_BTD = checkpoint(block, x_BTD, scales, *extra, use_reentrant=False, preserve_rng_state=False)
         else:
-            x_BTD = block(x_BTD, scales)
+            x_BTD = block(x_BTD, scales, *extra)
         if index in levels:
             kept[index] = x_BTD
     return ViTOutput(x_BTD, kept)
@@ -182,17 +197,32 @@ class ViT(nn.Module):
     def patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    @property
+    def depth(self) -> int:
+        return self.config.depth
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patch tokens."""
+        return 1
+
+    def untrained(self) -> ViT:
+        """A network of the same shape, with a last norm, at a fresh initialisation."""
+        return ViT(self.config, self.grid[0] * self.config.patch)
+
     def forward(
         self,
         images_B3HW: Tensor,
         ids_keep: Tensor | None = None,
         drop_noise: Tensor | None = None,
         levels: Collection[int] = (),
+        apply_norm: bool = True,
     ) -> ViTOutput:
         """images: normalised, any float type. ids_keep: int64 [B, K], the visible patches in the order to be seen; None
         sees all in raster order. drop_noise: uniform [B, depth, 2]; None drops nothing. levels: blocks to return raw.
 
-        Returns tokens [B, 1+K, D] after the final norm where there is one, in the parameters' type.
+        Returns tokens [B, 1+K, D] in the parameters' type: after the final norm where there is one, and raw without
+        apply_norm, for a method that calls `norm` on something else.
         """
         patches = cut(images_B3HW, self.config.patch)
         positions_LD = self.pos_embed[0, 1:]
@@ -206,4 +236,4 @@ class ViT(nn.Module):
         x_BTD = torch.cat([cls.to(tokens.dtype), (tokens + positions).to(tokens.dtype)], dim=1)
         scales = None if drop_noise is None else drop_path_scales(drop_noise, self.config.drop_path)
         out = run_blocks(self.blocks, x_BTD, scales, self.checkpoint_every, levels)
-        return ViTOutput(self.norm(out.tokens), out.levels)
+        return ViTOutput(self.norm(out.tokens) if apply_norm else out.tokens, out.levels)

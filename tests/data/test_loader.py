@@ -22,9 +22,9 @@ from mimscale.config import DataConfig
 from mimscale.contracts import Batch, Needs, Noise
 from mimscale.data import loader as module
 from mimscale.data.decode import decode
-from mimscale.data.loader import DamagedSample, TrainLoader, eval_batches
+from mimscale.data.loader import DamagedSample, TrainLoader, eval_batches, load_image
 from mimscale.data.manifest import Manifest
-from mimscale.data.transforms import pixels, resized_crop
+from mimscale.data.transforms import pixels, resized, resized_crop
 from mimscale.errors import UserError
 
 NEEDS = Needs(
@@ -153,6 +153,23 @@ def test_flip_and_crop_follow_the_configuration(manifest: Manifest) -> None:
     assert always.flips.all()
     never = next(iter(loader(manifest, config(manifest, flip=0.0))))
     assert not never.flips.any() and torch.equal(never.boxes, next(iter(loader(manifest))).boxes)
+
+
+def test_padded_crops_hold_what_their_boxes_say(manifest: Manifest) -> None:
+    """Inside the stored image a crop is the resized image; the box of a padded crop may reach a little outside."""
+    batch = next(iter(loader(manifest, config(manifest, crop="padded", crop_padding=6, interpolation="bilinear"))))
+    outside = 0
+    for image, sample, box, flip in zip(batch.images, batch.ids, batch.boxes, batch.flips, strict=True):
+        whole = pixels(resized(load_image(manifest, int(sample)), 32, "bilinear"))
+        height, width = whole.shape[1:]
+        top, left = round(float(box[0]) * height), round(float(box[1]) * width)
+        assert box.tolist() == pytest.approx([top / height, left / width, 32 / height, 32 / width], abs=1e-6)
+        assert -6 <= top <= height + 6 - 32 and -6 <= left <= width + 6 - 32
+        rows, columns = np.arange(max(top, 0), min(top + 32, height)), np.arange(max(left, 0), min(left + 32, width))
+        ours = image.flip(2) if flip else image
+        assert np.array_equal(ours[:, rows[:, None] - top, columns - left], whole[:, rows[:, None], columns])
+        outside += len(rows) < 32 or len(columns) < 32
+    assert outside > len(batch.ids) / 2 and batch.flips.any() and not batch.flips.all()
 
 
 def test_a_second_iteration_begins_again(manifest: Manifest) -> None:

@@ -10,12 +10,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tv
 
 from mimscale.data import noise
 from mimscale.data.synthetic import picture
-from mimscale.data.transforms import CROP_NUMBERS, TRIES, centre_crop, pixels, random_box, resized_crop
+from mimscale.data.transforms import (
+    CROP_NUMBERS,
+    TRIES,
+    centre_crop,
+    padded_box,
+    padded_crop,
+    pixels,
+    random_box,
+    resized,
+    resized_crop,
+    resized_size,
+)
+from tests import golden
 
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -83,6 +96,51 @@ def test_area_and_ratio_are_spread_as_they_should() -> None:
     area, ratio = boxes[:, 2] * boxes[:, 3] / 160_000, np.log(boxes[:, 3] / boxes[:, 2])
     assert abs(np.median(area[area < 0.7]) - 0.45) < 0.02  # below 0.75 no ratio is ever refused: uniform there
     assert abs(ratio.mean()) < 0.02 and abs(ratio.min() + math.log(4 / 3)) < 0.02
+
+
+def test_padded_crop_of_the_release() -> None:
+    """The stored seed gives torchvision's corner and flip; from there on it is our code."""
+    g = golden.load("pixmim_crop")
+    side, padding = 32, 4
+    for row, (width, height, seed) in enumerate(g["W_H_seed"].tolist()):
+        source = Image.fromarray(g[f"{row}/input_hwc"].numpy())
+        assert source.size == (width, height)
+        small = resized(source, side, "bilinear")
+        torch.manual_seed(seed)
+        padded = Image.new("RGB", (small.width + 2 * padding, small.height + 2 * padding))
+        top, left, h, w = v1.RandomCrop.get_params(padded, (side, side))
+        flip = bool(torch.rand(1) < 0.5)
+        ours = pixels(padded_crop(small, (top - padding, left - padding, h, w), padding), flip)
+        assert np.array_equal(ours.transpose(1, 2, 0), g[f"{row}/output_hwc"].numpy())
+
+
+@pytest.mark.parametrize("size", [(120, 160), (300, 40), (31, 33), (32, 32)])
+@pytest.mark.parametrize("padding", [0, 4, 31])
+def test_padded_boxes_equal_torchvisions_algorithm(size, padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corner by corner, with torchvision's draw replaced by our numbers; then the pixels under it."""
+    small = resized(image(*size), 32, "bilinear")
+    assert min(small.size) == 32
+    theirs = v1.RandomCrop(32, padding=padding, padding_mode="reflect")
+    for place in range(20):
+        given_numbers = numbers(place)[-3:-1]
+        script = iter(given_numbers)
+
+        def randint(low: int, high: int, size: tuple[int, ...], script=script) -> torch.Tensor:
+            return torch.tensor([low + int(next(script) * (high - low))])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randint", randint)
+            expected = theirs(small)
+        box = padded_box((small.height, small.width), 32, padding, given_numbers)
+        assert np.array_equal(np.asarray(padded_crop(small, box, padding)), np.asarray(expected))
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 20), st.floats(0, 1, exclude_max=True))
+def test_padded_boxes_reach_no_further_than_the_padding(height: int, width: int, padding: int, number: float) -> None:
+    size = resized_size((height, width), 24)
+    assert min(size) == 24
+    top, left, h, w = padded_box(size, 24, padding, [number, number])
+    assert -padding <= top and top + h <= size[0] + padding and -padding <= left and left + w <= size[1] + padding
 
 
 @pytest.mark.parametrize("size", [(120, 160), (333, 97), (64, 64), (20, 90)])

@@ -49,7 +49,7 @@ def test_linear_with_few_shots_of_several_runs_at_once(data: tuple[Path, Path], 
     words = ["linear", run_dir, other, larger, "--train", data[0], "--val", data[1], "--shots", 2, "--draws", 3]
     assert evaluate(*words, "--out", tmp_path / "a.json") == 0
     assert [r["network"] for r in rows(tmp_path / "a.json")] == [
-        "raw pixels at 32", "raw pixels at 48", "random init 32x2/8 at 32", "random init 32x2/8 at 48",
+        "raw pixels at 32", "raw pixels at 48", "random init ViT 32x2/8 at 32", "random init ViT 32x2/8 at 48",
         "mae", "supervised", "larger",
     ]  # fmt: skip
     for row in rows(tmp_path / "a.json"):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from mimscale.config import StudentConfig
 from mimscale.data.manifest import Manifest
-from mimscale.evals.features import frozen, random_vit, raw_pixels, stream
+from mimscale.evals.features import frozen, random_like, raw_pixels, stream
+from mimscale.models.beit import Beit
 from mimscale.models.vit import LN_EPS, ViT
 
 SMALL = StudentConfig(width=32, depth=2, heads=2, patch=8)
@@ -17,7 +18,7 @@ SMALL = StudentConfig(width=32, depth=2, heads=2, patch=8)
 @pytest.mark.parametrize(("batch", "workers"), [(7, 0), (120, 0), (16, 2)])
 def test_every_sample_once_in_order_with_its_own_features(data: tuple[Path, Path], batch: int, workers: int) -> None:
     manifest = Manifest.load(data[0])
-    vit = random_vit(SMALL, 32, seed=0)
+    vit = random_like(ViT(SMALL, 32), seed=0)
     both = {"vit": frozen(vit, ("mean", "cls")), "raw": raw_pixels}
     options = {"crop_pct": 1.0, "device": torch.device("cpu")}
     pieces = list(stream(both, manifest, 32, batch=batch, workers=workers, **options))  # type: ignore[arg-type]
@@ -38,9 +39,13 @@ def test_a_student_without_last_norm_gets_an_untrained_one() -> None:
 
 
 def test_random_networks_are_seeded_and_leave_the_global_generator_alone() -> None:
+    networks = (ViT(SMALL, 32, final_norm=False), Beit(SMALL, 32, positions="absolute", mask_token=True))
     before = torch.random.get_rng_state()
-    one, same, other = (random_vit(SMALL, 32, seed).state_dict()["blocks.0.attn.qkv.weight"] for seed in (3, 3, 4))
-    assert torch.equal(one, same) and not torch.equal(one, other)
+    for vit in networks:
+        random = [random_like(vit, seed) for seed in (3, 3, 4)]
+        assert all(type(r) is type(vit) and isinstance(r.norm, torch.nn.LayerNorm) for r in random)
+        one, same, other = (r.state_dict()["blocks.0.attn.qkv.weight"] for r in random)
+        assert torch.equal(one, same) and not torch.equal(one, other)
     assert torch.equal(before, torch.random.get_rng_state())
 
 

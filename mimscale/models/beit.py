@@ -1,0 +1,210 @@
+"""BEiT's Vision Transformer, as SimMIM pre-trains it; its state dict has the names of timm's Beit.
+
+Beside the plain ViT: q and v have a bias and k has none, each branch has a trained scale per channel (layer scale),
+and positions are a relative bias that all blocks share, or learned. The network sees masked patches as mask tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimscale.config import StudentConfig
+from mimscale.models.masking import gather_tokens
+from mimscale.models.patches import cut
+from mimscale.models.relpos import RelativePositionBias
+from mimscale.models.vit import (
+    LN_EPS,
+    Mlp,
+    PatchEmbed,
+    PatchProjection,
+    ViTOutput,
+    drop_path_scales,
+    per_sample,
+    run_blocks,
+)
+
+Positions = Literal["relative", "absolute"]
+INIT_STD = 0.02
+LAYER_SCALE = 0.1
+
+
+def cut_normal_(tensor: Tensor, std: float = INIT_STD) -> Tensor:
+    """Normal, redrawn outside one deviation: SimMIM cuts where others cut at two or more."""
+    return nn.init.trunc_normal_(tensor, std=std, a=-std, b=std)
+
+
+class Linear(nn.Linear):
+    """SimMIM's initialisation, in the constructor for the sake of zero.Init."""
+
+    def __init__(self, width: int, out: int, *, bias: bool = True, std: float = INIT_STD) -> None:
+        super().__init__(width, out, bias=bias)
+        cut_normal_(self.weight, std)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+
+class ProjectionQKV(Linear):
+    """The bias comes from outside, because its parts are parameters of the attention (BEiT's names)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width, bias=False)
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(input, self.weight, bias)
+
+
+class CutNormalProjection(PatchProjection):
+    """The patch embedding with SimMIM's initialisation."""
+
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__(width, patch)
+        cut_normal_(self.weight)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention [B, T, D] -> [B, T, D]; scale head_dim^-0.5. out_std: of the output projection."""
+
+    def __init__(self, width: int, heads: int, out_std: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = ProjectionQKV(width)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = Linear(width, width, std=out_std)
+
+    def forward(self, x_BTD: Tensor, bias_BHTT: Tensor | None = None) -> Tensor:
+        """bias: added to the scaled scores, [1 or B, heads, T, T]."""
+        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        q, k, v = self.qkv(x_BTD, qkv_bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = None if bias_BHTT is None else bias_BHTT.to(q.dtype)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """x + gamma_1 attention(norm1(x)), then x + gamma_2 mlp(norm2(x)); drop path scales each branch per sample.
+
+    layer: 1-based; the last matrices of its branches start smaller by sqrt(2 layer). layer_scale: gamma's start, None
+    for none.
+    """
+
+    gamma_1: nn.Parameter | None
+    gamma_2: nn.Parameter | None
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, layer: int, layer_scale: float | None) -> None:
+        super().__init__()
+        out_std = INIT_STD / math.sqrt(2 * layer)
+        self.norm1 = nn.LayerNorm(width, eps=LN_EPS)
+        self.attn = Attention(width, heads, out_std)
+        self.norm2 = nn.LayerNorm(width, eps=LN_EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio), fc1=Linear, fc2=partial(Linear, std=out_std))
+        for name in ("gamma_1", "gamma_2"):
+            start = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
+            self.register_parameter(name, start)
+
+    def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None, bias_BHTT: Tensor | None = None) -> Tensor:
+        x_BTD = x_BTD + _branch(self.attn(self.norm1(x_BTD), bias_BHTT), self.gamma_1, scales_B2, 0)
+        return x_BTD + _branch(self.mlp(self.norm2(x_BTD)), self.gamma_2, scales_B2, 1)
+
+
+def _branch(out_BTD: Tensor, gamma_D: Tensor | None, scales_B2: Tensor | None, which: int) -> Tensor:
+    out_BTD = out_BTD if gamma_D is None else gamma_D * out_BTD
+    return out_BTD if scales_B2 is None else out_BTD * per_sample(scales_B2[:, which], out_BTD)
+
+
+class Beit(nn.Module):
+    """positions: a relative bias shared by all blocks, or a learned table. layer_scale: its start, None for none.
+
+    mask_token: whether there is one; without, the network sees whole images only. checkpoint_every: recompute every
+    k-th block in the backward pass, 0 = none.
+    """
+
+    mask_token: nn.Parameter | None
+    pos_embed: nn.Parameter | None
+
+    def __init__(
+        self,
+        config: StudentConfig,
+        image_size: int,
+        *,
+        positions: Positions = "relative",
+        layer_scale: float | None = LAYER_SCALE,
+        mask_token: bool = False,
+        checkpoint_every: int = 0,
+    ) -> None:
+        super().__init__()
+        side, width = image_size // config.patch, config.width
+        self.config = config
+        self.grid = (side, side)
+        self.positions: Positions = positions
+        self.layer_scale = layer_scale
+        self.checkpoint_every = checkpoint_every
+        self.patch_embed = PatchEmbed(width, config.patch, CutNormalProjection)
+        self.cls_token = nn.Parameter(cut_normal_(torch.zeros(1, 1, width)))
+        mask = nn.Parameter(cut_normal_(torch.zeros(1, 1, width))) if mask_token else None
+        self.register_parameter("mask_token", mask)
+        absolute = positions == "absolute"
+        table = nn.Parameter(cut_normal_(torch.zeros(1, 1 + self.patches, width))) if absolute else None
+        self.register_parameter("pos_embed", table)
+        self.rel_pos_bias = None if absolute else RelativePositionBias(self.grid, config.heads)
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.mlp_ratio, layer, layer_scale) for layer in range(1, config.depth + 1)
+        )
+        self.norm = nn.LayerNorm(width, eps=LN_EPS)
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def depth(self) -> int:
+        return self.config.depth
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patch tokens."""
+        return 1
+
+    def untrained(self) -> Beit:
+        """A network of the same shape at a fresh initialisation."""
+        size = self.grid[0] * self.config.patch
+        return Beit(self.config, size, positions=self.positions, layer_scale=self.layer_scale)
+
+    def forward(
+        self,
+        images_B3HW: Tensor,
+        mask_BL: Tensor | None = None,
+        drop_noise: Tensor | None = None,
+        ids_keep: Tensor | None = None,
+        levels: Collection[int] = (),
+    ) -> ViTOutput:
+        """images: normalised, any float type. mask: [B, L] in raster order, 1 = seen as a mask token. drop_noise:
+        uniform [B, depth, 2]; None drops nothing. ids_keep: int64 [B, K], the patches, masked or not, that go through
+        the blocks, each with its own position; None: all in raster order. levels: blocks to return raw.
+
+        Returns tokens [B, 1+K, D] after the final norm, in the parameters' type.
+        """
+        patches = cut(images_B3HW, self.config.patch)
+        tokens = self.patch_embed(patches if ids_keep is None else gather_tokens(patches, ids_keep))
+        if mask_BL is not None:
+            assert self.mask_token is not None, "built without a mask token"
+            mask = mask_BL if ids_keep is None else mask_BL.gather(1, ids_keep)
+            tokens = torch.where(mask.bool()[:, :, None], self.mask_token, tokens)
+        cls: Tensor = self.cls_token
+        if self.pos_embed is not None:
+            positions_LD = self.pos_embed[0, 1:]
+            tokens = tokens + (positions_LD if ids_keep is None else positions_LD[ids_keep])
+            cls = cls + self.pos_embed[:, :1]
+        x_BTD = torch.cat([cls.expand(len(tokens), -1, -1), tokens], dim=1)
+        extra = () if self.rel_pos_bias is None else (self.rel_pos_bias(ids_keep),)
+        scales = None if drop_noise is None else drop_path_scales(drop_noise, self.config.drop_path)
+        out = run_blocks(self.blocks, x_BTD, scales, self.checkpoint_every, levels, extra)
+        return ViTOutput(self.norm(out.tokens), out.levels)

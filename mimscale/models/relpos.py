@@ -1,0 +1,52 @@
+"""Relative position bias: a learned number per head for each offset between two patches (Bao et al. 2022, BEiT)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+CLS_ROWS = 3  # class token to patch, patch to class token, class token to itself: the last rows of a table
+
+
+def table_rows(grid: tuple[int, int]) -> int:
+    """Offsets between two patches of a grid, and the three rows of the class token."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + CLS_ROWS
+
+
+@lru_cache
+def relative_index(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Row of the table for each (query, key), int64 [1+L, 1+L], class token first. Kept per device.
+
+    Offsets are (query - key), counted from the most negative, rows before columns.
+    """
+    rows, columns = (axis.reshape(-1) for axis in np.indices(grid))
+    down = rows[:, None] - rows + grid[0] - 1
+    right = columns[:, None] - columns + grid[1] - 1
+    patches = down * (2 * grid[1] - 1) + right
+    index = np.pad(patches, ((1, 0), (1, 0)))
+    index[0, 1:], index[1:, 0], index[0, 0] = np.arange(-CLS_ROWS, 0) + table_rows(grid)
+    return torch.from_numpy(index.astype(np.int64)).to(device)
+
+
+class RelativePositionBias(nn.Module):
+    """One table for all blocks that are given its output, under the names of BEiT's and timm's."""
+
+    def __init__(self, grid: tuple[int, int], heads: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(grid), heads))
+
+    def forward(self, ids_keep_BK: Tensor | None = None) -> Tensor:
+        """What is added to the attention scores: float32 [1, heads, 1+L, 1+L].
+
+        ids_keep: int64 [B, K], the patches that are there; then [B, heads, 1+K, 1+K]. fp32, so that the gradients of
+        many pairs are summed in it whatever the type of the table.
+        """
+        index = relative_index(self.grid, self.relative_position_bias_table.device)[None]
+        if ids_keep_BK is not None:
+            ids = torch.cat([torch.zeros_like(ids_keep_BK[:, :1]), ids_keep_BK + 1], dim=1)
+            index = index[0, ids[:, :, None], ids[:, None, :]]
+        return self.relative_position_bias_table.float()[index].permute(0, 3, 1, 2).contiguous()

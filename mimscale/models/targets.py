@@ -1,0 +1,101 @@
+"""What is regressed: pixels of each patch, of the image or of its low frequencies; features of a teacher."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimscale.contracts import imagenet_statistics
+from mimscale.models.patches import assemble, cut, from_pixels_last, pixels_last
+
+FeatureNorm = Literal["whiten", "none", "l2"]
+FeatureLoss = Literal["smoothl1", "l2", "l1", "cosine"]
+PIXEL_EPS = 1e-6
+WHITEN_EPS = 1e-5
+
+
+def pixel_statistics(pixels_BLP: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [B, L, 1] of each patch over all its values; the variance is the unbiased one, plus 1e-6."""
+    variance, mean = torch.var_mean(pixels_BLP, dim=-1, keepdim=True)
+    return mean, (variance + PIXEL_EPS).sqrt()
+
+
+def pixel_target(images_B3HW: Tensor, patch: int, normalise: bool) -> Tensor:
+    """Pixels of every patch in raster order, float32 [B, L, p*p*3] (MAE, sec. 3).
+
+    normalise: subtract the patch's own mean and divide by its own deviation.
+    """
+    pixels = pixels_last(cut(images_B3HW.float(), patch))
+    if not normalise:
+        return pixels
+    mean, deviation = pixel_statistics(pixels)
+    return (pixels - mean) / deviation
+
+
+def images_of_pixels(pred_BLP: Tensor, images_B3HW: Tensor, patch: int, normalised: bool) -> Tensor:
+    """The inverse of `pixel_target`: float32 [B, 3, H, W].
+
+    Where it was normalised, a patch is predicted only up to its mean and contrast; these come from `images`.
+    """
+    pixels = pred_BLP.float()
+    if normalised:
+        mean, deviation = pixel_statistics(pixels_last(cut(images_B3HW.float(), patch)))
+        pixels = pixels * deviation + mean
+    height, width = images_B3HW.shape[-2:]
+    return assemble(from_pixels_last(pixels, patch), (height // patch, width // patch))
+
+
+def low_pass_disc(size: tuple[int, int], radius: float, device: torch.device | None = None) -> Tensor:
+    """Which coefficients of torch.fft.fft2 the filter of `low_pass` keeps: bool [H, W].
+
+    A hard disc around the middle of the shifted spectrum's array. For an even side that is half a bin off the zero
+    frequency, as in the release; so the disc is not symmetric and what it passes is slightly complex.
+    """
+
+    def distance(side: int) -> Tensor:
+        frequency = (torch.arange(side, device=device) + side // 2) % side - side // 2
+        return frequency + (0.0 if side % 2 else 0.5)
+
+    rows, columns = distance(size[0]), distance(size[1])
+    return rows[:, None].square() + columns.square() <= radius**2
+
+
+@torch.no_grad()
+def low_pass(images_B3HW: Tensor, radius: float) -> Tensor:
+    """ImageNet-normalised images without their high frequencies, normalised again: float32 [B, 3, H, W] (PixMIM).
+
+    radius: in bins of the discrete spectrum, which are cycles per image side. As released, the result is the modulus of
+    the filtered 0..1 image: where a sharp edge rings below zero, it comes out positive.
+    """
+    mean, std = imagenet_statistics(images_B3HW.device)
+    spectrum = torch.fft.fft2(images_B3HW.float() * std + mean)
+    disc = low_pass_disc((images_B3HW.shape[-2], images_B3HW.shape[-1]), radius, images_B3HW.device)
+    return (torch.fft.ifft2(spectrum * disc).abs() - mean) / std
+
+
+def normalise_features(features_BTC: Tensor, norm: FeatureNorm) -> Tensor:
+    """Teacher features of any type -> float32, per token: LayerNorm without affine (whiten), unit length (l2), as is.
+
+    whiten is as MaskAlign released it, eps 1e-5.
+    """
+    features = features_BTC.float()
+    if norm == "whiten":
+        return F.layer_norm(features, features.shape[-1:], eps=WHITEN_EPS)
+    return F.normalize(features, dim=-1) if norm == "l2" else features
+
+
+def feature_loss(pred_BTC: Tensor, target_BTC: Tensor, kind: FeatureLoss) -> Tensor:
+    """Mean over batch, tokens and channels, fp32 scalar. target: float32.
+
+    smoothl1 is twice PyTorch's with beta = 1, as MaskAlign released it: squared error in its quadratic zone. cosine is
+    1 - cosine similarity, mean over batch and tokens.
+    """
+    pred = pred_BTC.float()
+    if kind == "smoothl1":
+        return 2 * F.smooth_l1_loss(pred, target_BTC)
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(pred, target_BTC, dim=-1).mean()
+    return F.mse_loss(pred, target_BTC) if kind == "l2" else F.l1_loss(pred, target_BTC)

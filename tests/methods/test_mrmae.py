@@ -1,0 +1,289 @@
+"""MR-MAE: which patches which loss reads, its options, and what its check refuses. There are no official numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimscale.contracts import Targets, TeacherInfo
+from mimscale.convert import mae_from_official
+from mimscale.errors import UserError
+from mimscale.methods.mrmae import MRMAE
+from mimscale.models.masking import attentive_keep, gather_tokens, mask_of
+from mimscale.models.patches import assemble, cut
+from tests import golden
+from tests.golden import batch_of, close, run_config
+
+STUDENT = {"width": 32, "depth": 3, "heads": 2}
+SECTION = {"name": "mrmae", "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+STAGES = {"widths": [8, 12], "depths": [1, 2], "class_token": True}
+CLIP = TeacherInfo("clip", dim=24, depth=4, grid=(4, 4), image_size=64, has_cls=True)
+DINO = TeacherInfo("dino", dim=20, depth=3, grid=(4, 4), image_size=64, has_cls=True)
+BARE = TeacherInfo("bare", dim=20, depth=3, grid=(4, 4), image_size=64, has_cls=False)
+
+
+def build(*teachers: TeacherInfo, student: dict[str, Any] = STUDENT, **method: Any) -> MRMAE:
+    torch.manual_seed(5)
+    run = run_config({**SECTION, **method}, student)
+    return MRMAE(run, {info.name: info for info in teachers or (CLIP,)})
+
+
+def seen_by(*teachers: TeacherInfo, count: int = 3) -> dict[str, Targets]:
+    targets = {}
+    for seed, info in enumerate(teachers or (CLIP,)):
+        generator = torch.Generator().manual_seed(seed)
+        attention = (3 * torch.randn(count, 16, generator=generator)).softmax(1)
+        last = info.depth - 1
+        levels = {last: 2 + 3 * torch.randn(count, 16, info.dim, generator=generator)}
+        cls = {last: torch.randn(count, info.dim, generator=generator)} if info.has_cls else {}
+        targets[info.name] = Targets(levels, cls, attention if info.has_cls else None)
+    return targets
+
+
+def noise_for(method: MRMAE, count: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {name: torch.rand(count, *n.shape, generator=generator) + 1e-3 for name, n in method.needs.noise.items()}
+
+
+def images(count: int = 3) -> Tensor:
+    return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(8))
+
+
+def losses(method: MRMAE, targets: Mapping[str, Targets], picture: Tensor | None = None) -> dict[str, Tensor]:
+    return method(batch_of(images() if picture is None else picture, **noise_for(method)), targets)
+
+
+def test_the_pixel_branch_is_mae() -> None:
+    """With MAE's masks and weights, pixel is the official MAE's loss."""
+    g = golden.load("maskmr_mae_dev")
+    c = g.config
+    section = {
+        "name": "mrmae",
+        "masking": "random",
+        "decoder_width": c["dec_dim"],
+        "decoder_depth": c["dec_depth"],
+        "decoder_heads": c["dec_heads"],
+    }
+    run = run_config(section, {"width": c["embed"], "depth": c["depth"], "heads": c["heads"]}, c["img"])
+    method = MRMAE(run, {"clip": CLIP})
+    missing = method.load_state_dict(mae_from_official(g.part("state")).weights, strict=False)
+    assert {name.split(".")[0] for name in missing.missing_keys} == {"mimic"} and not missing.unexpected_keys
+    batch = batch_of(g["input/images"], mask=g["mask/noise"])
+    assert torch.equal(method.visible(batch, {}), g["mask/ids_keep"])
+    out = method(batch, seen_by(count=2))
+    torch.testing.assert_close(out["pixel"], g["loss/total"][0], rtol=golden.LOSS, atol=0)
+
+
+def test_focused_mimicking_is_the_official_draw() -> None:
+    """Drawn by the same sampler as MaskAlign's attentive masking; topk is its limit without noise."""
+    g = golden.load("attentive_masking_dev")
+    importance, noise = g["L16_r70/importance"], g["L16_r70/exponential_noise"]
+    method = build(mask_ratio=0.7)
+    targets = {"clip": Targets({}, {}, importance)}
+    batch = batch_of(images(2), mask=noise)
+    assert torch.equal(method.visible(batch, targets), g["L16_r70/attn_ids_keep"])
+    top = build(mask_ratio=0.7, masking="topk")
+    assert not top.needs.noise
+    assert torch.equal(top.visible(batch_of(images(2)), targets), attentive_keep(importance, torch.ones(2, 16), 4))
+
+
+def test_each_loss_reads_its_own_patches() -> None:
+    """Pixels: masked patches only. Features: visible ones only, and only what the encoder saw."""
+    method = build(masking="random")
+    targets = seen_by()
+    batch = batch_of(images(), **noise_for(method))
+    ids = method.visible(batch, targets)
+    hidden = mask_of(ids, 16)[:, :, None]
+    before = losses(method, targets)
+
+    def changed(where: Tensor) -> dict[str, Targets]:
+        return {"clip": Targets({3: targets["clip"].levels[3] + 5 * where}, {}, targets["clip"].cls_attention)}
+
+    shift = torch.randn(24, generator=torch.Generator().manual_seed(1))
+    assert all(torch.equal(value, before[name]) for name, value in losses(method, changed(hidden * shift)).items())
+    other = losses(method, changed((1 - hidden) * shift))
+    assert other["mimic_clip"] != before["mimic_clip"] and torch.equal(other["pixel"], before["pixel"])
+
+    scribble = torch.randn(cut(images(), 16).shape, generator=torch.Generator().manual_seed(2))
+    picture = assemble(cut(images(), 16) + hidden[:, :, :, None, None] * scribble, (4, 4))
+    other = losses(method, targets, picture)
+    assert torch.equal(other["mimic_clip"], before["mimic_clip"]) and other["pixel"] != before["pixel"]
+
+
+def test_losses_by_hand() -> None:
+    method = build(CLIP, DINO, masking="random", teacher_weights={"dino": 0.25}, pixel_weight=2.0)
+    targets = seen_by(CLIP, DINO)
+    batch = batch_of(images(), **noise_for(method))
+    ids = method.visible(batch, targets)
+    tokens = method.student(batch.images, ids).tokens[:, 1:]
+    out = method(batch, targets)
+    expected = {}
+    for name, info in (("clip", CLIP), ("dino", DINO)):
+        features = gather_tokens(targets[name].levels[info.depth - 1], ids)
+        features = (features - features.mean(-1, keepdim=True)) / (
+            features.var(-1, keepdim=True, correction=0) + 1e-5
+        ).sqrt()
+        expected[name] = (method.mimic[name](tokens) - features).square().mean()
+        torch.testing.assert_close(out[f"mimic_{name}"], expected[name].detach())
+    torch.testing.assert_close(out["loss"], 2 * out["pixel"] + expected["clip"] + 0.25 * expected["dino"])
+    assert list(out) == ["loss", "pixel", "mimic_clip", "mimic_dino"]
+
+
+@pytest.mark.parametrize("kind", ["l2", "smoothl1", "cosine"])
+@pytest.mark.parametrize("norm", ["whiten", "none"])
+def test_mimic_losses(kind: str, norm: str) -> None:
+    method = build(masking="random", mimic_loss=kind, target_norm=norm)
+    targets = seen_by()
+    batch = batch_of(images(), **noise_for(method))
+    ids = method.visible(batch, targets)
+    target = method.mimic_target(targets["clip"], 3, ids)
+    raw = gather_tokens(targets["clip"].levels[3], ids)
+    assert torch.equal(target, F.layer_norm(raw, (24,)) if norm == "whiten" else raw)
+    pred = method.mimic["clip"](method.fused(method.student(batch.images, ids)))
+    difference = (pred - target).abs()
+    expected = {
+        "l2": difference.square().mean(),
+        "smoothl1": torch.where(difference < 1, difference.square(), 2 * difference - 1).mean(),
+        "cosine": 1 - ((pred * target).sum(-1) / pred.norm(dim=-1) / target.norm(dim=-1)).mean(),
+    }[kind]
+    torch.testing.assert_close(method(batch, targets)["mimic_clip"], expected.detach())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {},
+        {"masking": "topk", "adaptor": "mlp"},
+        {"levels": [2]},
+        {"levels": [0, 2]},
+        {"levels": [1, 2], "fusion": "learned"},
+        {"levels": [1], "fusion": "learned", "cls_target": True},
+        {"cls_target": True, "masking": "random", "mimic_loss": "cosine", "low_pass_radius": 8},
+    ],
+)
+@pytest.mark.parametrize("stages", [None, STAGES])
+def test_every_parameter_learns(method: dict[str, Any], stages: dict[str, Any] | None) -> None:
+    built = build(CLIP, DINO, stages=stages, **method)
+    losses(built, seen_by(CLIP, DINO))["loss"].backward()
+    golden.every_parameter_has_a_gradient(built)
+    assert all(p.dim() > 0 for p in built.parameters())
+
+
+def test_without_a_class_token() -> None:
+    method = build(stages={**STAGES, "class_token": False}, levels=[0, 1])
+    losses(method, seen_by())["loss"].backward()
+    golden.every_parameter_has_a_gradient(method)
+    bare = build(BARE, masking="random")
+    losses(bare, seen_by(BARE))["loss"].backward()
+    golden.every_parameter_has_a_gradient(bare)
+
+
+@pytest.mark.parametrize("cls_target", [False, True])
+@pytest.mark.parametrize("stages", [None, STAGES])
+def test_what_the_heads_read(cls_target: bool, stages: dict[str, Any] | None) -> None:
+    ids = torch.tensor([[3, 1, 9, 4]] * 3)
+    plain = build(cls_target=cls_target, stages=stages)
+    out = plain.student(images(), ids)
+    first = 0 if cls_target else 1
+    assert torch.equal(plain.fused(out), out.tokens[:, first:])
+
+    fused = build(cls_target=cls_target, stages=stages, levels=[0, 2])
+    out = fused.student(images(), ids, levels=(0, 2))
+    total = out.levels[0] + out.levels[2]
+    if stages is not None:
+        assert out.early is not None and not out.early[:, 0].any()
+        total = total + out.early
+    close(fused.fused(out), F.layer_norm(total, (32,), eps=1e-6)[:, first:])
+
+
+def test_class_token_target_comes_first() -> None:
+    method = build(cls_target=True, target_norm="none")
+    targets = seen_by()["clip"]
+    target = method.mimic_target(targets, 3, torch.tensor([[2, 5]] * 3))
+    assert torch.equal(target[:, 0], targets.cls[3]) and torch.equal(target[:, 2], targets.levels[3][:, 5])
+
+
+def test_needs() -> None:
+    method = build(DINO, CLIP)
+    assert {n: (x.kind, x.shape) for n, x in method.needs.noise.items()} == {"mask": ("exponential", (16,))}
+    assert method.needs.teachers["clip"].levels == (3,) and not method.needs.teachers["clip"].cls_attention
+    assert method.needs.teachers["dino"].levels == (2,) and method.needs.teachers["dino"].cls_attention
+    assert build(DINO, CLIP, masking_teacher="clip").needs.teachers["clip"].cls_attention
+    assert build(BARE, CLIP).needs.teachers["clip"].cls_attention
+    random = build(masking="random", student={**STUDENT, "drop_path": 0.1}, stages=STAGES)
+    assert random.needs.noise["mask"].kind == "uniform" and random.needs.noise["drop_path"].shape == (6, 2)
+    assert not random.needs.teachers["clip"].cls_attention
+
+
+@pytest.mark.parametrize("stages", [None, STAGES])
+def test_drop_path_comes_from_noise(stages: dict[str, Any] | None) -> None:
+    method = build(student={**STUDENT, "drop_path": 0.5}, stages=stages)
+    noise = noise_for(method)
+    shape = noise["drop_path"].shape
+    before = torch.get_rng_state()
+    kept, dropped, again = (
+        method(batch_of(images(), **{**noise, "drop_path": torch.full(shape, value)}), seen_by())["loss"]
+        for value in (0.5, 0.0, 0.5)
+    )
+    assert kept != dropped and torch.equal(kept, again) and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("masking", ["random", "attention", "topk"])
+def test_view(masking: str) -> None:
+    method = build(masking=masking)
+    targets = seen_by()
+    view = method.view(batch_of(images(), **noise_for(method)), targets)
+    assert view.mask is not None and view.mask.sum(1).tolist() == [12, 12, 12]
+    assert view.reconstruction is not None and view.reconstruction.shape == images().shape
+    assert (view.attention is None) == (masking == "random")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
+    method = build(stages=STAGES, levels=[0, 2], fusion="learned")
+    full = losses(method, seen_by())
+    for parameter in method.parameters():
+        parameter.data = parameter.data.to(dtype)
+    half = losses(method, seen_by())
+    half["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
+    for name, value in half.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, full[name], rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("teachers", "method", "fragment"),
+    [
+        ((), {"mask_ratio": 0.95}, "keeps 0 of 16"),
+        (({"grid": (16, 16), "image_size": 224},), {}, "the student 4x4; set teachers.clip.image_size to 56"),
+        (({"has_cls": False},), {}, "no teacher has a class token; set method.masking = random"),
+        (({"has_cls": False},), {"masking": "random", "cls_target": True}, "set method.cls_target = false"),
+        ((), {"cls_target": True, "stages": {}}, "set stages.class_token"),
+        ((), {"stages": {"patches": [2, 2, 2]}}, "multiply to 8, student.patch is 16"),
+        ((), {"masking_teacher": "dino"}, "choose one of clip"),
+        ((), {"masking_teacher": "clip", "masking": "random"}, "has no say with masking = random"),
+        ((), {"teacher_weights": {"dino": 1.0}}, "method.teacher_weights.dino: no such teacher; choose from clip"),
+        ((), {"teacher_weights": {"clip": 0.0}}, "method.teacher_weights.clip = 0.0"),
+        ((), {"pixel_weight": 0.0}, "method.pixel_weight = 0.0"),
+        ((), {"levels": [3]}, r"method.levels = \[3\] must rise and lie in 0 to 2"),
+        ((), {"levels": [1, 0]}, "must rise"),
+        ((), {"levels": [-1]}, "must rise and lie in 0 to 2"),
+        ((), {"fusion": "learned"}, "name some method.levels"),
+        ((), {"target_norm": "l2"}, "method.target_norm = 'l2'"),
+    ],
+)
+def test_refusals(teachers: tuple[dict[str, Any], ...], method: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(UserError, match=fragment) as error:
+        build(*[TeacherInfo(**{**CLIP.__dict__, **changes}) for changes in teachers], **method)
+    assert "\n" not in str(error.value)
+
+
+def test_refuses_no_teacher() -> None:
+    with pytest.raises(UserError, match="mrmae needs a teacher"):
+        MRMAE(run_config(SECTION, STUDENT), {})
