@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -95,7 +96,9 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 def test_installed_package_works_from_any_folder(tmp_path: Path) -> None:
     """Recipes, DeepSpeed configs and data_prep travel with the package into a folder of their own."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True, stderr=subprocess.DEVNULL)
+    source = tmp_path / "source"  # a build leaves files in the tree it is run in
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "__pycache__", "*.egg-info"))
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, source], check=True, stderr=subprocess.DEVNULL)
     (wheel,) = tmp_path.glob("mimscale-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"ds_configs/zero2_fp16.json", "mimscale/recipes/mae_vit_b16.yaml", "mimscale/py.typed"} <= names
