@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -19,10 +20,13 @@ from tests.methods.training_golden import TrainingGolden
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
+    before = dict(os.environ)
     open_process_group(from_environment("cpu"))
     yield
     close_process_group()
     assert not dist.is_initialized()
+    os.environ.clear()  # RANK and the like would reach the processes that later tests start
+    os.environ.update(before)
 
 
 def build(t: TrainingGolden, stage: int) -> Engine:

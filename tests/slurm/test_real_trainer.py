@@ -83,7 +83,8 @@ def test_a_bare_srun_is_one_run(site: Site, shards: Path) -> None:
     run_dir = site.folder / "bare"
     step = ("srun", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", sys.executable, "-m", "mimscale", "train")
     changes = (f"data.shards={shards}", "schedule.steps=3", "log.every=1", "engine.ds_config=cpu_zero2_fp32")
-    site.cluster.run(*step, str(TINY), "--run-dir", str(run_dir), *changes, timeout_s=300)
+    done = site.cluster.run(*step, str(TINY), "--run-dir", str(run_dir), *changes, timeout_s=300)
+    assert done.returncode == 0, done.stderr
     (launch,) = (json.loads(line) for line in (run_dir / "launches.jsonl").read_text().splitlines())
     assert launch["ranks"] == 4 and (run_dir / "done").exists()
 
