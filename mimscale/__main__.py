@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from mimscale import __version__
 from mimscale.errors import UserError
@@ -48,5 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def end_process(code: int) -> NoReturn:
+    """Leave without taking the interpreter apart.
+
+    DeepSpeed keeps process groups beyond their destruction, so their threads still run when the work is done. One that
+    asks for the interpreter while it is being taken apart would abort a process that had succeeded.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

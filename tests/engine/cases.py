@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
+from mimscale.__main__ import end_process
 from mimscale.config import RunConfig, load, method_class
 from mimscale.contracts import Batch
 from mimscale.data.loader import TrainLoader
@@ -133,3 +134,4 @@ if __name__ == "__main__":
     {case.__name__: case for case in cases}[sys.argv[2]](sys.argv[1])
     dist.barrier()
     close_process_group()
+    end_process(0)
