@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mimscale.resilience import checkpoint
 from tests import ranks
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
@@ -17,8 +18,8 @@ def cut_back(source: Path, target: Path, step: int) -> None:
     """A copy of a finished run as it was right after it saved `step`."""
     shutil.copytree(source, target)
     (target / "done").unlink()
-    for path in (target / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
+    for path in checkpoint.steps(target / "checkpoints"):
+        if checkpoint.step_of(path) > step:
             shutil.rmtree(path)
 
 
@@ -89,14 +90,14 @@ def test_only_proven_damage_is_passed_over(recipe: Path, whole: Path, tmp_path: 
     root = tmp_path / "run" / "checkpoints"
     manifest = root / "step-00000004" / "manifest.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace('"format": 1', '"format": 2'))
+    manifest.write_text(text.replace('"format": 2', '"format": 1'))
     refused = ranks.run(1, "mimscale", "train", recipe, "--run-dir", tmp_path / "run", check=False)
-    assert refused.returncode == 2 and "has format 2" in refused.stderr
+    assert refused.returncode == 2 and "has format 1" in refused.stderr
     manifest.write_text(text[:-10])
     for _ in range(2):
         refused = ranks.run(1, "mimscale", "train", recipe, "--run-dir", tmp_path / "run", check=False)
         assert refused.returncode == 2 and "every checkpoint in" in refused.stderr
-    assert [p.name[:21] for p in root.iterdir()] == ["damaged-step-00000004"]
+    assert [p.name[:21] for p in root.glob("*step*")] == ["damaged-step-00000004"]
 
 
 def test_a_finished_run_ends_at_once(recipe: Path, whole: Path) -> None:
