@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": ("mimscale.evals.cli", "kNN and linear accuracy of frozen features"),
     "convert": ("mimscale.convert", "official checkpoints <-> ours <-> timm, each with an equality check"),
     "doctor": ("mimscale.doctor", "check this machine, a recipe, its data and its teachers"),
+    "bench": ("mimscale.bench", "measurements behind the documentation's tables"),
 }
 
 

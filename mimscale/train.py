@@ -104,13 +104,13 @@ def train(plan: Plan, phases: Phases) -> None:
             print(f"{plan.run_dir} is finished; nothing to do", file=sys.stderr)
         return
 
-    lock = Lock(plan.run_dir) if world.rank == 0 else None
     preemption = Preemption(stop_files=run_folder.stop_files(plan.run_dir))
     with phases("model"):  # before the ranks connect: a missing teacher file is still one line
         torch.manual_seed(run.seed)
         method: Method = method_class(run.method.name)(run, plan.teachers)
         needs = method.needs
         bank = Bank(run.teachers, needs.teachers, run.data.image_size, world.device)
+    lock = Lock(plan.run_dir) if world.rank == 0 else None
     with phases("process_group"):
         open_process_group(world)
         control = Control()
