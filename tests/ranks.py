@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,15 @@ def recipe(folder: Path, shards: Path, method: str = "mae", **sections: dict[str
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def cut_back(source: Path, target: Path, step: int) -> None:
+    """A copy of a finished run as it was right after it saved `step`."""
+    shutil.copytree(source, target)
+    (target / "done").unlink()
+    for path in (target / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
 
 
 def command(ranks: int, *words: str | Path) -> list[str]:

@@ -1,4 +1,8 @@
-"""MAE: masked autoencoders (He et al., CVPR 2022, arXiv 2111.06377)."""
+"""MAE: masked autoencoders (He et al., CVPR 2022, arXiv 2111.06377).
+
+Differences to the release: none in masks, network, target, loss, weight decay and learning rates. Drop path in the
+encoder and a low-pass target are options that it lacks.
+"""
 
 from __future__ import annotations
 

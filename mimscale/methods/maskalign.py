@@ -1,4 +1,10 @@
-"""MaskAlign: a masked student aligned with a frozen teacher (Xue et al., CVPR 2023, arXiv 2211.08887)."""
+"""MaskAlign: a masked student aligned with a frozen teacher (Xue et al., CVPR 2023, arXiv 2211.08887).
+
+Differences to the release: only adaptors and mixing rows of supervised levels are built, and no last norm of the
+student, because the others never get a gradient and ZeRO would pay for them; the teacher is outside the checkpoint and
+runs in 16 bit; target_norm = bn is refused, because its loss would depend on the number of ranks; combinations of
+depths that end in an index error there are refused with the choice that works (fusion = sum).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""MFF: MAE whose decoder gets several encoder levels, not the last alone (Liu et al., ICCV 2023, arXiv 2308.00261)."""
+"""MFF: MAE whose decoder gets several encoder levels, not the last alone (Liu et al., ICCV 2023, arXiv 2308.00261).
+
+Differences to the release: the MLP biases of the encoder start at zero, as MAE's do (theirs at N(0, 1e-6)), and the
+warm-up of the recipes at zero (theirs at 1e-9 of the peak).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,6 @@ class MFF(mae.MAE):
 
     As released, the class and mask tokens are exempt from weight decay and the fusion logits are not, which draws the
     weights together. After pre-training the fusion is dropped: `student` is a plain ViT that ends in its last block.
-    Initialised as our MAE is; the release starts the encoder's MLP biases at N(0, 1e-6) and not at zero.
     """
 
     Config = MFFConfig

@@ -4,6 +4,10 @@ A re-implementation from the paper; the authors' code is not public, so no run o
 from the abstract: two losses on disjoint patches, features of a frozen CLIP or DINO teacher for the visible quarter,
 read from the encoder before the decoder, and MAE's pixels for the masked rest. With `stages` the encoder is ConvMAE's
 (MR-MCMAE, called ConvMAE-v2 by its authors, with a class token). Everything else is our reading, see `MRMAEConfig`.
+
+Differences to the authors' code: unknown. The pixel branch with uniform masks is MAE's and the draw of focused
+mimicking is MaskAlign's, both held to official numbers; teacher, target, head, loss and weights of the mimic branch
+are our reading.
 """
 
 from __future__ import annotations

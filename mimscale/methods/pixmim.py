@@ -2,6 +2,9 @@
 
 Two changes to MAE. The target is filtered (`low_pass_radius`, see `mimscale.models.targets.low_pass`) while the encoder
 sees the image as it is. And the crop keeps nearly the whole image, which a recipe asks for with `data.crop: padded`.
+
+Differences to the release: none in target, crop, network and loss; the filter is the released one with its half bin
+off the centre and its modulus. The warm-up of the recipe starts at zero (theirs at 1e-9 of the peak).
 """
 
 from __future__ import annotations

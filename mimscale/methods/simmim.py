@@ -1,4 +1,8 @@
-"""SimMIM: mask tokens in the encoder, a linear head, raw pixels (Xie et al., CVPR 2022, arXiv 2111.09886)."""
+"""SimMIM: mask tokens in the encoder, a linear head, raw pixels (Xie et al., CVPR 2022, arXiv 2111.09886).
+
+Differences to the release: the ViT only, not the Swin; the learning rate is the configured one under gradient
+accumulation as well, where theirs is multiplied by the number of accumulation steps.
+"""
 
 from __future__ import annotations
 

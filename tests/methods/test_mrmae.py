@@ -76,7 +76,7 @@ def test_the_pixel_branch_is_mae() -> None:
     batch = batch_of(g["input/images"], mask=g["mask/noise"])
     assert torch.equal(method.visible(batch, {}), g["mask/ids_keep"])
     out = method(batch, seen_by(count=2))
-    torch.testing.assert_close(out["pixel"], g["loss/total"][0], rtol=golden.LOSS, atol=0)
+    golden.loss_close(out["pixel"], g["loss/total"][0])
 
 
 def test_focused_mimicking_is_the_official_draw() -> None:

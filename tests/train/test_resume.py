@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 from pathlib import Path
 
@@ -11,15 +10,6 @@ import pytest
 from tests import ranks
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
-
-
-def cut_back(source: Path, target: Path, step: int) -> None:
-    """A copy of a finished run as it was right after it saved `step`."""
-    shutil.copytree(source, target)
-    (target / "done").unlink()
-    for path in (target / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +44,26 @@ def test_preempted_run_is_bit_identical(ds_config: str, recipe: Path, whole: Pat
 
 
 def test_rank_count_may_change(recipe: Path, whole: Path, tmp_path: Path) -> None:
-    cut_back(whole, tmp_path / "run", 4)
+    ranks.cut_back(whole, tmp_path / "run", 4)
     ranks.train(1, recipe, tmp_path / "run", "schedule.steps=12")
     cut = tmp_path / "again"
-    cut_back(tmp_path / "run", cut, 8)
+    ranks.cut_back(tmp_path / "run", cut, 8)
     ranks.train(2, recipe, cut)
     assert list(ranks.curve(cut).values()) == pytest.approx(list(ranks.curve(whole).values()), abs=1e-6)
     assert ranks.difference(cut, whole) < 2e-5
 
 
 def test_stage_may_change(recipe: Path, whole: Path, tmp_path: Path) -> None:
-    cut_back(whole, tmp_path / "three", 4)
+    ranks.cut_back(whole, tmp_path / "three", 4)
     ranks.train(2, recipe, tmp_path / "three", "engine.ds_config=cpu_zero3_fp32")
-    cut_back(tmp_path / "three", tmp_path / "two", 8)
+    ranks.cut_back(tmp_path / "three", tmp_path / "two", 8)
     ranks.train(2, recipe, tmp_path / "two", "engine.max_micro_batch=4")
     assert list(ranks.curve(tmp_path / "two").values()) == pytest.approx(list(ranks.curve(whole).values()), abs=1e-6)
     assert ranks.difference(tmp_path / "two", whole) < 2e-5
 
 
 def test_a_damaged_checkpoint_is_passed_over(recipe: Path, whole: Path, tmp_path: Path) -> None:
-    cut_back(whole, tmp_path / "run", 8)
+    ranks.cut_back(whole, tmp_path / "run", 8)
     shard = next((tmp_path / "run/checkpoints/step-00000008").glob("shard-00001*"))
     flipped = bytearray(shard.read_bytes())
     flipped[-1] ^= 1
@@ -85,7 +75,7 @@ def test_a_damaged_checkpoint_is_passed_over(recipe: Path, whole: Path, tmp_path
 
 def test_only_proven_damage_is_passed_over(recipe: Path, whole: Path, tmp_path: Path) -> None:
     """A checkpoint of another format is refused, and a run whose checkpoints are all damaged does not start at 0."""
-    cut_back(whole, tmp_path / "run", 4)
+    ranks.cut_back(whole, tmp_path / "run", 4)
     root = tmp_path / "run" / "checkpoints"
     manifest = root / "step-00000004" / "manifest.json"
     text = manifest.read_text()
@@ -106,7 +96,7 @@ def test_a_finished_run_ends_at_once(recipe: Path, whole: Path) -> None:
 
 
 def test_a_changed_recipe_is_refused_and_a_fork_starts_anew(recipe: Path, whole: Path, tmp_path: Path) -> None:
-    cut_back(whole, tmp_path / "run", 8)
+    ranks.cut_back(whole, tmp_path / "run", 8)
     words: list[str | Path] = ["mimscale", "train", recipe, "schedule.base_lr=0.004", "--run-dir", tmp_path / "run"]
     refused = ranks.run(1, *words, check=False)
     assert refused.returncode == 2

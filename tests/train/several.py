@@ -1,0 +1,20 @@
+"""Several training runs one after another in the same processes:  torchrun -m tests.train.several RUNS.json
+
+RUNS.json: a list of argument lists of `mimscale train`. Starting processes is most of the cost of a tiny run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from mimscale import train
+from mimscale.__main__ import end_process, main
+from mimscale.engine.world import close_process_group
+
+if __name__ == "__main__":
+    train.close_process_group = lambda: None  # DeepSpeed holds on to the first group, so all runs share it
+    code = max(main(["train", *words]) for words in json.loads(Path(sys.argv[1]).read_text()))
+    close_process_group()
+    end_process(code)
