@@ -61,7 +61,7 @@ def masked_patch_loss(pred_BSP: Tensor, target_BSP: Tensor, mask_BS: Tensor) -> 
 
 
 class MAE(base.MaskedMethod):
-    """`student` sees the visible patches; `decoder` predicts the pixels of all but the thrown; the loss reads the masked."""
+    """`student` sees the visible patches, `decoder` predicts those and the masked; the loss reads the masked."""
 
     Config = MAEConfig
     student: ViT
