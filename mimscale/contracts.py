@@ -68,7 +68,8 @@ class Needs:
         names = [*self.teachers, *(name for name in other.teachers if name not in self.teachers)]
         nothing = TeacherNeeds()
         teachers = {name: self.teachers.get(name, nothing) | other.teachers.get(name, nothing) for name in names}
-        return Needs({**self.noise, **other.noise}, teachers, self.labels or other.labels)
+        whole_images = max(self.whole_images, other.whole_images)
+        return Needs({**self.noise, **other.noise}, teachers, self.labels or other.labels, whole_images)
 
 
 class Masks(NamedTuple):

@@ -142,7 +142,8 @@ class MAE(base.MaskedMethod):
         patches = self.student.patches
         return View(
             unnormalised(batch.images),
-            mask=raster.unseen(patches),
+            mask=raster.spread(raster.mask, patches),
+            thrown=raster.thrown(patches),
             reconstruction=self.images_of(raster.spread(pred, patches), batch.images),
             attention=self.masking.weights(batch, targets),
         )

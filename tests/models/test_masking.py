@@ -21,7 +21,7 @@ def test_raster_order_without_thrown_patches() -> None:
     raster = in_raster_order(Masks(order()[:, :4], order()[:, 4:]))
     assert torch.equal(raster.ids, torch.arange(10).expand(3, -1))
     assert torch.equal(torch.gather(order(), 1, raster.places), raster.ids)
-    assert torch.equal(raster.mask, mask_of(order()[:, :4], 10)) and torch.equal(raster.mask, raster.unseen(10))
+    assert torch.equal(raster.mask, mask_of(order()[:, :4], 10)) and raster.thrown(10) is None
     tokens = torch.randn(3, 10, 2)
     assert raster.of(tokens) is tokens and raster.spread(tokens, 10) is tokens
 
@@ -31,7 +31,7 @@ def test_raster_order_leaves_out_the_thrown() -> None:
     raster = in_raster_order(masks)
     assert raster.ids.tolist() == [[0, 1, 4, 5]] and raster.mask.tolist() == [[1, 0, 1, 0]]
     assert raster.places.tolist() == [[3, 1, 2, 0]]
-    assert raster.unseen(6).tolist() == [[1, 0, 1, 1, 1, 0]]
+    assert mask_of(raster.ids, 6).tolist() == [[0, 0, 1, 1, 0, 0]]
     tokens = torch.arange(1.0, 7)[None, :, None]
     assert raster.of(tokens).flatten().tolist() == [1, 2, 5, 6]
     assert raster.spread(raster.of(tokens), 6).flatten().tolist() == [1, 2, 0, 0, 5, 6]
