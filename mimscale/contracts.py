@@ -8,7 +8,7 @@ Shape letters: B images of a micro-batch, L patches of the grid, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
@@ -80,18 +80,29 @@ class Targets:
     cls: Mapping[int, Tensor]
     cls_attention: Tensor | None = None
 
+    def first(self, count: int) -> Targets:
+        """Those of the first samples."""
+        return Targets(
+            {level: tokens[:count] for level, tokens in self.levels.items()},
+            {level: token[:count] for level, token in self.cls.items()},
+            None if self.cls_attention is None else self.cls_attention[:count],
+        )
+
 
 @dataclass(frozen=True)
 class View:
     """What a method can show of a micro-batch to whoever watches a run; absent parts are None.
 
-    images, reconstruction: float32 [B, 3, H, W] in 0..1.  mask: [B, L], 1 = masked.  attention: [B, L], any scale.
+    images, reconstruction: float32 [B, 3, H, W] in 0..1.  mask: [B, L], 1 = not seen.  thrown: [B, L], 1 = neither seen
+    nor predicted.  attention: [B, L], any scale.  features: [B, L, D], the student's tokens of the whole images.
     """
 
     images: Tensor
     mask: Tensor | None = None
     reconstruction: Tensor | None = None
     attention: Tensor | None = None
+    thrown: Tensor | None = None
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -116,33 +127,29 @@ class Batch:
     flips: Tensor
     labels: Tensor | None = None
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """With every tensor changed."""
+        return Batch(
+            images=change(self.images),
+            ids=change(self.ids),
+            positions=change(self.positions),
+            noise={purpose: change(tensor) for purpose, tensor in self.noise.items()},
+            boxes=change(self.boxes),
+            flips=change(self.flips),
+            labels=None if self.labels is None else change(self.labels),
+        )
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies do not block the host where the memory is pinned."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return Batch(
-            images=move(self.images),
-            ids=move(self.ids),
-            positions=move(self.positions),
-            noise={purpose: move(tensor) for purpose, tensor in self.noise.items()},
-            boxes=move(self.boxes),
-            flips=move(self.flips),
-            labels=None if self.labels is None else move(self.labels),
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""
-        return Batch(
-            images=self.images.pin_memory(),
-            ids=self.ids.pin_memory(),
-            positions=self.positions.pin_memory(),
-            noise={purpose: tensor.pin_memory() for purpose, tensor in self.noise.items()},
-            boxes=self.boxes.pin_memory(),
-            flips=self.flips.pin_memory(),
-            labels=None if self.labels is None else self.labels.pin_memory(),
-        )
+        return self._each(Tensor.pin_memory)
+
+    def first(self, count: int) -> Batch:
+        """The first samples."""
+        return self._each(lambda tensor: tensor[:count])
 
     def normalised(self) -> Batch:
         """uint8 -> float32 with ImageNet's mean and deviation, on the device where the batch is."""
