@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.digits import write_digits
+from data_prep.finish import finish
 from data_prep.folder import read_folder
-from data_prep.imagenet import read_train, read_val
+from data_prep.imagenet import check_md5, read_21k, read_train, read_val
+from data_prep.pictures import Pictures
 from data_prep.plan import Plan, Source, describe
 from data_prep.progress import progress
 from data_prep.verify import verify
-from data_prep.write import unfinished, write
+from data_prep.write import estimate, unfinished, write
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
@@ -39,15 +42,28 @@ def _folder(options: argparse.Namespace) -> int:
 
 
 def _imagenet(options: argparse.Namespace) -> int:
+    if options.val and not options.truth:
+        raise UserError("--val needs --truth FILE: the devkit's tar.gz, LOC_val_solution.csv or the ground-truth text")
+    if options.md5:
+        files = [
+            file for file in (options.train, options.val, options.truth) if file and file.suffix in (".tar", ".gz")
+        ]
+        with progress("checking md5", sum(file.stat().st_size for file in files if file.exists()), "bytes") as advance:
+            check_md5(files, advance)
     if options.train:
         return _write(options, read_train(options.train))
-    if not options.truth:
-        raise UserError("--val needs --truth FILE: the devkit's tar.gz, LOC_val_solution.csv or the ground-truth text")
     return _write(options, read_val(options.val, options.truth, options.synsets))
 
 
+def _imagenet_21k(options: argparse.Namespace) -> int:
+    return _write(options, read_21k(options.source))
+
+
 def _write(options: argparse.Namespace, source: Source) -> int:
-    plan = Plan(source, seed=options.seed, shard_mb=options.shard_mb, shard_samples=options.shard_samples)
+    pictures = Pictures(options.check, options.transcode, options.short_side, options.quality)
+    plan = Plan(
+        source, seed=options.seed, shard_mb=options.shard_mb, shard_samples=options.shard_samples, pictures=pictures
+    )
     classes = f"{len(source.classes):,} classes" if source.classes else "no labels"
     skipped = f"; left out: {describe(source.skipped)}" if source.skipped else ""
     print(
@@ -55,12 +71,42 @@ def _write(options: argparse.Namespace, source: Source) -> int:
         file=sys.stderr,
     )
     if options.dry_run:
+        tried, seconds = estimate(plan, options.jobs)
+        time_text = str(timedelta(seconds=round(seconds)))
+        print(
+            f"about {time_text} with --jobs {options.jobs}, from {tried:,} pictures tried; add what the disk needs to "
+            "write, divide by the parts of an array",
+            file=sys.stderr,
+        )
         return 0
     todo = unfinished(plan, options.destination, options.part)
     with progress("writing", sum(len(plan.shard(number)) for number in todo)) as advance:
-        complete = write(plan, options.destination, todo, jobs=options.jobs, done=lambda shard: advance(shard.count))
-    state = "complete" if complete else "this part is done; other parts are missing"
-    print(f"{options.destination}: {state}", file=sys.stderr)
+        missing = write(plan, options.destination, todo, jobs=options.jobs, done=advance)
+    return _said_done(options.destination, missing)
+
+
+def _finish(options: argparse.Namespace) -> int:
+    for folder in options.destination:
+        missing = finish(folder, options.wait)
+        if missing:
+            raise UserError(
+                f"'{folder}' lacks {len(missing):,} shards, the first is number {missing[0]}; run its command again"
+            )
+        _said_done(folder, missing)
+    return 0
+
+
+def _said_done(folder: Path, missing: list[int]) -> int:
+    if missing:
+        print(f"{folder}: this part is done; {len(missing):,} shards of other parts are missing", file=sys.stderr)
+        return 0
+    file = Manifest.load(folder).file
+    for how, count in file.changed.items():
+        print(f"{count:,} pictures were {how}", file=sys.stderr)
+    for key, reason in list(file.left_out.items())[:10]:
+        print(f"left out: {key}: {reason}", file=sys.stderr)
+    left_out = f", {len(file.left_out):,} left out" if file.left_out else ""
+    print(f"{folder}: complete, {file.samples:,} pictures{left_out}", file=sys.stderr)
     return 0
 
 
@@ -112,8 +158,21 @@ def _parser() -> argparse.ArgumentParser:
     truth = "ILSVRC2012_devkit_t12.tar.gz, LOC_val_solution.csv, or ILSVRC2012_validation_ground_truth.txt + --synsets"
     imagenet.add_argument("--truth", type=Path, metavar="FILE", help=truth)
     imagenet.add_argument("--synsets", type=Path, metavar="FILE", help="wnids: line i is the class with devkit id i")
+    imagenet.add_argument("--md5", action="store_true", help="first compare the archives with their known checksums")
     _add_writing(imagenet)
     imagenet.set_defaults(run=_imagenet)
+
+    larger = verbs.add_parser("imagenet21k", help="shards from ImageNet-21K: a tar of tars, or a folder of wnid.tar")
+    larger.add_argument("source", type=Path, metavar="SRC", help="fall11_whole.tar, or a folder of wnid.tar")
+    _add_writing(larger)
+    larger.set_defaults(run=_imagenet_21k)
+
+    end = verbs.add_parser("finish", help="write the manifests of folders whose shards are all there")
+    end.add_argument("destination", type=Path, nargs="+", metavar="DST")
+    end.add_argument(
+        "--wait", type=float, default=0, metavar="S", help="how long to wait for other nodes' files to show"
+    )
+    end.set_defaults(run=_finish)
 
     digits = verbs.add_parser("digits", help="picture folders of real handwritten digits, for trying things out")
     digits.add_argument("destination", type=Path, metavar="DST")
@@ -141,6 +200,13 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the global shuffle (default 0)")
     parser.add_argument("--shard-mb", type=_positive, default=256, metavar="MB", help="shard size (default 256)")
     parser.add_argument("--shard-samples", type=_positive, metavar="N", help="pictures per shard, instead of a size")
+    parser.add_argument(
+        "--no-check", dest="check", action="store_false", help="store pictures without decoding each one first"
+    )
+    parser.add_argument("--transcode", action="store_true", help="store what is no RGB or grey JPEG as an RGB JPEG")
+    side = "shrink larger pictures to this short side in pixels (default: keep all bytes)"
+    parser.add_argument("--short-side", type=_positive, default=0, metavar="PX", help=side)
+    parser.add_argument("--quality", type=_quality, default=95, metavar="Q", help="of new JPEGs (default 95)")
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes (default 1)")
     part = "write only the shards I, I + N, ... (from 0): one member of a job array; the last one writes the manifest"
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help=part)
@@ -150,6 +216,12 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' must be a whole number above 0")
+    return int(text)
+
+
+def _quality(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number from 1 to 100")
     return int(text)
 
 

@@ -7,7 +7,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data_prep.plan import IMAGE_EXTENSIONS, SIGNATURE_BYTES, Item, Source, sniff, unique_keys
+from data_prep.pictures import IMAGE_EXTENSIONS, SIGNATURE_BYTES, sniff
+from data_prep.plan import Item, Source, unique_keys
 from mimscale.errors import UserError
 
 PROBES_AT_ONCE = 16  # opening a file on a network file system is mostly waiting
@@ -33,12 +34,12 @@ def read_folder(root: Path, labelled: bool) -> Source:
     keys = unique_keys(os.path.splitext(name)[0] for name in names)
     label_of = {name: label for label, name in enumerate(classes or [])}
     items = []
-    for name, key, (extension, size) in zip(names, keys, probed, strict=True):
-        if extension is None:
+    for name, key, (is_picture, size) in zip(names, keys, probed, strict=True):
+        if not is_picture:
             skipped["without an image's content"] += 1
         else:
             label = label_of.get(name.split(os.sep, 1)[0], -1)
-            items.append(Item(key, extension, label, str(root / name), 0, size))
+            items.append(Item(key, label, str(root / name), 0, size))
     empty = set(label_of.values()) - {item.label for item in items}
     if classes and empty:
         raise UserError(f"class folder '{root / classes[min(empty)]}' holds no picture; fill it or take it away")
@@ -67,10 +68,10 @@ def _walk(root: Path, skipped: Counter[str]) -> list[str]:
     return names
 
 
-def _probe(path: Path) -> tuple[str | None, int]:
-    """Extension by content (None: not a picture) and size in bytes."""
+def _probe(path: Path) -> tuple[bool, int]:
+    """Whether it is a picture, by content, and its size in bytes."""
     try:
         with open(path, "rb") as file:
-            return sniff(file.read(SIGNATURE_BYTES)), os.fstat(file.fileno()).st_size
+            return sniff(file.read(SIGNATURE_BYTES)) is not None, os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"source file '{path}' cannot be read: {error.strerror}") from None

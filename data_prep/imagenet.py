@@ -1,156 +1,139 @@
-"""Sources: the official ImageNet-1k (ILSVRC2012) archives, read in place, without unpacking.
+"""Sources: ImageNet's official archives, read in place, without unpacking.
 
-Class index = place of the wnid in sorted order, as in torchvision and timm. The validation ground truth counts in the
-devkit's ILSVRC2012_ID, which is another order; the synset list or the devkit's meta.mat translates.
+Class index = place of the wnid in sorted order, as in torchvision and timm.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import hashlib
 import os
-import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-from data_prep.plan import BLOCK, SIGNATURE_BYTES, Item, Source, padded, sniff, unique_keys
+from data_prep.pictures import SIGNATURE_BYTES, sniff
+from data_prep.plan import Item, Source, unique_keys
+from data_prep.tar import Member, members, opened
+from data_prep.truth import read_truth
 from mimscale.errors import UserError
 
-DEVKIT_META = "data/meta.mat"
-DEVKIT_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+MD5 = {  # of the files as they are downloaded; torchvision and image-net.org name the same
+    "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
+    "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
+    "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
+}
+FULL = {  # kind of source -> pictures, classes
+    "imagenet train": (1_281_167, 1000),
+    "imagenet val": (50_000, 1000),
+}
+CHUNK = 4 << 20
 
 
-class Member(NamedTuple):
-    """A file inside an archive: `size` bytes at `offset` of the (outer) archive."""
+class Found(NamedTuple):
+    """A picture in an archive; sorts by name."""
 
     name: str
+    wnid: str
+    path: str
     offset: int
     size: int
 
 
 def read_train(archive: Path) -> Source:
     """ILSVRC2012_img_train.tar: one inner tar per class, named by its wnid. Raises UserError."""
-    found: list[tuple[Member, str]] = []
-    with _open(archive) as file:
-        size = os.fstat(file.fileno()).st_size
-        inner = list(_members(file, archive, 0, size))
-        for outer in inner:
-            wnid, extension = os.path.splitext(os.path.basename(outer.name))
-            if extension != ".tar":
-                raise UserError(f"'{archive}' holds '{outer.name}', not one tar per class; is it the train archive?")
-            found += [(member, wnid) for member in _members(file, archive, outer.offset, outer.offset + outer.size)]
-    return _source(archive, "imagenet train", found)
+    return _class_archives(archive, "imagenet train")
+
+
+def read_21k(source: Path) -> Source:
+    """ImageNet-21K: fall11_whole.tar (a tar per class inside), or a folder of wnid.tar (what the winter-2021 release
+    unpacks to, or what was fetched class by class). Classes are those of the files. Raises UserError.
+    """
+    if not source.is_dir():
+        return _class_archives(source, "imagenet-21k")
+    archives = sorted(source.rglob("*.tar"))
+    if not archives:
+        raise UserError(f"source '{source}' holds no wnid.tar; for folders of pictures use the verb folder")
+    gather = _Gather()
+    for archive in archives:
+        with opened(archive) as fd:
+            gather.add(archive.stem, archive, members(fd, archive))
+    return gather.source("imagenet-21k", source)
 
 
 def read_val(archive: Path, truth: Path, synsets: Path | None) -> Source:
     """ILSVRC2012_img_val.tar and its labels, see `read_truth`. Raises UserError, also where the two do not match."""
     wnid_of = read_truth(truth, synsets)
-    with _open(archive) as file:
-        members = list(_members(file, archive, 0, os.fstat(file.fileno()).st_size))
-    names = {os.path.splitext(os.path.basename(member.name))[0]: member for member in members}
-    if names.keys() != wnid_of.keys():
-        odd = sorted(names.keys() ^ wnid_of.keys())[0]
+    gather = _Gather()
+    with opened(archive) as fd:
+        pictures = {_stem(member.name): member for member in members(fd, archive)}
+    if pictures.keys() != wnid_of.keys():
+        odd = sorted(pictures.keys() ^ wnid_of.keys())[0]
         raise UserError(
-            f"'{archive}' has {len(names):,} pictures, '{truth}' labels {len(wnid_of):,}; '{odd}' is in only one"
+            f"'{archive}' has {len(pictures):,} pictures, '{truth}' labels {len(wnid_of):,}; '{odd}' is in only one"
         )
-    return _source(archive, "imagenet val", [(member, wnid_of[name]) for name, member in names.items()])
+    for name, member in pictures.items():
+        gather.add(wnid_of[name], archive, [member])
+    return gather.source("imagenet val", archive)
 
 
-def read_truth(truth: Path, synsets: Path | None) -> dict[str, str]:
-    """Picture name -> wnid, from one of
-
-    - LOC_val_solution.csv (Kaggle): ImageId, then the wnid as first word of PredictionString;
-    - ILSVRC2012_devkit_t12.tar.gz: ground truth and meta.mat (needs scipy);
-    - ILSVRC2012_validation_ground_truth.txt with `synsets`, a file of wnids of which line i is ILSVRC2012_ID i.
-    """
-    try:
-        if truth.suffix == ".csv":
-            with open(truth, newline="") as file:
-                return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-        if truth.name.endswith((".tar", ".tar.gz", ".tgz")):
-            with tarfile.open(truth) as devkit:
-                wnids = _leaves(_extract(devkit, DEVKIT_META))
-                text = _extract(devkit, DEVKIT_TRUTH).decode()
-        else:
-            if synsets is None:
-                raise UserError(
-                    f"ground truth '{truth}' counts in devkit ids; add --synsets FILE (line i = wnid of id i)"
-                )
-            wnids = dict(enumerate((line.split()[0] for line in synsets.read_text().splitlines() if line.strip()), 1))
-            text = truth.read_text()
-        ids = [int(line) for line in text.split()]
-        return {f"ILSVRC2012_val_{number:08d}": wnids[devkit_id] for number, devkit_id in enumerate(ids, 1)}
-    except UserError:
-        raise
-    except KeyError as error:
-        raise UserError(
-            f"ground truth '{truth}': {error} is not in it or in the synset list; is it the right file?"
-        ) from None
-    except (OSError, ValueError, IndexError, AttributeError, tarfile.TarError) as error:
-        raise UserError(f"ground truth '{truth}' cannot be read: {error}") from None
+def check_md5(paths: Iterable[Path], advance: Callable[[int], None] = lambda length: None) -> None:
+    """Read the files whole and compare with the known checksums. advance: called with bytes. Raises UserError."""
+    for path in paths:
+        expected = MD5.get(path.name)
+        if expected is None:
+            raise UserError(f"--md5: no checksum is known for '{path.name}', only for {', '.join(MD5)}")
+        digest = hashlib.md5(usedforsecurity=False)
+        with opened(path) as fd:
+            while chunk := os.read(fd, CHUNK):
+                digest.update(chunk)
+                advance(len(chunk))
+        if digest.hexdigest() != expected:
+            raise UserError(f"'{path}' has md5 {digest.hexdigest()}, not {expected}; download it again")
 
 
-def _leaves(meta: bytes) -> dict[int, str]:
-    """ILSVRC2012_ID -> wnid of the synsets without children: the classes. The others are their ancestors."""
-    from scipy.io import loadmat
+class _Gather:
+    """Pictures of many archives, and the classes that these stand for, also empty ones."""
 
-    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-    return {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
+    def __init__(self) -> None:
+        self.found: list[Found] = []
+        self.wnids: set[str] = set()
+        self.skipped: Counter[str] = Counter()
 
-
-def _extract(devkit: tarfile.TarFile, ending: str) -> bytes:
-    name = next((name for name in devkit.getnames() if name.endswith(ending)), None)
-    file = devkit.extractfile(name) if name else None
-    if file is None:
-        raise UserError(
-            f"'{devkit.name!r}' holds no {ending}; give ILSVRC2012_devkit_t12.tar.gz, or a text or csv file"
-        )
-    return file.read()
-
-
-def _open(archive: Path) -> BinaryIO:
-    try:
-        return open(archive, "rb")
-    except OSError as error:
-        raise UserError(f"archive '{archive}' cannot be read: {error.strerror}") from None
-
-
-def _members(file: BinaryIO, archive: Path, start: int, end: int) -> Iterator[Member]:
-    """The files of the tar that lies at [start, end) of an open file; only headers are read.
-
-    tarfile takes a damaged header for the end of the archive, and a missing end for an end. Here only the empty block
-    that every tar program writes is one, so that half a download is not half a data set.
-    """
-    after = start
-    file.seek(start)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                after = info.offset_data + padded(info.size)
-                if after > end:
-                    break
-                if info.isreg():
-                    yield Member(info.name, info.offset_data, info.size)
-    except tarfile.TarError:
-        pass  # the check below says where
-    if after + BLOCK > end or any(os.pread(file.fileno(), BLOCK, after)):
-        raise UserError(f"'{archive}' is not a whole tar archive: no end where one should be, at byte {after:,}")
-
-
-def _source(archive: Path, kind: str, found: list[tuple[Member, str]]) -> Source:
-    classes = sorted({wnid for _, wnid in found})
-    label_of = {wnid: label for label, wnid in enumerate(classes)}
-    skipped: Counter[str] = Counter()
-    found.sort()
-    items = []
-    with _open(archive) as file:
-        keys = unique_keys(os.path.splitext(os.path.basename(member.name))[0] for member, _ in found)
-        for key, (member, wnid) in zip(keys, found, strict=True):
-            extension = sniff(os.pread(file.fileno(), SIGNATURE_BYTES, member.offset))
-            if extension is None:
-                skipped["without an image's content"] += 1
+    def add(self, wnid: str, path: Path, pictures: Iterable[Member]) -> None:
+        self.wnids.add(wnid)
+        for name, offset, size, start in pictures:
+            if sniff(start[:SIGNATURE_BYTES]) is None:
+                self.skipped["without an image's content"] += 1
             else:
-                items.append(Item(key, extension, label_of[wnid], str(archive), member.offset, member.size))
-    return Source({"kind": kind, "path": str(archive)}, items, classes, skipped)
+                self.found.append(Found(name, wnid, str(path), offset, size))
+
+    def source(self, kind: str, path: Path) -> Source:
+        classes = sorted(self.wnids)
+        label_of = {wnid: label for label, wnid in enumerate(classes)}
+        self.found.sort()
+        keys = unique_keys(_stem(picture.name) for picture in self.found)
+        items = [
+            Item(key, label_of[wnid], source, offset, size)
+            for key, (_, wnid, source, offset, size) in zip(keys, self.found, strict=True)
+        ]
+        return Source({"kind": kind, "path": str(path)}, items, classes, self.skipped)
+
+
+def _class_archives(archive: Path, kind: str) -> Source:
+    gather = _Gather()
+    with opened(archive) as fd:
+        if os.pread(fd, 2, 0) == b"\x1f\x8b":
+            raise UserError(
+                f"'{archive}' is compressed, so it cannot be read in place; `tar -xzf` it and give the folder of tars"
+            )
+        for outer in members(fd, archive):
+            wnid, extension = _stem(outer.name), os.path.splitext(outer.name)[1]
+            if extension != ".tar":
+                raise UserError(f"'{archive}' holds '{outer.name}', not one tar per class; is it the right archive?")
+            gather.add(wnid, archive, members(fd, archive, outer.offset, outer.offset + outer.size))
+    return gather.source(kind, archive)
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(os.path.basename(name))[0]

@@ -13,8 +13,8 @@ LINE_EVERY_S = 30.0
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function to be called with the number of samples that were done. Everything goes to stderr."""
+def progress(what: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """Gives a function to be called with the number of units that were done. Everything goes to stderr."""
     console = Console(stderr=True)
     start, done, last_line = time.monotonic(), 0, time.monotonic()
     columns = (
@@ -28,15 +28,15 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total, rate="")
 
-        def advance(samples: int) -> None:
+        def advance(units: int) -> None:
             nonlocal done, last_line
-            done += samples
+            done += units
             now = time.monotonic()
             rate = done / max(now - start, 1e-6)
-            bar.update(task, completed=done, rate=f"{rate:,.0f} images/s")
+            bar.update(task, completed=done, rate=f"{rate:,.0f} {unit}/s")
             if not console.is_terminal and now - last_line > LINE_EVERY_S:
                 last_line = now
                 left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
-                console.print(f"{what}: {done:,} of {total:,}, {rate:,.0f} images/s, {left} left", soft_wrap=True)
+                console.print(f"{what}: {done:,} of {total:,}, {rate:,.0f} {unit}/s, {left} left", soft_wrap=True)
 
         yield advance

@@ -1,135 +1,136 @@
 """Carries a plan out: shard by shard, restartable, in any number of processes on any number of nodes.
 
 A shard is written under a temporary name, synced and renamed; then its sidecar (shard-000000.json) says what it is. A
-shard is finished if its sidecar bears the hash of the plan and the file has the length that the sidecar says. Whoever
-finds all shards finished writes the manifest. The same plan gives the same bytes.
+shard is finished if its sidecar bears the hash of the plan and the file has the length that the sidecar says. The same
+plan gives the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import sys
 import tarfile
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from data_prep.plan import BLOCK, END, Item, Plan, padded
-from mimscale.data.manifest import MANIFEST, Shard, save_manifest, write_atomic
+from data_prep.finish import PLAN, PlanFile, Sidecar, finish, finished, read_plan, shard_path
+from data_prep.pictures import Pictures, stored
+from data_prep.plan import Item, Plan
+from data_prep.read import Read, reader
+from data_prep.tar import BLOCK, RECORD, padded
+from mimscale.data.decode import BadImage
+from mimscale.data.manifest import write_atomic
 from mimscale.errors import UserError
 
-PLAN = "plan.json"
-
-
-def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:06d}.tar"
+TRIED = 500  # pictures from which the time is estimated
 
 
 def open_folder(folder: Path, plan: Plan) -> None:
     """Claim the destination for this plan. Raises UserError if it holds anything else."""
-    mine = {"plan": plan.hash, "options": plan.options, "samples": len(plan.items), "shards": plan.shards}
+    source = plan.source
+    mine = PlanFile(
+        plan=plan.hash,
+        options=plan.options,
+        samples=len(plan.items),
+        shards=plan.shards,
+        classes=source.classes,
+        description=source.description,
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / PLAN).exists():
             others = [name for name in os.listdir(folder) if not name.startswith(f".{PLAN}")]
             if others and not (folder / PLAN).exists():  # another part may just have claimed it
                 raise UserError(f"destination '{folder}' already holds '{others[0]}'; choose an empty or new folder")
-            write_atomic(folder / PLAN, (json.dumps(mine, indent=1) + "\n").encode())
-        found = json.loads((folder / PLAN).read_bytes())
-    except (OSError, json.JSONDecodeError) as error:
+            write_atomic(folder / PLAN, (mine.model_dump_json(indent=1) + "\n").encode())
+    except OSError as error:
         raise UserError(f"destination '{folder}' cannot be used: {error}") from None
-    if found != mine:
-        pairs = {**{k: (found.get(k), mine[k]) for k in ("samples", "shards")}}
-        pairs |= {f"--{k.replace('_', '-')}": (found["options"].get(k), v) for k, v in plan.options.items()}
+    found = read_plan(folder)
+    if found.plan != mine.plan:
+        pairs = {name: (getattr(found, name), getattr(mine, name)) for name in ("samples", "shards")}
+        pairs |= {f"--{k.replace('_', '-')}": (found.options.get(k), v) for k, v in plan.options.items()}
         changed = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in pairs.items() if old != new)
         reason = changed or "other names, sizes or labels in the source"
         raise UserError(f"destination '{folder}' was made differently ({reason}); choose another folder or delete it")
 
 
-def finished(folder: Path, number: int, plan_hash: str) -> Shard | None:
-    """What the sidecar says, if the shard is whole and of this plan."""
-    path = shard_path(folder, number)
-    try:
-        sidecar = json.loads(path.with_suffix(".json").read_bytes())
-        if sidecar.pop("plan") != plan_hash:
-            return None
-        shard = Shard.model_validate(sidecar)
-        return shard if path.stat().st_size == shard.bytes else None
-    except (OSError, ValueError, KeyError, ValidationError):
-        return None
+@dataclass
+class Contents:
+    """What went into a shard; grows while `shard_bytes` runs."""
+
+    offsets: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    changed: Counter[str] = field(default_factory=Counter)
 
 
-def write_shard(folder: Path, number: int, items: list[Item], labelled: bool, plan_hash: str) -> Shard:
+def shard_bytes(items: list[Item], read: Read, labelled: bool, how: Pictures, contents: Contents) -> Iterator[bytes]:
+    """A shard, piece by piece. Nothing in it depends on when, where or by whom it is written."""
+    length = 0
+    for item in items:
+        try:
+            picture = stored(read(item), how)
+        except BadImage as error:
+            contents.left_out[item.key] = str(error)
+            continue
+        members = {picture.extension: picture.data}
+        if labelled:
+            members["cls"] = str(item.label).encode()
+            contents.labels.append(item.label)
+        for extension, data in sorted(members.items()):
+            info = tarfile.TarInfo(f"{item.key}.{extension}")
+            info.size = len(data)
+            yield info.tobuf(tarfile.USTAR_FORMAT)
+            yield data
+            yield bytes(padded(info.size) - info.size)
+            if extension == picture.extension:
+                contents.offsets.append(length + BLOCK)
+                contents.sizes.append(info.size)
+            length += BLOCK + padded(info.size)
+        if picture.change:
+            contents.changed[picture.change] += 1
+    yield bytes(padded(length + 2 * BLOCK, RECORD) - length)
+
+
+def write_shard(folder: Path, number: int, items: list[Item], labelled: bool, plan_hash: str, how: Pictures) -> Sidecar:
     """Write one shard and its sidecar. Raises UserError if a source file cannot be read or has changed."""
     path = shard_path(folder, number)
     for leftover in folder.glob(f".{path.stem}.*.tmp"):
         leftover.unlink(missing_ok=True)
     temporary = folder / f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp"
-    digest, length = hashlib.sha256(), 0
+    digest, length, contents = hashlib.sha256(), 0, Contents()
     try:
-        with open(temporary, "wb", buffering=1 << 20) as file, _source() as read:
-            for item in items:
-                member = _member(f"{item.key}.{item.extension}", read(item))
-                if labelled:
-                    member += _member(f"{item.key}.cls", str(item.label).encode())
-                digest.update(member)
-                length += file.write(member)
-            digest.update(bytes(END))
-            length += file.write(bytes(END))
+        with open(temporary, "wb", buffering=1 << 20) as file, reader() as read:
+            for piece in shard_bytes(items, read, labelled, how, contents):
+                digest.update(piece)
+                length += file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    shard = Shard(name=path.name, count=len(items), bytes=length, sha256=digest.hexdigest())
-    sidecar = {"plan": plan_hash, **shard.model_dump()}
-    write_atomic(path.with_suffix(".json"), (json.dumps(sidecar, indent=1) + "\n").encode())
-    return shard
-
-
-def _member(name: str, data: bytes) -> bytes:
-    """Header and padded contents, with nothing in them that depends on when or by whom they are written."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    header = info.tobuf(tarfile.USTAR_FORMAT)
-    assert len(header) == BLOCK, name
-    return header + data + bytes(padded(len(data)) - len(data))
-
-
-@contextmanager
-def _source() -> Iterator[Callable[[Item], bytes]]:
-    """A reader of items that keeps the last file open: a big archive is opened once."""
-    opened: tuple[str, int] | None = None
-
-    def read(item: Item) -> bytes:
-        nonlocal opened
-        try:
-            if opened is None or opened[0] != item.path:
-                if opened is not None:
-                    os.close(opened[1])
-                    opened = None
-                opened = item.path, os.open(item.path, os.O_RDONLY)
-            data = os.pread(opened[1], item.size, item.offset)
-            grown = item.offset == 0 and os.fstat(opened[1]).st_size != item.size
-        except OSError as error:
-            raise UserError(f"source file '{item.path}' cannot be read: {error.strerror}") from None
-        if len(data) != item.size or grown:
-            raise UserError(f"source file '{item.path}' has changed since it was listed; start again")
-        return data
-
-    try:
-        yield read
-    finally:
-        if opened is not None:
-            os.close(opened[1])
+    sidecar = Sidecar(
+        plan=plan_hash,
+        count=len(contents.offsets),
+        bytes=length,
+        sha256=digest.hexdigest(),
+        offsets=contents.offsets,
+        sizes=contents.sizes,
+        labels=contents.labels if labelled else None,
+        left_out=contents.left_out,
+        changed=dict(contents.changed),
+    )
+    write_atomic(path.with_suffix(".json"), (sidecar.model_dump_json() + "\n").encode())
+    return sidecar
 
 
 def unfinished(plan: Plan, folder: Path, part: tuple[int, int] = (0, 1)) -> list[int]:
@@ -143,41 +144,43 @@ def unfinished(plan: Plan, folder: Path, part: tuple[int, int] = (0, 1)) -> list
 
 
 def write(
-    plan: Plan, folder: Path, todo: list[int], *, jobs: int = 1, done: Callable[[Shard], None] = lambda shard: None
-) -> bool:
+    plan: Plan, folder: Path, todo: list[int], *, jobs: int = 1, done: Callable[[int], None] = lambda samples: None
+) -> list[int]:
     """Write the shards of `todo`, and, if then all of the plan are finished, the manifest.
 
-    done: called after each shard. Returns whether the data set is complete.
+    done: called after each shard with the number of its samples. Returns the shards that are still missing.
     """
-    arguments = ((folder, number, plan.shard(number), plan.labelled, plan.hash) for number in todo)
+    arguments = ((folder, number, plan.shard(number), plan.labelled, plan.hash, plan.pictures) for number in todo)
     if jobs == 1 or len(todo) < 2:
         for argument in arguments:
-            done(write_shard(*argument))
+            write_shard(*argument)
+            done(len(argument[2]))
     else:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=spawn, initializer=_die_with_parent) as pool:
-            futures = [pool.submit(write_shard, *argument) for argument in arguments]
+            futures = {pool.submit(write_shard, *argument): len(argument[2]) for argument in arguments}
             try:
                 for future in as_completed(futures):
-                    done(future.result())
+                    future.result()
+                    done(futures[future])
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    shards = [shard for n in range(plan.shards) if (shard := finished(folder, n, plan.hash)) is not None]
-    if len(shards) < plan.shards:
-        return False
-    if not (folder / MANIFEST).exists():
-        save_manifest(
-            folder,
-            shards=shards,
-            index=plan.index(),
-            labels=plan.labels(),
-            classes=plan.source.classes,
-            seed=plan.seed,
-            options=plan.options,
-            source=plan.source.description,
-        )
-    return True
+    return finish(folder)
+
+
+def estimate(plan: Plan, jobs: int) -> tuple[int, float]:
+    """(pictures tried, seconds that `jobs` processes need to read and make all shards, without writing them).
+
+    Raises UserError as `write_shard` does.
+    """
+    tried = plan.items[:: max(1, len(plan.items) // TRIED)][:TRIED]
+    start = time.perf_counter()
+    with reader() as read:
+        digest = hashlib.sha256()
+        for piece in shard_bytes(tried, read, plan.labelled, plan.pictures, Contents()):
+            digest.update(piece)
+    return len(tried), (time.perf_counter() - start) * len(plan.items) / len(tried) / min(jobs, plan.shards)
 
 
 def _die_with_parent() -> None:

@@ -48,11 +48,15 @@ class TeacherNeeds:
 
 @dataclass(frozen=True)
 class Needs:
-    """Everything that a method wants to find in a batch and in the targets."""
+    """Everything that a method wants to find in a batch and in the targets.
+
+    whole_images: at how many positions of each global batch, its first ones, the uncut image is wanted as well.
+    """
 
     noise: Mapping[str, Noise] = field(default_factory=dict)
     teachers: Mapping[str, TeacherNeeds] = field(default_factory=dict)
     labels: bool = False
+    whole_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,8 @@ class Targets:
 class View:
     """What a method can show of a micro-batch to whoever watches a run; absent parts are None.
 
-    images, reconstruction: float32 [B, 3, H, W] in 0..1.  mask: [B, L], 1 = not seen.  thrown: [B, L], 1 = neither seen
-    nor predicted.  attention: [B, L], any scale.  features: [B, L, D], the student's tokens of the whole images.
+    images, reconstruction: float32 [B, 3, H, W] in 0..1.  mask: [B, L], 1 = masked.  attention: [B, L], any scale.
+    thrown: [B, L], 1 = neither seen nor predicted.  features: [B, L, D], the student's tokens of the whole images.
     """
 
     images: Tensor
@@ -117,6 +121,9 @@ class Batch:
         little outside of it.
     flips: bool [B], mirrored left-right after the crop.
     labels: int64 [B] where asked, else None.
+    whole: uint8 [F, 3, H, W], float32 after `normalised()`: the uncut images of the rows `whole_rows`, int64 [F],
+        squeezed to the same size, neither cropped nor mirrored. None where not asked; F may be 0.
+    importance: uint8 [B, L], what a masking policy that learns has stored of these samples' patches; None else.
     """
 
     images: Tensor
@@ -126,18 +133,9 @@ class Batch:
     boxes: Tensor
     flips: Tensor
     labels: Tensor | None = None
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """With every tensor changed."""
-        return Batch(
-            images=change(self.images),
-            ids=change(self.ids),
-            positions=change(self.positions),
-            noise={purpose: change(tensor) for purpose, tensor in self.noise.items()},
-            boxes=change(self.boxes),
-            flips=change(self.flips),
-            labels=None if self.labels is None else change(self.labels),
-        )
+    whole: Tensor | None = None
+    whole_rows: Tensor | None = None
+    importance: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies do not block the host where the memory is pinned."""
@@ -148,10 +146,15 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def first(self, count: int) -> Batch:
-        """The first samples."""
-        return self._each(lambda tensor: tensor[:count])
+        """The first samples, without the whole images."""
+        return replace(self, whole=None, whole_rows=None)._each(lambda tensor: tensor[:count])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **values, noise={purpose: change(tensor) for purpose, tensor in self.noise.items()})
 
     def normalised(self) -> Batch:
         """uint8 -> float32 with ImageNet's mean and deviation, on the device where the batch is."""
         mean, std = imagenet_statistics(self.images.device)
-        return replace(self, images=(self.images.float() / 255 - mean) / std)
+        whole = None if self.whole is None else (self.whole.float() / 255 - mean) / std
+        return replace(self, images=(self.images.float() / 255 - mean) / std, whole=whole)

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "convert": {"models", "methods", "data", "resilience"},
     "evals": {"models", "methods", "data", "resilience", "convert"},
     "doctor": {"models", "methods", "teachers", "data", "engine"},
+    "bench": {"models", "methods", "masking", "teachers", "data", "resilience", "observe", "engine", "optim"},
     "train": {
         "models",
         "methods",
@@ -45,7 +46,7 @@ MAY_IMPORT = {
         "schedule",
         "optim",
     },
-    "__main__": {"train", "evals", "convert", "doctor"},
+    "__main__": {"train", "evals", "convert", "doctor", "bench"},
     "__init__": set(),
 }
 

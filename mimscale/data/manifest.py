@@ -4,10 +4,11 @@
       manifest.json      what stands below; written last, so its presence means that the data set is complete
       index.npy          int64 [samples, 2]: offset and size in bytes of each image inside its shard
       labels.npy         int64 [samples]; only where the samples are labelled
-      shard-000000.tar   per sample KEY.jpg (or .png, ...; original bytes) and, where labelled, KEY.cls (decimal text)
+      shard-000000.tar   per sample KEY.jpg (or .png, ...) and, where labelled, KEY.cls (decimal text)
 
 manifest.json: {"format": 1, "samples": N, "labelled": bool, "classes": [names in label order] or null, "seed": of the
-shuffle, "options": {...}, "source": {...}, "shards": [{"name", "count", "bytes", "sha256"}], "index": {file: sha256}}
+shuffle, "options": {...}, "source": {...}, "shards": [{"name", "count", "bytes", "sha256"}], "index": {file: sha256},
+"left_out": {key: why}, "changed": {how: pictures}}. sha256 is null for shards that were indexed without being read.
 
 Sample ids are 0 .. N-1 in the order of the shards and, inside one, of its members. Any WebDataset reader can read the
 shards; nothing here is ever unpickled.
@@ -45,7 +46,7 @@ class Shard(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
     count: int = Field(ge=1)
     bytes: int = Field(ge=1)
-    sha256: str = Sha256
+    sha256: str | None = Sha256
 
 
 class ManifestFile(BaseModel):
@@ -62,6 +63,8 @@ class ManifestFile(BaseModel):
     source: dict[str, Any]
     shards: list[Shard] = Field(min_length=1)
     index: dict[str, str]
+    left_out: dict[str, str] = Field(default_factory=dict)
+    changed: dict[str, int] = Field(default_factory=dict)
 
 
 class _OpenShard:
@@ -199,6 +202,8 @@ def save_manifest(
     seed: int,
     options: Mapping[str, Any],
     source: Mapping[str, Any],
+    left_out: Mapping[str, str] | None = None,
+    changed: Mapping[str, int] | None = None,
 ) -> None:
     """Write index, labels and, last, manifest.json. The same arguments give the same bytes."""
     checksums = {}
@@ -216,6 +221,8 @@ def save_manifest(
         source=dict(source),
         shards=list(shards),
         index=checksums,
+        left_out=dict(left_out or {}),
+        changed=dict(changed or {}),
     )
     write_atomic(folder / MANIFEST, (file.model_dump_json(indent=1) + "\n").encode())
 

@@ -7,13 +7,16 @@ file, a test and a recipe, and no edit anywhere else.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mimscale.config import MethodConfig, RunConfig
 from mimscale.contracts import Batch, Needs, Targets, TeacherInfo, View
 from mimscale.errors import UserError
+from mimscale.models.patches import unnormalised
 
 
 class Method(nn.Module):
@@ -52,8 +55,18 @@ class Method(nn.Module):
         return None
 
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View | None:
-        """What there is to see in this batch. Every rank calls it at the same step (ZeRO-3 gathers); no gradient."""
+        """What the method itself shows of this batch; no gradient."""
         return None
+
+    @torch.no_grad()
+    def look(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
+        """All that there is to see: `view`, and the student's tokens of the whole images.
+
+        Every rank calls it at the same step, because ZeRO-3 gathers parameters in it.
+        """
+        seen = self.view(batch, targets) or View(unnormalised(batch.images))
+        student: Any = self.student
+        return replace(seen, features=student(batch.images).tokens[:, student.prefix :])
 
     def after_step(self, batch: Batch) -> None:
         """Called once after each optimiser step, for what a method learns between steps."""

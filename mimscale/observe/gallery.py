@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import fields, replace
 
+from torch import Tensor
+
 from mimscale.contracts import View
-from mimscale.observe.logbook import Logbook
 from mimscale.observe.panels import panel
 
-SHOWN = 8  # samples of a panel
+WAITING = 4  # views at most
 
 
 class Gallery:
-    """A thread that turns views into panels for the logbook.
+    """A thread that turns views into panels and calls publish(step, uint8 [3, H, W]), or failed(step, error).
 
-    A view that comes while the one before it still waits is dropped: a picture may be missed, time may not. One that
-    cannot be drawn is an event in the log and no more.
+    A view that comes while too many still wait is dropped: a picture may be missed, time may not.
     """
 
-    def __init__(self, logbook: Logbook) -> None:
-        self._logbook = logbook
-        self._views: queue.Queue[tuple[int, View] | None] = queue.Queue(maxsize=1)
+    def __init__(self, publish: Callable[[int, Tensor], None], failed: Callable[[int, Exception], None]) -> None:
+        self._publish, self._failed = publish, failed
+        self._views: queue.Queue[tuple[int, View] | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._work, name="gallery", daemon=True)
         self._thread.start()
 
@@ -43,9 +44,9 @@ class Gallery:
         while (item := self._views.get()) is not None:
             step, view = item
             try:
-                self._logbook.picture(step, "view", panel(on_host(view), SHOWN))
+                self._publish(step, panel(on_host(view)))
             except Exception as error:
-                self._logbook.event("picture_failed", at=step, error=f"{type(error).__name__}: {error}")
+                self._failed(step, error)
 
 
 def on_host(view: View) -> View:

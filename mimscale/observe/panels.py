@@ -10,12 +10,13 @@ from torch import Tensor
 
 from mimscale.contracts import View
 
-GREY, DARK = 0.5, 0.1  # where a patch is masked, where it is thrown away
+GREY, DARK = 0.5, 0.125  # where a patch is masked, where it is thrown away
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # dark to bright, equally spaced
+SAMPLES = 8  # columns of a panel
 GAP, SMALLEST = 2, 64  # pixels between tiles; smaller tiles are enlarged
 
 
-def tiles(view: View, samples: int = 8) -> dict[str, Tensor]:
+def tiles(view: View, samples: int = SAMPLES) -> dict[str, Tensor]:
     """What the view holds, as uint8 pictures [samples, 3, H, W] in host memory.
 
     input, then where there are any: masked (grey; thrown patches dark); reconstruction (predicted where masked, true
@@ -27,6 +28,7 @@ def tiles(view: View, samples: int = 8) -> dict[str, Tensor]:
     if view.mask is not None:
         hidden = _to_pixels(view.mask[:samples], images.shape[-1])
         dark = torch.zeros_like(hidden) if view.thrown is None else _to_pixels(view.thrown[:samples], images.shape[-1])
+        hidden = torch.maximum(hidden, dark)
         rows["masked"] = images * (1 - hidden) + GREY * hidden + (DARK - GREY) * dark
         if view.reconstruction is not None:
             predicted = view.reconstruction[:samples].float() * (hidden - dark)
@@ -40,7 +42,7 @@ def tiles(view: View, samples: int = 8) -> dict[str, Tensor]:
     return {name: (row.clamp(0, 1) * 255).round().to(torch.uint8).cpu() for name, row in rows.items()}
 
 
-def panel(view: View, samples: int = 8) -> Tensor:
+def panel(view: View, samples: int = SAMPLES) -> Tensor:
     """uint8 [3, H, W]: one column per sample, the rows of `tiles` below each other."""
     rows = torch.stack(list(tiles(view, samples).values()))
     side = rows.shape[-1]

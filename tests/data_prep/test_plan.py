@@ -9,25 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.plan import KEY_BYTES, Item, Plan, Source, describe, sniff, unique_keys
+from data_prep.plan import KEY_BYTES, Item, Plan, Source, describe, unique_keys
 from mimscale.errors import UserError
 
 
 def source(sizes: list[int], classes: list[str] | None = None) -> Source:
-    items = [Item(f"k{n:04d}", "jpg", n % 2 if classes else -1, "somewhere", 512 * n, s) for n, s in enumerate(sizes)]
+    items = [Item(f"k{n:04d}", n % 2 if classes else -1, "somewhere", 512 * n, s) for n, s in enumerate(sizes)]
     return Source({"kind": "test", "path": "somewhere"}, items, classes)
 
 
 def plan(sizes: list[int], **options) -> Plan:
     return Plan(source(sizes), **{"seed": 0, "shard_mb": 1, "shard_samples": None, **options})
-
-
-def test_content_decides_the_kind() -> None:
-    assert sniff(b"\xff\xd8\xff\xe0 and so on") == "jpg"
-    assert sniff(b"\x89PNG\r\n\x1a\n....") == "png"
-    assert sniff(b"RIFF\x01\x02\x03\x04WEBPVP8 ") == "webp"
-    assert sniff(b"RIFF\x01\x02\x03\x04WAVEfmt ") is None
-    assert sniff(b"\xff\xd8") is None and sniff(b"") is None and sniff(b"<html>") is None
 
 
 @given(st.lists(st.text(max_size=150), max_size=30))

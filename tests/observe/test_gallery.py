@@ -13,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mimscale.contracts import View
 from mimscale.observe import gallery
-from mimscale.observe.gallery import Gallery
 from mimscale.observe.logbook import Logbook
 
 
@@ -32,9 +31,7 @@ def pictures(folder: Path) -> list[int]:
 
 def test_close_finishes_what_waits(tmp_path: Path) -> None:
     logbook = open_logbook(tmp_path)
-    shown = Gallery(logbook)
-    assert shown.show(3, view())
-    shown.close()
+    logbook.show(3, view())
     logbook.close()
     assert pictures(tmp_path) == [3]
 
@@ -42,31 +39,28 @@ def test_close_finishes_what_waits(tmp_path: Path) -> None:
 def test_a_slow_picture_costs_pictures_and_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go, draw = threading.Event(), threading.Event(), gallery.panel
 
-    def slow(view: View, samples: int) -> torch.Tensor:
+    def slow(view: View) -> torch.Tensor:
         begun.set()
         assert go.wait(60)
-        return draw(view, samples)
+        return draw(view)
 
     monkeypatch.setattr(gallery, "panel", slow)
     logbook = open_logbook(tmp_path)
-    shown = Gallery(logbook)
-    assert shown.show(1, view())
+    logbook.show(1, view())
     assert begun.wait(60)
-    assert shown.show(2, view())  # waits in the queue
-    assert not shown.show(3, view())  # dropped, and this line is reached at once
+    for step in range(2, gallery.WAITING + 4):  # the last two are dropped, and the next line is reached at once
+        logbook.show(step, view())
     go.set()
-    shown.close()
     logbook.close()
-    assert pictures(tmp_path) == [1, 2]
+    assert pictures(tmp_path) == list(range(1, gallery.WAITING + 2))
 
 
 def test_a_picture_that_fails_is_an_event_and_the_next_one_is_drawn(tmp_path: Path) -> None:
     logbook = open_logbook(tmp_path)
-    shown = Gallery(logbook)
-    assert shown.show(1, View(torch.rand(2, 3, 16, 16), mask=torch.ones(2, 5)))  # five patches are no square
-    while not shown.show(2, view()):
+    logbook.show(1, View(torch.rand(2, 3, 16, 16), mask=torch.ones(2, 5)))  # five patches are no square
+    while not (tmp_path / "metrics.jsonl").read_text():
         time.sleep(0.01)
-    shown.close()
+    logbook.show(2, view())
     logbook.close()
     (event,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert event["event"] == "picture_failed" and event["at"] == 1

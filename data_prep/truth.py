@@ -1,0 +1,72 @@
+"""The labels of ILSVRC2012's validation pictures, from any of the files in which they are handed out.
+
+The official ground truth counts in the devkit's ILSVRC2012_ID, whose order is not the sorted order of the wnids that
+trained classifiers use; the synset list or the devkit's meta.mat translates.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import tarfile
+from pathlib import Path
+
+from mimscale.errors import UserError
+
+DEVKIT_META = "data/meta.mat"
+DEVKIT_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+MAX_BYTES = 64 << 20  # of a file inside the devkit
+
+
+def read_truth(truth: Path, synsets: Path | None) -> dict[str, str]:
+    """Picture name -> wnid, from one of
+
+    - LOC_val_solution.csv (Kaggle): ImageId, then the wnid as first word of PredictionString;
+    - ILSVRC2012_devkit_t12.tar.gz: ground truth and meta.mat (needs scipy);
+    - ILSVRC2012_validation_ground_truth.txt with `synsets`, a file of wnids of which line i is ILSVRC2012_ID i.
+    """
+    try:
+        if truth.suffix == ".csv":
+            with open(truth, newline="") as file:
+                return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+        if truth.name.endswith((".tar", ".tar.gz", ".tgz")):
+            with tarfile.open(truth) as devkit:
+                wnids = _leaves(_extract(devkit, DEVKIT_META))
+                text = _extract(devkit, DEVKIT_TRUTH).decode()
+        else:
+            if synsets is None:
+                raise UserError(
+                    f"ground truth '{truth}' counts in devkit ids; add --synsets FILE (line i = wnid of id i)"
+                )
+            wnids = dict(enumerate((line.split()[0] for line in synsets.read_text().splitlines() if line.strip()), 1))
+            text = truth.read_text()
+        ids = [int(line) for line in text.split()]
+        return {f"ILSVRC2012_val_{number:08d}": wnids[devkit_id] for number, devkit_id in enumerate(ids, 1)}
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(
+            f"ground truth '{truth}': {error} is not in it or in the synset list; is it the right file?"
+        ) from None
+    except (OSError, ValueError, IndexError, AttributeError, tarfile.TarError) as error:
+        raise UserError(f"ground truth '{truth}' cannot be read: {error}") from None
+
+
+def _leaves(meta: bytes) -> dict[int, str]:
+    """ILSVRC2012_ID -> wnid of the synsets without children: the classes. The others are their ancestors."""
+    from scipy.io import loadmat
+
+    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+    return {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
+
+
+def _extract(devkit: tarfile.TarFile, ending: str) -> bytes:
+    name = next((name for name in devkit.getnames() if name.endswith(ending)), None)
+    file = devkit.extractfile(name) if name else None
+    if file is None:
+        raise UserError(
+            f"'{devkit.name!r}' holds no {ending}; give ILSVRC2012_devkit_t12.tar.gz, or a text or csv file"
+        )
+    if devkit.getmember(name or "").size > MAX_BYTES:
+        raise UserError(f"'{devkit.name!r}': {ending} has more than {MAX_BYTES:,} bytes; is it the right file?")
+    return file.read()

@@ -1,0 +1,30 @@
+"""`mimscale bench NAME`: measurements whose printed tables stand in the documentation.
+
+A bench is one file in this folder, found by its name: `add_arguments(parser)` and `run(args) -> exit code`, the first
+line of its docstring is its help. It imports what is heavy inside `run`. Adding one edits nothing here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from importlib import resources
+
+
+def names() -> list[str]:
+    files = (entry.name for entry in resources.files(__name__).iterdir())
+    return sorted(f[:-3] for f in files if f.endswith(".py") and not f.startswith("_"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="NAME")
+    for name in names():
+        module = importlib.import_module(f"{__name__}.{name}")
+        text = (module.__doc__ or "").splitlines()[0]
+        sub = benches.add_parser(name, help=text, description=text)
+        module.add_arguments(sub)
+        sub.set_defaults(start=module.run)
+
+
+def run(args: argparse.Namespace) -> int:
+    return int(args.start(args))

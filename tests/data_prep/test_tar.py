@@ -1,0 +1,111 @@
+"""Headers alone, against Python's own tarfile and against GNU tar; and everything that must be refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.tar import BLOCK, MAX_EXTENSION, BadArchive, members, opened
+
+
+def pack(path: Path, names: dict[str, bytes], **options) -> Path:
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in names.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def listed(path: Path) -> list[tuple[str, bytes]]:
+    with opened(path) as fd:
+        return [(m.name, os.pread(fd, m.size, m.offset)) for m in members(fd, path)]
+
+
+def forged(path: Path, **fields) -> Path:
+    info = tarfile.TarInfo("innocent.jpg")
+    for name, value in fields.items():
+        setattr(info, name, value)
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(2 * BLOCK))
+    return path
+
+
+CONTENTS = {"a.jpg": b"x" * 700, "folder/b.jpg": b"", "long/" * 8 + "n" * 90 + ".jpg": b"y" * 512, "ü.jpg": b"z"}
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_format_lists_what_was_packed(tmp_path: Path, kind: int) -> None:
+    assert listed(pack(tmp_path / "a.tar", CONTENTS, format=kind)) == list(CONTENTS.items())
+
+
+def test_the_first_bytes_come_along(tmp_path: Path) -> None:
+    path = pack(tmp_path / "a.tar", CONTENTS)
+    with opened(path) as fd:
+        assert [member.start for member in members(fd, path)] == [data[:BLOCK] for data in CONTENTS.values()]
+
+
+@pytest.mark.parametrize("kind", ["ustar", "gnu", "pax", "v7"])
+def test_gnu_tar(tmp_path: Path, kind: str) -> None:
+    for name in ("a.jpg", "d/b.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode() * 300)
+    subprocess.run(["tar", f"--format={kind}", "-cf", "x.tar", "a.jpg", "d"], cwd=tmp_path, check=True)
+    assert listed(tmp_path / "x.tar") == [(name, name.encode() * 300) for name in ("a.jpg", "d/b.jpg")]
+
+
+def test_a_size_beyond_octal_digits(tmp_path: Path) -> None:
+    path = forged(tmp_path / "big.tar", size=1 << 34)
+    os.truncate(path, BLOCK + (1 << 34))  # a sparse file
+    with open(path, "ab") as file:
+        file.write(bytes(2 * BLOCK))
+    with opened(path) as fd:
+        assert [member.size for member in members(fd, path)] == [1 << 34]
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../up.jpg", "a/../../up.jpg", ".."])
+def test_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadArchive, match="refused the member .* leads out of the archive"):
+        listed(forged(tmp_path / "a.tar", name=name))
+    pax = tarfile.TarInfo("harmless")
+    pax.pax_headers = {"path": name}
+    (tmp_path / "pax.tar").write_bytes(pax.tobuf(tarfile.PAX_FORMAT) + bytes(2 * BLOCK))
+    with pytest.raises(BadArchive, match="leads out"):
+        listed(tmp_path / "pax.tar")
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"S", b"?"]
+)
+def test_links_devices_and_the_unknown_are_refused(tmp_path: Path, kind: bytes) -> None:
+    with pytest.raises(BadArchive, match="refused the member 'innocent.jpg'"):
+        listed(forged(tmp_path / "a.tar", type=kind, linkname="/etc/passwd"))
+
+
+def test_sizes_are_bounded(tmp_path: Path) -> None:
+    with pytest.raises(BadArchive, match="ends inside the member at byte 0"):
+        listed(forged(tmp_path / "a.tar", size=1 << 40))
+    path = forged(tmp_path / "b.tar", type=b"L", size=MAX_EXTENSION + 1)
+    os.truncate(path, 4 * MAX_EXTENSION)
+    with pytest.raises(BadArchive, match="an extended header of"):
+        listed(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 3 * BLOCK), st.integers(1, 255))
+def test_no_flipped_byte_shortens_the_list_unseen(tmp_path_factory: pytest.TempPathFactory, at: int, flip: int) -> None:
+    """A header is either right or an error; contents are not its business."""
+    path = pack(tmp_path_factory.mktemp("flip") / "a.tar", {"a.jpg": b"x" * BLOCK, "b.jpg": b"y"})
+    data = bytearray(path.read_bytes())
+    data[at] ^= flip
+    path.write_bytes(data)
+    try:
+        assert [name for name, _ in listed(path)] == ["a.jpg", "b.jpg"]
+    except BadArchive as error:
+        assert "\n" not in str(error)
