@@ -65,7 +65,7 @@ class Logbook:
             self.say(f"step {step}/{self._total}  {line}  ETA {_duration(eta_s)}")
 
     def show(self, step: int, view: View) -> None:
-        """A panel for TensorBoard, drawn in a thread (see `Gallery`). Nobody may change the view's tensors after this."""
+        """A panel for TensorBoard, drawn in a thread (see `Gallery`). Nobody may change the view's tensors later."""
         if self._board is not None:
             if self._gallery is None:
                 self._gallery = Gallery(self._publish, self._not_drawn)
