@@ -8,7 +8,7 @@ Shape letters: B images of a micro-batch, L patches of the grid, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
@@ -95,6 +95,16 @@ class View:
 
 
 @dataclass(frozen=True)
+class Damage:
+    """A sample that could not be used: its id, the name of its shard, its key in there, and why."""
+
+    sample: int
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank.
 
@@ -106,6 +116,7 @@ class Batch:
         little outside of it.
     flips: bool [B], mirrored left-right after the crop.
     labels: int64 [B] where asked, else None.
+    damage: what could not be used when this batch was made; `ids` has what was taken instead.
     """
 
     images: Tensor
@@ -115,33 +126,27 @@ class Batch:
     boxes: Tensor
     flips: Tensor
     labels: Tensor | None = None
+    damage: tuple[Damage, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies do not block the host where the memory is pinned."""
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return Batch(
-            images=move(self.images),
-            ids=move(self.ids),
-            positions=move(self.positions),
-            noise={purpose: move(tensor) for purpose, tensor in self.noise.items()},
-            boxes=move(self.boxes),
-            flips=move(self.flips),
-            labels=None if self.labels is None else move(self.labels),
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""
-        return Batch(
-            images=self.images.pin_memory(),
-            ids=self.ids.pin_memory(),
-            positions=self.positions.pin_memory(),
-            noise={purpose: tensor.pin_memory() for purpose, tensor in self.noise.items()},
-            boxes=self.boxes.pin_memory(),
-            flips=self.flips.pin_memory(),
-            labels=None if self.labels is None else self.labels.pin_memory(),
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            images=change(self.images),
+            ids=change(self.ids),
+            positions=change(self.positions),
+            noise={purpose: change(tensor) for purpose, tensor in self.noise.items()},
+            boxes=change(self.boxes),
+            flips=change(self.flips),
+            labels=None if self.labels is None else change(self.labels),
         )
 
     def normalised(self) -> Batch:

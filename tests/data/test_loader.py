@@ -20,10 +20,11 @@ import torch
 
 from mimscale.config import DataConfig
 from mimscale.contracts import Batch, Needs, Noise
-from mimscale.data import loader as module
-from mimscale.data.decode import decode
-from mimscale.data.loader import DamagedSample, TrainLoader, eval_batches, load_image
+from mimscale.data import reader as module
+from mimscale.data.decode import decode, decoder
+from mimscale.data.loader import TrainLoader, eval_batches
 from mimscale.data.manifest import Manifest
+from mimscale.data.reader import DamagedSample, Reader
 from mimscale.data.transforms import pixels, resized, resized_crop
 from mimscale.errors import UserError
 
@@ -74,7 +75,8 @@ def never_stopped(shards: Path) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def test_what_a_batch_holds(manifest: Manifest) -> None:
-    batch = next(iter(loader(manifest)))
+    data = config(manifest)
+    batch = next(iter(loader(manifest, data)))
     shapes = {name: (tuple(value.shape), value.dtype) for name, value in tensors(batch).items()}
     assert shapes == {
         "images": ((GLOBAL, 3, 32, 32), torch.uint8),
@@ -89,7 +91,7 @@ def test_what_a_batch_holds(manifest: Manifest) -> None:
     }
     assert batch.labels is not None and manifest.labels is not None
     for row, sample in enumerate(batch.ids.tolist()):
-        source = decode(manifest.read(sample))
+        source = decoder(data.decoder)(manifest.read(sample))
         height, width = source.height, source.width
         box = (batch.boxes[row].double() * torch.tensor([height, width, height, width])).round().int().tolist()
         expected = pixels(resized_crop(source, tuple(box), 32, "bicubic"), bool(batch.flips[row]))
@@ -158,9 +160,9 @@ def test_flip_and_crop_follow_the_configuration(manifest: Manifest) -> None:
 def test_padded_crops_hold_what_their_boxes_say(manifest: Manifest) -> None:
     """Inside the stored image a crop is the resized image; the box of a padded crop may reach a little outside."""
     batch = next(iter(loader(manifest, config(manifest, crop="padded", crop_padding=6, interpolation="bilinear"))))
-    outside = 0
+    outside, read = 0, Reader(manifest, decoder(config(manifest).decoder))
     for image, sample, box, flip in zip(batch.images, batch.ids, batch.boxes, batch.flips, strict=True):
-        whole = pixels(resized(load_image(manifest, int(sample)), 32, "bilinear"))
+        whole = pixels(resized(read.load(int(sample)), 32, "bilinear"))
         height, width = whole.shape[1:]
         top, left = round(float(box[0]) * height), round(float(box[1]) * width)
         assert box.tolist() == pytest.approx([top / height, left / width, 32 / height, 32 / width], abs=1e-6)
@@ -223,7 +225,7 @@ def test_evaluation_is_the_same_with_workers(manifest: Manifest) -> None:
 @pytest.fixture
 def damaged(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest, int]:
     """A copy of the data in which one picture's bytes are overwritten."""
-    monkeypatch.setattr(module, "READ_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.0))
     manifest = Manifest.load(Path(shutil.copytree(shards, tmp_path / "damaged")))
     with open(manifest.shard_paths[2], "r+b") as file:
         file.seek(int(manifest.offsets[40]))
@@ -259,7 +261,7 @@ def test_a_passing_fault_is_survived(damaged: tuple[Manifest, int], shards: Path
 
     again = Repaired.load(manifest.folder)
     assert isinstance(again, Repaired)
-    assert module.load_image(again, sample).size == decode(Manifest.load(shards).read(sample)).size
+    assert Reader(again, decode).load(sample).size == decode(Manifest.load(shards).read(sample)).size
     assert again.tries == 2
 
 
