@@ -3,9 +3,11 @@
 config.yaml       the resolved recipe
 launches.jsonl    one line per start: command, versions, commit, ranks
 metrics.jsonl     one line per log step
+damaged.jsonl     one line per sample that could not be used
 tensorboard/      the same, to look at
 checkpoints/      see resilience/checkpoint.py
 job/              what the batch scripts keep there
+lock              who writes here: resilience/lock.py
 stop              made by you: the run saves at its next step and stops
 done              made by the run: it reached its last step
 """
@@ -27,7 +29,18 @@ import yaml
 from mimscale.config import RunConfig, load
 from mimscale.errors import UserError
 
-PACKAGES = ("mimscale", "torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "webdataset", "numpy", "pillow")
+PACKAGES = (
+    "mimscale",
+    "torch",
+    "torchvision",
+    "deepspeed",
+    "timm",
+    "open_clip_torch",
+    "webdataset",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+)
 
 
 def existing_run(run_dir: Path) -> RunConfig | None:
@@ -39,7 +52,7 @@ def existing_run(run_dir: Path) -> RunConfig | None:
         return load(str(run_dir / "config.yaml"))
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file; name a folder")
-    ours = ("job", "slurm-", ".config.yaml.part")  # of batch scripts, and of a start that was killed
+    ours = ("job", "lock", "slurm-", ".config.yaml.part")  # of batch scripts, and of a start that was killed
     foreign = sorted(p.name for p in run_dir.iterdir() if not p.name.startswith(ours)) if run_dir.is_dir() else []
     if foreign:
         raise UserError(f"--run-dir {run_dir} holds something that is not a run ({foreign[0]}); name an empty folder")

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,17 @@ from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
 from mimscale.engine.engine import Engine
 from mimscale.engine.world import World, check_precision, close_process_group, from_environment, open_process_group
-from mimscale.errors import UserError
+from mimscale.errors import Stopped, UserError
 from mimscale.methods.base import Method
+from mimscale.observe.ledger import Ledger, default_limit
 from mimscale.observe.logbook import Logbook
 from mimscale.observe.meter import Meter, Phases
 from mimscale.observe.panels import panel
 from mimscale.resilience import checkpoint
 from mimscale.resilience.control import Control
+from mimscale.resilience.lock import Lock
 from mimscale.resilience.preempt import Preemption, ignore_signals, leave_requeue_marker
+from mimscale.resilience.saver import Saver
 from mimscale.state import TrainState
 from mimscale.teachers.bank import Bank, describe
 
@@ -84,6 +87,9 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
             f"schedule.global_batch = {run.schedule.global_batch} exceeds the {manifest.samples} samples of "
             f"{run.data.shards}; lower it, or give schedule.steps instead of schedule.epochs"
         )
+    ledger = open_ledger(run, run_dir, manifest, writes=False)
+    if ledger.full:
+        raise UserError(ledger.verdict())
     total = run.schedule.steps or round((run.schedule.epochs or 0) * steps_per_epoch)
     steps_per_epoch = max(1, steps_per_epoch)
     if total <= run.schedule.warmup_epochs * steps_per_epoch:
@@ -108,6 +114,7 @@ def train(plan: Plan, phases: Phases) -> None:
         method: Method = method_class(run.method.name)(run, plan.teachers)
         needs = method.needs
         bank = Bank(run.teachers, needs.teachers, run.data.image_size, world.device)
+    lock = Lock(plan.run_dir) if world.rank == 0 else None
     with phases("process_group"):
         open_process_group(world)
         control = Control()
@@ -116,6 +123,8 @@ def train(plan: Plan, phases: Phases) -> None:
     with phases("resume"):
         state = restore(plan, engine, method, bank, control).launched()
         control.first(open_folder, plan, state)
+        root, unchanged = plan.run_dir / "checkpoints", lock.check if lock is not None else lambda: None
+        saver = Saver(root, control, run.checkpoint, engine.live_tensors(), unchanged)
 
     loader = TrainLoader(
         plan.manifest,
@@ -137,8 +146,10 @@ def train(plan: Plan, phases: Phases) -> None:
         total=plan.total_steps,
         step=state.step,
     )
+    saver.note = logbook.event
     logbook.say(describe_run(plan, engine, state))
     meter = Meter(world.device)
+    ledger = open_ledger(run, plan.run_dir, plan.manifest, writes=world.rank == 0)
     saved_step = state.step if state.launches > 1 else -1
     loop_start_s = step_start_s = time.perf_counter()
 
@@ -148,6 +159,7 @@ def train(plan: Plan, phases: Phases) -> None:
         for _ in range(engine.accumulation):
             with meter.waiting():
                 batch = next(batches)
+            ledger.note(batch.damage)
             batch = batch.to(world.device).normalised()
             targets = bank(batch.images)
             meter.add(engine.micro_step(batch, targets), images=len(batch.ids) * world.size)
@@ -164,27 +176,42 @@ def train(plan: Plan, phases: Phases) -> None:
             metrics = meter.read()
             metrics |= {"lr": lr, "grad_norm": engine.gradient_norm(), "loss_scale": engine.loss_scale}
             metrics |= {"epoch": state.step / plan.steps_per_epoch, "skipped_steps": float(engine.skipped_steps)}
-            logbook.step(state.step, metrics)
+            for damage in ledger.settle(control.gather(ledger.take())):
+                logbook.event("damaged", **asdict(damage))
+                logbook.say(
+                    f"damaged: {damage.shard}, key {damage.key}: {damage.reason}; another sample took its place"
+                )
+            logbook.step(state.step, metrics | {"damaged": float(ledger.total)})
         if run.log.panels and (last or state.step % run.log.panels == 0):
             with torch.no_grad():
                 view = method.view(batch, targets)
             if view is not None:
                 logbook.picture(state.step, "view", panel(view))
-        stop = control.any_raised(preemption.raised()) and not last
+        raised, *saved = control.agree(preemption.raised() or ledger.full, *saver.votes())
+        saver.follow(*saved)
+        stop = bool(raised) and not last
         if stop or last:
             ignore_signals()
+            saver.settle()
         if stop or last or (run.checkpoint.every and state.step % run.checkpoint.every == 0):
             if state.step != saved_step:
-                save(plan, engine, method, bank, control, state)
-                logbook.event("saved", at=state.step)
+                saver.save(state.step, engine.live_tensors(), describe_state(plan, engine, method, bank, state))
             saved_step = state.step
         if stop:
-            logbook.event("stopped", at=state.step, reason=preemption.reason)
-            logbook.say(f"stopped at step {state.step} ({preemption.reason or 'asked by another rank'}), saved")
+            saver.settle()
+            reason = "too many damaged samples" if ledger.full else preemption.reason
+            logbook.event("stopped", at=state.step, reason=reason)
+            logbook.say(f"stopped at step {state.step} ({reason or 'asked by another rank'}), saved")
+            if ledger.full:
+                raise Stopped(ledger.verdict())
             if world.rank == 0 and not run_folder.stop_wish(plan.run_dir).exists():
-                leave_requeue_marker(state.step)
+                leave_requeue_marker(checkpoint.newest_step(plan.run_dir))
             break
     else:
+        if not saver.settle():
+            raise Stopped(
+                f"the last checkpoint could not be written; {checkpoint.newest_step(plan.run_dir)} is the newest"
+            )
         control.first(run_folder.mark_done, plan.run_dir, state.step)
         logbook.say(f"done: {plan.run_dir}, step {state.step}")
 
@@ -194,6 +221,8 @@ def train(plan: Plan, phases: Phases) -> None:
     control.barrier()
     engine.close()
     close_process_group()
+    if lock is not None:
+        lock.release()
 
 
 # ------------------------------------------------------------------------------------------------ saving and resuming
@@ -202,7 +231,7 @@ def train(plan: Plan, phases: Phases) -> None:
 def restore(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Control) -> TrainState:
     """Continue from the newest checkpoint that is whole, else from a fork's parent, else from the beginning."""
     root = plan.run_dir / "checkpoints"
-    for path in reversed(control.broadcast(checkpoint.complete(root))):
+    for path in reversed(control.broadcast(checkpoint.steps(root))):
         reader, damage = control.together(opened, path, control)
         wrong = [text for text in control.gather(damage) if text]
         if reader is None or wrong:
@@ -251,14 +280,9 @@ def refuse_other_inputs(reader: checkpoint.Reader, plan: Plan, bank: Bank) -> No
         raise UserError(f"the teachers' weights differ from those that {reader.path} was trained with")
 
 
-def save(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Control, state: TrainState) -> None:
-    """Every rank writes its fragments; rank 0 commits when all are on disk, and drops the oldest. Collective."""
-    root = plan.run_dir / "checkpoints"
-    final = checkpoint.step_folder(root, state.step)
-    temporary = control.broadcast(root / f".tmp-{final.name}-{time.time_ns():x}")
-    shard = control.together(write_shard, temporary, engine, control)
-    shards = control.gather(shard)
-    meta = {
+def describe_state(plan: Plan, engine: Engine, method: Method, bank: Bank, state: TrainState) -> dict[str, Any]:
+    """What a checkpoint's manifest says besides where the tensors are."""
+    return {
         "step": state.step,
         "state": state.dump(),
         "config": plan.run.dump(),
@@ -268,12 +292,10 @@ def save(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Contro
         **engine.meta(),
     }
 
-    control.first(checkpoint.commit, temporary, final, shards, meta)
-    control.first(checkpoint.prune, root, plan.run.checkpoint.keep)
 
-
-def write_shard(folder: Path, engine: Engine, control: Control) -> dict[str, Any]:
-    return checkpoint.write_shard(folder, engine.tensors(), control.rank, control.world)
+def open_ledger(run: RunConfig, run_dir: Path, manifest: Manifest, writes: bool) -> Ledger:
+    limit = run.data.max_damaged
+    return Ledger(run_dir / "damaged.jsonl", default_limit(manifest.samples) if limit is None else limit, writes)
 
 
 def open_folder(plan: Plan, state: TrainState) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -38,6 +41,8 @@ def decode(data: bytes) -> Image.Image:
             return image.convert("RGB")
     except BadImage:
         raise
+    except UnidentifiedImageError:
+        raise BadImage(f"not a picture ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise whatever their format's parser meets
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
@@ -124,6 +129,14 @@ class Fast:
 
 def decoder(name: Literal["simplejpeg", "pillow"], short_side: int = 0) -> Decoder:
     return Fast(short_side) if name == "simplejpeg" else decode
+
+
+def explain(name: Literal["simplejpeg", "pillow"]) -> str:
+    """Which path this is, and why it may have been chosen."""
+    if name == "simplejpeg":
+        return f"simplejpeg {version('simplejpeg')} and torch's antialiased resize; Pillow for what is no plain JPEG"
+    why = "chosen by data.decoder" if find_spec("simplejpeg") else "simplejpeg is not installed"
+    return f"Pillow {PIL.__version__} alone, slower: {why}"
 
 
 def _check_size(width: int, height: int) -> None:

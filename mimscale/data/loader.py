@@ -61,7 +61,7 @@ class TrainLoader:
             )
         order = Order(manifest, seed, data.streams, data.block)
         self._loader = _data_loader(
-            TrainSamples(manifest, order, data, needs, seed),
+            TrainSamples(manifest, order, data, needs, seed, global_batch),
             Positions(global_batch, micro_batch, rank, world, start_step, data.crops),
             workers=data.workers,
             prefetch=data.prefetch,

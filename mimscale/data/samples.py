@@ -26,6 +26,7 @@ from mimscale.data.transforms import (
     random_box,
     resized,
     resized_crop,
+    squeezed,
 )
 
 
@@ -36,8 +37,9 @@ class TrainSamples(Dataset[list[Batch]]):
     two are the same. Samples that cannot be used are substituted and stand in the first row's `damage`.
     """
 
-    def __init__(self, manifest: Manifest, order: Order, data: DataConfig, needs: Needs, seed: int):
+    def __init__(self, manifest: Manifest, order: Order, data: DataConfig, needs: Needs, seed: int, global_batch: int):
         self.manifest, self.order, self.data, self.needs, self.seed = manifest, order, data, needs, seed
+        self.global_batch = global_batch
         self.reader = Reader(manifest, decoder(data.decoder, data.decode_short_side))
 
     def __getitem__(self, item: tuple[Ints, Ints]) -> list[Batch]:
@@ -45,6 +47,8 @@ class TrainSamples(Dataset[list[Batch]]):
         side, (rows, total) = self.data.image_size, positions.shape
         images = np.empty((rows, total, 3, side, side), np.uint8)
         boxes, flips = np.empty((rows, total, 4), np.float32), np.empty((rows, total), np.bool_)
+        whole_rows = np.flatnonzero(positions[0] % self.global_batch < self.needs.whole_images)
+        whole = np.empty((len(whole_rows), 3, side, side), np.uint8) if self.needs.whole_images else None
         ids, damage = self.order.ids(at), []
         self.manifest.read_ahead(ids)
         for column, sample in enumerate(ids.tolist()):
@@ -57,6 +61,9 @@ class TrainSamples(Dataset[list[Batch]]):
                 flips[row, column] = numbers[-1] < self.data.flip
                 crop, boxes[row, column] = self._crop(image, numbers)
                 images[row, column] = pixels(crop, flips[row, column])
+            if whole is not None and column in whole_rows:
+                squeeze = squeezed(image, side, self.data.interpolation)
+                whole[whole_rows.searchsorted(column)] = pixels(squeeze)
         labels = _labels(self.manifest, ids) if self.needs.labels else None
         return [
             Batch(
@@ -67,6 +74,8 @@ class TrainSamples(Dataset[list[Batch]]):
                 boxes=torch.from_numpy(boxes[row]),
                 flips=torch.from_numpy(flips[row]),
                 labels=labels,
+                whole=None if whole is None else torch.from_numpy(whole),
+                whole_rows=None if whole is None else torch.from_numpy(whole_rows),
                 damage=tuple(damage) if row == 0 else (),
             )
             for row in range(rows)

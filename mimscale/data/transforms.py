@@ -67,6 +67,11 @@ def resized(image: AnyPicture, short: int, interpolation: Interpolation) -> AnyP
     return image if image.size == (width, height) else image.resize((width, height), RESAMPLING[interpolation])
 
 
+def squeezed(image: AnyPicture, side: int, interpolation: Interpolation) -> AnyPicture:
+    """The whole picture as a square of side x side, whatever its aspect."""
+    return image.resize((side, side), RESAMPLING[interpolation])
+
+
 def padded_box(size: tuple[int, int], side: int, padding: int, numbers: Sequence[float]) -> Box:
     """A random square of a picture whose short side was resized to `side`; it may reach `padding` pixels outside.
 

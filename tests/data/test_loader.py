@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mimscale.config import DataConfig
 from mimscale.contracts import Batch, Needs, Noise
@@ -131,6 +132,27 @@ def test_resume_equals_never_stopping(manifest: Manifest, never_stopped, step: i
     assert_same(by_position(iter(batches)), rest)
 
 
+@pytest.mark.parametrize(("world", "micro"), [(1, 24), (2, 12), (4, 2), (12, 1)])
+def test_whole_images_belong_to_positions(manifest: Manifest, world: int, micro: int) -> None:
+    """The first 5 of each 24 positions bring the uncut picture as well, whoever holds them; the rest stays as it is."""
+    found, plain = {}, by_position(islice(loader(manifest), 2))
+    for rank in range(world):
+        part = loader(manifest, needs=replace(NEEDS, whole_images=5), micro_batch=micro, rank=rank, world=world)
+        for batch in islice(part, 2 * GLOBAL // (world * micro)):
+            assert batch.whole is not None and batch.whole_rows is not None
+            assert batch.whole.shape == (len(batch.whole_rows), 3, 32, 32) and batch.whole.dtype == torch.uint8
+            for picture, row in zip(batch.whole, batch.whole_rows.tolist(), strict=True):
+                source = decoder(config(manifest).decoder)(manifest.read(int(batch.ids[row])))
+                expected = source.resize((32, 32), Image.Resampling.BICUBIC)
+                assert np.array_equal(picture.numpy(), pixels(expected))
+                found[int(batch.positions[row])] = picture
+            for row, position in enumerate(batch.positions.tolist()):
+                assert torch.equal(batch.images[row], plain[position]["images"])
+            normalised = batch.normalised()
+            assert normalised.whole is not None and normalised.whole.dtype == torch.float32
+    assert sorted(found) == [0, 1, 2, 3, 4, 24, 25, 26, 27, 28]
+
+
 def test_noise_is_independent_of_what_else_is_asked(manifest: Manifest, never_stopped) -> None:
     """Purposes do not share numbers, and one more of them changes neither the others nor the pixels."""
     alone = by_position(islice(loader(manifest, needs=Needs(noise={"mask": NEEDS.noise["mask"]})), 1))
@@ -172,6 +194,30 @@ def test_padded_crops_hold_what_their_boxes_say(manifest: Manifest) -> None:
         assert np.array_equal(ours[:, rows[:, None] - top, columns - left], whole[:, rows[:, None], columns])
         outside += len(rows) < 32 or len(columns) < 32
     assert outside > len(batch.ids) / 2 and batch.flips.any() and not batch.flips.all()
+
+
+@pytest.mark.parametrize(("world", "micro", "start"), [(1, 24, 0), (2, 4, 0), (1, 12, 4), (3, 8, 5)])
+def test_crops_of_one_decode_go_to_consecutive_steps(manifest: Manifest, world: int, micro: int, start: int) -> None:
+    """Three steps see the images of one place in the order, each with other crops and masks; ranks do not show."""
+    data, plain = config(manifest, crops=3), by_position(islice(loader(manifest), 3))
+    whole = by_position(islice(loader(manifest, data), 9))
+    assert sorted(whole) == list(range(9 * GLOBAL))
+    moved = 0
+    for position, fields in whole.items():
+        step, offset = divmod(position, GLOBAL)
+        assert fields["ids"] == plain[step // 3 * GLOBAL + offset]["ids"]
+        if step % 3:
+            moved += not torch.equal(fields["boxes"], whole[position - GLOBAL]["boxes"])
+            assert not torch.equal(fields["noise/mask"], whole[position - GLOBAL]["noise/mask"])
+    assert moved > 0.95 * 6 * GLOBAL  # pictures are small: two boxes may coincide
+    assert_same({p: whole[p] for p in range(GLOBAL)}, {p: plain[p] for p in range(GLOBAL)})
+    batches = []
+    for rank in range(world):
+        part = loader(manifest, data, micro_batch=micro, rank=rank, world=world, start_step=start)
+        batches += list(islice(part, (9 - start) * GLOBAL // (world * micro)))
+        steps = [int(batch.positions[0]) // GLOBAL for batch in batches[-(9 - start) * GLOBAL // (world * micro) :]]
+        assert steps == sorted(steps)
+    assert_same(by_position(iter(batches)), {p: f for p, f in whole.items() if p >= start * GLOBAL})
 
 
 def test_a_second_iteration_begins_again(manifest: Manifest) -> None:
