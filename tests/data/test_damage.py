@@ -49,7 +49,7 @@ def in_shard(manifest: Manifest, shard: int) -> set[int]:
 
 def truncated(manifest: Manifest) -> set[int]:
     os.truncate(manifest.shard_paths[1], int(manifest.offsets[20]) + 5)
-    return in_shard(manifest, 1)
+    return {sample for sample in in_shard(manifest, 1) if sample >= 20}
 
 
 def flipped_payload(manifest: Manifest) -> set[int]:
