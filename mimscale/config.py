@@ -306,6 +306,10 @@ def section_by_name(
         raise ValueError(_first_line(error, config, tuple(place))) from None
 
 
+def method_names() -> list[str]:
+    return names_in("mimscale.methods")
+
+
 def method_class(name: str) -> Any:
     """The Method that the file mimscale/methods/<name>.py defines."""
     return class_in("mimscale.methods", name, "method.name")

@@ -58,7 +58,7 @@ def recipe(tmp_path: Path, shards: Path, **teacher: Any) -> str:
     values = {
         "data": {"shards": str(shards), "image_size": 32},
         "student": {"width": 32, "depth": 3, "heads": 4},
-        "method": {"name": "maskalign", "mask_ratio": 0.5, "levels": "top2"},
+        "method": {"name": "maskalign", "masking": {"ratio": 0.5}, "levels": "top2"},
         "teachers": {"tiny": {"library": "timm", "model": MODEL, "options": TINY, **teacher}},
         "schedule": {"global_batch": 8, "epochs": 1, "base_lr": 1e-3},
         "engine": {"ds_config": "cpu_zero2_fp32", "device": "cpu", "max_micro_batch": 4},

@@ -61,7 +61,7 @@ def masked_patch_loss(pred_BSP: Tensor, target_BSP: Tensor, mask_BS: Tensor) -> 
 
 
 class MAE(base.MaskedMethod):
-    """`student` sees the visible patches; `decoder` predicts the pixels of all but the thrown; the loss reads the masked."""
+    """`student` sees the visible patches, `decoder` predicts those and the masked; the loss reads the masked."""
 
     Config = MAEConfig
     student: ViT
@@ -142,7 +142,8 @@ class MAE(base.MaskedMethod):
         patches = self.student.patches
         return View(
             unnormalised(batch.images),
-            mask=raster.unseen(patches),
+            mask=raster.spread(raster.mask, patches),
+            thrown=raster.thrown(patches),
             reconstruction=self.images_of(raster.spread(pred, patches), batch.images),
             attention=self.masking.weights(batch, targets),
         )

@@ -21,7 +21,7 @@ from mimscale.errors import UserError
 from mimscale.methods import base
 from mimscale.models.features import check_grid
 from mimscale.models.heads import Adaptor, Alignment, Fusion, level_weights
-from mimscale.models.masking import gather_tokens, mask_of
+from mimscale.models.masking import gather_tokens, in_raster_order
 from mimscale.models.patches import unnormalised
 from mimscale.models.targets import FeatureNorm, feature_loss, normalise_features
 from mimscale.models.vit import ViT
@@ -139,9 +139,14 @@ class MaskAlign(base.MaskedMethod):
 
     @torch.no_grad()
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
-        """The images, what the student does not see of them, and the attention that chose it."""
-        mask = mask_of(self.masking.choose(batch, targets).visible, self.student.patches)
-        return View(unnormalised(batch.images), mask=mask, attention=self.masking.weights(batch, targets))
+        """The images, the mask, and the attention that chose it."""
+        raster, patches = in_raster_order(self.masking.choose(batch, targets)), self.student.patches
+        return View(
+            unnormalised(batch.images),
+            mask=raster.spread(raster.mask, patches),
+            thrown=raster.thrown(patches),
+            attention=self.masking.weights(batch, targets),
+        )
 
     def no_weight_decay(self) -> set[str]:
         return set() if self.alignment.mixing is None else {"alignment.mixing"}

@@ -95,7 +95,8 @@ class SimMIM(base.MaskedMethod):
         patches = self.student.patches
         return View(
             unnormalised(batch.images),
-            mask=raster.unseen(patches),
+            mask=raster.spread(raster.mask, patches),
+            thrown=raster.thrown(patches),
             reconstruction=unnormalised(assemble(raster.spread(pred, patches), self.student.grid)),
             attention=self.masking.weights(batch, targets),
         )

@@ -46,9 +46,9 @@ class Raster(NamedTuple):
         """The inverse of `of`: [B, L, ...] with zeros where a patch was thrown."""
         return some_BSX if self.ids.shape[1] == patches else scatter_tokens(some_BSX, self.ids, patches)
 
-    def unseen(self, patches: int) -> Tensor:
-        """float32 [B, L], 1 = masked or thrown, for a picture."""
-        return 1 - self.spread(1 - self.mask, patches)
+    def thrown(self, patches: int) -> Tensor | None:
+        """float32 [B, L], 1 = thrown; None where none is."""
+        return None if self.ids.shape[1] == patches else mask_of(self.ids, patches)
 
 
 def in_raster_order(masks: Masks) -> Raster:
