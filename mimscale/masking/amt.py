@@ -117,10 +117,8 @@ class AMT(Masking):
         place = np.full_like(positions, -1)
         place[batch.whole_rows.numpy()] = positions[batch.whole_rows.numpy()]
         ids, places = self.table.gather(np.stack([batch.ids.numpy(), place])).swapaxes(0, 1)
-        has = places >= 0
-        self._whole.append(
-            Whole(*([a[h] for a, h in zip(each, has, strict=True)] for each in (ids, places)), batch.whole)
-        )
+        whole_ids = [theirs[at >= 0] for theirs, at in zip(ids, places, strict=True)]
+        self._whole.append(Whole(whole_ids, [at[at >= 0] for at in places], batch.whole))
         warm = step * self.global_batch >= self.config.warmup_epochs * self.samples
         return replace(batch, whole=None, importance=self.table.read(ids) if warm else None)
 
@@ -150,17 +148,15 @@ class AMT(Masking):
         with blank ones: ZeRO-3 gathers parameters in each pass. A row that is not a number is dropped."""
         assert self.table is not None
         whole, self._whole = self._whole, []
-        ids, places = (
-            [np.concatenate(r) for r in zip(*each, strict=True)] for each in list(zip(*whole, strict=True))[:2]
-        )
-        passed = max(len(theirs) for theirs in ids)
-        if not passed:
+        ids = [np.concatenate(parts) for parts in zip(*(part.ids for part in whole), strict=True)]
+        places = [np.concatenate(parts) for parts in zip(*(part.places for part in whole), strict=True)]
+        total = max(len(theirs) for theirs in ids)
+        if not total:
             return
         images = torch.cat([part.images for part in whole]).to(self.table.rows.device, non_blocking=True)
-        blank = images.new_zeros(passed - len(images), *images.shape[1:])
-        parts = torch.cat([images, blank]).split(len(batch.ids))
-        attention = torch.cat([student(normalised(part), attention=True).attention for part in parts])
-        importance = importance_of(attention[: len(images)])
+        padded = torch.cat([images, images.new_zeros(total - len(images), *images.shape[1:])])
+        passes = [student(normalised(part), attention=True).attention for part in padded.split(len(batch.ids))]
+        importance = importance_of(torch.cat(passes)[: len(images)])
         valid = importance.isfinite().all(dim=1)
         self.table.write(ids, places, as_bytes(importance.nan_to_num()), valid)
 
