@@ -109,6 +109,7 @@ class TeacherConfig(Strict):
 
     options: keyword arguments for the library's model constructor (e.g. embed_dim, depth of a custom ViT).
     activation: required for open_clip with a local file and no tag: a file cannot say whether it wants QuickGELU.
+    precision: int8 and fp8 quantise the blocks' linear layers (teachers/quantise.py) and need the extra [fp8].
     random: leave the weights at their seeded random initialisation (a control, not a teacher).
     mean, std, norm_eps: facts of a checkpoint where they differ from what the library says of `model` (LayerNorm eps of
     Hugging Face's DINO: 1e-12; weights trained by this package: ImageNet's mean and std).
@@ -119,7 +120,7 @@ class TeacherConfig(Strict):
     weights: Path | None = None
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     pretrained: str | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "bf16"
     image_size: int | None = Field(None, ge=8)
     activation: Literal["gelu", "quickgelu"] | None = None
     random: bool = False
@@ -127,6 +128,11 @@ class TeacherConfig(Strict):
     std: tuple[float, float, float] | None = None
     norm_eps: float | None = Field(None, gt=0)
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def storage(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The number format of every tensor that is not quantised."""
+        return "bf16" if self.precision == "int8" or self.precision == "fp8" else self.precision
 
 
 class OptimConfig(Strict):
