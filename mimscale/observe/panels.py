@@ -11,6 +11,7 @@ from torch import Tensor
 from mimscale.contracts import View
 
 GREY = 0.5  # where a patch is masked
+BLACK = 0.0  # where it was thrown away
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # dark to bright, equally spaced
 GAP, SMALLEST = 2, 64  # pixels between tiles; smaller tiles are enlarged
 
@@ -19,15 +20,18 @@ def tiles(view: View, samples: int = 8) -> dict[str, Tensor]:
     """What the view holds, as uint8 pictures [samples, 3, H, W] in host memory.
 
     input, then where there are any: masked; reconstruction (predicted where masked, true elsewhere); attention
-    (share of the strongest patch, dark to bright, over the darkened picture). Patches lie on a square grid.
+    (share of the strongest patch, dark to bright, over the darkened picture). Patches lie on a square grid; thrown ones
+    are black.
     """
     images = view.images[:samples].float()
     rows = {"input": images}
+    kept = 1.0 if view.thrown is None else 1 - _to_pixels(view.thrown[:samples], images.shape[-1])
     if view.mask is not None:
         hidden = _to_pixels(view.mask[:samples], images.shape[-1])
-        rows["masked"] = images * (1 - hidden) + GREY * hidden
+        rows["masked"] = (images * (1 - hidden) + GREY * hidden) * kept + BLACK * (1 - kept)
         if view.reconstruction is not None:
-            rows["reconstruction"] = images * (1 - hidden) + view.reconstruction[:samples].float() * hidden
+            predicted = images * (1 - hidden) + view.reconstruction[:samples].float() * hidden
+            rows["reconstruction"] = predicted * kept + BLACK * (1 - kept)
     if view.attention is not None:
         attention = view.attention[:samples].float()
         share = _to_pixels(attention / attention.amax(dim=1, keepdim=True).clamp_min(1e-12), images.shape[-1])

@@ -204,8 +204,9 @@ class Reader:
             self.into(kind, name, int(start), tensor)
 
     def full(self, kind: str, name: str) -> Tensor:
-        """One whole parameter or buffer in its own shape."""
-        shape = self.meta["shapes"][name]
+        """One whole parameter or buffer in its own shape; a table is flat."""
+        start, length, _ = self._pieces[kind, name][-1]
+        shape = self.meta["shapes"].get(name, [start + length])
         flat = torch.empty(math.prod(shape), dtype=self._dtype(kind, name))
         self.into(kind, name, 0, flat)
         return flat.view(shape)

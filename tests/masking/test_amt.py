@@ -112,7 +112,9 @@ def test_golden_simmim(name: str) -> None:
     g, method, batch = simmim_golden(name, ones_for(name))
     assert method.masking.count[:3] == (14, 22, 49)
     pred, raster = method.predict(batch, {})
-    flags = raster.spread(raster.mask, 196) - (raster.thrown(196) if raster.thrown(196) is not None else 0)
+    thrown = raster.thrown(196)
+    assert thrown is not None
+    flags = raster.spread(raster.mask, 196) - thrown
     assert torch.equal(flags.view(-1, 14, 14), g["mask_flag"].float())
     tokens = method.student(batch.images, raster.spread(raster.mask, 196), None, raster.ids).tokens
     close(tokens[:, 1:].transpose(1, 2).unflatten(2, (12, 12)), g["z"])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from mimscale.contracts import View
@@ -27,6 +29,17 @@ def test_masked_and_reconstructed_differ_from_the_input_in_masked_patches_only()
         expected[0, :, :4, :4] = value
         expected[1, :, 4:, 4:] = value
         assert torch.equal(rows[name], expected)
+
+
+def test_thrown_patches_are_black() -> None:
+    thrown = replace(view(), thrown=torch.tensor([[0.0, 1, 0, 0], [1.0, 0, 0, 0]]))
+    with_thrown, without = tiles(thrown), tiles(view())
+    for name in ("masked", "reconstruction"):
+        expected = without[name].clone()
+        expected[0, :, :4, 4:] = 0
+        expected[1, :, :4, :4] = 0
+        assert torch.equal(with_thrown[name], expected)
+    assert torch.equal(with_thrown["input"], without["input"])
 
 
 def test_attention_is_brightest_where_it_is_strongest() -> None:
