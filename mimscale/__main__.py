@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mimscale import __version__
-from mimscale.errors import UserError
+from mimscale.errors import Stopped, UserError
 
 VERBS = {
     "train": ("mimscale.train", "pre-train a student; resumes what the run folder holds"),
@@ -23,7 +23,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 fine, 2 bad input (one line on stderr), anything else a failure with its traceback."""
+    """Exit code: 0 fine, 2 bad input, 4 a run that ended itself (one line each), else a failure's traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="mimscale", description="Masked-image-modeling pre-training at scale.")
     parser.add_argument("--version", action="version", version=f"mimscale {__version__}")
@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(module.run(args))
-    except UserError as error:
+    except (UserError, Stopped) as error:
         rank = os.environ.get("RANK", "0")
         print(f"mimscale {args.verb}: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else Stopped.code
 
 
 def end_process(code: int) -> NoReturn:

@@ -8,7 +8,7 @@ Shape letters: B images of a micro-batch, L patches of the grid, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
@@ -48,11 +48,15 @@ class TeacherNeeds:
 
 @dataclass(frozen=True)
 class Needs:
-    """Everything that a method wants to find in a batch and in the targets."""
+    """Everything that a method wants to find in a batch and in the targets.
+
+    whole_images: at how many positions of each global batch, its first ones, the uncut image is wanted as well.
+    """
 
     noise: Mapping[str, Noise] = field(default_factory=dict)
     teachers: Mapping[str, TeacherNeeds] = field(default_factory=dict)
     labels: bool = False
+    whole_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,14 @@ class View:
     """What a method can show of a micro-batch to whoever watches a run; absent parts are None.
 
     images, reconstruction: float32 [B, 3, H, W] in 0..1.  mask: [B, L], 1 = masked.  attention: [B, L], any scale.
+    thrown: [B, L], 1 = neither seen nor predicted.
     """
 
     images: Tensor
     mask: Tensor | None = None
     reconstruction: Tensor | None = None
     attention: Tensor | None = None
+    thrown: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,9 @@ class Batch:
         little outside of it.
     flips: bool [B], mirrored left-right after the crop.
     labels: int64 [B] where asked, else None.
+    whole: uint8 [F, 3, H, W], float32 after `normalised()`: the uncut images of the rows `whole_rows`, int64 [F],
+        squeezed to the same size, neither cropped nor mirrored. None where not asked; F may be 0.
+    importance: uint8 [B, L], what a masking policy that learns has stored of these samples' patches; None else.
     """
 
     images: Tensor
@@ -115,36 +124,24 @@ class Batch:
     boxes: Tensor
     flips: Tensor
     labels: Tensor | None = None
+    whole: Tensor | None = None
+    whole_rows: Tensor | None = None
+    importance: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies do not block the host where the memory is pinned."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return Batch(
-            images=move(self.images),
-            ids=move(self.ids),
-            positions=move(self.positions),
-            noise={purpose: move(tensor) for purpose, tensor in self.noise.items()},
-            boxes=move(self.boxes),
-            flips=move(self.flips),
-            labels=None if self.labels is None else move(self.labels),
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""
-        return Batch(
-            images=self.images.pin_memory(),
-            ids=self.ids.pin_memory(),
-            positions=self.positions.pin_memory(),
-            noise={purpose: tensor.pin_memory() for purpose, tensor in self.noise.items()},
-            boxes=self.boxes.pin_memory(),
-            flips=self.flips.pin_memory(),
-            labels=None if self.labels is None else self.labels.pin_memory(),
-        )
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **values, noise={purpose: change(tensor) for purpose, tensor in self.noise.items()})
 
     def normalised(self) -> Batch:
         """uint8 -> float32 with ImageNet's mean and deviation, on the device where the batch is."""
         mean, std = imagenet_statistics(self.images.device)
-        return replace(self, images=(self.images.float() / 255 - mean) / std)
+        whole = None if self.whole is None else (self.whole.float() / 255 - mean) / std
+        return replace(self, images=(self.images.float() / 255 - mean) / std, whole=whole)

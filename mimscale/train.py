@@ -24,14 +24,16 @@ from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
 from mimscale.engine.engine import Engine
 from mimscale.engine.world import World, check_precision, close_process_group, from_environment, open_process_group
-from mimscale.errors import UserError
+from mimscale.errors import Stopped, UserError
 from mimscale.methods.base import Method
 from mimscale.observe.logbook import Logbook
 from mimscale.observe.meter import Meter, Phases
 from mimscale.observe.panels import panel
 from mimscale.resilience import checkpoint
 from mimscale.resilience.control import Control
+from mimscale.resilience.lock import Lock
 from mimscale.resilience.preempt import Preemption, ignore_signals, leave_requeue_marker
+from mimscale.resilience.saver import Saver
 from mimscale.state import TrainState
 from mimscale.teachers.bank import Bank, describe
 
@@ -108,6 +110,7 @@ def train(plan: Plan, phases: Phases) -> None:
         method: Method = method_class(run.method.name)(run, plan.teachers)
         needs = method.needs
         bank = Bank(run.teachers, needs.teachers, run.data.image_size, world.device)
+    lock = Lock(plan.run_dir) if world.rank == 0 else None
     with phases("process_group"):
         open_process_group(world)
         control = Control()
@@ -116,6 +119,8 @@ def train(plan: Plan, phases: Phases) -> None:
     with phases("resume"):
         state = restore(plan, engine, method, bank, control).launched()
         control.first(open_folder, plan, state)
+        root, unchanged = plan.run_dir / "checkpoints", lock.check if lock is not None else lambda: None
+        saver = Saver(root, control, run.checkpoint, engine.live_tensors(), unchanged)
 
     loader = TrainLoader(
         plan.manifest,
@@ -137,6 +142,7 @@ def train(plan: Plan, phases: Phases) -> None:
         total=plan.total_steps,
         step=state.step,
     )
+    saver.note = logbook.event
     logbook.say(describe_run(plan, engine, state))
     meter = Meter(world.device)
     saved_step = state.step if state.launches > 1 else -1
@@ -170,21 +176,28 @@ def train(plan: Plan, phases: Phases) -> None:
                 view = method.view(batch, targets)
             if view is not None:
                 logbook.picture(state.step, "view", panel(view))
-        stop = control.any_raised(preemption.raised()) and not last
+        raised, *saved = control.agree(preemption.raised(), *saver.votes())
+        saver.follow(*saved)
+        stop = bool(raised) and not last
         if stop or last:
             ignore_signals()
+            saver.settle()
         if stop or last or (run.checkpoint.every and state.step % run.checkpoint.every == 0):
             if state.step != saved_step:
-                save(plan, engine, method, bank, control, state)
-                logbook.event("saved", at=state.step)
+                saver.save(state.step, engine.live_tensors(), describe_state(plan, engine, method, bank, state))
             saved_step = state.step
         if stop:
+            saver.settle()
             logbook.event("stopped", at=state.step, reason=preemption.reason)
             logbook.say(f"stopped at step {state.step} ({preemption.reason or 'asked by another rank'}), saved")
             if world.rank == 0 and not run_folder.stop_wish(plan.run_dir).exists():
-                leave_requeue_marker(state.step)
+                leave_requeue_marker(checkpoint.newest_step(plan.run_dir))
             break
     else:
+        if not saver.settle():
+            raise Stopped(
+                f"the last checkpoint could not be written; {checkpoint.newest_step(plan.run_dir)} is the newest"
+            )
         control.first(run_folder.mark_done, plan.run_dir, state.step)
         logbook.say(f"done: {plan.run_dir}, step {state.step}")
 
@@ -194,6 +207,8 @@ def train(plan: Plan, phases: Phases) -> None:
     control.barrier()
     engine.close()
     close_process_group()
+    if lock is not None:
+        lock.release()
 
 
 # ------------------------------------------------------------------------------------------------ saving and resuming
@@ -202,7 +217,7 @@ def train(plan: Plan, phases: Phases) -> None:
 def restore(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Control) -> TrainState:
     """Continue from the newest checkpoint that is whole, else from a fork's parent, else from the beginning."""
     root = plan.run_dir / "checkpoints"
-    for path in reversed(control.broadcast(checkpoint.complete(root))):
+    for path in reversed(control.broadcast(checkpoint.steps(root))):
         reader, damage = control.together(opened, path, control)
         wrong = [text for text in control.gather(damage) if text]
         if reader is None or wrong:
@@ -251,14 +266,9 @@ def refuse_other_inputs(reader: checkpoint.Reader, plan: Plan, bank: Bank) -> No
         raise UserError(f"the teachers' weights differ from those that {reader.path} was trained with")
 
 
-def save(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Control, state: TrainState) -> None:
-    """Every rank writes its fragments; rank 0 commits when all are on disk, and drops the oldest. Collective."""
-    root = plan.run_dir / "checkpoints"
-    final = checkpoint.step_folder(root, state.step)
-    temporary = control.broadcast(root / f".tmp-{final.name}-{time.time_ns():x}")
-    shard = control.together(write_shard, temporary, engine, control)
-    shards = control.gather(shard)
-    meta = {
+def describe_state(plan: Plan, engine: Engine, method: Method, bank: Bank, state: TrainState) -> dict[str, Any]:
+    """What a checkpoint's manifest says besides where the tensors are."""
+    return {
         "step": state.step,
         "state": state.dump(),
         "config": plan.run.dump(),
@@ -267,13 +277,6 @@ def save(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Contro
         "method": method.extra_state(),
         **engine.meta(),
     }
-
-    control.first(checkpoint.commit, temporary, final, shards, meta)
-    control.first(checkpoint.prune, root, plan.run.checkpoint.keep)
-
-
-def write_shard(folder: Path, engine: Engine, control: Control) -> dict[str, Any]:
-    return checkpoint.write_shard(folder, engine.tensors(), control.rank, control.world)
 
 
 def open_folder(plan: Plan, state: TrainState) -> None:

@@ -63,8 +63,8 @@ def cut_back(source: Path, target: Path, step: int) -> None:
     """A copy of a finished run as it was right after it saved `step`."""
     shutil.copytree(source, target)
     (target / "done").unlink()
-    for path in (target / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
+    for path in checkpoint.steps(target / "checkpoints"):
+        if checkpoint.step_of(path) > step:
             shutil.rmtree(path)
 
 

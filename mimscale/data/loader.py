@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -37,6 +38,7 @@ from mimscale.data.transforms import (
     random_box,
     resized,
     resized_crop,
+    squeezed,
 )
 from mimscale.errors import UserError
 
@@ -82,7 +84,7 @@ class TrainLoader:
             )
         order = Order(manifest, seed, data.streams, data.block)
         self._loader = _data_loader(
-            TrainSamples(manifest, order, data, needs, seed),
+            TrainSamples(manifest, order, data, needs, seed, global_batch),
             Positions(global_batch, micro_batch, rank, world, start_step),
             workers=data.workers,
             prefetch=data.prefetch,
@@ -141,8 +143,9 @@ class Positions:
 class TrainSamples(Dataset[Batch]):
     """int64 [B] positions -> Batch of random crops."""
 
-    def __init__(self, manifest: Manifest, order: Order, data: DataConfig, needs: Needs, seed: int):
+    def __init__(self, manifest: Manifest, order: Order, data: DataConfig, needs: Needs, seed: int, global_batch: int):
         self.manifest, self.order, self.data, self.needs, self.seed = manifest, order, data, needs, seed
+        self.global_batch = global_batch
 
     def __getitem__(self, positions: Ints) -> Batch:
         side, total = self.data.image_size, len(positions)
@@ -150,12 +153,17 @@ class TrainSamples(Dataset[Batch]):
         places = [divmod(int(position), self.manifest.samples) for position in positions]
         images, boxes = np.empty((total, 3, side, side), np.uint8), np.empty((total, 4), np.float32)
         flips = np.empty(total, np.bool_)
+        whole_rows = np.flatnonzero(positions % self.global_batch < self.needs.whole_images)
+        whole: list[NDArray[np.uint8]] = []
         for row, (sample, (epoch, place)) in enumerate(zip(ids, places, strict=True)):
             image = load_image(self.manifest, int(sample))
             numbers = noise.uniform(self.seed, "crop", epoch, place, n=CROP_NUMBERS).tolist()
             crop, boxes[row] = self._crop(image, numbers)
             flips[row] = numbers[-1] < self.data.flip
             images[row] = pixels(crop, flips[row])
+            if row in whole_rows:
+                whole.append(pixels(squeezed(image, side, self.data.interpolation)))
+        asked = bool(self.needs.whole_images)
         return Batch(
             images=torch.from_numpy(images),
             ids=torch.from_numpy(ids),
@@ -164,6 +172,8 @@ class TrainSamples(Dataset[Batch]):
             boxes=torch.from_numpy(boxes),
             flips=torch.from_numpy(flips),
             labels=_labels(self.manifest, ids) if self.needs.labels else None,
+            whole=torch.from_numpy(_stacked(whole, side)) if asked else None,
+            whole_rows=torch.from_numpy(whole_rows) if asked else None,
         )
 
     def _crop(self, image: Image.Image, numbers: list[float]) -> tuple[Image.Image, tuple[float, ...]]:
@@ -226,6 +236,11 @@ def _key(manifest: Manifest, sample: int) -> str:
         return manifest.key(sample)
     except Exception:  # the header may be what is damaged
         return "unreadable"
+
+
+def _stacked(pictures: list[NDArray[np.uint8]], side: int) -> NDArray[np.uint8]:
+    """uint8 [F, 3, side, side], also for F = 0."""
+    return np.stack(pictures) if pictures else np.empty((0, 3, side, side), np.uint8)
 
 
 def _labels(manifest: Manifest, ids: Ints) -> Tensor:

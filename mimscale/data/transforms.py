@@ -64,6 +64,11 @@ def resized(image: Image.Image, short: int, interpolation: Interpolation) -> Ima
     return image if image.size == (width, height) else image.resize((width, height), RESAMPLING[interpolation])
 
 
+def squeezed(image: Image.Image, side: int, interpolation: Interpolation) -> Image.Image:
+    """The whole picture as a square of side x side, whatever its aspect."""
+    return image.resize((side, side), RESAMPLING[interpolation])
+
+
 def padded_box(size: tuple[int, int], side: int, padding: int, numbers: Sequence[float]) -> Box:
     """A random square of a picture whose short side was resized to `side`; it may reach `padding` pixels outside.
 

@@ -122,19 +122,22 @@ class Engine:
 
     # -------------------------------------------------------------------------------- what a checkpoint holds of it
 
-    @torch.no_grad()
-    def tensors(self) -> dict[str, Tensor]:
-        """This rank's fragments "kind|name|start" as host copies; rank 0 adds the buffers."""
-        copies = {
-            f"{kind}|{f.name}|{f.start}": self.layout.view(f, kind).detach().to("cpu", copy=True)
+    def live_tensors(self) -> dict[str, Tensor]:
+        """This rank's fragments "kind|name|start", 1-D, where the optimizer has them; rank 0 adds the buffers."""
+        live = {
+            f"{kind}|{f.name}|{f.start}": self.layout.view(f, kind).detach()
             for f in self.layout.fragments
             if f.owned
             for kind in ("fp32", *MOMENTS)
         }
         if self.world.rank == 0:
             for name, buffer in self.module.named_buffers():
-                copies[f"buffer|{name}|0"] = buffer.detach().to("cpu", copy=True).view(-1)
-        return copies
+                live[f"buffer|{name}|0"] = buffer.detach().reshape(-1)
+        return live
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same as host copies."""
+        return {key: tensor.to("cpu", copy=True) for key, tensor in self.live_tensors().items()}
 
     def meta(self) -> dict[str, Any]:
         """The manifest's part of the engine: shapes, group hyper-parameters by parameter name, counters, scaler."""

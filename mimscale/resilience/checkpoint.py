@@ -2,17 +2,19 @@
 
     <run>/checkpoints/step-00001000/
         shard-00000-of-00008.safetensors ...   one per rank that wrote
-        manifest.json                          written last
+        manifest.json                          every file's size and sha256, every fragment's place, the train state
+        COMPLETE                               the sha256 of manifest.json; written last
+    <run>/checkpoints/latest.json              names the newest; for people and scripts, a resume looks for itself
 
 A *fragment* is a contiguous run of one flattened named parameter, for one kind of number:
     fp32, exp_avg, exp_avg_sq   the master weight and Adam's moments, always float32
     buffer                      a module buffer, whole, in its own dtype
 and is stored as the 1-D tensor "kind|name|start". Nothing about stages, groups, padding or ranks is in the key, so any
 run can read what any other wrote: it copies the overlapping pieces. 16-bit weights are not stored; they are the
-rounded masters.
+rounded masters. All is data: safetensors and JSON, no pickle.
 
 A folder gets its final name by an atomic rename after every file in it is on disk, so a folder that is there is whole
-as far as the writer could see; `Reader` checks sizes, `verify` the sha256 of every file.
+as far as the writer could see; `Reader` checks the manifest and the sizes, `verify` the sha256 of every file.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mimscale.errors import UserError
+from mimscale.resilience.hostcopy import HostCopy
 
-FORMAT = 1
+FORMAT = 2
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+_SHARD = re.compile(r"shard-\d+-of-\d+\.safetensors")
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -51,14 +54,20 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name; -1 for any other name."""
+    match = _STEP.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def steps(root: Path) -> list[Path]:
+    """Everything under `root` (<run>/checkpoints) that is named like a checkpoint, oldest first."""
+    return sorted((path for path in root.iterdir() if step_of(path) >= 0), key=step_of) if root.is_dir() else []
+
+
 def complete(root: Path) -> list[Path]:
-    """Checkpoint folders under `root` (<run>/checkpoints), oldest first."""
-    if not root.is_dir():
-        return []
-    found = [
-        (int(m[1]), p) for p in root.iterdir() if (m := _STEP.fullmatch(p.name)) and (p / "manifest.json").is_file()
-    ]
-    return [path for _, path in sorted(found)]
+    """The checkpoints under `root` whose writer finished, oldest first."""
+    return [path for path in steps(root) if (path / "COMPLETE").is_file()]
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -67,32 +76,51 @@ def newest(run_dir: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
+def newest_step(run_dir: Path) -> int:
+    """The step that a restart would go on from, as far as can be seen without reading it; 0 without a checkpoint."""
+    path = newest(run_dir)
+    return 0 if path is None else step_of(path)
+
+
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def write_shard(folder: Path, tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, Any]:
-    """Write one rank's fragments ("kind|name|start" -> 1-D CPU tensor) and return the file's entry for the manifest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"shard-{rank:05d}-of-{world:05d}.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    _fsync(path)
-    fragments = []
+def shard_name(rank: int, world: int) -> str:
+    return f"shard-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def fragments(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
+    """[kinds, name, start, length] of each fragment in "kind|name|start" -> 1-D tensor; alike ones in one row."""
+    rows: dict[tuple[str, int, int], list[str]] = {}
     for key, tensor in tensors.items():
         kind, name, start = key.split("|")
-        fragments.append([kind, name, int(start), tensor.numel()])
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), "fragments": fragments}
+        rows.setdefault((name, int(start), tensor.numel()), []).append(kind)
+    return [[kinds, name, start, length] for (name, start, length), kinds in rows.items()]
+
+
+def write_shard(folder: Path, tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, Any]:
+    """Write one rank's fragments and return the file's entry for the manifest. The training writes with a `Saver`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = shard_name(rank, world)
+    size, digest = HostCopy(tensors).fill(tensors).write(folder / name)
+    return {"file": name, "bytes": size, "sha256": digest, "fragments": fragments(tensors)}
 
 
 def commit(temporary: Path, final: Path, shards: list[dict[str, Any]], meta: Mapping[str, Any]) -> None:
-    """Rank 0, after every shard is on disk: manifest, then the final name."""
-    manifest = temporary / "manifest.json"
-    manifest.write_text(json.dumps({"format": FORMAT, **meta, "shards": shards}))
-    _fsync(manifest)
+    """Rank 0, after every shard is on disk: manifest, COMPLETE, the final name, the pointer."""
+    rows = ",\n".join(json.dumps(shard) for shard in shards)  # one by one: the training thread gets its turn between
+    text = f'{json.dumps({"format": FORMAT, **meta})[:-1]}, "shards": [\n{rows}\n]}}'.encode()
+    digest = hashlib.sha256(text).hexdigest()
+    _write(temporary / "manifest.json", text)
+    _write(temporary / "COMPLETE", digest.encode())
     _fsync(temporary)
-    if final.exists():  # without a manifest, or it would have been resumed from: half of a copy, say
+    if final.exists():  # nobody resumed from it, or its step would not be reached again
         set_aside(final)
     os.rename(temporary, final)
     _fsync(final.parent)
+    part = final.with_name(".latest.part")
+    _write(part, json.dumps({"folder": final.name, "manifest_sha256": digest}).encode())
+    os.replace(part, final.with_name("latest.json"))
 
 
 def set_aside(path: Path) -> None:
@@ -105,14 +133,20 @@ def damaged(root: Path) -> list[Path]:
     return sorted(root.glob("damaged-step-*"))
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed writers left behind."""
+def prune(root: Path, keep: int, keep_every: int = 0) -> None:
+    """Delete all but the newest `keep` checkpoints and the multiples of `keep_every`, and killed writers' folders."""
     for path in complete(root)[:-keep]:
-        doomed = path.with_name(f".old-{path.name}")
-        os.rename(path, doomed)  # a half-deleted folder must not look complete
-        shutil.rmtree(doomed)
+        if not keep_every or step_of(path) % keep_every:
+            remove(path)
     for path in root.glob(".*-step-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; half-deleted it must not look complete."""
+    doomed = path.with_name(f".old-{path.name}-{time.time_ns():x}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -123,20 +157,20 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.meta: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{path}/manifest.json is not JSON: {error}") from None
-        if self.meta.get("format") != FORMAT:
-            raise UserError(f"{path} has format {self.meta.get('format')}; this version of mimscale reads {FORMAT}")
+        self.meta: dict[str, Any] = _manifest(path)
         self._pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
         for shard in self.meta["shards"]:
+            if not _SHARD.fullmatch(shard["file"]):
+                raise UserError(
+                    f"{path}/manifest.json names the file '{shard['file']}' outside of its folder; not read"
+                )
             file = path / shard["file"]
             size = file.stat().st_size if file.exists() else None
             if size != shard["bytes"]:
                 raise CheckpointError(f"{file}: {'missing' if size is None else f'{size} bytes'}, not {shard['bytes']}")
-            for kind, name, start, length in shard["fragments"]:
-                self._pieces.setdefault((kind, name), []).append((start, length, shard["file"]))
+            for kinds, name, start, length in shard["fragments"]:
+                for kind in kinds:
+                    self._pieces.setdefault((kind, name), []).append((start, length, shard["file"]))
         for pieces in self._pieces.values():
             pieces.sort()
         self._open: dict[str, Any] = {}
@@ -185,6 +219,24 @@ class Reader:
         return self._open[name]
 
 
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest, proven to be the one that COMPLETE was written for."""
+    for name in ("COMPLETE", "manifest.json"):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}/{name} is missing")
+    text = (path / "manifest.json").read_bytes()
+    try:
+        meta = json.loads(text)
+        written = meta["format"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}/manifest.json is not a manifest: {error}") from None
+    if written != FORMAT:
+        raise UserError(f"{path} has format {written}; this version of mimscale reads {FORMAT}")
+    if hashlib.sha256(text).hexdigest() != (path / "COMPLETE").read_text():
+        raise CheckpointError(f"{path}/manifest.json: sha256 differs from COMPLETE")
+    return meta
+
+
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The method's state dict: fp32 parameters and buffers, whole."""
     reader = Reader(checkpoint)
@@ -201,8 +253,15 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

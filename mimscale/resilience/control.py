@@ -42,6 +42,15 @@ class Control:
         dist.broadcast_object_list(items, src=0, group=self._group)
         return items[0]
 
+    def gather_bytes(self, item: bytes) -> list[bytes]:
+        """As `gather` for items of one length on all ranks, without pickling."""
+        if self.world == 1:
+            return [item]
+        mine = torch.frombuffer(bytearray(item), dtype=torch.uint8)
+        items = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(items, mine, group=self._group)
+        return [bytes(each.numpy()) for each in items]
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier(group=self._group)
@@ -69,23 +78,23 @@ class Control:
         """Run `work` on rank 0 only; if it fails there, raise on all. The others wait."""
         self.together(work if self.rank == 0 else lambda *_: None, *args)
 
-    def any_raised(self, flag: bool) -> bool:
-        """True on every rank at the same call once any rank passed True; the answer is that of the PREVIOUS call.
+    def agree(self, *numbers: int) -> list[int]:
+        """The largest of each number over the ranks, as they were at the PREVIOUS call; at first all of them 0.
 
         The reduction started here runs beside the step and is read at the next call, so no rank waits for it.
         """
         if self.world == 1:
-            return flag
-        answer = self.settle()
-        tensor = torch.tensor([int(flag)])
+            return [int(number) for number in numbers]
+        answer = self.settle() or [0] * len(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.int64)
         self._pending = (tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True))
         return answer
 
-    def settle(self) -> bool:
+    def settle(self) -> list[int] | None:
         """Wait for the reduction under way, if any, and return its answer."""
         if self._pending is None:
-            return False
+            return None
         tensor, work = self._pending
         self._pending = None
         work.wait()
-        return bool(tensor.item())
+        return tensor.tolist()

@@ -16,8 +16,6 @@ from mimscale.errors import UserError
 from mimscale.teachers import weights
 from mimscale.teachers.base import DTYPES, Teacher, check_needs
 
-_CLASSES = {"timm": "TimmTeacher", "open_clip": "OpenClipTeacher"}
-
 
 def adapter(library: str) -> Any:
     """The module that knows a library; imported only for the libraries that a run uses."""
@@ -37,8 +35,7 @@ def describe(name: str, config: TeacherConfig, default_image_size: int) -> Teach
 
 
 def _build(name: str, config: TeacherConfig, default_image_size: int) -> Teacher:
-    build = getattr(adapter(config.library), _CLASSES[config.library])
-    teacher: Teacher = build(name, config, config.image_size or default_image_size)
+    teacher: Teacher = adapter(config.library).build(name, config, config.image_size or default_image_size)
     return teacher
 
 

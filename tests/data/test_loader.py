@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mimscale.config import DataConfig
 from mimscale.contracts import Batch, Needs, Noise
@@ -127,6 +128,27 @@ def test_resume_equals_never_stopping(manifest: Manifest, never_stopped, step: i
         part.close()
     rest = {position: fields for position, fields in never_stopped.items() if position >= step * GLOBAL}
     assert_same(by_position(iter(batches)), rest)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 24), (2, 12), (4, 2), (12, 1)])
+def test_whole_images_belong_to_positions(manifest: Manifest, world: int, micro: int) -> None:
+    """The first 5 of each 24 positions bring the uncut picture as well, whoever holds them; the rest stays as it is."""
+    found, plain = {}, by_position(islice(loader(manifest), 2))
+    for rank in range(world):
+        part = loader(manifest, needs=replace(NEEDS, whole_images=5), micro_batch=micro, rank=rank, world=world)
+        for batch in islice(part, 2 * GLOBAL // (world * micro)):
+            assert batch.whole is not None and batch.whole_rows is not None
+            assert batch.whole.shape == (len(batch.whole_rows), 3, 32, 32) and batch.whole.dtype == torch.uint8
+            for picture, row in zip(batch.whole, batch.whole_rows.tolist(), strict=True):
+                source = decode(manifest.read(int(batch.ids[row])))
+                expected = source.resize((32, 32), Image.Resampling.BICUBIC)
+                assert np.array_equal(picture.numpy(), pixels(expected))
+                found[int(batch.positions[row])] = picture
+            for row, position in enumerate(batch.positions.tolist()):
+                assert torch.equal(batch.images[row], plain[position]["images"])
+            normalised = batch.normalised()
+            assert normalised.whole is not None and normalised.whole.dtype == torch.float32
+    assert sorted(found) == [0, 1, 2, 3, 4, 24, 25, 26, 27, 28]
 
 
 def test_noise_is_independent_of_what_else_is_asked(manifest: Manifest, never_stopped) -> None:

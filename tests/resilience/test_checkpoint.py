@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -76,12 +77,31 @@ def test_damage_is_named(tmp_path: Path) -> None:
     second.write_bytes(whole)
     with pytest.raises(CheckpointError, match="found 0 of 3 elements"):
         Reader(path).into("exp_avg", "w", 0, torch.empty(3))
-    (path / "manifest.json").write_text('{"format": 99}')
-    with pytest.raises(UserError, match="format 99; this version of mimscale reads 1"):
+    manifest = path / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text('{"format": 99}')
+    with pytest.raises(UserError, match="format 99; this version of mimscale reads 2"):
         Reader(path)
-    (path / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="manifest.json is not JSON"):
+    manifest.write_text("{")
+    with pytest.raises(CheckpointError, match="manifest.json is not a manifest"):
         Reader(path)
+    manifest.write_text(text.replace("1000", "1001"))
+    with pytest.raises(CheckpointError, match="sha256 differs from COMPLETE"):
+        Reader(path)
+    (path / "COMPLETE").unlink()
+    with pytest.raises(CheckpointError, match="COMPLETE is missing"):
+        Reader(path)
+
+
+def test_a_manifest_reaches_no_file_outside_its_folder(tmp_path: Path) -> None:
+    path = write(tmp_path, 1, torch.arange(4.0), [])
+    meta = Reader(path).meta
+    for name in (f"../{path.name}/shard", "/etc/hostname", ".."):
+        text = json.dumps({**meta, "shards": [{**meta["shards"][0], "file": name}]})
+        (path / "manifest.json").write_text(text)
+        (path / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())
+        with pytest.raises(UserError, match="outside of its folder"):
+            Reader(path)
 
 
 def test_half_a_copy_does_not_block_the_step(tmp_path: Path) -> None:
@@ -100,8 +120,11 @@ def test_newest_keeps_and_prunes(tmp_path: Path) -> None:
     (root / "step-00000011").mkdir()  # no manifest: not a checkpoint
     (root / ".tmp-step-00000012-abc").mkdir()
     assert checkpoint.newest(tmp_path) == root / "step-100000000"
+    checkpoint.prune(root, keep=2, keep_every=2)
+    assert [p.name for p in checkpoint.complete(root)] == ["step-00000002", "step-00000010", "step-100000000"]
     checkpoint.prune(root, keep=2)
     assert [p.name for p in checkpoint.complete(root)] == ["step-00000010", "step-100000000"]
+    assert json.loads((root / "latest.json").read_text())["folder"] == "step-100000000"
     assert not list(root.glob(".*"))
     checkpoint.set_aside(root / "step-100000000")
     assert checkpoint.newest(tmp_path) == root / "step-00000010"

@@ -1,0 +1,214 @@
+"""Saving beside the training: the step waits for a copy to host memory, a thread does the rest.
+
+One save at a time. Every rank's thread writes its shard; that all have done so is agreed on by the loop's own per-step
+reduction (`votes`, `follow`), so no rank ever waits for another's disk; then rank 0's thread commits and prunes. A disk
+that is full or slow costs warnings and tries; when `patience_s` is over the save is given up, the training goes on, and
+what was saved before stays. The threads use no collectives and end with their save, so none lives while loader workers
+are forked.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mimscale.config import CheckpointConfig
+from mimscale.errors import Stopped
+from mimscale.resilience import checkpoint
+from mimscale.resilience.control import Control
+from mimscale.resilience.hostcopy import HostCopy
+
+_ENTRY = struct.Struct("<q32s")  # size in bytes and sha256 of a shard; size -1: not written
+_NEVER = -(2**62)  # has no say in a maximum
+
+
+@dataclass
+class _Job:
+    """The save under way, as this rank sees it. `ready`: all shards are on disk, and rank 0 commits."""
+
+    step: int
+    meta: Mapping[str, Any]
+    temporary: Path
+    thread: threading.Thread | None = None
+    entry: tuple[int, bytes] | None = None
+    failure: str | None = None
+    ready: bool = False
+    committed: bool = False
+    stalled_s: float = 0.0
+    start_s: float = field(default_factory=time.monotonic)
+
+
+class Saver:
+    """Made once, before the loader's workers start: allocates the buffers and exchanges who holds what. Collective.
+
+    tensors: "kind|name|start" -> live 1-D tensor of this rank; every save brings the same ones in their current values.
+    unchanged: called on rank 0 before anything is renamed or removed; raises Stopped where another start took over.
+    note: told of each event on rank 0, from the training's thread.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        control: Control,
+        config: CheckpointConfig,
+        tensors: Mapping[str, Tensor],
+        unchanged: Callable[[], None] = lambda: None,
+        note: Callable[..., None] = lambda name, **values: None,
+    ) -> None:
+        self._root, self._control, self._config = root, control, config
+        self._unchanged, self.note = unchanged, note
+        self._copy = HostCopy(tensors)
+        self._fragments = control.gather(checkpoint.fragments(tensors))
+        self._job: _Job | None = None
+        self._number = 0  # saves begun; the same on all ranks, like all that `follow` decides by
+        self._written = self._settled = 0  # this rank's last shard on disk or given up; rank 0's last save dealt with
+
+    # ---------------------------------------------------------------------------------------------- the loop's calls
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Copy, and go on writing in the background. Collective.
+
+        Skips this save, with a note, while the one before is still being written.
+        """
+        if self._job is not None:
+            late_s = time.monotonic() - self._job.start_s
+            self._warn(f"step {step} is not saved: step {self._job.step} is still being written after {late_s:.0f} s")
+            self.note("save_skipped", at=step, busy_with=self._job.step)
+            return
+        start_s = time.perf_counter()
+        self._copy.fill(tensors)
+        name = self._control.broadcast(f".tmp-{checkpoint.step_folder(self._root, step).name}-{time.time_ns():x}")
+        self._number += 1
+        job = self._job = _Job(step, meta, self._root / name)
+        job.stalled_s = time.perf_counter() - start_s
+        self._start(job, self._write)
+
+    def votes(self) -> tuple[int, int]:
+        """What this rank contributes to the per-step reduction (largest over the ranks), for `follow`."""
+        return -self._written, -self._settled if self._control.rank == 0 else _NEVER
+
+    def follow(self, written: int, settled: int) -> None:
+        """Take the agreed answer to `votes`. Waits for nothing; all ranks do the same."""
+        job = self._job
+        if job is None:
+            return
+        if not job.ready and -written >= self._number:
+            self._gather(job)
+        if -settled >= self._number:
+            self._finish(job)
+
+    def settle(self) -> bool:
+        """Wait until the save under way is on disk or given up; True if nothing was given up. Collective."""
+        job = self._job
+        if job is None:
+            return True
+        if job.thread is not None:
+            job.thread.join()
+        if not job.ready:
+            self._gather(job)
+            if job.thread is not None:
+                job.thread.join()
+        job.committed = self._control.broadcast(job.committed)
+        self._finish(job)
+        return job.committed
+
+    # ------------------------------------------------------------------------------------------------------- plumbing
+
+    def _start(self, job: _Job, work: Callable[[_Job], None]) -> None:
+        job.thread = threading.Thread(target=work, args=(job,), name="save", daemon=True)
+        job.thread.start()
+
+    def _gather(self, job: _Job) -> None:
+        """Every rank's size and sha256 to rank 0, which commits, or drops the save if one has failed. Collective."""
+        job.ready = True
+        entries = [_ENTRY.unpack(item) for item in self._control.gather_bytes(_ENTRY.pack(*(job.entry or (-1, b""))))]
+        failed = [rank for rank, (size, _) in enumerate(entries) if size < 0]
+        if failed:
+            job.failure = job.failure or f"rank {failed[0]} could not write its shard"
+        if self._control.rank != 0:
+            return
+        world = self._control.world
+        shards = [
+            {"file": checkpoint.shard_name(rank, world), "bytes": size, "sha256": digest.hex(), "fragments": rows}
+            for rank, ((size, digest), rows) in enumerate(zip(entries, self._fragments, strict=True))
+        ]
+        self._start(job, lambda job: self._drop(job) if failed else self._commit(job, shards))
+
+    def _finish(self, job: _Job) -> None:
+        self._job = None
+        if self._control.rank != 0:
+            return
+        seconds = {"stalled_s": round(job.stalled_s, 4), "written_s": round(time.monotonic() - job.start_s, 3)}
+        if job.committed:
+            self.note("saved", at=job.step, bytes_rank0=self._copy.bytes, **seconds)
+        else:
+            self._warn(f"step {job.step} could not be saved: {job.failure}; the checkpoints before it are untouched")
+            self.note("save_failed", at=job.step, why=job.failure, **seconds)
+
+    # ------------------------------------------------------------------------------------------------- in the thread
+
+    def _write(self, job: _Job) -> None:
+        path = job.temporary / checkpoint.shard_name(self._control.rank, self._control.world)
+
+        def attempt() -> None:
+            job.temporary.mkdir(parents=True, exist_ok=True)
+            size, digest = self._copy.write(path)
+            job.entry = (size, bytes.fromhex(digest))
+
+        self._patiently(job, attempt)
+        self._written = self._number
+
+    def _commit(self, job: _Job, shards: list[dict[str, Any]]) -> None:
+        final = checkpoint.step_folder(self._root, job.step)
+
+        def attempt() -> None:
+            self._unchanged()
+            if job.temporary.exists():  # else the rename was done, and only what follows it failed
+                checkpoint.commit(job.temporary, final, shards, job.meta)
+            job.committed = True
+
+        def tidy() -> None:
+            self._unchanged()
+            checkpoint.prune(self._root, self._config.keep, self._config.keep_every)
+
+        self._patiently(job, attempt)
+        if job.committed:
+            self._patiently(job, tidy)
+        else:
+            self._drop(job)
+        self._settled = self._number
+
+    def _drop(self, job: _Job) -> None:
+        shutil.rmtree(job.temporary, ignore_errors=True)
+        self._settled = self._number
+
+    def _patiently(self, job: _Job, attempt: Callable[[], None]) -> None:
+        """Try until it succeeds or `patience_s` is over. What went wrong ends up in `job.failure`."""
+        end_s, pause_s = time.monotonic() + self._config.patience_s, 1.0
+        while True:
+            try:
+                attempt()
+                return
+            except Stopped as error:
+                job.failure = str(error)
+                return
+            except Exception as error:
+                job.failure = f"rank {self._control.rank}: {type(error).__name__}: {error}"
+                retried = isinstance(error, OSError) and time.monotonic() + pause_s < end_s
+                self._warn(f"step {job.step}: {error}; {f'trying again in {pause_s:g} s' if retried else 'given up'}")
+                if not retried:
+                    return
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 30.0)
+
+    def _warn(self, text: str) -> None:
+        print(f"checkpoint: rank {self._control.rank}: {text}", file=sys.stderr, flush=True)
