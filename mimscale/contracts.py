@@ -1,9 +1,9 @@
 """What the rooms of this package hand to each other: noise, batches, targets, and what a method asks for.
 
-Nothing here computes. Data fills a `Batch`, a teacher fills `Targets`, a method states its `Needs`; none of the three
-imports the others.
+Nothing here computes. Data fills a `Batch`, a teacher fills `Targets`, a masking policy fills `Masks`, a method states
+its `Needs`; none of them imports the others.
 
-Shape letters: B images of a micro-batch, L patches of the grid, D channels.
+Shape letters: B images of a micro-batch, L patches of the grid, K of them visible, M masked, D channels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class TeacherNeeds:
     levels: tuple[int, ...] = ()
     cls_attention: bool = False
 
+    def __or__(self, other: TeacherNeeds) -> TeacherNeeds:
+        """What both read."""
+        levels = tuple(sorted({*self.levels, *other.levels}))
+        return TeacherNeeds(levels, self.cls_attention or other.cls_attention)
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -57,6 +62,25 @@ class Needs:
     teachers: Mapping[str, TeacherNeeds] = field(default_factory=dict)
     labels: bool = False
     whole_images: int = 0
+
+    def __or__(self, other: Needs) -> Needs:
+        """What both want; each draws its own noise."""
+        names = [*self.teachers, *(name for name in other.teachers if name not in self.teachers)]
+        nothing = TeacherNeeds()
+        teachers = {name: self.teachers.get(name, nothing) | other.teachers.get(name, nothing) for name in names}
+        whole_images = max(self.whole_images, other.whole_images)
+        return Needs({**self.noise, **other.noise}, teachers, self.labels or other.labels, whole_images)
+
+
+class Masks(NamedTuple):
+    """Which patches a student sees and which are predicted; places in the grid, in raster order, from 0.
+
+    visible: int64 [B, K], in the order in which the student sees them.  masked: int64 [B, M].  A patch in neither was
+    thrown away: nothing sees or predicts it.
+    """
+
+    visible: Tensor
+    masked: Tensor
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from mimscale.resilience.preempt import Preemption, ignore_signals, leave_requeu
 from mimscale.resilience.saver import Saver
 from mimscale.state import TrainState
 from mimscale.teachers.bank import Bank, describe
+from mimscale.teachers.quantise import check as check_quantised
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
     teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
     for name, teacher in run.teachers.items():
         if world.device.type == "cuda":
-            check_precision(world.device, teacher.precision, f"teachers.{name}.precision")
+            check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
+            check_quantised(name, teacher.precision, world.device)
     method_class(run.method.name).check(run, teachers)
 
     stored = run_folder.existing_run(run_dir)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimscale.contracts import Masks
 from mimscale.convert import reference, timm_export
 from mimscale.convert.families import mae, simmim
 from mimscale.convert.names import State
@@ -18,6 +19,7 @@ from mimscale.methods.base import Method
 from mimscale.models.beit import Beit
 from mimscale.models.convvit import ConvViT
 from mimscale.models.decoder import MAEDecoder
+from mimscale.models.masking import in_raster_order
 from mimscale.models.patches import assemble
 from mimscale.models.pixel_head import PixelHead
 from mimscale.models.vit import LN_EPS
@@ -85,11 +87,12 @@ def method_differences(method: Method, weights: Mapping[str, Tensor]) -> Differe
     if isinstance(decoder, MAEDecoder):
         visible = max(1, patches // 4)
         latent = random_input(1, decoder.prefix + visible, width)
-        restore = random_input(1, patches).argsort(dim=1)
+        order = random_input(1, patches).argsort(dim=1)
+        raster = in_raster_order(Masks(order[:, :visible], order[:, visible:]))
         heads = decoder.blocks[0].attn.heads  # type: ignore[union-attr]
         parts = {n: t for n, t in weights.items() if n.startswith("decoder.")}
-        theirs = reference.mae_decoder(mae.to_official(parts).weights, latent, restore, int(heads))  # type: ignore[arg-type]
-        found["decoder"] = difference(decoder.eval()(latent, restore), theirs)
+        theirs = reference.mae_decoder(mae.to_official(parts).weights, latent, raster.places, int(heads))  # type: ignore[arg-type]
+        found["decoder"] = difference(decoder.eval()(latent, raster), theirs)
     if isinstance(head, PixelHead) and isinstance(student, Beit):
         tokens = random_input(1, patches, width)
         theirs = reference.simmim_head(simmim.to_official(weights).weights, tokens, student.grid, student.config.patch)
