@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "state": set(),
     "run_folder": set(),
     "recipes": set(),
-    "convert": {"models", "methods", "data", "resilience"},
+    "convert": {"models", "methods", "data", "resilience", "run_folder"},
     "evals": {"models", "methods", "data", "resilience", "convert"},
     "doctor": {"models", "methods", "teachers", "data", "engine"},
     "bench": {"models", "methods", "masking", "teachers", "data", "resilience", "observe", "engine", "optim"},
