@@ -2,16 +2,16 @@
 
 The student looks at whole images now and then; what its last block attends to there is kept as one number per patch and
 sample. Patches are then drawn without replacement in proportion to these numbers: the first are masked, the next are
-thrown away (nobody sees or predicts them), the rest is seen. So what is attended tends to be masked.
+thrown away (nobody sees or predicts them), the rest is seen. So what is attended tends to be masked. For a student
+without a class token the mean over the patches' attention stands in.
 
-Ours, at scale: the release looks at the whole data set every 40 epochs, with one copy of all numbers per process and
-none in the checkpoint. Here the first positions of every global batch bring their whole image along, so each sample is
-looked at about once in 1 / refresh epochs by the student of that moment; the numbers are bytes, cut over the ranks
-(`_table`), and are saved. Samples not looked at yet count as constant, and their draw is uniform.
-
-Two defects of the release are left out: it cuts the map without regard to the image's crop, and drops a layer
-scale of SimMIM's network. Here the map goes through the image's own crop and flip. `compat: released` brings back the
-first, to compare with published numbers; no recipe sets it.
+Differences: the release looks at all images every 40 epochs and holds a float copy of all numbers in every
+process, none in the checkpoint. Here the first positions of every global batch bring their whole image along, so a
+sample is looked at about once in 1 / `refresh` epochs, by the student of that moment, and the numbers are bytes, cut
+over the ranks and saved; a sample not looked at yet is drawn uniformly. The map of numbers goes through the image's own
+crop and flip; the release always enlarges the map's corner (`compat: released` brings that back, for comparison, and no
+recipe sets it). SimMIM's layer scale of the attention is applied; the release drops it, and with ones in its place the
+numbers are equal.
 """
 
 from __future__ import annotations
