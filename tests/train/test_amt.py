@@ -74,7 +74,7 @@ def test_one_rank_goes_on_where_two_stopped(recipe: Path, whole: Path, tmp_path:
 
 
 def test_the_warm_up_is_plain_mae(shards: Path, whole: Path, tmp_path: Path) -> None:
-    ranks.train(2, ranks.recipe(tmp_path, shards, "mae"), tmp_path / "run")
+    ranks.train(1, ranks.recipe(tmp_path, shards, "mae"), tmp_path / "run")
     ours, theirs = ranks.curve(whole), ranks.curve(tmp_path / "run")
-    assert [ours[step] for step in (1, 2)] == [theirs[step] for step in (1, 2)]
-    assert all(ours[step] != theirs[step] for step in range(3, 13))
+    assert [ours[step] for step in (1, 2)] == pytest.approx([theirs[step] for step in (1, 2)], abs=1e-6)
+    assert all(abs(ours[step] - theirs[step]) > 1e-4 for step in range(3, 13))
