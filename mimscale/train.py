@@ -28,7 +28,7 @@ from mimscale.errors import Stopped, UserError
 from mimscale.methods.base import Method
 from mimscale.observe.logbook import Logbook
 from mimscale.observe.meter import Meter, Phases
-from mimscale.observe.panels import panel
+from mimscale.observe.panels import SAMPLES
 from mimscale.resilience import checkpoint
 from mimscale.resilience.control import Control
 from mimscale.resilience.lock import Lock
@@ -36,6 +36,7 @@ from mimscale.resilience.preempt import Preemption, ignore_signals, leave_requeu
 from mimscale.resilience.saver import Saver
 from mimscale.state import TrainState
 from mimscale.teachers.bank import Bank, describe
+from mimscale.teachers.quantise import check as check_quantised
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
     teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
     for name, teacher in run.teachers.items():
         if world.device.type == "cuda":
-            check_precision(world.device, teacher.precision, f"teachers.{name}.precision")
+            check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
+            check_quantised(name, teacher.precision, world.device)
     method_class(run.method.name).check(run, teachers)
 
     stored = run_folder.existing_run(run_dir)
@@ -172,10 +174,8 @@ def train(plan: Plan, phases: Phases) -> None:
             metrics |= {"epoch": state.step / plan.steps_per_epoch, "skipped_steps": float(engine.skipped_steps)}
             logbook.step(state.step, metrics)
         if run.log.panels and (last or state.step % run.log.panels == 0):
-            with torch.no_grad():
-                view = method.view(batch, targets)
-            if view is not None:
-                logbook.picture(state.step, "view", panel(view))
+            targets = {name: seen.first(SAMPLES) for name, seen in targets.items()}
+            logbook.show(state.step, method.look(batch.first(SAMPLES), targets))
         raised, *saved = control.agree(preemption.raised(), *saver.votes())
         saver.follow(*saved)
         stop = bool(raised) and not last
