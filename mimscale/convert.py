@@ -220,6 +220,10 @@ def to_timm(encoder: Mapping[str, Tensor]) -> State:
 def to_official(weights: Mapping[str, Tensor], run: RunConfig) -> Mapped:
     """Our state dict of a run -> the names of the method's official code. Raises UserError for a method without one."""
     method: Any = run.method
+    if method.name not in OPENMMLAB and any(name.startswith("fusion.") for name in weights):
+        raise UserError(f"method.fusion has no official names in {method.name}; choose --to timm")
+    if getattr(method, "adaptor_position", "after") == "before":
+        raise UserError("method.adaptor_position = before has no official names; choose --to timm")
     if method.name in ("mae", "convmae"):
         return mae_to_official(weights)
     if method.name == "finetune":

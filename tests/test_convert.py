@@ -32,7 +32,7 @@ from tests.golden import batch_of, close, run_config
 STUDENT = {"width": 32, "depth": 3, "heads": 2}
 MAE_SECTION = {"name": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
 RELATIVES: dict[str, tuple[type[Method], dict[str, Any]]] = {
-    "mff": (MFF, {"levels": [0, 1, 2]}),
+    "mff": (MFF, {"fusion": {"levels": [0, 1, 2]}}),
     "pixmim": (PixMIM, {"low_pass_radius": 10}),
 }
 INFO = TeacherInfo("t", dim=24, depth=3, grid=(4, 4), image_size=64, has_cls=True)

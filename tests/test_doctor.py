@@ -37,7 +37,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("data")
     plan = Plan(read_folder(make_image_folder(base / "pictures", classes=2, per_class=12, side=32), labelled=True),
                 seed=0, shard_mb=256, shard_samples=8)  # fmt: skip
-    assert write(plan, base / "shards", unfinished(plan, base / "shards"))
+    assert not write(plan, base / "shards", unfinished(plan, base / "shards"))
     return base / "shards"
 
 
