@@ -108,13 +108,21 @@ class Targets:
     cls: Mapping[int, Tensor]
     cls_attention: Tensor | None = None
 
+    def first(self, count: int) -> Targets:
+        """Those of the first samples."""
+        return Targets(
+            {level: tokens[:count] for level, tokens in self.levels.items()},
+            {level: token[:count] for level, token in self.cls.items()},
+            None if self.cls_attention is None else self.cls_attention[:count],
+        )
+
 
 @dataclass(frozen=True)
 class View:
     """What a method can show of a micro-batch to whoever watches a run; absent parts are None.
 
     images, reconstruction: float32 [B, 3, H, W] in 0..1.  mask: [B, L], 1 = masked.  attention: [B, L], any scale.
-    thrown: [B, L], 1 = neither seen nor predicted.
+    thrown: [B, L], 1 = neither seen nor predicted.  features: [B, L, D], the student's tokens of the whole images.
     """
 
     images: Tensor
@@ -122,6 +130,7 @@ class View:
     reconstruction: Tensor | None = None
     attention: Tensor | None = None
     thrown: Tensor | None = None
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,10 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""
         return self._each(Tensor.pin_memory)
+
+    def first(self, count: int) -> Batch:
+        """The first samples, without the whole images."""
+        return replace(self, whole=None, whole_rows=None)._each(lambda tensor: tensor[:count])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}

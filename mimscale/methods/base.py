@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
+import torch
 from pydantic import SerializeAsAny, field_validator
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from mimscale.errors import UserError
 from mimscale.masking.base import Masking, MaskingConfig, keeps
 from mimscale.models.beit import Beit
 from mimscale.models.convvit import ConvViT
+from mimscale.models.patches import unnormalised
 from mimscale.models.vit import ViT
 
 
@@ -58,8 +60,18 @@ class Method(nn.Module):
         return None
 
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View | None:
-        """What there is to see in this batch. Every rank calls it at the same step (ZeRO-3 gathers); no gradient."""
+        """What the method itself shows of this batch; no gradient."""
         return None
+
+    @torch.no_grad()
+    def look(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
+        """All that there is to see: `view`, and the student's tokens of the whole images.
+
+        Every rank calls it at the same step, because ZeRO-3 gathers parameters in it.
+        """
+        seen = self.view(batch, targets) or View(unnormalised(batch.images))
+        student: Any = self.student
+        return replace(seen, features=student(batch.images).tokens[:, student.prefix :])
 
     def after_step(self, batch: Batch) -> None:
         """Called once after each optimiser step, for what a method learns between steps."""
