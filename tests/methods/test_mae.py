@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD
-from mimscale.convert import mae_from_official
+from mimscale.convert.families.mae import from_official
 from mimscale.errors import UserError
 from mimscale.methods.mae import MAE, masked_patch_loss
 from mimscale.models.masking import in_raster_order, mask_of
@@ -45,7 +45,7 @@ def block_outputs(modules: torch.nn.ModuleList) -> dict[int, torch.Tensor]:
 def test_golden(name: str) -> None:
     g = golden.load(name)
     run = golden.mae_run(g.config)
-    method = golden.mae_method(run, mae_from_official(g.part("state")).weights)
+    method = golden.mae_method(run, from_official(g.part("state")).weights)
     first = name == "mae_dev"
     images, noise = (g["image"], g["noise"]) if first else (g["input/images"], g["mask/noise"])
     batch = batch_of(images, mask=noise)
@@ -84,7 +84,7 @@ def test_golden(name: str) -> None:
     golden.loss_close(loss, stored_loss)
     loss.backward()
     ours = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
-    stored = mae_from_official(g.part("grad")).weights
+    stored = from_official(g.part("grad")).weights
     assert len(stored) >= 9
     for parameter, gradient in stored.items():
         gradient_close(ours[parameter], gradient)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mimscale.contracts import Targets, TeacherInfo
-from mimscale.convert import maskalign_from_official
+from mimscale.convert.families.maskalign import from_official
 from mimscale.errors import UserError
 from mimscale.methods.maskalign import MaskAlign
 from mimscale.models.features import feature_target
@@ -51,7 +51,7 @@ def test_golden(name: str) -> None:
     out["loss"].backward()
     golden.every_parameter_has_a_gradient(method)
     ours = {n: p.grad for n, p in method.named_parameters()}
-    stored_gradients = maskalign_from_official(g.part("grad"), tuple(method.level_weights)).weights
+    stored_gradients = from_official(g.part("grad"), tuple(method.level_weights)).weights
     assert len(stored_gradients) >= 8
     for parameter, gradient in stored_gradients.items():
         gradient_close(ours[parameter], gradient)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimscale.convert import openmmlab_from_official, openmmlab_to_official
+from mimscale.convert.families import openmmlab
 from mimscale.errors import UserError
 from mimscale.methods.mae import MAE
 from mimscale.methods.mff import MFF
@@ -37,7 +37,7 @@ def test_golden() -> None:
     g = golden.load("mff_dev")
     run = golden.mae_run(g.config, {"name": "mff", "fusion": {"levels": g.config["out_indices"]}})
     method = MFF(run, {})
-    method.load_state_dict(openmmlab_from_official(g.part("state")).weights)
+    method.load_state_dict(openmmlab.from_official(g.part("state")).weights)
     masks = method.masking.choose(batch_of(g["image"], mask=g["noise"]), {})
     ids_keep = masks.visible
     assert torch.equal(in_raster_order(masks).places, g["ids_restore"])
@@ -69,7 +69,7 @@ def test_golden() -> None:
 
     outputs["loss"].backward()
     ours = {name: p.grad for name, p in method.named_parameters()}
-    stored = openmmlab_from_official(g.part("grad")).weights
+    stored = openmmlab.from_official(g.part("grad")).weights
     assert len(stored) >= 8 and "fusion.logits" in stored
     for name, gradient in stored.items():
         gradient_close(ours[name], gradient)
@@ -78,9 +78,9 @@ def test_golden() -> None:
 
 def test_golden_names() -> None:
     state = golden.load("mff_dev").part("state")
-    ours = openmmlab_from_official(state)
+    ours = openmmlab.from_official(state)
     assert not ours.notes
-    back = openmmlab_to_official(ours.weights).weights
+    back = openmmlab.to_official(ours.weights).weights
     assert back.keys() == state.keys() and all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
@@ -103,9 +103,9 @@ def test_one_level_is_mae() -> None:
     assert torch.equal(outputs["loss"], mae(batch, {})["loss"])
     outputs["loss"].backward()
     golden.every_parameter_has_a_gradient(method)
-    official = openmmlab_to_official(method.state_dict()).weights
+    official = openmmlab.to_official(method.state_dict()).weights
     frozen = {**official, "backbone.proj_weights": torch.ones(1, 1, 1, 1)}
-    mapped = openmmlab_from_official(frozen)
+    mapped = openmmlab.from_official(frozen)
     assert mapped.weights.keys() == method.state_dict().keys() and len(mapped.notes) == 1
 
 

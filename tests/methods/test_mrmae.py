@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimscale.contracts import Targets, TeacherInfo
-from mimscale.convert import mae_from_official
+from mimscale.convert.families.mae import from_official
 from mimscale.errors import UserError
 from mimscale.methods.mff import MFF
 from mimscale.methods.mrmae import MRMAE
@@ -73,7 +73,7 @@ def test_the_pixel_branch_is_mae() -> None:
     }
     run = run_config(section, {"width": c["embed"], "depth": c["depth"], "heads": c["heads"]}, c["img"])
     method = MRMAE(run, {"clip": CLIP})
-    missing = method.load_state_dict(mae_from_official(g.part("state")).weights, strict=False)
+    missing = method.load_state_dict(from_official(g.part("state")).weights, strict=False)
     assert {name.split(".")[0] for name in missing.missing_keys} == {"mimic"} and not missing.unexpected_keys
     batch = batch_of(g["input/images"], mask=g["mask/noise"])
     assert torch.equal(method.masking.choose(batch, {}).visible, g["mask/ids_keep"])
