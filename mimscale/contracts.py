@@ -155,8 +155,8 @@ class Batch:
         little outside of it.
     flips: bool [B], mirrored left-right after the crop.
     labels: int64 [B] where asked, else None.
-    whole: uint8 [F, 3, H, W], float32 after `normalised()`: the uncut images of the rows `whole_rows`, int64 [F],
-        squeezed to the same size, neither cropped nor mirrored. None where not asked; F may be 0.
+    whole: uint8 [F, 3, H, W], the uncut images of the rows `whole_rows`, int64 [F], squeezed to the same size, neither
+        cropped nor mirrored nor normalised. None where not asked; F may be 0.
     importance: uint8 [B, L], what a masking policy that learns has stored of these samples' patches; None else.
     damage: what could not be used when this batch was made; `ids` has what was taken instead.
     """
@@ -193,6 +193,10 @@ class Batch:
 
     def normalised(self) -> Batch:
         """uint8 -> float32 with ImageNet's mean and deviation, on the device where the batch is."""
-        mean, std = imagenet_statistics(self.images.device)
-        whole = None if self.whole is None else (self.whole.float() / 255 - mean) / std
-        return replace(self, images=(self.images.float() / 255 - mean) / std, whole=whole)
+        return replace(self, images=normalised(self.images))
+
+
+def normalised(images_B3HW: Tensor) -> Tensor:
+    """uint8 -> float32 with ImageNet's mean and deviation."""
+    mean, std = imagenet_statistics(images_B3HW.device)
+    return (images_B3HW.float() / 255 - mean) / std

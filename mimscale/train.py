@@ -122,11 +122,12 @@ def train(plan: Plan, phases: Phases) -> None:
         control = Control()
     with phases("engine"):
         engine = Engine(method, run, world)
+        method.begin(plan.manifest.samples)
     with phases("resume"):
         state = restore(plan, engine, method, bank, control).launched()
         control.first(open_folder, plan, state)
         root, unchanged = plan.run_dir / "checkpoints", lock.check if lock is not None else lambda: None
-        saver = Saver(root, control, run.checkpoint, engine.live_tensors(), unchanged)
+        saver = Saver(root, control, run.checkpoint, live_tensors(engine, method), unchanged)
 
     loader = TrainLoader(
         plan.manifest,
@@ -162,7 +163,7 @@ def train(plan: Plan, phases: Phases) -> None:
             with meter.waiting():
                 batch = next(batches)
             ledger.note(batch.damage)
-            batch = batch.to(world.device).normalised()
+            batch = method.prepare(batch).to(world.device).normalised()
             targets = bank(batch.images)
             meter.add(engine.micro_step(batch, targets), images=len(batch.ids) * world.size)
         method.after_step(batch)
@@ -195,7 +196,7 @@ def train(plan: Plan, phases: Phases) -> None:
             saver.settle()
         if stop or last or (run.checkpoint.every and state.step % run.checkpoint.every == 0):
             if state.step != saved_step:
-                saver.save(state.step, engine.live_tensors(), describe_state(plan, engine, method, bank, state))
+                saver.save(state.step, live_tensors(engine, method), describe_state(plan, engine, method, bank, state))
             saved_step = state.step
         if stop:
             saver.settle()
@@ -242,6 +243,7 @@ def restore(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Con
         refuse_other_inputs(reader, plan, bank)
         control.together(engine.load, reader)
         engine.finish_load(reader)
+        control.together(reader.fill, method.live_tensors())
         method.load_extra_state(reader.meta["method"])
         state = TrainState.load(reader.meta["state"])
         if state.samples != state.step * plan.run.schedule.global_batch:
@@ -278,6 +280,11 @@ def refuse_other_inputs(reader: checkpoint.Reader, plan: Plan, bank: Bank) -> No
         raise UserError(f"data.shards = {plan.run.data.shards} holds other samples than {reader.path} was trained on")
     if reader.meta["teachers"] != bank.identities():
         raise UserError(f"the teachers' weights differ from those that {reader.path} was trained with")
+
+
+def live_tensors(engine: Engine, method: Method) -> dict[str, torch.Tensor]:
+    """This rank's part of a checkpoint: the engine's masters and moments, and what the method learned between steps."""
+    return {**engine.live_tensors(), **method.live_tensors()}
 
 
 def describe_state(plan: Plan, engine: Engine, method: Method, bank: Bank, state: TrainState) -> dict[str, Any]:

@@ -102,7 +102,8 @@ class Manifest:
         self.counts: Ints = np.array([shard.count for shard in file.shards], dtype=np.int64)
         self._ends: Ints = np.cumsum(self.counts)
         self._starts: Ints = self._ends - self.counts
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        paths = self.shard_paths  # not self: a cycle would keep files open until it is collected
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(lambda shard: _OpenShard(paths[shard]))
 
     @classmethod
     def load(cls, folder: Path, check_shards: bool = True) -> Manifest:
@@ -171,9 +172,6 @@ class Manifest:
     def close(self) -> None:
         """Let go of open shards; the next read opens them again."""
         self._open.cache_clear()
-
-    def _open_shard(self, shard: int) -> _OpenShard:
-        return _OpenShard(self.shard_paths[shard])
 
     def _member(self, sample_id: int) -> tuple[tarfile.TarInfo, bytes]:
         """Header and contents. A member's header stands right before its bytes: what it says must fit the index."""
