@@ -64,6 +64,11 @@ class OpenClipTeacher(Teacher):
         return {key: tensor for key, tensor in tower.items() if key.partition(".")[0] not in _UNREAD}
 
 
+def models() -> list[str]:
+    """Every name that the library knows, teacher or not."""
+    return open_clip.list_models()
+
+
 def build(name: str, config: TeacherConfig, image_size: int) -> OpenClipTeacher:
     """The teacher without its weights. Raises UserError."""
     return OpenClipTeacher(name, config, image_size)

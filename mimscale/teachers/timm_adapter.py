@@ -115,6 +115,11 @@ class RotaryTeacher(TimmTeacher):
         return {**named, **zeros}
 
 
+def models() -> list[str]:
+    """Every name that the library knows, teacher or not."""
+    return timm.list_models()
+
+
 def build(name: str, config: TeacherConfig, image_size: int) -> TimmTeacher:
     """The teacher without its weights. Raises UserError."""
     tower = _tower(name, config, image_size)
