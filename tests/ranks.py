@@ -27,11 +27,11 @@ STAGES = {"patches": [2, 2, 2], "widths": [8, 16], "depths": [1, 1]}
 METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
     "mae": {"norm_pix_loss": True, **DECODER},
     "maskalign": {"levels": "top2", "fusion": "linear"},
-    "mff": {"levels": [0, 1, 2], **DECODER},
+    "mff": {"fusion": {"levels": [0, 1, 2]}, **DECODER},
     "pixmim": {"low_pass_radius": 8, **DECODER},
     "simmim": {"masking": {"unit": 16}},
     "convmae": {"stages": STAGES, **DECODER},
-    "mrmae": {"levels": [0, 2], "fusion": "learned", **DECODER},
+    "mrmae": {"fusion": {"kind": "mff", "levels": [0, 2]}, **DECODER},
     "mrmae_convmae": {"name": "mrmae", "stages": {**STAGES, "class_token": True}, **DECODER},
 }
 TAUGHT = ("maskalign", "mrmae", "mrmae_convmae")
