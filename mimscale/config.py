@@ -157,6 +157,19 @@ class TeacherConfig(Strict):
         return "bf16" if self.precision == "int8" or self.precision == "fp8" else self.precision
 
 
+class InitConfig(Strict):
+    """Weights that a run starts from: a run folder (its newest checkpoint), a checkpoint folder, or a file, also one of
+    an official release.
+
+    sha256: of the file, or of a checkpoint's manifest.json; without it what is found at the first start is kept.
+    part: student leaves decoder and heads at their random start; method takes everything, from the same method.
+    """
+
+    weights: Path
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    part: Literal["student", "method"] = "student"
+
+
 class OptimConfig(Strict):
     """AdamW. clip: global gradient norm, 0 = off. layer_decay: 1 = off."""
 
@@ -251,6 +264,7 @@ class RunConfig(Strict):
     seed: int = 0
     data: DataConfig
     student: StudentConfig
+    init: InitConfig | None = None
     teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
     method: SerializeAsAny[MethodConfig]
     optim: OptimConfig = OptimConfig()

@@ -20,6 +20,7 @@ import torch
 from mimscale import run_folder, schedule
 from mimscale.config import RunConfig, load, load_ds_config, method_class, precision_of, recipe_names, solve_batch
 from mimscale.contracts import TeacherInfo
+from mimscale.convert import start
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
 from mimscale.engine.engine import Engine
@@ -47,6 +48,7 @@ class Plan:
     run: RunConfig
     run_dir: Path
     parent: Path | None  # the checkpoint whose weights a fork starts from
+    fresh: bool  # whether there is no checkpoint of this run to go on from
     world: World
     manifest: Manifest
     teachers: Mapping[str, TeacherInfo]
@@ -76,7 +78,11 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
         parent = checkpoint.newest(run_dir)
         if parent is None:
             raise UserError(f"--fork: {run_dir} has no checkpoint to start from; let it save one first")
+        if run.init is not None:
+            raise UserError(f"--fork starts from {run_dir} and init.weights from {run.init.weights}; set init=null")
         run_dir, stored = fork, run_folder.existing_run(fork)
+    fresh = not checkpoint.steps(run_dir / "checkpoints") and not checkpoint.damaged(run_dir / "checkpoints")
+    run = start.pinned(run, stored, resumes=not fresh)
     if stored is not None:
         run_folder.refuse_changes(stored, run, run_dir)
     if run_folder.stop_wish(run_dir).exists():
@@ -99,7 +105,7 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
             f"the run has {total} steps and a warm-up of schedule.warmup_epochs = {run.schedule.warmup_epochs} "
             f"({run.schedule.warmup_epochs * steps_per_epoch:g} steps); lengthen the one or shorten the other"
         )
-    return Plan(run, run_dir, parent, world, manifest, teachers, steps_per_epoch, total, command)
+    return Plan(run, run_dir, parent, fresh, world, manifest, teachers, steps_per_epoch, total, command)
 
 
 def train(plan: Plan, phases: Phases) -> None:
@@ -115,6 +121,7 @@ def train(plan: Plan, phases: Phases) -> None:
         torch.manual_seed(run.seed)
         method: Method = method_class(run.method.name)(run, plan.teachers)
         needs = method.needs
+        started = start.start_from(method, run) if plan.fresh and run.init is not None else ()
         bank = Bank(run.teachers, needs.teachers, run.data.image_size, world.device)
     lock = Lock(plan.run_dir) if world.rank == 0 else None
     with phases("process_group"):
@@ -150,7 +157,7 @@ def train(plan: Plan, phases: Phases) -> None:
         step=state.step,
     )
     saver.note = logbook.event
-    logbook.say(describe_run(plan, engine, state))
+    logbook.say("\n".join((describe_run(plan, engine, state), *started)))
     meter = Meter(world.device)
     ledger = open_ledger(run, plan.run_dir, plan.manifest, writes=world.rank == 0)
     saved_step = state.step if state.launches > 1 else -1
