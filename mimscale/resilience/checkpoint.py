@@ -9,6 +9,7 @@
 A *fragment* is a contiguous run of one flattened named parameter, for one kind of number:
     fp32, exp_avg, exp_avg_sq   the master weight and Adam's moments, always float32
     buffer                      a module buffer, whole, in its own dtype
+    table                       what a method learned between steps, cut over the ranks, in its own dtype
 and is stored as the 1-D tensor "kind|name|start". Nothing about stages, groups, padding or ranks is in the key, so any
 run can read what any other wrote: it copies the overlapping pieces. 16-bit weights are not stored; they are the
 rounded masters. All is data: safetensors and JSON, no pickle.
@@ -178,8 +179,11 @@ class Reader:
     def verify(self, share: int = 0, of: int = 1) -> None:
         """Recompute the sha256 of every `of`-th file, so that ranks can divide the work."""
         for shard in self.meta["shards"][share::of]:
-            if _sha256(self.path / shard["file"]) != shard["sha256"]:
+            if sha256(self.path / shard["file"]) != shard["sha256"]:
                 raise CheckpointError(f"{self.path / shard['file']}: sha256 differs from the manifest")
+
+    def kinds(self) -> list[str]:
+        return sorted({kind for kind, _ in self._pieces})
 
     def names(self, kind: str) -> list[str]:
         return [name for k, name in self._pieces if k == kind]
@@ -196,9 +200,16 @@ class Reader:
         if filled != target.numel():
             raise CheckpointError(f"{self.path}: {kind} of {name}: found {filled} of {target.numel()} elements")
 
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill "kind|name|start" -> 1-D tensors, as `into` does each."""
+        for key, tensor in tensors.items():
+            kind, name, start = key.split("|")
+            self.into(kind, name, int(start), tensor)
+
     def full(self, kind: str, name: str) -> Tensor:
-        """One whole parameter or buffer in its own shape."""
-        shape = self.meta["shapes"][name]
+        """One whole parameter or buffer in its own shape; a table is flat."""
+        start, length, _ = self._pieces[kind, name][-1]
+        shape = self.meta["shapes"].get(name, [start + length])
         flat = torch.empty(math.prod(shape), dtype=self._dtype(kind, name))
         self.into(kind, name, 0, flat)
         return flat.view(shape)
@@ -241,7 +252,8 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     return {name: reader.full(kind, name) for kind in kinds for name in reader.names(kind)}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimscale import convert
+from mimscale.convert.families import convmae, finetune
 from mimscale.errors import UserError
 from mimscale.methods.convmae import ConvMAE
 from mimscale.methods.finetune import Finetune
@@ -86,7 +86,7 @@ def test_golden(skip_masked: bool) -> None:
         "stages": stages,
     }
     method = ConvMAE(run_config(section, student, g.config["img"]), {})
-    method.load_state_dict(convert.mae_from_official(g.part("state")).weights)
+    method.load_state_dict(convmae.from_official(g.part("state")).weights)
     assert isinstance(method.student, ConvViT)
 
     masks = method.masking.choose(batch_of(g["input/images"], mask=g["mask/noise"]), {})
@@ -123,7 +123,7 @@ def test_golden(skip_masked: bool) -> None:
     loss.backward()
     golden.every_parameter_has_a_gradient(method)
     ours = {name: p.grad for name, p in method.named_parameters()}
-    gradients = convert.mae_from_official(g.part("grad")).weights
+    gradients = convmae.from_official(g.part("grad")).weights
     assert len(gradients) == 12
     for name, gradient in gradients.items():
         gradient_close(ours[name], gradient)
@@ -135,9 +135,9 @@ def test_golden_finetune() -> None:
     run = run_config({"name": "finetune", "classes": g.config["num_classes"], "stages": stages}, student)
     method = Finetune(run, {})
     state = g.part("state")
-    weights = convert.finetune_from_official(state).weights
+    weights = finetune.from_official(state).weights
     method.load_state_dict(weights)
-    assert convert.finetune_to_official(weights).weights.keys() == state.keys()
+    assert finetune.to_official(weights).weights.keys() == state.keys()
     features = method.features(g["input/images"])
     close(features, g["output/features"])
     close(method.head(features), g["output/logits"])

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD
-from mimscale.convert import mae_from_official
+from mimscale.convert.families.mae import from_official
 from mimscale.errors import UserError
 from mimscale.methods.mae import MAE, masked_patch_loss
 from mimscale.models.masking import in_raster_order, mask_of
 from mimscale.models.patches import assemble, cut, from_pixels_last
+from mimscale.models.vit import ViT
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
 
@@ -44,7 +45,7 @@ def block_outputs(modules: torch.nn.ModuleList) -> dict[int, torch.Tensor]:
 def test_golden(name: str) -> None:
     g = golden.load(name)
     run = golden.mae_run(g.config)
-    method = golden.mae_method(run, mae_from_official(g.part("state")).weights)
+    method = golden.mae_method(run, from_official(g.part("state")).weights)
     first = name == "mae_dev"
     images, noise = (g["image"], g["noise"]) if first else (g["input/images"], g["mask/noise"])
     batch = batch_of(images, mask=noise)
@@ -58,6 +59,7 @@ def test_golden(name: str) -> None:
     if first:
         assert torch.equal(torch.cat(masks, dim=1), g["ids_shuffle"])
 
+    assert isinstance(method.student, ViT)
     encoder, decoder = block_outputs(method.student.blocks), block_outputs(method.decoder.blocks)
     latent = method.student(batch.images, ids_keep, levels=range(run.student.depth))
     pred = method.decoder(latent.tokens, raster)
@@ -82,7 +84,7 @@ def test_golden(name: str) -> None:
     golden.loss_close(loss, stored_loss)
     loss.backward()
     ours = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
-    stored = mae_from_official(g.part("grad")).weights
+    stored = from_official(g.part("grad")).weights
     assert len(stored) >= 9
     for parameter, gradient in stored.items():
         gradient_close(ours[parameter], gradient)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mimscale.contracts import imagenet_statistics
-from mimscale.convert import openmmlab_from_official, openmmlab_to_official
+from mimscale.convert.families import openmmlab
 from mimscale.errors import UserError
 from mimscale.methods.mae import MAE
 from mimscale.methods.pixmim import PixMIM
@@ -34,7 +34,7 @@ def inputs(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 def test_golden() -> None:
     g = golden.load("pixmim_dev")
     method = PixMIM(golden.mae_run(g.config, {"name": "pixmim", "low_pass_radius": g.config["radius"]}), {})
-    method.load_state_dict(openmmlab_from_official(g.part("state")).weights)
+    method.load_state_dict(openmmlab.from_official(g.part("state")).weights)
     masks = method.masking.choose(batch_of(g["image"], mask=g["noise"]), {})
     ids_keep = masks.visible
     assert torch.equal(in_raster_order(masks).places, g["ids_restore"])
@@ -49,7 +49,7 @@ def test_golden() -> None:
     golden.loss_close(loss, g["loss"])
     loss.backward()
     ours = {name: p.grad for name, p in method.named_parameters()}
-    stored = openmmlab_from_official(g.part("grad")).weights
+    stored = openmmlab.from_official(g.part("grad")).weights
     assert len(stored) >= 5
     for name, gradient in stored.items():
         gradient_close(ours[name], gradient)
@@ -60,9 +60,9 @@ def test_golden_names() -> None:
     """The filter that the release stores is left out: it follows from the radius."""
     state = golden.load("pixmim_dev").part("state")
     filtered = {**state, "target_generator.low_pass_filter": low_pass_disc((64, 64), 12).expand(3, 64, 64)}
-    ours = openmmlab_from_official(filtered)
+    ours = openmmlab.from_official(filtered)
     assert len(ours.notes) == 1 and "target_generator.low_pass_filter" in ours.notes[0]
-    back = openmmlab_to_official(ours.weights).weights
+    back = openmmlab.to_official(ours.weights).weights
     assert back.keys() == state.keys() and all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mimscale.contracts import TeacherInfo
-from mimscale.convert import simmim_from_official
+from mimscale.convert.families.simmim import from_official
 from mimscale.errors import UserError
 from mimscale.methods.simmim import SimMIM, masked_pixel_loss
 from mimscale.models.masking import gather_tokens, in_raster_order
@@ -53,7 +53,7 @@ def golden_method(g: Golden) -> SimMIM:
     }
     student = {"width": c["embed"], "depth": c["depth"], "heads": c["heads"], "patch": c["patch"]}
     method = SimMIM(run_config(section, student, c["img_size"]), {})
-    method.load_state_dict(simmim_from_official(g.part("state")).weights)
+    method.load_state_dict(from_official(g.part("state")).weights)
     return method
 
 
@@ -85,7 +85,7 @@ def test_golden(name: str) -> None:
     golden.loss_close(loss, g["loss"])
     loss.backward()
     ours = {n: p.grad for n, p in method.named_parameters()}
-    stored = simmim_from_official(g.part("grad")).weights
+    stored = from_official(g.part("grad")).weights
     assert len(stored) == len(g.part("grad")) >= 9
     for parameter, gradient in stored.items():
         gradient_close(ours[parameter], gradient)
@@ -233,3 +233,14 @@ def test_a_teacher_is_refused() -> None:
     teacher = TeacherInfo("clip", 8, 2, (6, 6), 96, has_cls=True)
     with pytest.raises(UserError, match="teachers.clip: neither simmim nor masking by random reads it; remove"):
         SimMIM(run_config({"name": "simmim"}, STUDENT, 96), {"clip": teacher})
+
+
+def test_fusion_of_levels() -> None:
+    method = small(fusion={"kind": "mff", "levels": [0, 1]})
+    images, noise = inputs(method)
+    out = method(batch_of(images, mask=noise), {})
+    out["loss"].backward()
+    golden.every_parameter_has_a_gradient(method)
+    assert out.keys() == {"loss", "weight_0", "weight_1"} and method.needs.noise.keys() == {"mask"}
+    with pytest.raises(UserError, match="levels = .0. must rise from 0 or more to 1"):
+        small(fusion={"kind": "sum", "levels": [0]})
