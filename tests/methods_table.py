@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from mimscale.config import method_names, recipe_names
+from mimscale.config import method_names, names_in, recipe_names
 
 ROOT = Path(__file__).parent.parent
 MEASURED = Path(__file__).parent / "measured.json"
@@ -53,7 +53,9 @@ def facts(name: str) -> Facts:
 
 def rows() -> list[str]:
     """Methods, and the masking policies that were published on their own."""
-    return method_names()
+    policies = names_in("mimscale.masking")
+    published = [name for name in policies if "arXiv" in (import_module(f"mimscale.masking.{name}").__doc__ or "")]
+    return sorted([*method_names(), *published])
 
 
 def recipes_of(name: str) -> list[str]:
@@ -61,7 +63,7 @@ def recipes_of(name: str) -> list[str]:
     found = []
     for recipe in recipe_names():
         section = yaml.safe_load(resources.files("mimscale.recipes").joinpath(f"{recipe}.yaml").read_text())["method"]
-        if name == section["name"]:
+        if name in (section["name"], dict(section.get("masking", {})).get("policy")):
             found.append(recipe)
     return [recipe for recipe in found if not recipe.startswith("demo_") and not recipe.endswith("_tiny")]
 
