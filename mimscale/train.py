@@ -11,12 +11,8 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-<<<<<<< HEAD
-from dataclasses import dataclass
-from functools import partial
-=======
 from dataclasses import asdict, dataclass
->>>>>>> main
+from functools import partial
 from pathlib import Path
 from typing import Any
 
