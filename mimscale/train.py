@@ -39,6 +39,7 @@ from mimscale.resilience.lock import Lock
 from mimscale.resilience.preempt import Preemption, ignore_signals, leave_requeue_marker
 from mimscale.resilience.saver import Saver
 from mimscale.state import TrainState
+from mimscale.teachers.ahead import Lessons
 from mimscale.teachers.bank import Bank, describe
 from mimscale.teachers.quantise import check as check_quantised
 
@@ -162,6 +163,9 @@ def train(plan: Plan, phases: Phases) -> None:
     saver.note = logbook.event
     logbook.say("\n".join((describe_run(plan, engine, state), *started)))
     meter = Meter(world.device)
+    lessons = Lessons(
+        batches, bank, world.device, ahead=run.engine.teachers_ahead, prepare=method.prepare, waiting=meter.waiting
+    )
     ledger = open_ledger(run, plan.run_dir, plan.manifest, writes=world.rank == 0)
     saved_step = state.step if state.launches > 1 else -1
     loop_start_s = step_start_s = time.perf_counter()
@@ -170,11 +174,8 @@ def train(plan: Plan, phases: Phases) -> None:
         lr = plan.lr(state.step)
         engine.set_lr(lr)
         for _ in range(engine.accumulation):
-            with meter.waiting():
-                batch = next(batches)
+            batch, targets = next(lessons)
             ledger.note(batch.damage)
-            batch = method.prepare(batch).to(world.device).normalised()
-            targets = bank(batch.images)
             meter.add(engine.micro_step(batch, targets), images=len(batch.ids) * world.size)
         method.after_step(batch)
 
