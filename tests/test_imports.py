@@ -43,6 +43,7 @@ MAY_IMPORT = {
         "data",
         "resilience",
         "observe",
+        "convert",
         "engine",
         "state",
         "run_folder",
