@@ -22,6 +22,7 @@ from mimscale.methods.mae import MAE
 from mimscale.methods.simmim import SimMIM
 from mimscale.models.importance import as_bytes, importance_of, through_crop
 from mimscale.models.patches import assemble
+from mimscale.models.vit import ViT
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
 
@@ -114,7 +115,7 @@ def ones_for(name: str) -> dict[str, Tensor]:
 def test_golden_simmim(name: str) -> None:
     g, method, batch = simmim_golden(name, ones_for(name))
     assert method.masking.count[:3] == (14, 22, 49)
-    pred, raster = method.predict(batch, {})
+    pred, raster, _ = method.predict(batch, {})
     thrown = raster.thrown(196)
     assert thrown is not None
     flags = raster.spread(raster.mask, 196) - thrown
@@ -164,6 +165,7 @@ def policy(method: MAE) -> AMT:
 
 
 def last_block(method: MAE) -> Any:
+    assert isinstance(method.student, ViT)
     return method.student.blocks[-1]
 
 
