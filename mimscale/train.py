@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mimscale.data.cache import Cache
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
 from mimscale.engine.engine import Engine
+from mimscale.engine.frozen import split_over_ranks
 from mimscale.engine.world import World, check_precision, close_process_group, from_environment, open_process_group
 from mimscale.errors import Stopped, UserError
 from mimscale.methods.base import Method
@@ -68,7 +70,7 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
     solve_batch(run.schedule.global_batch, world.size, run.engine.max_micro_batch)
     teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
     for name, teacher in run.teachers.items():
-        if world.device.type == "cuda":
+        if world.device.type == "cuda" or teacher.shard:
             check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
             check_quantised(name, teacher.precision, world.device)
     method_class(run.method.name).check(run, teachers)
@@ -130,6 +132,7 @@ def train(plan: Plan, phases: Phases) -> None:
         control = Control()
     with phases("engine"):
         engine = Engine(method, run, world)
+        bank.shard(partial(split_over_ranks, world=world))
         method.begin(plan.manifest.samples)
     with phases("resume"):
         state = restore(plan, engine, method, bank, control).launched()

@@ -114,7 +114,7 @@ def ones_for(name: str) -> dict[str, Tensor]:
 def test_golden_simmim(name: str) -> None:
     g, method, batch = simmim_golden(name, ones_for(name))
     assert method.masking.count[:3] == (14, 22, 49)
-    pred, raster = method.predict(batch, {})
+    pred, raster, _ = method.predict(batch, {})
     thrown = raster.thrown(196)
     assert thrown is not None
     flags = raster.spread(raster.mask, 196) - thrown
@@ -164,7 +164,8 @@ def policy(method: MAE) -> AMT:
 
 
 def last_block(method: MAE) -> Any:
-    return method.student.blocks[-1]
+    student: Any = method.student
+    return student.blocks[-1]
 
 
 def rows(method: MAE) -> Tensor:
