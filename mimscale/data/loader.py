@@ -27,7 +27,7 @@ from mimscale.contracts import Batch, Needs, Noise
 from mimscale.data import noise
 from mimscale.data.decode import BadImage, decode
 from mimscale.data.manifest import Ints, Manifest
-from mimscale.data.order import Order, rank_positions
+from mimscale.data.order import Jumps, Order, batch_of, rank_positions
 from mimscale.data.transforms import (
     CROP_NUMBERS,
     centre_crop,
@@ -54,10 +54,10 @@ class DamagedSample(RuntimeError):
 class TrainLoader:
     """Endless micro-batches of one rank from `start_step` on: global_batch / (world * micro_batch) of them per step.
 
-    pin: put batches into pinned memory. One iteration runs at a time: a new one starts again at `start_step`. Workers
-    end with `close()`, with the loader, or with the program. They ignore SIGINT, SIGTERM and SIGUSR1, which SLURM
-    sends to every process of a job: when to stop is the trainer's decision. Raises UserError where sizes do not divide
-    or labels are needed and missing; iterating raises DamagedSample.
+    jumps: see `order.batch_of`. pin: put batches into pinned memory. One iteration runs at a time: a new one starts
+    again at `start_step`. Workers end with `close()`, with the loader, or with the program. They ignore SIGINT, SIGTERM
+    and SIGUSR1, which SLURM sends to every process of a job: when to stop is the trainer's decision. Raises UserError
+    where sizes do not divide or labels are needed and missing; iterating raises DamagedSample.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class TrainLoader:
         rank: int,
         world: int,
         start_step: int = 0,
+        jumps: Jumps = (),
         pin: bool = False,
     ):
         if micro_batch < 1 or world < 1 or global_batch % (world * micro_batch):
@@ -85,7 +86,7 @@ class TrainLoader:
         order = Order(manifest, seed, data.streams, data.block)
         self._loader = _data_loader(
             TrainSamples(manifest, order, data, needs, seed, global_batch),
-            Positions(global_batch, micro_batch, rank, world, start_step),
+            Positions(global_batch, micro_batch, rank, world, start_step, jumps),
             workers=data.workers,
             prefetch=data.prefetch,
             pin=pin,
@@ -130,13 +131,13 @@ def eval_batches(
 class Positions:
     """The endless list of micro-batches of one rank: int64 [micro_batch] positions each."""
 
-    def __init__(self, global_batch: int, micro_batch: int, rank: int, world: int, start_step: int):
+    def __init__(self, global_batch: int, micro_batch: int, rank: int, world: int, start_step: int, jumps: Jumps = ()):
         self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
-        self.start_step = start_step
+        self.start_step, self.jumps = start_step, jumps
 
     def __iter__(self) -> Iterator[Ints]:
         for step in count(self.start_step):
-            positions = rank_positions(step, self.global_batch, self.rank, self.world)
+            positions = rank_positions(batch_of(step, self.jumps), self.global_batch, self.rank, self.world)
             yield from positions.reshape(-1, self.micro_batch)
 
 
