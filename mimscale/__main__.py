@@ -16,7 +16,7 @@ from mimscale.errors import Stopped, UserError
 VERBS = {
     "train": ("mimscale.train", "pre-train a student; resumes what the run folder holds"),
     "evaluate": ("mimscale.evals.cli", "kNN and linear accuracy of frozen features"),
-    "convert": ("mimscale.convert", "official checkpoints <-> ours <-> timm, each with an equality check"),
+    "convert": ("mimscale.convert.cli", "official checkpoints <-> ours <-> timm, each with an equality check"),
     "doctor": ("mimscale.doctor", "check this machine, a recipe, its data and its teachers"),
     "bench": ("mimscale.bench", "measurements behind the documentation's tables"),
 }

@@ -109,6 +109,7 @@ class TeacherConfig(Strict):
 
     options: keyword arguments for the library's model constructor (e.g. embed_dim, depth of a custom ViT).
     activation: required for open_clip with a local file and no tag: a file cannot say whether it wants QuickGELU.
+    precision: int8 and fp8 quantise the blocks' linear layers (teachers/quantise.py) and need the extra [fp8].
     random: leave the weights at their seeded random initialisation (a control, not a teacher).
     mean, std, norm_eps: facts of a checkpoint where they differ from what the library says of `model` (LayerNorm eps of
     Hugging Face's DINO: 1e-12; weights trained by this package: ImageNet's mean and std).
@@ -119,7 +120,7 @@ class TeacherConfig(Strict):
     weights: Path | None = None
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     pretrained: str | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "bf16"
     image_size: int | None = Field(None, ge=8)
     activation: Literal["gelu", "quickgelu"] | None = None
     random: bool = False
@@ -127,6 +128,11 @@ class TeacherConfig(Strict):
     std: tuple[float, float, float] | None = None
     norm_eps: float | None = Field(None, gt=0)
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def storage(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The number format of every tensor that is not quantised."""
+        return "bf16" if self.precision == "int8" or self.precision == "fp8" else self.precision
 
 
 class OptimConfig(Strict):
@@ -200,8 +206,8 @@ class CheckpointConfig(Strict):
     """every: optimiser steps between saves, 0 = only at the end. keep: newest checkpoints that stay on disk.
 
     keep_every: those at multiples of this step stay for good, 0 = none. patience_s: how long a write that fails (a full
-    disk, a quota, an outage) is tried again before this save is given up and the training goes on. wait_s: how long a step
-    that wants to save waits for a save that is still being written, before it goes on without.
+    disk, a quota, an outage) is tried again before this save is given up and the training goes on. wait_s: how long a
+    step that wants to save waits for a save that is still being written, before it goes on without.
     """
 
     every: int = Field(1000, ge=0)
@@ -271,13 +277,7 @@ class RunConfig(Strict):
     def _method_by_name(cls, values: Any) -> Any:
         section = values.get("method") if isinstance(values, Mapping) else None
         if isinstance(section, Mapping):
-            if "name" not in section:
-                raise ValueError(f"method.name is missing; choose one of {', '.join(method_names())}")
-            config = method_class(str(section["name"])).Config
-            try:
-                return {**values, "method": config.model_validate(section)}
-            except ValidationError as error:
-                raise ValueError(_first_line(error, config, ("method",))) from None
+            return {**values, "method": section_by_name("mimscale.methods", section, "method.name")}
         return values
 
     @model_validator(mode="after")
@@ -305,25 +305,55 @@ class RunConfig(Strict):
         return {key: value for key, value in flat.items() if not key.startswith(free) and not key.endswith(".weights")}
 
 
-# ------------------------------------------------------------------------------------------------ methods by name
+# ------------------------------------------------------------------------------------------------ classes by file name
+
+
+def names_in(package: str) -> list[str]:
+    """Files of a package that define a class each: all but base.py and those that start with an underscore."""
+    files = (entry.name for entry in resources.files(package).iterdir())
+    return sorted(f[:-3] for f in files if f.endswith(".py") and not f.startswith("_") and f != "base.py")
+
+
+def class_in(package: str, name: str, key: str) -> Any:
+    """The class with a Config that <package>/<name>.py defines. key: where the name stood. Raises ValueError."""
+    if name not in names_in(package):
+        raise ValueError(f"{key} = '{name}' is unknown{_nearest(name, names_in(package))}")
+    module = importlib.import_module(f"{package}.{name}")
+    local = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
+    found = [c for c in local if issubclass(getattr(c, "Config", type(None)), Strict)]
+    if len(found) != 1:
+        raise TypeError(f"{package}.{name} must define exactly one class with a Config, found {len(found)}")
+    return found[0]
+
+
+def section_by_name(
+    package: str, section: Mapping[str, Any], key: str, defaults: Mapping[str, Any] | None = None
+) -> Any:
+    """Validate a section by the Config of the class that it names. Raises ValueError with one line.
+
+    key: of the name, with its place in the recipe (`method.name`). defaults: values for what the section leaves out and
+    that Config has no default for.
+    """
+    *place, field = key.split(".")
+    defaults = defaults or {}
+    section = {**{k: v for k, v in defaults.items() if k == field}, **section}
+    if field not in section:
+        raise ValueError(f"{key} is missing; choose one of {', '.join(names_in(package))}")
+    config: type[Strict] = class_in(package, str(section[field]), key).Config
+    wanted = {name for name, info in config.model_fields.items() if info.is_required()}
+    try:
+        return config.model_validate({**{k: v for k, v in defaults.items() if k in wanted}, **section})
+    except ValidationError as error:
+        raise ValueError(_first_line(error, config, tuple(place))) from None
 
 
 def method_names() -> list[str]:
-    """Files of mimscale/methods that hold a method."""
-    files = (entry.name for entry in resources.files("mimscale.methods").iterdir())
-    return sorted(f[:-3] for f in files if f.endswith(".py") and not f.startswith("_") and f != "base.py")
+    return names_in("mimscale.methods")
 
 
 def method_class(name: str) -> Any:
     """The Method that the file mimscale/methods/<name>.py defines."""
-    if name not in method_names():
-        raise ValueError(f"method.name = '{name}' is unknown{_nearest(name, method_names())}")
-    module = importlib.import_module(f"mimscale.methods.{name}")
-    local = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
-    found = [c for c in local if issubclass(getattr(c, "Config", type(None)), MethodConfig)]
-    if len(found) != 1:
-        raise TypeError(f"mimscale/methods/{name}.py must define exactly one Method, found {len(found)}")
-    return found[0]
+    return class_in("mimscale.methods", name, "method.name")
 
 
 # ------------------------------------------------------------------------------------------------ reading recipes
@@ -417,7 +447,7 @@ def _first_line(error: ValidationError, model: type[BaseModel], prefix: tuple[st
         return f"{name} is missing"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{name}: {message}" if name and not message.startswith(name) else message
+        return f"{name}: {message}" if name and name not in message else message
     return f"{name} = {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 

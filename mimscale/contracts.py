@@ -1,9 +1,9 @@
 """What the rooms of this package hand to each other: noise, batches, targets, and what a method asks for.
 
-Nothing here computes. Data fills a `Batch`, a teacher fills `Targets`, a method states its `Needs`; none of the three
-imports the others.
+Nothing here computes. Data fills a `Batch`, a teacher fills `Targets`, a masking policy fills `Masks`, a method states
+its `Needs`; none of them imports the others.
 
-Shape letters: B images of a micro-batch, L patches of the grid, D channels.
+Shape letters: B images of a micro-batch, L patches of the grid, K of them visible, M masked, D channels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class TeacherNeeds:
     levels: tuple[int, ...] = ()
     cls_attention: bool = False
 
+    def __or__(self, other: TeacherNeeds) -> TeacherNeeds:
+        """What both read."""
+        levels = tuple(sorted({*self.levels, *other.levels}))
+        return TeacherNeeds(levels, self.cls_attention or other.cls_attention)
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -57,6 +62,25 @@ class Needs:
     teachers: Mapping[str, TeacherNeeds] = field(default_factory=dict)
     labels: bool = False
     whole_images: int = 0
+
+    def __or__(self, other: Needs) -> Needs:
+        """What both want; each draws its own noise."""
+        names = [*self.teachers, *(name for name in other.teachers if name not in self.teachers)]
+        nothing = TeacherNeeds()
+        teachers = {name: self.teachers.get(name, nothing) | other.teachers.get(name, nothing) for name in names}
+        whole_images = max(self.whole_images, other.whole_images)
+        return Needs({**self.noise, **other.noise}, teachers, self.labels or other.labels, whole_images)
+
+
+class Masks(NamedTuple):
+    """Which patches a student sees and which are predicted; places in the grid, in raster order, from 0.
+
+    visible: int64 [B, K], in the order in which the student sees them.  masked: int64 [B, M].  A patch in neither was
+    thrown away: nothing sees or predicts it.
+    """
+
+    visible: Tensor
+    masked: Tensor
 
 
 @dataclass(frozen=True)
@@ -84,13 +108,21 @@ class Targets:
     cls: Mapping[int, Tensor]
     cls_attention: Tensor | None = None
 
+    def first(self, count: int) -> Targets:
+        """Those of the first samples."""
+        return Targets(
+            {level: tokens[:count] for level, tokens in self.levels.items()},
+            {level: token[:count] for level, token in self.cls.items()},
+            None if self.cls_attention is None else self.cls_attention[:count],
+        )
+
 
 @dataclass(frozen=True)
 class View:
     """What a method can show of a micro-batch to whoever watches a run; absent parts are None.
 
     images, reconstruction: float32 [B, 3, H, W] in 0..1.  mask: [B, L], 1 = masked.  attention: [B, L], any scale.
-    thrown: [B, L], 1 = neither seen nor predicted.
+    thrown: [B, L], 1 = neither seen nor predicted.  features: [B, L, D], the student's tokens of the whole images.
     """
 
     images: Tensor
@@ -98,6 +130,7 @@ class View:
     reconstruction: Tensor | None = None
     attention: Tensor | None = None
     thrown: Tensor | None = None
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +168,10 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""
         return self._each(Tensor.pin_memory)
+
+    def first(self, count: int) -> Batch:
+        """The first samples, without the whole images."""
+        return replace(self, whole=None, whole_rows=None)._each(lambda tensor: tensor[:count])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}

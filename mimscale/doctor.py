@@ -1,7 +1,7 @@
 """`mimscale doctor [RECIPE] [key=value ...] [--fetch]`: is this machine, this recipe, its data and its teachers ready?
 
 Starts nothing and loads no weights. Every problem is one line with its fix; the exit code is 2 if one of them would
-stop the run.
+stop the run. With --teacher it measures one teacher instead (doctor_teacher.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mimscale import doctor_teacher
 from mimscale.config import RunConfig, TeacherConfig, load, load_ds_config, method_class, precision_of, solve_batch
 from mimscale.contracts import TeacherInfo
 from mimscale.data.manifest import Manifest
@@ -59,10 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change values of the recipe")
     parser.add_argument("--fetch", action="store_true", help="download the teachers' weights that are not here")
     parser.add_argument("--fetch-dir", type=Path, default=Path("teachers"), help="where --fetch puts them")
+    doctor_teacher.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """0: ready. 2: something would stop the run. Raises UserError where the recipe itself is wrong."""
+    if args.teacher is not None:
+        return doctor_teacher.run(args)
     if args.recipe is None:
         if args.fetch:
             raise UserError("--fetch without a recipe: name the recipe whose teachers are wanted")

@@ -14,6 +14,7 @@ from mimscale.engine.world import World, check_precision, from_environment
 from mimscale.errors import UserError
 from mimscale.resilience import checkpoint
 from mimscale.teachers.bank import describe
+from mimscale.teachers.quantise import check as check_quantised
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
     teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
     for name, teacher in run.teachers.items():
         if world.device.type == "cuda":
-            check_precision(world.device, teacher.precision, f"teachers.{name}.precision")
+            check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
+            check_quantised(name, teacher.precision, world.device)
     method_class(run.method.name).check(run, teachers)
 
     stored = run_folder.existing_run(run_dir)

@@ -26,7 +26,7 @@ from mimscale.errors import Stopped
 from mimscale.methods.base import Method
 from mimscale.observe.logbook import Logbook
 from mimscale.observe.meter import Meter, Phases
-from mimscale.observe.panels import panel
+from mimscale.observe.panels import SAMPLES
 from mimscale.prepare import Plan, prepare
 from mimscale.recovery import Rig, describe_state, explain, restore, roll_back
 from mimscale.resilience import activations, checkpoint
@@ -124,10 +124,8 @@ def train(plan: Plan, phases: Phases) -> None:
             metrics |= {"epoch": state.step / plan.steps_per_epoch, "skipped_steps": float(engine.skipped_steps)}
             logbook.step(state.step, metrics)
         if run.log.panels and (last or state.step % run.log.panels == 0):
-            with torch.no_grad():
-                view = method.view(batch, targets)
-            if view is not None:
-                logbook.picture(state.step, "view", panel(view))
+            few = {name: seen.first(SAMPLES) for name, seen in targets.items()}
+            logbook.show(state.step, method.look(batch.first(SAMPLES), few))
         raised, *saved = control.agree(preemption.raised(), *saver.votes())
         saver.follow(*saved)
         stop = bool(raised) and not last

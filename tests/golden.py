@@ -1,6 +1,6 @@
 """Numbers computed by the official programs, to compare with. Read from $MIMSCALE_GOLDENS, else tests/goldens/.
 
-A golden run is a method built by our code with the stored weights, mapped by `mimscale.convert`.
+A golden run is a method built by our code with the stored weights, mapped by `mimscale.convert.families`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mimscale import config
 from mimscale.config import RunConfig
 from mimscale.contracts import Batch, Targets, TeacherInfo
-from mimscale.convert import maskalign_from_official
+from mimscale.convert.families import maskalign
 from mimscale.methods.mae import MAE
 from mimscale.methods.maskalign import MaskAlign
 
@@ -138,7 +138,7 @@ def mae_run(c: dict[str, Any], changes: Mapping[str, Any] | None = None, **secti
     width = pick("decoder_embed_dim", "dec_dim")
     method = {
         "name": "mae",
-        "mask_ratio": c.get("mask_ratio", 0.75),
+        "masking": {"ratio": c.get("mask_ratio", 0.75)},
         "norm_pix_loss": pick("norm_pix_loss", "norm_pix"),
         "decoder_width": width,
         "decoder_depth": pick("decoder_depth", "dec_depth"),
@@ -160,8 +160,7 @@ def maskalign_run(c: dict[str, Any], **sections: Any) -> RunConfig:
     head = c.get("head_type", "linear")
     method = {
         "name": "maskalign",
-        "mask_ratio": c["mask_ratio"],
-        "masking": c.get("mask_type", "attention"),
+        "masking": {"ratio": c["mask_ratio"], "policy": c.get("mask_type", "attention")},
         "fusion": c.get("fusion", "linear"),
         "adaptor": names.get(head, head),
         "target_norm": c.get("target_norm", "whiten"),
@@ -177,7 +176,7 @@ def maskalign_method(run: RunConfig, c: dict[str, Any], official: dict[str, Tens
     depth = c.get("teacher_depth", c["depth"])
     info = TeacherInfo("teacher", c["teacher_dim"], depth, run.grid, run.data.image_size, has_cls=True)
     method = MaskAlign(run, {"teacher": info})
-    method.load_state_dict(maskalign_from_official(official, tuple(method.level_weights)).weights)
+    method.load_state_dict(maskalign.from_official(official, tuple(method.level_weights)).weights)
     return method
 
 

@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
     "maskalign": {"levels": "top2", "fusion": "linear"},
     "mff": {"levels": [0, 1, 2], **DECODER},
     "pixmim": {"low_pass_radius": 8, **DECODER},
-    "simmim": {"mask_unit": 16},
+    "simmim": {"masking": {"unit": 16}},
     "convmae": {"stages": STAGES, **DECODER},
     "mrmae": {"levels": [0, 2], "fusion": "learned", **DECODER},
     "mrmae_convmae": {"name": "mrmae", "stages": {**STAGES, "class_token": True}, **DECODER},

@@ -25,7 +25,11 @@ def recipe(tmp_path: Path) -> Path:
     [
         ("engine.max_microbatch=8", "unknown key engine.max_microbatch; did you mean 'max_micro_batch'?"),
         ("enginee.device=cpu", "unknown key enginee; did you mean 'engine'?"),
-        ("method.mask_ration=0.5", "unknown key method.mask_ration; did you mean 'mask_ratio'?"),
+        ("method.norm_pix_los=false", "unknown key method.norm_pix_los; did you mean 'norm_pix_loss'?"),
+        ("method.masking.ration=0.5", "unknown key method.masking.ration; did you mean 'ratio'?"),
+        ("method.masking.policy=atention", "method.masking.policy = 'atention' is unknown; did you mean 'attention'?"),
+        ("method.masking.ratio=1.5", "method.masking.ratio = 1.5: input should be less than 1"),
+        ("method.masking=attention", "method.masking = 'attention': must be a section, such as {policy: attention}"),
         ("method.name=mea", "method.name = 'mea' is unknown; did you mean 'mae'?"),
         ("schedule.global_batch=many", "schedule.global_batch = 'many': input should be a valid integer"),
         ("schedule.global_batch=0", "schedule.global_batch = 0: input should be greater than or equal to 1"),
@@ -74,7 +78,7 @@ def test_what_may_change_at_a_resume(recipe: Path) -> None:
     run = config.load(str(recipe))
     free = ["engine.ds_config=zero3_bf16", "data.workers=3", "log.every=9", "checkpoint.every=1", "data.shards=/other"]
     assert config.load(str(recipe), free).shaping() == run.shaping()
-    for override in ("seed=1", "data.image_size=64", "method.mask_ratio=0.5", "schedule.steps=13", "optim.clip=1"):
+    for override in ("seed=1", "data.image_size=64", "method.masking.ratio=0.5", "schedule.steps=13", "optim.clip=1"):
         assert config.load(str(recipe), [override]).shaping() != run.shaping(), override
 
 

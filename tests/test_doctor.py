@@ -37,7 +37,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("data")
     plan = Plan(read_folder(make_image_folder(base / "pictures", classes=2, per_class=12, side=32), labelled=True),
                 seed=0, shard_mb=256, shard_samples=8)  # fmt: skip
-    assert write(plan, base / "shards", unfinished(plan, base / "shards"))
+    assert not write(plan, base / "shards", unfinished(plan, base / "shards"))
     return base / "shards"
 
 
@@ -58,7 +58,7 @@ def recipe(tmp_path: Path, shards: Path, **teacher: Any) -> str:
     values = {
         "data": {"shards": str(shards), "image_size": 32},
         "student": {"width": 32, "depth": 3, "heads": 4},
-        "method": {"name": "maskalign", "mask_ratio": 0.5, "levels": "top2"},
+        "method": {"name": "maskalign", "masking": {"ratio": 0.5}, "levels": "top2"},
         "teachers": {"tiny": {"library": "timm", "model": MODEL, "options": TINY, **teacher}},
         "schedule": {"global_batch": 8, "epochs": 1, "base_lr": 1e-3},
         "engine": {"ds_config": "cpu_zero2_fp32", "device": "cpu", "max_micro_batch": 4},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mimscale.config import StudentConfig
-from mimscale.convert import student_from
+from mimscale.convert.student import student_from
 from mimscale.evals.features import Extractor, Pool, Student, frozen, random_like, raw_pixels
 from mimscale.models.convvit import ConvStages
 from mimscale.resilience import checkpoint

@@ -7,13 +7,21 @@ file, a test and a recipe, and no edit anywhere else.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, cast
 
+import torch
+from pydantic import SerializeAsAny, field_validator
 from torch import Tensor, nn
 
-from mimscale.config import MethodConfig, RunConfig
-from mimscale.contracts import Batch, Needs, Targets, TeacherInfo, View
+from mimscale.config import MethodConfig, RunConfig, class_in, section_by_name
+from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo, TeacherNeeds, View
 from mimscale.errors import UserError
+from mimscale.masking.base import Masking, MaskingConfig, keeps
+from mimscale.models.beit import Beit
+from mimscale.models.convvit import ConvViT
+from mimscale.models.patches import unnormalised
+from mimscale.models.vit import ViT
 
 
 class Method(nn.Module):
@@ -52,8 +60,18 @@ class Method(nn.Module):
         return None
 
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View | None:
-        """What there is to see in this batch. Every rank calls it at the same step (ZeRO-3 gathers); no gradient."""
+        """What the method itself shows of this batch; no gradient."""
         return None
+
+    @torch.no_grad()
+    def look(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
+        """All that there is to see: `view`, and the student's tokens of the whole images.
+
+        Every rank calls it at the same step, because ZeRO-3 gathers parameters in it.
+        """
+        seen = self.view(batch, targets) or View(unnormalised(batch.images))
+        student: Any = self.student
+        return replace(seen, features=student(batch.images).tokens[:, student.prefix :])
 
     def after_step(self, batch: Batch) -> None:
         """Called once after each optimiser step, for what a method learns between steps."""
@@ -66,11 +84,91 @@ class Method(nn.Module):
         """Take back what `extra_state` gave."""
 
 
-def check_grid(name: str, info: TeacherInfo, run: RunConfig) -> None:
-    """Refuse a teacher whose patch tokens do not stand where the student's do. Raises UserError."""
-    if info.grid != run.grid:
-        raise UserError(
-            f"teachers.{name} has a {info.grid[0]}x{info.grid[1]} grid at {info.image_size} px, the student "
-            f"{run.grid[0]}x{run.grid[1]}; set teachers.{name}.image_size to "
-            f"{run.grid[0] * info.image_size // info.grid[0]} so that the grids are equal"
-        )
+AnyMasking = SerializeAsAny[MaskingConfig]
+
+
+def masking_default(policy: str, ratio: float, unit: int | None = None) -> Any:
+    """A method's own masking; each value fills in where a recipe gives none."""
+    return {"policy": policy, "ratio": ratio, "unit": unit}
+
+
+class MaskedConfig(MethodConfig):
+    """Base of the sections of methods that mask. masking: which patches are seen (`mimscale.masking`, by `policy`)."""
+
+    masking: AnyMasking = masking_default("random", 0.75)
+
+    @field_validator("masking", mode="before")
+    @classmethod
+    def _policy_by_name(cls, section: Any) -> Any:
+        if isinstance(section, MaskingConfig):
+            return section
+        if not isinstance(section, Mapping):
+            raise ValueError(f"method.masking = {section!r}: must be a section, such as {{policy: attention}}")
+        defaults = cls.model_fields["masking"].default
+        return section_by_name("mimscale.masking", section, "method.masking.policy", defaults)
+
+
+def masking_class(config: MaskedConfig) -> type[Masking]:
+    """The policy that a method's section chooses."""
+    policy: type[Masking] = class_in("mimscale.masking", config.masking.policy, "method.masking.policy")
+    return policy
+
+
+class MaskedMethod(Method):
+    """Base of the methods whose `student` does not see all patches: `masking` chooses them.
+
+    A subclass builds its student in `make_student` and says in `reads` what its loss reads of teachers; the rest of
+    `needs` follows. predicts_masked: whether it needs at least one masked patch.
+    """
+
+    Config = MaskedConfig
+    predicts_masked: ClassVar[bool] = True
+    student: ViT | Beit | ConvViT
+
+    @classmethod
+    def reads(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
+        """What the loss reads of teachers."""
+        return {}
+
+    @classmethod
+    def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
+        """Refuse a policy that does not fit, and teachers that nobody reads. A subclass checks its own first."""
+        config = cast(MaskedConfig, run.method)
+        policy, section = masking_class(config), config.masking
+        policy.check(section, run, teachers)
+        counts = policy.counts(section, run)
+        if cls.predicts_masked and counts.masked < 1:
+            raise UserError(
+                f"{keeps(section, counts)}; raise it, so that at least one is masked: {config.name} needs it"
+            )
+        read = {**cls.reads(run, teachers), **policy.reads(section, teachers)}
+        for name in teachers:
+            if name not in read:
+                raise UserError(
+                    f"teachers.{name}: neither {config.name} nor masking by {section.policy} reads it; remove it"
+                )
+
+    def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
+        super().__init__(run, teachers)
+        config = cast(MaskedConfig, run.method)
+        self.student = self.make_student(run)
+        self.masking = masking_class(config)(config.masking, run, teachers)
+        noise = {"drop_path": Noise("uniform", (self.student.depth, 2))} if run.student.drop_path else {}
+        self.needs = Needs(noise=noise, teachers=self.reads(run, teachers)) | self.masking.needs
+
+    def make_student(self, run: RunConfig) -> Any:
+        raise NotImplementedError
+
+    def after_step(self, batch: Batch) -> None:
+        self.masking.after_step(batch, self.student)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"masking": self.masking.extra_state()}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        self.masking.load_extra_state(state.get("masking", {}))
+
+
+def without_drop_path(batch: Batch) -> Batch:
+    """The batch as a picture wants it: the same masks, every branch of the network on."""
+    return replace(batch, noise={purpose: noise for purpose, noise in batch.noise.items() if purpose != "drop_path"})

@@ -7,19 +7,18 @@ encoder and a low-pass target are options that it lacks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mimscale.config import Fraction, MethodConfig, RunConfig
-from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo, View
+from mimscale.config import RunConfig
+from mimscale.contracts import Batch, Targets, TeacherInfo, View
 from mimscale.errors import UserError
 from mimscale.methods import base
 from mimscale.models.decoder import MAEDecoder
-from mimscale.models.masking import kept_patches, mask_of, random_order, restore_order
+from mimscale.models.masking import Raster, in_raster_order
 from mimscale.models.patches import unnormalised
 from mimscale.models.targets import images_of_pixels, low_pass, low_pass_disc, pixel_target
 from mimscale.models.vit import ViT
@@ -27,13 +26,12 @@ from mimscale.models.vit import ViT
 TOKENS = {"student.cls_token", "decoder.mask_token"}  # decayed by MAE itself, exempt in OpenMMLab's methods
 
 
-class MAEConfig(MethodConfig):
+class MAEConfig(base.MaskedConfig):
     """norm_pix_loss: normalise the pixels of each target patch (the published ImageNet recipes do).
 
     low_pass_radius: regress the image's low frequencies, up to so many cycles per side (PixMIM); null: the image as is.
     """
 
-    mask_ratio: Fraction = 0.75
     norm_pix_loss: bool = True
     low_pass_radius: float | None = Field(None, gt=0)
     decoder_width: int = Field(512, ge=4)
@@ -49,24 +47,21 @@ class MAEConfig(MethodConfig):
 
 
 class Prediction(NamedTuple):
-    """pred: [B, L, p*p*3] in raster order, in the parameters' type. mask: float32 [B, L], 1 = masked.
-
-    scalars: for the log.
-    """
+    """pred: [B, S, p*p*3] of the patches of `raster`, in the parameters' type. scalars: for the log."""
 
     pred: Tensor
-    mask: Tensor
+    raster: Raster
     scalars: dict[str, Tensor]
 
 
-def masked_patch_loss(pred_BLP: Tensor, target_BLP: Tensor, mask_BL: Tensor) -> Tensor:
+def masked_patch_loss(pred_BSP: Tensor, target_BSP: Tensor, mask_BS: Tensor) -> Tensor:
     """Mean squared error per patch, averaged over the masked patches of the batch (sec. 3). fp32 scalar."""
-    per_patch = (pred_BLP.float() - target_BLP).square().mean(dim=-1)
-    return (per_patch * mask_BL).sum() / mask_BL.sum()
+    per_patch = (pred_BSP.float() - target_BSP).square().mean(dim=-1)
+    return (per_patch * mask_BS).sum() / mask_BS.sum()
 
 
-class MAE(base.Method):
-    """`student` sees the visible patches; `decoder` predicts the pixels of all; the loss reads the masked ones."""
+class MAE(base.MaskedMethod):
+    """`student` sees the visible patches, `decoder` predicts those and the masked; the loss reads the masked."""
 
     Config = MAEConfig
     student: ViT
@@ -74,13 +69,6 @@ class MAE(base.Method):
     @classmethod
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         config = cast(MAEConfig, run.method)
-        patches = run.grid[0] * run.grid[1]
-        keep = kept_patches(patches, config.mask_ratio)
-        if not 0 < keep < patches:
-            raise UserError(
-                f"method.mask_ratio = {config.mask_ratio} keeps {keep} of {patches} patches; choose a ratio that keeps "
-                "at least one and masks at least one"
-            )
         if config.low_pass_radius is not None:
             side = run.data.image_size
             disc = low_pass_disc((side, side), config.low_pass_radius, torch.device("cpu"))
@@ -90,16 +78,11 @@ class MAE(base.Method):
                     f"method.low_pass_radius = {config.low_pass_radius} passes {passed} of {disc.numel()} frequencies "
                     f"at {side} px; choose one between 1 and {side // 2}"
                 )
-        if teachers:
-            raise UserError(
-                f"teachers.{next(iter(teachers))}: {config.name} reads no teacher; remove the section teachers"
-            )
+        super().check(run, teachers)
 
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__(run, teachers)
         self.config = config = cast(MAEConfig, run.method)
-        every = run.engine.activation_checkpointing
-        self.student = self.make_student(run)
         self.decoder = MAEDecoder(
             in_width=run.student.width,
             width=config.decoder_width,
@@ -108,13 +91,8 @@ class MAE(base.Method):
             patch=run.student.patch,
             grid=run.grid,
             prefix=self.student.prefix,
-            checkpoint_every=every,
+            checkpoint_every=run.engine.activation_checkpointing,
         )
-        self.keep = kept_patches(self.student.patches, config.mask_ratio)
-        noise = {"mask": Noise("uniform", (self.student.patches,))}
-        if run.student.drop_path:
-            noise["drop_path"] = Noise("uniform", (self.student.depth, 2))
-        self.needs = Needs(noise=noise)
 
     def make_student(self, run: RunConfig) -> ViT:
         """The encoder; with `prefix` tokens before those of the patches."""
@@ -135,17 +113,16 @@ class MAE(base.Method):
         """What the decoder gets of the visible patches, [B, prefix + K, D], and scalars for the log."""
         return self.student(batch.images, ids_keep_BK, batch.noise.get("drop_path")).tokens, {}
 
-    def predict(self, batch: Batch) -> Prediction:
-        """Encode the visible patches and predict the pixels of all."""
-        order = random_order(batch.noise["mask"])
-        ids_keep = order[:, : self.keep]
-        latent, scalars = self.encode(batch, ids_keep)
-        pred = self.decoder(latent, restore_order(order))
-        return Prediction(pred, mask_of(ids_keep, self.student.patches), scalars)
+    def predict(self, batch: Batch, targets: Mapping[str, Targets]) -> Prediction:
+        """Encode the visible patches and predict the pixels of all but the thrown."""
+        masks = self.masking.choose(batch, targets)
+        raster = in_raster_order(masks)
+        latent, scalars = self.encode(batch, masks.visible)
+        return Prediction(self.decoder(latent, raster), raster, scalars)
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
-        pred, mask, scalars = self.predict(batch)
-        return {"loss": masked_patch_loss(pred, self.target(batch.images), mask), **scalars}
+        pred, raster, scalars = self.predict(batch, targets)
+        return {"loss": masked_patch_loss(pred, raster.of(self.target(batch.images)), raster.mask), **scalars}
 
     def images_of(self, pred_BLP: Tensor, images_B3HW: Tensor) -> Tensor:
         """Predictions of all patches as float32 images [B, 3, H, W] in 0..1 (values outside are cut).
@@ -160,6 +137,13 @@ class MAE(base.Method):
 
     @torch.no_grad()
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
-        """The images, the mask, and every patch as predicted (see `images_of`)."""
-        pred, mask, _ = self.predict(replace(batch, noise={"mask": batch.noise["mask"]}))
-        return View(unnormalised(batch.images), mask=mask, reconstruction=self.images_of(pred, batch.images))
+        """The images, the mask, every patch as predicted (see `images_of`), and the attention that chose the mask."""
+        pred, raster, _ = self.predict(base.without_drop_path(batch), targets)
+        patches = self.student.patches
+        return View(
+            unnormalised(batch.images),
+            mask=raster.spread(raster.mask, patches),
+            thrown=raster.thrown(patches),
+            reconstruction=self.images_of(raster.spread(pred, patches), batch.images),
+            attention=self.masking.weights(batch, targets),
+        )

@@ -15,21 +15,22 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from mimscale.config import Fraction, MethodConfig, RunConfig
-from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo, TeacherNeeds, View
+from mimscale.config import RunConfig
+from mimscale.contracts import Batch, Targets, TeacherInfo, TeacherNeeds, View
 from mimscale.errors import UserError
 from mimscale.methods import base
+from mimscale.models.features import check_grid
 from mimscale.models.heads import Adaptor, Alignment, Fusion, level_weights
-from mimscale.models.masking import gather_tokens, kept_patches, mask_noise, mask_of, visible_ids
+from mimscale.models.masking import gather_tokens, in_raster_order
 from mimscale.models.patches import unnormalised
 from mimscale.models.targets import FeatureNorm, feature_loss, normalise_features
 from mimscale.models.vit import ViT
 
 
-class MaskAlignConfig(MethodConfig):
+class MaskAlignConfig(base.MaskedConfig):
     """Defaults are the published recipe. The official flag is named where ours differs.
 
-    masking: patches kept by uniform noise, or drawn in proportion to the teacher's CLS attention (mask_type).
+    masking: 0.7, in proportion to a teacher's CLS attention (mask_type).
     fusion: trained mixing of student levels that starts at identity + 0.01 (linear) or at 1/N (sum, the only one for
     unequal depths), or level i to level i (simple) (fusion_type).
     adaptor: from the student's width to the teacher's, one per supervised level (head_type; mlp_norm is its mlp2).
@@ -38,8 +39,7 @@ class MaskAlignConfig(MethodConfig):
     ours, for teachers without one. teacher: which of several `teachers`.
     """
 
-    mask_ratio: Fraction = 0.7
-    masking: Literal["random", "attention"] = "attention"
+    masking: base.AnyMasking = base.masking_default("attention", 0.7)
     fusion: Fusion = "linear"
     adaptor: Adaptor = "linear"
     target_norm: FeatureNorm = "whiten"
@@ -59,34 +59,34 @@ class MaskAlignConfig(MethodConfig):
         return value
 
 
-class MaskAlign(base.Method):
+class MaskAlign(base.MaskedMethod):
     """`student` (no final norm: nothing would train it) sees the kept patches, `alignment` predicts the teacher."""
 
     Config = MaskAlignConfig
+    predicts_masked = False
+    student: ViT
+
+    @classmethod
+    def reads(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
+        config = cast(MaskAlignConfig, run.method)
+        name = _teacher_name(config, teachers)
+        return {name: TeacherNeeds(levels=tuple(_supervised(config, teachers[name].depth)))}
 
     @classmethod
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         config = cast(MaskAlignConfig, run.method)
         name = _teacher_name(config, teachers)
         info = teachers[name]
-        base.check_grid(name, info, run)
+        check_grid(name, info, run)
         if config.fusion != "sum" and info.depth != run.student.depth:
             raise UserError(
                 f"method.fusion = {config.fusion} needs a teacher as deep as the student ({info.depth} and "
                 f"{run.student.depth} blocks); set method.fusion = sum"
             )
-        if config.masking == "attention" and not info.has_cls:
-            raise UserError(
-                f"method.masking = attention needs the CLS attention of teachers.{name}, which has no class token; "
-                "set method.masking = random, or take a teacher with a class token"
-            )
         if config.cls_target and not info.has_cls:
             raise UserError(
                 f"method.cls_target = true, but teachers.{name} has no class token; set method.cls_target = false"
             )
-        patches = run.grid[0] * run.grid[1]
-        if kept_patches(patches, config.mask_ratio) < 1:
-            raise UserError(f"method.mask_ratio = {config.mask_ratio} keeps none of {patches} patches; lower it")
         try:
             weights = level_weights(config.levels, info.depth)
         except ValueError as error:
@@ -96,20 +96,14 @@ class MaskAlign(base.Method):
                 f"method.levels = {config.levels} with fusion = simple leaves the student's last blocks without a "
                 "gradient; choose fusion = linear or sum"
             )
+        super().check(run, teachers)
 
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__(run, teachers)
         self.config = config = cast(MaskAlignConfig, run.method)
         self.teacher = _teacher_name(config, teachers)
         info = teachers[self.teacher]
-        weights = level_weights(config.levels, info.depth)
-        self.level_weights = {level: weight for level, weight in enumerate(weights) if weight}
-        self.student: ViT = ViT(
-            run.student,
-            run.data.image_size,
-            final_norm=False,
-            checkpoint_every=run.engine.activation_checkpointing,
-        )
+        self.level_weights = _supervised(config, info.depth)
         self.alignment = Alignment(
             fusion=config.fusion,
             adaptor=config.adaptor,
@@ -118,22 +112,10 @@ class MaskAlign(base.Method):
             student_depth=run.student.depth,
             supervised=tuple(self.level_weights),
         )
-        self.keep = kept_patches(self.student.patches, config.mask_ratio)
-        noise = mask_noise(config.masking, self.student.patches)
-        if run.student.drop_path:
-            noise["drop_path"] = Noise("uniform", (run.student.depth, 2))
-        self.needs = Needs(
-            noise=noise,
-            teachers={
-                self.teacher: TeacherNeeds(
-                    levels=tuple(self.level_weights), cls_attention=config.masking == "attention"
-                )
-            },
-        )
 
-    def visible(self, batch: Batch, targets: Targets) -> Tensor:
-        """int64 [B, K]: the patches that the student sees, in the order in which it sees them."""
-        return visible_ids(self.config.masking, self.keep, batch.noise["mask"], targets.cls_attention)
+    def make_student(self, run: RunConfig) -> ViT:
+        size, every = run.data.image_size, run.engine.activation_checkpointing
+        return ViT(run.student, size, final_norm=False, checkpoint_every=every)
 
     def target(self, targets: Targets, level: int, ids_keep_BK: Tensor) -> Tensor:
         """Normalised teacher features of one level at the kept positions, class token first: float32 [B, 1+K, C]."""
@@ -145,7 +127,7 @@ class MaskAlign(base.Method):
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
         """Scalars: loss, and level_<i> for each supervised teacher level before its weight."""
         teacher = targets[self.teacher]
-        ids_keep = self.visible(batch, teacher)
+        ids_keep = self.masking.choose(batch, targets).visible
         out = self.student(batch.images, ids_keep, batch.noise.get("drop_path"), self.alignment.student_levels)
         first = 0 if self.config.cls_target else 1
         losses = {
@@ -157,13 +139,22 @@ class MaskAlign(base.Method):
 
     @torch.no_grad()
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
-        """The images, what the student sees of them, and the teacher's CLS attention where it was asked for."""
-        teacher = targets[self.teacher]
-        mask = mask_of(self.visible(batch, teacher), self.student.patches)
-        return View(unnormalised(batch.images), mask=mask, attention=teacher.cls_attention)
+        """The images, the mask, and the attention that chose it."""
+        raster, patches = in_raster_order(self.masking.choose(batch, targets)), self.student.patches
+        return View(
+            unnormalised(batch.images),
+            mask=raster.spread(raster.mask, patches),
+            thrown=raster.thrown(patches),
+            attention=self.masking.weights(batch, targets),
+        )
 
     def no_weight_decay(self) -> set[str]:
         return set() if self.alignment.mixing is None else {"alignment.mixing"}
+
+
+def _supervised(config: MaskAlignConfig, depth: int) -> dict[int, float]:
+    """Teacher level -> its weight in the loss, where that is not zero."""
+    return {level: weight for level, weight in enumerate(level_weights(config.levels, depth)) if weight}
 
 
 def _teacher_name(config: MaskAlignConfig, teachers: Mapping[str, TeacherInfo]) -> str:

@@ -20,15 +20,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mimscale.config import RunConfig
-from mimscale.contracts import Batch, Needs, Targets, TeacherInfo, TeacherNeeds, View
+from mimscale.contracts import Batch, Targets, TeacherInfo, TeacherNeeds
 from mimscale.errors import UserError
-from mimscale.methods import mae
-from mimscale.methods.base import check_grid
+from mimscale.methods import base, mae
 from mimscale.models.convvit import ConvStages, ConvViT, ConvViTOutput, check_stages
+from mimscale.models.features import check_grid
 from mimscale.models.fusion import LevelFusion
 from mimscale.models.heads import Adaptor, make_adaptor
-from mimscale.models.masking import Masking, gather_tokens, mask_noise, mask_of, restore_visible, visible_ids
-from mimscale.models.patches import unnormalised
+from mimscale.models.masking import gather_tokens, in_raster_order
 from mimscale.models.targets import feature_loss, normalise_features
 from mimscale.models.vit import LN_EPS, ViT, ViTOutput
 
@@ -39,9 +38,7 @@ class MRMAEConfig(mae.MAEConfig):
     """Every default below is our reading, not a published setting; MAE's decoder and mask ratio are inherited.
 
     stages: convolution stages before the ViT; null: a plain ViT.
-    masking: focused mimicking. The visible patches are drawn in proportion to the teacher's CLS attention (attention),
-    are its largest (topk: the same ones in every epoch) or uniform (random). masking_teacher: whose attention; null:
-    the first teacher with a class token.
+    masking: focused mimicking, the visible patches are drawn in proportion to a teacher's CLS attention.
     levels: multi-layer fusion. 0-based attention blocks whose raw outputs are combined for the mimic head, with the
     convolution stages where there are some, and normalised; empty: the head reads what the decoder reads. fusion: plain
     sum, or MFF's projections and softmax weights (learned).
@@ -51,8 +48,7 @@ class MRMAEConfig(mae.MAEConfig):
     """
 
     stages: ConvStages | None = None
-    masking: Masking = "attention"
-    masking_teacher: str | None = None
+    masking: base.AnyMasking = base.masking_default("attention", 0.75)
     levels: tuple[int, ...] = ()
     fusion: Literal["sum", "learned"] = "sum"
     adaptor: Adaptor = "linear"
@@ -73,8 +69,11 @@ class MRMAE(mae.MAE):
     config: MRMAEConfig
 
     @classmethod
+    def reads(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
+        return {name: TeacherNeeds(levels=(info.depth - 1,)) for name, info in teachers.items()}
+
+    @classmethod
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
-        super().check(run, {})
         config = cast(MRMAEConfig, run.method)
         if config.stages is not None:
             check_stages(config.stages, run.student)
@@ -91,7 +90,6 @@ class MRMAE(mae.MAE):
         for name in config.teacher_weights:
             if name not in teachers:
                 raise UserError(f"method.teacher_weights.{name}: no such teacher; choose from {', '.join(teachers)}")
-        _masking_teacher(config, teachers)
         depth = run.student.depth
         if list(config.levels) != sorted({level for level in config.levels if 0 <= level < depth}):
             raise UserError(f"method.levels = {list(config.levels)} must rise and lie in 0 to {depth - 1}")
@@ -99,6 +97,7 @@ class MRMAE(mae.MAE):
             raise UserError(
                 "method.fusion = learned has nothing to weigh; name some method.levels, or set fusion = sum"
             )
+        super().check(run, teachers)
 
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__(run, teachers)
@@ -110,26 +109,12 @@ class MRMAE(mae.MAE):
             {name: make_adaptor(config.adaptor, width, info.dim) for name, info in teachers.items()}
         )
         self.target_level = {name: info.depth - 1 for name, info in teachers.items()}
-        self.masking_teacher = _masking_teacher(config, teachers)
-        noise = {purpose: wanted for purpose, wanted in self.needs.noise.items() if purpose != "mask"}
-        self.needs = Needs(
-            noise={**mask_noise(config.masking, self.student.patches), **noise},
-            teachers={
-                name: TeacherNeeds(levels=(level,), cls_attention=name == self.masking_teacher)
-                for name, level in self.target_level.items()
-            },
-        )
 
     def make_student(self, run: RunConfig) -> ViT | ConvViT:  # type: ignore[override]  # one interface, two shapes
         stages = cast(MRMAEConfig, run.method).stages
         if stages is None:
             return super().make_student(run)
         return ConvViT(run.student, stages, run.data.image_size, checkpoint_every=run.engine.activation_checkpointing)
-
-    def visible(self, batch: Batch, targets: Mapping[str, Targets]) -> Tensor:
-        """int64 [B, K]: the patches that the student sees and that mimic a teacher."""
-        attention = None if self.masking_teacher is None else targets[self.masking_teacher].cls_attention
-        return visible_ids(self.config.masking, self.keep, batch.noise.get("mask"), attention)
 
     def fused(self, out: ViTOutput | ConvViTOutput) -> Tensor:
         """What the mimic heads read: [B, T, D] without the class token, unless it is a target."""
@@ -151,51 +136,18 @@ class MRMAE(mae.MAE):
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
         """Scalars: loss, and before their weights pixel and mimic_<teacher>."""
-        ids_keep = self.visible(batch, targets)
-        out = self.student(batch.images, ids_keep, batch.noise.get("drop_path"), self.config.levels)
-        pred = self.decoder(out.tokens, restore_visible(ids_keep, self.student.patches))
-        mask = mask_of(ids_keep, self.student.patches)
-        pixel = mae.masked_patch_loss(pred, self.target(batch.images), mask)
+        masks = self.masking.choose(batch, targets)
+        raster = in_raster_order(masks)
+        out = self.student(batch.images, masks.visible, batch.noise.get("drop_path"), self.config.levels)
+        pred = self.decoder(out.tokens, raster)
+        pixel = mae.masked_patch_loss(pred, raster.of(self.target(batch.images)), raster.mask)
         fused = self.fused(out)
         mimic = {
-            name: feature_loss(head(fused), self.mimic_target(targets[name], level, ids_keep), self.config.mimic_loss)
+            name: feature_loss(
+                head(fused), self.mimic_target(targets[name], level, masks.visible), self.config.mimic_loss
+            )
             for (name, head), level in zip(self.mimic.items(), self.target_level.values(), strict=True)
         }
         weighted = [self.config.teacher_weights.get(name, 1.0) * loss for name, loss in mimic.items()]
         loss = torch.stack([self.config.pixel_weight * pixel, *weighted]).sum()
         return {"loss": loss, "pixel": pixel.detach(), **{f"mimic_{n}": value.detach() for n, value in mimic.items()}}
-
-    @torch.no_grad()
-    def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
-        """The images, the mask, every patch as predicted, and the attention that chose the visible ones."""
-        ids_keep = self.visible(batch, targets)
-        latent = self.student(batch.images, ids_keep).tokens
-        pred = self.decoder(latent, restore_visible(ids_keep, self.student.patches))
-        return View(
-            unnormalised(batch.images),
-            mask=mask_of(ids_keep, self.student.patches),
-            reconstruction=self.images_of(pred, batch.images),
-            attention=None if self.masking_teacher is None else targets[self.masking_teacher].cls_attention,
-        )
-
-
-def _masking_teacher(config: MRMAEConfig, teachers: Mapping[str, TeacherInfo]) -> str | None:
-    """Whose CLS attention chooses the visible patches; None: nobody's."""
-    if config.masking == "random":
-        if config.masking_teacher is not None:
-            raise UserError(
-                f"method.masking_teacher = {config.masking_teacher} has no say with masking = random; remove it"
-            )
-        return None
-    able = [name for name, info in teachers.items() if info.has_cls]
-    if not able:
-        raise UserError(
-            f"method.masking = {config.masking} needs CLS attention and no teacher has a class token; set "
-            "method.masking = random"
-        )
-    name = config.masking_teacher or able[0]
-    if name not in able:
-        raise UserError(
-            f"method.masking_teacher = {name} is no teacher with a class token; choose one of {', '.join(able)}"
-        )
-    return name

@@ -25,6 +25,7 @@ from mimscale.models.vit import (
     PatchEmbed,
     PatchProjection,
     ViTOutput,
+    attended,
     drop_path_scales,
     per_sample,
     run_blocks,
@@ -81,10 +82,12 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = Linear(width, width, std=out_std)
 
-    def forward(self, x_BTD: Tensor, bias_BHTT: Tensor | None = None) -> Tensor:
-        """bias: added to the scaled scores, [1 or B, heads, T, T]."""
+    def forward(self, x_BTD: Tensor, bias_BHTT: Tensor | None = None, prefix: int | None = None) -> Tensor:
+        """bias: added to the scaled scores, [1 or B, heads, T, T]. prefix: given, the answer is `attended` instead."""
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         q, k, v = self.qkv(x_BTD, qkv_bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if prefix is not None:
+            return attended(q, k, prefix, bias_BHTT)
         bias = None if bias_BHTT is None else bias_BHTT.to(q.dtype)
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
 
@@ -185,10 +188,12 @@ class Beit(nn.Module):
         drop_noise: Tensor | None = None,
         ids_keep: Tensor | None = None,
         levels: Collection[int] = (),
+        attention: bool = False,
     ) -> ViTOutput:
         """images: normalised, any float type. mask: [B, L] in raster order, 1 = seen as a mask token. drop_noise:
         uniform [B, depth, 2]; None drops nothing. ids_keep: int64 [B, K], the patches, masked or not, that go through
-        the blocks, each with its own position; None: all in raster order. levels: blocks to return raw.
+        the blocks, each with its own position; None: all in raster order. levels: blocks to return raw. attention:
+        return the last block's as well.
 
         Returns tokens [B, 1+K, D] after the final norm, in the parameters' type.
         """
@@ -206,5 +211,6 @@ class Beit(nn.Module):
         x_BTD = torch.cat([cls.expand(len(tokens), -1, -1), tokens], dim=1)
         extra = () if self.rel_pos_bias is None else (self.rel_pos_bias(ids_keep),)
         scales = None if drop_noise is None else drop_path_scales(drop_noise, self.config.drop_path)
-        out = run_blocks(self.blocks, x_BTD, scales, self.checkpoint_every, levels, extra)
-        return ViTOutput(self.norm(out.tokens), out.levels)
+        prefix = self.prefix if attention else None
+        out = run_blocks(self.blocks, x_BTD, scales, self.checkpoint_every, levels, extra, prefix)
+        return out._replace(tokens=self.norm(out.tokens))

@@ -86,12 +86,13 @@ class ConvViTOutput(NamedTuple):
     """tokens: [B, (1+)K, D], class token first where there is one. levels: attention block -> raw output, same shape.
 
     early: [B, (1+)K, D], what multi-scale fusion adds to the last block's output (nothing to the class token); None
-    without fusion.
+    without fusion. attention: the last block's, where asked, as `models.vit.attended` gives it.
     """
 
     tokens: Tensor
     levels: dict[int, Tensor]
     early: Tensor | None
+    attention: Tensor | None = None
 
 
 def to_map(windows_BKhwC: Tensor, grid: tuple[int, int], ids_keep_BK: Tensor | None = None) -> Tensor:
@@ -263,10 +264,11 @@ class ConvViT(nn.Module):
         ids_keep: Tensor | None = None,
         drop_noise: Tensor | None = None,
         levels: Collection[int] = (),
+        attention: bool = False,
     ) -> ConvViTOutput:
         """images: normalised, any float type. ids_keep: int64 [B, K], the visible patches in the order to be seen; None
         sees all in raster order. drop_noise: uniform [B, depth, 2]; None drops nothing; the rate rises over all three
-        stages. levels: attention blocks to return raw.
+        stages. levels: attention blocks to return raw. attention: return the last block's as well.
 
         Returns tokens after the final norm where there is one, in the parameters' type.
         """
@@ -292,11 +294,11 @@ class ConvViT(nn.Module):
         if self.cls_token is not None:
             cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
             x = torch.cat([cls.to(x.dtype), x], dim=1)
-        out = run_blocks(self.blocks3, x, three, every, levels)
+        out = run_blocks(self.blocks3, x, three, every, levels, (), self.prefix if attention else None)
         if early is None:
-            return ConvViTOutput(self.norm(out.tokens), out.levels, None)
+            return ConvViTOutput(self.norm(out.tokens), out.levels, None, out.attention)
         early = F.pad(early, (0, 0, self.prefix, 0))
-        return ConvViTOutput(self.norm(out.tokens + early), out.levels, early)
+        return ConvViTOutput(self.norm(out.tokens + early), out.levels, early, out.attention)
 
     def _scales(self, drop_noise_BN2: Tensor | None) -> tuple[Tensor | None, ...]:
         """Drop-path factors of the three stages."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mimscale.models.masking import gather_tokens
+from mimscale.models.masking import Raster, gather_tokens
 from mimscale.models.posembed import sincos_2d
 from mimscale.models.vit import LN_EPS, Block, Linear, run_blocks
 
@@ -41,13 +41,17 @@ class MAEDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
         self.pred = Linear(width, patch * patch * 3)
 
-    def forward(self, latent_BTD: Tensor, ids_restore_BL: Tensor) -> Tensor:
-        """latent [B, prefix + K, D], ids_restore int64 [B, L] -> predictions [B, L, p*p*3] in raster order."""
+    def forward(self, latent_BTD: Tensor, raster: Raster) -> Tensor:
+        """latent [B, prefix + K, D] of the visible patches -> predictions [B, S, p*p*3] of the patches of `raster`."""
         x = self.embed(latent_BTD)
         first, patches = x[:, : self.prefix], x[:, self.prefix :]
-        masked = ids_restore_BL.shape[1] - patches.shape[1]
+        masked = raster.places.shape[1] - patches.shape[1]
         shuffled = torch.cat([patches, self.mask_token.expand(len(x), masked, -1)], dim=1)
-        x = torch.cat([first, gather_tokens(shuffled, ids_restore_BL)], dim=1)
-        x = (x + self.pos_embed).to(x.dtype)
+        x = torch.cat([first, gather_tokens(shuffled, raster.places)], dim=1)
+        positions = self.pos_embed
+        if x.shape[1] < positions.shape[1]:
+            positions = self.pos_embed[0, self.prefix :][raster.ids]
+            positions = torch.cat([self.pos_embed[:, : self.prefix].expand(len(x), -1, -1), positions], dim=1)
+        x = (x + positions).to(x.dtype)
         x = run_blocks(self.blocks, x, None, self.checkpoint_every).tokens
         return self.pred(self.norm(x[:, self.prefix :]))

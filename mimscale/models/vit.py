@@ -26,11 +26,13 @@ LN_EPS = 1e-6
 class ViTOutput(NamedTuple):
     """tokens: [B, 1+K, D], class token first. levels: 0-based block index -> raw block output [B, 1+K, D].
 
+    attention: the last block's, where asked, as `attended` gives it.
     A tuple, because DeepSpeed looks for tensors in tuples and dicts only.
     """
 
     tokens: Tensor
     levels: dict[int, Tensor]
+    attention: Tensor | None = None
 
 
 class Linear(nn.Linear):
@@ -80,10 +82,26 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, prefix: int | None = None) -> Tensor:
+        """prefix: given, the answer is `attended` instead."""
         qkv = self.qkv(x_BTD).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
+        if prefix is not None:
+            return attended(q, k, prefix)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def attended(q_BHTd: Tensor, k_BHTd: Tensor, prefix: int, bias_BHTT: Tensor | None = None) -> Tensor:
+    """How much of the softmax over all keys each patch gets: float32 [B, H, L].
+
+    prefix: tokens before those of the patches. Of one, the class token, the row is taken; with none, the mean of all
+    rows, which is our reading where a network has no class token.
+    """
+    queries = q_BHTd[:, :, :1] if prefix else q_BHTd
+    scores = queries.float() @ k_BHTd.float().transpose(2, 3) * q_BHTd.shape[-1] ** -0.5
+    if bias_BHTT is not None:
+        scores = scores + bias_BHTT[:, :, : queries.shape[2]].float()
+    return scores.softmax(dim=-1).mean(dim=2)[:, :, prefix:]
 
 
 class Mlp(nn.Module):
@@ -143,13 +161,19 @@ def run_blocks(
     checkpoint_every: int,
     levels: Collection[int] = (),
     extra: tuple[Any, ...] = (),
+    attention_prefix: int | None = None,
 ) -> ViTOutput:
     """Tokens through all blocks. Every `checkpoint_every`-th block is recomputed in the backward pass (0: none).
 
-    extra: further inputs that every block gets.
+    extra: further inputs that every block gets. attention_prefix: return the last block's attention as well, of tokens
+    with so many before those of the patches.
     """
-    kept = {}
+    kept: dict[int, Tensor] = {}
+    attention = None
+    block: Any  # what a ModuleList holds is a Block to nobody but us
     for index, block in enumerate(blocks):
+        if attention_prefix is not None and index == len(blocks) - 1:
+            attention = block.attn(block.norm1(x_BTD), *extra, prefix=attention_prefix)
         scales = None if scales_BN2 is None else scales_BN2[:, index]
         if checkpoint_every and index % checkpoint_every == 0 and torch.is_grad_enabled():
             x_BTD = checkpoint(block, x_BTD, scales, *extra, use_reentrant=False, preserve_rng_state=False)
@@ -157,7 +181,7 @@ def run_blocks(
             x_BTD = block(x_BTD, scales, *extra)
         if index in levels:
             kept[index] = x_BTD
-    return ViTOutput(x_BTD, kept)
+    return ViTOutput(x_BTD, kept, attention)
 
 
 class ViT(nn.Module):
@@ -217,9 +241,11 @@ class ViT(nn.Module):
         drop_noise: Tensor | None = None,
         levels: Collection[int] = (),
         apply_norm: bool = True,
+        attention: bool = False,
     ) -> ViTOutput:
         """images: normalised, any float type. ids_keep: int64 [B, K], the visible patches in the order to be seen; None
         sees all in raster order. drop_noise: uniform [B, depth, 2]; None drops nothing. levels: blocks to return raw.
+        attention: return the last block's as well.
 
         Returns tokens [B, 1+K, D] in the parameters' type: after the final norm where there is one, and raw without
         apply_norm, for a method that calls `norm` on something else.
@@ -235,5 +261,6 @@ class ViT(nn.Module):
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         x_BTD = torch.cat([cls.to(tokens.dtype), (tokens + positions).to(tokens.dtype)], dim=1)
         scales = None if drop_noise is None else drop_path_scales(drop_noise, self.config.drop_path)
-        out = run_blocks(self.blocks, x_BTD, scales, self.checkpoint_every, levels)
-        return ViTOutput(self.norm(out.tokens) if apply_norm else out.tokens, out.levels)
+        prefix = self.prefix if attention else None
+        out = run_blocks(self.blocks, x_BTD, scales, self.checkpoint_every, levels, (), prefix)
+        return out._replace(tokens=self.norm(out.tokens) if apply_norm else out.tokens)

@@ -13,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from mimscale.contracts import View
+from mimscale.observe.gallery import Gallery
+
 
 class Logbook:
     """Append-only. Steps that are redone after a resume appear twice in metrics.jsonl; the later line counts."""
@@ -22,6 +25,7 @@ class Logbook:
         self._active = active
         self._file = (run_dir / "metrics.jsonl").open("a", buffering=1) if active else None
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step) if active and tensorboard else None
+        self._gallery: Gallery | None = None
         self._progress: Progress | None = None
         if active and self.console.is_terminal:
             self._progress = Progress(
@@ -60,12 +64,23 @@ class Logbook:
             eta_s = (time.monotonic() - start_s) / max(1, step - first) * (self._total - step)
             self.say(f"step {step}/{self._total}  {line}  ETA {_duration(eta_s)}")
 
-    def picture(self, step: int, name: str, image_3HW: Tensor) -> None:
-        """A uint8 picture for TensorBoard."""
+    def show(self, step: int, view: View) -> None:
+        """A panel for TensorBoard, drawn in a thread (see `Gallery`). Nobody may change the view's tensors later."""
         if self._board is not None:
-            self._board.add_image(name, image_3HW, step)
+            if self._gallery is None:
+                self._gallery = Gallery(self._publish, self._not_drawn)
+            self._gallery.show(step, view)
+
+    def _publish(self, step: int, panel_3HW: Tensor) -> None:
+        if self._board is not None:
+            self._board.add_image("view", panel_3HW, step)
+
+    def _not_drawn(self, step: int, error: Exception) -> None:
+        self.event("picture_failed", at=step, error=f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
+        if self._gallery is not None:
+            self._gallery.close()
         if self._progress is not None:
             self._progress.stop()
         if self._board is not None:

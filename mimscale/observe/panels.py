@@ -10,32 +10,39 @@ from torch import Tensor
 
 from mimscale.contracts import View
 
-GREY = 0.5  # where a patch is masked
+GREY, DARK = 0.5, 0.125  # where a patch is masked, where it is thrown away
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # dark to bright, equally spaced
+SAMPLES = 8  # columns of a panel
 GAP, SMALLEST = 2, 64  # pixels between tiles; smaller tiles are enlarged
 
 
-def tiles(view: View, samples: int = 8) -> dict[str, Tensor]:
+def tiles(view: View, samples: int = SAMPLES) -> dict[str, Tensor]:
     """What the view holds, as uint8 pictures [samples, 3, H, W] in host memory.
 
-    input, then where there are any: masked; reconstruction (predicted where masked, true elsewhere); attention
-    (share of the strongest patch, dark to bright, over the darkened picture). Patches lie on a square grid.
+    input, then where there are any: masked (grey; thrown patches dark); reconstruction (predicted where masked, true
+    elsewhere); attention (share of the strongest patch, dark to bright, over the darkened picture); features (their
+    three strongest components as red, green and blue). Patches lie on a square grid.
     """
     images = view.images[:samples].float()
     rows = {"input": images}
     if view.mask is not None:
         hidden = _to_pixels(view.mask[:samples], images.shape[-1])
-        rows["masked"] = images * (1 - hidden) + GREY * hidden
+        dark = torch.zeros_like(hidden) if view.thrown is None else _to_pixels(view.thrown[:samples], images.shape[-1])
+        hidden = torch.maximum(hidden, dark)
+        rows["masked"] = images * (1 - hidden) + GREY * hidden + (DARK - GREY) * dark
         if view.reconstruction is not None:
-            rows["reconstruction"] = images * (1 - hidden) + view.reconstruction[:samples].float() * hidden
+            predicted = view.reconstruction[:samples].float() * (hidden - dark)
+            rows["reconstruction"] = images * (1 - hidden) + predicted + DARK * dark
     if view.attention is not None:
         attention = view.attention[:samples].float()
         share = _to_pixels(attention / attention.amax(dim=1, keepdim=True).clamp_min(1e-12), images.shape[-1])
         rows["attention"] = 0.35 * images + 0.65 * heat(share)
+    if view.features is not None:
+        rows["features"] = _to_pixels(components(view.features[:samples]), images.shape[-1])
     return {name: (row.clamp(0, 1) * 255).round().to(torch.uint8).cpu() for name, row in rows.items()}
 
 
-def panel(view: View, samples: int = 8) -> Tensor:
+def panel(view: View, samples: int = SAMPLES) -> Tensor:
     """uint8 [3, H, W]: one column per sample, the rows of `tiles` below each other."""
     rows = torch.stack(list(tiles(view, samples).values()))
     side = rows.shape[-1]
@@ -56,9 +63,24 @@ def heat(share_B1HW: Tensor) -> Tensor:
     return mixed.squeeze(1).permute(0, 3, 1, 2)
 
 
-def _to_pixels(values_BL: Tensor, side: int) -> Tensor:
-    """One value per patch [B, L] -> one per pixel, float32 [B, 1, side, side]."""
-    grid = math.isqrt(values_BL.shape[1])
+def components(features_BLD: Tensor) -> Tensor:
+    """Features [B, L, D] -> colours in 0..1 [B, L, 3]: the first three principal components over all patches.
+
+    Each runs from its 2nd to its 98th percentile. Its sign, which is arbitrary, makes the largest loading positive.
+    """
+    tokens_ND = features_BLD.flatten(0, 1).double().nan_to_num()
+    tokens_ND = tokens_ND - tokens_ND.mean(dim=0)
+    directions_D3 = torch.linalg.eigh(tokens_ND.T @ tokens_ND).eigenvectors[:, -3:].flip(1)
+    largest = directions_D3.gather(0, directions_D3.abs().argmax(dim=0, keepdim=True))
+    colours_N3 = tokens_ND @ (directions_D3 * largest.sign())
+    low, high = colours_N3.quantile(torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
+    colours_N3 = ((colours_N3 - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    return colours_N3.float().view(*features_BLD.shape[:2], 3)
+
+
+def _to_pixels(values: Tensor, side: int) -> Tensor:
+    """One value per patch [B, L], or C of them [B, L, C] -> float32 [B, 1 or C, side, side]."""
+    grid = math.isqrt(values.shape[1])
     patch = side // grid
-    maps = values_BL.float().view(-1, 1, grid, grid)
+    maps = values.float().view(len(values), grid, grid, -1).permute(0, 3, 1, 2)
     return maps.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)

@@ -185,8 +185,11 @@ class Reader:
     def verify(self, share: int = 0, of: int = 1) -> None:
         """Recompute the sha256 of every `of`-th file, so that ranks can divide the work."""
         for shard in self.meta["shards"][share::of]:
-            if _sha256(self.path / shard["file"]) != shard["sha256"]:
+            if sha256(self.path / shard["file"]) != shard["sha256"]:
                 raise CheckpointError(f"{self.path / shard['file']}: sha256 differs from the manifest")
+
+    def kinds(self) -> list[str]:
+        return sorted({kind for kind, _ in self._pieces})
 
     def names(self, kind: str) -> list[str]:
         return [name for k, name in self._pieces if k == kind]
@@ -248,7 +251,8 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     return {name: reader.full(kind, name) for kind in kinds for name in reader.names(kind)}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

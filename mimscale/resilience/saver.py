@@ -77,7 +77,7 @@ class Saver:
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Copy, and go on writing in the background. Collective.
 
-        Where the save before is still being written, waits for it up to `wait_s`; then this one is left out, with a note.
+        Where the save before is still being written, waits up to `wait_s`, then leaves this one out, with a note.
         """
         if self.settle(self._config.wait_s) is None:
             assert self._job is not None
@@ -108,7 +108,7 @@ class Saver:
             self._finish(job)
 
     def settle(self, limit_s: float | None = None) -> bool | None:
-        """Wait until the save under way is on disk (True) or given up (False); None if `limit_s` is over. Collective."""
+        """Wait until the save under way is on disk (True) or given up (False); None after `limit_s`. Collective."""
         job = self._job
         if job is None:
             return True

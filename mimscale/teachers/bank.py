@@ -13,10 +13,8 @@ from torch import Tensor
 from mimscale.config import TeacherConfig
 from mimscale.contracts import Targets, TeacherInfo, TeacherNeeds
 from mimscale.errors import UserError
-from mimscale.teachers import weights
+from mimscale.teachers import quantise, weights
 from mimscale.teachers.base import DTYPES, Teacher, check_needs
-
-_CLASSES = {"timm": "TimmTeacher", "open_clip": "OpenClipTeacher"}
 
 
 def adapter(library: str) -> Any:
@@ -33,17 +31,19 @@ def skeleton(name: str, config: TeacherConfig, default_image_size: int) -> Teach
 
 def describe(name: str, config: TeacherConfig, default_image_size: int) -> TeacherInfo:
     """Width, depth and grid of a teacher at its image size, else at the run's. Raises UserError."""
+    quantise.check(name, config.precision)
     return skeleton(name, config, default_image_size).info
 
 
 def _build(name: str, config: TeacherConfig, default_image_size: int) -> Teacher:
-    build = getattr(adapter(config.library), _CLASSES[config.library])
-    teacher: Teacher = build(name, config, config.image_size or default_image_size)
+    teacher: Teacher = adapter(config.library).build(name, config, config.image_size or default_image_size)
     return teacher
 
 
-def load(name: str, config: TeacherConfig, default_image_size: int) -> tuple[Teacher, dict[str, Any]]:
-    """(teacher with its weights on the CPU, its identity). Raises UserError."""
+def load(
+    name: str, config: TeacherConfig, default_image_size: int, device: torch.device
+) -> tuple[Teacher, dict[str, Any]]:
+    """(teacher with its weights on a device, its identity). Raises UserError."""
     identity: dict[str, Any] = {"library": config.library, "model": config.model, "sha256": None, "random": False}
     if config.random:
         teacher = _random(name, config, default_image_size)
@@ -54,8 +54,11 @@ def load(name: str, config: TeacherConfig, default_image_size: int) -> tuple[Tea
             name, config, lambda: adapter(config.library).hub_file(name, config), weights.downloads_allowed()
         )
         identity["sha256"] = weights.verify(name, config, path)
-        teacher.load(weights.read(name, path), config.precision, f"teachers.{name}: {path}")
-    return teacher.requires_grad_(False).eval(), identity
+        teacher.load(weights.read(name, path), config.storage, f"teachers.{name}: {path}")
+    teacher.requires_grad_(False).eval().to(device)
+    if config.precision == "int8" or config.precision == "fp8":
+        quantise.quantise(teacher, config.precision)
+    return teacher, identity
 
 
 def _random(name: str, config: TeacherConfig, default_image_size: int) -> Teacher:
@@ -63,7 +66,7 @@ def _random(name: str, config: TeacherConfig, default_image_size: int) -> Teache
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big"))
         teacher = _build(name, config, default_image_size)
-    teacher.tower.to(DTYPES[config.precision])
+    teacher.tower.to(DTYPES[config.storage])
     return teacher
 
 
@@ -89,8 +92,7 @@ class Bank:
         self.teachers: dict[str, Teacher] = {}
         self._identities: dict[str, dict[str, Any]] = {}
         for name in needs:
-            teacher, self._identities[name] = load(name, configs[name], default_image_size)
-            self.teachers[name] = teacher.to(device)
+            self.teachers[name], self._identities[name] = load(name, configs[name], default_image_size, device)
 
     def __call__(self, images: Tensor) -> dict[str, Targets]:
         """float32 ImageNet-normalised [B, 3, H, W] on the bank's device -> teacher's name -> what was asked of it."""

@@ -62,6 +62,11 @@ class Teacher(nn.Module, ABC):
     def embed(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] in the teacher's precision and normalisation -> tokens [B, N, D] that enter the first block."""
 
+    def run(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        """One block on tokens [B, N, D]."""
+        out: Tensor = block(tokens)
+        return out
+
     @abstractmethod
     def query_and_keys(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens before a block -> scaled query of the first token [B, H, 1, d], keys of all tokens [B, H, N, d]."""
@@ -101,7 +106,7 @@ class Teacher(nn.Module, ABC):
                 attention = cls_attention(*self.query_and_keys(block, tokens))[:, self.prefix :]
             if index >= runs:
                 break
-            tokens = block(tokens)
+            tokens = self.run(block, tokens)
             if index in needs.levels:
                 levels[index] = tokens[:, self.prefix :]
                 if self.info.has_cls:
@@ -151,7 +156,7 @@ def check_needs(info: TeacherInfo, needs: TeacherNeeds) -> None:
     if needs.cls_attention and not info.has_cls:
         raise UserError(
             f"teachers.{info.name} has no class token, so there is no CLS attention; "
-            f"use random masking or a teacher with a class token (CLIP, DINO, DINOv2)"
+            f"use random masking or a teacher with a class token (CLIP, DINO, DINOv2, DINOv3, EVA02)"
         )
 
 

@@ -64,6 +64,16 @@ class OpenClipTeacher(Teacher):
         return {key: tensor for key, tensor in tower.items() if key.partition(".")[0] not in _UNREAD}
 
 
+def models() -> list[str]:
+    """Every name that the library knows, teacher or not."""
+    return open_clip.list_models()
+
+
+def build(name: str, config: TeacherConfig, image_size: int) -> OpenClipTeacher:
+    """The teacher without its weights. Raises UserError."""
+    return OpenClipTeacher(name, config, image_size)
+
+
 def hub_file(name: str, config: TeacherConfig) -> HubFile:
     """The file that open_clip's tag stands for. Raises UserError where there is none."""
     if config.pretrained is None:

@@ -1,4 +1,7 @@
-"""Teachers from timm: every model whose class is the plain `VisionTransformer` (CLIP, DINO, DINOv2, SigLIP, ...)."""
+"""Teachers from timm: the plain `VisionTransformer` (CLIP, DINO, DINOv2, SigLIP2) and `Eva` (DINOv3, EVA02, PE).
+
+The second class rotates the queries and keys of the patches by their place in the grid (rotary positions).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import AttentionRope, PatchEmbed, apply_rot_embed_cat
+from timm.models import eva
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -20,6 +25,7 @@ from mimscale.teachers.weights import TIMM_FILE, HubFile
 
 _UNREAD = ("norm", "fc_norm", "attn_pool", "head")  # of the tower; targets are the raw residual stream
 _ACTIVATIONS = {"gelu": "gelu", "quickgelu": "quick_gelu"}
+_CHOICES = "choose a CLIP, DINO, DINOv2, DINOv3, EVA02 or SigLIP2 model"
 
 
 class TimmTeacher(Teacher):
@@ -27,8 +33,7 @@ class TimmTeacher(Teacher):
 
     tower: Any  # VisionTransformer, whose attributes timm does not annotate
 
-    def __init__(self, name: str, config: TeacherConfig, image_size: int) -> None:
-        tower = _build(name, config, image_size)
+    def __init__(self, name: str, config: TeacherConfig, image_size: int, tower: Any) -> None:
         patch = tower.patch_embed.patch_size
         info = info_of(name, config, image_size, patch, tower.embed_dim, len(tower.blocks), tower.cls_token is not None)
         mean, std = config.mean or tower.pretrained_cfg["mean"], config.std or tower.pretrained_cfg["std"]
@@ -61,7 +66,85 @@ class TimmTeacher(Teacher):
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         named = checkpoint_filter_fn(huggingface.to_timm(state) or dict(state), self.tower, antialias=False)
-        return {key: tensor for key, tensor in named.items() if key.partition(".")[0] not in _UNREAD}
+        return _read(named)
+
+
+class RotaryTeacher(TimmTeacher):
+    """A timm Eva: as above, and queries and keys of the patches are rotated in every block, prefix tokens are not.
+
+    angles: sine and cosine per patch, float32 [L, 2d] in every precision; None for the first EVA, which has none.
+    """
+
+    angles: Tensor | None
+
+    def __init__(self, name: str, config: TeacherConfig, image_size: int, tower: Any) -> None:
+        angles = None if tower.rope is None else _angles(name, config, image_size, tower.embed_dim // _heads(tower))
+        tower.rope = None
+        for block in tower.blocks:
+            if getattr(block.attn, "k_bias", None) is not None:
+                block.attn.register_buffer("k_bias", block.attn.k_bias)  # of zeros; persistent, so that `load` fills it
+        super().__init__(name, config, image_size, tower)
+        self.register_buffer("angles", angles, persistent=False)
+
+    def run(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        out: Tensor = block(tokens, rope=self.angles)
+        return out
+
+    def query_and_keys(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        attention: Any = block.attn
+        normed = block.norm1(tokens)  # type: ignore[operator]
+        if attention.qkv is None:
+            weights = (attention.q_proj.weight, attention.k_proj.weight)
+            biases = (attention.q_proj.bias, attention.k_proj.bias)
+        else:
+            weights = attention.qkv.weight.chunk(3)
+            if isinstance(attention, EvaAttention):
+                biases = (attention.q_bias, attention.k_bias)
+            else:
+                biases = attention.qkv.bias.chunk(3) if attention.qkv.bias is not None else (None, None)
+        query = attention.q_norm(project(normed[:, :1], weights[0], biases[0], attention.num_heads))
+        keys = attention.k_norm(project(normed, weights[1], biases[1], attention.num_heads))
+        if self.angles is not None:  # the query is the class token's, a prefix token
+            rotated = apply_rot_embed_cat(keys[:, :, self.prefix :], self.angles, half=attention.rotate_half)
+            keys = torch.cat([keys[:, :, : self.prefix], rotated.to(keys.dtype)], dim=2)
+        return query * attention.scale, keys
+
+    def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        named = _read(eva.checkpoint_filter_fn(dict(state), self.tower, antialias=False))
+        zeros = {key: torch.zeros(b.shape) for key, b in self.tower.named_buffers() if key.endswith(".k_bias")}
+        return {**named, **zeros}
+
+
+def models() -> list[str]:
+    """Every name that the library knows, teacher or not."""
+    return timm.list_models()
+
+
+def build(name: str, config: TeacherConfig, image_size: int) -> TimmTeacher:
+    """The teacher without its weights. Raises UserError."""
+    tower = _tower(name, config, image_size)
+    return (RotaryTeacher if type(tower) is Eva else TimmTeacher)(name, config, image_size, tower)
+
+
+def _read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in state.items() if key.partition(".")[0] not in _UNREAD}
+
+
+def _heads(tower: Any) -> int:
+    heads: int = tower.blocks[0].attn.num_heads
+    return heads
+
+
+def _angles(name: str, config: TeacherConfig, image_size: int, head_dim: int) -> Tensor:
+    """The table of a model's rotary positions, from a model of one small block: it depends on no weight.
+
+    On the CPU, even where the tower itself is built without memory.
+    """
+    small = {**config.options, "embed_dim": head_dim, "num_heads": 1, "depth": 1}
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        tower = _tower(name, config.model_copy(update={"options": small}), image_size)
+    angles: Tensor = tower.rope.get_embed()
+    return angles.detach()
 
 
 def hub_file(name: str, config: TeacherConfig) -> HubFile:
@@ -75,7 +158,7 @@ def hub_file(name: str, config: TeacherConfig) -> HubFile:
     return HubFile.of(facts.hf_hub_id, facts.hf_hub_filename or TIMM_FILE)
 
 
-def _build(name: str, config: TeacherConfig, image_size: int) -> Any:
+def _tower(name: str, config: TeacherConfig, image_size: int) -> Any:
     model, tag = _tagged(name, config)
     _refuse_ambiguous_activation(name, config, tag)
     options = dict(config.options)
@@ -88,19 +171,32 @@ def _build(name: str, config: TeacherConfig, image_size: int) -> Any:
             f"teachers.{name}: timm cannot build {config.model} at {image_size} px as a plain vision transformer"
             f"{f' with {config.options}' if config.options else ''}: {one_line(error)}"
         ) from None
-    if type(tower).__name__ == "Eva":
+    if not (_is_plain(tower) or _is_rotary(tower)):
         raise UserError(
-            f"teachers.{name}: {config.model} has rotary positions (timm's class Eva: DINOv3, EVA02, PE), which are "
-            f"not supported; choose a CLIP, DINO, DINOv2 or SigLIP model"
-        )
-    plain = type(tower) is VisionTransformer and type(tower.patch_embed) is PatchEmbed
-    if not plain or any(type(b) is not Block or type(b.attn) is not Attention for b in tower.blocks):
-        raise UserError(
-            f"teachers.{name}: {config.model} ({type(tower).__name__}) is not a plain pre-norm VisionTransformer "
-            f"of timm; choose a CLIP, DINO, DINOv2 or SigLIP model"
+            f"teachers.{name}: {config.model} ({type(tower).__name__}) is not a plain pre-norm vision transformer "
+            f"of timm; {_CHOICES}"
         )
     tower.norm, tower.fc_norm, tower.attn_pool, tower.head = nn.Identity(), nn.Identity(), None, nn.Identity()
     return tower
+
+
+def _is_plain(tower: Any) -> bool:
+    return (
+        type(tower) is VisionTransformer
+        and type(tower.patch_embed) is PatchEmbed
+        and all(type(block) is Block and type(block.attn) is Attention for block in tower.blocks)
+    )
+
+
+def _is_rotary(tower: Any) -> bool:
+    """timm's Eva with one table of angles for all blocks, and as many keys as queries."""
+    return (
+        type(tower) is Eva
+        and not tower.rope_mixed
+        and all(type(block) is EvaBlock for block in tower.blocks)
+        and all(type(block.attn) in (EvaAttention, AttentionRope) for block in tower.blocks)
+        and all(getattr(block.attn, "num_kv_groups", 1) == 1 for block in tower.blocks)
+    )
 
 
 def _tagged(name: str, config: TeacherConfig) -> tuple[str, str]:

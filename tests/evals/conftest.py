@@ -16,7 +16,7 @@ from mimscale.resilience import checkpoint
 
 def shards(pictures: Path, out: Path, labelled: bool = True) -> Path:
     plan = Plan(read_folder(pictures, labelled=labelled), seed=0, shard_mb=256, shard_samples=50)
-    assert write(plan, out, unfinished(plan, out))
+    assert not write(plan, out, unfinished(plan, out))
     return out
 
 

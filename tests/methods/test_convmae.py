@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimscale import convert
+from mimscale.convert.families import convmae, finetune
 from mimscale.errors import UserError
 from mimscale.methods.convmae import ConvMAE
 from mimscale.methods.finetune import Finetune
 from mimscale.models.convvit import ConvViT, to_map
-from mimscale.models.masking import mask_of, random_order, restore_order
+from mimscale.models.masking import in_raster_order, mask_of
 from mimscale.optim import parameter_groups
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
@@ -78,7 +78,7 @@ def test_golden(skip_masked: bool) -> None:
     student, stages = sections(g.config, skip_masked)
     section = {
         "name": "convmae",
-        "mask_ratio": g.config["mask_ratio"],
+        "masking": {"ratio": g.config["mask_ratio"]},
         "norm_pix_loss": g.config["norm_pix_loss"],
         "decoder_width": g.config["dec_dim"],
         "decoder_depth": g.config["dec_depth"],
@@ -86,13 +86,15 @@ def test_golden(skip_masked: bool) -> None:
         "stages": stages,
     }
     method = ConvMAE(run_config(section, student, g.config["img"]), {})
-    method.load_state_dict(convert.mae_from_official(g.part("state")).weights)
+    method.load_state_dict(convmae.from_official(g.part("state")).weights)
     assert isinstance(method.student, ConvViT)
 
-    order = random_order(g["mask/noise"])
-    ids_keep = order[:, : method.keep]
+    masks = method.masking.choose(batch_of(g["input/images"], mask=g["mask/noise"]), {})
+    ids_keep = masks.visible
     hidden = mask_of(ids_keep, method.student.patches)
-    assert torch.equal(ids_keep, g["mask/ids_keep"]) and torch.equal(restore_order(order), g["mask/ids_restore"])
+    assert torch.equal(ids_keep, g["mask/ids_keep"]) and torch.equal(
+        in_raster_order(masks).places, g["mask/ids_restore"]
+    )
     assert torch.equal(hidden, g["mask/binary"])
     for stage, side in ((1, 4), (2, 2)):
         windows = (1 - hidden)[:, :, None, None, None].expand(-1, -1, side, side, 1)
@@ -112,7 +114,7 @@ def test_golden(skip_masked: bool) -> None:
     close(method.decoder.embed(out.tokens), g["dec/embed"])
 
     batch = batch_of(g["input/images"], mask=g["mask/noise"])
-    pred = method.predict(batch).pred
+    pred = method.predict(batch, {}).pred
     close(pred, g["prediction"])
     close(method.target(batch.images), g["target"])
     close((pred - method.target(batch.images)).square().mean(-1), g["loss/per_patch"])
@@ -121,7 +123,7 @@ def test_golden(skip_masked: bool) -> None:
     loss.backward()
     golden.every_parameter_has_a_gradient(method)
     ours = {name: p.grad for name, p in method.named_parameters()}
-    gradients = convert.mae_from_official(g.part("grad")).weights
+    gradients = convmae.from_official(g.part("grad")).weights
     assert len(gradients) == 12
     for name, gradient in gradients.items():
         gradient_close(ours[name], gradient)
@@ -133,9 +135,9 @@ def test_golden_finetune() -> None:
     run = run_config({"name": "finetune", "classes": g.config["num_classes"], "stages": stages}, student)
     method = Finetune(run, {})
     state = g.part("state")
-    weights = convert.finetune_from_official(state).weights
+    weights = finetune.from_official(state).weights
     method.load_state_dict(weights)
-    assert convert.finetune_to_official(weights).weights.keys() == state.keys()
+    assert finetune.to_official(weights).weights.keys() == state.keys()
     features = method.features(g["input/images"])
     close(features, g["output/features"])
     close(method.head(features), g["output/logits"])
@@ -224,7 +226,7 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("method", "fragment"),
     [
-        ({"mask_ratio": 0.95}, "keeps 0 of 16"),
+        ({"masking": {"ratio": 0.95}}, "keeps 0 of 16"),
         ({"stages": {"patches": [4, 2, 4]}}, "multiply to 32, student.patch is 16"),
         ({"stages": {"patches": [4, 4]}}, "method.stages.patches"),
         ({"stages": {"widths": [0, 12]}}, "method.stages.widths.0 = 0"),
@@ -241,7 +243,7 @@ def test_refusals(method: dict[str, Any], fragment: str) -> None:
 def test_refuses_a_teacher_and_a_class_token_that_is_not_there() -> None:
     from tests.methods.test_maskalign import INFO
 
-    with pytest.raises(UserError, match="convmae reads no teacher"):
+    with pytest.raises(UserError, match="neither convmae nor masking by random reads it"):
         ConvMAE(run_config(SECTION, STUDENT), {"t": INFO})
     finetune: dict[str, Any] = {"name": "finetune", "classes": 3}
     with pytest.raises(UserError, match="stages.class_token is false"):

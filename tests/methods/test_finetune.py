@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mimscale.convert import finetune_from_official
+from mimscale.convert.families.finetune import from_official
 from mimscale.errors import UserError
 from mimscale.methods.finetune import Finetune
 from tests import golden
@@ -24,7 +24,7 @@ def test_golden(name: str, pool: str) -> None:
         c["img"],
     )
     method = Finetune(run, {})
-    method.load_state_dict(finetune_from_official(g.part(f"state_{name}")).weights)
+    method.load_state_dict(from_official(g.part(f"state_{name}")).weights)
     close(method.features(g["image"]), g[f"{name}/feature"])
     close(method.head(method.features(g["image"])), g[f"{name}/logits"])
     batch = batch_of(g["image"])
@@ -34,7 +34,7 @@ def test_golden(name: str, pool: str) -> None:
     assert out["top1"] == (g[f"{name}/logits"].argmax(1) == g["label"]).float().mean()
     out["loss"].backward()
     ours = {parameter: p.grad for parameter, p in method.named_parameters()}
-    for parameter, gradient in finetune_from_official(g.part(f"{name}/grad")).weights.items():
+    for parameter, gradient in from_official(g.part(f"{name}/grad")).weights.items():
         gradient_close(ours[parameter], gradient)
     golden.every_parameter_has_a_gradient(method)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD
-from mimscale.convert import mae_from_official
+from mimscale.convert.families.mae import from_official
 from mimscale.errors import UserError
 from mimscale.methods.mae import MAE, masked_patch_loss
-from mimscale.models.masking import mask_of, random_order, restore_order
+from mimscale.models.masking import in_raster_order, mask_of
 from mimscale.models.patches import assemble, cut, from_pixels_last
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
@@ -44,23 +44,23 @@ def block_outputs(modules: torch.nn.ModuleList) -> dict[int, torch.Tensor]:
 def test_golden(name: str) -> None:
     g = golden.load(name)
     run = golden.mae_run(g.config)
-    method = golden.mae_method(run, mae_from_official(g.part("state")).weights)
+    method = golden.mae_method(run, from_official(g.part("state")).weights)
     first = name == "mae_dev"
     images, noise = (g["image"], g["noise"]) if first else (g["input/images"], g["mask/noise"])
     batch = batch_of(images, mask=noise)
 
-    order = random_order(noise)
-    ids_keep = order[:, : method.keep]
+    masks = method.masking.choose(batch, {})
+    ids_keep, raster = masks.visible, in_raster_order(masks)
     stored_mask = g["mask"] if first else g["mask/binary"]
     assert torch.equal(ids_keep, g["ids_keep"] if first else g["mask/ids_keep"])
-    assert torch.equal(restore_order(order), g["ids_restore"] if first else g["mask/ids_restore"])
+    assert torch.equal(raster.places, g["ids_restore"] if first else g["mask/ids_restore"])
     assert torch.equal(mask_of(ids_keep, method.student.patches), stored_mask)
     if first:
-        assert torch.equal(order, g["ids_shuffle"])
+        assert torch.equal(torch.cat(masks, dim=1), g["ids_shuffle"])
 
     encoder, decoder = block_outputs(method.student.blocks), block_outputs(method.decoder.blocks)
     latent = method.student(batch.images, ids_keep, levels=range(run.student.depth))
-    pred = method.decoder(latent.tokens, restore_order(order))
+    pred = method.decoder(latent.tokens, raster)
     close(latent.tokens, g["latent"])
     for level, output in latent.levels.items():
         close(output, g[f"enc_block_out/{level}"] if first else g["enc/hidden_states"][level])
@@ -82,7 +82,7 @@ def test_golden(name: str) -> None:
     golden.loss_close(loss, stored_loss)
     loss.backward()
     ours = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
-    stored = mae_from_official(g.part("grad")).weights
+    stored = from_official(g.part("grad")).weights
     assert len(stored) >= 9
     for parameter, gradient in stored.items():
         gradient_close(ours[parameter], gradient)
@@ -95,7 +95,7 @@ def test_golden(name: str) -> None:
 def test_masked_pixels_do_not_reach_the_latent() -> None:
     method = small()
     images, noise = inputs(method)
-    ids_keep = random_order(noise)[:, : method.keep]
+    ids_keep = method.masking.choose(batch_of(images, mask=noise), {}).visible
     mask = mask_of(ids_keep, method.student.patches)
     changed = cut(images, 16) + 5 * mask[:, :, None, None, None]
     latent = method.student(images, ids_keep).tokens
@@ -136,7 +136,7 @@ def test_picture_of_a_perfect_prediction_is_the_image(norm_pix: bool) -> None:
     torch.testing.assert_close(view.images, pixels)
     assert view.reconstruction is not None and view.mask is not None
     assert view.reconstruction.shape == images.shape and not view.reconstruction.requires_grad
-    assert torch.equal(view.mask, mask_of(random_order(noise)[:, : method.keep], method.student.patches))
+    assert torch.equal(view.mask, mask_of(noise.argsort(dim=1)[:, :4], 16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -167,7 +167,11 @@ def test_no_global_generator_is_touched() -> None:
 
 @pytest.mark.parametrize(
     ("method", "fragment"),
-    [({"mask_ratio": 0.95}, "keeps 0 of 16"), ({"mask_ratio": 0.0}, "keeps 16 of 16"), ({"decoder_heads": 3}, "by 4")],
+    [
+        ({"masking": {"ratio": 0.95}}, "keeps 0 of 16"),
+        ({"masking": {"ratio": 0.0}}, "keeps 16 of 16"),
+        ({"decoder_heads": 3}, "by 4"),
+    ],
 )
 def test_refusals(method: dict[str, object], fragment: str) -> None:
     with pytest.raises(UserError, match=fragment):

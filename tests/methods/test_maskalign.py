@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mimscale.contracts import Targets, TeacherInfo
-from mimscale.convert import maskalign_from_official
+from mimscale.convert.families.maskalign import from_official
 from mimscale.errors import UserError
 from mimscale.methods.maskalign import MaskAlign
 from mimscale.models.masking import mask_of
@@ -27,7 +27,7 @@ def test_golden(name: str) -> None:
     random = g.config["mask_type"] == "random"
     batch = batch_of(g["input/images"], mask=g["mask/noise" if random else "mask/exponential_noise"])
 
-    ids_keep = method.visible(batch, targets)
+    ids_keep = method.masking.choose(batch, {"teacher": targets}).visible
     assert torch.equal(ids_keep, g["mask/ids_keep"])
     assert torch.equal(mask_of(ids_keep, method.student.patches), g["mask/binary"])
 
@@ -50,7 +50,7 @@ def test_golden(name: str) -> None:
     out["loss"].backward()
     golden.every_parameter_has_a_gradient(method)
     ours = {n: p.grad for n, p in method.named_parameters()}
-    stored_gradients = maskalign_from_official(g.part("grad"), tuple(method.level_weights)).weights
+    stored_gradients = from_official(g.part("grad"), tuple(method.level_weights)).weights
     assert len(stored_gradients) >= 8
     for parameter, gradient in stored_gradients.items():
         gradient_close(ours[parameter], gradient)
@@ -104,7 +104,7 @@ def test_needs() -> None:
     method = build()
     assert method.needs.noise["mask"].kind == "exponential" and method.needs.noise["mask"].shape == (16,)
     assert method.needs.teachers["t"].levels == (1, 2) and method.needs.teachers["t"].cls_attention
-    random = build(masking="random", levels="mean")
+    random = build(masking={"policy": "random"}, levels="mean")
     assert random.needs.noise["mask"].kind == "uniform"
     assert random.needs.teachers["t"].levels == (0, 1, 2) and not random.needs.teachers["t"].cls_attention
     assert "drop_path" in build(student={**STUDENT, "drop_path": 0.2}).needs.noise
@@ -120,7 +120,7 @@ def test_view_shows_what_the_student_sees() -> None:
 
 def test_teacher_without_class_token() -> None:
     info = TeacherInfo("t", 24, 3, (4, 4), 64, has_cls=False)
-    method = build(info, masking="random", cls_target=False)
+    method = build(info, masking={"policy": "random"}, cls_target=False)
     loss = method(batch_of(images(), **noise_for(method)), {"t": targets(info)})["loss"]
     loss.backward()
     golden.every_parameter_has_a_gradient(method)
@@ -147,9 +147,9 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
         ({"grid": (16, 16), "image_size": 224}, {}, "16x16 grid at 224 px, the student 4x4; set teachers.t.image_size"),
         ({"depth": 6}, {}, "set method.fusion = sum"),
         ({"depth": 6}, {"fusion": "simple"}, "set method.fusion = sum"),
-        ({"has_cls": False}, {}, "method.masking = random, or take a teacher with a class token"),
-        ({"has_cls": False}, {"masking": "random"}, "cls_target = false"),
-        ({}, {"mask_ratio": 0.95}, "keeps none of 16"),
+        ({"has_cls": False}, {"cls_target": False}, "no teacher has a class token; add one"),
+        ({"has_cls": False}, {}, "cls_target = false"),
+        ({}, {"masking": {"ratio": 0.95}}, "method.masking.ratio = 0.95 keeps 0 of 16 patches; lower it"),
         ({}, {"levels": "top4"}, "needs 1 to 3 levels"),
         ({}, {"levels": "mid3"}, "0 to 2"),
         ({}, {"levels": "best"}, "choose top<k>"),

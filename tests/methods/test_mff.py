@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimscale.convert import openmmlab_from_official, openmmlab_to_official
+from mimscale.convert.families import openmmlab
 from mimscale.errors import UserError
 from mimscale.methods.mae import MAE
 from mimscale.methods.mff import MFF
-from mimscale.models.masking import mask_of, random_order, restore_order
+from mimscale.models.masking import in_raster_order, mask_of
 from mimscale.models.targets import low_pass
 from mimscale.optim import is_decayed
 from tests import golden
@@ -36,10 +36,10 @@ def test_golden() -> None:
     g = golden.load("mff_dev")
     run = golden.mae_run(g.config, {"name": "mff", "levels": g.config["out_indices"]})
     method = MFF(run, {})
-    method.load_state_dict(openmmlab_from_official(g.part("state")).weights)
-    order = random_order(g["noise"])
-    ids_keep = order[:, : method.keep]
-    assert torch.equal(restore_order(order), g["ids_restore"])
+    method.load_state_dict(openmmlab.from_official(g.part("state")).weights)
+    masks = method.masking.choose(batch_of(g["image"], mask=g["noise"]), {})
+    ids_keep = masks.visible
+    assert torch.equal(in_raster_order(masks).places, g["ids_restore"])
     assert torch.equal(mask_of(ids_keep, method.student.patches), g["mask"])
 
     out = method.student(g["image"], ids_keep, levels=range(run.student.depth), apply_norm=False)
@@ -57,7 +57,7 @@ def test_golden() -> None:
     close(latent, g["latent"])
     assert list(scalars) == ["weight_0", "weight_1", "weight_3"]
     close(torch.stack(list(scalars.values())), g["fusion_weights_softmax"])
-    close(method.predict(batch).pred, g["pred"])
+    close(method.predict(batch, {}).pred, g["pred"])
     close(method.target(batch.images), g["target"])
     outputs = method(batch, {})
     assert outputs.keys() == {"loss", *scalars}
@@ -65,7 +65,7 @@ def test_golden() -> None:
 
     outputs["loss"].backward()
     ours = {name: p.grad for name, p in method.named_parameters()}
-    stored = openmmlab_from_official(g.part("grad")).weights
+    stored = openmmlab.from_official(g.part("grad")).weights
     assert len(stored) >= 8 and "fusion.logits" in stored
     for name, gradient in stored.items():
         gradient_close(ours[name], gradient)
@@ -74,9 +74,9 @@ def test_golden() -> None:
 
 def test_golden_names() -> None:
     state = golden.load("mff_dev").part("state")
-    ours = openmmlab_from_official(state)
+    ours = openmmlab.from_official(state)
     assert not ours.notes
-    back = openmmlab_to_official(ours.weights).weights
+    back = openmmlab.to_official(ours.weights).weights
     assert back.keys() == state.keys() and all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
@@ -99,9 +99,9 @@ def test_one_level_is_mae() -> None:
     assert torch.equal(outputs["loss"], mae(batch, {})["loss"])
     outputs["loss"].backward()
     golden.every_parameter_has_a_gradient(method)
-    official = openmmlab_to_official(method.state_dict()).weights
+    official = openmmlab.to_official(method.state_dict()).weights
     frozen = {**official, "backbone.proj_weights": torch.ones(1, 1, 1, 1)}
-    mapped = openmmlab_from_official(frozen)
+    mapped = openmmlab.from_official(frozen)
     assert mapped.weights.keys() == method.state_dict().keys() and len(mapped.notes) == 1
 
 
@@ -154,7 +154,7 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
         ({"levels": [1, 1, 3]}, "must rise"),
         ({"levels": [-1, 3]}, "must rise"),
         ({"levels": []}, "method.levels"),
-        ({"mask_ratio": 0.99}, "keeps 0 of 16"),
+        ({"masking": {"ratio": 0.99}}, "keeps 0 of 16"),
         ({"low_pass_radius": 90}, "passes 4096 of 4096"),
     ],
 )

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimscale.contracts import Targets, TeacherInfo
-from mimscale.convert import mae_from_official
+from mimscale.convert.families.mae import from_official
 from mimscale.errors import UserError
 from mimscale.methods.mrmae import MRMAE
-from mimscale.models.masking import attentive_keep, gather_tokens, mask_of
+from mimscale.models.masking import gather_tokens, mask_of
 from mimscale.models.patches import assemble, cut
 from tests import golden
 from tests.golden import batch_of, close, run_config
@@ -64,17 +64,17 @@ def test_the_pixel_branch_is_mae() -> None:
     c = g.config
     section = {
         "name": "mrmae",
-        "masking": "random",
+        "masking": {"policy": "random"},
         "decoder_width": c["dec_dim"],
         "decoder_depth": c["dec_depth"],
         "decoder_heads": c["dec_heads"],
     }
     run = run_config(section, {"width": c["embed"], "depth": c["depth"], "heads": c["heads"]}, c["img"])
     method = MRMAE(run, {"clip": CLIP})
-    missing = method.load_state_dict(mae_from_official(g.part("state")).weights, strict=False)
+    missing = method.load_state_dict(from_official(g.part("state")).weights, strict=False)
     assert {name.split(".")[0] for name in missing.missing_keys} == {"mimic"} and not missing.unexpected_keys
     batch = batch_of(g["input/images"], mask=g["mask/noise"])
-    assert torch.equal(method.visible(batch, {}), g["mask/ids_keep"])
+    assert torch.equal(method.masking.choose(batch, {}).visible, g["mask/ids_keep"])
     out = method(batch, seen_by(count=2))
     golden.loss_close(out["pixel"], g["loss/total"][0])
 
@@ -83,21 +83,23 @@ def test_focused_mimicking_is_the_official_draw() -> None:
     """Drawn by the same sampler as MaskAlign's attentive masking; topk is its limit without noise."""
     g = golden.load("attentive_masking_dev")
     importance, noise = g["L16_r70/importance"], g["L16_r70/exponential_noise"]
-    method = build(mask_ratio=0.7)
+    method = build(masking={"ratio": 0.7})
     targets = {"clip": Targets({}, {}, importance)}
     batch = batch_of(images(2), mask=noise)
-    assert torch.equal(method.visible(batch, targets), g["L16_r70/attn_ids_keep"])
-    top = build(mask_ratio=0.7, masking="topk")
+    assert torch.equal(method.masking.choose(batch, targets).visible, g["L16_r70/attn_ids_keep"])
+    top = build(masking={"policy": "topk", "ratio": 0.7})
     assert not top.needs.noise
-    assert torch.equal(top.visible(batch_of(images(2)), targets), attentive_keep(importance, torch.ones(2, 16), 4))
+    assert torch.equal(
+        top.masking.choose(batch_of(images(2)), targets).visible, importance.argsort(dim=1, descending=True)[:, :4]
+    )
 
 
 def test_each_loss_reads_its_own_patches() -> None:
     """Pixels: masked patches only. Features: visible ones only, and only what the encoder saw."""
-    method = build(masking="random")
+    method = build(masking={"policy": "random"})
     targets = seen_by()
     batch = batch_of(images(), **noise_for(method))
-    ids = method.visible(batch, targets)
+    ids = method.masking.choose(batch, targets).visible
     hidden = mask_of(ids, 16)[:, :, None]
     before = losses(method, targets)
 
@@ -116,10 +118,10 @@ def test_each_loss_reads_its_own_patches() -> None:
 
 
 def test_losses_by_hand() -> None:
-    method = build(CLIP, DINO, masking="random", teacher_weights={"dino": 0.25}, pixel_weight=2.0)
+    method = build(CLIP, DINO, masking={"policy": "random"}, teacher_weights={"dino": 0.25}, pixel_weight=2.0)
     targets = seen_by(CLIP, DINO)
     batch = batch_of(images(), **noise_for(method))
-    ids = method.visible(batch, targets)
+    ids = method.masking.choose(batch, targets).visible
     tokens = method.student(batch.images, ids).tokens[:, 1:]
     out = method(batch, targets)
     expected = {}
@@ -137,10 +139,10 @@ def test_losses_by_hand() -> None:
 @pytest.mark.parametrize("kind", ["l2", "smoothl1", "cosine"])
 @pytest.mark.parametrize("norm", ["whiten", "none"])
 def test_mimic_losses(kind: str, norm: str) -> None:
-    method = build(masking="random", mimic_loss=kind, target_norm=norm)
+    method = build(masking={"policy": "random"}, mimic_loss=kind, target_norm=norm)
     targets = seen_by()
     batch = batch_of(images(), **noise_for(method))
-    ids = method.visible(batch, targets)
+    ids = method.masking.choose(batch, targets).visible
     target = method.mimic_target(targets["clip"], 3, ids)
     raw = gather_tokens(targets["clip"].levels[3], ids)
     assert torch.equal(target, F.layer_norm(raw, (24,)) if norm == "whiten" else raw)
@@ -158,12 +160,12 @@ def test_mimic_losses(kind: str, norm: str) -> None:
     "method",
     [
         {},
-        {"masking": "topk", "adaptor": "mlp"},
+        {"masking": {"policy": "topk"}, "adaptor": "mlp"},
         {"levels": [2]},
         {"levels": [0, 2]},
         {"levels": [1, 2], "fusion": "learned"},
         {"levels": [1], "fusion": "learned", "cls_target": True},
-        {"cls_target": True, "masking": "random", "mimic_loss": "cosine", "low_pass_radius": 8},
+        {"cls_target": True, "masking": {"policy": "random"}, "mimic_loss": "cosine", "low_pass_radius": 8},
     ],
 )
 @pytest.mark.parametrize("stages", [None, STAGES])
@@ -178,7 +180,7 @@ def test_without_a_class_token() -> None:
     method = build(stages={**STAGES, "class_token": False}, levels=[0, 1])
     losses(method, seen_by())["loss"].backward()
     golden.every_parameter_has_a_gradient(method)
-    bare = build(BARE, masking="random")
+    bare = build(BARE, masking={"policy": "random"})
     losses(bare, seen_by(BARE))["loss"].backward()
     golden.every_parameter_has_a_gradient(bare)
 
@@ -213,9 +215,9 @@ def test_needs() -> None:
     assert {n: (x.kind, x.shape) for n, x in method.needs.noise.items()} == {"mask": ("exponential", (16,))}
     assert method.needs.teachers["clip"].levels == (3,) and not method.needs.teachers["clip"].cls_attention
     assert method.needs.teachers["dino"].levels == (2,) and method.needs.teachers["dino"].cls_attention
-    assert build(DINO, CLIP, masking_teacher="clip").needs.teachers["clip"].cls_attention
+    assert build(DINO, CLIP, masking={"teacher": "clip"}).needs.teachers["clip"].cls_attention
     assert build(BARE, CLIP).needs.teachers["clip"].cls_attention
-    random = build(masking="random", student={**STUDENT, "drop_path": 0.1}, stages=STAGES)
+    random = build(masking={"policy": "random"}, student={**STUDENT, "drop_path": 0.1}, stages=STAGES)
     assert random.needs.noise["mask"].kind == "uniform" and random.needs.noise["drop_path"].shape == (6, 2)
     assert not random.needs.teachers["clip"].cls_attention
 
@@ -233,14 +235,14 @@ def test_drop_path_comes_from_noise(stages: dict[str, Any] | None) -> None:
     assert kept != dropped and torch.equal(kept, again) and torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("masking", ["random", "attention", "topk"])
-def test_view(masking: str) -> None:
-    method = build(masking=masking)
+@pytest.mark.parametrize("policy", ["random", "attention", "topk"])
+def test_view(policy: str) -> None:
+    method = build(masking={"policy": policy})
     targets = seen_by()
     view = method.view(batch_of(images(), **noise_for(method)), targets)
     assert view.mask is not None and view.mask.sum(1).tolist() == [12, 12, 12]
     assert view.reconstruction is not None and view.reconstruction.shape == images().shape
-    assert (view.attention is None) == (masking == "random")
+    assert (view.attention is None) == (policy == "random")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -260,14 +262,14 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("teachers", "method", "fragment"),
     [
-        ((), {"mask_ratio": 0.95}, "keeps 0 of 16"),
+        ((), {"masking": {"ratio": 0.95}}, "keeps 0 of 16"),
         (({"grid": (16, 16), "image_size": 224},), {}, "the student 4x4; set teachers.clip.image_size to 56"),
-        (({"has_cls": False},), {}, "no teacher has a class token; set method.masking = random"),
-        (({"has_cls": False},), {"masking": "random", "cls_target": True}, "set method.cls_target = false"),
+        (({"has_cls": False},), {}, "set method.masking.policy = random"),
+        (({"has_cls": False},), {"masking": {"policy": "random"}, "cls_target": True}, "set method.cls_target = false"),
         ((), {"cls_target": True, "stages": {}}, "set stages.class_token"),
         ((), {"stages": {"patches": [2, 2, 2]}}, "multiply to 8, student.patch is 16"),
-        ((), {"masking_teacher": "dino"}, "choose one of clip"),
-        ((), {"masking_teacher": "clip", "masking": "random"}, "has no say with masking = random"),
+        ((), {"masking": {"teacher": "dino"}}, "choose one of clip"),
+        ((), {"masking": {"teacher": "clip", "policy": "random"}}, "unknown key method.masking.teacher"),
         ((), {"teacher_weights": {"dino": 1.0}}, "method.teacher_weights.dino: no such teacher; choose from clip"),
         ((), {"teacher_weights": {"clip": 0.0}}, "method.teacher_weights.clip = 0.0"),
         ((), {"pixel_weight": 0.0}, "method.pixel_weight = 0.0"),

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mimscale.contracts import imagenet_statistics
-from mimscale.convert import openmmlab_from_official, openmmlab_to_official
+from mimscale.convert.families import openmmlab
 from mimscale.errors import UserError
 from mimscale.methods.mae import MAE
 from mimscale.methods.pixmim import PixMIM
-from mimscale.models.masking import mask_of, random_order, restore_order
+from mimscale.models.masking import in_raster_order, mask_of
 from mimscale.models.patches import assemble, cut
 from mimscale.models.targets import low_pass, low_pass_disc
 from mimscale.optim import is_decayed
@@ -34,22 +34,22 @@ def inputs(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 def test_golden() -> None:
     g = golden.load("pixmim_dev")
     method = PixMIM(golden.mae_run(g.config, {"name": "pixmim", "low_pass_radius": g.config["radius"]}), {})
-    method.load_state_dict(openmmlab_from_official(g.part("state")).weights)
-    order = random_order(g["noise"])
-    ids_keep = order[:, : method.keep]
-    assert torch.equal(restore_order(order), g["ids_restore"])
+    method.load_state_dict(openmmlab.from_official(g.part("state")).weights)
+    masks = method.masking.choose(batch_of(g["image"], mask=g["noise"]), {})
+    ids_keep = masks.visible
+    assert torch.equal(in_raster_order(masks).places, g["ids_restore"])
     assert torch.equal(mask_of(ids_keep, method.student.patches), g["mask"])
 
     batch = batch_of(g["image"], mask=g["noise"])
     close(method.target_images(batch.images), g["low_freq_image"])
     close(method.target(batch.images), g["target"])
     close(method.encode(batch, ids_keep)[0], g["latent"])
-    close(method.predict(batch).pred, g["pred"])
+    close(method.predict(batch, {}).pred, g["pred"])
     loss = method(batch, {})["loss"]
     golden.loss_close(loss, g["loss"])
     loss.backward()
     ours = {name: p.grad for name, p in method.named_parameters()}
-    stored = openmmlab_from_official(g.part("grad")).weights
+    stored = openmmlab.from_official(g.part("grad")).weights
     assert len(stored) >= 5
     for name, gradient in stored.items():
         gradient_close(ours[name], gradient)
@@ -60,9 +60,9 @@ def test_golden_names() -> None:
     """The filter that the release stores is left out: it follows from the radius."""
     state = golden.load("pixmim_dev").part("state")
     filtered = {**state, "target_generator.low_pass_filter": low_pass_disc((64, 64), 12).expand(3, 64, 64)}
-    ours = openmmlab_from_official(filtered)
+    ours = openmmlab.from_official(filtered)
     assert len(ours.notes) == 1 and "target_generator.low_pass_filter" in ours.notes[0]
-    back = openmmlab_to_official(ours.weights).weights
+    back = openmmlab.to_official(ours.weights).weights
     assert back.keys() == state.keys() and all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
@@ -71,7 +71,7 @@ def test_the_encoder_sees_the_image_and_the_loss_its_low_frequencies() -> None:
     mae = MAE(run_config({**SECTION, "name": "mae", "low_pass_radius": None}, STUDENT), {})
     mae.load_state_dict(method.state_dict())
     batch = batch_of(images, mask=noise)
-    assert torch.equal(method.predict(batch).pred, mae.predict(batch).pred)
+    assert torch.equal(method.predict(batch, {}).pred, mae.predict(batch, {}).pred)
     assert method(batch, {})["loss"] != mae(batch, {})["loss"]
     assert torch.equal(method.target(images), mae.target(low_pass(images, 10)))
 
@@ -120,7 +120,7 @@ def test_drop_path_comes_from_noise() -> None:
         ({"low_pass_radius": 60}, "passes 4096 of 4096"),
         ({"low_pass_radius": 0}, "low_pass_radius"),
         ({"low_pass_radius": None}, "low_pass_radius"),
-        ({"mask_ratio": 0.0}, "keeps 16 of 16"),
+        ({"masking": {"ratio": 0.0}}, "keeps 16 of 16"),
     ],
 )
 def test_refusals(values: dict[str, object], fragment: str) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mimscale.contracts import TeacherInfo
-from mimscale.convert import simmim_from_official
+from mimscale.convert.families.simmim import from_official
 from mimscale.errors import UserError
 from mimscale.methods.simmim import SimMIM, masked_pixel_loss
-from mimscale.models.masking import gather_tokens
+from mimscale.models.masking import gather_tokens, in_raster_order
 from mimscale.models.patches import assemble, cut, unnormalised
 from mimscale.optim import parameter_groups
 from tests import golden
@@ -37,18 +37,23 @@ def inputs(method: SimMIM, count: int = 3) -> tuple[Tensor, Tensor]:
     return images, torch.rand(count, *method.needs.noise["mask"].shape, generator=generator)
 
 
+def mask_by(method: SimMIM, noise: Tensor) -> Tensor:
+    """float32 [B, L], 1 = masked."""
+    images = torch.zeros(len(noise), 3, 96, 96)
+    return in_raster_order(method.masking.choose(batch_of(images, mask=noise), {})).mask
+
+
 def golden_method(g: Golden) -> SimMIM:
     c = g.config
     section = {
         "name": "simmim",
-        "mask_ratio": c["mask_ratio"],
-        "mask_unit": c["mask_patch_size"],
+        "masking": {"ratio": c["mask_ratio"], "unit": c["mask_patch_size"]},
         "positions": {"shared": "relative", "ape": "absolute"}[c["position"]],
         "layer_scale": c["layer_scale_init"],
     }
     student = {"width": c["embed"], "depth": c["depth"], "heads": c["heads"], "patch": c["patch"]}
     method = SimMIM(run_config(section, student, c["img_size"]), {})
-    method.load_state_dict(simmim_from_official(g.part("state")).weights)
+    method.load_state_dict(from_official(g.part("state")).weights)
     return method
 
 
@@ -56,11 +61,11 @@ def golden_method(g: Golden) -> SimMIM:
 def test_golden(name: str) -> None:
     g = golden.load(name)
     method = golden_method(g)
-    factor = method.factor
+    factor = method.masking.count.factor
     masked_units = g["mask"][:, ::factor, ::factor].flatten(1).bool()
     noise = torch.where(masked_units, 0.25, 0.75)  # an order in which the golden's units come first
-    batch, mask = batch_of(g["image"], mask=noise), method.mask(noise)
-    assert method.masked == g.config["mask_count"]
+    batch, mask = batch_of(g["image"], mask=noise), mask_by(method, noise)
+    assert method.masking.count.masked == g.config["mask_count"]
     assert torch.equal(mask, g["mask"].flatten(1).float())
 
     entering: list[Tensor] = []
@@ -80,7 +85,7 @@ def test_golden(name: str) -> None:
     golden.loss_close(loss, g["loss"])
     loss.backward()
     ours = {n: p.grad for n, p in method.named_parameters()}
-    stored = simmim_from_official(g.part("grad")).weights
+    stored = from_official(g.part("grad")).weights
     assert len(stored) == len(g.part("grad")) >= 9
     for parameter, gradient in stored.items():
         gradient_close(ours[parameter], gradient)
@@ -98,7 +103,7 @@ def test_golden(name: str) -> None:
 def test_masked_pixels_do_not_reach_the_tokens(positions: str) -> None:
     method = small(positions=positions)
     images, noise = inputs(method)
-    mask = method.mask(noise)
+    mask = mask_by(method, noise)
     changed = assemble(cut(images, 16) + 5 * mask[:, :, None, None, None], method.student.grid)
     assert not torch.equal(changed, images)
     assert torch.equal(method.student(changed, mask).tokens, method.student(images, mask).tokens)
@@ -117,7 +122,7 @@ def test_thrown_tokens(positions: str) -> None:
     """Tokens may be dropped before the first block: nothing of them is left, and the others keep their positions."""
     method = small(positions=positions).double()
     images, noise = inputs(method)
-    images, mask = images.double(), method.mask(noise)
+    images, mask = images.double(), mask_by(method, noise)
     every = torch.arange(36).expand(3, -1).flip(1)
     whole = method.student(images, mask).tokens
     torch.testing.assert_close(method.student(images, mask, ids_keep=every).tokens[:, 1:], whole[:, 1:].flip(1))
@@ -210,10 +215,10 @@ def test_view() -> None:
 @pytest.mark.parametrize(
     ("values", "fragment"),
     [
-        ({"mask_ratio": 0.0}, "masks 0 of 9 units of 32 px"),
-        ({"mask_ratio": 0.9}, "masks 9 of 9 units"),
-        ({"mask_unit": 24}, "mask_unit = 24 must be a multiple of student.patch = 16"),
-        ({"mask_unit": 64}, "divide data.image_size = 96"),
+        ({"masking": {"ratio": 0.0}}, "keeps 9 of 9 units of 32 px; raise it"),
+        ({"masking": {"ratio": 0.9}}, "keeps 0 of 9 units of 32 px; lower it"),
+        ({"masking": {"unit": 24}}, "masking.unit = 24 must be a multiple of student.patch = 16"),
+        ({"masking": {"unit": 64}}, "divide data.image_size = 96"),
         ({"positions": "both"}, "method.positions = 'both'"),
         ({"layer_scale": 0}, "method.layer_scale = 0"),
     ],
@@ -226,5 +231,5 @@ def test_refusals(values: dict[str, Any], fragment: str) -> None:
 
 def test_a_teacher_is_refused() -> None:
     teacher = TeacherInfo("clip", 8, 2, (6, 6), 96, has_cls=True)
-    with pytest.raises(UserError, match="teachers.clip: simmim reads no teacher; remove"):
+    with pytest.raises(UserError, match="teachers.clip: neither simmim nor masking by random reads it; remove"):
         SimMIM(run_config({"name": "simmim"}, STUDENT, 96), {"clip": teacher})

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mimscale.config import RunConfig
 from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD, Batch, Targets
-from mimscale.convert import mae_from_official, maskalign_from_official
+from mimscale.convert.families import mae as mae_names
+from mimscale.convert.families import maskalign as maskalign_names
 from mimscale.methods.base import Method
 from tests import golden
 from tests.golden import batch_of
@@ -77,7 +78,7 @@ def mae() -> TrainingGolden:
             "min_lr": c["min_lr"],
         },
     )
-    start, end = (mae_from_official(g.part(part)).weights for part in ("state0", "state_end"))
+    start, end = (mae_names.from_official(g.part(part)).weights for part in ("state0", "state_end"))
     pool = g["images"]
     return TrainingGolden(
         run=run,
@@ -85,8 +86,8 @@ def mae() -> TrainingGolden:
         batches=[batch_of(pool[2 * k % 8 : 2 * k % 8 + 2], mask=g["noise"][k]) for k in range(steps)],
         targets=[{} for _ in range(steps)],
         steps_per_epoch=c["optsteps_per_epoch"],
-        decayed=set(mae_from_official(dict.fromkeys(c["decay"], torch.empty(0))).weights),
-        undecayed=set(mae_from_official(dict.fromkeys(c["no_decay"], torch.empty(0))).weights),
+        decayed=set(mae_names.from_official(dict.fromkeys(c["decay"], torch.empty(0))).weights),
+        undecayed=set(mae_names.from_official(dict.fromkeys(c["no_decay"], torch.empty(0))).weights),
         losses=g["loss_per_microstep"].tolist(),
         lrs=g["lr_per_optstep"].tolist(),
         start=start,
@@ -121,7 +122,7 @@ def maskalign() -> TrainingGolden:
 
     def ours(names: list[str]) -> set[str]:
         stand_ins = {n: official[n] for n in names}
-        return set(maskalign_from_official(stand_ins, levels).weights) & {n for n, _ in method.named_parameters()}
+        return set(maskalign_names.from_official(stand_ins, levels).weights) & {n for n, _ in method.named_parameters()}
 
     (undecayed, decayed) = (group["params"] for group in c["param_groups"])
     return TrainingGolden(
@@ -134,8 +135,8 @@ def maskalign() -> TrainingGolden:
         undecayed=ours(undecayed),
         losses=g["loss/per_step"].tolist(),
         lrs=g["lr/per_step"].tolist(),
-        start=maskalign_from_official(official, levels).weights,
-        end=maskalign_from_official(g.part("state_end"), levels).weights,
+        start=maskalign_names.from_official(official, levels).weights,
+        end=maskalign_names.from_official(g.part("state_end"), levels).weights,
     )
 
 

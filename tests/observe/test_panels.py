@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from mimscale.contracts import View
-from mimscale.observe.panels import GAP, GREY, heat, panel, tiles
+from mimscale.observe.panels import DARK, GAP, GREY, components, heat, panel, tiles
 
 
 def view() -> View:
@@ -51,3 +53,34 @@ def test_panel_shows_tile_row_by_row_and_sample_by_column() -> None:
 def test_images_alone_and_fewer_samples() -> None:
     assert list(tiles(View(torch.rand(3, 3, 8, 8)), samples=2)) == ["input"]
     assert panel(View(torch.rand(3, 3, 70, 70)), samples=2).shape == (3, 70, 2 * 70 + GAP)
+
+
+def test_thrown_patches_are_dark() -> None:
+    v = view()
+    rows = tiles(replace(v, mask=torch.tensor([[1.0, 1, 0, 0]] * 2), thrown=torch.tensor([[0, 1.0, 0, 0]] * 2)))
+    grey, dark = round(255 * GREY), round(255 * DARK)
+    for name, value in (("masked", grey), ("reconstruction", 0)):
+        assert rows[name][:, :, :4, :4].unique().tolist() == [value]
+        assert rows[name][:, :, :4, 4:].unique().tolist() == [dark]
+        assert torch.equal(rows[name][:, :, 4:], rows["input"][:, :, 4:])
+
+
+def test_components_tell_groups_of_patches_apart() -> None:
+    """Three groups of features, hidden by noise and a rotation, get three colours."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.tensor([0, 0, 1, 2]).repeat(5, 1)
+    axes = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+    features = 10 * axes[groups] + 0.01 * torch.randn(5, 4, 16, generator=generator) + 100
+    colours = components(features)
+    assert colours.shape == (5, 4, 3) and colours.min() == 0 and colours.max() == 1
+    centres = torch.stack([colours[groups == group].mean(0)[:2] for group in range(3)])
+    spread = max(float((colours[groups == group][:, :2] - centres[group]).abs().max()) for group in range(3))
+    assert torch.pdist(centres).min() > 0.5 > 0.05 > spread
+    assert torch.equal(components(features), colours)
+    assert components(torch.full((1, 4, 8), torch.nan)).isfinite().all()
+
+
+def test_features_are_one_colour_per_patch() -> None:
+    row = tiles(replace(view(), features=torch.randn(2, 4, 6)))["features"]
+    patches = row.view(2, 3, 2, 4, 2, 4)
+    assert torch.equal(patches, patches[:, :, :, :1, :, :1].expand_as(patches))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mimscale.contracts import TeacherNeeds
@@ -25,6 +26,13 @@ SIZES = {
     "deit3_small_patch16_224": 64,
     "test_vit": 64,  # timm's default here is a model for any size
 }
+ROTARY = {
+    "vit_base_patch16_dinov3": 64,  # registers, halves rotated, no position table
+    "eva02_base_patch14_224": 56,  # separate projections, pairs rotated, scaled to a reference grid
+    "vit_pe_core_base_patch16_224": 64,  # norm before the blocks
+    "vit_base_patch16_rope_reg1_gap_256": 64,  # a register and no class token; biases beside the projection
+    "eva_giant_patch14_224": 56,  # no rotation
+}
 
 
 def full_attention(model: Any, pixels: Tensor) -> Tensor:
@@ -38,14 +46,17 @@ def full_attention(model: Any, pixels: Tensor) -> Tensor:
     return seen[0]
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("name", SIZES)
+CASES = [(name, size, {"qk_norm": norm}) for name, size in SIZES.items() for norm in (False, True)]
+CASES += [(name, size, {"dynamic_img_size": False}) for name, size in ROTARY.items()]
+
+
+@pytest.mark.parametrize(("name", "size", "options"), CASES)
 @torch.no_grad()
-def test_equals_timm(name: str, qk_norm: bool, tmp_path: Path) -> None:
-    size = SIZES[name]
-    model = tiny.timm_model(name, size, qk_norm=qk_norm)
-    config = tiny.timm_config(name, tiny.saved(model, tmp_path / "w.safetensors"),
-                              options={**tiny.TIMM, "qk_norm": qk_norm})  # fmt: skip
+def test_equals_timm(name: str, size: int, options: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny.timm_model(name, size, **options)
+    options.pop("dynamic_img_size", None)  # the adapter's own
+    path = tiny.saved(model, tmp_path / "w.safetensors")
+    config = tiny.timm_config(name, path, options={**tiny.TIMM, **options})
     info = describe("t", config, size)
     needs = TeacherNeeds(levels=(0, 1, 2), cls_attention=info.has_cls)
     bank = tiny.bank(config, size, needs)
@@ -102,6 +113,40 @@ def test_patch_14_meets_a_patch_16_student_at_196_px() -> None:
     assert targets.cls_attention.shape == (1, 14 * 14)
 
 
+@torch.no_grad()
+def test_rotary_positions_follow_the_grid(tmp_path: Path) -> None:
+    """A file trained at 96 px serves at 64 px: the angles are computed for the grid, nothing is resampled."""
+    path = tiny.saved(tiny.timm_model("vit_base_patch16_dinov3", 96), tmp_path / "w.safetensors")
+    model = tiny.timm_model("vit_base_patch16_dinov3", 64)
+    model.load_state_dict(load_file(path))
+    images = tiny.images(2, 96)
+    bank = tiny.bank(tiny.timm_config("vit_base_patch16_dinov3", path, image_size=64), 96)
+    expected = model.forward_intermediates(
+        bank.teachers["t"].preprocess(images), output_fmt="NLC", intermediates_only=True
+    )
+    torch.testing.assert_close(bank(images)["t"].levels[2], expected[2], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_dinov3", "eva02_base_patch14_224"])
+def test_angles_stay_exact_in_low_precision(name: str, tmp_path: Path) -> None:
+    size = ROTARY[name]
+    path = tiny.saved(tiny.timm_model(name, size), tmp_path / "w.safetensors")
+    exact, low = (tiny.bank(tiny.timm_config(name, path, precision=p), size) for p in ("fp32", "bf16"))
+    assert isinstance(low.teachers["t"].angles, Tensor) and low.teachers["t"].angles.dtype == torch.float32
+    targets, near = exact(tiny.images(2, size))["t"], low(tiny.images(2, size))["t"]
+    assert targets.cls_attention is not None and near.cls_attention is not None
+    for ours, reference in ((near.levels[2], targets.levels[2]), (near.cls_attention, targets.cls_attention)):
+        assert 0 < float((ours.float() - reference).norm() / reference.norm()) < 0.04
+
+
+def test_random_rotary_teacher_draws_from_its_name_alone() -> None:
+    before = torch.get_rng_state()
+    config = tiny.timm_config("vit_base_patch16_dinov3", None, random=True)
+    first, again = tiny.bank(config, 64), tiny.bank(config, 64)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first(tiny.images(1, 64))["t"].levels[2], again(tiny.images(1, 64))["t"].levels[2])
+
+
 def test_activation_replaces_the_model_s() -> None:
     exact = tiny.bank(tiny.timm_config("vit_base_patch16_clip_224", None, random=True), 32)
     quick = tiny.bank(tiny.timm_config("vit_base_patch16_clip_224", None, random=True, activation="quickgelu"), 32)
@@ -122,7 +167,7 @@ def test_skeleton_of_a_giant_takes_no_memory() -> None:
     [
         ("vit_bse_patch16_224", {}, "unknown to timm .*did you mean vit_base_patch16_224"),
         ("vit_base_patch16_224.dinoo", {}, "no tag 'dinoo' for vit_base_patch16_224; choose one of .*dino"),
-        ("eva02_base_patch14_224", {"image_size": 28}, "rotary positions"),
+        ("vit_base_patch16_rope_mixed_224", {}, "Eva.* is not a plain .* choose a CLIP, DINO, DINOv2, DINOv3, EVA02"),
         ("deit_base_distilled_patch16_224", {}, "VisionTransformerDistilled.* is not a plain"),
         ("vit_small_r26_s32_224", {}, "is not a plain"),
         ("resnet18", {"options": {}}, "timm cannot build resnet18"),

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
-from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from timm.models.beit import Beit as TimmBeit
 
-from mimscale import convert
 from mimscale.__main__ import main
+from mimscale.convert.families import simmim
+from mimscale.convert.student import student_from
 from mimscale.errors import UserError
 from mimscale.methods.simmim import SimMIM
 from mimscale.models.beit import Beit
 from tests import golden
+from tests.convert.runs import IMAGES, STUDENT, save_run
 from tests.golden import close, run_config
-from tests.test_convert import IMAGES, STUDENT, save_run
 
 
 @pytest.fixture(params=[{}, {"positions": "absolute", "layer_scale": None}], ids=["relative", "absolute"])
@@ -38,14 +40,14 @@ def test_run_to_timm(saved: tuple[Path, SimMIM], tmp_path: Path, capsys: pytest.
     out = tmp_path / "student.safetensors"
     assert main(["convert", str(folder), "--to", "timm", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "timm: timm.models.beit.Beit with use_abs_pos_emb=" in printed and "equal timm's within" in printed
-    sizes: dict[str, Any] = {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
-    reference = TimmBeit(**sizes, **convert.timm_beit_options(method.student)).eval()
-    assert not reference.load_state_dict(load_file(out), strict=False).unexpected_keys
+    assert "timm.create_model('beit_base_patch16_224', num_classes=0" in printed and "encoder differs by" in printed
+    call = json.loads((tmp_path / "student.safetensors.json").read_text())["timm"]
+    reference = timm.create_model(call["model"], **call["options"], checkpoint_path=str(out)).eval()
+    assert isinstance(reference, TimmBeit)
     close(reference.forward_features(IMAGES), method.student(IMAGES).tokens)
 
     for source in (folder, out):
-        student, info = convert.student_from(source)
+        student, info = student_from(source)
         assert isinstance(student, Beit) and (info.config.heads, info.image_size, info.final_norm) == (2, 64, True)
         assert (student.positions, student.layer_scale) == (method.student.positions, method.student.layer_scale)
         close(student(IMAGES).tokens, method.student(IMAGES).tokens)
@@ -60,7 +62,7 @@ def test_run_to_official_and_back(saved: tuple[Path, SimMIM], tmp_path: Path) ->
     back, original = load_file(ours), method.state_dict()
     assert back.keys() == original.keys() and all(torch.equal(back[n], t) for n, t in original.items())
 
-    student, _ = convert.student_from(official, heads=2)  # an official file as it is
+    student, _ = student_from(official, heads=2)  # an official file as it is
     close(student(IMAGES).tokens, method.student(IMAGES).tokens)
 
 
@@ -74,9 +76,9 @@ def test_official_training_file(saved: tuple[Path, SimMIM], tmp_path: Path, monk
     with monkeypatch.context() as patch:
         for name in ("yacs", "yacs.config"):
             patch.setitem(sys.modules, name, module)
-        state = convert.simmim_to_official(method.state_dict()).weights
+        state = simmim.to_official(method.state_dict()).weights
         torch.save({"model": state, "config": node, "epoch": 3}, tmp_path / "official.pth")
-    student, _ = convert.student_from(tmp_path / "official.pth", heads=2)
+    student, _ = student_from(tmp_path / "official.pth", heads=2)
     close(student(IMAGES).tokens, method.student(IMAGES).tokens)
 
 
@@ -84,7 +86,7 @@ def test_official_training_file(saved: tuple[Path, SimMIM], tmp_path: Path, monk
 def test_official_names(name: str) -> None:
     """Exactly the official program's state, the index of its bias table included."""
     state = golden.load(name).part("state")
-    again = convert.simmim_to_official(convert.simmim_from_official(state).weights).weights
+    again = simmim.to_official(simmim.from_official(state).weights).weights
     assert again.keys() == state.keys()
     assert all(again[n].dtype == t.dtype and torch.equal(again[n], t) for n, t in state.items())
 
@@ -92,8 +94,8 @@ def test_official_names(name: str) -> None:
 def test_relative_positions_are_not_resized(saved: tuple[Path, SimMIM]) -> None:
     folder, method = saved
     if method.student.positions == "absolute":
-        larger, info = convert.student_from(folder, image_size=96)
+        larger, info = student_from(folder, image_size=96)
         assert info.image_size == 96 and larger(torch.zeros(1, 3, 96, 96)).tokens.shape == (1, 37, 32)
         return
     with pytest.raises(UserError, match="relative positions, which are not resized; take image size 64"):
-        convert.student_from(folder, image_size=96)
+        student_from(folder, image_size=96)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mimscale import convert, run_folder
+from mimscale import run_folder
 from mimscale.__main__ import main
 from mimscale.config import RunConfig
+from mimscale.convert.families import convmae, finetune
+from mimscale.convert.student import student_from
 from mimscale.errors import UserError
 from mimscale.evals.features import frozen, random_like
 from mimscale.methods.base import Method
@@ -20,10 +22,10 @@ from mimscale.methods.finetune import Finetune
 from mimscale.methods.mrmae import MRMAE
 from mimscale.models.convvit import ConvViT
 from tests import golden
+from tests.convert.runs import IMAGES, refused, save_run
 from tests.golden import close, run_config
 from tests.methods.test_convmae import SECTION, STUDENT, sections
 from tests.methods.test_mrmae import CLIP, STAGES
-from tests.test_convert import IMAGES, refused, save_run
 
 
 def build(name: str) -> tuple[Method, RunConfig]:
@@ -57,9 +59,9 @@ def test_official_names(file: str) -> None:
     """Exactly the names of the official programs' states, both ways."""
     state = golden.load(file).part("state")
     if file == "convmae_dev":
-        again = convert.mae_to_official(convert.mae_from_official(state).weights).weights
+        again = convmae.to_official(convmae.from_official(state).weights).weights
     else:
-        again = convert.finetune_to_official(convert.finetune_from_official(state).weights).weights
+        again = finetune.to_official(finetune.from_official(state).weights).weights
     assert again.keys() == state.keys() and all(torch.equal(again[n], t) for n, t in state.items())
 
 
@@ -67,7 +69,7 @@ def test_official_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     g = golden.load("convmae_dev")
     path = tmp_path / "official.pth"
     torch.save({"model": g.part("state")}, path)
-    student, info = convert.student_from(path, heads=g.config["heads"])
+    student, info = student_from(path, heads=g.config["heads"])
     assert isinstance(student, ConvViT) and info.stages == student.stages and info.image_size == g.config["img"]
     expected = sections(g.config)[1]
     assert {n: list(v) if isinstance(v, tuple) else v for n, v in student.stages.model_dump().items()} == {
@@ -77,16 +79,16 @@ def test_official_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     }
     close(student(g["input/images"], g["mask/ids_keep"]).tokens, g["latent"])
     with pytest.raises(UserError, match="give the heads"):
-        convert.student_from(path)
+        student_from(path)
     broken = {name: t for name, t in g.part("state").items() if not name.startswith("patch_embed3")}
     torch.save({"model": broken}, path)
     with pytest.raises(UserError, match="no ConvMAE encoder: patch_embed3.proj.weight is missing"):
-        convert.student_from(path)
+        student_from(path)
 
     method, run = build("convmae")
     run_folder.create(tmp_path / "run", run)
     recipe = ["--recipe", str(tmp_path / "run" / "config.yaml")]
-    state = convert.mae_to_official(method.state_dict()).weights
+    state = convmae.to_official(method.state_dict()).weights
     encoder: dict[str, Any] = {name: t for name, t in state.items() if not name.startswith("stage")}
     torch.save({"model": encoder}, path)
     out = str(tmp_path / "out.safetensors")
@@ -97,10 +99,10 @@ def test_official_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_student_of_a_run(name: str, tmp_path: Path) -> None:
     method, run = build(name)
     folder = save_run(tmp_path / "run", method, run)
-    student, info = convert.student_from(folder)
+    student, info = student_from(folder)
     assert isinstance(student, ConvViT) and info.method == name
     assert torch.equal(student(IMAGES).tokens, method.student(IMAGES).tokens)
-    larger, _ = convert.student_from(folder, image_size=96)
+    larger, _ = student_from(folder, image_size=96)
     assert larger(torch.zeros(1, 3, 96, 96)).tokens.shape == (1, 36 + student.prefix, 32)
     pools: list[Any] = ["mean", "cls"] if name == "mrmae" else ["mean"]
     tokens = student(IMAGES).tokens

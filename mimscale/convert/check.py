@@ -1,0 +1,100 @@
+"""What a conversion is checked by: the same random input through both programs, the largest difference measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimscale.contracts import Masks
+from mimscale.convert import reference, timm_export
+from mimscale.convert.families import mae, simmim
+from mimscale.convert.names import State
+from mimscale.convert.student import Student
+from mimscale.methods.base import Method
+from mimscale.models.beit import Beit
+from mimscale.models.convvit import ConvViT
+from mimscale.models.decoder import MAEDecoder
+from mimscale.models.masking import in_raster_order
+from mimscale.models.patches import assemble
+from mimscale.models.pixel_head import PixelHead
+from mimscale.models.vit import LN_EPS
+
+LIMIT = 1e-4  # of the largest output, fp32: the two programs sum in another order
+INPUT = "standard normal numbers of torch.Generator().manual_seed(0), fp32 on the CPU"
+Differences = dict[str, float]
+
+
+def random_input(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value; NaN where either holds one."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@torch.no_grad()
+def tokens_of(vit: Student) -> Tensor:
+    """All tokens of the random image; where the student has no last norm, after an untrained one."""
+    tokens = vit.eval()(random_input(1, 3, *(side * vit.config.patch for side in vit.grid))).tokens
+    return tokens if isinstance(vit.norm, nn.LayerNorm) else F.layer_norm(tokens, tokens.shape[-1:], eps=LN_EPS)
+
+
+@torch.no_grad()
+def encoder_difference(vit: Student, encoder: Mapping[str, Tensor]) -> float:
+    """Our network, as it is, against timm's (for ConvMAE: against `reference`) with the tensors of `encoder`."""
+    size = vit.grid[0] * vit.config.patch
+    image = random_input(1, 3, size, size)
+    if isinstance(vit, ConvViT):
+        return difference(tokens_of(vit), reference.convmae_encoder(encoder, image, vit.config.heads))
+    network: Any = timm_export.network(vit)
+    network.load_state_dict(timm_export.for_this_timm(vit, timm_export.to_timm(encoder)))
+    return difference(tokens_of(vit), network.forward_features(image))
+
+
+@torch.no_grad()
+def timm_differences(vit: Student, weights: Mapping[str, Tensor], file: Path) -> Differences:
+    """Our network against timm's, which loads the file itself as a user does; a classifier's logits too."""
+    network = timm_export.network(vit, weights, checkpoint_path=str(file))
+    size = vit.grid[0] * vit.config.patch
+    image = random_input(1, 3, size, size)
+    if "head.weight" not in weights:
+        return {"encoder": difference(tokens_of(vit), network.forward_features(image))}
+    tokens = vit.eval()(image).tokens
+    pooled = tokens[:, 0]
+    if "fc_norm.weight" in weights:
+        pooled = tokens[:, vit.prefix :].mean(dim=1)
+        pooled = F.layer_norm(pooled, pooled.shape[-1:], weights["fc_norm.weight"], weights["fc_norm.bias"], LN_EPS)
+    logits = F.linear(pooled, weights["head.weight"], weights["head.bias"])
+    features = network.forward_features(image)
+    return {"encoder": difference(tokens, features), "logits": difference(logits, network(image))}
+
+
+@torch.no_grad()
+def method_differences(method: Method, weights: Mapping[str, Tensor]) -> Differences:
+    """A method, as it is, against references with `weights` (our names): its encoder, and its decoder or head."""
+    student: Any = method.student
+    own: State = {n.removeprefix("student."): t for n, t in weights.items() if n.startswith("student.")}
+    own.pop("mask_token", None)
+    found = {"encoder": encoder_difference(student, own)}
+    width, patches = student.config.width, student.patches
+    decoder, head = getattr(method, "decoder", None), getattr(method, "head", None)
+    if isinstance(decoder, MAEDecoder):
+        visible = max(1, patches // 4)
+        latent = random_input(1, decoder.prefix + visible, width)
+        order = random_input(1, patches).argsort(dim=1)
+        raster = in_raster_order(Masks(order[:, :visible], order[:, visible:]))
+        heads = decoder.blocks[0].attn.heads  # type: ignore[union-attr]
+        parts = {n: t for n, t in weights.items() if n.startswith("decoder.")}
+        theirs = reference.mae_decoder(mae.to_official(parts).weights, latent, raster.places, int(heads))  # type: ignore[arg-type]
+        found["decoder"] = difference(decoder.eval()(latent, raster), theirs)
+    if isinstance(head, PixelHead) and isinstance(student, Beit):
+        tokens = random_input(1, patches, width)
+        theirs = reference.simmim_head(simmim.to_official(weights).weights, tokens, student.grid, student.config.patch)
+        found["head"] = difference(assemble(head(tokens), student.grid), theirs)
+    return found

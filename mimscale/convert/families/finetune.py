@@ -1,0 +1,34 @@
+"""A classifier's names, in MAE's and ConvMAE's fine-tuning and in timm: the encoder, `fc_norm` and `head`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from mimscale.config import RunConfig
+from mimscale.convert.names import Mapped, State, parts_of
+
+METHODS: tuple[str, ...] = ("finetune",)
+WHOLE = "head.weight"
+HEAD = ("fc_norm.", "head.")
+
+
+def recognises(state: Mapping[str, Tensor]) -> bool:
+    return "head.weight" in state and not any(name.startswith("student.") for name in state)
+
+
+def encoder(state: Mapping[str, Tensor]) -> State:
+    return {name: tensor for name, tensor in state.items() if not name.startswith(HEAD)}
+
+
+def from_official(state: Mapping[str, Tensor], levels: Sequence[int] = ()) -> Mapped:
+    return Mapped({n if n.startswith(HEAD) else f"student.{n}": tensor for n, tensor in state.items()})
+
+
+def fits(weights: Mapping[str, Tensor]) -> bool:
+    return parts_of(weights) - {"fc_norm"} == {"student", "head"} and "student.mask_token" not in weights
+
+
+def to_official(weights: Mapping[str, Tensor], run: RunConfig | None = None) -> Mapped:
+    return Mapped({name.removeprefix("student."): tensor for name, tensor in weights.items()})

@@ -1,0 +1,72 @@
+"""MaskAlign's names: the student as timm has it, `distill_heads`, `distill_weights`, and the teacher beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimscale.config import RunConfig
+from mimscale.convert.families import mae
+from mimscale.convert.names import Mapped, State, below, parts_of
+from mimscale.models.heads import initial_mixing
+
+METHODS: tuple[str, ...] = ("maskalign",)
+WHOLE = "distill_heads."
+TEACHERS = ("clip_model.", "dino_model.")
+
+
+def recognises(state: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith("distill_") for name in state)
+
+
+def encoder(state: Mapping[str, Tensor]) -> State:
+    """Without the last norm, which MaskAlign never trains."""
+    return {name: tensor for name, tensor in mae.encoder(state).items() if not name.startswith("norm.")}
+
+
+def from_official(state: Mapping[str, Tensor], levels: Sequence[int] = ()) -> Mapped:
+    """levels: those with a weight in the loss; adaptors and mixing rows of others were never trained."""
+    weights = {f"student.{name}": tensor for name, tensor in encoder(state).items()}
+    for name, tensor in state.items():
+        if name == "distill_weights":
+            weights["alignment.mixing"] = tensor[list(levels)]
+        elif name.startswith("distill_heads."):
+            level, rest = name.removeprefix("distill_heads.").split(".", 1)
+            if int(level) in levels:
+                weights[f"alignment.adaptors.{level}.{rest}"] = tensor
+    notes = ["left out: the student's last norm and all heads of unsupervised levels, which are never trained"]
+    teacher = sum(tensor.numel() for name, tensor in state.items() if name.startswith(TEACHERS))
+    if teacher:
+        notes.append(f"left out: the teacher inside the checkpoint ({teacher / 1e6:.1f} M numbers)")
+    return Mapped(weights, tuple(notes))
+
+
+def fits(weights: Mapping[str, Tensor]) -> bool:
+    return parts_of(weights) == {"student", "alignment"} and "student.patch_embed.proj.weight" in weights
+
+
+def to_official(weights: Mapping[str, Tensor], run: RunConfig) -> Mapped:
+    """Rows of the mixing matrix and the last norm that we do not build get the initial values that they keep there."""
+    state = below("student.", weights)
+    width = state["cls_token"].shape[-1]
+    state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    levels = sorted({int(name.split(".")[2]) for name in weights if name.startswith("alignment.adaptors.")})
+    method: Any = run.method
+    depth = 1 + max(levels) if method.fusion == "sum" else run.student.depth
+    for name, tensor in weights.items():
+        if name == "alignment.mixing":
+            full = initial_mixing("sum" if method.fusion == "sum" else "linear", tensor.shape[1], range(depth))
+            full[levels] = tensor
+            state["distill_weights"] = full
+        elif name.startswith("alignment.adaptors."):
+            state[name.replace("alignment.adaptors.", "distill_heads.")] = tensor
+    return Mapped(
+        state,
+        (
+            "filled in: the student's last norm and unsupervised mixing rows, with the initial values that they keep",
+            f"left out: the teacher, and the heads of levels other than {levels}; load with strict=False",
+        ),
+    )

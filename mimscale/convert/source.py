@@ -1,0 +1,113 @@
+"""Reading a checkpoint of any kind into named tensors, on one CPU, without the cluster that wrote it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mimscale import config
+from mimscale.config import RunConfig, StudentConfig
+from mimscale.convert.names import State
+from mimscale.errors import UserError
+from mimscale.resilience import checkpoint
+
+METADATA = "mimscale"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint of any kind, tensors float32. run: its resolved recipe, None for a file that does not carry one.
+
+    path: what was read; for a run folder its newest checkpoint.
+    """
+
+    path: Path
+    weights: State
+    run: RunConfig | None = None
+    student: StudentConfig | None = None
+    image_size: int | None = None
+
+    def sha256(self) -> str:
+        """Of the file, or of a checkpoint's manifest, which names the hashes of its own files."""
+        return checkpoint.sha256(identity_file(self.path))
+
+
+def identity_file(path: Path) -> Path:
+    return path / "manifest.json" if path.is_dir() else path
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint folder or file that a path stands for: a run folder's newest checkpoint. Raises UserError."""
+    if (path / "config.yaml").is_file():
+        newest = checkpoint.newest(path)
+        if newest is None:
+            raise UserError(f"{path} has no complete checkpoint yet; wait for the first save")
+        return newest
+    if not path.is_file() and not (path / "manifest.json").is_file():
+        raise UserError(f"{path} is neither a run folder, nor a checkpoint folder, nor a file")
+    return path
+
+
+def read(path: Path) -> Loaded:
+    """A run folder (its newest checkpoint), a checkpoint folder, a file that `convert` wrote, or an official file."""
+    path = resolve(path)
+    if path.is_dir():
+        return _read_own(path)
+    return _read_safetensors(path) if path.suffix == ".safetensors" else Loaded(path, _read_pickle(path))
+
+
+def run_of(folder: Path) -> RunConfig:
+    """The recipe of the run that a checkpoint folder lies in. Raises UserError."""
+    path = folder.resolve().parent.parent / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; a checkpoint is read inside its run folder")
+    return config.load(str(path))
+
+
+def _read_own(folder: Path) -> Loaded:
+    try:
+        return Loaded(folder, checkpoint.load_weights(folder), run_of(folder))
+    except checkpoint.CheckpointError as error:
+        raise UserError(f"{error}; take an older checkpoint of the run") from None
+
+
+def _read_safetensors(path: Path) -> Loaded:
+    try:
+        with safe_open(path, framework="pt") as file:
+            carried = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); get it again") from None
+    if "run" in carried:
+        return Loaded(path, weights, config.validate(carried["run"], source=str(path)))
+    if "student" in carried:
+        student = StudentConfig.model_validate(carried["student"])
+        return Loaded(path, weights, None, student, carried["image_size"])
+    return Loaded(path, weights)
+
+
+def _read_pickle(path: Path) -> State:
+    """A torch file, without running code that may be in it; training files also hold their command line or config."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} cannot be read as a torch checkpoint ({reason}); get it again") from None
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    tensors = {n: t for n, t in content.items() if isinstance(t, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors under names; a state dict is expected, bare or under 'model'")
+    return {name: tensor.float() for name, tensor in tensors.items()}

@@ -1,0 +1,53 @@
+"""A whole method, student and decoder or heads, out of an official file and a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mimscale import config
+from mimscale.config import RunConfig
+from mimscale.contracts import TeacherInfo
+from mimscale.convert.names import Mapped
+from mimscale.convert.registry import families, of_state
+from mimscale.convert.source import Loaded
+from mimscale.convert.student import load
+from mimscale.errors import UserError
+from mimscale.methods.base import Method
+
+
+def method_from(loaded: Loaded, run: RunConfig) -> tuple[Method, tuple[str, ...]]:
+    """The method of a recipe with the weights of an official file, and notes of what was left out. Raises UserError."""
+    name, state = of_state(loaded.weights), loaded.weights
+    if name is None:
+        raise UserError(f"{loaded.path} has the names of none of {', '.join(families())}")
+    family = families()[name]
+    if not any(key.startswith(family.WHOLE) for key in state):
+        raise UserError(
+            f"{loaded.path} holds no {family.WHOLE}: it is not a whole {run.method.name} model; leave out --recipe "
+            "to convert its encoder alone"
+        )
+    method: Method = config.method_class(run.method.name)(run, _teachers_in(state, run))
+    mapped: Mapped = family.from_official(state, levels_of(method))
+    load(method, mapped.weights, loaded.path)
+    return method, mapped.notes
+
+
+def levels_of(method: Method) -> tuple[int, ...]:
+    """The levels that a method reads of its teacher; () without a teacher."""
+    return next((needs.levels for needs in method.needs.teachers.values()), ())
+
+
+def _teachers_in(state: Mapping[str, Tensor], run: RunConfig) -> dict[str, TeacherInfo]:
+    """The teacher of a MaskAlign file, as far as its heads and the recipe tell."""
+    heads = [key for key in state if key.startswith("distill_heads.")]
+    if not heads:
+        return {}
+    method: Any = run.method
+    name = getattr(method, "teacher", None) or next(iter(run.teachers), "teacher")
+    last = max(int(key.split(".")[1]) for key in heads)
+    depth = state["distill_weights"].shape[0] if "distill_weights" in state else last + 1
+    output = max(key for key in heads if key.startswith(f"distill_heads.{last}.") and key.endswith(".weight"))
+    return {name: TeacherInfo(name, state[output].shape[0], depth, run.grid, run.data.image_size, has_cls=True)}

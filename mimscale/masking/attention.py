@@ -1,0 +1,83 @@
+"""Attentive masks: patches are kept in proportion to a teacher's CLS attention (MaskAlign, Xue et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimscale.config import RunConfig
+from mimscale.contracts import Batch, Masks, Needs, Noise, Targets, TeacherInfo, TeacherNeeds
+from mimscale.errors import UserError
+from mimscale.masking.base import Masking, MaskingConfig
+from mimscale.models.features import check_grid
+
+SMALLEST_IMPORTANCE = 1e-30  # in float32: a patch without attention is drawn last, and still in the order of the noise
+
+
+class AttentionConfig(MaskingConfig):
+    """teacher: whose attention; null: the first teacher with a class token."""
+
+    teacher: str | None = None
+
+
+def attentive_order(importance_BU: Tensor, exponential_noise_BU: Tensor) -> Tensor:
+    """int64 [B, U]: all units drawn without replacement with probability proportional to importance.
+
+    The largest importance / noise first, for unit-rate exponential noise: the draw that torch.multinomial makes of it.
+    """
+    scores = importance_BU.float().clamp_min(SMALLEST_IMPORTANCE) / exponential_noise_BU.float()
+    return torch.argsort(scores, dim=1, descending=True, stable=True)
+
+
+class Attention(Masking):
+    """Salient units are likelier to be seen, never certain to. A unit's importance is the sum of its patches'."""
+
+    Config = AttentionConfig
+
+    @classmethod
+    def reads(cls, config: Any, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
+        return {_teacher(config, teachers): TeacherNeeds(cls_attention=True)}
+
+    @classmethod
+    def check(cls, config: Any, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
+        super().check(config, run, teachers)
+        name = _teacher(config, teachers)
+        check_grid(name, teachers[name], run)
+
+    def __init__(self, config: Any, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
+        super().__init__(config, run, teachers)
+        self.teacher = _teacher(config, teachers)
+        self.needs |= Needs(noise={"mask": Noise("exponential", (self.count.units,))})
+
+    def choose(self, batch: Batch, targets: Mapping[str, Targets]) -> Masks:
+        return self.split(attentive_order(self.importance(targets), batch.noise["mask"]))
+
+    def importance(self, targets: Mapping[str, Targets]) -> Tensor:
+        """float32 [B, U]."""
+        attention_BL, factor = targets[self.teacher].cls_attention, self.count.factor
+        assert attention_BL is not None
+        if factor == 1:
+            return attention_BL.float()
+        rows, columns = self.unit_grid
+        return attention_BL.float().unflatten(1, (rows, factor, columns, factor)).sum(dim=(2, 4)).flatten(1)
+
+    def weights(self, batch: Batch, targets: Mapping[str, Targets]) -> Tensor | None:
+        return targets[self.teacher].cls_attention
+
+
+def _teacher(config: AttentionConfig, teachers: Mapping[str, TeacherInfo]) -> str:
+    able = [name for name, info in teachers.items() if info.has_cls]
+    if not able:
+        raise UserError(
+            f"method.masking.policy = {config.policy} needs CLS attention and no teacher has a class token; add one to "
+            "the section teachers, or set method.masking.policy = random"
+        )
+    if config.teacher is not None and config.teacher not in able:
+        raise UserError(
+            f"method.masking.teacher = {config.teacher} is no teacher with a class token; choose one of "
+            f"{', '.join(able)}"
+        )
+    return config.teacher or able[0]

@@ -1,0 +1,23 @@
+"""The patches of largest CLS attention are kept: the same ones in every epoch, up to the crop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mimscale.config import RunConfig
+from mimscale.contracts import Batch, Masks, Needs, Targets, TeacherInfo
+from mimscale.masking.attention import Attention, AttentionConfig
+
+
+class TopK(Attention):
+    """Units in the order of their importance; equal ones in raster order. Draws no noise."""
+
+    Config = AttentionConfig
+
+    def __init__(self, config: Any, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
+        super().__init__(config, run, teachers)
+        self.needs = Needs(teachers=self.needs.teachers)
+
+    def choose(self, batch: Batch, targets: Mapping[str, Targets]) -> Masks:
+        return self.split(self.importance(targets).argsort(dim=1, descending=True, stable=True))

@@ -1,0 +1,72 @@
+"""Run folders with one checkpoint of a tiny method, as the trainer leaves them, and official files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mimscale import run_folder
+from mimscale.__main__ import main
+from mimscale.config import RunConfig
+from mimscale.contracts import TeacherInfo
+from mimscale.methods.base import Method
+from mimscale.methods.finetune import Finetune
+from mimscale.methods.mae import MAE
+from mimscale.methods.maskalign import MaskAlign
+from mimscale.methods.mff import MFF
+from mimscale.methods.pixmim import PixMIM
+from mimscale.methods.simmim import SimMIM
+from mimscale.resilience import checkpoint
+from tests.golden import run_config
+
+STUDENT = {"width": 32, "depth": 3, "heads": 2}
+MAE_SECTION = {"name": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+METHODS: dict[str, tuple[type[Method], dict[str, Any]]] = {
+    "mae": (MAE, MAE_SECTION),
+    "mff": (MFF, {**MAE_SECTION, "name": "mff", "levels": [0, 1, 2]}),
+    "pixmim": (PixMIM, {**MAE_SECTION, "name": "pixmim", "low_pass_radius": 10}),
+    "finetune": (Finetune, {"name": "finetune", "classes": 3, "head_std": 0.1}),
+    "maskalign": (MaskAlign, {"name": "maskalign", "levels": "top2", "adaptor": "mlp"}),
+    "simmim": (SimMIM, {"name": "simmim"}),
+}
+INFO = TeacherInfo("t", dim=24, depth=3, grid=(4, 4), image_size=64, has_cls=True)
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+
+
+def build(name: str, image_size: int = 64, **method: Any) -> tuple[Method, RunConfig]:
+    torch.manual_seed(1)
+    kind, section = METHODS[name]
+    run = run_config({**section, **method}, STUDENT, image_size)
+    return kind(run, {"t": INFO} if name == "maskalign" else {}), run
+
+
+def save_run(folder: Path, method: Method, run: RunConfig) -> Path:
+    """A run folder with one checkpoint, as the trainer leaves it."""
+    run_folder.create(folder, run)
+    parameters = dict(method.named_parameters())
+    state = method.state_dict()
+    kind = {name: "fp32" if name in parameters else "buffer" for name in state}
+    tensors = {f"{kind[n]}|{n}|0": t.detach().flatten() for n, t in state.items()}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        tensors |= {f"{moment}|{n}|0": torch.rand(p.numel()) for n, p in parameters.items()}
+    part = folder / "checkpoints" / ".new"
+    shard = checkpoint.write_shard(part, tensors, 0, 1)
+    final = checkpoint.step_folder(folder / "checkpoints", 7)
+    checkpoint.commit(part, final, [shard], {"step": 7, "shapes": {n: list(t.shape) for n, t in state.items()}})
+    return folder
+
+
+def saved_run(folder: Path, name: str, **method: Any) -> tuple[Path, Method]:
+    built, run = build(name, **method)
+    return save_run(folder, built, run), built
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a wrong `convert` prints."""
+    assert main(["convert", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error

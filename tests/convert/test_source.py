@@ -1,0 +1,60 @@
+"""Files that are damaged, hostile or of another kind get one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mimscale.convert.source import read
+from mimscale.errors import UserError
+from tests.convert.runs import refused, saved_run
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="cannot be read as a torch checkpoint"):
+        read(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_truncated_file(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, tensors = tmp_path / f"weights{suffix}", {"blocks.0.weight": torch.zeros(1000)}
+    if suffix == ".pth":
+        torch.save({"model": tensors}, path)
+    else:
+        save_file(tensors, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    out = tmp_path / "out.safetensors"
+    message = refused([str(path), str(out), "--to", "timm"], capsys)
+    assert ("cannot be read as a torch checkpoint" if suffix == ".pth" else "not a whole safetensors file") in message
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    with pytest.raises(UserError, match="cannot be read as a torch checkpoint"):
+        read(tmp_path / "text.pth")
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(UserError, match="cannot be read as a torch checkpoint"):
+        read(tmp_path / "empty.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="holds no tensors under names"):
+        read(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize("to", ["timm", "state"])
+def test_a_truncated_checkpoint(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = saved_run(tmp_path / "run", "mae")
+    shard = next((folder / "checkpoints" / "step-00000007").glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-8])
+    message = refused([str(folder), str(tmp_path / "out.safetensors"), "--to", to], capsys)
+    assert "take an older checkpoint" in message and shard.name in message
+    assert not list(tmp_path.glob("*out*"))
