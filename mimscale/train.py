@@ -35,6 +35,7 @@ from mimscale.resilience.guard import Guard
 from mimscale.resilience.lock import Lock
 from mimscale.resilience.preempt import Preemption, ignore_signals, leave_requeue_marker
 from mimscale.resilience.saver import Saver
+from mimscale.resilience.watchdog import Spread, Watchdog
 from mimscale.state import TrainState
 from mimscale.teachers.bank import Bank
 
@@ -47,6 +48,7 @@ def train(plan: Plan, phases: Phases) -> None:
             print(f"{plan.run_dir} is finished; nothing to do", file=sys.stderr)
         return
 
+    watch = Watchdog(plan.run_dir, world.rank, run.watchdog)
     preemption = Preemption(stop_files=run_folder.stop_files(plan.run_dir))
     with phases("model"):  # before the ranks connect: a missing teacher file is still one line
         torch.manual_seed(run.seed)
@@ -56,7 +58,7 @@ def train(plan: Plan, phases: Phases) -> None:
     lock = Lock(plan.run_dir) if world.rank == 0 else None
     with phases("process_group"):
         open_process_group(world)
-        control = Control()
+        watch.control = control = Control()
     with phases("engine"):
         engine = Engine(method, run, world)
     with phases("resume"):
@@ -79,21 +81,32 @@ def train(plan: Plan, phases: Phases) -> None:
     )
     saver.note = logbook.event
     logbook.say(describe_run(plan, engine, state))
-    meter = Meter(world.device)
+    meter, spread = Meter(world.device), Spread(control, run.watchdog.every, world.device)
+
+    def judge(loss: Tensor) -> Tensor:
+        spread.forwarded()
+        watch.phase = "backward pass and step"
+        return guard.judge(loss)
+
     saved_step = state.step if state.launches > 1 else -1
     loop_start_s = step_start_s = time.perf_counter()
 
     while state.step < plan.total_steps:
-        lr, skips_before, ids = plan.lr(state.step), engine.skipped_steps, list[Tensor]()
+        lr, skips_before = plan.lr(state.step), engine.skipped_steps
+        watch.ids = ids = list[Tensor]()
         engine.set_lr(lr)
         engine.set_clip(guard.clip(run.optim.clip))
         for _ in range(engine.accumulation):
+            watch.phase = "waiting for data"
             with meter.waiting():
                 batch = next(batches)
+            spread.waited()
+            watch.phase = "forward pass"
             ids.append(batch.ids)
             batch = batch.to(world.device).normalised()
             targets = bank(batch.images)
-            meter.add(engine.micro_step(batch, targets, guard.judge), images=len(batch.ids) * world.size)
+            meter.add(engine.micro_step(batch, targets, judge), images=len(batch.ids) * world.size)
+            spread.stepped()
         method.after_step(batch)
 
         now_s = time.perf_counter()
@@ -102,6 +115,11 @@ def train(plan: Plan, phases: Phases) -> None:
             phases.seconds["first_step"] = round(now_s - loop_start_s, 3)
             logbook.event("first_step", seconds=phases.seconds)
 
+        watch.beat(state.step)
+        watch.phase = "between steps"
+        for line in spread.compare(state.step):
+            logbook.say(line)
+            logbook.event("spread", at=state.step, line=line)
         if guard.due(state.step):
             guard.saw_norm(engine.gradient_norm())
         skipped = engine.skipped_steps > skips_before
@@ -160,6 +178,7 @@ def train(plan: Plan, phases: Phases) -> None:
     control.barrier()
     engine.close()
     close_process_group()
+    watch.close()
     if lock is not None:
         lock.release()
 
