@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.digits import write_digits
+from data_prep.doctor import Job, examine
+from data_prep.existing import index_shards, tar_files
 from data_prep.finish import finish
 from data_prep.folder import read_folder
 from data_prep.imagenet import check_md5, read_21k, read_train, read_val
+from data_prep.info import describe_set
 from data_prep.pictures import Pictures
 from data_prep.plan import Plan, Source, describe
 from data_prep.progress import progress
-from data_prep.verify import verify
+from data_prep.verify import duplicates, verify
 from data_prep.write import estimate, unfinished, write
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
@@ -122,23 +125,73 @@ def _synthetic(options: argparse.Namespace) -> int:
     return 0
 
 
+def _index(options: argparse.Namespace) -> int:
+    classes = _lines(options.classes) if options.classes else None
+    with progress("indexing", len(tar_files(options.source)), "shards") as advance:
+        target = index_shards(
+            options.source,
+            to=options.to,
+            image=options.image,
+            label=None if options.label == "none" else options.label,
+            classes=classes,
+            checksums=options.checksums,
+            jobs=options.jobs,
+            done=advance,
+        )
+    print("\n".join(describe_set(target)))
+    return 0
+
+
 def _verify(options: argparse.Namespace) -> int:
     manifest = Manifest.load(options.destination, check_shards=False)
-    damage = []
+    damage, marks = [], []
     with progress("verifying", manifest.samples) as advance:
-        for samples, lines in verify(options.destination, decode_all=options.decode, jobs=options.jobs):
-            damage += lines
-            advance(samples)
-    print(f"{manifest.samples:,} samples in {len(manifest.counts):,} shards, fingerprint {manifest.fingerprint}")
-    if manifest.labels is not None and manifest.classes is not None:
-        sizes = np.bincount(manifest.labels[manifest.labels >= 0], minlength=len(manifest.classes))
-        print(
-            f"{len(sizes):,} classes of {sizes.min():,} to {sizes.max():,} samples (median {int(np.median(sizes)):,})"
-        )
+        for checked in verify(options.destination, decode_all=options.decode, jobs=options.jobs):
+            damage += checked.damage
+            marks.append(checked.marks)
+            advance(checked.samples)
+    if options.samples is not None and manifest.samples != options.samples:
+        damage.append(f"{manifest.samples:,} samples, not {options.samples:,}")
+    print("\n".join(describe_set(options.destination)))
+    if not damage:
+        same = duplicates(manifest, np.concatenate(marks))
+        pairs = [" = ".join(manifest.key(sample) for sample in group) for group in same]
+        print(f"{sum(map(len, same)) - len(same):,} pictures are copies of another")
+        print("".join(f"same: {pair}\n" for pair in (pairs if options.duplicates else pairs[:5])), end="")
     for line in damage:
         print(f"damaged: {line}")
     print(f"{len(damage):,} faults" if damage else "whole")
     return 1 if damage else 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    print("\n".join(describe_set(options.destination, options.classes)))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    job = Job(
+        ranks=options.ranks,
+        global_batch=options.global_batch,
+        workers=options.workers,
+        ranks_per_node=options.ranks_per_node,
+        streams=options.streams,
+        block=options.block,
+        labels=options.labels,
+    )
+    findings = examine(options.destination, job)
+    for finding in findings:
+        print(f"ok   {finding.text}" if not finding.fix else f"FIX  {finding.text}\n     -> {finding.fix}")
+    unfit = sum(bool(finding.fix) for finding in findings)
+    print(f"{unfit:,} to fix" if unfit else "fit")
+    return 1 if unfit else 0
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"list '{path}' cannot be read: {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -187,11 +240,40 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--seed", type=int, default=0)
     synthetic.set_defaults(run=_synthetic)
 
+    existing = verbs.add_parser("index", help="a manifest for WebDataset shards that exist; copies nothing")
+    existing.add_argument("source", type=Path, metavar="SRC", help="folder of .tar files")
+    existing.add_argument("--to", type=Path, metavar="DST", help="new folder for manifest and links, instead of SRC")
+    existing.add_argument("--image", metavar="EXT", help="extension of the pictures, where samples have several")
+    label = "extension of the class number, json:KEY, or none (default: cls where there is one)"
+    existing.add_argument("--label", default="cls", metavar="EXT", help=label)
+    existing.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, line by line from 0")
+    existing.add_argument("--checksums", action="store_true", help="also read every byte, so that changes are noticed")
+    existing.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes (default 1)")
+    existing.set_defaults(run=_index)
+
     check = verbs.add_parser("verify", help="check finished shards against their manifest; exit code 1 on damage")
     check.add_argument("destination", type=Path, metavar="DST")
     check.add_argument("--decode", action="store_true", help="also decode every picture")
+    check.add_argument("--samples", type=_positive, metavar="N", help="how many there must be")
+    check.add_argument("--duplicates", action="store_true", help="list all pictures that are copies of another")
     check.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes (default 1)")
     check.set_defaults(run=_verify)
+
+    info = verbs.add_parser("info", help="what a data set is")
+    info.add_argument("destination", type=Path, metavar="DST")
+    info.add_argument("--classes", action="store_true", help="with the samples of every class")
+    info.set_defaults(run=_info)
+
+    doctor = verbs.add_parser("doctor", help="is a data set fit for a job? exit code 1 if something is to be fixed")
+    doctor.add_argument("destination", type=Path, metavar="DST")
+    doctor.add_argument("--ranks", type=_positive, required=True, metavar="W", help="data-parallel, of all nodes")
+    doctor.add_argument("--global-batch", type=_positive, required=True, metavar="G")
+    doctor.add_argument("--workers", type=_positive, default=8, metavar="N", help="per rank (default 8)")
+    doctor.add_argument("--ranks-per-node", type=_positive, default=8, metavar="N", help="(default 8)")
+    doctor.add_argument("--streams", type=_positive, default=256, metavar="C", help="data.streams (default 256)")
+    doctor.add_argument("--block", type=_positive, default=8192, metavar="B", help="data.block (default 8192)")
+    doctor.add_argument("--labels", action="store_true", help="the job needs labels")
+    doctor.set_defaults(run=_doctor)
     return top
 
 

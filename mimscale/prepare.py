@@ -9,9 +9,11 @@ from pathlib import Path
 from mimscale import run_folder, schedule
 from mimscale.config import RunConfig, load_ds_config, method_class, precision_of, solve_batch
 from mimscale.contracts import TeacherInfo
+from mimscale.convert import start
 from mimscale.data.manifest import Manifest
 from mimscale.engine.world import World, check_precision, from_environment
 from mimscale.errors import UserError
+from mimscale.observe.ledger import Ledger, default_limit
 from mimscale.resilience import checkpoint
 from mimscale.teachers.bank import describe
 from mimscale.teachers.quantise import check as check_quantised
@@ -24,6 +26,7 @@ class Plan:
     run: RunConfig
     run_dir: Path
     parent: Path | None  # the checkpoint whose weights a fork starts from
+    fresh: bool  # whether there is no checkpoint of this run to go on from
     world: World
     manifest: Manifest
     teachers: Mapping[str, TeacherInfo]
@@ -53,7 +56,11 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
         parent = checkpoint.newest(run_dir)
         if parent is None:
             raise UserError(f"--fork: {run_dir} has no checkpoint to start from; let it save one first")
+        if run.init is not None:
+            raise UserError(f"--fork starts from {run_dir} and init.weights from {run.init.weights}; set init=null")
         run_dir, stored = fork, run_folder.existing_run(fork)
+    fresh = not checkpoint.steps(run_dir / "checkpoints") and not checkpoint.damaged(run_dir / "checkpoints")
+    run = start.pinned(run, stored, resumes=not fresh)
     if stored is not None:
         run_folder.refuse_changes(stored, run, run_dir)
     if run_folder.stop_wish(run_dir).exists():
@@ -66,6 +73,9 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
             f"schedule.global_batch = {run.schedule.global_batch} exceeds the {manifest.samples} samples of "
             f"{run.data.shards}; lower it, or give schedule.steps instead of schedule.epochs"
         )
+    ledger = open_ledger(run, run_dir, manifest, writes=False)
+    if ledger.full:
+        raise UserError(ledger.verdict())
     total = run.schedule.steps or round((run.schedule.epochs or 0) * steps_per_epoch)
     steps_per_epoch = max(1, steps_per_epoch)
     if total <= run.schedule.warmup_epochs * steps_per_epoch:
@@ -73,4 +83,10 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
             f"the run has {total} steps and a warm-up of schedule.warmup_epochs = {run.schedule.warmup_epochs} "
             f"({run.schedule.warmup_epochs * steps_per_epoch:g} steps); lengthen the one or shorten the other"
         )
-    return Plan(run, run_dir, parent, world, manifest, teachers, steps_per_epoch, total, command)
+    return Plan(run, run_dir, parent, fresh, world, manifest, teachers, steps_per_epoch, total, command)
+
+
+def open_ledger(run: RunConfig, run_dir: Path, manifest: Manifest, writes: bool) -> Ledger:
+    """What is known of damaged samples in a run's folder."""
+    limit = run.data.max_damaged
+    return Ledger(run_dir / "damaged.jsonl", default_limit(manifest.samples) if limit is None else limit, writes)

@@ -47,6 +47,10 @@ class Rig:
     def checkpoints(self) -> Path:
         return self.plan.run_dir / "checkpoints"
 
+    def live_tensors(self) -> dict[str, Tensor]:
+        """This rank's part of a checkpoint: masters and moments, and what the method learned between steps."""
+        return {**self.engine.live_tensors(), **self.method.live_tensors()}
+
 
 def describe_state(rig: Rig, state: TrainState) -> dict[str, Any]:
     """What a checkpoint's manifest says besides where the tensors are."""
@@ -96,6 +100,7 @@ def load_newest(rig: Rig, until: float = math.inf) -> TrainState | None:
         refuse_other_inputs(reader, rig.plan, rig.bank)
         control.together(rig.engine.load, reader)
         rig.engine.finish_load(reader)
+        control.together(reader.fill, rig.method.live_tensors())
         rig.method.load_extra_state(reader.meta["method"])
         state = TrainState.load(reader.meta["state"])
         if state.samples != state.step * rig.plan.run.schedule.global_batch:

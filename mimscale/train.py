@@ -10,7 +10,7 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mimscale import run_folder
 from mimscale.config import load, method_class, recipe_names
+from mimscale.convert import start
 from mimscale.data.loader import TrainLoader
 from mimscale.engine.engine import Engine
 from mimscale.engine.world import close_process_group, open_process_group
@@ -27,7 +28,7 @@ from mimscale.methods.base import Method
 from mimscale.observe.logbook import Logbook
 from mimscale.observe.meter import Meter, Phases
 from mimscale.observe.panels import SAMPLES
-from mimscale.prepare import Plan, prepare
+from mimscale.prepare import Plan, open_ledger, prepare
 from mimscale.recovery import Rig, describe_state, explain, restore, roll_back
 from mimscale.resilience import activations, checkpoint
 from mimscale.resilience.control import Control
@@ -54,6 +55,7 @@ def train(plan: Plan, phases: Phases) -> None:
         torch.manual_seed(run.seed)
         method: Method = method_class(run.method.name)(run, plan.teachers)
         needs = method.needs
+        started = start.start_from(method, run) if plan.fresh and run.init is not None else ()
         bank = Bank(run.teachers, needs.teachers, run.data.image_size, world.device)
     lock = Lock(plan.run_dir) if world.rank == 0 else None
     with phases("process_group"):
@@ -61,12 +63,13 @@ def train(plan: Plan, phases: Phases) -> None:
         watch.control = control = Control()
     with phases("engine"):
         engine = Engine(method, run, world)
+        method.begin(plan.manifest.samples)
     with phases("resume"):
         rig = Rig(plan, engine, method, bank, control)
         state = restore(rig).launched()
         control.first(open_folder, plan, state)
         unchanged = lock.check if lock is not None else lambda: None
-        saver = Saver(rig.checkpoints, control, run.checkpoint, engine.live_tensors(), unchanged)
+        saver = Saver(rig.checkpoints, control, run.checkpoint, rig.live_tensors(), unchanged)
         guard = Guard(run.guard, engine.accumulation, world.device)
         guard.load(state.guard)
 
@@ -80,8 +83,9 @@ def train(plan: Plan, phases: Phases) -> None:
         step=state.step,
     )
     saver.note = logbook.event
-    logbook.say(describe_run(plan, engine, state))
+    logbook.say("\n".join((describe_run(plan, engine, state), *started)))
     meter, spread = Meter(world.device), Spread(control, run.watchdog.every, world.device)
+    ledger = open_ledger(run, plan.run_dir, plan.manifest, writes=world.rank == 0)
 
     def judge(loss: Tensor) -> Tensor:
         spread.forwarded()
@@ -93,7 +97,7 @@ def train(plan: Plan, phases: Phases) -> None:
 
     while state.step < plan.total_steps:
         lr, skips_before = plan.lr(state.step), engine.skipped_steps
-        watch.ids = ids = list[Tensor]()
+        ids = list[Tensor]()
         engine.set_lr(lr)
         engine.set_clip(guard.clip(run.optim.clip))
         for _ in range(engine.accumulation):
@@ -103,7 +107,9 @@ def train(plan: Plan, phases: Phases) -> None:
             spread.waited()
             watch.phase = "forward pass"
             ids.append(batch.ids)
-            batch = batch.to(world.device).normalised()
+            watch.ids = ids
+            ledger.note(batch.damage)
+            batch = method.prepare(batch).to(world.device).normalised()
             targets = bank(batch.images)
             meter.add(engine.micro_step(batch, targets, judge), images=len(batch.ids) * world.size)
             spread.stepped()
@@ -140,11 +146,16 @@ def train(plan: Plan, phases: Phases) -> None:
             metrics = meter.read()
             metrics |= {"lr": lr, "grad_norm": engine.gradient_norm(), "loss_scale": engine.loss_scale or 1.0}
             metrics |= {"epoch": state.step / plan.steps_per_epoch, "skipped_steps": float(engine.skipped_steps)}
-            logbook.step(state.step, metrics)
+            for damage in ledger.settle(control.gather(ledger.take())):
+                logbook.event("damaged", **asdict(damage))
+                logbook.say(
+                    f"damaged: {damage.shard}, key {damage.key}: {damage.reason}; another sample took its place"
+                )
+            logbook.step(state.step, metrics | {"damaged": float(ledger.total)})
         if run.log.panels and (last or state.step % run.log.panels == 0):
             few = {name: seen.first(SAMPLES) for name, seen in targets.items()}
             logbook.show(state.step, method.look(batch.first(SAMPLES), few))
-        raised, *saved = control.agree(preemption.raised(), *saver.votes())
+        raised, *saved = control.agree(preemption.raised() or ledger.full, *saver.votes())
         saver.follow(*saved)
         stop = bool(raised) and not last
         if stop or last:
@@ -155,12 +166,15 @@ def train(plan: Plan, phases: Phases) -> None:
                 state = replace(state, guard=guard.dump())
                 if engine.loss_scale is not None:
                     guard.usual = activations.magnitudes(method, partial(method, batch, targets))
-                saver.save(state.step, engine.live_tensors(), describe_state(rig, state))
+                saver.save(state.step, rig.live_tensors(), describe_state(rig, state))
             saved_step = state.step
         if stop:
             saver.settle()
-            logbook.event("stopped", at=state.step, reason=preemption.reason)
-            logbook.say(f"stopped at step {state.step} ({preemption.reason or 'asked by another rank'}), saved")
+            reason = "too many damaged samples" if ledger.full else preemption.reason
+            logbook.event("stopped", at=state.step, reason=reason)
+            logbook.say(f"stopped at step {state.step} ({reason or 'asked by another rank'}), saved")
+            if ledger.full:
+                raise Stopped(ledger.verdict())
             if world.rank == 0 and not run_folder.stop_wish(plan.run_dir).exists():
                 leave_requeue_marker(checkpoint.newest_step(plan.run_dir))
             break

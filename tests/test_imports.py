@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "doctor": {"doctor_teacher", "models", "methods", "teachers", "data", "engine"},
     "doctor_teacher": {"models", "methods", "teachers", "data"},
     "bench": {"models", "methods", "masking", "teachers", "data", "resilience", "observe", "engine", "optim"},
-    "prepare": {"methods", "teachers", "data", "resilience", "engine", "run_folder", "schedule"},
+    "prepare": {"observe", "convert", "methods", "teachers", "data", "resilience", "engine", "run_folder", "schedule"},
     "recovery": {"prepare", "methods", "teachers", "data", "resilience", "observe", "engine", "run_folder", "state"},
     "train": {
         "prepare",
@@ -46,6 +46,7 @@ MAY_IMPORT = {
         "data",
         "resilience",
         "observe",
+        "convert",
         "engine",
         "state",
         "run_folder",

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from mimscale.config import RunConfig, load, load_ds_config, method_class, recipe_names
+from mimscale.config import RunConfig, load, load_ds_config, method_class, recipe_names, solve_batch
 from mimscale.contracts import TeacherInfo
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE, MAEConfig
@@ -37,6 +37,36 @@ def test_recipe_loads_and_has_a_header(name: str) -> None:
     assert all(word in header for word in ("Source:", "Expected result:", "Expected cost:"))
 
 
+PUBLISHED = [n for n in recipe_names() if not n.startswith("demo_") and not n.endswith("_tiny")]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_batch_divides_over_8_to_512_gpus(name: str) -> None:
+    run = load(name)
+    for world in (8, 64, 256, 512):
+        micro, accumulation = solve_batch(run.schedule.global_batch, world, run.engine.max_micro_batch)
+        assert micro * accumulation * world == run.schedule.global_batch and micro <= run.engine.max_micro_batch
+
+
+VARIANTS = {  # recipe -> (the one that it follows, the only differences)
+    "mae_vit_b16_1600ep": ("mae_vit_b16", {"schedule.epochs": 1600}),
+    "mae_vit_l16_1600ep": ("mae_vit_l16", {"schedule.epochs": 1600}),
+    "mae_vit_h14_1600ep": ("mae_vit_h14", {"schedule.epochs": 1600}),
+    "mae_vit_b16_batch1024": ("mae_vit_b16", {"schedule.global_batch": 1024}),
+    "mae_vit_l16_batch1024": ("mae_vit_l16", {"schedule.global_batch": 1024}),
+    "mff_vit_b16_300ep": ("mff_vit_b16", {"schedule.epochs": 300}),
+    "pixmim_vit_b16_300ep": ("pixmim_vit_b16", {"schedule.epochs": 300}),
+    "convmae_b_200ep": ("convmae_b", {"schedule.epochs": 200}),
+    "mrmae_convmae_b_200ep": ("mrmae_convmae_b", {"schedule.epochs": 200}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_differs_in_nothing_else(name: str) -> None:
+    base, changes = VARIANTS[name]
+    assert load(name).dump() == load(base, [f"{key}={value}" for key, value in changes.items()]).dump()
+
+
 def built(name: str, teachers: dict[str, TeacherInfo]) -> tuple[RunConfig, Method, int]:
     """The recipe, its method without memory, and how many numbers its state holds."""
     run = load(name)
@@ -58,7 +88,8 @@ def test_relatives_of_mae(name: str, levels: int) -> None:
     run, method, count = built(name, {})
     values = run.method.model_dump() | {"name": "mae"}
     with torch.device("meta"):
-        mae = MAE(run.model_copy(update={"method": MAEConfig(**{k: values[k] for k in MAEConfig.model_fields})}), {})
+        kept = {key: values[key] for key in MAEConfig.model_fields if key != "fusion"}
+        mae = MAE(run.model_copy(update={"method": MAEConfig(**kept)}), {})
     width = run.student.width
     fusion = (levels - 1) * (width * width + width) + levels if levels > 1 else 0
     assert count == sum(tensor.numel() for tensor in mae.state_dict().values()) + fusion

@@ -237,3 +237,13 @@ def test_exported_file_says_what_it_holds(tmp_path: Path) -> None:
     with safe_open(out, framework="pt") as file:
         carried = json.loads(file.metadata()[METADATA])
     assert carried["student"]["heads"] == 2 and carried["image_size"] == 64
+
+
+def test_what_the_release_cannot_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Adaptors before the mixing; a fusion, which MAE has not, gets MFF's names."""
+    folder, _ = saved_run(tmp_path / "before", "maskalign", adaptor_position="before", levels="mean")
+    out = str(tmp_path / "out.pth")
+    assert "has no official names" in refused([str(folder), out, "--to", "official"], capsys)
+    folder, _ = saved_run(tmp_path / "fused", "mae", fusion={"kind": "mff", "levels": [0, 2]})
+    assert main(["convert", str(folder), out, "--to", "official"]) == 0
+    assert "backbone.proj_weights" in torch.load(out, weights_only=True)["model"]

@@ -11,6 +11,7 @@ import pytest
 
 from data_prep.__main__ import main
 from mimscale.data.manifest import Manifest, save_manifest
+from mimscale.data.synthetic import make_image_folder
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def verify(folder: Path, capsys, *options: str) -> tuple[int, str]:
 def test_whole(shards: Path, capsys, options: list[str]) -> None:
     code, said = verify(shards, capsys, *options)
     assert code == 0 and said.endswith("whole\n")
-    assert "80 samples in 5 shards" in said and "4 classes of 20 to 20 samples" in said
+    assert "80 pictures in 5 shards" in said and "4 classes of 20 (class_000) to 20" in said
 
 
 def overwrite(path: Path, offset: int, data: bytes) -> None:
@@ -42,7 +43,7 @@ def test_damaged_picture(copy: Path, capsys) -> None:
     sample = int(manifest.counts[0]) + 3
     overwrite(copy / "shard-000001.tar", int(manifest.offsets[sample]), b"not a picture")
     code, said = verify(copy, capsys)
-    assert code == 1 and "damaged: shard-000001.tar: its checksum" in said and said.endswith("1 faults\n")
+    assert code == 1 and "damaged: shard-000001.tar: its checksum" in said and "15 pictures, not 16" in said
     code, said = verify(copy, capsys, "--decode")
     assert code == 1 and f"shard-000001.tar: sample {sample} ({manifest.key(sample)})" in said
 
@@ -54,7 +55,7 @@ def test_damaged_header_and_cut_and_missing_shards(copy: Path, capsys) -> None:
     (copy / "shard-000003.tar").unlink()
     code, said = verify(copy, capsys, "--decode")
     assert code == 1
-    assert "shard-000000.tar: 2 pictures, not 16" in said or "shard-000000.tar: not readable as a tar archive" in said
+    assert "is not a whole tar archive: no member and no end at byte" in said
     assert "shard-000002.tar: 5,000 bytes, not" in said and "ends early" in said
     assert "shard-000003.tar: missing" in said
     assert "shard-000004" not in said
@@ -95,3 +96,28 @@ def test_labels_beyond_the_classes(copy: Path, capsys) -> None:
 def test_no_manifest(tmp_path: Path, capsys) -> None:
     assert main(["verify", str(tmp_path)]) == 2
     assert "has no manifest.json" in capsys.readouterr().err
+
+
+def test_copies_of_a_picture_are_listed(shards: Path, tmp_path: Path, capsys) -> None:
+    root = make_image_folder(tmp_path / "in", classes=2, per_class=8, side=120)
+    one, other = sorted(root.glob("*/*.jpg"))[0:16:12]
+    (root / "class_000" / "again.jpg").write_bytes(one.read_bytes())
+    (root / "class_001" / "again.jpg").write_bytes(one.read_bytes())
+    nearly = bytearray(other.read_bytes() + bytes(20_000))  # alike at both ends
+    nearly[10_000] ^= 1
+    (root / "class_001" / "nearly.jpg").write_bytes(nearly)
+    other.write_bytes(other.read_bytes() + bytes(20_000))
+    assert main(["folder", str(root), str(tmp_path / "out"), "--shard-samples", "5"]) == 0
+    for options in ([], ["--decode"]):
+        code, said = verify(tmp_path / "out", capsys, *options)
+        assert code == 0 and "2 pictures are copies of another" in said
+        (line,) = (line for line in said.splitlines() if line.startswith("same: "))
+        names = {"class_000/again", "class_001/again", "class_000/000000"}
+        assert set(line.removeprefix("same: ").split(" = ")) == names
+    assert "0 pictures are copies" in verify(shards, capsys)[1]
+
+
+def test_the_number_of_samples_can_be_demanded(shards: Path, capsys) -> None:
+    assert verify(shards, capsys, "--samples", "80")[0] == 0
+    code, said = verify(shards, capsys, "--samples", "81")
+    assert code == 1 and "damaged: 80 samples, not 81" in said
