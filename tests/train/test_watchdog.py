@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -47,28 +48,29 @@ def told(run_dir: Path, rank: int) -> str:
 def test_data_that_never_come(what: str, shards: Path, tmp_path: Path) -> None:
     recipe, run_dir = ranks.recipe(tmp_path, shards, schedule={"steps": 4000}), tmp_path / "run"
     words = ["watchdog.stall_s=4", "watchdog.startup_s=120", "data.workers=1"]
-    if what == "file":  # nobody ever writes to it
+    if what == "file":
         copy = tmp_path / "shards"
-        copy.mkdir()
-        for path in shards.iterdir():
-            (copy / path.name).write_bytes(path.read_bytes())
-        first = sorted(copy.glob("*.tar"))[0]
-        first.unlink()
-        os.mkfifo(first)
-        words = ["watchdog.stall_s=4", "watchdog.startup_s=15", "data.workers=0", f"data.shards={copy}"]
+        shutil.copytree(shards, copy)
+        words = ["watchdog.stall_s=4", "watchdog.startup_s=25", "data.workers=0", f"data.shards={copy}"]
     with running(1, recipe, run_dir, *words) as process:
         if what == "worker":
             until_step(5, process, run_dir)
             (worker,) = [child for child in children(process.pid) if b"multiprocessing" not in cmdline(child)]
             os.kill(worker, signal.SIGSTOP)
+        else:
+            while not (run_dir / "lock").exists():  # the shards were looked at, and not yet read
+                assert process.poll() is None
+                time.sleep(0.01)
+            for path in copy.glob("*.tar"):
+                path.unlink()
+                os.mkfifo(path)  # nobody ever writes to it
         assert process.wait(120) == EXIT_CODE
         if what == "worker":
             os.kill(worker, signal.SIGKILL)
     text = told(run_dir, 0)
     assert "in phase 'waiting for data'" in text and "Thread" in text and "train.py" in text
     assert ("last samples: [" in text) and ("last samples: []" not in text or what == "file")
-    if what == "file":
-        assert "manifest.py" in text
+    assert what == "worker" or "in read" in text or "open" in text
     assert Path(f"{run_dir}.again").read_text().split()[1] == "hang"
 
 
@@ -90,7 +92,7 @@ def test_a_hung_rank_ends_the_run_and_it_goes_on_afterwards(shards: Path, tmp_pa
         time.sleep(1)
         os.kill(hung, signal.SIGKILL)
         assert process.wait(120) != 0
-    assert "after step" in told(run_dir, 0) and "last agreement: agree (number" in told(run_dir, 0)
+    assert "after step" in told(run_dir, 0) and " (number " in told(run_dir, 0)
     step, why = Path(f"{run_dir}.again").read_text().split()
     assert why == "hang" and int(step) in (4, 8)
     ranks.train(2, recipe, run_dir)
