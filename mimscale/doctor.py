@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mimscale import doctor_teacher
+from mimscale import compositions, doctor_teacher
 from mimscale.config import (
     RunConfig,
     TeacherConfig,
@@ -70,11 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change values of the recipe")
     parser.add_argument("--fetch", action="store_true", help="download the teachers' weights that are not here")
     parser.add_argument("--fetch-dir", type=Path, default=Path("teachers"), help="where --fetch puts them")
+    parser.add_argument("--compositions", action="store_true", help="which method takes which masking and fusion")
     doctor_teacher.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """0: ready. 2: something would stop the run. Raises UserError where the recipe itself is wrong."""
+    if args.compositions:
+        print(compositions.table())
+        return 0
     if args.teacher is not None:
         return doctor_teacher.run(args)
     if args.recipe is None:

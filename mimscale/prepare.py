@@ -45,7 +45,7 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
     solve_batch(run.schedule.global_batch, world.size, run.engine.max_micro_batch)
     teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
     for name, teacher in run.teachers.items():
-        if world.device.type == "cuda":
+        if world.device.type == "cuda" or teacher.shard:
             check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
             check_quantised(name, teacher.precision, world.device)
     method_class(run.method.name).check(run, teachers)

@@ -22,6 +22,7 @@ from mimscale.config import load, method_class, recipe_names
 from mimscale.convert import start
 from mimscale.data.loader import TrainLoader
 from mimscale.engine.engine import Engine
+from mimscale.engine.frozen import split_over_ranks
 from mimscale.engine.world import close_process_group, open_process_group
 from mimscale.errors import Stopped
 from mimscale.methods.base import Method
@@ -63,6 +64,7 @@ def train(plan: Plan, phases: Phases) -> None:
         watch.control = control = Control()
     with phases("engine"):
         engine = Engine(method, run, world)
+        bank.shard(partial(split_over_ranks, world=world))
         method.begin(plan.manifest.samples)
     with phases("resume"):
         rig = Rig(plan, engine, method, bank, control)
