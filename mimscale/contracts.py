@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,6 +134,16 @@ class View:
 
 
 @dataclass(frozen=True)
+class Damage:
+    """A sample that could not be used: its id, the name of its shard, its key in there, and why."""
+
+    sample: int
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank.
 
@@ -145,9 +155,10 @@ class Batch:
         little outside of it.
     flips: bool [B], mirrored left-right after the crop.
     labels: int64 [B] where asked, else None.
-    whole: uint8 [F, 3, H, W], float32 after `normalised()`: the uncut images of the rows `whole_rows`, int64 [F],
-        squeezed to the same size, neither cropped nor mirrored. None where not asked; F may be 0.
+    whole: uint8 [F, 3, H, W], the uncut images of the rows `whole_rows`, int64 [F], squeezed to the same size, neither
+        cropped nor mirrored nor normalised. None where not asked; F may be 0.
     importance: uint8 [B, L], what a masking policy that learns has stored of these samples' patches; None else.
+    damage: what could not be used when this batch was made; `ids` has what was taken instead.
     """
 
     images: Tensor
@@ -160,6 +171,7 @@ class Batch:
     whole: Tensor | None = None
     whole_rows: Tensor | None = None
     importance: Tensor | None = None
+    damage: tuple[Damage, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies do not block the host where the memory is pinned."""
@@ -174,11 +186,17 @@ class Batch:
         return replace(self, whole=None, whole_rows=None)._each(lambda tensor: tensor[:count])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        values: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **values, noise={purpose: change(tensor) for purpose, tensor in self.noise.items()})
 
     def normalised(self) -> Batch:
         """uint8 -> float32 with ImageNet's mean and deviation, on the device where the batch is."""
-        mean, std = imagenet_statistics(self.images.device)
-        whole = None if self.whole is None else (self.whole.float() / 255 - mean) / std
-        return replace(self, images=(self.images.float() / 255 - mean) / std, whole=whole)
+        return replace(self, images=normalised(self.images))
+
+
+def normalised(images_B3HW: Tensor) -> Tensor:
+    """uint8 -> float32 with ImageNet's mean and deviation."""
+    mean, std = imagenet_statistics(images_B3HW.device)
+    return (images_B3HW.float() / 255 - mean) / std

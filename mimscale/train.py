@@ -11,7 +11,8 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ import torch
 from mimscale import run_folder, schedule
 from mimscale.config import RunConfig, load, load_ds_config, method_class, precision_of, recipe_names, solve_batch
 from mimscale.contracts import TeacherInfo
+from mimscale.convert import start
+from mimscale.data.cache import Cache
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
 from mimscale.engine.engine import Engine
+from mimscale.engine.frozen import split_over_ranks
 from mimscale.engine.world import World, check_precision, close_process_group, from_environment, open_process_group
 from mimscale.errors import Stopped, UserError
 from mimscale.methods.base import Method
+from mimscale.observe.ledger import Ledger, default_limit
 from mimscale.observe.logbook import Logbook
 from mimscale.observe.meter import Meter, Phases
 from mimscale.observe.panels import SAMPLES
@@ -46,6 +51,7 @@ class Plan:
     run: RunConfig
     run_dir: Path
     parent: Path | None  # the checkpoint whose weights a fork starts from
+    fresh: bool  # whether there is no checkpoint of this run to go on from
     world: World
     manifest: Manifest
     teachers: Mapping[str, TeacherInfo]
@@ -64,7 +70,7 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
     solve_batch(run.schedule.global_batch, world.size, run.engine.max_micro_batch)
     teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
     for name, teacher in run.teachers.items():
-        if world.device.type == "cuda":
+        if world.device.type == "cuda" or teacher.shard:
             check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
             check_quantised(name, teacher.precision, world.device)
     method_class(run.method.name).check(run, teachers)
@@ -75,19 +81,26 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
         parent = checkpoint.newest(run_dir)
         if parent is None:
             raise UserError(f"--fork: {run_dir} has no checkpoint to start from; let it save one first")
+        if run.init is not None:
+            raise UserError(f"--fork starts from {run_dir} and init.weights from {run.init.weights}; set init=null")
         run_dir, stored = fork, run_folder.existing_run(fork)
+    fresh = not checkpoint.steps(run_dir / "checkpoints") and not checkpoint.damaged(run_dir / "checkpoints")
+    run = start.pinned(run, stored, resumes=not fresh)
     if stored is not None:
         run_folder.refuse_changes(stored, run, run_dir)
     if run_folder.stop_wish(run_dir).exists():
         raise UserError(f"{run_folder.stop_wish(run_dir)} asks this run to stop; remove it to go on")
 
-    manifest = Manifest.load(run.data.shards)
+    manifest = Manifest.load(run.data.shards, cache=Cache.of(run.data))
     steps_per_epoch = manifest.samples // run.schedule.global_batch
     if run.schedule.steps is None and steps_per_epoch == 0:
         raise UserError(
             f"schedule.global_batch = {run.schedule.global_batch} exceeds the {manifest.samples} samples of "
             f"{run.data.shards}; lower it, or give schedule.steps instead of schedule.epochs"
         )
+    ledger = open_ledger(run, run_dir, manifest, writes=False)
+    if ledger.full:
+        raise UserError(ledger.verdict())
     total = run.schedule.steps or round((run.schedule.epochs or 0) * steps_per_epoch)
     steps_per_epoch = max(1, steps_per_epoch)
     if total <= run.schedule.warmup_epochs * steps_per_epoch:
@@ -95,7 +108,7 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
             f"the run has {total} steps and a warm-up of schedule.warmup_epochs = {run.schedule.warmup_epochs} "
             f"({run.schedule.warmup_epochs * steps_per_epoch:g} steps); lengthen the one or shorten the other"
         )
-    return Plan(run, run_dir, parent, world, manifest, teachers, steps_per_epoch, total, command)
+    return Plan(run, run_dir, parent, fresh, world, manifest, teachers, steps_per_epoch, total, command)
 
 
 def train(plan: Plan, phases: Phases) -> None:
@@ -111,6 +124,7 @@ def train(plan: Plan, phases: Phases) -> None:
         torch.manual_seed(run.seed)
         method: Method = method_class(run.method.name)(run, plan.teachers)
         needs = method.needs
+        started = start.start_from(method, run) if plan.fresh and run.init is not None else ()
         bank = Bank(run.teachers, needs.teachers, run.data.image_size, world.device)
     lock = Lock(plan.run_dir) if world.rank == 0 else None
     with phases("process_group"):
@@ -118,11 +132,13 @@ def train(plan: Plan, phases: Phases) -> None:
         control = Control()
     with phases("engine"):
         engine = Engine(method, run, world)
+        bank.shard(partial(split_over_ranks, world=world))
+        method.begin(plan.manifest.samples)
     with phases("resume"):
         state = restore(plan, engine, method, bank, control).launched()
         control.first(open_folder, plan, state)
         root, unchanged = plan.run_dir / "checkpoints", lock.check if lock is not None else lambda: None
-        saver = Saver(root, control, run.checkpoint, engine.live_tensors(), unchanged)
+        saver = Saver(root, control, run.checkpoint, live_tensors(engine, method), unchanged)
 
     loader = TrainLoader(
         plan.manifest,
@@ -145,8 +161,9 @@ def train(plan: Plan, phases: Phases) -> None:
         step=state.step,
     )
     saver.note = logbook.event
-    logbook.say(describe_run(plan, engine, state))
+    logbook.say("\n".join((describe_run(plan, engine, state), *started)))
     meter = Meter(world.device)
+    ledger = open_ledger(run, plan.run_dir, plan.manifest, writes=world.rank == 0)
     saved_step = state.step if state.launches > 1 else -1
     loop_start_s = step_start_s = time.perf_counter()
 
@@ -156,7 +173,8 @@ def train(plan: Plan, phases: Phases) -> None:
         for _ in range(engine.accumulation):
             with meter.waiting():
                 batch = next(batches)
-            batch = batch.to(world.device).normalised()
+            ledger.note(batch.damage)
+            batch = method.prepare(batch).to(world.device).normalised()
             targets = bank(batch.images)
             meter.add(engine.micro_step(batch, targets), images=len(batch.ids) * world.size)
         method.after_step(batch)
@@ -172,11 +190,16 @@ def train(plan: Plan, phases: Phases) -> None:
             metrics = meter.read()
             metrics |= {"lr": lr, "grad_norm": engine.gradient_norm(), "loss_scale": engine.loss_scale}
             metrics |= {"epoch": state.step / plan.steps_per_epoch, "skipped_steps": float(engine.skipped_steps)}
-            logbook.step(state.step, metrics)
+            for damage in ledger.settle(control.gather(ledger.take())):
+                logbook.event("damaged", **asdict(damage))
+                logbook.say(
+                    f"damaged: {damage.shard}, key {damage.key}: {damage.reason}; another sample took its place"
+                )
+            logbook.step(state.step, metrics | {"damaged": float(ledger.total)})
         if run.log.panels and (last or state.step % run.log.panels == 0):
             targets = {name: seen.first(SAMPLES) for name, seen in targets.items()}
             logbook.show(state.step, method.look(batch.first(SAMPLES), targets))
-        raised, *saved = control.agree(preemption.raised(), *saver.votes())
+        raised, *saved = control.agree(preemption.raised() or ledger.full, *saver.votes())
         saver.follow(*saved)
         stop = bool(raised) and not last
         if stop or last:
@@ -184,12 +207,15 @@ def train(plan: Plan, phases: Phases) -> None:
             saver.settle()
         if stop or last or (run.checkpoint.every and state.step % run.checkpoint.every == 0):
             if state.step != saved_step:
-                saver.save(state.step, engine.live_tensors(), describe_state(plan, engine, method, bank, state))
+                saver.save(state.step, live_tensors(engine, method), describe_state(plan, engine, method, bank, state))
             saved_step = state.step
         if stop:
             saver.settle()
-            logbook.event("stopped", at=state.step, reason=preemption.reason)
-            logbook.say(f"stopped at step {state.step} ({preemption.reason or 'asked by another rank'}), saved")
+            reason = "too many damaged samples" if ledger.full else preemption.reason
+            logbook.event("stopped", at=state.step, reason=reason)
+            logbook.say(f"stopped at step {state.step} ({reason or 'asked by another rank'}), saved")
+            if ledger.full:
+                raise Stopped(ledger.verdict())
             if world.rank == 0 and not run_folder.stop_wish(plan.run_dir).exists():
                 leave_requeue_marker(checkpoint.newest_step(plan.run_dir))
             break
@@ -228,6 +254,7 @@ def restore(plan: Plan, engine: Engine, method: Method, bank: Bank, control: Con
         refuse_other_inputs(reader, plan, bank)
         control.together(engine.load, reader)
         engine.finish_load(reader)
+        control.together(reader.fill, method.live_tensors())
         method.load_extra_state(reader.meta["method"])
         state = TrainState.load(reader.meta["state"])
         if state.samples != state.step * plan.run.schedule.global_batch:
@@ -266,6 +293,11 @@ def refuse_other_inputs(reader: checkpoint.Reader, plan: Plan, bank: Bank) -> No
         raise UserError(f"the teachers' weights differ from those that {reader.path} was trained with")
 
 
+def live_tensors(engine: Engine, method: Method) -> dict[str, torch.Tensor]:
+    """This rank's part of a checkpoint: the engine's masters and moments, and what the method learned between steps."""
+    return {**engine.live_tensors(), **method.live_tensors()}
+
+
 def describe_state(plan: Plan, engine: Engine, method: Method, bank: Bank, state: TrainState) -> dict[str, Any]:
     """What a checkpoint's manifest says besides where the tensors are."""
     return {
@@ -277,6 +309,11 @@ def describe_state(plan: Plan, engine: Engine, method: Method, bank: Bank, state
         "method": method.extra_state(),
         **engine.meta(),
     }
+
+
+def open_ledger(run: RunConfig, run_dir: Path, manifest: Manifest, writes: bool) -> Ledger:
+    limit = run.data.max_damaged
+    return Ledger(run_dir / "damaged.jsonl", default_limit(manifest.samples) if limit is None else limit, writes)
 
 
 def open_folder(plan: Plan, state: TrainState) -> None:

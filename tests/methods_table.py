@@ -28,6 +28,7 @@ MEASURED = Path(__file__).parent / "measured.json"
 README, DOCS = ROOT / "README.md", ROOT / "docs" / "methods.md"
 MARKS = ("<!-- methods: python -m tests.methods_table -->", "<!-- end of methods -->")
 KINDS = {"activation": "activations", "loss": "loss", "gradient": "gradients"}
+POLICIES = ("amt",)
 Measured = dict[str, dict[str, dict[str, list[float]]]]  # method -> golden -> kind -> [largest error, tolerance]
 
 
@@ -53,7 +54,7 @@ def facts(name: str) -> Facts:
 
 def rows() -> list[str]:
     """Methods, and the masking policies that were published on their own."""
-    return method_names()
+    return [*method_names(), *POLICIES]
 
 
 def recipes_of(name: str) -> list[str]:
@@ -61,7 +62,8 @@ def recipes_of(name: str) -> list[str]:
     found = []
     for recipe in recipe_names():
         section = yaml.safe_load(resources.files("mimscale.recipes").joinpath(f"{recipe}.yaml").read_text())["method"]
-        if name == section["name"]:
+        policy = section.get("masking", {}).get("policy")
+        if name == (policy if policy in POLICIES else section["name"]):
             found.append(recipe)
     return [recipe for recipe in found if not recipe.startswith("demo_") and not recipe.endswith("_tiny")]
 

@@ -24,17 +24,26 @@ KINDS = checkpoint.KINDS
 
 DECODER = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4}
 STAGES = {"patches": [2, 2, 2], "widths": [8, 16], "depths": [1, 1]}
+AMT = {"policy": "amt", "ratio": 0.45, "throw": 0.4, "warmup_epochs": 0.4, "refresh": 0.3}  # uniform for two steps
 METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
     "mae": {"norm_pix_loss": True, **DECODER},
     "maskalign": {"levels": "top2", "fusion": "linear"},
-    "mff": {"levels": [0, 1, 2], **DECODER},
+    "mff": {"fusion": {"levels": [0, 1, 2]}, **DECODER},
     "pixmim": {"low_pass_radius": 8, **DECODER},
     "simmim": {"masking": {"unit": 16}},
+    "amt": {"name": "mae", "masking": AMT, **DECODER},
     "convmae": {"stages": STAGES, **DECODER},
-    "mrmae": {"levels": [0, 2], "fusion": "learned", **DECODER},
+    "mrmae": {"fusion": {"kind": "mff", "levels": [0, 2]}, **DECODER},
     "mrmae_convmae": {"name": "mrmae", "stages": {**STAGES, "class_token": True}, **DECODER},
 }
-TAUGHT = ("maskalign", "mrmae", "mrmae_convmae")
+COMPOSED: dict[str, dict[str, Any]] = {
+    "mrmae_mff": {"name": "mrmae", "fusion": {"kind": "mff", "levels": [0, 2], "feeds": "both"}, **DECODER},
+    "pixmim_attention": {"name": "pixmim", "masking": {"policy": "attention"}, **METHODS["pixmim"]},
+    "maskalign_amt": {"name": "maskalign", "masking": AMT, **METHODS["maskalign"]},
+    "maskalign_before": {"name": "maskalign", "adaptor_position": "before", **METHODS["maskalign"]},
+}
+METHODS |= COMPOSED
+TAUGHT = ("maskalign", "mrmae", "mrmae_convmae", *COMPOSED)
 
 
 def recipe(folder: Path, shards: Path, method: str = "mae", **sections: dict[str, Any]) -> Path:
@@ -129,7 +138,9 @@ def tensors(run_dir: Path) -> dict[str, Tensor]:
     path = checkpoint.newest(run_dir)
     assert path is not None, f"{run_dir} has no checkpoint"
     reader = checkpoint.Reader(path)
-    return {f"{kind}|{name}": reader.full(kind, name) for kind in (*KINDS, "buffer") for name in reader.names(kind)}
+    return {
+        f"{kind}|{name}": reader.full(kind, name) for kind in (*KINDS, "buffer", "table") for name in reader.names(kind)
+    }
 
 
 def meta(run_dir: Path) -> dict[str, Any]:

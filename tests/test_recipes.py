@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 import timm
 import torch
 
-from mimscale.config import RunConfig, load, load_ds_config, method_class, recipe_names
-from mimscale.contracts import TeacherInfo
+from mimscale.config import RunConfig, load, load_ds_config, method_class, recipe_names, solve_batch
+from mimscale.contracts import Noise, TeacherInfo, TeacherNeeds
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE, MAEConfig
 from mimscale.schedule import lr_of
@@ -22,8 +23,11 @@ CLIP_L_224 = TeacherInfo("clip", dim=1024, depth=24, grid=(16, 16), image_size=2
 MAE_MILLIONS = {"mae_vit_b16": 111.9, "mae_vit_l16": 329.5, "mae_vit_h14": 657.1}  # the official models
 MASKALIGN = {
     "maskalign_vit_b16": (CLIP_B, "vit_base_patch16_224"),
+    "maskalign_amt_vit_b16": (CLIP_B, "vit_base_patch16_224"),
     "maskalign_vit_l16": (CLIP_L_196, "vit_large_patch16_224"),
+    "maskalign_vit_l16_clip_b16": (CLIP_B, "vit_large_patch16_224"),
     "maskalign_vit_h14": (CLIP_L_224, "vit_huge_patch14_224"),
+    "maskalign_vit_h16": (CLIP_L_196, "vit_huge_patch14_224"),
 }
 
 
@@ -35,6 +39,36 @@ def test_recipe_loads_and_has_a_header(name: str) -> None:
     header = text[: text.index("\ndata:")]
     assert all(line.startswith("#") for line in header.splitlines())
     assert all(word in header for word in ("Source:", "Expected result:", "Expected cost:"))
+
+
+PUBLISHED = [n for n in recipe_names() if not n.startswith("demo_") and not n.endswith("_tiny")]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_batch_divides_over_8_to_512_gpus(name: str) -> None:
+    run = load(name)
+    for world in (8, 64, 256, 512):
+        micro, accumulation = solve_batch(run.schedule.global_batch, world, run.engine.max_micro_batch)
+        assert micro * accumulation * world == run.schedule.global_batch and micro <= run.engine.max_micro_batch
+
+
+VARIANTS = {  # recipe -> (the one that it follows, the only differences)
+    "mae_vit_b16_1600ep": ("mae_vit_b16", {"schedule.epochs": 1600}),
+    "mae_vit_l16_1600ep": ("mae_vit_l16", {"schedule.epochs": 1600}),
+    "mae_vit_h14_1600ep": ("mae_vit_h14", {"schedule.epochs": 1600}),
+    "mae_vit_b16_batch1024": ("mae_vit_b16", {"schedule.global_batch": 1024}),
+    "mae_vit_l16_batch1024": ("mae_vit_l16", {"schedule.global_batch": 1024}),
+    "mff_vit_b16_300ep": ("mff_vit_b16", {"schedule.epochs": 300}),
+    "pixmim_vit_b16_300ep": ("pixmim_vit_b16", {"schedule.epochs": 300}),
+    "convmae_b_200ep": ("convmae_b", {"schedule.epochs": 200}),
+    "mrmae_convmae_b_200ep": ("mrmae_convmae_b", {"schedule.epochs": 200}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_differs_in_nothing_else(name: str) -> None:
+    base, changes = VARIANTS[name]
+    assert load(name).dump() == load(base, [f"{key}={value}" for key, value in changes.items()]).dump()
 
 
 def built(name: str, teachers: dict[str, TeacherInfo]) -> tuple[RunConfig, Method, int]:
@@ -58,7 +92,8 @@ def test_relatives_of_mae(name: str, levels: int) -> None:
     run, method, count = built(name, {})
     values = run.method.model_dump() | {"name": "mae"}
     with torch.device("meta"):
-        mae = MAE(run.model_copy(update={"method": MAEConfig(**{k: values[k] for k in MAEConfig.model_fields})}), {})
+        kept = {key: values[key] for key in MAEConfig.model_fields if key != "fusion"}
+        mae = MAE(run.model_copy(update={"method": MAEConfig(**kept)}), {})
     width = run.student.width
     fusion = (levels - 1) * (width * width + width) + levels if levels > 1 else 0
     assert count == sum(tensor.numel() for tensor in mae.state_dict().values()) + fusion
@@ -72,6 +107,7 @@ def test_relatives_of_mae(name: str, levels: int) -> None:
     [
         ("convmae_b", {}, 114.79),  # the official model
         ("mrmae_vit_b16", {"clip": CLIP_B}, 111.66 + 0.59),  # MAE's and the head
+        ("mrmae_mff_vit_b16", {"clip": CLIP_B}, 111.66 + 0.59 + 5 * 0.59),  # and MFF's projections
         ("mrmae_convmae_b", {"clip": CLIP_B}, 114.79 + 0.59),
     ],
 )
@@ -88,7 +124,7 @@ def test_maskalign(name: str) -> None:
     info, timm_name = MASKALIGN[name]
     run, method, count = built(name, {"clip": info})
     with torch.device("meta"):
-        reference = timm.create_model(timm_name, num_classes=0)
+        reference = timm.create_model(timm_name, num_classes=0, patch_size=run.student.patch)
     width, depth = run.student.width, run.student.depth
     vit = sum(p.numel() for p in reference.parameters()) - 2 * width
     assert count == vit + 5 * (width * info.dim + info.dim) + 5 * depth
@@ -112,3 +148,12 @@ def test_simmim() -> None:
     steps = 1_281_167 // 2048
     rates = [lr_of(run.schedule, step, steps, 800 * steps) for step in (0, 1, 10 * steps + 1, 700 * steps + 1)]
     assert rates == pytest.approx([2e-6, 2e-6, 4e-4, 4e-5])
+
+
+def test_pixmim_with_attentive_masks() -> None:
+    """PixMIM's network; the teacher chooses patches and nothing else of it is read."""
+    dino = replace(CLIP_B, name="dino")
+    run, method, count = built("pixmim_attention_vit_b16", {"dino": dino})
+    assert count == built("pixmim_vit_b16", {})[2]
+    assert method.needs.teachers == {"dino": TeacherNeeds(cls_attention=True)} and run.teachers.keys() == {"dino"}
+    assert method.needs.noise["mask"] == Noise("exponential", (196,))

@@ -57,12 +57,9 @@ class Attention(Masking):
 
     def importance(self, targets: Mapping[str, Targets]) -> Tensor:
         """float32 [B, U]."""
-        attention_BL, factor = targets[self.teacher].cls_attention, self.count.factor
+        attention_BL = targets[self.teacher].cls_attention
         assert attention_BL is not None
-        if factor == 1:
-            return attention_BL.float()
-        rows, columns = self.unit_grid
-        return attention_BL.float().unflatten(1, (rows, factor, columns, factor)).sum(dim=(2, 4)).flatten(1)
+        return self.unit_sums(attention_BL)
 
     def weights(self, batch: Batch, targets: Mapping[str, Targets]) -> Tensor | None:
         return targets[self.teacher].cls_attention

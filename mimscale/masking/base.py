@@ -96,8 +96,27 @@ class Masking:
         parts = order_BU[:, :visible], order_BU[:, visible : visible + masked]
         return Masks(*(patches_of(ids, self.unit_grid, factor) for ids in parts))
 
+    def unit_sums(self, values_BL: Tensor) -> Tensor:
+        """One number per patch [B, L] -> the sum over each unit, float32 [B, U]."""
+        factor = self.count.factor
+        if factor == 1:
+            return values_BL.float()
+        rows, columns = self.unit_grid
+        return values_BL.float().unflatten(1, (rows, factor, columns, factor)).sum(dim=(2, 4)).flatten(1)
+
+    def begin(self, samples: int, student: nn.Module) -> None:
+        """Called once on every rank, before anything is restored. samples: of the data set. May communicate."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Every micro-batch in host memory, before it goes to the device; with what `choose` will want. Collective."""
+        return batch
+
     def after_step(self, batch: Batch, student: nn.Module) -> None:
-        """Called once after each optimiser step, on every rank, with the last micro-batch."""
+        """Called once after each optimiser step, on every rank, with the last micro-batch. May communicate."""
+
+    def live_tensors(self) -> dict[str, Tensor]:
+        """What must be in the checkpoint besides `extra_state`: "table|name|start" -> 1-D, this rank's part."""
+        return {}
 
     def extra_state(self) -> dict[str, Any]:
         """What must be in the checkpoint: JSON-able values."""

@@ -73,8 +73,23 @@ class Method(nn.Module):
         student: Any = self.student
         return replace(seen, features=student(batch.images).tokens[:, student.prefix :])
 
+    def begin(self, samples: int) -> None:
+        """Called once on every rank, when they are connected and before anything is restored, with the size of the
+        data set.
+        """
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Called with every micro-batch while it is in host memory, for what a method learned of its samples."""
+        return batch
+
     def after_step(self, batch: Batch) -> None:
         """Called once after each optimiser step, for what a method learns between steps."""
+
+    def live_tensors(self) -> dict[str, Tensor]:
+        """What a method learned between steps, for the checkpoint: "table|name|start" -> 1-D, this rank's part of what
+        is cut over the ranks. A resume fills these tensors.
+        """
+        return {}
 
     def extra_state(self) -> dict[str, Any]:
         """What must be in the checkpoint besides parameters and buffers: JSON-able values."""
@@ -159,8 +174,17 @@ class MaskedMethod(Method):
     def make_student(self, run: RunConfig) -> Any:
         raise NotImplementedError
 
+    def begin(self, samples: int) -> None:
+        self.masking.begin(samples, self.student)
+
+    def prepare(self, batch: Batch) -> Batch:
+        return self.masking.prepare(batch)
+
     def after_step(self, batch: Batch) -> None:
         self.masking.after_step(batch, self.student)
+
+    def live_tensors(self) -> dict[str, Tensor]:
+        return self.masking.live_tensors()
 
     def extra_state(self) -> dict[str, Any]:
         return {"masking": self.masking.extra_state()}

@@ -35,6 +35,6 @@ class ConvMAE(mae.MAE):
         super().check(run, teachers)
         check_stages(cast(ConvMAEConfig, run.method).stages, run.student)
 
-    def make_student(self, run: RunConfig) -> ConvViT:  # type: ignore[override]  # one interface, two shapes of network
+    def make_student(self, run: RunConfig) -> ConvViT:
         stages = cast(ConvMAEConfig, run.method).stages
         return ConvViT(run.student, stages, run.data.image_size, checkpoint_every=run.engine.activation_checkpointing)

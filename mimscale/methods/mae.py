@@ -17,11 +17,13 @@ from mimscale.config import RunConfig
 from mimscale.contracts import Batch, Targets, TeacherInfo, View
 from mimscale.errors import UserError
 from mimscale.methods import base
+from mimscale.models.convvit import ConvViT, ConvViTOutput
 from mimscale.models.decoder import MAEDecoder
+from mimscale.models.fusion import FusionConfig, check_fusion, combined, make_fusion
 from mimscale.models.masking import Raster, in_raster_order
 from mimscale.models.patches import unnormalised
 from mimscale.models.targets import images_of_pixels, low_pass, low_pass_disc, pixel_target
-from mimscale.models.vit import ViT
+from mimscale.models.vit import ViT, ViTOutput
 
 TOKENS = {"student.cls_token", "decoder.mask_token"}  # decayed by MAE itself, exempt in OpenMMLab's methods
 
@@ -30,10 +32,12 @@ class MAEConfig(base.MaskedConfig):
     """norm_pix_loss: normalise the pixels of each target patch (the published ImageNet recipes do).
 
     low_pass_radius: regress the image's low frequencies, up to so many cycles per side (PixMIM); null: the image as is.
+    fusion: what the decoder reads of the encoder: its last block, or several combined (MFF).
     """
 
     norm_pix_loss: bool = True
     low_pass_radius: float | None = Field(None, gt=0)
+    fusion: FusionConfig = FusionConfig()
     decoder_width: int = Field(512, ge=4)
     decoder_depth: int = Field(8, ge=1)
     decoder_heads: int = Field(16, ge=1)
@@ -44,6 +48,16 @@ class MAEConfig(base.MaskedConfig):
             rule = f"must be divisible by decoder_heads = {self.decoder_heads} and by 4"
             raise ValueError(f"decoder_width = {self.decoder_width} {rule}")
         return self
+
+
+class Encoded(NamedTuple):
+    """latent: [B, prefix + K, D], what the decoder reads of the visible patches. fused: the same shape, what else reads
+    the encoder. scalars: for the log, weight_<block> or weight_stages, the share of each level of a fusion.
+    """
+
+    latent: Tensor
+    fused: Tensor
+    scalars: dict[str, Tensor]
 
 
 class Prediction(NamedTuple):
@@ -64,7 +78,7 @@ class MAE(base.MaskedMethod):
     """`student` sees the visible patches, `decoder` predicts those and the masked; the loss reads the masked."""
 
     Config = MAEConfig
-    student: ViT
+    student: ViT | ConvViT
 
     @classmethod
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
@@ -78,6 +92,7 @@ class MAE(base.MaskedMethod):
                     f"method.low_pass_radius = {config.low_pass_radius} passes {passed} of {disc.numel()} frequencies "
                     f"at {side} px; choose one between 1 and {side // 2}"
                 )
+        check_fusion(config.fusion, run.student.depth)
         super().check(run, teachers)
 
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
@@ -93,8 +108,9 @@ class MAE(base.MaskedMethod):
             prefix=self.student.prefix,
             checkpoint_every=run.engine.activation_checkpointing,
         )
+        self.fusion = make_fusion(config.fusion, run.student.width, isinstance(self.student, ConvViT))
 
-    def make_student(self, run: RunConfig) -> ViT:
+    def make_student(self, run: RunConfig) -> ViT | ConvViT:
         """The encoder; with `prefix` tokens before those of the patches."""
         return ViT(run.student, run.data.image_size, checkpoint_every=run.engine.activation_checkpointing)
 
@@ -109,16 +125,30 @@ class MAE(base.MaskedMethod):
             self.target_images(images_B3HW), self.student.config.patch, normalise=self.config.norm_pix_loss
         )
 
-    def encode(self, batch: Batch, ids_keep_BK: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the decoder gets of the visible patches, [B, prefix + K, D], and scalars for the log."""
-        return self.student(batch.images, ids_keep_BK, batch.noise.get("drop_path")).tokens, {}
+    def encode(self, batch: Batch, visible_BK: Tensor) -> Encoded:
+        """The student's features of the visible patches, of its last block or fused, after its last norm."""
+        seen, levels = (batch.images, visible_BK, batch.noise.get("drop_path")), self.config.fusion.levels
+        if self.fusion is None:
+            tokens = self.student(*seen).tokens
+            return Encoded(tokens, tokens, {})
+        mixed, scalars = self.mixed(self.student(*seen, levels, apply_norm=False))
+        fused = self.student.norm(mixed)
+        return Encoded(fused, fused, scalars)
+
+    def mixed(self, out: ViTOutput | ConvViTOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """The levels of the fusion combined, [B, prefix + K, D], without a norm, and their shares."""
+        assert self.fusion is not None
+        levels = {str(level): out.levels[level] for level in self.config.fusion.levels}
+        if isinstance(out, ConvViTOutput) and out.early is not None:
+            levels = {"stages": out.early, **levels}
+        return combined(self.fusion, levels)
 
     def predict(self, batch: Batch, targets: Mapping[str, Targets]) -> Prediction:
         """Encode the visible patches and predict the pixels of all but the thrown."""
         masks = self.masking.choose(batch, targets)
         raster = in_raster_order(masks)
-        latent, scalars = self.encode(batch, masks.visible)
-        return Prediction(self.decoder(latent, raster), raster, scalars)
+        encoded = self.encode(batch, masks.visible)
+        return Prediction(self.decoder(encoded.latent, raster), raster, encoded.scalars)
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
         pred, raster, scalars = self.predict(batch, targets)

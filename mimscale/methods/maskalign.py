@@ -9,54 +9,43 @@ depths that end in an index error there are refused with the choice that works (
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import cast
 
 import torch
-from pydantic import field_validator
 from torch import Tensor
 
 from mimscale.config import RunConfig
 from mimscale.contracts import Batch, Targets, TeacherInfo, TeacherNeeds, View
 from mimscale.errors import UserError
 from mimscale.methods import base
-from mimscale.models.features import check_grid
-from mimscale.models.heads import Adaptor, Alignment, Fusion, level_weights
-from mimscale.models.masking import gather_tokens, in_raster_order
+from mimscale.models.features import FeatureConfig, check_features, feature_target
+from mimscale.models.heads import AdaptorPosition, Alignment, Fusion, level_weights
+from mimscale.models.masking import in_raster_order
 from mimscale.models.patches import unnormalised
-from mimscale.models.targets import FeatureNorm, feature_loss, normalise_features
+from mimscale.models.targets import FeatureLoss, feature_loss
 from mimscale.models.vit import ViT
 
 
-class MaskAlignConfig(base.MaskedConfig):
+class MaskAlignConfig(FeatureConfig, base.MaskedConfig):
     """Defaults are the published recipe. The official flag is named where ours differs.
 
     masking: 0.7, in proportion to a teacher's CLS attention (mask_type).
     fusion: trained mixing of student levels that starts at identity + 0.01 (linear) or at 1/N (sum, the only one for
     unequal depths), or level i to level i (simple) (fusion_type).
-    adaptor: from the student's width to the teacher's, one per supervised level (head_type; mlp_norm is its mlp2).
-    target_norm: LayerNorm without affine (whiten), unit length (l2) or as they are, per token.
-    levels: weight of each teacher level in the loss (loss_weights). cls_target: align the class token as well; false is
-    ours, for teachers without one. teacher: which of several `teachers`.
+    adaptor: its official flag is head_type. adaptor_position: after the mixing, one for each supervised teacher level,
+    as released; or before it, one for each student block, as the paper's figure draws it: another function, with more
+    parameters.
+    levels: weight of each teacher level in the loss (loss_weights). cls_target: false is ours, for teachers without a
+    class token. teacher: which of several `teachers`.
     """
 
     masking: base.AnyMasking = base.masking_default("attention", 0.7)
     fusion: Fusion = "linear"
-    adaptor: Adaptor = "linear"
-    target_norm: FeatureNorm = "whiten"
-    loss: Literal["smoothl1", "l2", "l1"] = "smoothl1"
+    adaptor_position: AdaptorPosition = "after"
+    loss: FeatureLoss = "smoothl1"
     levels: str = "top5"
     cls_target: bool = True
     teacher: str | None = None
-
-    @field_validator("target_norm", mode="before")
-    @classmethod
-    def _no_batch_statistics(cls, value: object) -> object:
-        if value == "bn":
-            raise ValueError(
-                "target_norm = 'bn' uses the statistics of one rank's batch, so the loss would depend on the number of "
-                "ranks; choose whiten, l2 or none"
-            )
-        return value
 
 
 class MaskAlign(base.MaskedMethod):
@@ -77,15 +66,11 @@ class MaskAlign(base.MaskedMethod):
         config = cast(MaskAlignConfig, run.method)
         name = _teacher_name(config, teachers)
         info = teachers[name]
-        check_grid(name, info, run)
+        check_features(config, name, info, run)
         if config.fusion != "sum" and info.depth != run.student.depth:
             raise UserError(
                 f"method.fusion = {config.fusion} needs a teacher as deep as the student ({info.depth} and "
                 f"{run.student.depth} blocks); set method.fusion = sum"
-            )
-        if config.cls_target and not info.has_cls:
-            raise UserError(
-                f"method.cls_target = true, but teachers.{name} has no class token; set method.cls_target = false"
             )
         try:
             weights = level_weights(config.levels, info.depth)
@@ -95,6 +80,11 @@ class MaskAlign(base.MaskedMethod):
             raise UserError(
                 f"method.levels = {config.levels} with fusion = simple leaves the student's last blocks without a "
                 "gradient; choose fusion = linear or sum"
+            )
+        if config.fusion == "simple" and config.adaptor_position == "before":
+            raise UserError(
+                "method.adaptor_position = before with fusion = simple: nothing is mixed, so there is no before; set "
+                "adaptor_position = after, which is the same function"
             )
         super().check(run, teachers)
 
@@ -107,6 +97,7 @@ class MaskAlign(base.MaskedMethod):
         self.alignment = Alignment(
             fusion=config.fusion,
             adaptor=config.adaptor,
+            before=config.adaptor_position == "before",
             width=run.student.width,
             target_width=info.dim,
             student_depth=run.student.depth,
@@ -117,21 +108,14 @@ class MaskAlign(base.MaskedMethod):
         size, every = run.data.image_size, run.engine.activation_checkpointing
         return ViT(run.student, size, final_norm=False, checkpoint_every=every)
 
-    def target(self, targets: Targets, level: int, ids_keep_BK: Tensor) -> Tensor:
-        """Normalised teacher features of one level at the kept positions, class token first: float32 [B, 1+K, C]."""
-        features = gather_tokens(targets.levels[level], ids_keep_BK)
-        if self.config.cls_target:
-            features = torch.cat([targets.cls[level][:, None], features], dim=1)
-        return normalise_features(features, self.config.target_norm)
-
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
         """Scalars: loss, and level_<i> for each supervised teacher level before its weight."""
         teacher = targets[self.teacher]
-        ids_keep = self.masking.choose(batch, targets).visible
-        out = self.student(batch.images, ids_keep, batch.noise.get("drop_path"), self.alignment.student_levels)
+        visible = self.masking.choose(batch, targets).visible
+        out = self.student(batch.images, visible, batch.noise.get("drop_path"), self.alignment.student_levels)
         first = 0 if self.config.cls_target else 1
         losses = {
-            level: feature_loss(pred[:, first:], self.target(teacher, level, ids_keep), self.config.loss)
+            level: feature_loss(pred[:, first:], feature_target(teacher, level, visible, self.config), self.config.loss)
             for level, pred in zip(self.level_weights, self.alignment(out.levels), strict=True)
         }
         total = torch.stack([self.level_weights[level] * loss for level, loss in losses.items()]).sum()

@@ -23,38 +23,43 @@ from mimscale.config import RunConfig
 from mimscale.contracts import Batch, Targets, TeacherInfo, TeacherNeeds
 from mimscale.errors import UserError
 from mimscale.methods import base, mae
-from mimscale.models.convvit import ConvStages, ConvViT, ConvViTOutput, check_stages
-from mimscale.models.features import check_grid
-from mimscale.models.fusion import LevelFusion
-from mimscale.models.heads import Adaptor, make_adaptor
-from mimscale.models.masking import gather_tokens, in_raster_order
-from mimscale.models.targets import feature_loss, normalise_features
-from mimscale.models.vit import LN_EPS, ViT, ViTOutput
+from mimscale.models.convvit import ConvStages, ConvViT, check_stages
+from mimscale.models.features import FeatureConfig, check_features, feature_target
+from mimscale.models.fusion import FusionConfig
+from mimscale.models.heads import make_adaptor
+from mimscale.models.masking import in_raster_order
+from mimscale.models.targets import FeatureLoss, feature_loss
+from mimscale.models.vit import LN_EPS, ViT
 
 Weight = Annotated[float, Field(gt=0)]
 
 
-class MRMAEConfig(mae.MAEConfig):
+class MimicFusion(FusionConfig):
+    """feeds: the mimic heads alone, after a norm of their own, while the decoder reads the last block; or both of them,
+    after the encoder's last norm: MFF under two losses.
+    """
+
+    feeds: Literal["mimic", "both"] = "mimic"
+
+    @property
+    def replaces_last_block(self) -> bool:
+        return self.feeds == "both"
+
+
+class MRMAEConfig(FeatureConfig, mae.MAEConfig):
     """Every default below is our reading, not a published setting; MAE's decoder and mask ratio are inherited.
 
     stages: convolution stages before the ViT; null: a plain ViT.
     masking: focused mimicking, the visible patches are drawn in proportion to a teacher's CLS attention.
-    levels: multi-layer fusion. 0-based attention blocks whose raw outputs are combined for the mimic head, with the
-    convolution stages where there are some, and normalised; empty: the head reads what the decoder reads. fusion: plain
-    sum, or MFF's projections and softmax weights (learned).
-    adaptor: the head from the student's width to the teacher's, one per teacher.
-    target_norm, mimic_loss: of the teacher's last block, raw, per token. cls_target: mimic the class token as well.
-    teacher_weights: weight of each teacher's mimic loss, 1 where not named. pixel_weight: weight of the pixel loss.
+    fusion: multi-layer fusion, none; without, the mimic heads read what the decoder reads.
+    mimic_loss: of the teacher's last block, raw, with an adaptor for each teacher. teacher_weights: weight of each
+    teacher's mimic loss, 1 where not named. pixel_weight: weight of the pixel loss.
     """
 
     stages: ConvStages | None = None
     masking: base.AnyMasking = base.masking_default("attention", 0.75)
-    levels: tuple[int, ...] = ()
-    fusion: Literal["sum", "learned"] = "sum"
-    adaptor: Adaptor = "linear"
-    target_norm: Literal["whiten", "none"] = "whiten"
-    mimic_loss: Literal["l2", "smoothl1", "cosine"] = "l2"
-    cls_target: bool = False
+    fusion: MimicFusion = MimicFusion()
+    mimic_loss: FeatureLoss = "l2"
     teacher_weights: dict[str, Weight] = Field(default_factory=dict)
     pixel_weight: Weight = 1.0
 
@@ -80,74 +85,51 @@ class MRMAE(mae.MAE):
         if not teachers:
             raise UserError("method.name = mrmae needs a teacher and the section teachers is empty; add one there")
         for name, info in teachers.items():
-            check_grid(name, info, run)
-            if config.cls_target and not info.has_cls:
-                raise UserError(
-                    f"method.cls_target = true, but teachers.{name} has no class token; set method.cls_target = false"
-                )
+            check_features(config, name, info, run)
         if config.cls_target and config.stages is not None and not config.stages.class_token:
             raise UserError("method.cls_target = true, but the student has no class token; set stages.class_token")
         for name in config.teacher_weights:
             if name not in teachers:
                 raise UserError(f"method.teacher_weights.{name}: no such teacher; choose from {', '.join(teachers)}")
-        depth = run.student.depth
-        if list(config.levels) != sorted({level for level in config.levels if 0 <= level < depth}):
-            raise UserError(f"method.levels = {list(config.levels)} must rise and lie in 0 to {depth - 1}")
-        if config.fusion == "learned" and not config.levels:
-            raise UserError(
-                "method.fusion = learned has nothing to weigh; name some method.levels, or set fusion = sum"
-            )
         super().check(run, teachers)
 
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__(run, teachers)
-        config = self.config
-        width, count = run.student.width, len(config.levels) + (config.stages is not None)
-        self.fusion = LevelFusion(width, count) if config.fusion == "learned" else None
-        self.fusion_norm = nn.LayerNorm(width, eps=LN_EPS) if config.levels else None
+        config, width = self.config, run.student.width
+        alone = config.fusion.kind != "none" and config.fusion.feeds == "mimic"
+        self.fusion_norm = nn.LayerNorm(width, eps=LN_EPS) if alone else None
         self.mimic = nn.ModuleDict(
             {name: make_adaptor(config.adaptor, width, info.dim) for name, info in teachers.items()}
         )
         self.target_level = {name: info.depth - 1 for name, info in teachers.items()}
 
-    def make_student(self, run: RunConfig) -> ViT | ConvViT:  # type: ignore[override]  # one interface, two shapes
+    def make_student(self, run: RunConfig) -> ViT | ConvViT:
         stages = cast(MRMAEConfig, run.method).stages
         if stages is None:
             return super().make_student(run)
         return ConvViT(run.student, stages, run.data.image_size, checkpoint_every=run.engine.activation_checkpointing)
 
-    def fused(self, out: ViTOutput | ConvViTOutput) -> Tensor:
-        """What the mimic heads read: [B, T, D] without the class token, unless it is a target."""
-        tokens = out.tokens
-        if self.fusion_norm is not None:
-            levels = [out.levels[level] for level in self.config.levels]
-            early = out.early if isinstance(out, ConvViTOutput) else None
-            levels = levels if early is None else [early, *levels]
-            mixed = torch.stack(levels).sum(dim=0) if self.fusion is None else self.fusion(levels).tokens
-            tokens = self.fusion_norm(mixed)
-        return tokens if self.config.cls_target else tokens[:, self.student.prefix :]
-
-    def mimic_target(self, targets: Targets, level: int, ids_keep_BK: Tensor) -> Tensor:
-        """Normalised teacher features at the visible patches, class token first if a target: float32 [B, T, C]."""
-        features = gather_tokens(targets.levels[level], ids_keep_BK)
-        if self.config.cls_target:
-            features = torch.cat([targets.cls[level][:, None], features], dim=1)
-        return normalise_features(features, self.config.target_norm)
+    def encode(self, batch: Batch, visible_BK: Tensor) -> mae.Encoded:
+        if self.fusion_norm is None:
+            return super().encode(batch, visible_BK)
+        levels = self.config.fusion.levels
+        out = self.student(batch.images, visible_BK, batch.noise.get("drop_path"), levels)
+        mixed, scalars = self.mixed(out)
+        return mae.Encoded(out.tokens, self.fusion_norm(mixed), scalars)
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
-        """Scalars: loss, and before their weights pixel and mimic_<teacher>."""
+        """Scalars: loss, before their weights pixel and mimic_<teacher>, and the shares of fused levels."""
         masks = self.masking.choose(batch, targets)
         raster = in_raster_order(masks)
-        out = self.student(batch.images, masks.visible, batch.noise.get("drop_path"), self.config.levels)
-        pred = self.decoder(out.tokens, raster)
+        latent, fused, scalars = self.encode(batch, masks.visible)
+        pred = self.decoder(latent, raster)
         pixel = mae.masked_patch_loss(pred, raster.of(self.target(batch.images)), raster.mask)
-        fused = self.fused(out)
-        mimic = {
-            name: feature_loss(
-                head(fused), self.mimic_target(targets[name], level, masks.visible), self.config.mimic_loss
-            )
-            for (name, head), level in zip(self.mimic.items(), self.target_level.values(), strict=True)
-        }
+        seen = fused if self.config.cls_target else fused[:, self.student.prefix :]
+        mimic = {}
+        for (name, head), level in zip(self.mimic.items(), self.target_level.values(), strict=True):
+            target = feature_target(targets[name], level, masks.visible, self.config)
+            mimic[name] = feature_loss(head(seen), target, self.config.mimic_loss)
         weighted = [self.config.teacher_weights.get(name, 1.0) * loss for name, loss in mimic.items()]
         loss = torch.stack([self.config.pixel_weight * pixel, *weighted]).sum()
-        return {"loss": loss, "pixel": pixel.detach(), **{f"mimic_{n}": value.detach() for n, value in mimic.items()}}
+        mimicked = {f"mimic_{name}": value.detach() for name, value in mimic.items()}
+        return {"loss": loss, "pixel": pixel.detach(), **mimicked, **scalars}

@@ -17,6 +17,7 @@ from mimscale.config import RunConfig
 from mimscale.contracts import Batch, Targets, TeacherInfo, View
 from mimscale.methods import base
 from mimscale.models.beit import LAYER_SCALE, Beit, Positions
+from mimscale.models.fusion import FusionConfig, check_fusion, combined, make_fusion
 from mimscale.models.masking import Raster, in_raster_order
 from mimscale.models.patches import assemble, cut, unnormalised
 from mimscale.models.pixel_head import PixelHead
@@ -27,19 +28,22 @@ LOSS_EPS = 1e-5
 class SimMIMConfig(base.MaskedConfig):
     """masking: 0.6 of the squares of 32 pixels, uniform, as released.
 
+    fusion: what the head reads: the last block, or several combined (ours).
     positions: one relative bias for all blocks, or a learned table. layer_scale: its start, null for none.
     """
 
     masking: base.AnyMasking = base.masking_default("random", 0.6, unit=32)
+    fusion: FusionConfig = FusionConfig()
     positions: Positions = "relative"
     layer_scale: float | None = Field(LAYER_SCALE, gt=0)
 
 
 class Prediction(NamedTuple):
-    """pred: [B, S, 3, p, p] of the patches of `raster`, in the parameters' type."""
+    """pred: [B, S, 3, p, p] of the patches of `raster`, in the parameters' type. scalars: for the log."""
 
     pred: Tensor
     raster: Raster
+    scalars: dict[str, Tensor]
 
 
 def masked_pixel_loss(pred_BSCpp: Tensor, target_BSCpp: Tensor, mask_BS: Tensor) -> Tensor:
@@ -60,9 +64,16 @@ class SimMIM(base.MaskedMethod):
     Config = SimMIMConfig
     student: Beit
 
+    @classmethod
+    def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
+        check_fusion(cast(SimMIMConfig, run.method).fusion, run.student.depth)
+        super().check(run, teachers)
+
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__(run, teachers)
+        self.config = config = cast(SimMIMConfig, run.method)
         self.head = PixelHead(run.student.width, run.student.patch)
+        self.fusion = make_fusion(config.fusion, run.student.width)
 
     def make_student(self, run: RunConfig) -> Beit:
         config = cast(SimMIMConfig, run.method)
@@ -81,17 +92,23 @@ class SimMIM(base.MaskedMethod):
         patches = self.student.patches
         ids = None if raster.ids.shape[1] == patches else raster.ids
         mask = raster.spread(raster.mask, patches)
-        tokens = self.student(batch.images, mask, batch.noise.get("drop_path"), ids).tokens
-        return Prediction(self.head(tokens[:, 1:]), raster)
+        seen, levels = (batch.images, mask, batch.noise.get("drop_path"), ids), self.config.fusion.levels
+        tokens, out_levels, _ = self.student(*seen, levels, apply_norm=self.fusion is None)
+        scalars: dict[str, Tensor] = {}
+        if self.fusion is not None:
+            tokens, scalars = combined(self.fusion, {str(level): out_levels[level] for level in levels})
+            tokens = self.student.norm(tokens)
+        return Prediction(self.head(tokens[:, 1:]), raster, scalars)
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
-        pred, raster = self.predict(batch, targets)
-        return {"loss": masked_pixel_loss(pred, raster.of(cut(batch.images, self.student.config.patch)), raster.mask)}
+        pred, raster, scalars = self.predict(batch, targets)
+        target = raster.of(cut(batch.images, self.student.config.patch))
+        return {"loss": masked_pixel_loss(pred, target, raster.mask), **scalars}
 
     @torch.no_grad()
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
         """The images, the mask, every patch as predicted, and the attention that chose the mask."""
-        pred, raster = self.predict(base.without_drop_path(batch), targets)
+        pred, raster, _ = self.predict(base.without_drop_path(batch), targets)
         patches = self.student.patches
         return View(
             unnormalised(batch.images),

@@ -188,6 +188,7 @@ class Beit(nn.Module):
         drop_noise: Tensor | None = None,
         ids_keep: Tensor | None = None,
         levels: Collection[int] = (),
+        apply_norm: bool = True,
         attention: bool = False,
     ) -> ViTOutput:
         """images: normalised, any float type. mask: [B, L] in raster order, 1 = seen as a mask token. drop_noise:
@@ -195,7 +196,8 @@ class Beit(nn.Module):
         the blocks, each with its own position; None: all in raster order. levels: blocks to return raw. attention:
         return the last block's as well.
 
-        Returns tokens [B, 1+K, D] after the final norm, in the parameters' type.
+        Returns tokens [B, 1+K, D] in the parameters' type: after the final norm, and raw without apply_norm, for a
+        method that calls `norm` on something else.
         """
         patches = cut(images_B3HW, self.config.patch)
         tokens = self.patch_embed(patches if ids_keep is None else gather_tokens(patches, ids_keep))
@@ -213,4 +215,4 @@ class Beit(nn.Module):
         scales = None if drop_noise is None else drop_path_scales(drop_noise, self.config.drop_path)
         prefix = self.prefix if attention else None
         out = run_blocks(self.blocks, x_BTD, scales, self.checkpoint_every, levels, extra, prefix)
-        return out._replace(tokens=self.norm(out.tokens))
+        return out._replace(tokens=self.norm(out.tokens) if apply_norm else out.tokens)

@@ -264,13 +264,15 @@ class ConvViT(nn.Module):
         ids_keep: Tensor | None = None,
         drop_noise: Tensor | None = None,
         levels: Collection[int] = (),
+        apply_norm: bool = True,
         attention: bool = False,
     ) -> ConvViTOutput:
         """images: normalised, any float type. ids_keep: int64 [B, K], the visible patches in the order to be seen; None
         sees all in raster order. drop_noise: uniform [B, depth, 2]; None drops nothing; the rate rises over all three
         stages. levels: attention blocks to return raw. attention: return the last block's as well.
 
-        Returns tokens after the final norm where there is one, in the parameters' type.
+        Returns tokens in the parameters' type: after the final norm where there is one, and raw without apply_norm, for
+        a method that calls `norm` on something else.
         """
         windows, given, visible = cut(images_B3HW, self.stages.patch), ids_keep, None
         if ids_keep is not None and not self.stages.skip_masked:
@@ -295,10 +297,11 @@ class ConvViT(nn.Module):
             cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
             x = torch.cat([cls.to(x.dtype), x], dim=1)
         out = run_blocks(self.blocks3, x, three, every, levels, (), self.prefix if attention else None)
-        if early is None:
-            return ConvViTOutput(self.norm(out.tokens), out.levels, None, out.attention)
-        early = F.pad(early, (0, 0, self.prefix, 0))
-        return ConvViTOutput(self.norm(out.tokens + early), out.levels, early, out.attention)
+        tokens = out.tokens
+        if early is not None:
+            early = F.pad(early, (0, 0, self.prefix, 0))
+            tokens = tokens + early
+        return ConvViTOutput(self.norm(tokens) if apply_norm else tokens, out.levels, early, out.attention)
 
     def _scales(self, drop_noise_BN2: Tensor | None) -> tuple[Tensor | None, ...]:
         """Drop-path factors of the three stages."""

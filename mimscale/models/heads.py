@@ -1,6 +1,7 @@
-"""MaskAlign's head: mixing of student levels and one adaptor per supervised teacher level (Xue et al. 2023).
+"""MaskAlign's head: mixing of student levels, and adaptors to the teacher's width (Xue et al. 2023).
 
-As released, not as drawn in the paper's figure: the student's levels are mixed first, then adapted.
+As released, the student's levels are mixed first and each supervised teacher level has an adaptor; as drawn in the
+paper's figure, each student level has an adaptor and what these give is mixed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from mimscale.models.vit import LN_EPS, Linear
 
 Fusion = Literal["linear", "sum", "simple"]
 Adaptor = Literal["linear", "norm_linear", "mlp", "mlp_norm"]
+AdaptorPosition = Literal["after", "before"]
 
 
 def level_weights(rule: str, depth: int) -> tuple[float, ...]:
@@ -67,7 +69,7 @@ class Alignment(nn.Module):
     """Predicts the supervised teacher levels (and only those) from the student's levels.
 
     mixing: [S, N], a row for each supervised level in ascending order, a column for each student block; no softmax.
-    adaptors: keyed by teacher level.
+    adaptors: after the mixing, keyed by teacher level; `before` it, keyed by student level.
     """
 
     def __init__(
@@ -79,24 +81,30 @@ class Alignment(nn.Module):
         target_width: int,
         student_depth: int,
         supervised: Sequence[int],
+        before: bool = False,
     ) -> None:
         super().__init__()
         self.supervised = tuple(supervised)
+        self.before = before
         self.student_levels = self.supervised if fusion == "simple" else tuple(range(student_depth))
         mixing = None if fusion == "simple" else nn.Parameter(initial_mixing(fusion, student_depth, self.supervised))
         self.register_parameter("mixing", mixing)
-        self.adaptors = nn.ModuleDict({str(i): make_adaptor(adaptor, width, target_width) for i in self.supervised})
+        adapted = self.student_levels if before else self.supervised
+        self.adaptors = nn.ModuleDict({str(i): make_adaptor(adaptor, width, target_width) for i in adapted})
 
     def aggregate(self, levels: Mapping[int, Tensor]) -> list[Tensor]:
-        """Student level -> raw block output [B, T, D]; returns mixed features [B, T, D] for each supervised level."""
+        """Student level -> features [B, T, X]; returns mixed features [B, T, X] for each supervised level."""
         if self.mixing is None:
             return [levels[level] for level in self.supervised]
         stacked = torch.stack([levels[level] for level in self.student_levels])
         return list(torch.einsum("sn,nbtd->sbtd", self.mixing, stacked))
 
     def forward(self, levels: Mapping[int, Tensor]) -> list[Tensor]:
-        """Predictions [B, T, C], one for each supervised teacher level in ascending order.
+        """Student level -> raw block output [B, T, D]; returns predictions [B, T, C], one for each supervised teacher
+        level in ascending order.
 
         A list: DeepSpeed's ZeRO-3 looks through the outputs of modules and stops at a dict whose keys are not text.
         """
+        if self.before:
+            return self.aggregate({level: self.adaptors[str(level)](levels[level]) for level in self.student_levels})
         return [adaptor(x) for adaptor, x in zip(self.adaptors.values(), self.aggregate(levels), strict=True)]

@@ -9,6 +9,7 @@
 A *fragment* is a contiguous run of one flattened named parameter, for one kind of number:
     fp32, exp_avg, exp_avg_sq   the master weight and Adam's moments, always float32
     buffer                      a module buffer, whole, in its own dtype
+    table                       what a method learned between steps, cut over the ranks, in its own dtype
 and is stored as the 1-D tensor "kind|name|start". Nothing about stages, groups, padding or ranks is in the key, so any
 run can read what any other wrote: it copies the overlapping pieces. 16-bit weights are not stored; they are the
 rounded masters. All is data: safetensors and JSON, no pickle.
@@ -199,9 +200,16 @@ class Reader:
         if filled != target.numel():
             raise CheckpointError(f"{self.path}: {kind} of {name}: found {filled} of {target.numel()} elements")
 
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill "kind|name|start" -> 1-D tensors, as `into` does each."""
+        for key, tensor in tensors.items():
+            kind, name, start = key.split("|")
+            self.into(kind, name, int(start), tensor)
+
     def full(self, kind: str, name: str) -> Tensor:
-        """One whole parameter or buffer in its own shape."""
-        shape = self.meta["shapes"][name]
+        """One whole parameter or buffer in its own shape; a table is flat."""
+        start, length, _ = self._pieces[kind, name][-1]
+        shape = self.meta["shapes"].get(name, [start + length])
         flat = torch.empty(math.prod(shape), dtype=self._dtype(kind, name))
         self.into(kind, name, 0, flat)
         return flat.view(shape)

@@ -26,7 +26,7 @@ STUDENT = {"width": 32, "depth": 3, "heads": 2}
 MAE_SECTION = {"name": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
 METHODS: dict[str, tuple[type[Method], dict[str, Any]]] = {
     "mae": (MAE, MAE_SECTION),
-    "mff": (MFF, {**MAE_SECTION, "name": "mff", "levels": [0, 1, 2]}),
+    "mff": (MFF, {**MAE_SECTION, "name": "mff", "fusion": {"levels": [0, 1, 2]}}),
     "pixmim": (PixMIM, {**MAE_SECTION, "name": "pixmim", "low_pass_radius": 10}),
     "finetune": (Finetune, {"name": "finetune", "classes": 3, "head_std": 0.1}),
     "maskalign": (MaskAlign, {"name": "maskalign", "levels": "top2", "adaptor": "mlp"}),

@@ -83,6 +83,7 @@ def test_the_measurement_lies_beside_the_weights(tmp_path: Path) -> None:
     assert report["to"] == "mae" and report["sha256"] == checkpoint.sha256(out)
     assert report["source_sha256"] == checkpoint.sha256(folder / "checkpoints" / "step-00000007" / "manifest.json")
     assert report["differences"].keys() == {"encoder", "decoder"}
+    assert out.stat().st_mode == (tmp_path / "official.safetensors.json").stat().st_mode
     assert all(0 <= value < report["limit"] for value in report["differences"].values())
 
 
@@ -237,3 +238,13 @@ def test_exported_file_says_what_it_holds(tmp_path: Path) -> None:
     with safe_open(out, framework="pt") as file:
         carried = json.loads(file.metadata()[METADATA])
     assert carried["student"]["heads"] == 2 and carried["image_size"] == 64
+
+
+def test_what_the_release_cannot_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Adaptors before the mixing; a fusion, which MAE has not, gets MFF's names."""
+    folder, _ = saved_run(tmp_path / "before", "maskalign", adaptor_position="before", levels="mean")
+    out = str(tmp_path / "out.pth")
+    assert "has no official names" in refused([str(folder), out, "--to", "official"], capsys)
+    folder, _ = saved_run(tmp_path / "fused", "mae", fusion={"kind": "mff", "levels": [0, 2]})
+    assert main(["convert", str(folder), out, "--to", "official"]) == 0
+    assert "backbone.proj_weights" in torch.load(out, weights_only=True)["model"]

@@ -13,6 +13,7 @@ from mimscale.errors import UserError
 from mimscale.methods.mae import MAE, masked_patch_loss
 from mimscale.models.masking import in_raster_order, mask_of
 from mimscale.models.patches import assemble, cut, from_pixels_last
+from mimscale.models.vit import ViT
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
 
@@ -58,6 +59,7 @@ def test_golden(name: str) -> None:
     if first:
         assert torch.equal(torch.cat(masks, dim=1), g["ids_shuffle"])
 
+    assert isinstance(method.student, ViT)
     encoder, decoder = block_outputs(method.student.blocks), block_outputs(method.decoder.blocks)
     latent = method.student(batch.images, ids_keep, levels=range(run.student.depth))
     pred = method.decoder(latent.tokens, raster)

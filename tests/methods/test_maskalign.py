@@ -11,6 +11,7 @@ from mimscale.contracts import Targets, TeacherInfo
 from mimscale.convert.families.maskalign import from_official
 from mimscale.errors import UserError
 from mimscale.methods.maskalign import MaskAlign
+from mimscale.models.features import feature_target
 from mimscale.models.masking import mask_of
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
@@ -38,7 +39,7 @@ def test_golden(name: str) -> None:
     for level, mixed, prediction in zip(method.level_weights, aggregated, predictions, strict=True):
         close(mixed, g["student/aggregated"][level])
         close(prediction, g["student/prediction"][level])
-        close(method.target(targets, level, ids_keep), g["target/normalised"][level])
+        close(feature_target(targets, level, ids_keep, method.config), g["target/normalised"][level])
 
     out = method(batch, {"teacher": targets})
     golden.loss_close(out["loss"], g["loss/total"][0])
@@ -100,6 +101,38 @@ def test_every_parameter_learns(fusion: str, adaptor: str) -> None:
     assert all(p.dim() > 0 for p in method.parameters())
 
 
+@pytest.mark.parametrize("adaptor", ["linear", "mlp_norm"])
+@pytest.mark.parametrize(("fusion", "depth"), [("linear", 3), ("sum", 3), ("sum", 5)])
+def test_adaptors_before_the_mixing(fusion: str, depth: int, adaptor: str) -> None:
+    """The figure's form: adaptor j on student block j, then row i of the mixing gives teacher level i."""
+    info, student = TeacherInfo(**{**INFO.__dict__, "depth": 3}), {**STUDENT, "depth": depth}
+    method = build(info, student, fusion=fusion, adaptor=adaptor, adaptor_position="before")
+    head = method.alignment
+    assert list(head.adaptors) == [str(block) for block in range(depth)]
+    assert isinstance(head.mixing, torch.Tensor) and head.mixing.shape == (2, depth)
+    levels = {block: torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(block)) for block in range(depth)}
+    first, second = head(levels)
+    adapted = [head.adaptors[str(block)](levels[block]) for block in range(depth)]
+    for row, prediction in zip(head.mixing.unbind(), (first, second), strict=True):
+        expected = sum((w * x for w, x in zip(row, adapted, strict=True)), torch.zeros(()))
+        torch.testing.assert_close(prediction, expected)
+    batch = batch_of(images(), **noise_for(method))
+    method(batch, {"t": targets(info)})["loss"].backward()
+    golden.every_parameter_has_a_gradient(method)
+
+    after = build(info, student, fusion=fusion, adaptor=adaptor)
+    assert list(after.alignment.adaptors) == ["1", "2"]
+    with torch.no_grad():  # one linear map without bias for all: then the order does not matter
+        for adaptors in (head.adaptors, after.alignment.adaptors):
+            for module in adaptors.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight.copy_(torch.eye(*module.weight.shape))
+                    module.bias.zero_()
+    if adaptor == "linear":
+        for a, b in zip(head(levels), after.alignment(levels), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_needs() -> None:
     method = build()
     assert method.needs.noise["mask"].kind == "exponential" and method.needs.noise["mask"].shape == (16,)
@@ -154,6 +187,7 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
         ({}, {"levels": "mid3"}, "0 to 2"),
         ({}, {"levels": "best"}, "choose top<k>"),
         ({}, {"levels": "mid1", "fusion": "simple"}, "without a gradient"),
+        ({}, {"adaptor_position": "before", "fusion": "simple"}, "nothing is mixed, so there is no before"),
         ({}, {"teacher": "other"}, "choose one of t"),
         ({}, {"target_norm": "bn"}, "number of ranks"),
         ({}, {"adaptor": "mlp2"}, "method.adaptor = 'mlp2'"),
@@ -163,6 +197,17 @@ def test_refusals(info: dict[str, Any], method: dict[str, Any], fragment: str) -
     with pytest.raises(UserError, match=fragment) as error:
         build(TeacherInfo(**{**INFO.__dict__, **info}), **method)
     assert "\n" not in str(error.value)
+
+
+def test_one_teacher_is_aligned_with_and_another_masks() -> None:
+    section = {"name": "maskalign", "levels": "top2", "teacher": "t", "masking": {"teacher": "eye"}}
+    method = MaskAlign(run_config(section, STUDENT), {"t": INFO, "eye": INFO})
+    assert method.needs.teachers["eye"].cls_attention and not method.needs.teachers["eye"].levels
+    assert method.needs.teachers["t"].levels == (1, 2) and not method.needs.teachers["t"].cls_attention
+    batch, seen = batch_of(images(), **noise_for(method)), {"t": targets(), "eye": targets()}
+    assert method(batch, seen)["loss"].isfinite()
+    with pytest.raises(UserError, match="teachers.third: neither maskalign nor masking by attention reads it; remove"):
+        MaskAlign(run_config(section, STUDENT), {"t": INFO, "eye": INFO, "third": INFO})
 
 
 def test_refuses_no_teacher_and_an_ambiguous_one() -> None:

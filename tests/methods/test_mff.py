@@ -12,6 +12,7 @@ from mimscale.convert.families import openmmlab
 from mimscale.errors import UserError
 from mimscale.methods.mae import MAE
 from mimscale.methods.mff import MFF
+from mimscale.models.fusion import LevelFusion
 from mimscale.models.masking import in_raster_order, mask_of
 from mimscale.models.targets import low_pass
 from mimscale.optim import is_decayed
@@ -24,7 +25,7 @@ DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
 
 def small(**values: object) -> MFF:
     torch.manual_seed(3)
-    return MFF(run_config({"name": "mff", "levels": [0, 2, 3], **DECODER, **values}, STUDENT), {})
+    return MFF(run_config({"name": "mff", "fusion": {"levels": [0, 2, 3]}, **DECODER, **values}, STUDENT), {})
 
 
 def inputs(count: int = 3) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ def inputs(count: int = 3) -> tuple[Tensor, Tensor]:
 
 def test_golden() -> None:
     g = golden.load("mff_dev")
-    run = golden.mae_run(g.config, {"name": "mff", "levels": g.config["out_indices"]})
+    run = golden.mae_run(g.config, {"name": "mff", "fusion": {"levels": g.config["out_indices"]}})
     method = MFF(run, {})
     method.load_state_dict(openmmlab.from_official(g.part("state")).weights)
     masks = method.masking.choose(batch_of(g["image"], mask=g["noise"]), {})
@@ -42,18 +43,21 @@ def test_golden() -> None:
     assert torch.equal(in_raster_order(masks).places, g["ids_restore"])
     assert torch.equal(mask_of(ids_keep, method.student.patches), g["mask"])
 
+    levels = g.config["out_indices"]
+    assert isinstance(method.fusion, LevelFusion)
     out = method.student(g["image"], ids_keep, levels=range(run.student.depth), apply_norm=False)
     for level, output in out.levels.items():
         close(output, g[f"enc_block_out/{level}"])
     assert torch.equal(out.tokens, out.levels[3])
-    for j, level in enumerate(method.levels[:-1]):
+    for j, level in enumerate(levels[:-1]):
         close(method.fusion.projections[j](out.levels[level]), g[f"proj_out/{j}"])
-    fused = method.fusion([out.levels[level] for level in method.levels])
+    fused = method.fusion([out.levels[level] for level in levels])
     close(fused.tokens, g["fused_before_norm"])
     close(fused.weights, g["fusion_weights_softmax"])
 
     batch = batch_of(g["image"], mask=g["noise"])
-    latent, scalars = method.encode(batch, ids_keep)
+    latent, fused_latent, scalars = method.encode(batch, ids_keep)
+    assert fused_latent is latent
     close(latent, g["latent"])
     assert list(scalars) == ["weight_0", "weight_1", "weight_3"]
     close(torch.stack(list(scalars.values())), g["fusion_weights_softmax"])
@@ -90,7 +94,7 @@ def test_who_is_decayed() -> None:
 
 
 def test_one_level_is_mae() -> None:
-    method = small(levels=[3])
+    method = small(fusion={"levels": [3]})
     mae = MAE(run_config({"name": "mae", **DECODER}, STUDENT), {})
     mae.load_state_dict(method.state_dict())
     images, noise = inputs()
@@ -115,7 +119,7 @@ def test_low_frequencies_can_be_its_target() -> None:
 @pytest.mark.parametrize("recompute", [0, 1])
 def test_every_parameter_has_a_gradient_with_drop_path(recompute: int) -> None:
     torch.manual_seed(3)
-    section = {"name": "mff", "levels": [0, 2, 3], **DECODER}
+    section = {"name": "mff", "fusion": {"levels": [0, 2, 3]}, **DECODER}
     student = {**STUDENT, "drop_path": 0.3}
     method = MFF(run_config(section, student, engine={"activation_checkpointing": recompute}), {})
     assert {name: n.shape for name, n in method.needs.noise.items()} == {"mask": (16,), "drop_path": (4, 2)}
@@ -148,12 +152,12 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("values", "fragment"),
     [
-        ({"levels": [0, 2]}, "rise from 0 or more to 3"),
-        ({"levels": [0, 4]}, "rise from 0 or more to 3"),
-        ({"levels": [1, 0, 3]}, "must rise"),
-        ({"levels": [1, 1, 3]}, "must rise"),
-        ({"levels": [-1, 3]}, "must rise"),
-        ({"levels": []}, "method.levels"),
+        ({"fusion": {"levels": [0, 2]}}, "rise from 0 or more to 3"),
+        ({"fusion": {"levels": [0, 4]}}, "rise from 0 or more to 3"),
+        ({"fusion": {"levels": [1, 0, 3]}}, "must rise"),
+        ({"fusion": {"levels": [1, 1, 3]}}, "must rise"),
+        ({"fusion": {"levels": [-1, 3]}}, "must rise"),
+        ({"fusion": {"levels": []}}, "method.fusion: kind = mff has nothing to combine"),
         ({"masking": {"ratio": 0.99}}, "keeps 0 of 16"),
         ({"low_pass_radius": 90}, "passes 4096 of 4096"),
     ],
@@ -165,5 +169,5 @@ def test_refusals(values: dict[str, object], fragment: str) -> None:
 
 
 def test_default_levels_do_not_fit_another_depth() -> None:
-    with pytest.raises(UserError, match=r"levels = \[0, 2, 4, 6, 8, 11\] must rise from 0 or more to 3"):
+    with pytest.raises(UserError, match=r"fusion.levels = \[0, 2, 4, 6, 8, 11\] must rise from 0 or more to 3"):
         MFF(run_config({"name": "mff", **DECODER}, STUDENT), {})

@@ -13,7 +13,9 @@ from torch import Tensor
 from mimscale.contracts import Targets, TeacherInfo
 from mimscale.convert.families.mae import from_official
 from mimscale.errors import UserError
+from mimscale.methods.mff import MFF
 from mimscale.methods.mrmae import MRMAE
+from mimscale.models.features import feature_target
 from mimscale.models.masking import gather_tokens, mask_of
 from mimscale.models.patches import assemble, cut
 from tests import golden
@@ -143,10 +145,10 @@ def test_mimic_losses(kind: str, norm: str) -> None:
     targets = seen_by()
     batch = batch_of(images(), **noise_for(method))
     ids = method.masking.choose(batch, targets).visible
-    target = method.mimic_target(targets["clip"], 3, ids)
+    target = feature_target(targets["clip"], 3, ids, method.config)
     raw = gather_tokens(targets["clip"].levels[3], ids)
     assert torch.equal(target, F.layer_norm(raw, (24,)) if norm == "whiten" else raw)
-    pred = method.mimic["clip"](method.fused(method.student(batch.images, ids)))
+    pred = method.mimic["clip"](method.student(batch.images, ids).tokens[:, 1:])
     difference = (pred - target).abs()
     expected = {
         "l2": difference.square().mean(),
@@ -161,10 +163,12 @@ def test_mimic_losses(kind: str, norm: str) -> None:
     [
         {},
         {"masking": {"policy": "topk"}, "adaptor": "mlp"},
-        {"levels": [2]},
-        {"levels": [0, 2]},
-        {"levels": [1, 2], "fusion": "learned"},
-        {"levels": [1], "fusion": "learned", "cls_target": True},
+        {"fusion": {"kind": "sum", "levels": [2]}},
+        {"fusion": {"kind": "sum", "levels": [0, 2]}},
+        {"fusion": {"kind": "mff", "levels": [0, 2], "feeds": "both"}},
+        {"fusion": {"kind": "sum", "levels": [1, 2], "feeds": "both"}, "cls_target": True},
+        {"fusion": {"kind": "mff", "levels": [1, 2]}},
+        {"fusion": {"kind": "mff", "levels": [1]}, "cls_target": True},
         {"cls_target": True, "masking": {"policy": "random"}, "mimic_loss": "cosine", "low_pass_radius": 8},
     ],
 )
@@ -177,7 +181,7 @@ def test_every_parameter_learns(method: dict[str, Any], stages: dict[str, Any] |
 
 
 def test_without_a_class_token() -> None:
-    method = build(stages={**STAGES, "class_token": False}, levels=[0, 1])
+    method = build(stages={**STAGES, "class_token": False}, fusion={"kind": "sum", "levels": [0, 1]})
     losses(method, seen_by())["loss"].backward()
     golden.every_parameter_has_a_gradient(method)
     bare = build(BARE, masking={"policy": "random"})
@@ -185,28 +189,54 @@ def test_without_a_class_token() -> None:
     golden.every_parameter_has_a_gradient(bare)
 
 
-@pytest.mark.parametrize("cls_target", [False, True])
 @pytest.mark.parametrize("stages", [None, STAGES])
-def test_what_the_heads_read(cls_target: bool, stages: dict[str, Any] | None) -> None:
-    ids = torch.tensor([[3, 1, 9, 4]] * 3)
-    plain = build(cls_target=cls_target, stages=stages)
-    out = plain.student(images(), ids)
-    first = 0 if cls_target else 1
-    assert torch.equal(plain.fused(out), out.tokens[:, first:])
+def test_what_decoder_and_heads_read(stages: dict[str, Any] | None) -> None:
+    ids, batch = torch.tensor([[3, 1, 9, 4]] * 3), batch_of(images())
+    plain = build(stages=stages)
+    tokens = plain.student(images(), ids).tokens
+    latent, fused, scalars = plain.encode(batch, ids)
+    assert torch.equal(latent, tokens) and fused is latent and not scalars
 
-    fused = build(cls_target=cls_target, stages=stages, levels=[0, 2])
-    out = fused.student(images(), ids, levels=(0, 2))
-    total = out.levels[0] + out.levels[2]
-    if stages is not None:
-        assert out.early is not None and not out.early[:, 0].any()
-        total = total + out.early
-    close(fused.fused(out), F.layer_norm(total, (32,), eps=1e-6)[:, first:])
+    def summed(method: MRMAE) -> tuple[Tensor, Tensor]:
+        """What the student gives, and the sum of the levels and of what the stages add."""
+        out = method.student(images(), ids, levels=(0, 2))
+        total = out.levels[0] + out.levels[2]
+        if stages is not None:
+            assert out.early is not None and not out.early[:, 0].any()
+            total = total + out.early
+        return out.tokens, F.layer_norm(total, (32,), eps=1e-6)
+
+    alone = build(stages=stages, fusion={"kind": "sum", "levels": [0, 2]})
+    latent, fused, _ = alone.encode(batch, ids)
+    tokens, total = summed(alone)
+    assert torch.equal(latent, tokens)
+    close(fused, total)
+
+    both = build(stages=stages, fusion={"kind": "sum", "levels": [0, 2], "feeds": "both"})
+    latent, fused, _ = both.encode(batch, ids)
+    close(latent, summed(both)[1])
+    assert fused is latent
+
+
+def test_mff_under_two_losses() -> None:
+    """The latent is MFF's, for the decoder and for the heads; the pixel loss is MFF's as well."""
+    fusion = {"kind": "mff", "levels": [0, 2]}
+    both = build(fusion={**fusion, "feeds": "both"}, masking={"policy": "random"})
+    section = {"name": "mff", "fusion": fusion, **{k: v for k, v in SECTION.items() if k != "name"}}
+    mff = MFF(run_config(section, STUDENT), {})
+    mff.load_state_dict({name: t for name, t in both.state_dict().items() if not name.startswith("mimic.")})
+    batch, targets = batch_of(images(), **noise_for(both)), seen_by()
+    ours, theirs = both(batch, targets), mff(batch, {})
+    assert torch.equal(ours["pixel"], theirs["loss"])
+    assert {"weight_0", "weight_2"} <= ours.keys() and torch.equal(ours["weight_0"], theirs["weight_0"])
+    with_stages = build(fusion=fusion, stages=STAGES)
+    assert {"weight_stages", "weight_0", "weight_2"} <= losses(with_stages, targets).keys()
 
 
 def test_class_token_target_comes_first() -> None:
     method = build(cls_target=True, target_norm="none")
     targets = seen_by()["clip"]
-    target = method.mimic_target(targets, 3, torch.tensor([[2, 5]] * 3))
+    target = feature_target(targets, 3, torch.tensor([[2, 5]] * 3), method.config)
     assert torch.equal(target[:, 0], targets.cls[3]) and torch.equal(target[:, 2], targets.levels[3][:, 5])
 
 
@@ -247,7 +277,7 @@ def test_view(policy: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
-    method = build(stages=STAGES, levels=[0, 2], fusion="learned")
+    method = build(stages=STAGES, fusion={"kind": "mff", "levels": [0, 2]})
     full = losses(method, seen_by())
     for parameter in method.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -273,11 +303,18 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
         ((), {"teacher_weights": {"dino": 1.0}}, "method.teacher_weights.dino: no such teacher; choose from clip"),
         ((), {"teacher_weights": {"clip": 0.0}}, "method.teacher_weights.clip = 0.0"),
         ((), {"pixel_weight": 0.0}, "method.pixel_weight = 0.0"),
-        ((), {"levels": [3]}, r"method.levels = \[3\] must rise and lie in 0 to 2"),
-        ((), {"levels": [1, 0]}, "must rise"),
-        ((), {"levels": [-1]}, "must rise and lie in 0 to 2"),
-        ((), {"fusion": "learned"}, "name some method.levels"),
-        ((), {"target_norm": "l2"}, "method.target_norm = 'l2'"),
+        ((), {"fusion": {"kind": "sum", "levels": [3]}}, r"method.fusion.levels = \[3\] must rise and lie in 0 to 2"),
+        ((), {"fusion": {"kind": "sum", "levels": [1, 0]}}, "must rise"),
+        ((), {"fusion": {"kind": "mff", "levels": [-1]}}, "must rise and lie in 0 to 2"),
+        (
+            (),
+            {"fusion": {"kind": "mff", "levels": [0, 1], "feeds": "both"}},
+            "above the last level would get no gradient",
+        ),
+        ((), {"fusion": {"kind": "mff"}}, "kind = mff has nothing to combine; name some levels"),
+        ((), {"fusion": {"levels": [1]}}, r"levels = \[1\] with kind = none are read by nobody; set kind"),
+        ((), {"fusion": {"kind": "mff", "levels": [2], "feeds": "decoder"}}, "method.fusion.feeds = 'decoder'"),
+        ((), {"target_norm": "bn"}, "number of ranks"),
     ],
 )
 def test_refusals(teachers: tuple[dict[str, Any], ...], method: dict[str, Any], fragment: str) -> None:

@@ -233,3 +233,14 @@ def test_a_teacher_is_refused() -> None:
     teacher = TeacherInfo("clip", 8, 2, (6, 6), 96, has_cls=True)
     with pytest.raises(UserError, match="teachers.clip: neither simmim nor masking by random reads it; remove"):
         SimMIM(run_config({"name": "simmim"}, STUDENT, 96), {"clip": teacher})
+
+
+def test_fusion_of_levels() -> None:
+    method = small(fusion={"kind": "mff", "levels": [0, 1]})
+    images, noise = inputs(method)
+    out = method(batch_of(images, mask=noise), {})
+    out["loss"].backward()
+    golden.every_parameter_has_a_gradient(method)
+    assert out.keys() == {"loss", "weight_0", "weight_1"} and method.needs.noise.keys() == {"mask"}
+    with pytest.raises(UserError, match="levels = .0. must rise from 0 or more to 1"):
+        small(fusion={"kind": "sum", "levels": [0]})

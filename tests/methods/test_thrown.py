@@ -21,7 +21,7 @@ CLIP = TeacherInfo("clip", dim=24, depth=3, grid=(6, 6), image_size=96, has_cls=
 STAGES = {"widths": [8, 12], "depths": [1, 2]}
 METHODS: dict[str, dict[str, Any]] = {
     "mae": DECODER,
-    "mff": {**DECODER, "levels": [0, 2]},
+    "mff": {**DECODER, "fusion": {"levels": [0, 2]}},
     "convmae": {**DECODER, "stages": STAGES},
     "mrmae": DECODER,
     "simmim": {"positions": "absolute"},

@@ -11,6 +11,7 @@ from torch import Tensor
 from mimscale.config import RunConfig
 from mimscale.convert.families import mae
 from mimscale.convert.names import Mapped, State, below, parts_of
+from mimscale.errors import UserError
 from mimscale.models.heads import initial_mixing
 
 METHODS: tuple[str, ...] = ("maskalign",)
@@ -50,11 +51,15 @@ def fits(weights: Mapping[str, Tensor]) -> bool:
 
 def to_official(weights: Mapping[str, Tensor], run: RunConfig) -> Mapped:
     """Rows of the mixing matrix and the last norm that we do not build get the initial values that they keep there."""
+    method: Any = run.method
+    if method.adaptor_position == "before":
+        raise UserError(
+            "method.adaptor_position = before has no official names, the release adapts after; use --to timm"
+        )
     state = below("student.", weights)
     width = state["cls_token"].shape[-1]
     state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     levels = sorted({int(name.split(".")[2]) for name in weights if name.startswith("alignment.adaptors.")})
-    method: Any = run.method
     depth = 1 + max(levels) if method.fusion == "sum" else run.student.depth
     for name, tensor in weights.items():
         if name == "alignment.mixing":

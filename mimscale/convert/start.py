@@ -1,0 +1,144 @@
+"""A run that starts from weights instead of a random initialisation: fine-tuning, or pre-training gone on with.
+
+The file is named by `init.weights` and known by its sha256, which stands in the run's configuration and so in each of
+its checkpoints. It is read at the first start only; a resume needs it no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from mimscale.config import RunConfig
+from mimscale.convert.families.simmim import REL_POS_TABLE
+from mimscale.convert.names import State
+from mimscale.convert.registry import encoder_of, families, of_state
+from mimscale.convert.source import Loaded, identity_file, read, resolve
+from mimscale.convert.whole import levels_of
+from mimscale.errors import UserError
+from mimscale.methods.base import Method
+from mimscale.models import posembed
+from mimscale.resilience import checkpoint
+
+OPTIONAL = ("norm.", "mask_token", "stage1_output_decode.", "stage2_output_decode.")
+"""What one method's student has and another's has not: the last norm, SimMIM's token, ConvMAE's fusion."""
+
+
+def pinned(run: RunConfig, stored: RunConfig | None, *, resumes: bool) -> RunConfig:
+    """The run with the sha256 of its starting weights. Raises UserError where the file is missing or another.
+
+    stored: the configuration in the run folder. resumes: whether there is a checkpoint to go on from, so that the file
+    is not needed. Of a checkpoint it is the manifest's sha256, which names those of its files.
+    """
+    if run.init is None:
+        return run
+    known = run.init.sha256 or (stored.init.sha256 if stored is not None and stored.init is not None else None)
+    if not resumes:
+        path = resolve(run.init.weights)
+        found = checkpoint.sha256(identity_file(path))
+        if known not in (None, found):
+            raise UserError(f"init.sha256 = {known}, but {path} has {found}; get the right file or correct the hash")
+        known = found
+    return run.model_copy(update={"init": run.init.model_copy(update={"sha256": known})})
+
+
+def start_from(method: Method, run: RunConfig) -> tuple[str, ...]:
+    """Fill a new method from `init.weights`; one line for each thing that was resized, left or not used.
+
+    Position tables are resized bicubically where the grids differ (He et al. 2022, fine-tuning). Raises UserError with
+    one line where the weights are of another shape or kind.
+    """
+    assert run.init is not None
+    loaded = read(run.init.weights)
+    whole = run.init.part == "method"
+    weights, target = (_all_of(loaded, method), method) if whole else (encoder_of(loaded.weights), method.student)
+    own: State = target.state_dict()
+    _same_shape(loaded, run, weights, own, "" if not whole else "student.")
+    weights, notes = _resized(weights, own, loaded.path)
+
+    missing, unused = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    optional = () if whole else OPTIONAL
+    wrong = [f"{name} is missing in it" for name in missing if not name.startswith(optional)]
+    wrong += [f"it also holds {name}" for name in unused if not name.startswith(optional)]
+    wrong += [
+        f"{name} has shape {list(weights[name].shape)}, not {list(own[name].shape)}"
+        for name in sorted(own.keys() & weights.keys())
+        if weights[name].shape != own[name].shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(f"init.weights = {loaded.path} does not fit this run's {run.init.part}: {wrong[0]}{more}")
+    target.load_state_dict({name: weights.get(name, tensor) for name, tensor in own.items()})
+
+    others = 0 if whole else len(loaded.weights) - len(encoder_of(loaded.weights))
+    return (
+        f"started from {loaded.path}: {len(own) - len(missing)} tensors of the {run.init.part}, sha256 "
+        f"{run.init.sha256 or 'not computed'}",
+        *notes,
+        *([f"not in it, so at their initial values: {', '.join(missing)}"] if missing else []),
+        *([f"in it and not used: {', '.join(unused)}"] if unused else []),
+        *([f"in it and not used: {others} tensors outside of the student"] if others else []),
+    )
+
+
+def _all_of(loaded: Loaded, method: Method) -> State:
+    """Everything in a checkpoint, under our names."""
+    if loaded.run is not None:
+        return loaded.weights
+    family = of_state(loaded.weights)
+    if family is None:
+        raise UserError(f"init.weights = {loaded.path} has the names of none of {', '.join(families())}")
+    return families()[family].from_official(loaded.weights, levels_of(method)).weights
+
+
+def _same_shape(loaded: Loaded, run: RunConfig, weights: State, own: State, prefix: str) -> None:
+    """Refuse another kind or size of student, said in the recipe's terms. Raises UserError."""
+    theirs, ours = (_describe(state, prefix) for state in (weights, own))
+    known = loaded.run.student if loaded.run is not None else loaded.student
+    if known is not None and theirs == ours and known.heads != run.student.heads:
+        theirs, ours = f"{theirs} and {known.heads} heads", f"{ours} and {run.student.heads} heads"
+    if theirs != ours:
+        raise UserError(
+            f"init.weights = {loaded.path} holds {theirs}, this run's student is {ours}; "
+            "change the section student (and method), or take other weights"
+        )
+
+
+def _describe(state: Mapping[str, Tensor], prefix: str) -> str:
+    """A student by what its tensors tell."""
+    convolutional = f"{prefix}patch_embed1.proj.weight" in state
+    blocks = f"{prefix}blocks3." if convolutional else f"{prefix}blocks."
+    if f"{blocks}0.mlp.fc1.weight" not in state:
+        return "no student"
+    hidden, width = state[f"{blocks}0.mlp.fc1.weight"].shape
+    depth = len({name.removeprefix(blocks).partition(".")[0] for name in state if name.startswith(blocks)})
+    kind, patch = "a ViT", ""
+    if convolutional:
+        kind = "ConvMAE's encoder"
+    else:
+        kind = "a BEiT-style ViT (SimMIM's)" if f"{blocks}0.attn.q_bias" in state else kind
+        patch = f", patch {state[f'{prefix}patch_embed.proj.weight'].shape[-1]}"
+    return f"{kind} of width {width}, depth {depth}, MLP ratio {hidden / width:g}{patch}"
+
+
+def _resized(weights: State, own: State, path: Path) -> tuple[State, tuple[str, ...]]:
+    """Position tables of another grid, resized."""
+    weights, notes = dict(weights), []
+    for name in [name for name in weights if name.endswith(("pos_embed", REL_POS_TABLE)) and name in own]:
+        old, new = weights[name], own[name]
+        if old.shape == new.shape:
+            continue
+        if name.endswith(REL_POS_TABLE):
+            raise UserError(f"init.weights = {path} has relative positions, which are not resized; keep its image size")
+        if old.shape[-1] != new.shape[-1]:
+            continue
+        prefix = new.shape[1] - math.isqrt(new.shape[1]) ** 2
+        before, after = (math.isqrt(table.shape[1] - prefix) for table in (old, new))
+        if before**2 + prefix != old.shape[1]:
+            continue
+        weights[name] = posembed.resize(old, (before, before), (after, after), prefix)
+        notes.append(f"{name} resized from {before}x{before} to {after}x{after} patches")
+    return weights, tuple(notes)

@@ -1,0 +1,330 @@
+"""AMT's masks against the release's numbers, and what its table of importance promises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimscale import config
+from mimscale.contracts import Batch, Masks, Targets, normalised
+from mimscale.convert.families import mae as official_mae
+from mimscale.convert.families import simmim as official_simmim
+from mimscale.errors import UserError
+from mimscale.masking.amt import AMT, UNKNOWN
+from mimscale.masking.attention import attentive_order
+from mimscale.methods.mae import MAE
+from mimscale.methods.simmim import SimMIM
+from mimscale.models.importance import as_bytes, importance_of, through_crop
+from mimscale.models.patches import assemble
+from tests import golden
+from tests.golden import batch_of, close, gradient_close, run_config
+
+STUDENT = {"width": 32, "depth": 2, "heads": 2}
+AMT_HALF = {"policy": "amt", "ratio": 0.45, "throw": 0.4, "warmup_epochs": 0}
+
+
+class Given(AMT):
+    """Draws by importance from outside: the goldens have it as floats that went through the release's own crop."""
+
+    importance: Tensor
+
+    def choose(self, batch: Batch, targets: Mapping[str, Targets]) -> Masks:
+        return self.draw(self.importance, batch.noise["mask"])
+
+
+def given(method: Any, run: config.RunConfig, importance_BU: Tensor) -> None:
+    policy = Given(run.method.masking, run, {})  # type: ignore[attr-defined]
+    policy.importance = importance_BU
+    method.masking = policy
+
+
+# ------------------------------------------------------------------------------------------------------------- goldens
+
+
+def test_golden_mae() -> None:
+    g = golden.load("amt_mae_dev")
+    c = g.config
+    run = golden.mae_run(c, {"masking": {**AMT_HALF, "ratio": c["mask_ratio"], "throw": c["throw_ratio"]}})
+    method = golden.mae_method(run, official_mae.from_official(g.part("state")).weights)
+    given(method, run, g["patch_weights"])
+    batch = batch_of(g["image"], mask=g["exponential_noise"])
+
+    masks = method.masking.choose(batch, {})
+    assert torch.equal(attentive_order(g["patch_weights"], g["exponential_noise"]), g["ids_shuffle"])
+    for ours, name in ((masks.masked, "ids_masked"), (masks.visible, "ids_visible")):
+        assert torch.equal(ours.sort().values, g[name].sort().values)
+    pred, raster, _ = method.predict(batch, {})
+    thrown = raster.thrown(36)
+    assert thrown is not None and torch.equal(thrown, (g["mask_flag"] == -1).float())
+    close(pred, g["pred"])
+    close(method.target(batch.images), g["target_full"])
+    loss = method(batch, {})["loss"]
+    golden.loss_close(loss, g["loss"])
+    loss.backward()
+    ours_by_name = dict(method.named_parameters())
+    stored = official_mae.from_official({**g.part("state"), **g.part("grad")}).weights
+    asked = official_mae.from_official(
+        {**{k: torch.zeros_like(t) for k, t in g.part("state").items()}, **g.part("grad")}
+    )
+    named = [name for name, tensor in asked.weights.items() if tensor.abs().sum() > 0]
+    assert len(named) == len(g.part("grad")) == 8
+    for name in named:
+        gradient_close(ours_by_name[name].grad, stored[name])
+
+
+def enlarged(quarter_B3hw: Tensor) -> Tensor:
+    return F.interpolate(quarter_B3hw, scale_factor=4)
+
+
+def simmim_golden(name: str, changes: Mapping[str, Tensor] | None = None) -> tuple[golden.Golden, SimMIM, Batch]:
+    """changes: of the stored weights."""
+    g = golden.load(name)
+    c = g.config
+    masking = {**AMT_HALF, "ratio": c["mask_ratio"], "throw": c["throw_ratio"], "unit": c["mask_unit"]}
+    section = {
+        "name": "simmim",
+        "masking": masking,
+        "positions": "absolute",
+        "layer_scale": c["layer_scale_init"],
+    }
+    student = {"width": c["embed"], "depth": c["depth"], "heads": c["heads"], "patch": c["patch"]}
+    run = run_config(section, student, c["img"])
+    method = SimMIM(run, {})
+    method.load_state_dict({**official_simmim.from_official(g.part("state")).weights, **(changes or {})})
+    given(method, run, g["unit_weights"])
+    torch.manual_seed(c["multinomial_seed"])
+    noise = torch.empty_like(g["unit_weights"]).exponential_()
+    assert torch.equal(attentive_order(g["unit_weights"], noise), g["unit_order"])
+    return g, method, batch_of(enlarged(g["image_quarter"]), mask=noise)
+
+
+def ones_for(name: str) -> dict[str, Tensor]:
+    """The release does not apply gamma_1, which is the same as a gamma_1 of ones."""
+    state = official_simmim.from_official(golden.load(name).part("state")).weights
+    return {key: torch.ones_like(tensor) for key, tensor in state.items() if key.endswith("gamma_1")}
+
+
+@pytest.mark.parametrize("name", ["amt_simmim_dev", "amt_simmim_layerscale"])
+def test_golden_simmim(name: str) -> None:
+    g, method, batch = simmim_golden(name, ones_for(name))
+    assert method.masking.count[:3] == (14, 22, 49)
+    pred, raster, _ = method.predict(batch, {})
+    thrown = raster.thrown(196)
+    assert thrown is not None
+    flags = raster.spread(raster.mask, 196) - thrown
+    assert torch.equal(flags.view(-1, 14, 14), g["mask_flag"].float())
+    tokens = method.student(batch.images, raster.spread(raster.mask, 196), None, raster.ids).tokens
+    close(tokens[:, 1:].transpose(1, 2).unflatten(2, (12, 12)), g["z"])
+    shown = assemble(pred, (12, 12))[: len(g["reconstruction"])]
+    close(shown, g["reconstruction"])
+    loss = method(batch, {})["loss"]
+    golden.loss_close(loss, g["loss"])
+    loss.backward()
+    ours = dict(method.named_parameters())
+    stored = official_simmim.from_official(g.part("grad")).weights
+    assert len(stored) == len(g.part("grad")) >= 7
+    for parameter, gradient in stored.items():
+        gradient_close(ours[parameter].grad, gradient)
+    attention = method.student(batch.images, attention=True).attention
+    assert attention is not None
+    close(attention, g["cls_attention_last_block"])
+    close(importance_of(attention), g["mask_weights"].flatten(1))
+
+
+def test_the_layer_scale_that_the_release_drops_counts_here() -> None:
+    g, method, batch = simmim_golden("amt_simmim_layerscale")
+    loss = method(batch, {})["loss"]
+    assert abs(float(loss) / float(g["loss"]) - 1) > 1e-3
+    loss.backward()
+    golden.every_parameter_has_a_gradient(method)
+
+
+# --------------------------------------------------------------------------------------------------------- the policy
+
+
+def small(masking: dict[str, Any] | None = None, **sections: Any) -> MAE:
+    torch.manual_seed(0)
+    decoder = {"decoder_width": 32, "decoder_heads": 4, "decoder_depth": 1}
+    method = MAE(
+        run_config({"name": "mae", "masking": {**AMT_HALF, **(masking or {})}, **decoder}, STUDENT, **sections), {}
+    )
+    method.begin(10)
+    return method
+
+
+def policy(method: MAE) -> AMT:
+    assert isinstance(method.masking, AMT)
+    return method.masking
+
+
+def last_block(method: MAE) -> Any:
+    student: Any = method.student
+    return student.blocks[-1]
+
+
+def rows(method: MAE) -> Tensor:
+    table = policy(method).table
+    assert table is not None
+    return table.rows
+
+
+def batch_at(first: int, count: int = 2) -> Batch:
+    """Positions first ... of an order in which position p holds sample 3 p mod 10; the even ones bring whole images."""
+    generator = torch.Generator().manual_seed(first)
+    images = torch.randn(count, 3, 64, 64, generator=generator)
+    positions = torch.arange(first, first + count)
+    whole_rows = torch.nonzero(positions % 2 == 0).flatten()
+    return replace(
+        batch_of(images, mask=torch.empty(count, 16).exponential_(generator=generator)),
+        ids=3 * positions % 10,
+        positions=positions,
+        whole=torch.randint(0, 256, (len(whole_rows), 3, 64, 64), generator=generator, dtype=torch.uint8),
+        whole_rows=whole_rows,
+    )
+
+
+def step(method: MAE, first: int) -> Batch:
+    batch = method.prepare(batch_at(first))
+    method.after_step(batch)
+    return batch
+
+
+def test_counts_are_the_releases() -> None:
+    def counts(masking: dict[str, Any], size: int = 224) -> tuple[int, int, int]:
+        run = run_config({"name": "mae", "masking": {"policy": "amt", **masking}}, STUDENT, size)
+        return AMT.counts(run.method.masking, run)[:3]  # type: ignore[attr-defined]
+
+    assert counts({"ratio": 0.45, "throw": 0.4}) == (30, 88, 196)
+    assert counts({"ratio": 0.75}) == (49, 147, 196)  # attention-driven masking alone
+    assert counts({"ratio": 0.44, "throw": 0.26, "unit": 32}) == (14, 22, 49)
+    assert counts({"ratio": 0.45, "throw": 0.4}, 96) == (6, 16, 36)
+
+
+def test_highly_attended_patches_are_masked_and_the_unattended_seen() -> None:
+    method = small()
+    importance = torch.linspace(0, 1, 16).expand(4000, 16)
+    noise = torch.empty(4000, 16).exponential_(generator=torch.Generator().manual_seed(0))
+    masks = policy(method).draw(importance, noise)
+    share = torch.zeros(16).scatter_add(0, masks.masked.flatten(), torch.ones(masks.masked.numel())) / 4000
+    seen = torch.zeros(16).scatter_add(0, masks.visible.flatten(), torch.ones(masks.visible.numel())) / 4000
+    assert share[0] == 0 and share[15] > 0.7 and seen[0] == 1 and seen[15] < 0.03
+    assert masks.visible.shape[1] == 3 and masks.masked.shape[1] == 7
+    together = torch.cat(masks, dim=1).sort().values
+    assert (together[:, 1:] > together[:, :-1]).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_importance_that_says_nothing_draws_uniformly(value: float) -> None:
+    method = small()
+    noise = torch.empty(2, 16).exponential_(generator=torch.Generator().manual_seed(0))
+    masks = policy(method).draw(torch.full((2, 16), value), noise)
+    assert torch.equal(torch.cat([masks.masked, masks.visible], dim=1)[:, :7], noise.argsort(dim=1)[:, :7])
+
+
+def test_whole_images_of_the_current_student_fill_the_table() -> None:
+    method = small()
+    assert (rows(method) == UNKNOWN).all()
+    batch = batch_at(0)
+    step(method, 0)
+    with torch.no_grad():
+        assert batch.whole is not None
+        attention = method.student(normalised(batch.whole), attention=True).attention
+    assert torch.equal(rows(method)[0], as_bytes(importance_of(attention))[0])
+    assert (rows(method)[1:] == UNKNOWN).all()
+    with torch.no_grad():
+        last_block(method).attn.qkv.weight.mul_(3)
+    before = rows(method)[0].clone()
+    step(method, 10)  # sample 0 again, another picture, another student
+    assert not torch.equal(rows(method)[0], before)
+
+
+def test_a_batch_brings_the_rows_of_its_samples_through_their_crops() -> None:
+    method = small()
+    for first in (6, 8):
+        step(method, first)
+    batch = method.prepare(batch_at(6, 4))
+    assert batch.importance is not None and torch.equal(batch.importance, rows(method)[batch.ids])
+    assert batch.whole is None  # it stays in host memory until the step is done
+    boxed = replace(batch, boxes=torch.rand(4, 4) * 0.5, flips=torch.tensor([True, False, True, False]))
+    weights = policy(method).weights(boxed, {})
+    assert weights is not None
+    close(weights, through_crop(batch.importance / 255, (4, 4), boxed.boxes, boxed.flips))
+    released = policy(small({"compat": "released"})).weights(boxed, {})
+    assert released is not None and (released / 256 - weights).abs().max() > 0.05
+
+
+def test_before_the_warm_up_ends_masks_are_those_of_random() -> None:
+    """10 samples, warm-up of 1.2 epochs: the global batch of positions 10, 11 is the last uniform one."""
+    method, plain = small({"warmup_epochs": 1.2}), MAE(run_config({"name": "mae"}, STUDENT), {})
+    for first in (0, 10):
+        batch = step(method, first)
+        assert batch.importance is None
+        for ours, theirs in zip(method.masking.choose(batch, {}), plain.masking.choose(batch, {}), strict=True):
+            assert torch.equal(ours, theirs)
+    assert method.prepare(batch_at(12)).importance is not None
+
+
+def test_attention_that_is_not_a_number_leaves_the_row_alone() -> None:
+    method = small()
+    step(method, 0)
+    before = rows(method).clone()
+    with torch.no_grad():
+        last_block(method).norm1.bias.fill_(float("nan"))
+    step(method, 10)
+    assert torch.equal(rows(method), before)
+
+
+def test_constant_attention_counts_as_zero_and_still_trains() -> None:
+    method = small()
+    with torch.no_grad():
+        last_block(method).attn.qkv.weight.zero_()
+    step(method, 0)
+    assert (rows(method)[0] == 0).all()
+    batch = method.prepare(batch_at(10))
+    assert torch.isfinite(method(batch, {})["loss"])
+
+
+def test_what_a_given_up_step_has_left_is_dropped() -> None:
+    method = small()
+    method.prepare(batch_at(0))
+    step(method, 2)
+    assert (rows(method)[0] == UNKNOWN).all() and not (rows(method)[6] == UNKNOWN).all()
+
+
+def test_a_view_shows_what_is_thrown_and_the_map() -> None:
+    method = small()
+    batch = method.prepare(batch_at(0))
+    view = method.view(batch, {})
+    assert view is not None and view.mask is not None and view.thrown is not None and view.attention is not None
+    assert view.thrown.sum(dim=1).tolist() == [6, 6] and view.mask.sum(dim=1).tolist() == [7, 7]
+    assert not (view.thrown * view.mask).any()
+
+
+@pytest.mark.parametrize(
+    ("masking", "words"),
+    [
+        ({"ratio": 0.6, "throw": 0.4}, "ratio = 0.6 and throw = 0.4 leave 0 of 16 patches to see"),
+        ({"ratio": 0.02}, "at least one is masked"),
+        ({"refresh": 0}, "refresh = 0"),
+        ({"refresh": 1.5}, "refresh = 1.5"),
+        ({"compat": "official"}, "compat = 'official'"),
+        ({"trow": 0.4}, "unknown key method.masking.trow; did you mean 'throw'?"),
+        ({"warmup_epochs": -1}, "warmup_epochs = -1"),
+    ],
+)
+def test_bad_input(masking: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        small(masking)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_recipe_sets_compat() -> None:
+    chosen = [config.load(name).dump()["method"].get("masking") or {} for name in config.recipe_names()]
+    found = [section for section in chosen if section.get("policy") == "amt"]
+    assert len(found) >= 2 and all(section["compat"] is None for section in found)
