@@ -88,11 +88,8 @@ def test_leftovers_of_dead_processes_of_this_node_are_taken_away(plan: Plan, tmp
     node = os.uname().nodename
     gone = subprocess.Popen(["true"])
     gone.wait()
-    names = [
-        f".manifest.json.{node}.{gone.pid}.tmp",
-        f".index.npy.{node}.{os.getpid()}.tmp",
-        ".index.npy.elsewhere.1.tmp",
-    ]
+    owners = (f"{node}.{gone.pid}", f"{node}.{os.getppid()}", "elsewhere.1")
+    names = [f".manifest.json.{owner}.tmp" for owner in owners]
     for name in names:
         (out / name).write_text("half")
     assert main(["finish", str(out)]) == 0
