@@ -73,7 +73,7 @@ class TrainLoader:
         self._ahead: Ahead | None = None
         self._look_ahead = partial(Ahead, manifest, order, global_batch, rank, world) if manifest.cache else None
         self._parts = global_batch // (world * micro_batch)
-        self._start_step, self._crops = start_step, data.crops
+        self._start_step, self._crops, self._jumps = start_step, data.crops, jumps
         self._running: Running | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -81,12 +81,12 @@ class TrainLoader:
         self._running = _run(self._loader, self._parts)
         if self._look_ahead is None:
             return self._running
-        self._ahead = self._look_ahead(self._start_step // self._crops)
+        self._ahead = self._look_ahead(batch_of(self._start_step, self._jumps) // self._crops)
         return self._followed(self._running, self._ahead)
 
     def _followed(self, running: Running, ahead: Ahead) -> Iterator[Batch]:
         for number, batch in enumerate(running):
-            ahead.step.value = (self._start_step + number // self._parts) // self._crops
+            ahead.step.value = batch_of(self._start_step + number // self._parts, self._jumps) // self._crops
             yield batch
 
     def close(self) -> None:
