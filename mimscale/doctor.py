@@ -36,6 +36,7 @@ from mimscale.config import (
 )
 from mimscale.contracts import TeacherInfo
 from mimscale.convert import start
+from mimscale.data.cache import Cache
 from mimscale.data.decode import explain
 from mimscale.data.manifest import Manifest
 from mimscale.engine.world import check_precision
@@ -205,7 +206,7 @@ def _weights(name: str, config: TeacherConfig, fetch: Path | None) -> Path:
 
 
 def check_data(config: RunConfig, found: Findings) -> None:
-    manifest = found.attempt(lambda: Manifest.load(config.data.shards))
+    manifest = found.attempt(lambda: Manifest.load(config.data.shards, cache=Cache.of(config.data)))
     if manifest is None:
         return
     steps = manifest.samples // config.schedule.global_batch
