@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "convert": {"models", "methods", "data", "resilience", "run_folder"},
     "evals": {"models", "methods", "data", "resilience", "convert"},
     "compositions": {"models", "methods", "masking"},
-    "doctor": {"compositions", "doctor_teacher", "models", "methods", "teachers", "data", "engine"},
+    "doctor": {"compositions", "doctor_teacher", "models", "methods", "teachers", "data", "engine", "convert"},
     "doctor_teacher": {"models", "methods", "teachers", "data"},
     "bench": {"models", "methods", "masking", "teachers", "data", "resilience", "observe", "engine", "optim"},
     "prepare": {"observe", "convert", "methods", "teachers", "data", "resilience", "engine", "run_folder", "schedule"},
