@@ -6,8 +6,9 @@ for other ranks, the teachers work on i + 1. That costs the memory of one more b
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -16,54 +17,60 @@ from torch import Tensor
 from mimscale.contracts import Batch, Targets
 from mimscale.teachers.bank import Bank
 
-Lesson = tuple[Batch, dict[str, Targets]]
-
 
 @dataclass(frozen=True)
 class _Submitted:
     """A micro-batch that the teachers are at. done: when they are through; None where nothing runs beside the host."""
 
-    raw: Batch
     batch: Batch
     targets: dict[str, Targets]
     done: torch.cuda.Event | None
 
 
-class Lessons(Iterator[Lesson]):
-    """(normalised batch on the device, targets by teacher), the same ones whether `ahead` or not.
+class Lessons:
+    """`fetch`, then `teach`, for each micro-batch: the same batches and targets whether `ahead` or not.
 
     prepare: the method's, called with each batch in host memory just before the student gets it; it leaves the images
-    alone. waiting: put around the wait for the loader.
+    alone.
     """
 
     def __init__(
         self,
-        batches: Iterator[Batch],
         bank: Bank,
         device: torch.device,
+        batches: Iterator[Batch],
         *,
         ahead: bool,
         prepare: Callable[[Batch], Batch] = lambda batch: batch,
-        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._batches, self._bank, self._device, self._ahead = batches, bank, device, ahead
-        self._prepare, self._waiting = prepare, waiting
-        self._submitted: _Submitted | None = None
+        self._bank, self._device, self._batches, self._prepare = bank, device, batches, prepare
+        self._depth = 2 if ahead else 1
+        self._fetched: deque[Batch] = deque()
+        self._submitted: deque[_Submitted] = deque()
         self._stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # the teachers' weights are still on their way
 
-    def __next__(self) -> Lesson:
-        if not self._ahead:
-            batch = self._prepare(self._fetch()).to(self._device).normalised()
-            return batch, self._bank(batch.images)
-        now = self._submitted or self._submit()
-        try:
-            self._submitted = self._submit()
-        except StopIteration:
-            self._submitted = None
-        prepared = self._prepare(now.raw)
-        batch = now.batch if prepared is now.raw else replace(prepared.to(self._device), images=now.batch.images)
+    def fetch(self) -> Batch:
+        """Wait for the loader; the batch whose turn it is, in host memory. Raises StopIteration after the last."""
+        while len(self._fetched) < self._depth:
+            batch = next(self._batches, None)
+            if batch is None:
+                break
+            self._fetched.append(batch)
+        if not self._fetched:
+            raise StopIteration
+        return self._fetched[0]
+
+    def teach(self) -> tuple[Batch, dict[str, Targets]]:
+        """(the batch that `fetch` gave, normalised on the device; targets by teacher)."""
+        for raw in list(self._fetched)[len(self._submitted) :]:
+            self._submitted.append(self._submit(raw))
+        raw, now = self._fetched.popleft(), self._submitted.popleft()
+        prepared = self._prepare(raw)
+        batch = now.batch
+        if prepared is not raw:
+            batch = replace(replace(prepared, images=raw.images[:0]).to(self._device), images=batch.images)
         if now.done is not None:
             student = torch.cuda.current_stream(self._device)
             student.wait_event(now.done)
@@ -71,17 +78,11 @@ class Lessons(Iterator[Lesson]):
                 tensor.record_stream(student)  # its memory is not given away while the student reads it
         return batch, now.targets
 
-    def _fetch(self) -> Batch:
-        with self._waiting():
-            return next(self._batches)
-
-    def _submit(self) -> _Submitted:
-        raw = self._fetch()
+    def _submit(self, raw: Batch) -> _Submitted:
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             batch = raw.to(self._device).normalised()
             targets = self._bank(batch.images)
-            done = None if self._stream is None else self._stream.record_event()
-        return _Submitted(raw, batch, targets, done)
+            return _Submitted(batch, targets, None if self._stream is None else self._stream.record_event())
 
 
 def _tensors(record: Batch | Targets) -> Iterator[Tensor]:

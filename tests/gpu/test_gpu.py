@@ -82,7 +82,10 @@ def test_teachers_ahead_in_their_own_stream(precision: str) -> None:
     seen = []
     for ahead in (False, True):
         sums = []
-        for batch, targets in Lessons(iter(batches), bank, device, ahead=ahead):
+        lessons = Lessons(bank, device, iter(batches), ahead=ahead)
+        for _ in batches:
+            lessons.fetch()
+            batch, targets = lessons.teach()
             for _ in range(4):
                 torch.randn(512, 512, device=device) @ torch.randn(512, 512, device=device)
             attention = targets["t"].cls_attention

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from mimscale.config import load
-from mimscale.contracts import Batch
+from mimscale.contracts import Batch, Targets
 from mimscale.errors import UserError
 from mimscale.teachers.ahead import Lessons
+from mimscale.teachers.bank import Bank
 from tests.teachers import tiny
 
 DINO = "vit_base_patch16_224.dino"
@@ -30,10 +31,22 @@ def raw(number: int) -> Batch:
     )
 
 
+def lessons(batches: Iterator[Batch], bank: Bank, **how: Any) -> Iterator[tuple[Batch, dict[str, Targets]]]:
+    taught = Lessons(bank, tiny.CPU, batches, **how)
+    while True:
+        try:
+            raw = taught.fetch()
+        except StopIteration:
+            return
+        batch, targets = taught.teach()
+        assert torch.equal(raw.ids, batch.ids)
+        yield batch, targets
+
+
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_same_lessons_ahead_and_in_order(count: int) -> None:
     bank = tiny.bank(tiny.timm_config(DINO, None, random=True), 32)
-    plain, early = (list(Lessons(map(raw, range(count)), bank, tiny.CPU, ahead=ahead)) for ahead in (False, True))
+    plain, early = (list(lessons(map(raw, range(count)), bank, ahead=ahead)) for ahead in (False, True))
     assert len(plain) == len(early) == count
     for number, ((batch, targets), (other, same)) in enumerate(zip(plain, early, strict=True)):
         assert batch.ids[0] == other.ids[0] == number
@@ -44,32 +57,24 @@ def test_same_lessons_ahead_and_in_order(count: int) -> None:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_batch_is_prepared_when_it_is_used_and_waiting_is_around_the_loader(ahead: bool) -> None:
+def test_a_batch_is_prepared_when_it_is_used(ahead: bool) -> None:
     """What a method learned in step i must reach the batch of step i + 1, also if its teachers ran before."""
-    events: list[str] = []
+    fetched: list[int] = []
     learned = 0.0
 
     def source() -> Iterator[Batch]:
         for number in range(3):
-            events.append(f"fetch {number}")
+            fetched.append(number)
             yield raw(number)
 
     def prepare(batch: Batch) -> Batch:
         return replace(batch, noise={"mask": torch.full((2, 4), learned)})
 
-    @contextmanager
-    def waiting() -> Iterator[None]:
-        events.append("wait")
-        yield
-        events.append("go")
-
     bank = tiny.bank(tiny.timm_config(DINO, None, random=True), 32)
-    lessons = Lessons(source(), bank, tiny.CPU, ahead=ahead, prepare=prepare, waiting=waiting)
-    for number, (batch, _) in enumerate(lessons):
-        assert batch.ids[0] == number and batch.images.dtype == torch.float32
+    for number, (batch, _) in enumerate(lessons(source(), bank, ahead=ahead, prepare=prepare)):
         assert float(batch.noise["mask"].mean()) == learned == float(number)
-        if number == 0:
-            assert events == ["wait", "fetch 0", "go", "wait", "fetch 1", "go"][: 6 if ahead else 3]
+        assert torch.equal(batch.images, raw(number).normalised().images)
+        assert fetched == [0, 1, 2][: number + (2 if ahead else 1)]
         learned += 1
 
 
