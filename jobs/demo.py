@@ -36,8 +36,21 @@ ROWS = {  # network in the reports -> (title, what it saw before the test)
     "control": ("MaskAlign, random teacher", "1,297 digits without labels"),
     "maskalign": ("MaskAlign", "1,297 digits without labels, and the teacher"),
 }
+STAGES = "{patches: [2, 2, 2], widths: [24, 48], depths: [1, 1], class_token: true}"
+EXTRAS = {  # with --all: network -> (title, recipe, changes)
+    "mff": ("MFF", "demo_mae", ("method.name=mff", "method.fusion.levels=[0, 1, 2, 3]")),
+    "amt": (
+        "MAE, masked by AMT",
+        "demo_mae",
+        ("method.masking={policy: amt, ratio: 0.45, throw: 0.3, warmup_epochs: 10, refresh: 0.1}",),
+    ),
+    "convmae": ("ConvMAE", "demo_mae", ("method.name=convmae", f"method.stages={STAGES}", "student.depth=3")),
+    "mrmae": ("MR-MAE", "demo_mrmae", ()),
+    "mrmae_convmae": ("MR-MAE on ConvMAE's encoder", "demo_mrmae", (f"method.stages={STAGES}", "student.depth=3")),
+}
 METRICS = {"knn": "kNN", "linear": "linear", "few_shot": "5-shot"}
 OVER_RANDOM, OVER_CONTROL = 12.0, 8.0  # points that MaskAlign has to be ahead in kNN and with 5 labels per class
+Scores = dict[str, dict[str, float]]  # network -> metric -> percent, of one seed
 console = Console(highlight=False)
 
 
@@ -96,8 +109,15 @@ def prepare(out: Path, stage: Stages) -> dict[str, Path]:
     return shards
 
 
-def pretrain(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages) -> None:
-    """The teacher, then the three students."""
+def rows(extras: bool) -> dict[str, tuple[str, str]]:
+    """network in the reports -> (title, what it saw before the test)."""
+    unlabelled, taught = ROWS["mae"][1], ROWS["maskalign"][1]
+    more = {n: (title, taught if recipe == "demo_mrmae" else unlabelled) for n, (title, recipe, _) in EXTRAS.items()}
+    return {**ROWS, **more} if extras else ROWS
+
+
+def pretrain(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages, extras: bool) -> None:
+    """The teacher, then its students."""
     common = [f"seed={seed}", f"engine.device={DEVICE}"]
     if DEVICE == "cuda":
         common += ["engine.ds_config=zero2_bf16", "data.workers=4"]
@@ -118,14 +138,17 @@ def pretrain(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages)
     random = ["teachers.mnist.weights=null", "teachers.mnist.random=true"]
     train("control: a random teacher", "demo_maskalign", "control", "digits-unlabelled", *random)
     train("MAE, no labels", "demo_mae", "mae", "digits-unlabelled")
+    for name, (title, recipe, changes) in EXTRAS.items() if extras else ():
+        weights_of = teacher if recipe == "demo_mrmae" else ()
+        train(f"{title}, no labels", recipe, name, "digits-unlabelled", *changes, *weights_of)
 
 
-def evaluate(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages) -> dict[str, dict[str, float]]:
-    """Percent right on the 500 test digits: network -> metric -> value. One process per protocol for all networks."""
-    runs = [folder / name for name in RUNS]
+def evaluate(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages, extras: bool) -> Scores:
+    """Percent right on the 500 test digits. One process per protocol for all networks."""
+    runs = [folder / name for name in (*RUNS, *(EXTRAS if extras else ()))]
     common = ["--train", shards["digits-train"], "--val", shards["digits-test"], "--crop-pct", 1, "--workers", 0]
     common += ["--seed", seed, "--device", DEVICE]
-    scores: dict[str, dict[str, float]] = {name: {} for name in ROWS}
+    scores: Scores = {name: {} for name in rows(extras)}
     for protocol, flags in (("knn", []), ("linear", ["--shots", 5, "--draws", 3])):
         report = folder / f"{protocol}.json"
         words = ["-m", "mimscale", "evaluate", protocol, *runs, *common, *flags, "--out", report]
@@ -138,14 +161,14 @@ def evaluate(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages)
 # ------------------------------------------------------------------------------------------------ results
 
 
-def mean(scores: Sequence[dict[str, dict[str, float]]], network: str, metric: str) -> float:
+def mean(scores: Sequence[Scores], network: str, metric: str) -> float:
     return statistics.fmean(of_seed[network][metric] for of_seed in scores)
 
 
-def cells(scores: Sequence[dict[str, dict[str, float]]]) -> list[list[str]]:
+def cells(scores: Sequence[Scores]) -> list[list[str]]:
     """One line per network: title, what it saw, and mean (± standard deviation over seeds) of each metric."""
     lines = []
-    for network, (title, saw) in ROWS.items():
+    for network, (title, saw) in rows("mrmae" in scores[0]).items():
         line = [title, saw]
         for metric in METRICS:
             values = [of_seed[network][metric] for of_seed in scores]
@@ -155,43 +178,50 @@ def cells(scores: Sequence[dict[str, dict[str, float]]]) -> list[list[str]]:
     return lines
 
 
-def findings(scores: Sequence[dict[str, dict[str, float]]]) -> list[str]:
+def findings(scores: Sequence[Scores]) -> list[str]:
     """What the numbers say, whichever way they fall."""
+
+    titles = rows(extras := "mrmae" in scores[0])
 
     def compare(first: str, second: str) -> str:
         gaps = [(m, mean(scores, first, m) - mean(scores, second, m)) for m in ("knn", "few_shot")]
         told = " and ".join(f"{gap:+.1f} points in {METRICS[m]}" for m, gap in gaps)
-        return f"{ROWS[first][0]} against {ROWS[second][0]}: {told}."
+        return f"{titles[first][0]} against {titles[second][0]}: {told}."
 
-    pairs = (("maskalign", "random init"), ("maskalign", "control"), ("maskalign", "teacher"))
-    return [compare(*pair) for pair in (*pairs, ("mae", "random init"), ("maskalign", "raw pixels"))]
+    pairs = [("maskalign", other) for other in ("random init", "control", "teacher", "raw pixels")]
+    pairs += [(name, "random init") for name in ("mae", *(EXTRAS if extras else ()))]
+    return [compare(*pair) for pair in pairs]
 
 
-def failures(scores: Sequence[dict[str, dict[str, float]]], scale: float) -> list[str]:
+def failures(scores: Sequence[Scores], scale: float) -> list[str]:
     """Margins that are not reached."""
     out = []
-    for other, points in (("random init", OVER_RANDOM), ("control", OVER_CONTROL)):
+    pairs = [("maskalign", "random init", OVER_RANDOM), ("maskalign", "control", OVER_CONTROL)]
+    pairs += [("mrmae", "random init", OVER_RANDOM)] if "mrmae" in scores[0] else []
+    for name, other, points in pairs:
         for metric in ("knn", "few_shot"):
-            margin = mean(scores, "maskalign", metric) - mean(scores, other, metric)
+            margin = mean(scores, name, metric) - mean(scores, other, metric)
             if not margin > points * scale:
-                out.append(f"{METRICS[metric]}: MaskAlign is {margin:.1f} points over {other}, not {points * scale:g}")
+                title = rows(True)[name][0]
+                out.append(f"{METRICS[metric]}: {title} is {margin:.1f} points over {other}, not {points * scale:g}")
     return out
 
 
-def caption(seeds: int) -> str:
+def caption(scores: Sequence[Scores]) -> str:
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{RANKS} processes on a CPU"
-    over = f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "One seed"
+    over = f"Mean ± standard deviation over {len(scores)} seeds" if len(scores) > 1 else "One seed"
+    command = "bash jobs/demo.sh --all" if "mrmae" in scores[0] else "bash jobs/demo.sh"
     commit = git_commit() or "unknown"
     changed = " with changes" if commit.endswith("+") else ""
     return (
         "Percent of 500 of scikit-learn's digits that are classified right; no network and no probe saw these. "
         "Features are the mean of the frozen network's patch tokens. kNN and linear learn from the labels of the other "
-        f"1,297 digits, 5-shot from 5 labels per class (mean of 3 draws). {over}; `bash jobs/demo.sh`, {where}, "
+        f"1,297 digits, 5-shot from 5 labels per class (mean of 3 draws). {over}; `{command}`, {where}, "
         f"torch {torch.__version__}, Python {platform.python_version()}, commit {commit[:12]}{changed}."
     )
 
 
-def publish(out: Path, scores: Sequence[dict[str, dict[str, float]]], seconds: float) -> None:
+def publish(out: Path, scores: Sequence[Scores], seconds: float) -> None:
     """The table on the terminal, in demo.md and, with the single values, in demo.json."""
     headings = ["network", "has seen", *METRICS.values()]
     table = Table(title="top-1 in percent, frozen features")
@@ -204,9 +234,9 @@ def publish(out: Path, scores: Sequence[dict[str, dict[str, float]]], seconds: f
     markdown = [headings, ["---", "---", *("---:" for _ in METRICS)], *lines]
     told = "\n".join(f"- {finding}" for finding in findings(scores))
     text = "\n".join(f"| {' | '.join(line)} |" for line in markdown)
-    (out / "demo.md").write_text(f"{text}\n\n{caption(len(scores))}\n\n{told}\n")
-    console.print(f"{caption(len(scores))}\n{told}")
-    report = {"caption": caption(len(scores)), "seconds": round(seconds, 1), "scores": list(scores)}
+    (out / "demo.md").write_text(f"{text}\n\n{caption(scores)}\n\n{told}\n")
+    console.print(f"{caption(scores)}\n{told}")
+    report = {"caption": caption(scores), "seconds": round(seconds, 1), "scores": list(scores)}
     (out / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -217,9 +247,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 1 where a stage fails or, with --check, where a margin is not reached."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=1, help="repeat all of it with seeds 0, 1, ... (default 1)")
+    parser.add_argument(
+        "--all", action="store_true", help=f"more students: {', '.join(t for t, *_ in EXTRAS.values())}"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", help="folder (default runs/demo)")
     check = (
-        f"fail unless MaskAlign is SCALE x {OVER_RANDOM:g} points over random and x {OVER_CONTROL:g} over its control"
+        f"fail unless MaskAlign is SCALE x {OVER_RANDOM:g} points over random and x {OVER_CONTROL:g} over its control, "
+        "and with --all MR-MAE over random as well"
     )
     parser.add_argument("--check", type=float, metavar="SCALE", help=check)
     args = parser.parse_args(arguments)
@@ -230,8 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scores = []
     for seed in range(args.seeds):
         folder = out / f"seed-{seed}"
-        pretrain(folder, seed, shards, stage)
-        scores.append(evaluate(folder, seed, shards, stage))
+        pretrain(folder, seed, shards, stage, args.all)
+        scores.append(evaluate(folder, seed, shards, stage, args.all))
     stage("picture", ROOT / "jobs" / "demo_picture.py", out / "seed-0", shards["digits-test"], out / "demo.png")
     publish(out, scores, time.monotonic() - start_s)
     console.print(

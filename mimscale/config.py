@@ -14,12 +14,13 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from mimscale.errors import UserError
 
@@ -45,12 +46,22 @@ class MethodConfig(Strict):
     name: str
 
 
+def default_decoder() -> Literal["simplejpeg", "pillow"]:
+    return "simplejpeg" if find_spec("simplejpeg") else "pillow"
+
+
 class DataConfig(Strict):
     """Where the images are and how they are cut. `shards` is a folder that holds manifest.json.
 
     crop: random_resized takes a part of random area (crop_scale) and aspect (crop_ratio). padded, the conservative crop
     of PixMIM and MFF, resizes the short side to image_size, reflects crop_padding pixels over each edge and takes a
     random square.
+
+    decoder: decides the pixels, so a run keeps the one that it was started with (see data/decode.py). Default:
+    simplejpeg where it is installed. decode_short_side: larger JPEGs are decoded at a fraction of their size, down to a
+    short side of this many pixels; 0 = off. crops: each image is decoded once for so many consecutive steps, each with
+    a crop of its own; crops count as samples. max_damaged: a run stops when more samples than this cannot be used;
+    default: one in 10,000, at least 10.
     """
 
     shards: Path
@@ -65,6 +76,17 @@ class DataConfig(Strict):
     prefetch: int = Field(2, ge=1)
     streams: int = Field(256, ge=1)
     block: int = Field(8192, ge=1)
+    decoder: Literal["simplejpeg", "pillow"] = Field(default_factory=default_decoder)
+    decode_short_side: int = Field(0, ge=0)
+    crops: int = Field(1, ge=1)
+    max_damaged: int | None = Field(None, ge=0)
+
+    @field_validator("decoder")
+    @classmethod
+    def _installed(cls, value: str) -> str:
+        if value == "simplejpeg" and default_decoder() != value:
+            raise ValueError("the package is not installed; pip install simplejpeg, or start a run with pillow")
+        return value
 
     @model_validator(mode="after")
     def _possible(self) -> DataConfig:
@@ -110,6 +132,8 @@ class TeacherConfig(Strict):
     options: keyword arguments for the library's model constructor (e.g. embed_dim, depth of a custom ViT).
     activation: required for open_clip with a local file and no tag: a file cannot say whether it wants QuickGELU.
     precision: int8 and fp8 quantise the blocks' linear layers (teachers/quantise.py) and need the extra [fp8].
+    compile: torch.compile each block. shard: parameters are split over the ranks and gathered block by block (ZeRO-3),
+        for a teacher that one GPU cannot hold.
     random: leave the weights at their seeded random initialisation (a control, not a teacher).
     mean, std, norm_eps: facts of a checkpoint where they differ from what the library says of `model` (LayerNorm eps of
     Hugging Face's DINO: 1e-12; weights trained by this package: ImageNet's mean and std).
@@ -124,10 +148,19 @@ class TeacherConfig(Strict):
     image_size: int | None = Field(None, ge=8)
     activation: Literal["gelu", "quickgelu"] | None = None
     random: bool = False
+    compile: bool = False
+    shard: bool = False
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     norm_eps: float | None = Field(None, gt=0)
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _shardable(self) -> TeacherConfig:
+        if self.shard and (self.compile or self.storage != self.precision):
+            other = "compile = true" if self.compile else f"precision = {self.precision}"
+            raise ValueError(f"shard = true with {other}: parameters are gathered as they are; use one or the other")
+        return self
 
     @property
     def storage(self) -> Literal["fp32", "bf16", "fp16"]:
@@ -279,7 +312,7 @@ class RunConfig(Strict):
 
     def shaping(self) -> dict[str, Any]:
         """The flat `section.key` values that decide the result; a resume refuses a change in any of them."""
-        free = ("engine.", "checkpoint.", "log.", "data.workers", "data.prefetch", "data.shards")
+        free = ("engine.", "checkpoint.", "log.", "data.workers", "data.prefetch", "data.shards", "data.max_damaged")
         flat = dict(_flatten(self.dump()))
         return {key: value for key, value in flat.items() if not key.startswith(free) and not key.endswith(".weights")}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,6 +134,16 @@ class View:
 
 
 @dataclass(frozen=True)
+class Damage:
+    """A sample that could not be used: its id, the name of its shard, its key in there, and why."""
+
+    sample: int
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank.
 
@@ -148,6 +158,7 @@ class Batch:
     whole: uint8 [F, 3, H, W], the uncut images of the rows `whole_rows`, int64 [F], squeezed to the same size, neither
         cropped nor mirrored nor normalised. None where not asked; F may be 0.
     importance: uint8 [B, L], what a masking policy that learns has stored of these samples' patches; None else.
+    damage: what could not be used when this batch was made; `ids` has what was taken instead.
     """
 
     images: Tensor
@@ -160,6 +171,7 @@ class Batch:
     whole: Tensor | None = None
     whole_rows: Tensor | None = None
     importance: Tensor | None = None
+    damage: tuple[Damage, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies do not block the host where the memory is pinned."""
@@ -174,7 +186,9 @@ class Batch:
         return replace(self, whole=None, whole_rows=None)._each(lambda tensor: tensor[:count])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        values: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **values, noise={purpose: change(tensor) for purpose, tensor in self.noise.items()})
 
     def normalised(self) -> Batch:

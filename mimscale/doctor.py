@@ -23,9 +23,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mimscale import doctor_teacher
-from mimscale.config import RunConfig, TeacherConfig, load, load_ds_config, method_class, precision_of, solve_batch
+from mimscale import compositions, doctor_teacher
+from mimscale.config import (
+    RunConfig,
+    TeacherConfig,
+    default_decoder,
+    load,
+    load_ds_config,
+    method_class,
+    precision_of,
+    solve_batch,
+)
 from mimscale.contracts import TeacherInfo
+from mimscale.data.decode import explain
 from mimscale.data.manifest import Manifest
 from mimscale.engine.world import check_precision
 from mimscale.errors import UserError
@@ -60,11 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change values of the recipe")
     parser.add_argument("--fetch", action="store_true", help="download the teachers' weights that are not here")
     parser.add_argument("--fetch-dir", type=Path, default=Path("teachers"), help="where --fetch puts them")
+    parser.add_argument("--compositions", action="store_true", help="which method takes which masking and fusion")
     doctor_teacher.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """0: ready. 2: something would stop the run. Raises UserError where the recipe itself is wrong."""
+    if args.compositions:
+        print(compositions.table())
+        return 0
     if args.teacher is not None:
         return doctor_teacher.run(args)
     if args.recipe is None:
@@ -108,6 +122,7 @@ def machine() -> Findings:
     else:
         found.rows.append(("CUDA devices", "none"))
     found.rows.append(("CPU", f"{os.cpu_count()} cores, {_formats(torch.device('cpu'))}"))
+    found.rows.append(("pictures", explain(default_decoder())))
     job = os.environ.get("SLURM_JOB_ID")
     slurm = f"inside job {job}" if job else "here (sbatch found)" if shutil.which("sbatch") else "not here"
     found.rows.append(("SLURM", slurm))
@@ -190,6 +205,7 @@ def check_data(config: RunConfig, found: Findings) -> None:
         return
     steps = manifest.samples // config.schedule.global_batch
     shards = len(manifest.shard_paths)
+    found.rows.append(("pictures", explain(config.data.decoder)))
     found.rows.append(("data", f"{manifest.samples} samples in {shards} shards, {steps} steps per epoch"))
     if steps == 0 and config.schedule.steps is None:
         found.problems.append(

@@ -3,6 +3,7 @@
 config.yaml       the resolved recipe
 launches.jsonl    one line per start: command, versions, commit, ranks
 metrics.jsonl     one line per log step
+damaged.jsonl     one line per sample that could not be used
 tensorboard/      the same, to look at
 checkpoints/      see resilience/checkpoint.py
 job/              what the batch scripts keep there
@@ -28,7 +29,18 @@ import yaml
 from mimscale.config import RunConfig, load
 from mimscale.errors import UserError
 
-PACKAGES = ("mimscale", "torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "webdataset", "numpy", "pillow")
+PACKAGES = (
+    "mimscale",
+    "torch",
+    "torchvision",
+    "deepspeed",
+    "timm",
+    "open_clip_torch",
+    "webdataset",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+)
 
 
 def existing_run(run_dir: Path) -> RunConfig | None:

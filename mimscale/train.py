@@ -11,7 +11,8 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from mimscale.convert import start
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
 from mimscale.engine.engine import Engine
+from mimscale.engine.frozen import split_over_ranks
 from mimscale.engine.world import World, check_precision, close_process_group, from_environment, open_process_group
 from mimscale.errors import Stopped, UserError
 from mimscale.methods.base import Method
+from mimscale.observe.ledger import Ledger, default_limit
 from mimscale.observe.logbook import Logbook
 from mimscale.observe.meter import Meter, Phases
 from mimscale.observe.panels import SAMPLES
@@ -66,7 +69,7 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
     solve_batch(run.schedule.global_batch, world.size, run.engine.max_micro_batch)
     teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
     for name, teacher in run.teachers.items():
-        if world.device.type == "cuda":
+        if world.device.type == "cuda" or teacher.shard:
             check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
             check_quantised(name, teacher.precision, world.device)
     method_class(run.method.name).check(run, teachers)
@@ -94,6 +97,9 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
             f"schedule.global_batch = {run.schedule.global_batch} exceeds the {manifest.samples} samples of "
             f"{run.data.shards}; lower it, or give schedule.steps instead of schedule.epochs"
         )
+    ledger = open_ledger(run, run_dir, manifest, writes=False)
+    if ledger.full:
+        raise UserError(ledger.verdict())
     total = run.schedule.steps or round((run.schedule.epochs or 0) * steps_per_epoch)
     steps_per_epoch = max(1, steps_per_epoch)
     if total <= run.schedule.warmup_epochs * steps_per_epoch:
@@ -125,6 +131,7 @@ def train(plan: Plan, phases: Phases) -> None:
         control = Control()
     with phases("engine"):
         engine = Engine(method, run, world)
+        bank.shard(partial(split_over_ranks, world=world))
         method.begin(plan.manifest.samples)
     with phases("resume"):
         state = restore(plan, engine, method, bank, control).launched()
@@ -155,6 +162,7 @@ def train(plan: Plan, phases: Phases) -> None:
     saver.note = logbook.event
     logbook.say("\n".join((describe_run(plan, engine, state), *started)))
     meter = Meter(world.device)
+    ledger = open_ledger(run, plan.run_dir, plan.manifest, writes=world.rank == 0)
     saved_step = state.step if state.launches > 1 else -1
     loop_start_s = step_start_s = time.perf_counter()
 
@@ -164,6 +172,7 @@ def train(plan: Plan, phases: Phases) -> None:
         for _ in range(engine.accumulation):
             with meter.waiting():
                 batch = next(batches)
+            ledger.note(batch.damage)
             batch = method.prepare(batch).to(world.device).normalised()
             targets = bank(batch.images)
             meter.add(engine.micro_step(batch, targets), images=len(batch.ids) * world.size)
@@ -180,11 +189,16 @@ def train(plan: Plan, phases: Phases) -> None:
             metrics = meter.read()
             metrics |= {"lr": lr, "grad_norm": engine.gradient_norm(), "loss_scale": engine.loss_scale}
             metrics |= {"epoch": state.step / plan.steps_per_epoch, "skipped_steps": float(engine.skipped_steps)}
-            logbook.step(state.step, metrics)
+            for damage in ledger.settle(control.gather(ledger.take())):
+                logbook.event("damaged", **asdict(damage))
+                logbook.say(
+                    f"damaged: {damage.shard}, key {damage.key}: {damage.reason}; another sample took its place"
+                )
+            logbook.step(state.step, metrics | {"damaged": float(ledger.total)})
         if run.log.panels and (last or state.step % run.log.panels == 0):
             targets = {name: seen.first(SAMPLES) for name, seen in targets.items()}
             logbook.show(state.step, method.look(batch.first(SAMPLES), targets))
-        raised, *saved = control.agree(preemption.raised(), *saver.votes())
+        raised, *saved = control.agree(preemption.raised() or ledger.full, *saver.votes())
         saver.follow(*saved)
         stop = bool(raised) and not last
         if stop or last:
@@ -196,8 +210,11 @@ def train(plan: Plan, phases: Phases) -> None:
             saved_step = state.step
         if stop:
             saver.settle()
-            logbook.event("stopped", at=state.step, reason=preemption.reason)
-            logbook.say(f"stopped at step {state.step} ({preemption.reason or 'asked by another rank'}), saved")
+            reason = "too many damaged samples" if ledger.full else preemption.reason
+            logbook.event("stopped", at=state.step, reason=reason)
+            logbook.say(f"stopped at step {state.step} ({reason or 'asked by another rank'}), saved")
+            if ledger.full:
+                raise Stopped(ledger.verdict())
             if world.rank == 0 and not run_folder.stop_wish(plan.run_dir).exists():
                 leave_requeue_marker(checkpoint.newest_step(plan.run_dir))
             break
@@ -291,6 +308,11 @@ def describe_state(plan: Plan, engine: Engine, method: Method, bank: Bank, state
         "method": method.extra_state(),
         **engine.meta(),
     }
+
+
+def open_ledger(run: RunConfig, run_dir: Path, manifest: Manifest, writes: bool) -> Ledger:
+    limit = run.data.max_damaged
+    return Ledger(run_dir / "damaged.jsonl", default_limit(manifest.samples) if limit is None else limit, writes)
 
 
 def open_folder(plan: Plan, state: TrainState) -> None:

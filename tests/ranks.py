@@ -36,7 +36,13 @@ METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
     "mrmae": {"fusion": {"kind": "mff", "levels": [0, 2]}, **DECODER},
     "mrmae_convmae": {"name": "mrmae", "stages": {**STAGES, "class_token": True}, **DECODER},
 }
-TAUGHT = ("maskalign", "mrmae", "mrmae_convmae")
+COMPOSED: dict[str, dict[str, Any]] = {
+    "mrmae_mff": {"name": "mrmae", "fusion": {"kind": "mff", "levels": [0, 2], "feeds": "both"}, **DECODER},
+    "pixmim_attention": {"name": "pixmim", "masking": {"policy": "attention"}, **METHODS["pixmim"]},
+    "maskalign_before": {"name": "maskalign", "adaptor_position": "before", **METHODS["maskalign"]},
+}
+METHODS |= COMPOSED
+TAUGHT = ("maskalign", "mrmae", "mrmae_convmae", *COMPOSED)
 
 
 def recipe(folder: Path, shards: Path, method: str = "mae", **sections: dict[str, Any]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from mimscale.config import load
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,3 +74,13 @@ def test_margins_that_are_not_reached_fail_and_nothing_is_trained_again(demo: tu
     again = demonstrate(out, "--check", "100")
     assert again.returncode == 1 and "not reached" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_recipes_of_all_students_are_valid() -> None:
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "jobs" / "demo.py")
+    assert spec is not None and spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    methods = {name: load(recipe, changes).method.name for name, (_, recipe, changes) in demo.EXTRAS.items()}
+    assert methods == {"mff": "mff", "amt": "mae", "convmae": "convmae", "mrmae": "mrmae", "mrmae_convmae": "mrmae"}
+    assert demo.rows(False).keys() < demo.rows(True).keys() and demo.rows(True).keys() >= methods.keys()

@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "recipes": set(),
     "convert": {"models", "methods", "data", "resilience", "run_folder"},
     "evals": {"models", "methods", "data", "resilience", "convert"},
-    "doctor": {"doctor_teacher", "models", "methods", "teachers", "data", "engine"},
+    "compositions": {"models", "methods", "masking"},
+    "doctor": {"compositions", "doctor_teacher", "models", "methods", "teachers", "data", "engine"},
     "doctor_teacher": {"models", "methods", "teachers", "data"},
     "bench": {"models", "methods", "masking", "teachers", "data", "resilience", "observe", "engine", "optim"},
     "train": {

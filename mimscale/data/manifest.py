@@ -22,6 +22,7 @@ import json
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from mimscale.errors import UserError
 
 MANIFEST, INDEX, LABELS = "manifest.json", "index.npy", "labels.npy"
 OPEN_SHARDS = 512
+BLOCK = 512  # bytes; tar's unit, and the length of a header
 Ints = NDArray[np.int64]
 Sha256 = Field(pattern="^[0-9a-f]{64}$")
 
@@ -76,6 +78,10 @@ class _OpenShard:
     def read(self, size: int, offset: int) -> bytes:
         return os.pread(self.fd, size, offset)
 
+    def will_need(self, size: int, offset: int) -> None:
+        """Start reading from the disk. A hint: returns at once."""
+        os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
+
     def __del__(self) -> None:
         if hasattr(self, "fd"):
             os.close(self.fd)
@@ -96,7 +102,8 @@ class Manifest:
         self.counts: Ints = np.array([shard.count for shard in file.shards], dtype=np.int64)
         self._ends: Ints = np.cumsum(self.counts)
         self._starts: Ints = self._ends - self.counts
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(lambda shard: _OpenShard(self.shard_paths[shard]))
+        paths = self.shard_paths  # not self: a cycle would keep files open until it is collected
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(lambda shard: _OpenShard(paths[shard]))
 
     @classmethod
     def load(cls, folder: Path, check_shards: bool = True) -> Manifest:
@@ -149,25 +156,40 @@ class Manifest:
         return shards, at - self._starts[shards]
 
     def read(self, sample_id: int) -> bytes:
-        """The stored bytes of an image. Raises OSError, also where the shard ends too early."""
-        return self._pread(sample_id, int(self.offsets[sample_id]), int(self.sizes[sample_id]))
+        """The stored bytes of an image. Raises OSError, also where the shard is not the one that was indexed."""
+        return self._member(sample_id)[1]
 
     def key(self, sample_id: int) -> str:
-        """Name of the sample inside its shard, without extension."""
-        block = 512  # a member's header stands right before its bytes
-        header = self._pread(sample_id, int(self.offsets[sample_id]) - block, block)
-        return os.path.splitext(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
+        """Name of the sample inside its shard, without extension. Raises OSError."""
+        return os.path.splitext(self._member(sample_id)[0].name)[0]
+
+    def read_ahead(self, ids: Ints) -> None:
+        """Have the system fetch these samples while others are decoded. Errors wait for `read`."""
+        for sample_id, shard in zip(ids.tolist(), self.locate(ids)[0].tolist(), strict=True):
+            with suppress(OSError):
+                self._open(shard).will_need(int(self.sizes[sample_id]) + BLOCK, int(self.offsets[sample_id]) - BLOCK)
 
     def close(self) -> None:
         """Let go of open shards; the next read opens them again."""
         self._open.cache_clear()
 
-    def _pread(self, sample_id: int, offset: int, size: int) -> bytes:
+    def _member(self, sample_id: int) -> tuple[tarfile.TarInfo, bytes]:
+        """Header and contents. A member's header stands right before its bytes: what it says must fit the index."""
         shard = int(self.locate(sample_id)[0])
-        data = self._open(shard).read(size, offset)
-        if len(data) != size:
-            raise OSError(f"'{self.shard_paths[shard]}' ends early: {len(data)} of {size} bytes at {offset}")
-        return data
+        offset, size = int(self.offsets[sample_id]), int(self.sizes[sample_id])
+        path = self.shard_paths[shard]
+        if offset < BLOCK or size < 0:
+            raise OSError(f"'{path}': the index is damaged: {size} bytes at {offset}")
+        data = self._open(shard).read(size + BLOCK, offset - BLOCK)
+        if len(data) != size + BLOCK:
+            raise OSError(f"'{path}' ends early: {len(data) - BLOCK} of {size} bytes at {offset}")
+        try:
+            header = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise OSError(f"'{path}' has no file at {offset}, or its header is damaged: {error}") from None
+        if header.size != size:
+            raise OSError(f"'{path}' is another shard: {header.size} bytes at {offset}, not {size}")
+        return header, data[BLOCK:]
 
 
 def _map(path: Path, shape: tuple[int, ...]) -> Ints:

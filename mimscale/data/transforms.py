@@ -1,7 +1,8 @@
 """Crops as pure functions of given random numbers, and the pixels under a crop.
 
 The numbers equal torchvision's RandomResizedCrop, RandomCrop, Resize and CenterCrop on Pillow pictures; only the random
-source is ours. Boxes are (top, left, height, width) in pixels.
+source is ours. A `Picture` (see decode.py) goes the same way, with torch's resize. Boxes are (top, left, height, width)
+in pixels.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from mimscale.data.decode import AnyPicture
 
 Box = tuple[int, int, int, int]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -46,7 +49,7 @@ def random_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resized_crop(image: Image.Image, box: Box, side: int, interpolation: Interpolation) -> Image.Image:
+def resized_crop(image: AnyPicture, box: Box, side: int, interpolation: Interpolation) -> AnyPicture:
     """Crop, then resize to side x side: pixels outside the box have no influence."""
     top, left, height, width = box
     return image.crop((left, top, left + width, top + height)).resize((side, side), RESAMPLING[interpolation])
@@ -58,13 +61,13 @@ def resized_size(size: tuple[int, int], short: int) -> tuple[int, int]:
     return max(short, int(short * height / width)), max(short, int(short * width / height))
 
 
-def resized(image: Image.Image, short: int, interpolation: Interpolation) -> Image.Image:
+def resized(image: AnyPicture, short: int, interpolation: Interpolation) -> AnyPicture:
     """The whole picture with its short side resized to `short`."""
     height, width = resized_size((image.height, image.width), short)
     return image if image.size == (width, height) else image.resize((width, height), RESAMPLING[interpolation])
 
 
-def squeezed(image: Image.Image, side: int, interpolation: Interpolation) -> Image.Image:
+def squeezed(image: AnyPicture, side: int, interpolation: Interpolation) -> AnyPicture:
     """The whole picture as a square of side x side, whatever its aspect."""
     return image.resize((side, side), RESAMPLING[interpolation])
 
@@ -78,12 +81,12 @@ def padded_box(size: tuple[int, int], side: int, padding: int, numbers: Sequence
     return top, left, side, side
 
 
-def padded_crop(image: Image.Image, box: Box, padding: int) -> Image.Image:
-    """Cut the box out of the picture continued by reflection, `padding` pixels beyond each edge."""
+def padded_crop(image: AnyPicture, box: Box, padding: int) -> NDArray[np.uint8]:
+    """uint8 [h, w, 3]: the box cut out of the picture continued by reflection, `padding` pixels beyond each edge."""
     top, left, height, width = box
     edges = ((padding, padding), (padding, padding), (0, 0))
     padded = np.pad(np.asarray(image), edges, mode="reflect")
-    return Image.fromarray(padded).crop((left + padding, top + padding, left + padding + width, top + padding + height))
+    return padded[top + padding : top + padding + height, left + padding : left + padding + width]
 
 
 def fractions(box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -92,7 +95,7 @@ def fractions(box: Box, size: tuple[int, int]) -> tuple[float, float, float, flo
     return top / size[0], left / size[1], height / size[0], width / size[1]
 
 
-def centre_crop(image: Image.Image, side: int, crop_pct: float) -> tuple[Image.Image, tuple[float, ...]]:
+def centre_crop(image: AnyPicture, side: int, crop_pct: float) -> tuple[AnyPicture, tuple[float, ...]]:
     """Evaluation: the short side becomes round(side / crop_pct) (bicubic), then the central side x side is cut out.
 
     Returns the picture and its box as fractions of the stored image.
@@ -103,7 +106,7 @@ def centre_crop(image: Image.Image, side: int, crop_pct: float) -> tuple[Image.I
     return image.crop((left, top, left + side, top + side)), fractions(box, (image.height, image.width))
 
 
-def pixels(image: Image.Image, flip: bool = False) -> NDArray[np.uint8]:
+def pixels(image: AnyPicture | NDArray[np.uint8], flip: bool = False) -> NDArray[np.uint8]:
     """uint8 [3, H, W], mirrored left-right where asked."""
     array = np.asarray(image).transpose(2, 0, 1)
     return array[:, :, ::-1] if flip else array

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +58,9 @@ def load(
     teacher.requires_grad_(False).eval().to(device)
     if config.precision == "int8" or config.precision == "fp8":
         quantise.quantise(teacher, config.precision)
+    if config.compile:
+        for block in teacher.blocks:  # one by one: the walk around them reads a few tokens of some
+            block.compile()
     return teacher, identity
 
 
@@ -91,12 +94,27 @@ class Bank:
         self.needs = dict(needs)
         self.teachers: dict[str, Teacher] = {}
         self._identities: dict[str, dict[str, Any]] = {}
+        self._calls: dict[str, Callable[[Tensor, TeacherNeeds], Targets]] = {}
         for name in needs:
-            self.teachers[name], self._identities[name] = load(name, configs[name], default_image_size, device)
+            home = torch.device("cpu") if configs[name].shard else device
+            teacher, self._identities[name] = load(name, configs[name], default_image_size, home)
+            self.teachers[name] = self._calls[name] = teacher
+        self._sharded = [name for name in needs if configs[name].shard]
+
+    def shard(self, split: Callable[[Teacher], Callable[[Tensor, TeacherNeeds], Targets]]) -> None:
+        """Collective: split the teachers that ask for it over the ranks. `split` returns what is called instead."""
+        for name in self._sharded:
+            self._calls[name] = split(self.teachers[name])
 
     def __call__(self, images: Tensor) -> dict[str, Targets]:
         """float32 ImageNet-normalised [B, 3, H, W] on the bank's device -> teacher's name -> what was asked of it."""
-        return {name: teacher(images, self.needs[name]) for name, teacher in self.teachers.items()}
+        pixels: dict[Any, Tensor] = {}
+        targets = {}
+        for name, teacher in self.teachers.items():
+            if teacher.input not in pixels:
+                pixels[teacher.input] = teacher.preprocess(images)
+            targets[name] = self._calls[name](pixels[teacher.input], self.needs[name])
+        return targets
 
     def identities(self) -> dict[str, dict[str, Any]]:
         """Which weights these are, for the checkpoint's record: name -> library, model, sha256 (null if random)."""

@@ -28,6 +28,7 @@ class Teacher(nn.Module, ABC):
     tower: the library's module without the parts that no target reads (final norm, pooling, head).
     prefix: tokens before the patches; the class token, where there is one, is the first of them.
     norm_eps: of every LayerNorm, where it is not the library's.
+    input: image size, mean and std; teachers in which these are equal see the same pixels.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Teacher(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.tower, self.info, self.prefix = tower, info, prefix
+        self.input = (info.image_size, tuple(mean), tuple(std))
         scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std, strict=True)]
         shift = [(ours - theirs) / s for ours, theirs, s in zip(IMAGENET_MEAN, mean, std, strict=True)]
         for name, values in (("scale", scale), ("shift", shift)):  # on the CPU even while the tower is built on meta
@@ -90,10 +92,10 @@ class Teacher(nn.Module, ABC):
         return torch.addcmul(self.shift, images, self.scale)
 
     @torch.no_grad()  # not inference_mode: the student's loss saves the targets for its backward pass
-    def forward(self, images: Tensor, needs: TeacherNeeds) -> Targets:
-        """float32 ImageNet-normalised [B, 3, h, w] -> what `needs` names, and no block is run beyond it."""
+    def forward(self, pixels: Tensor, needs: TeacherNeeds) -> Targets:
+        """float32 [B, 3, S, S] out of `preprocess` -> what `needs` names, and no block is run beyond it."""
         dtype = next(self.tower.parameters()).dtype
-        tokens = self.embed(self.preprocess(images).to(dtype))
+        tokens = self.embed(pixels.to(dtype))
         levels: dict[int, Tensor] = {}
         cls: dict[int, Tensor] = {}
         attention = None

@@ -21,10 +21,11 @@ from PIL import Image
 
 from mimscale.config import DataConfig
 from mimscale.contracts import Batch, Needs, Noise
-from mimscale.data import loader as module
-from mimscale.data.decode import decode
-from mimscale.data.loader import DamagedSample, TrainLoader, eval_batches, load_image
+from mimscale.data import reader as module
+from mimscale.data.decode import decode, decoder
+from mimscale.data.loader import TrainLoader, eval_batches
 from mimscale.data.manifest import Manifest
+from mimscale.data.reader import DamagedSample, Reader
 from mimscale.data.transforms import pixels, resized, resized_crop
 from mimscale.errors import UserError
 
@@ -75,7 +76,8 @@ def never_stopped(shards: Path) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def test_what_a_batch_holds(manifest: Manifest) -> None:
-    batch = next(iter(loader(manifest)))
+    data = config(manifest)
+    batch = next(iter(loader(manifest, data)))
     shapes = {name: (tuple(value.shape), value.dtype) for name, value in tensors(batch).items()}
     assert shapes == {
         "images": ((GLOBAL, 3, 32, 32), torch.uint8),
@@ -90,7 +92,7 @@ def test_what_a_batch_holds(manifest: Manifest) -> None:
     }
     assert batch.labels is not None and manifest.labels is not None
     for row, sample in enumerate(batch.ids.tolist()):
-        source = decode(manifest.read(sample))
+        source = decoder(data.decoder)(manifest.read(sample))
         height, width = source.height, source.width
         box = (batch.boxes[row].double() * torch.tensor([height, width, height, width])).round().int().tolist()
         expected = pixels(resized_crop(source, tuple(box), 32, "bicubic"), bool(batch.flips[row]))
@@ -140,7 +142,7 @@ def test_whole_images_belong_to_positions(manifest: Manifest, world: int, micro:
             assert batch.whole is not None and batch.whole_rows is not None
             assert batch.whole.shape == (len(batch.whole_rows), 3, 32, 32) and batch.whole.dtype == torch.uint8
             for picture, row in zip(batch.whole, batch.whole_rows.tolist(), strict=True):
-                source = decode(manifest.read(int(batch.ids[row])))
+                source = decoder(config(manifest).decoder)(manifest.read(int(batch.ids[row])))
                 expected = source.resize((32, 32), Image.Resampling.BICUBIC)
                 assert np.array_equal(picture.numpy(), pixels(expected))
                 found[int(batch.positions[row])] = picture
@@ -178,9 +180,9 @@ def test_flip_and_crop_follow_the_configuration(manifest: Manifest) -> None:
 def test_padded_crops_hold_what_their_boxes_say(manifest: Manifest) -> None:
     """Inside the stored image a crop is the resized image; the box of a padded crop may reach a little outside."""
     batch = next(iter(loader(manifest, config(manifest, crop="padded", crop_padding=6, interpolation="bilinear"))))
-    outside = 0
+    outside, read = 0, Reader(manifest, decoder(config(manifest).decoder))
     for image, sample, box, flip in zip(batch.images, batch.ids, batch.boxes, batch.flips, strict=True):
-        whole = pixels(resized(load_image(manifest, int(sample)), 32, "bilinear"))
+        whole = pixels(resized(read.load(int(sample)), 32, "bilinear"))
         height, width = whole.shape[1:]
         top, left = round(float(box[0]) * height), round(float(box[1]) * width)
         assert box.tolist() == pytest.approx([top / height, left / width, 32 / height, 32 / width], abs=1e-6)
@@ -190,6 +192,30 @@ def test_padded_crops_hold_what_their_boxes_say(manifest: Manifest) -> None:
         assert np.array_equal(ours[:, rows[:, None] - top, columns - left], whole[:, rows[:, None], columns])
         outside += len(rows) < 32 or len(columns) < 32
     assert outside > len(batch.ids) / 2 and batch.flips.any() and not batch.flips.all()
+
+
+@pytest.mark.parametrize(("world", "micro", "start"), [(1, 24, 0), (2, 4, 0), (1, 12, 4), (3, 8, 5)])
+def test_crops_of_one_decode_go_to_consecutive_steps(manifest: Manifest, world: int, micro: int, start: int) -> None:
+    """Three steps see the images of one place in the order, each with other crops and masks; ranks do not show."""
+    data, plain = config(manifest, crops=3), by_position(islice(loader(manifest), 3))
+    whole = by_position(islice(loader(manifest, data), 9))
+    assert sorted(whole) == list(range(9 * GLOBAL))
+    moved = 0
+    for position, fields in whole.items():
+        step, offset = divmod(position, GLOBAL)
+        assert fields["ids"] == plain[step // 3 * GLOBAL + offset]["ids"]
+        if step % 3:
+            moved += not torch.equal(fields["boxes"], whole[position - GLOBAL]["boxes"])
+            assert not torch.equal(fields["noise/mask"], whole[position - GLOBAL]["noise/mask"])
+    assert moved > 0.95 * 6 * GLOBAL  # pictures are small: two boxes may coincide
+    assert_same({p: whole[p] for p in range(GLOBAL)}, {p: plain[p] for p in range(GLOBAL)})
+    batches = []
+    for rank in range(world):
+        part = loader(manifest, data, micro_batch=micro, rank=rank, world=world, start_step=start)
+        batches += list(islice(part, (9 - start) * GLOBAL // (world * micro)))
+        steps = [int(batch.positions[0]) // GLOBAL for batch in batches[-(9 - start) * GLOBAL // (world * micro) :]]
+        assert steps == sorted(steps)
+    assert_same(by_position(iter(batches)), {p: f for p, f in whole.items() if p >= start * GLOBAL})
 
 
 def test_a_second_iteration_begins_again(manifest: Manifest) -> None:
@@ -243,7 +269,7 @@ def test_evaluation_is_the_same_with_workers(manifest: Manifest) -> None:
 @pytest.fixture
 def damaged(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest, int]:
     """A copy of the data in which one picture's bytes are overwritten."""
-    monkeypatch.setattr(module, "READ_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.0))
     manifest = Manifest.load(Path(shutil.copytree(shards, tmp_path / "damaged")))
     with open(manifest.shard_paths[2], "r+b") as file:
         file.seek(int(manifest.offsets[40]))
@@ -279,7 +305,7 @@ def test_a_passing_fault_is_survived(damaged: tuple[Manifest, int], shards: Path
 
     again = Repaired.load(manifest.folder)
     assert isinstance(again, Repaired)
-    assert module.load_image(again, sample).size == decode(Manifest.load(shards).read(sample)).size
+    assert Reader(again, decode).load(sample).size == decode(Manifest.load(shards).read(sample)).size
     assert again.tries == 2
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+import torch._dynamo.utils
 from safetensors.torch import load_file, save_file
 
 from mimscale.config import TeacherConfig
 from mimscale.contracts import TeacherNeeds
 from mimscale.errors import UserError
-from mimscale.teachers import weights
+from mimscale.teachers import quantise, weights
 from mimscale.teachers.bank import Bank, describe
 from tests.teachers import tiny
 
@@ -44,6 +45,44 @@ def test_two_teachers_and_only_those_that_are_needed(dino: Path) -> None:
     assert targets["siglip"].levels[2].shape == (2, 16, 32) and not targets["siglip"].cls
     for name in needs:
         assert bank.teachers[name].info == describe(name, configs[name], 32)
+
+
+def test_teachers_with_equal_input_share_their_pixels() -> None:
+    def of(model: str, **changes: Any) -> TeacherConfig:
+        return tiny.timm_config(model, None, random=True, **changes)
+
+    configs = {"a": of(DINO), "b": of("deit3_small_patch16_224"), "c": of(SIGLIP), "d": of(DINO, image_size=64)}
+    bank = Bank(configs, dict.fromkeys(configs, TeacherNeeds(levels=(0,))), 32, tiny.CPU)
+    seen: dict[str, torch.Tensor] = {}
+    for name, teacher in bank.teachers.items():
+        teacher.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0]}))
+    bank(tiny.images(1, 32))
+    assert seen["a"] is seen["b"] and len({tensor.data_ptr() for tensor in seen.values()}) == 3
+    for name, teacher in bank.teachers.items():
+        assert torch.equal(seen[name], teacher.preprocess(tiny.images(1, 32)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.skipif(
+    bool(quantise.unavailable()), reason="torchao does not fit this torch"))])  # fmt: skip
+def test_compiled_blocks_compute_the_same(precision: str) -> None:
+    config = tiny.timm_config("vit_base_patch16_dinov3", None, random=True, precision=precision)
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    plain, compiled = (tiny.bank(config.model_copy(update={"compile": flag}), 32) for flag in (False, True))
+    ours, reference = compiled(tiny.images(2, 32))["t"], plain(tiny.images(2, 32))["t"]
+    assert ours.cls_attention is not None and reference.cls_attention is not None
+    assert graphs["unique_graphs"] == (1 if precision == "fp32" else 2)  # not one per block
+    limit = 1e-5 if precision == "fp32" else 1e-2  # fused kernels round to bf16 less often
+    for a, b in ((ours.levels[2], reference.levels[2]), (ours.cls_attention, reference.cls_attention)):
+        assert float((a.float() - b.float()).norm() / b.float().norm()) < limit
+
+
+@pytest.mark.parametrize("change", [{"compile": True}, {"precision": "fp8"}])
+def test_what_cannot_be_split_over_ranks(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="shard = true with .*use one or the other"):
+        tiny.timm_config(DINO, None, shard=True, **change)
 
 
 def test_identities_are_content_and_json(dino: Path) -> None:

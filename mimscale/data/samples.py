@@ -1,0 +1,130 @@
+"""Positions -> `Batch`: what a worker does. A batch is a function of its positions alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mimscale.config import DataConfig
+from mimscale.contracts import Batch, Needs, Noise
+from mimscale.data import noise
+from mimscale.data.decode import AnyPicture, decode, decoder
+from mimscale.data.manifest import Ints, Manifest
+from mimscale.data.order import Order
+from mimscale.data.reader import Reader
+from mimscale.data.transforms import (
+    CROP_NUMBERS,
+    Box,
+    centre_crop,
+    fractions,
+    padded_box,
+    padded_crop,
+    pixels,
+    random_box,
+    resized,
+    resized_crop,
+    squeezed,
+)
+
+
+class TrainSamples(Dataset[list[Batch]]):
+    """(int64 [B] places in the order, int64 [rows, B] positions) -> one Batch of random crops per row of positions.
+
+    The images of all rows are those at the places; each is decoded once. Without `data.crops` there is one row and the
+    two are the same. Samples that cannot be used are substituted and stand in the first row's `damage`.
+    """
+
+    def __init__(self, manifest: Manifest, order: Order, data: DataConfig, needs: Needs, seed: int, global_batch: int):
+        self.manifest, self.order, self.data, self.needs, self.seed = manifest, order, data, needs, seed
+        self.global_batch = global_batch
+        self.reader = Reader(manifest, decoder(data.decoder, data.decode_short_side))
+
+    def __getitem__(self, item: tuple[Ints, Ints]) -> list[Batch]:
+        at, positions = item
+        side, (rows, total) = self.data.image_size, positions.shape
+        images = np.empty((rows, total, 3, side, side), np.uint8)
+        boxes, flips = np.empty((rows, total, 4), np.float32), np.empty((rows, total), np.bool_)
+        whole_rows = np.flatnonzero(positions[0] % self.global_batch < self.needs.whole_images)
+        whole = np.empty((len(whole_rows), 3, side, side), np.uint8) if self.needs.whole_images else None
+        ids, damage = self.order.ids(at), []
+        self.manifest.read_ahead(ids)
+        for column, sample in enumerate(ids.tolist()):
+            place = divmod(int(at[column]), self.manifest.samples)
+            ids[column], image, found = self.reader.load_or_substitute(sample, self.seed, *place)
+            damage += found
+            for row in range(rows):
+                place = divmod(int(positions[row, column]), self.manifest.samples)
+                numbers = noise.uniform(self.seed, "crop", *place, n=CROP_NUMBERS).tolist()
+                flips[row, column] = numbers[-1] < self.data.flip
+                crop, boxes[row, column] = self._crop(image, numbers)
+                images[row, column] = pixels(crop, flips[row, column])
+            if whole is not None and column in whole_rows:
+                squeeze = squeezed(image, side, self.data.interpolation)
+                whole[whole_rows.searchsorted(column)] = pixels(squeeze)
+        labels = _labels(self.manifest, ids) if self.needs.labels else None
+        return [
+            Batch(
+                images=torch.from_numpy(images[row]),
+                ids=torch.from_numpy(ids),
+                positions=torch.from_numpy(np.array(positions[row])),
+                noise={name: self._noise(name, asked, positions[row]) for name, asked in self.needs.noise.items()},
+                boxes=torch.from_numpy(boxes[row]),
+                flips=torch.from_numpy(flips[row]),
+                labels=labels,
+                whole=None if whole is None else torch.from_numpy(whole),
+                whole_rows=None if whole is None else torch.from_numpy(whole_rows),
+                damage=tuple(damage) if row == 0 else (),
+            )
+            for row in range(rows)
+        ]
+
+    def _crop(
+        self, image: AnyPicture, numbers: list[float]
+    ) -> tuple[AnyPicture | NDArray[np.uint8], tuple[float, ...]]:
+        """The crop and its box as fractions of the stored image."""
+        data = self.data
+        if data.crop == "padded":
+            image = resized(image, data.image_size, data.interpolation)
+            size = image.height, image.width
+            box: Box = padded_box(size, data.image_size, data.crop_padding, numbers[-3:-1])
+            return padded_crop(image, box, data.crop_padding), fractions(box, size)
+        size = image.height, image.width
+        box = random_box(size, data.crop_scale, data.crop_ratio, numbers)
+        return resized_crop(image, box, data.image_size, data.interpolation), fractions(box, size)
+
+    def _noise(self, name: str, wanted: Noise, positions: Ints) -> Tensor:
+        draw = noise.uniform if wanted.kind == "uniform" else noise.exponential
+        n = int(np.prod(wanted.shape))
+        places = [divmod(int(position), self.manifest.samples) for position in positions]
+        rows = [draw(self.seed, f"noise/{name}", *place, n=n) for place in places]
+        return torch.from_numpy(np.stack(rows).reshape(-1, *wanted.shape))
+
+
+class EvalSamples(Dataset[list[Batch]]):
+    """int64 [B] sample ids -> Batch of centre crops, by the reference decoder. Raises DamagedSample."""
+
+    def __init__(self, manifest: Manifest, side: int, crop_pct: float):
+        self.manifest, self.side, self.crop_pct = manifest, side, crop_pct
+        self.reader = Reader(manifest, decode)
+
+    def __getitem__(self, ids: Ints) -> list[Batch]:
+        self.manifest.read_ahead(ids)
+        cut = [centre_crop(self.reader.load(int(i)), self.side, self.crop_pct) for i in ids]
+        batch = Batch(
+            images=torch.from_numpy(np.stack([pixels(image) for image, _ in cut])),
+            ids=torch.from_numpy(ids),
+            positions=torch.from_numpy(ids),
+            noise={},
+            boxes=torch.tensor([box for _, box in cut], dtype=torch.float32),
+            flips=torch.zeros(len(ids), dtype=torch.bool),
+            labels=None if self.manifest.labels is None else _labels(self.manifest, ids),
+        )
+        return [batch]
+
+
+def _labels(manifest: Manifest, ids: Ints) -> Tensor:
+    assert manifest.labels is not None
+    return torch.from_numpy(np.array(manifest.labels[ids]))

@@ -1,0 +1,37 @@
+"""A run on damaged shards: it goes on with substitutes until there are too many."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mimscale.data.manifest import Manifest
+from mimscale.resilience import checkpoint
+from tests import ranks
+
+pytestmark = [pytest.mark.multi, pytest.mark.slow]
+
+
+def test_a_damaged_run_goes_on_and_stops_at_its_limit(shards: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "shards"))
+    manifest = Manifest.load(folder)
+    for sample in (3, 40, 41, 77):
+        with open(manifest.shard_paths[int(manifest.locate(sample)[0])], "r+b") as file:
+            file.seek(int(manifest.offsets[sample]))
+            file.write(bytes(100))
+    recipe = ranks.recipe(tmp_path, folder)
+
+    ranks.train(2, recipe, tmp_path / "two")
+    listed = (tmp_path / "two" / "damaged.jsonl").read_text().splitlines()
+    assert len(listed) == 4 == max(ranks.curve(tmp_path / "two", "damaged").values())
+    assert all(manifest.key(sample) in "".join(listed) for sample in (3, 40, 41, 77))
+
+    limited = ("mimscale", "train", recipe, "data.max_damaged=2", "--run-dir", tmp_path / "limited")
+    done = ranks.run(1, *limited, check=False)
+    assert done.returncode == 4 and "data.max_damaged allows 2" in done.stderr
+    stopped = checkpoint.newest(tmp_path / "limited")
+    assert stopped is not None and not (tmp_path / "limited" / "done").exists()
+    again = ranks.run(1, *limited, check=False)
+    assert again.returncode == 2 and "raise data.max_damaged" in again.stderr
