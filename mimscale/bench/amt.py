@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def _loader_parts(run: Any, batch: int, refresh: float) -> dict[str, Part]:
 
     with tempfile.TemporaryDirectory() as folder:
         make_image_folder(Path(folder) / "images", classes=1, per_class=batch, side=400)
-        with redirect_stdout(None):
+        with redirect_stdout(None), redirect_stderr(None):
             data_prep(["folder", f"{folder}/images", f"{folder}/shards"])
         manifest = Manifest.load(Path(folder) / "shards")
         data = run.data.model_copy(update={"shards": manifest.folder, "workers": 0})
