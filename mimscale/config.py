@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mimscale.errors import UserError
 
@@ -51,7 +60,11 @@ def default_decoder() -> Literal["simplejpeg", "pillow"]:
 
 
 class DataConfig(Strict):
-    """Where the images are and how they are cut. `shards` is a folder that holds manifest.json.
+    """Where the images are and how they are cut.
+
+    shards: a folder that holds manifest.json, or its address: http(s)://, s3://, gs://.
+    cache: a folder on each node's own disk for whole shards that are needed next, at most cache_gib of them; an address
+    needs one, a slow shared file system may profit.
 
     crop: random_resized takes a part of random area (crop_scale) and aspect (crop_ratio). padded, the conservative crop
     of PixMIM and MFF, resizes the short side to image_size, reflects crop_padding pixels over each edge and takes a
@@ -64,7 +77,9 @@ class DataConfig(Strict):
     default: one in 10,000, at least 10.
     """
 
-    shards: Path
+    shards: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+    cache: Path | None = None
+    cache_gib: float = Field(200.0, gt=0)
     image_size: int = Field(224, ge=8)
     crop: Literal["random_resized", "padded"] = "random_resized"
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -312,7 +327,16 @@ class RunConfig(Strict):
 
     def shaping(self) -> dict[str, Any]:
         """The flat `section.key` values that decide the result; a resume refuses a change in any of them."""
-        free = ("engine.", "checkpoint.", "log.", "data.workers", "data.prefetch", "data.shards", "data.max_damaged")
+        free = (
+            "engine.",
+            "checkpoint.",
+            "log.",
+            "data.workers",
+            "data.prefetch",
+            "data.shards",
+            "data.max_damaged",
+            "data.cache",
+        )
         flat = dict(_flatten(self.dump()))
         return {key: value for key, value in flat.items() if not key.startswith(free) and not key.endswith(".weights")}
 

@@ -35,6 +35,7 @@ from mimscale.config import (
     solve_batch,
 )
 from mimscale.contracts import TeacherInfo
+from mimscale.data.cache import Cache
 from mimscale.data.decode import explain
 from mimscale.data.manifest import Manifest
 from mimscale.engine.world import check_precision
@@ -200,7 +201,7 @@ def _weights(name: str, config: TeacherConfig, fetch: Path | None) -> Path:
 
 
 def check_data(config: RunConfig, found: Findings) -> None:
-    manifest = found.attempt(lambda: Manifest.load(config.data.shards))
+    manifest = found.attempt(lambda: Manifest.load(config.data.shards, cache=Cache.of(config.data)))
     if manifest is None:
         return
     steps = manifest.samples // config.schedule.global_batch

@@ -22,6 +22,7 @@ from mimscale import run_folder, schedule
 from mimscale.config import RunConfig, load, load_ds_config, method_class, precision_of, recipe_names, solve_batch
 from mimscale.contracts import TeacherInfo
 from mimscale.convert import start
+from mimscale.data.cache import Cache
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
 from mimscale.engine.engine import Engine
@@ -90,7 +91,7 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
     if run_folder.stop_wish(run_dir).exists():
         raise UserError(f"{run_folder.stop_wish(run_dir)} asks this run to stop; remove it to go on")
 
-    manifest = Manifest.load(run.data.shards)
+    manifest = Manifest.load(run.data.shards, cache=Cache.of(run.data))
     steps_per_epoch = manifest.samples // run.schedule.global_batch
     if run.schedule.steps is None and steps_per_epoch == 0:
         raise UserError(

@@ -61,6 +61,8 @@ def export(source: Path, out: Path) -> list[str]:
         meta = {key: value for key, value in reader.meta.items() if key not in ("format", "shards")}
         values = {**about, "config": run.dump(), "buffers": reader.names("buffer"), "checkpoint": meta}
         (part / "state.json").write_text(json.dumps(values, indent=1) + "\n")
+        for file in files:
+            shutil.copymode(part / "state.json", part / f"{file}.safetensors")
     kinds = ", ".join(files)
     return [f"step {reader.meta['step']}: {kinds}", "checked: every tensor reads back as it was", *_line(found)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,12 @@ def write(
         report = {"to": to, **identity(source), "sha256": checkpoint.sha256(part), **measured(found), **about}
         part_report = report_path(part)
         part_report.write_text(json.dumps({**report, "notes": list(notes)}, indent=2) + "\n")
+        shutil.copymode(part_report, part)  # safetensors' own files are for their writer alone
         os.replace(part_report, report_path(out))
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
+        report_path(part).unlink(missing_ok=True)
     return found
 
 

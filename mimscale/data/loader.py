@@ -10,6 +10,7 @@ import atexit
 import signal
 import weakref
 from collections.abc import Generator, Iterator
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mimscale.config import DataConfig
 from mimscale.contracts import Batch, Needs
+from mimscale.data.ahead import Ahead
 from mimscale.data.manifest import Ints, Manifest
 from mimscale.data.order import Order, rank_positions
 from mimscale.data.samples import EvalSamples, TrainSamples
@@ -67,16 +69,30 @@ class TrainLoader:
             prefetch=data.prefetch,
             pin=pin,
         )
+        self._ahead: Ahead | None = None
+        self._look_ahead = partial(Ahead, manifest, order, global_batch, rank, world) if manifest.cache else None
         self._parts = global_batch // (world * micro_batch)
+        self._start_step, self._crops = start_step, data.crops
         self._running: Running | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         self._running = _run(self._loader, self._parts)
-        return self._running
+        if self._look_ahead is None:
+            return self._running
+        self._ahead = self._look_ahead(self._start_step // self._crops)
+        return self._followed(self._running, self._ahead)
+
+    def _followed(self, running: Running, ahead: Ahead) -> Iterator[Batch]:
+        for number, batch in enumerate(running):
+            ahead.step.value = (self._start_step + number // self._parts) // self._crops
+            yield batch
 
     def close(self) -> None:
         """End the workers. Iterating again starts new ones."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         if self._running is not None:
             self._running.close()
             self._running = None

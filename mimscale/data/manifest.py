@@ -22,8 +22,9 @@ import json
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,10 +32,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mimscale.data.cache import Cache
+from mimscale.data.shards import ShardFiles, cache_key
+from mimscale.data.storage import is_remote, storage
 from mimscale.errors import UserError
 
 MANIFEST, INDEX, LABELS = "manifest.json", "index.npy", "labels.npy"
-OPEN_SHARDS = 512
+LOOKS = 16  # requests at a time to a remote store
 BLOCK = 512  # bytes; tar's unit, and the length of a header
 Ints = NDArray[np.int64]
 Sha256 = Field(pattern="^[0-9a-f]{64}$")
@@ -69,24 +73,6 @@ class ManifestFile(BaseModel):
     changed: dict[str, int] = Field(default_factory=dict)
 
 
-class _OpenShard:
-    """An open file that closes when its last user lets go. `os.pread` needs no position, so forks may share it."""
-
-    def __init__(self, path: Path):
-        self.fd = os.open(path, os.O_RDONLY)
-
-    def read(self, size: int, offset: int) -> bytes:
-        return os.pread(self.fd, size, offset)
-
-    def will_need(self, size: int, offset: int) -> None:
-        """Start reading from the disk. A hint: returns at once."""
-        os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
-
-
 class Manifest:
     """An opened data set. Index and labels are memory-mapped: all processes of a node share one copy of them.
 
@@ -94,25 +80,36 @@ class Manifest:
     classes: names in label order or None. fingerprint: sha256 of content and order, wherever the folder lies.
     """
 
-    def __init__(self, folder: Path, file: ManifestFile, index: Ints, labels: Ints | None):
-        self.folder, self.file, self.labels = folder, file, labels
+    def __init__(
+        self,
+        folder: Path,
+        file: ManifestFile,
+        index: Ints,
+        labels: Ints | None,
+        place: str | None = None,
+        cache: Cache | None = None,
+    ):
+        self.folder, self.file, self.index, self.labels = folder, file, index, labels
+        self.place, self.cache = place or str(folder), cache
         self.samples, self.classes = file.samples, file.classes
         self.offsets, self.sizes = index[:, 0], index[:, 1]
         self.shard_paths = [folder / shard.name for shard in file.shards]
         self.counts: Ints = np.array([shard.count for shard in file.shards], dtype=np.int64)
         self._ends: Ints = np.cumsum(self.counts)
         self._starts: Ints = self._ends - self.counts
-        paths = self.shard_paths  # not self: a cycle would keep files open until it is collected
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(lambda shard: _OpenShard(paths[shard]))
+        names = [shard.name for shard in file.shards]
+        keys = [cache_key(shard.sha256, self.place, shard.name, shard.bytes) for shard in file.shards]
+        self._files = ShardFiles(self.place, names, keys, cache)
 
     @classmethod
-    def load(cls, folder: Path, check_shards: bool = True) -> Manifest:
+    def load(cls, folder: str | Path, check_shards: bool = True, cache: Cache | None = None) -> Manifest:
         """Open the data set in `folder` (or the path of its manifest.json). Raises UserError for whatever is wrong.
 
         check_shards: every shard must be there with its length; contents are checked by `data_prep verify`.
+        A folder may be an address (see storage.py); index and labels then come into the cache, which must be given.
         """
-        folder = Path(folder)
-        folder = folder.parent if folder.name == MANIFEST else folder
+        place = str(folder).removesuffix(f"/{MANIFEST}")
+        folder = _fetched(place, cache) if is_remote(place) else Path(place)
         if not folder.is_dir():
             raise UserError(f"data set '{folder}': no such folder; make it with `python -m data_prep`")
         try:
@@ -128,17 +125,13 @@ class Manifest:
             raise UserError(f"'{folder / MANIFEST}' contradicts itself; repeat its `python -m data_prep`")
         index = _map(folder / INDEX, (file.samples, 2))
         labels = _map(folder / LABELS, (file.samples,)) if file.labelled else None
-        manifest = cls(folder, file, index, labels)
+        manifest = cls(folder, file, index, labels, place, cache)
         if check_shards:
-            for shard, path in zip(file.shards, manifest.shard_paths, strict=True):
-                found = path.stat().st_size if path.is_file() else None
-                if found != shard.bytes:
-                    state = "is missing" if found is None else f"has {found} bytes, not {shard.bytes}"
-                    raise UserError(f"shard '{path}' {state}; repeat its `python -m data_prep` or copy it again")
+            _check_shards(place, file.shards)
         return manifest
 
     def __reduce__(self) -> tuple[object, ...]:  # a process that is not forked maps the files again
-        return Manifest.load, (self.folder, False)
+        return _reopened, (self.folder, self.place, self.cache)
 
     @property
     def fingerprint(self) -> str:
@@ -165,22 +158,41 @@ class Manifest:
 
     def read_ahead(self, ids: Ints) -> None:
         """Have the system fetch these samples while others are decoded. Errors wait for `read`."""
+        if is_remote(self.place) and self.cache is None:
+            return
         for sample_id, shard in zip(ids.tolist(), self.locate(ids)[0].tolist(), strict=True):
             with suppress(OSError):
-                self._open(shard).will_need(int(self.sizes[sample_id]) + BLOCK, int(self.offsets[sample_id]) - BLOCK)
+                offset, size = int(self.offsets[sample_id]), int(self.sizes[sample_id])
+                self._files.will_need(shard, size + BLOCK, offset - BLOCK)
+
+    def shard_key(self, shard: int) -> str:
+        """Its name in a cache."""
+        return self._files.keys[shard]
+
+    def fetch(self, shard: int) -> bool:
+        """Get a shard into the cache, see `Cache.fetch`."""
+        entry, files = self.file.shards[shard], self._files
+        assert self.cache is not None
+        origin = storage(self.place)
+        read = partial(origin.read, entry.name)
+        return self.cache.fetch(files.keys[shard], entry.bytes, entry.sha256, read)
+
+    def distrust(self, sample_id: int) -> None:
+        """A read failed: let the next one open the shard anew, where it lies."""
+        self._files.distrust(int(self.locate(sample_id)[0]))
 
     def close(self) -> None:
         """Let go of open shards; the next read opens them again."""
-        self._open.cache_clear()
+        self._files.close()
 
     def _member(self, sample_id: int) -> tuple[tarfile.TarInfo, bytes]:
         """Header and contents. A member's header stands right before its bytes: what it says must fit the index."""
         shard = int(self.locate(sample_id)[0])
         offset, size = int(self.offsets[sample_id]), int(self.sizes[sample_id])
-        path = self.shard_paths[shard]
+        path = f"{self.place}/{self.file.shards[shard].name}"
         if offset < BLOCK or size < 0:
             raise OSError(f"'{path}': the index is damaged: {size} bytes at {offset}")
-        data = self._open(shard).read(size + BLOCK, offset - BLOCK)
+        data = self._files.read(shard, size + BLOCK, offset - BLOCK)
         if len(data) != size + BLOCK:
             raise OSError(f"'{path}' ends early: {len(data) - BLOCK} of {size} bytes at {offset}")
         try:
@@ -190,6 +202,54 @@ class Manifest:
         if header.size != size:
             raise OSError(f"'{path}' is another shard: {header.size} bytes at {offset}, not {size}")
         return header, data[BLOCK:]
+
+
+def _reopened(folder: Path, place: str, cache: Cache | None) -> Manifest:
+    local = Manifest.load(folder, check_shards=False)
+    return Manifest(folder, local.file, local.index, local.labels, place, cache)
+
+
+def _check_shards(place: str, shards: Sequence[Shard]) -> None:
+    """Every shard is there with its length. Raises UserError."""
+    origin = storage(place)
+
+    def look(shard: Shard) -> str | None:
+        try:
+            found = origin.size(shard.name)
+        except FileNotFoundError:
+            return "is missing"
+        except OSError as error:
+            return f"cannot be reached: {error}"
+        return None if found == shard.bytes else f"has {found} bytes, not {shard.bytes}"
+
+    with ThreadPoolExecutor(LOOKS if is_remote(place) else 1) as pool:
+        for shard, state in zip(shards, pool.map(look, shards), strict=True):
+            if state is not None:
+                raise UserError(
+                    f"shard '{place}/{shard.name}' {state}; repeat its `python -m data_prep` or copy it again"
+                )
+
+
+def _fetched(place: str, cache: Cache | None) -> Path:
+    """Manifest, index and labels of a remote data set in the cache, checked."""
+    origin = storage(place)
+    if cache is None:
+        raise UserError(f"data set '{place}' is remote: set data.cache to a folder on the node's own disk")
+    try:
+        data = origin.read(MANIFEST, 0, origin.size(MANIFEST))
+        names = json.loads(data)["index"]
+        folder = cache.folder / "indices" / hashlib.sha256(data).hexdigest()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (INDEX, LABELS):
+            if name in names and not (folder / name).exists():
+                content = origin.read(name, 0, origin.size(name))
+                if hashlib.sha256(content).hexdigest() != names[name]:
+                    raise OSError(f"the checksum of {name} is not the manifest's")
+                write_atomic(folder / name, content)
+        write_atomic(folder / MANIFEST, data)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"data set '{place}' cannot be opened: {error}; is it complete, and may you read it?") from None
+    return folder
 
 
 def _map(path: Path, shape: tuple[int, ...]) -> Ints:

@@ -64,7 +64,7 @@ class Reader:
         for pause_s in PAUSES_S if patient else ():
             with suppress(OSError, BadImage):
                 return self.decode(self.manifest.read(sample))
-            self.manifest.close()
+            self.manifest.distrust(sample)
             time.sleep(pause_s)
         try:
             return self.decode(self.manifest.read(sample))
@@ -83,7 +83,7 @@ class Reader:
             return "unreadable"
 
     def _error(self, damage: Damage) -> DamagedSample:
-        folder = self.manifest.folder
+        folder = self.manifest.place
         return DamagedSample(
             f"sample {damage.sample} (key '{damage.key}') of shard '{folder}/{damage.shard}' cannot be used: "
             f"{damage.reason}; `python -m data_prep verify {folder} --decode` lists all damage"

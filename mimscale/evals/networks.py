@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from mimscale.config import StudentConfig
+from mimscale.convert.source import identity_file
 from mimscale.convert.student import student_from
 from mimscale.evals.features import Extractor, Pool, Student, frozen, random_like, raw_pixels
 from mimscale.models.convvit import ConvStages
@@ -70,8 +70,5 @@ def load_networks(
 
 def _checkpoint_identity(source: Path) -> dict[str, Any]:
     """step: None where a file does not say. sha256: of the file, or of a checkpoint's manifest, which names its own."""
-    if source.is_dir():
-        step, file = int(source.name.rpartition("-")[2]), source / "manifest.json"
-    else:
-        step, file = None, source
-    return {"step": step, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    step = checkpoint.step_of(source) if source.is_dir() else None
+    return {"step": step, "sha256": checkpoint.sha256(identity_file(source))}

@@ -83,6 +83,7 @@ def test_the_measurement_lies_beside_the_weights(tmp_path: Path) -> None:
     assert report["to"] == "mae" and report["sha256"] == checkpoint.sha256(out)
     assert report["source_sha256"] == checkpoint.sha256(folder / "checkpoints" / "step-00000007" / "manifest.json")
     assert report["differences"].keys() == {"encoder", "decoder"}
+    assert out.stat().st_mode == (tmp_path / "official.safetensors.json").stat().st_mode
     assert all(0 <= value < report["limit"] for value in report["differences"].values())
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mimscale.data import manifest as module
+from mimscale.data import shards as shards_module
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
 
@@ -71,7 +71,7 @@ def test_open_files_are_bounded_and_threads_do_not_disturb(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch, shards: Path
 ) -> None:
     expected = [manifest.read(sample) for sample in range(80)]
-    monkeypatch.setattr(module, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards_module, "OPEN_SHARDS", 2)
     small, before = Manifest.load(shards), len(os.listdir("/proc/self/fd"))
 
     def read(seed: int) -> bool:

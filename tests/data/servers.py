@@ -1,0 +1,98 @@
+"""Real servers on the loopback for tests: a web server that knows ranges and can be told to misbehave, and S3."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+class Web:
+    """Serves a folder. faults: what the next GETs of a shard get instead: "500", "stall", "cut" or "wrong"."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.port = folder, 0
+        self.faults: list[str] = []
+        self.gets: list[tuple[str, int]] = []
+        self.start()
+
+    def start(self) -> None:
+        web = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self.do_GET(body=False)
+
+            def do_GET(self, body: bool = True) -> None:
+                path = web.folder / self.path.lstrip("/")
+                if not path.is_file():
+                    self.send_error(404)
+                    return
+                data, asked = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                if asked:
+                    data = data[int(asked[1]) : int(asked[2]) + 1]
+                fault = ""
+                if body and path.suffix == ".tar":
+                    web.gets.append((path.name, len(data)))
+                    fault = web.faults.pop(0) if web.faults else ""
+                if fault == "500":
+                    self.send_error(500)
+                    return
+                if fault == "wrong":
+                    data = bytes(len(data))
+                self.send_response(206 if asked else 200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                if fault == "stall":
+                    time.sleep(1.0)
+                elif body:
+                    self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_: Any) -> None:  # clients that gave up are what is tested here
+                pass
+
+        self._server = Server(("127.0.0.1", self.port), Handler)
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def place(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@contextmanager
+def bucket(folder: Path, monkeypatch: Any) -> Iterator[str]:
+    """The folder's files in an S3 bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    values = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {**values, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="images")
+        for path in folder.iterdir():
+            client.upload_file(str(path), "images", f"train/{path.name}")
+        yield "s3://images/train"
+    finally:
+        server.stop()
