@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         for name, make in PEERS.items():
             try:
                 data = make(pictures, root / name.replace(" ", "_"), shards, SIDE)
-                passes[name] = lambda data=data: _theirs(data, args.workers)
+                passes[name] = partial(_theirs, data, args.workers)
             except ImportError as error:
                 missing[name] = str(error)
         best = dict.fromkeys(passes, float("inf"))

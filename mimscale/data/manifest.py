@@ -151,7 +151,9 @@ class Manifest:
         return shards, at - self._starts[shards]
 
     def shard_of(self, sample_id: int) -> int:
-        """The shard of one sample; `locate` is for many."""
+        """The shard of one sample; `locate` is for many. Raises IndexError."""
+        if not 0 <= sample_id < self.samples:
+            raise IndexError(f"sample id {sample_id} outside 0 .. {self.samples - 1}")
         return bisect_right(self._last, sample_id)
 
     def read(self, sample_id: int) -> bytes:
