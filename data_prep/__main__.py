@@ -20,6 +20,7 @@ from data_prep.info import describe_set
 from data_prep.pictures import Pictures
 from data_prep.plan import Plan, Source, describe
 from data_prep.progress import progress
+from data_prep.table import read_table
 from data_prep.verify import duplicates, verify
 from data_prep.write import estimate, unfinished, write
 from mimscale.data.manifest import Manifest
@@ -42,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _folder(options: argparse.Namespace) -> int:
     return _write(options, read_folder(options.source, labelled=not options.unlabelled))
+
+
+def _table(options: argparse.Namespace) -> int:
+    return _write(options, read_table(options.source, options.root, options.picture, options.label))
 
 
 def _imagenet(options: argparse.Namespace) -> int:
@@ -203,6 +208,14 @@ def _parser() -> argparse.ArgumentParser:
     folder.add_argument("--unlabelled", action="store_true", help="take every picture below SRC, without classes")
     _add_writing(folder)
     folder.set_defaults(run=_folder)
+
+    table = verbs.add_parser("table", help="shards from a list of pictures: .txt, .csv or .parquet")
+    table.add_argument("source", type=Path, metavar="SRC", help="the file, or a folder of .parquet files")
+    table.add_argument("--root", type=Path, metavar="DIR", help="where relative paths begin (default: beside SRC)")
+    table.add_argument("--picture", metavar="COLUMN", help="of paths or bytes (default: the first of the usual names)")
+    table.add_argument("--label", metavar="COLUMN", help="number or name of the class; none = unlabelled")
+    _add_writing(table)
+    table.set_defaults(run=_table)
 
     imagenet = verbs.add_parser("imagenet", help="shards from the official ImageNet-1k archives, read in place")
     split = imagenet.add_mutually_exclusive_group(required=True)

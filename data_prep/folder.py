@@ -30,7 +30,7 @@ def read_folder(root: Path, labelled: bool) -> Source:
         skipped["outside of the class folders"] += len(names) - len(inside)
         names = inside
     with ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
-        probed = list(pool.map(lambda name: _probe(root / name), names))
+        probed = list(pool.map(lambda name: probe(root / name), names))
     keys = unique_keys(os.path.splitext(name)[0] for name in names)
     label_of = {name: label for label, name in enumerate(classes or [])}
     items = []
@@ -68,7 +68,7 @@ def _walk(root: Path, skipped: Counter[str]) -> list[str]:
     return names
 
 
-def _probe(path: Path) -> tuple[bool, int]:
+def probe(path: Path) -> tuple[bool, int]:
     """Whether it is a picture, by content, and its size in bytes."""
     try:
         with open(path, "rb") as file:

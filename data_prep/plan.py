@@ -27,7 +27,7 @@ KEY_BYTES = 90  # with extension it fits into the plain 100-byte name of a tar h
 class Item(NamedTuple):
     """One picture of a source: `size` bytes at `offset` of file `path`; offset 0 = the whole file. label -1 = none.
 
-    In a parquet file `offset` is the row and `size` an estimate.
+    In a parquet file `path` is FILE::COLUMN, `offset` the row and `size` an estimate.
     """
 
     key: str

@@ -39,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
 COMPOSED: dict[str, dict[str, Any]] = {
     "mrmae_mff": {"name": "mrmae", "fusion": {"kind": "mff", "levels": [0, 2], "feeds": "both"}, **DECODER},
     "pixmim_attention": {"name": "pixmim", "masking": {"policy": "attention"}, **METHODS["pixmim"]},
+    "maskalign_amt": {"name": "maskalign", "masking": AMT, **METHODS["maskalign"]},
     "maskalign_before": {"name": "maskalign", "adaptor_position": "before", **METHODS["maskalign"]},
 }
 METHODS |= COMPOSED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -10,7 +11,7 @@ import timm
 import torch
 
 from mimscale.config import RunConfig, load, load_ds_config, method_class, recipe_names, solve_batch
-from mimscale.contracts import TeacherInfo
+from mimscale.contracts import Noise, TeacherInfo, TeacherNeeds
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE, MAEConfig
 from mimscale.schedule import lr_of
@@ -22,8 +23,11 @@ CLIP_L_224 = TeacherInfo("clip", dim=1024, depth=24, grid=(16, 16), image_size=2
 MAE_MILLIONS = {"mae_vit_b16": 111.9, "mae_vit_l16": 329.5, "mae_vit_h14": 657.1}  # the official models
 MASKALIGN = {
     "maskalign_vit_b16": (CLIP_B, "vit_base_patch16_224"),
+    "maskalign_amt_vit_b16": (CLIP_B, "vit_base_patch16_224"),
     "maskalign_vit_l16": (CLIP_L_196, "vit_large_patch16_224"),
+    "maskalign_vit_l16_clip_b16": (CLIP_B, "vit_large_patch16_224"),
     "maskalign_vit_h14": (CLIP_L_224, "vit_huge_patch14_224"),
+    "maskalign_vit_h16": (CLIP_L_196, "vit_huge_patch14_224"),
 }
 
 
@@ -103,6 +107,7 @@ def test_relatives_of_mae(name: str, levels: int) -> None:
     [
         ("convmae_b", {}, 114.79),  # the official model
         ("mrmae_vit_b16", {"clip": CLIP_B}, 111.66 + 0.59),  # MAE's and the head
+        ("mrmae_mff_vit_b16", {"clip": CLIP_B}, 111.66 + 0.59 + 5 * 0.59),  # and MFF's projections
         ("mrmae_convmae_b", {"clip": CLIP_B}, 114.79 + 0.59),
     ],
 )
@@ -119,7 +124,7 @@ def test_maskalign(name: str) -> None:
     info, timm_name = MASKALIGN[name]
     run, method, count = built(name, {"clip": info})
     with torch.device("meta"):
-        reference = timm.create_model(timm_name, num_classes=0)
+        reference = timm.create_model(timm_name, num_classes=0, patch_size=run.student.patch)
     width, depth = run.student.width, run.student.depth
     vit = sum(p.numel() for p in reference.parameters()) - 2 * width
     assert count == vit + 5 * (width * info.dim + info.dim) + 5 * depth
@@ -143,3 +148,52 @@ def test_simmim() -> None:
     steps = 1_281_167 // 2048
     rates = [lr_of(run.schedule, step, steps, 800 * steps) for step in (0, 1, 10 * steps + 1, 700 * steps + 1)]
     assert rates == pytest.approx([2e-6, 2e-6, 4e-4, 4e-5])
+
+
+FINETUNED = {  # recipe -> (timm's network, peak rate, layer decay)
+    "finetune_mae_vit_b16": ("vit_base_patch16_224", 2e-3, 0.65),
+    "finetune_mae_vit_l16": ("vit_large_patch16_224", 4e-3, 0.75),
+    "finetune_mae_vit_h14": ("vit_huge_patch14_224", 4e-3, 0.75),
+    "finetune_maskalign_vit_b16": ("vit_base_patch16_224", 1.2e-3, 0.55),
+    "finetune_maskalign_vit_l16": ("vit_large_patch16_224", 1.2e-3, 0.75),
+}
+
+
+@pytest.mark.parametrize("name", FINETUNED)
+def test_finetuning(name: str) -> None:
+    timm_name, peak, layer_decay = FINETUNED[name]
+    run, method, count = built(name, {})
+    with torch.device("meta"):
+        reference = timm.create_model(timm_name, global_pool="avg", num_classes=1000)
+    assert count == sum(p.numel() for p in reference.parameters())
+    assert (run.schedule.peak_lr, run.optim.layer_decay) == (pytest.approx(peak), layer_decay)
+    assert {method.layer_of(parameter) for parameter, _ in method.named_parameters()} == set(
+        range(run.student.depth + 2)
+    )
+
+
+def test_finetuning_of_convmae() -> None:
+    """The official encoder without its fusion, and the head."""
+    run, method, _ = built("finetune_convmae_b", {})
+    assert run.schedule.peak_lr == pytest.approx(2e-3)
+    assert run.method.stages == load("convmae_b").method.stages  # type: ignore[attr-defined]
+    pretrained = built("convmae_b", {})[1]
+    encoder = {n for n, _ in pretrained.student.named_parameters() if not n.startswith(("norm", "stage"))}
+    assert encoder <= {n for n, _ in method.student.named_parameters()}
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("finetune_")])
+def test_finetuning_starts_from_a_recipe_of_this_package(name: str) -> None:
+    start = load(name).init
+    assert start is not None and start.weights.parent.name == "runs" and start.weights.name in PUBLISHED
+    pretraining = load(start.weights.name)
+    assert pretraining.student.model_dump(exclude={"drop_path"}) == load(name).student.model_dump(exclude={"drop_path"})
+
+
+def test_pixmim_with_attentive_masks() -> None:
+    """PixMIM's network; the teacher chooses patches and nothing else of it is read."""
+    dino = replace(CLIP_B, name="dino")
+    run, method, count = built("pixmim_attention_vit_b16", {"dino": dino})
+    assert count == built("pixmim_vit_b16", {})[2]
+    assert method.needs.teachers == {"dino": TeacherNeeds(cls_attention=True)} and run.teachers.keys() == {"dino"}
+    assert method.needs.noise["mask"] == Noise("exponential", (196,))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -78,3 +80,17 @@ def test_folders_that_were_never_begun(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "plan.json").write_text("{")
     assert main(["finish", str(tmp_path)]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_leftovers_of_dead_processes_of_this_node_are_taken_away(plan: Plan, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_only(plan, out, [0, 1, 2])
+    node = os.uname().nodename
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    owners = (f"{node}.{gone.pid}", f"{node}.{os.getppid()}", "elsewhere.1")
+    names = [f".manifest.json.{owner}.tmp" for owner in owners]
+    for name in names:
+        (out / name).write_text("half")
+    assert main(["finish", str(out)]) == 0
+    assert [name for name in names if (out / name).exists()] == names[1:]

@@ -3,6 +3,7 @@
     python stub.py -m mimscale train RECIPE --run-dir DIR [stub.steps=5] [stub.step_s=0.02] [anything else]
     python stub.py -m mimscale evaluate VERB DIR ...
     python stub.py -m data_prep ... DESTINATION --part I/N
+    python stub.py -m data_prep finish --wait S DESTINATION ...
 
 stub.deaf_s: seconds before the signal handlers are there.  stub.crash_rank: exits 9 at its third step.
 stub.exit: leaves at once with this code.  stub.frozen: no step ever counts.
@@ -56,6 +57,10 @@ def train(arguments: list[str]) -> int:
 
 
 def prepare(arguments: list[str]) -> int:
+    if arguments[0] == "finish":
+        for folder in arguments[3:]:
+            (Path(folder) / "finished").write_text(json.dumps(sorted(p.name for p in Path(folder).iterdir())))
+        return 0
     part, of = arguments[arguments.index("--part") + 1].split("/")
     destination = Path(arguments[arguments.index("--part") - 1])
     destination.mkdir(parents=True, exist_ok=True)

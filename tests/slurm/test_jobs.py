@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -254,11 +255,11 @@ def test_chain(site: Site) -> None:
     done = submit(site, "stub.steps=3", "note=two words")
     assert done.returncode == 0, done.stderr
     jobs = dict(line.split() for line in (site.run_dir / "job" / "jobs.txt").read_text().splitlines())
-    assert list(jobs) == ["prepare", "pretrain", "evaluate"]
+    assert list(jobs) == ["prepare", "finish", "pretrain", "evaluate"]
     last = site.cluster.wait(jobs["evaluate"])
     assert last["JobState"] == "COMPLETED", site.log(jobs["evaluate"])
-    assert sorted(p.name for p in (site.folder / "train").iterdir()) == ["0-of-3", "1-of-3", "2-of-3"]
-    assert sorted(p.name for p in (site.folder / "val").iterdir()) == ["0-of-3", "1-of-3", "2-of-3"]
+    for shards in (site.folder / "train", site.folder / "val"):
+        assert json.loads((shards / "finished").read_text()) == ["0-of-3", "1-of-3", "2-of-3"]
     assert site.launch()["arguments"][-3:] == [f"data.shards={site.folder}/train", "stub.steps=3", "note=two words"]
     assert {p.name for p in site.run_dir.glob("evaluated.*")} == {"evaluated.knn", "evaluated.linear"}
     assert last["StdOut"].startswith(f"{site.run_dir}/job/")
@@ -267,7 +268,7 @@ def test_chain(site: Site) -> None:
 def test_failed_preparation_cancels_what_follows(site: Site) -> None:
     assert submit(site, STUB_FAILING_PART="1").returncode == 0
     jobs = dict(line.split() for line in (site.run_dir / "job" / "jobs.txt").read_text().splitlines())
-    for stage in ("pretrain", "evaluate"):
+    for stage in ("finish", "pretrain", "evaluate"):
         assert site.cluster.wait(jobs[stage])["JobState"] == "CANCELLED"
     assert not list(site.run_dir.glob("launch.*"))
 
@@ -275,7 +276,7 @@ def test_failed_preparation_cancels_what_follows(site: Site) -> None:
 def test_dry_run_submits_nothing(site: Site) -> None:
     done = submit(site, "--dry-run", "a=1")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("to start at") == 3
+    assert done.stderr.count("to start at") == 4
     assert not site.run_dir.exists()
     refused = submit(site, "--dry-run", TRAIN_OPTS="--nodes=3")
     assert refused.returncode == 1 and "would refuse stage 'pretrain'" in refused.stderr

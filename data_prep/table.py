@@ -1,0 +1,159 @@
+"""Source: a list of pictures: text (one path per line), CSV with a column of paths, parquet with paths or bytes."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_prep.folder import PROBES_AT_ONCE, probe
+from data_prep.plan import Item, Source, unique_keys
+from data_prep.read import COLUMN, parquet_library
+from mimscale.errors import UserError
+
+PICTURE_COLUMNS = ("path", "file", "file_name", "image", "jpg", "bytes")
+LABEL_COLUMNS = ("label", "class", "cls")
+
+
+class Row(NamedTuple):
+    """As Item has them, except that label is a name ("" = none)."""
+
+    path: str
+    label: str
+    offset: int = 0
+    size: int = -1
+
+
+def read_table(table: Path, root: Path | None, picture: str | None, label: str | None) -> Source:
+    """table: a file, or a folder of parquet files. root: where relative paths begin (default: beside the table).
+
+    picture, label: names of the columns; by default the first of PICTURE_COLUMNS and of LABEL_COLUMNS that is there.
+    label "none" = unlabelled. Labels that are whole numbers stay what they are; of others the sorted names are the
+    classes. Pictures in parquet are shuffled by row groups and inside of each shard, so that every group is read about
+    once. Raises UserError.
+    """
+    if not table.exists():
+        raise UserError(f"table '{table}': no such file")
+    kind = "parquet" if table.is_dir() else table.suffix.lower().lstrip(".")
+    runs: list[int] | None = None
+    if kind == "parquet":
+        rows, runs = _parquet(table, picture, label)
+    elif kind == "csv":
+        rows = _csv(table, picture, label)
+    elif kind in ("txt", "lst", "list"):
+        rows = [Row(line.strip(), "") for line in _text(table).splitlines() if line.strip()]
+    else:
+        raise UserError(f"table '{table}': its name must end in .txt, .csv or .parquet (or be a folder of .parquet)")
+    skipped: Counter[str] = Counter()
+    if runs is None:
+        rows = _files(rows, table.parent if root is None else root, skipped)
+    classes, label_of = _classes(table, rows)
+    names = _file_names(rows) if runs is None else _row_names(rows)
+    items = [
+        Item(key, label_of.get(row.label, -1), row.path, row.offset, row.size)
+        for key, row in zip(unique_keys(names), rows, strict=True)
+    ]
+    return Source({"kind": "table", "path": str(table)}, items, classes, skipped, runs)
+
+
+def _file_names(rows: list[Row]) -> list[str]:
+    """Without what all of them begin with, which says where they lie and not what they are."""
+    names = [os.path.splitext(row.path)[0] for row in rows]
+    folder = os.path.dirname(os.path.commonprefix([name + "/" for name in names]))
+    return [name[len(folder) :].lstrip("/") or os.path.basename(name) for name in names]
+
+
+def _row_names(rows: list[Row]) -> list[str]:
+    return [f"{Path(row.path.split(COLUMN)[0]).stem}/{row.offset:09d}" for row in rows]
+
+
+def _files(rows: list[Row], root: Path, skipped: Counter[str]) -> list[Row]:
+    paths = [root / row.path for row in rows]
+    with ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
+        probed = list(pool.map(probe, paths))
+    kept = []
+    for row, path, (is_picture, size) in zip(rows, paths, probed, strict=True):
+        if is_picture:
+            kept.append(Row(str(path), row.label, 0, size))
+        else:
+            skipped["without an image's content"] += 1
+    return kept
+
+
+def _classes(table: Path, rows: list[Row]) -> tuple[list[str] | None, dict[str, int]]:
+    names = {row.label for row in rows}
+    if not names or names == {""}:
+        return None, {}
+    if "" in names or "None" in names:
+        raise UserError(f"table '{table}': some rows have no label; complete them, or give --label none")
+    if all(name.isdecimal() for name in names):
+        classes = [str(number) for number in range(max(map(int, names)) + 1)]
+        return classes, {name: int(name) for name in names}
+    classes = sorted(names)
+    return classes, {name: number for number, name in enumerate(classes)}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"table '{path}' cannot be read: {error}") from None
+
+
+def _csv(table: Path, picture: str | None, label: str | None) -> list[Row]:
+    reader = csv.DictReader(_text(table).splitlines())
+    path, label = _columns(table, list(reader.fieldnames or []), picture, label)
+    rows = [Row(row[path] or "", (row[label] or "") if label else "") for row in reader]
+    if any(not row.path for row in rows):
+        raise UserError(f"table '{table}': some rows have no {path}; complete or remove them")
+    return rows
+
+
+def _columns(table: Path, there: list[str], picture: str | None, label: str | None) -> tuple[str, str | None]:
+    chosen = picture or next((name for name in PICTURE_COLUMNS if name in there), None)
+    if chosen is None or chosen not in there:
+        raise UserError(f"table '{table}' has columns {', '.join(there)}; name the one of the pictures with --picture")
+    if label is not None and label != "none" and label not in there:
+        raise UserError(f"table '{table}' has columns {', '.join(there)}, not '{label}'; see --label")
+    found = label or next((name for name in LABEL_COLUMNS if name in there), None)
+    return chosen, None if found == "none" else found
+
+
+def _parquet(table: Path, picture: str | None, label: str | None) -> tuple[list[Row], list[int] | None]:
+    """Rows, and the lengths of the row groups where the pictures are in the files; None where these hold paths."""
+    pq, pa = parquet_library()
+    files = sorted(table.glob("*.parquet")) if table.is_dir() else [table]
+    if not files:
+        raise UserError(f"table '{table}': the folder holds no .parquet files")
+    rows: list[Row] = []
+    runs: list[int] = []
+    for path in files:
+        try:
+            file = pq.ParquetFile(path)
+            column, wanted = _columns(path, file.schema_arrow.names, picture, label)
+            kind = file.schema_arrow.field(column).type
+            inside = pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+            first = 0
+            for group in range(file.num_row_groups):
+                total = file.metadata.row_group(group).num_rows
+                names = [name for name in (None if inside else column, wanted) if name]
+                columns = file.read_row_group(group, columns=names).to_pydict() if names else {}
+                labels = [str(value) for value in columns[wanted]] if wanted else [""] * total
+                if inside:
+                    size = max(1, _picture_bytes(file.metadata.row_group(group), column) // max(1, total))
+                    rows += [Row(f"{path}{COLUMN}{column}", name, first + at, size) for at, name in enumerate(labels)]
+                    runs += [total] if total else []
+                else:
+                    rows += [Row(str(value), name) for value, name in zip(columns[column], labels, strict=True)]
+                first += total
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"table '{path}' cannot be read: {str(error).splitlines()[0]}") from None
+    return rows, runs if runs else None
+
+
+def _picture_bytes(group: Any, column: str) -> int:
+    chunks = (group.column(number) for number in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
