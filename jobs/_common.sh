@@ -51,6 +51,8 @@ setup_job() { # everything that the ranks find in their environment
   export MASTER_ADDR MASTER_PORT LOCAL_DIR CACHE_DIR
   export TORCH_EXTENSIONS_DIR=$CACHE_DIR/torch_extensions TRITON_CACHE_DIR=$CACHE_DIR/triton
   export TORCHINDUCTOR_CACHE_DIR=$CACHE_DIR/inductor
+  # where NCCL's own watchdog ends a rank, it first writes down its last collectives
+  export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
   ENV_DIR=''
@@ -181,7 +183,7 @@ ask_to_save() { # by signal, and by a file for ranks that do not listen yet
 
 run_with_requeue() { # ARGUMENTS OF PYTHON...: as launch; saves before the time limit and goes on in a new turn
   local restart=${SLURM_RESTART_COUNT:-0} history=$RUN_DIR/job/restarts.txt
-  local command step='' status signalled terminated='' asked=$early_stop saved last=0
+  local command step='' status signalled terminated='' asked=$early_stop saved='' why='' last=0
   export MIMSCALE_STOP_FILE=$RUN_DIR/job/stop.$SLURM_JOB_ID.$restart
   export MIMSCALE_REQUEUE_FILE=$RUN_DIR/job/requeue.$SLURM_JOB_ID.$restart
   rm -f "$MIMSCALE_STOP_FILE" "$MIMSCALE_REQUEUE_FILE"
@@ -196,11 +198,12 @@ run_with_requeue() { # ARGUMENTS OF PYTHON...: as launch; saves before the time 
   trap '' USR1
   trap - TERM
 
-  saved=$(cat "$MIMSCALE_REQUEUE_FILE" 2> /dev/null) || true
-  rm -f "$MIMSCALE_STOP_FILE" "$MIMSCALE_REQUEUE_FILE"
+  [ ! -f "$MIMSCALE_REQUEUE_FILE" ] || read -r saved why < "$MIMSCALE_REQUEUE_FILE" || true
+  rm -f "$MIMSCALE_STOP_FILE" "$MIMSCALE_REQUEUE_FILE" "$MIMSCALE_REQUEUE_FILE".part*
   [ -z "$terminated" ] || die 143 "ended by SLURM or by scancel; whether it runs again is SLURM's decision"
   # After the crash of one rank srun ends the others with TERM, on which they may still save and leave a marker.
-  if [ -z "$saved" ] || { [ "$status" != 0 ] && [ -z "$asked" ]; }; then
+  # A run that hung leaves one too, and always fails.
+  if [ -z "$saved" ] || { [ "$status" != 0 ] && [ -z "$asked" ] && [ "$why" != hang ]; }; then
     [ "$status" = 0 ] || die "$status" "the trainer failed (srun exit code $status); not requeued"
     [ -e "$RUN_DIR/done" ] || die 1 "the trainer left without finishing $RUN_DIR; not requeued"
     return 0

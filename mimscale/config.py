@@ -255,11 +255,14 @@ class EngineConfig(Strict):
 
     max_micro_batch: images per rank and forward pass at most; accumulation is solved from it and the world size.
     activation_checkpointing: 0 off, k = recompute every k-th block.
+    teachers_ahead: the teachers run one micro-batch ahead of the student, on a GPU in a stream of their own, so that
+        they compute while the student waits for other ranks; costs the memory of one more micro-batch and its targets.
     """
 
     ds_config: str = "zero2_bf16"
     max_micro_batch: int = Field(64, ge=1)
     activation_checkpointing: int = Field(0, ge=0)
+    teachers_ahead: bool = False
     device: Literal["auto", "cuda", "cpu"] = "auto"
 
 
@@ -267,13 +270,46 @@ class CheckpointConfig(Strict):
     """every: optimiser steps between saves, 0 = only at the end. keep: newest checkpoints that stay on disk.
 
     keep_every: those at multiples of this step stay for good, 0 = none. patience_s: how long a write that fails (a full
-    disk, a quota, an outage) is tried again before this save is given up and the training goes on.
+    disk, a quota, an outage) is tried again before this save is given up and the training goes on. wait_s: how long a
+    step that wants to save waits for a save that is still being written, before it goes on without.
     """
 
     every: int = Field(1000, ge=0)
     keep: int = Field(2, ge=1)
     keep_every: int = Field(0, ge=0)
     patience_s: float = Field(120.0, ge=0)
+    wait_s: float = Field(10.0, ge=0)
+
+
+class GuardConfig(Strict):
+    """Steps that must not reach the weights; the mechanism stands in resilience/guard.py. 0 switches a rule off.
+
+    loss_spike: deviations above the mean of the accepted losses from which a step is skipped. grad_spike: multiple of
+    the usual gradient norm to which a larger one is scaled down. warmup: steps before either is judged. every: steps
+    between readings of the norm. skips: bad steps in a row after which the run goes back to the checkpoint before them
+    and jumps over their samples and those of `margin` steps before. rollbacks: how often, before the run ends with a
+    report. loss_scale_floor: a loss scale (fp16) at which a skipped step counts as a full row.
+    """
+
+    loss_spike: float = Field(10.0, ge=0)
+    grad_spike: float = Field(20.0, ge=0)
+    warmup: int = Field(200, ge=1)
+    every: int = Field(20, ge=1)
+    skips: int = Field(10, ge=0)
+    margin: int = Field(20, ge=0)
+    rollbacks: int = Field(3, ge=0)
+    loss_scale_floor: float = Field(16.0, ge=1)
+
+
+class WatchdogConfig(Strict):
+    """stall_s: seconds without a step after which a rank writes down what it does and ends itself, 0 = off.
+
+    startup_s: the same before the first step. every: steps between comparisons of the ranks, 0 = none.
+    """
+
+    stall_s: float = Field(900.0, ge=0)
+    startup_s: float = Field(3600.0, ge=0)
+    every: int = Field(100, ge=0)
 
 
 class LogConfig(Strict):
@@ -297,6 +333,8 @@ class RunConfig(Strict):
     schedule: ScheduleConfig
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="before")
@@ -315,6 +353,16 @@ class RunConfig(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_stream_gathers(self) -> RunConfig:
+        split = next((name for name, teacher in self.teachers.items() if teacher.shard), None)
+        if split is not None and self.engine.teachers_ahead:
+            raise ValueError(
+                f"engine.teachers_ahead = true with teachers.{split}.shard = true: a split teacher gathers in the "
+                f"student's stream; set one of them to false"
+            )
+        return self
+
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the student's patch tokens."""
@@ -330,6 +378,8 @@ class RunConfig(Strict):
         free = (
             "engine.",
             "checkpoint.",
+            "guard.",
+            "watchdog.",
             "log.",
             "data.workers",
             "data.prefetch",

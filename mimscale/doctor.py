@@ -35,6 +35,7 @@ from mimscale.config import (
     solve_batch,
 )
 from mimscale.contracts import TeacherInfo
+from mimscale.convert import start
 from mimscale.data.cache import Cache
 from mimscale.data.decode import explain
 from mimscale.data.manifest import Manifest
@@ -158,6 +159,10 @@ def check_recipe(config: RunConfig, found: Findings) -> None:
     shape = f"{student.width} wide, {student.depth} blocks, {student.heads} heads"
     found.rows.append(("method", config.method.name))
     found.rows.append(("student", f"{shape}, patch {student.patch}, {rows}x{columns} at {config.data.image_size} px"))
+    if config.init is not None:
+        known = found.attempt(lambda: start.pinned(config, None, resumes=False))
+        if known is not None and known.init is not None:
+            found.rows.append(("starts from", f"{known.init.weights}, sha256 {known.init.sha256}"))
     ds_config = found.attempt(lambda: load_ds_config(config.engine.ds_config))
     if ds_config is None:
         return

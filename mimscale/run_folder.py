@@ -8,6 +8,7 @@ tensorboard/      the same, to look at
 checkpoints/      see resilience/checkpoint.py
 job/              what the batch scripts keep there
 lock              who writes here: resilience/lock.py
+guard.json        why the guard ended the run;  left_out.jsonl: samples that a roll-back jumped over
 stop              made by you: the run saves at its next step and stops
 done              made by the run: it reached its last step
 """
@@ -95,6 +96,10 @@ def stop_wish(run_dir: Path) -> Path:
 
 def mark_done(run_dir: Path, step: int) -> None:
     (run_dir / "done").write_text(f"{step}\n")
+
+
+def write_report(run_dir: Path, name: str, values: Mapping[str, Any]) -> None:
+    (run_dir / name).write_text(json.dumps(values, indent=1) + "\n")
 
 
 def record_launch(run_dir: Path, command: Sequence[str], **values: Any) -> None:

@@ -108,6 +108,16 @@ def test_wrong_weights(tmp_path: Path, shards: Path, teacher_file: Path, capsys:
     assert re.search("problem: .*sha256 = 0{64}, but .* has [0-9a-f]{64}", capsys.readouterr().err)
 
 
+def test_starting_weights(tmp_path: Path, shards: Path, teacher_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digest = hashlib.sha256(teacher_file.read_bytes()).hexdigest()
+    words = ["doctor", recipe(tmp_path, shards, weights=str(teacher_file))]
+    assert main([*words, f"init.weights={teacher_file}"]) == 0
+    out = capsys.readouterr().out
+    assert "starts from" in out and digest in out
+    assert main([*words, f"init.weights={tmp_path}/gone"]) == 2
+    assert re.search("problem: .*gone is neither a run folder", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -150,6 +150,46 @@ def test_simmim() -> None:
     assert rates == pytest.approx([2e-6, 2e-6, 4e-4, 4e-5])
 
 
+FINETUNED = {  # recipe -> (timm's network, peak rate, layer decay)
+    "finetune_mae_vit_b16": ("vit_base_patch16_224", 2e-3, 0.65),
+    "finetune_mae_vit_l16": ("vit_large_patch16_224", 4e-3, 0.75),
+    "finetune_mae_vit_h14": ("vit_huge_patch14_224", 4e-3, 0.75),
+    "finetune_maskalign_vit_b16": ("vit_base_patch16_224", 1.2e-3, 0.55),
+    "finetune_maskalign_vit_l16": ("vit_large_patch16_224", 1.2e-3, 0.75),
+}
+
+
+@pytest.mark.parametrize("name", FINETUNED)
+def test_finetuning(name: str) -> None:
+    timm_name, peak, layer_decay = FINETUNED[name]
+    run, method, count = built(name, {})
+    with torch.device("meta"):
+        reference = timm.create_model(timm_name, global_pool="avg", num_classes=1000)
+    assert count == sum(p.numel() for p in reference.parameters())
+    assert (run.schedule.peak_lr, run.optim.layer_decay) == (pytest.approx(peak), layer_decay)
+    assert {method.layer_of(parameter) for parameter, _ in method.named_parameters()} == set(
+        range(run.student.depth + 2)
+    )
+
+
+def test_finetuning_of_convmae() -> None:
+    """The official encoder without its fusion, and the head."""
+    run, method, _ = built("finetune_convmae_b", {})
+    assert run.schedule.peak_lr == pytest.approx(2e-3)
+    assert run.method.stages == load("convmae_b").method.stages  # type: ignore[attr-defined]
+    pretrained = built("convmae_b", {})[1]
+    encoder = {n for n, _ in pretrained.student.named_parameters() if not n.startswith(("norm", "stage"))}
+    assert encoder <= {n for n, _ in method.student.named_parameters()}
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("finetune_")])
+def test_finetuning_starts_from_a_recipe_of_this_package(name: str) -> None:
+    start = load(name).init
+    assert start is not None and start.weights.parent.name == "runs" and start.weights.name in PUBLISHED
+    pretraining = load(start.weights.name)
+    assert pretraining.student.model_dump(exclude={"drop_path"}) == load(name).student.model_dump(exclude={"drop_path"})
+
+
 def test_pixmim_with_attentive_masks() -> None:
     """PixMIM's network; the teacher chooses patches and nothing else of it is read."""
     dino = replace(CLIP_B, name="dino")

@@ -11,7 +11,6 @@ import signal
 import weakref
 from collections.abc import Generator, Iterator
 from functools import partial
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from mimscale.config import DataConfig
 from mimscale.contracts import Batch, Needs
 from mimscale.data.ahead import Ahead
 from mimscale.data.manifest import Ints, Manifest
-from mimscale.data.order import Order, rank_positions
+from mimscale.data.order import Jumps, Order, batch_of, rank_positions
 from mimscale.data.samples import EvalSamples, TrainSamples
 from mimscale.errors import UserError
 
@@ -33,10 +32,11 @@ _RUNNING: weakref.WeakSet[Running] = weakref.WeakSet()
 class TrainLoader:
     """Endless micro-batches of one rank from `start_step` on: global_batch / (world * micro_batch) of them per step.
 
-    pin: put batches into pinned memory. One iteration runs at a time: a new one starts again at `start_step`. Workers
-    end with `close()`, with the loader, or with the program. They ignore SIGINT, SIGTERM and SIGUSR1, which SLURM
-    sends to every process of a job: when to stop is the trainer's decision. Raises UserError where sizes do not divide
-    or labels are needed and missing; iterating raises DamagedSample where nothing at all can be read.
+    jumps: see `order.batch_of`. pin: put batches into pinned memory. One iteration runs at a time: a new one starts
+    again at `start_step`. Workers end with `close()`, with the loader, or with the program. They ignore SIGINT, SIGTERM
+    and SIGUSR1, which SLURM sends to every process of a job: when to stop is the trainer's decision. Raises UserError
+    where sizes do not divide or labels are needed and missing; iterating raises DamagedSample where nothing at all can
+    be read.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class TrainLoader:
         rank: int,
         world: int,
         start_step: int = 0,
+        jumps: Jumps = (),
         pin: bool = False,
     ):
         if micro_batch < 1 or world < 1 or global_batch % (world * micro_batch):
@@ -64,7 +65,7 @@ class TrainLoader:
         order = Order(manifest, seed, data.streams, data.block)
         self._loader = _data_loader(
             TrainSamples(manifest, order, data, needs, seed, global_batch),
-            Positions(global_batch, micro_batch, rank, world, start_step, data.crops),
+            Positions(global_batch, micro_batch, rank, world, start_step, data.crops, jumps),
             workers=data.workers,
             prefetch=data.prefetch,
             pin=pin,
@@ -72,7 +73,7 @@ class TrainLoader:
         self._ahead: Ahead | None = None
         self._look_ahead = partial(Ahead, manifest, order, global_batch, rank, world) if manifest.cache else None
         self._parts = global_batch // (world * micro_batch)
-        self._start_step, self._crops = start_step, data.crops
+        self._start_step, self._crops, self._jumps = start_step, data.crops, jumps
         self._running: Running | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -80,12 +81,12 @@ class TrainLoader:
         self._running = _run(self._loader, self._parts)
         if self._look_ahead is None:
             return self._running
-        self._ahead = self._look_ahead(self._start_step // self._crops)
+        self._ahead = self._look_ahead(batch_of(self._start_step, self._jumps) // self._crops)
         return self._followed(self._running, self._ahead)
 
     def _followed(self, running: Running, ahead: Ahead) -> Iterator[Batch]:
         for number, batch in enumerate(running):
-            ahead.step.value = (self._start_step + number // self._parts) // self._crops
+            ahead.step.value = batch_of(self._start_step + number // self._parts, self._jumps) // self._crops
             yield batch
 
     def close(self) -> None:
@@ -125,21 +126,34 @@ def eval_batches(
 class Positions:
     """What the workers are to make, endless, for one rank: (places in the order, positions [rows, micro_batch]).
 
-    Each of `crops` consecutive steps, a window, takes another crop of the same images: those of the window's own place
-    in the order. A run that starts inside a window begins with the rest of it.
+    Each of `crops` consecutive global batches, a window, takes another crop of the same images: those of the window's
+    own place in the order. A run that starts, or jumps, into a window begins with the rest of it.
     """
 
-    def __init__(self, global_batch: int, micro_batch: int, rank: int, world: int, start_step: int, crops: int):
+    def __init__(
+        self,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        start_step: int,
+        crops: int,
+        jumps: Jumps = (),
+    ):
         self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
-        self.start_step, self.crops = start_step, crops
+        self.start_step, self.crops, self.jumps = start_step, crops, jumps
 
     def __iter__(self) -> Iterator[tuple[Ints, Ints]]:
-        for window in count(self.start_step // self.crops):
-            steps = range(max(self.start_step, window * self.crops), (window + 1) * self.crops)
-            yield from zip(self._cut(window), np.stack([self._cut(step) for step in steps], axis=1), strict=True)
+        step = self.start_step
+        while True:
+            window = batch_of(step, self.jumps) // self.crops
+            batches = [batch_of(t, self.jumps) for t in range(step, step + self.crops)]
+            batches = [batch for batch in batches if batch // self.crops == window]
+            yield from zip(self._cut(window), np.stack([self._cut(batch) for batch in batches], axis=1), strict=True)
+            step += len(batches)
 
-    def _cut(self, step: int) -> Ints:
-        return rank_positions(step, self.global_batch, self.rank, self.world).reshape(-1, self.micro_batch)
+    def _cut(self, batch: int) -> Ints:
+        return rank_positions(batch, self.global_batch, self.rank, self.world).reshape(-1, self.micro_batch)
 
 
 def _data_loader(

@@ -106,8 +106,25 @@ class Order:
         return noise.permutation(self.seed, "block", epoch, stream, number, n=size).astype(np.int32)
 
 
-def rank_positions(step: int, global_batch: int, rank: int, world: int) -> Ints:
-    """int64 [global_batch / world]: the positions of one rank in one step, ascending.
+Jumps = tuple[tuple[int, int], ...]
+
+
+def batch_of(step: int, jumps: Jumps = ()) -> int:
+    """Which global batch of the endless sequence a step takes. jumps: (step, batches left out before it), ascending."""
+    return step + sum(batches for start, batches in jumps if start <= step)
+
+
+def jumped(jumps: Jumps, start: int, step: int) -> Jumps:
+    """The jumps with which a run that goes back finds, from step `start` on, only batches that it has not seen.
+
+    step: where it was; the first batch it has not seen is that step's.
+    """
+    kept = tuple(jump for jump in jumps if jump[0] < start)
+    return (*kept, (start, batch_of(step, jumps) - batch_of(start, kept)))
+
+
+def rank_positions(batch: int, global_batch: int, rank: int, world: int) -> Ints:
+    """int64 [global_batch / world]: the positions of one rank in one global batch (counted from 0), ascending.
 
     The ranks take turns: rank r has the offsets r, r + world, ... of the global batch. Where world divides the number
     of streams, a rank so reads only its own streams within an epoch. Micro-batches are consecutive runs of this list.
@@ -116,4 +133,4 @@ def rank_positions(step: int, global_batch: int, rank: int, world: int) -> Ints:
         raise UserError(
             f"global batch {global_batch} must be a multiple of the world size {world}, and rank {rank} in it"
         )
-    return np.arange(step * global_batch + rank, (step + 1) * global_batch, world, dtype=np.int64)
+    return np.arange(batch * global_batch + rank, (batch + 1) * global_batch, world, dtype=np.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -96,10 +96,22 @@ class Engine:
         for live, group in zip(self._ds.optimizer.param_groups, self.groups, strict=True):
             live["lr"] = lr * group["lr_scale"]
 
-    def micro_step(self, batch: Any, targets: Any) -> dict[str, Tensor]:
-        """Forward, backward, and at the end of an accumulation window the step. Returns detached scalars."""
+    def set_clip(self, norm: float) -> None:
+        """Largest global gradient norm of the next step, 0 = none. It is scaled down inside the step."""
+        if isinstance(self._optimizer, GuardedAdamW):
+            self._optimizer.clip = norm
+        else:
+            self._ds.optimizer.clip_grad = norm
+
+    def micro_step(
+        self, batch: Any, targets: Any, judge: Callable[[Tensor], Tensor] = lambda loss: loss
+    ) -> dict[str, Tensor]:
+        """Forward, backward, and at the end of an accumulation window the step. Returns detached scalars.
+
+        judge: called between forward and backward; what it returns goes backward in place of the loss.
+        """
         outputs: Mapping[str, Tensor] = self._ds(batch, targets)
-        self._ds.backward(outputs["loss"])
+        self._ds.backward(judge(outputs["loss"]))
         self._ds.step()
         return {name: value.detach() for name, value in outputs.items()}
 
@@ -116,9 +128,10 @@ class Engine:
         return math.nan if norm is None else float(norm)
 
     @property
-    def loss_scale(self) -> float:
+    def loss_scale(self) -> float | None:
+        """fp16's dynamic scale; None where there is none."""
         scaler = getattr(self._ds.optimizer, "loss_scaler", None)
-        return float(scaler.loss_scale) if scaler is not None and scaler.dynamic else 1.0
+        return float(scaler.loss_scale) if scaler is not None and scaler.dynamic else None
 
     # -------------------------------------------------------------------------------- what a checkpoint holds of it
 

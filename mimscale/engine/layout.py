@@ -26,6 +26,12 @@ from mimscale.errors import UserError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "skipped_steps", "global_samples")
+_USED: dict[int, tuple[str, ...]] = {  # besides what `_map` reads
+    0: (),
+    1: ("clip_grad", "loss_scaler", "update_lp_params"),
+    2: ("clip_grad", "loss_scaler", "update_lp_params"),
+    3: ("clip_grad", "loss_scaler", "checkpoint_event_prologue", "checkpoint_event_epilogue"),
+}
 
 
 class LayoutError(RuntimeError):
@@ -63,6 +69,9 @@ class Layout:
         try:
             zero = ds_engine.optimizer
             self._base = zero.optimizer if self.stage else zero
+            for owner, names in ((ds_engine, COUNTERS), (zero, _USED[self.stage])):
+                for name in names:
+                    getattr(owner, name)
             self._leaves, self.fragments = self._map(zero)
         except AttributeError as error:
             raise LayoutError(f"this DeepSpeed release keeps its state elsewhere ({error}); use 0.19.8") from error

@@ -143,6 +143,13 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def forget_after(root: Path, step: int) -> None:
+    """Delete the checkpoints beyond a step: the run went back to it and will take another way from there."""
+    for path in steps(root):
+        if step_of(path) > step:
+            remove(path)
+
+
 def remove(path: Path) -> None:
     """Delete a checkpoint; half-deleted it must not look complete."""
     doomed = path.with_name(f".old-{path.name}-{time.time_ns():x}")

@@ -25,9 +25,12 @@ class Control:
         if self.world > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._pending: tuple[torch.Tensor, Any] | None = None
+        self._calls = 0
+        self.last = "none"  # for whoever asks where this rank stands
 
     def gather(self, item: T) -> list[T]:
         """The item of every rank, in rank order, on every rank."""
+        self._called("gather")
         if self.world == 1:
             return [item]
         items: list[Any] = [None] * self.world
@@ -36,6 +39,7 @@ class Control:
 
     def broadcast(self, item: T) -> T:
         """Rank 0's item, on every rank."""
+        self._called("broadcast")
         if self.world == 1:
             return item
         items = [item]
@@ -44,6 +48,7 @@ class Control:
 
     def gather_bytes(self, item: bytes) -> list[bytes]:
         """As `gather` for items of one length on all ranks, without pickling."""
+        self._called("gather_bytes")
         if self.world == 1:
             return [item]
         mine = torch.frombuffer(bytearray(item), dtype=torch.uint8)
@@ -52,6 +57,7 @@ class Control:
         return [bytes(each.numpy()) for each in items]
 
     def barrier(self) -> None:
+        self._called("barrier")
         if self.world > 1:
             dist.barrier(group=self._group)
 
@@ -83,6 +89,7 @@ class Control:
 
         The reduction started here runs beside the step and is read at the next call, so no rank waits for it.
         """
+        self._called("agree")
         if self.world == 1:
             return [int(number) for number in numbers]
         answer = self.settle() or [0] * len(numbers)
@@ -98,3 +105,7 @@ class Control:
         self._pending = None
         work.wait()
         return tensor.tolist()
+
+    def _called(self, name: str) -> None:
+        self._calls += 1
+        self.last = f"{name} (number {self._calls})"

@@ -48,10 +48,13 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def leave_requeue_marker(step: int) -> None:
-    """Tell the batch script, through the file that MIMSCALE_REQUEUE_FILE names, that this job wants to run again."""
+def leave_requeue_marker(step: int, why: str = "asked") -> None:
+    """Tell the batch script, through the file that MIMSCALE_REQUEUE_FILE names, that this job wants to run again.
+
+    step: of the newest checkpoint. why: "asked" (a signal) or "hang".
+    """
     name = os.environ.get("MIMSCALE_REQUEUE_FILE")
     if name:
-        part = Path(f"{name}.part")
-        part.write_text(f"{step}\n")
+        part = Path(f"{name}.part{os.getpid()}")
+        part.write_text(f"{step} {why}\n")
         part.replace(name)

@@ -77,9 +77,10 @@ class Saver:
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Copy, and go on writing in the background. Collective.
 
-        Skips this save, with a note, while the one before is still being written.
+        Where the save before is still being written, waits up to `wait_s`, then leaves this one out, with a note.
         """
-        if self._job is not None:
+        if self.settle(self._config.wait_s) is None:
+            assert self._job is not None
             late_s = time.monotonic() - self._job.start_s
             self._warn(f"step {step} is not saved: step {self._job.step} is still being written after {late_s:.0f} s")
             self.note("save_skipped", at=step, busy_with=self._job.step)
@@ -106,18 +107,19 @@ class Saver:
         if -settled >= self._number:
             self._finish(job)
 
-    def settle(self) -> bool:
-        """Wait until the save under way is on disk or given up; True if nothing was given up. Collective."""
+    def settle(self, limit_s: float | None = None) -> bool | None:
+        """Wait until the save under way is on disk (True) or given up (False); None after `limit_s`. Collective."""
         job = self._job
         if job is None:
             return True
-        if job.thread is not None:
-            job.thread.join()
         if not job.ready:
+            if not all(self._control.gather(_ended(job.thread, limit_s))):
+                return None
             self._gather(job)
-            if job.thread is not None:
-                job.thread.join()
-        job.committed = self._control.broadcast(job.committed)
+        ended = self._control.rank != 0 or _ended(job.thread, limit_s)
+        ended, job.committed = self._control.broadcast((ended, job.committed))
+        if not ended:
+            return None
         self._finish(job)
         return job.committed
 
@@ -212,3 +214,9 @@ class Saver:
 
     def _warn(self, text: str) -> None:
         print(f"checkpoint: rank {self._control.rank}: {text}", file=sys.stderr, flush=True)
+
+
+def _ended(thread: threading.Thread | None, limit_s: float | None) -> bool:
+    if thread is not None:
+        thread.join(limit_s)
+    return thread is None or not thread.is_alive()

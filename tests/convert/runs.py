@@ -52,6 +52,7 @@ def save_run(folder: Path, method: Method, run: RunConfig) -> Path:
     tensors = {f"{kind[n]}|{n}|0": t.detach().flatten() for n, t in state.items()}
     for moment in ("exp_avg", "exp_avg_sq"):
         tensors |= {f"{moment}|{n}|0": torch.rand(p.numel()) for n, p in parameters.items()}
+    tensors["table|masking|0"] = torch.arange(50, dtype=torch.uint8)  # as AMT's attention of each sample
     part = folder / "checkpoints" / ".new"
     shard = checkpoint.write_shard(part, tensors, 0, 1)
     final = checkpoint.step_folder(folder / "checkpoints", 7)

@@ -30,6 +30,8 @@ def test_plain_tensors_under_plain_names(exported: Path, tmp_path: Path) -> None
     assert same(weights, checkpoint.load_weights(reader.path)) and "student.pos_embed" in weights
     for kind in ("exp_avg", "exp_avg_sq"):
         assert same(load_file(exported / f"{kind}.safetensors"), {n: reader.full(kind, n) for n in reader.names(kind)})
+    table = load_file(exported / "table.safetensors")["masking"]
+    assert torch.equal(table, torch.arange(50, dtype=torch.uint8))
     about = json.loads((exported / "state.json").read_text())
     assert about["checkpoint"]["step"] == 7 and about["config"]["method"]["name"] == "maskalign"
     assert about["files"]["exp_avg"]["sha256"] == checkpoint.sha256(exported / "exp_avg.safetensors")

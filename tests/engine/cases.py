@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import sys
 from collections.abc import Callable, Iterator
 
@@ -11,14 +12,15 @@ import torch
 import torch.distributed as dist
 
 from mimscale.__main__ import end_process
-from mimscale.config import RunConfig, load, method_class
+from mimscale.config import GuardConfig, RunConfig, load, method_class
 from mimscale.contracts import Batch
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
 from mimscale.engine.engine import Engine
-from mimscale.engine.layout import MOMENTS, LayoutError
+from mimscale.engine.layout import MOMENTS, Layout, LayoutError
 from mimscale.engine.world import close_process_group, from_environment, open_process_group
 from mimscale.errors import UserError
+from mimscale.resilience.guard import Guard
 
 CPU_CONFIGS = [f"cpu_zero{s}_fp32" for s in range(4)] + [f"cpu_zero{s}_{p}" for s in (2, 3) for p in ("fp16", "bf16")]
 
@@ -95,6 +97,33 @@ def nonfinite(recipe: str) -> None:
         assert engine.skipped_steps == 1
 
 
+def guarded(recipe: str) -> None:
+    """A loss that is not finite or spikes on ONE rank changes nothing on any; a gradient is limited inside its step."""
+    config = GuardConfig(warmup=2, loss_spike=2.0, grad_spike=0.0)
+    for name, engine, batches, _ in engines(recipe, CPU_CONFIGS):
+        engine.set_clip(1e-3)
+        engine.micro_step(next(batches), {})
+        squares = sum(float(t.square().sum()) for k, t in engine.tensors().items() if k.startswith("exp_avg|"))
+        total = torch.tensor(squares)
+        dist.all_reduce(total)
+        assert abs(float(total.sqrt()) / (0.1 * 1e-3) - 1) < 0.02, f"{name}: moments of norm {float(total.sqrt())}"
+        engine.set_clip(0.0)
+        guard = Guard(config, 1, torch.device("cpu"))
+        for _ in range(2):
+            engine.micro_step(next(batches), {}, guard.judge)
+        before, good = engine.tensors(), next(batches)
+        for value, why in ((math.nan, "not finite"), (30.0, "above its limit")):
+            skips = engine.skipped_steps
+            factor = value if world.rank else 1.0
+            engine.micro_step(good, {}, lambda loss: guard.judge(loss * factor))  # noqa: B023
+            after = engine.tensors()
+            assert all(torch.equal(before[key], after[key]) for key in before), f"{name}: {why}: weights moved"
+            assert engine.skipped_steps == skips + 1 and why in guard.cause()["why"], f"{name}: {guard.cause()}"
+        engine.micro_step(good, {}, guard.judge)
+        moved = engine.tensors()
+        assert not all(torch.equal(before[key], moved[key]) for key in before), f"{name}: stuck"
+
+
 def planted_faults(recipe: str) -> None:
     """The map's self-test notices weights that differ from their masters, and an Adam step that ran away."""
     for name, engine, _, _ in engines(recipe, ["cpu_zero1_fp32", "cpu_zero2_bf16", "cpu_zero3_fp16"]):
@@ -113,6 +142,11 @@ def planted_faults(recipe: str) -> None:
         if len(engine.layout._leaves) > 1:
             engine.layout._base.state[engine.layout._leaves[0]]["step"] += 1
             expect(LayoutError, engine.layout.adam_step, f"{name}: one leaf is a step ahead")
+        zero = engine._ds.optimizer
+        clip = zero.clip_grad
+        del zero.clip_grad
+        expect(LayoutError, lambda: Layout(engine._ds), f"{name}: a release that keeps its clip elsewhere")  # noqa: B023
+        zero.clip_grad = clip
     run = load(recipe)
     method = method_class("mae")(run, {})
     method.scale = torch.nn.Parameter(torch.tensor(1.0))
@@ -130,7 +164,7 @@ def expect(kind: type[Exception], work: Callable[[], object], what: str) -> None
 if __name__ == "__main__":
     world = from_environment("cpu")
     open_process_group(world)
-    cases = (oracle, nonfinite, planted_faults, no_synchronise)
+    cases = (oracle, nonfinite, guarded, planted_faults, no_synchronise)
     {case.__name__: case for case in cases}[sys.argv[2]](sys.argv[1])
     dist.barrier()
     close_process_group()

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimscale import config
-from mimscale.contracts import Batch, Masks, Targets, normalised
+from mimscale.config import method_class
+from mimscale.contracts import Batch, Masks, Targets, TeacherInfo, normalised
 from mimscale.convert.families import mae as official_mae
 from mimscale.convert.families import simmim as official_simmim
 from mimscale.errors import UserError
@@ -158,7 +159,7 @@ def small(masking: dict[str, Any] | None = None, **sections: Any) -> MAE:
     return method
 
 
-def policy(method: MAE) -> AMT:
+def policy(method: Any) -> AMT:
     assert isinstance(method.masking, AMT)
     return method.masking
 
@@ -168,7 +169,7 @@ def last_block(method: MAE) -> Any:
     return student.blocks[-1]
 
 
-def rows(method: MAE) -> Tensor:
+def rows(method: Any) -> Tensor:
     table = policy(method).table
     assert table is not None
     return table.rows
@@ -189,7 +190,7 @@ def batch_at(first: int, count: int = 2) -> Batch:
     )
 
 
-def step(method: MAE, first: int) -> Batch:
+def step(method: Any, first: int) -> Batch:
     batch = method.prepare(batch_at(first))
     method.after_step(batch)
     return batch
@@ -268,6 +269,42 @@ def test_before_the_warm_up_ends_masks_are_those_of_random() -> None:
         for ours, theirs in zip(method.masking.choose(batch, {}), plain.masking.choose(batch, {}), strict=True):
             assert torch.equal(ours, theirs)
     assert method.prepare(batch_at(12)).importance is not None
+
+
+TEACHER = TeacherInfo("tiny", dim=48, depth=2, grid=(4, 4), image_size=64, has_cls=True)
+STAGES = {"patches": [4, 2, 2], "widths": [8, 16], "depths": [1, 1]}
+UNDER: dict[str, dict[str, Any]] = {
+    "mae": {},
+    "mff": {"fusion": {"kind": "mff", "levels": [0, 1]}},
+    "pixmim": {"low_pass_radius": 8},
+    "simmim": {"masking": {"unit": 16}},
+    "convmae": {"stages": STAGES},
+    "mrmae": {"stages": {**STAGES, "class_token": True}},
+    "maskalign": {"levels": "top1"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", UNDER)
+def test_every_method_trains_with_it(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    decoder = {"decoder_width": 32, "decoder_heads": 4, "decoder_depth": 1}
+    section = {"name": name, **(decoder if name not in ("simmim", "maskalign") else {}), **UNDER[name]}
+    section["masking"] = {**AMT_HALF, **section.get("masking", {})}
+    run = run_config(section, STUDENT)
+    taught = name in ("mrmae", "maskalign")
+    method = method_class(name)(run, {"tiny": TEACHER} if taught else {}).to(dtype)
+    method.begin(10)
+    features = {1: torch.randn(2, 16, 48)}
+    targets = {"tiny": Targets(features, {1: torch.randn(2, 48)})} if taught else {}
+    batch = step(method, 0)
+    assert not (rows(method)[0] == UNKNOWN).all()
+    loss = method(batch, targets)["loss"]
+    loss.backward()
+    assert torch.isfinite(loss)
+    golden.every_parameter_has_a_gradient(method)
+    view = method.view(batch, targets)
+    assert view is not None and view.thrown is not None and view.attention is not None
 
 
 def test_attention_that_is_not_a_number_leaves_the_row_alone() -> None:

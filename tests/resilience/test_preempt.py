@@ -48,4 +48,4 @@ def test_requeue_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("MIMSCALE_REQUEUE_FILE", str(tmp_path / "again"))
     leave_requeue_marker(41)
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
-    assert (tmp_path / "again").read_text() == "41\n"
+    assert (tmp_path / "again").read_text() == "41 asked\n"

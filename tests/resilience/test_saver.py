@@ -90,7 +90,7 @@ def test_the_training_does_not_wait_for_a_slow_disk(tmp_path: Path, monkeypatch:
     """While one save is under way the next is skipped, with a note; the one under way ends whole."""
     go, write = threading.Event(), HostCopy.write
     monkeypatch.setattr(HostCopy, "write", lambda self, path: go.wait() and write(self, path))
-    run = Run(tmp_path)
+    run = Run(tmp_path, wait_s=0.01)
     run.save(1)
     run.step()
     run.save(2)

@@ -1,0 +1,57 @@
+"""The trainer with a fault in its data, teacher or gradients:  python -m tests.faulty FAULTS.json train RECIPE ...
+
+FAULTS.json: {"images": {batch: factor}, "teacher": [batches], "gradients": [batches], "rank": r}. A batch is a global
+batch of the endless sequence, so the fault belongs to its samples and is met again wherever these are; `rank` limits it
+to one rank. factor null means NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimscale.__main__ import end_process, main
+from mimscale.config import load
+from mimscale.contracts import Batch
+from mimscale.engine.engine import Engine
+from mimscale.teachers.bank import Bank
+
+
+def plant(faults: dict[str, Any], global_batch: int) -> None:
+    """Wrap what the loop calls."""
+    now: list[int] = [0]
+    normalised, step, teach = Batch.normalised, Engine.micro_step, Bank.__call__
+    here = faults.get("rank", int(os.environ.get("RANK", "0"))) == int(os.environ.get("RANK", "0"))
+    images = {int(k): math.nan if v is None else v for k, v in faults.get("images", {}).items()}
+
+    def bad_images(self: Batch) -> Batch:
+        now[0] = int(self.positions[0]) // global_batch
+        batch = normalised(self)
+        factor = images.get(now[0])
+        return dataclasses.replace(batch, images=batch.images * factor) if here and factor is not None else batch
+
+    def bad_gradients(self: Engine, batch: Any, targets: Any, judge: Callable[..., Any]) -> Any:
+        planted = here and now[0] in faults.get("gradients", ())
+        return step(self, batch, targets, lambda loss: judge(loss) * math.inf if planted else judge(loss))
+
+    def bad_teacher(self: Bank, pictures: torch.Tensor) -> Any:
+        broken = here and now[0] in faults.get("teacher", ())
+        return teach(self, pictures * math.nan if broken else pictures)
+
+    Batch.normalised = bad_images  # type: ignore[method-assign]
+    Engine.micro_step = bad_gradients  # type: ignore[method-assign, assignment]
+    Bank.__call__ = bad_teacher  # type: ignore[method-assign, assignment]
+
+
+if __name__ == "__main__":
+    words = sys.argv[2:]
+    plant(json.loads(Path(sys.argv[1]).read_text()), load(words[1]).schedule.global_batch)
+    end_process(main(words))
