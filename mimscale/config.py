@@ -255,11 +255,14 @@ class EngineConfig(Strict):
 
     max_micro_batch: images per rank and forward pass at most; accumulation is solved from it and the world size.
     activation_checkpointing: 0 off, k = recompute every k-th block.
+    teachers_ahead: the teachers run one micro-batch ahead of the student, on a GPU in a stream of their own, so that
+        they compute while the student waits for other ranks; costs the memory of one more micro-batch and its targets.
     """
 
     ds_config: str = "zero2_bf16"
     max_micro_batch: int = Field(64, ge=1)
     activation_checkpointing: int = Field(0, ge=0)
+    teachers_ahead: bool = False
     device: Literal["auto", "cuda", "cpu"] = "auto"
 
 
@@ -347,6 +350,16 @@ class RunConfig(Strict):
         if self.data.image_size % self.student.patch:
             raise ValueError(
                 f"data.image_size = {self.data.image_size} is not a multiple of student.patch = {self.student.patch}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_stream_gathers(self) -> RunConfig:
+        split = next((name for name, teacher in self.teachers.items() if teacher.shard), None)
+        if split is not None and self.engine.teachers_ahead:
+            raise ValueError(
+                f"engine.teachers_ahead = true with teachers.{split}.shard = true: a split teacher gathers in the "
+                f"student's stream; set one of them to false"
             )
         return self
 

@@ -39,6 +39,7 @@ from mimscale.resilience.preempt import Preemption, ignore_signals, leave_requeu
 from mimscale.resilience.saver import Saver
 from mimscale.resilience.watchdog import Spread, Watchdog
 from mimscale.state import TrainState
+from mimscale.teachers.ahead import Lessons
 from mimscale.teachers.bank import Bank
 
 
@@ -76,7 +77,8 @@ def train(plan: Plan, phases: Phases) -> None:
         guard.load(state.guard)
 
     loader = open_loader(plan, method, engine, state)
-    batches = iter(loader)  # starts the workers
+    taught = partial(Lessons, bank, world.device, ahead=run.engine.teachers_ahead, prepare=method.prepare)
+    lessons = taught(iter(loader))  # starts the workers
     logbook = Logbook(
         plan.run_dir,
         active=world.rank == 0,
@@ -105,14 +107,13 @@ def train(plan: Plan, phases: Phases) -> None:
         for _ in range(engine.accumulation):
             watch.phase = "waiting for data"
             with meter.waiting():
-                batch = next(batches)
+                raw = lessons.fetch()
             spread.waited()
             watch.phase = "forward pass"
-            ids.append(batch.ids)
+            ids.append(raw.ids)
             watch.ids = ids
-            ledger.note(batch.damage)
-            batch = method.prepare(batch).to(world.device).normalised()
-            targets = bank(batch.images)
+            ledger.note(raw.damage)
+            batch, targets = lessons.teach()
             meter.add(engine.micro_step(batch, targets, judge), images=len(batch.ids) * world.size)
             spread.stepped()
         method.after_step(batch)
@@ -139,7 +140,7 @@ def train(plan: Plan, phases: Phases) -> None:
             state = roll_back(rig, guard, logbook, state)
             loader.close()
             loader = open_loader(plan, method, engine, state)
-            batches, saved_step = iter(loader), state.step
+            lessons, saved_step = taught(iter(loader)), state.step
             meter = Meter(world.device)
             continue
 

@@ -9,8 +9,10 @@ import torch
 
 from mimscale.config import load, method_class
 from mimscale.contracts import Batch, Noise
+from mimscale.teachers.ahead import Lessons
 from mimscale.teachers.bank import Bank, describe
 from tests import ranks
+from tests.teachers import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -57,3 +59,38 @@ def test_forward_and_backward_never_wait_for_the_device(name: str, tmp_path: Pat
         step(pinned.to(device))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "fp8"])
+def test_teachers_ahead_in_their_own_stream(precision: str) -> None:
+    """Equal targets, also while the student keeps the device busy and its memory moving."""
+    device = torch.device("cuda")
+    config = tiny.timm_config("vit_base_patch16_dinov3", None, random=True, precision=precision,
+                              options={"embed_dim": 128, "depth": 3, "num_heads": 4})  # fmt: skip
+    bank = Bank({"t": config}, {"t": tiny.ALL}, 64, device)
+    batches = [
+        Batch(
+            images=torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8),
+            ids=torch.full((8,), number),
+            positions=torch.arange(8),
+            noise={},
+            boxes=torch.zeros(8, 4),
+            flips=torch.zeros(8, dtype=torch.bool),
+        ).pin_memory()
+        for number in range(8)
+    ]
+    seen = []
+    for ahead in (False, True):
+        sums = []
+        lessons = Lessons(bank, device, iter(batches), ahead=ahead)
+        for _ in batches:
+            lessons.fetch()
+            batch, targets = lessons.teach()
+            for _ in range(4):
+                torch.randn(512, 512, device=device) @ torch.randn(512, 512, device=device)
+            attention = targets["t"].cls_attention
+            assert attention is not None
+            sums.append((batch.images.clone(), targets["t"].levels[2].clone(), attention.clone()))
+        seen.append(sums)
+    for plain, early in zip(*seen, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(plain, early, strict=True))

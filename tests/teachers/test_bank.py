@@ -183,6 +183,18 @@ def test_code_in_a_file_never_runs(zipped: bool, tmp_path: Path, monkeypatch: py
     assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.9])
+def test_a_truncated_file_is_one_line(suffix: str, share: float, dino: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"w{suffix}"
+    save_file(load_file(dino), path) if suffix == ".safetensors" else torch.save(load_file(dino), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(UserError, match="cannot be read as plain tensors") as error:
+        tiny.bank(tiny.timm_config(DINO, path), 32)
+    assert "\n" not in str(error.value)
+
+
 def test_torchscript_archives_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
