@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,14 @@ def _index(root: Path, samples: int) -> list[list[str]]:
         {"name": f"shard-{n:06d}.tar", "count": c, "bytes": 1, "sha256": hashlib.sha256(b"%d" % n).hexdigest()}
         for n, c in enumerate(counts)
     ]
-    values = {"samples": samples, "labelled": False, "classes": None, "seed": 0, "options": {}, "source": {}}
+    values: dict[str, Any] = {
+        "samples": samples,
+        "labelled": False,
+        "classes": None,
+        "seed": 0,
+        "options": {},
+        "source": {},
+    }
     (folder / "manifest.json").write_text(json.dumps({**values, "shards": shards, "index": {"index.npy": "0" * 64}}))
     before = _anonymous_mib(os.getpid()), _resident_mib(os.getpid())
     manifest = Manifest.load(folder, check_shards=False)
