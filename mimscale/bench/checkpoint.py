@@ -18,9 +18,7 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="mae_vit_h14", help="whose student and decoder to count")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
-    parser.add_argument(
-        "--folder", type=Path, help="a disk with room for one rank's shard (default: /tmp)"
-    )
+    parser.add_argument("--folder", type=Path, help="a disk with room for one rank's shard (default: /tmp)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,9 +80,10 @@ def measure(sizes: dict[str, int], world: int, folder: Path) -> list[str]:
     write_s, (size, digest) = timed(lambda: copy.write(temporary / checkpoint.shard_name(0, world)))
     shards: list[dict[str, Any]] = []
     for rank in range(world):
-        rows = [[list(checkpoint.KINDS), *piece] for piece in cut(sizes, rank, world)]
+        pieces = cut(sizes, rank, world)
+        rows = [[list(checkpoint.KINDS), *piece] for piece in pieces]
         name = checkpoint.shard_name(rank, world)
-        bytes_here = size if rank == 0 else 12 * sum(row[-1] for row in rows)
+        bytes_here = size if rank == 0 else 12 * sum(length for _, _, length in pieces)
         if rank:
             with (temporary / name).open("wb") as file:
                 file.truncate(bytes_here)

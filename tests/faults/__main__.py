@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep.__main__ import main as data_prep
 from mimscale.bench._report import origin, table
@@ -63,9 +64,12 @@ class Lab:
         make_image_folder(folder / "images", classes=4, per_class=20, side=48)
         assert data_prep(["folder", str(folder / "images"), str(folder / "shards"), "--shard-samples", "16"]) == 0
         (folder / "taught").mkdir()
-        limits = {"stall_s": 3.0, "startup_s": 120.0}
-        sections = {"schedule": {"steps": STEPS}, "checkpoint": {"every": EVERY, "patience_s": 3.0, "keep": 3}}
-        self.recipe = ranks.recipe(folder, folder / "shards", **sections, watchdog=limits)
+        limits: dict[str, Any] = {"stall_s": 3.0, "startup_s": 120.0}
+        sections: dict[str, dict[str, Any]] = {
+            "schedule": {"steps": STEPS},
+            "checkpoint": {"every": EVERY, "patience_s": 3.0, "keep": 3},
+        }
+        self.recipe = ranks.recipe(folder, folder / "shards", "mae", **sections, watchdog=limits)
         self.taught = ranks.recipe(folder / "taught", folder / "shards", "maskalign", **sections)
         self.shim = folder / "shim.so"
         subprocess.run(
@@ -158,8 +162,7 @@ def kill_inside_a_save(lab: Lab, run: Run, number: int) -> str:
 
         def doomed(self: Saver, step: int, *rest: object) -> None:
             if step == 2 * EVERY:
-                delay_s = part * lab.save_s
-                threading.Thread(target=lambda: (time.sleep(delay_s), os.kill(os.getpid(), signal.SIGKILL))).start()
+                threading.Timer(part * lab.save_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
             save(self, step, *rest)  # type: ignore[arg-type]
 
         Saver.save = doomed  # type: ignore[method-assign, assignment]
@@ -307,8 +310,8 @@ def requeue_storm(lab: Lab, run: Run, number: int) -> str:
 def clock_goes_back_a_day(lab: Lab, run: Run, number: int) -> str:
     def planted() -> None:
         now, now_ns = time.time, time.time_ns
-        time.time = lambda: now() - 86400  # type: ignore[assignment]
-        time.time_ns = lambda: now_ns() - 86400 * 10**9  # type: ignore[assignment]
+        time.time = lambda: now() - 86400
+        time.time_ns = lambda: now_ns() - 86400 * 10**9
 
     run.start()
     run.until(9)
