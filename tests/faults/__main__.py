@@ -228,7 +228,12 @@ def disk_full(lab: Lab, run: Run, number: int) -> str:
     """Checkpoints on a tmpfs with room for less than two of them, which grows while the run goes on."""
     size = sum(path.stat().st_size for path in lab.whole[1].newest().iterdir())
     root = run.folder / "checkpoints"
-    root.mkdir(parents=True)
+    run.start()
+    run.until(1)
+    run.kill()
+    run.end()
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size) // 1024}k", "tmpfs", str(root)], check=True)
     try:
         run.start()
@@ -454,7 +459,7 @@ def text(rows: list[Row], args: argparse.Namespace) -> str:
         f"steps that save at every {EVERY}th, ZeRO-2, fp32, CPU; compared with runs that nothing struck: weights, "
         "moments, counters. Steps redone come after the last checkpoint and are part of no final state twice. Where a "
         "fault takes samples away, the run ends as another one and only its reaching the last step is checked.\n\n"
-        f"{report(rows)}\n\n`python -m tests.faults --seed {args.seed}`: {origin().split(',', 1)[1].strip()}.\n"
+        f"{report(rows)}\n\n`python -m tests.faults --seed {args.seed}`: {origin().split('`, ')[-1]}.\n"
     )
 
 
