@@ -6,11 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from data_prep.__main__ import main as data_prep
 from mimscale.data.synthetic import make_image_folder
 from mimscale.engine.world import EMULATE_FP16
 
+settings.register_profile("mimscale", deadline=None)  # machines are shared: no time is asserted
+settings.load_profile("mimscale")
 os.environ[EMULATE_FP16] = "1"  # some CPUs lack fp16 arithmetic; the tests of the fp16 path must run there too
 
 

@@ -21,6 +21,7 @@ import io
 import json
 import os
 import tarfile
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -97,6 +98,7 @@ class Manifest:
         self.counts: Ints = np.array([shard.count for shard in file.shards], dtype=np.int64)
         self._ends: Ints = np.cumsum(self.counts)
         self._starts: Ints = self._ends - self.counts
+        self._last = self._ends.tolist()  # for one sample, a list is faster to search
         names = [shard.name for shard in file.shards]
         keys = [cache_key(shard.sha256, self.place, shard.name, shard.bytes) for shard in file.shards]
         self._files = ShardFiles(self.place, names, keys, cache)
@@ -148,13 +150,19 @@ class Manifest:
         shards = np.searchsorted(self._ends, at, side="right")
         return shards, at - self._starts[shards]
 
+    def shard_of(self, sample_id: int) -> int:
+        """The shard of one sample; `locate` is for many. Raises IndexError."""
+        if not 0 <= sample_id < self.samples:
+            raise IndexError(f"sample id {sample_id} outside 0 .. {self.samples - 1}")
+        return bisect_right(self._last, sample_id)
+
     def read(self, sample_id: int) -> bytes:
         """The stored bytes of an image. Raises OSError, also where the shard is not the one that was indexed."""
-        return self._member(sample_id)[1]
+        return self._member(sample_id)[BLOCK:]
 
     def key(self, sample_id: int) -> str:
         """Name of the sample inside its shard, without extension. Raises OSError."""
-        return os.path.splitext(self._member(sample_id)[0].name)[0]
+        return os.path.splitext(_header(self._member(sample_id)).name)[0]
 
     def read_ahead(self, ids: Ints) -> None:
         """Have the system fetch these samples while others are decoded. Errors wait for `read`."""
@@ -179,29 +187,37 @@ class Manifest:
 
     def distrust(self, sample_id: int) -> None:
         """A read failed: let the next one open the shard anew, where it lies."""
-        self._files.distrust(int(self.locate(sample_id)[0]))
+        self._files.distrust(self.shard_of(sample_id))
 
     def close(self) -> None:
         """Let go of open shards; the next read opens them again."""
         self._files.close()
 
-    def _member(self, sample_id: int) -> tuple[tarfile.TarInfo, bytes]:
+    def _member(self, sample_id: int) -> bytes:
         """Header and contents. A member's header stands right before its bytes: what it says must fit the index."""
-        shard = int(self.locate(sample_id)[0])
-        offset, size = int(self.offsets[sample_id]), int(self.sizes[sample_id])
+        shard = self.shard_of(sample_id)
+        offset, size = self.index[sample_id].tolist()
         path = f"{self.place}/{self.file.shards[shard].name}"
         if offset < BLOCK or size < 0:
             raise OSError(f"'{path}': the index is damaged: {size} bytes at {offset}")
         data = self._files.read(shard, size + BLOCK, offset - BLOCK)
         if len(data) != size + BLOCK:
             raise OSError(f"'{path}' ends early: {len(data) - BLOCK} of {size} bytes at {offset}")
-        try:
-            header = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise OSError(f"'{path}' has no file at {offset}, or its header is damaged: {error}") from None
-        if header.size != size:
-            raise OSError(f"'{path}' is another shard: {header.size} bytes at {offset}, not {size}")
-        return header, data[BLOCK:]
+        if sum(data[:148]) + 256 + sum(data[156:BLOCK]) != _octal(data[148:156]):
+            raise OSError(f"'{path}' has no file at {offset}, or its header is damaged")
+        if _octal(data[124:136]) != size:
+            raise OSError(f"'{path}' is another shard: {_octal(data[124:136])} bytes at {offset}, not {size}")
+        return data
+
+
+def _header(member: bytes) -> tarfile.TarInfo:
+    return tarfile.TarInfo.frombuf(member[:BLOCK], "utf-8", "surrogateescape")
+
+
+def _octal(field: bytes) -> int:
+    """A number in a tar header; -1 for what is none."""
+    digits = field.strip(b" \0")
+    return int(digits, 8) if digits.isdigit() and b"8" not in digits and b"9" not in digits else -1
 
 
 def _reopened(folder: Path, place: str, cache: Cache | None) -> Manifest:

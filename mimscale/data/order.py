@@ -76,6 +76,15 @@ class Order:
             ids[here] = self._ids_of_epoch(int(epoch), places[here])
         return ids
 
+    def stream_shards(self, epoch: int, stream: int) -> Ints:
+        """int64 [k]: the shards that a stream walks through in an epoch, in this order (one may come at both ends)."""
+        shards, starts, offset = self._epoch(epoch)
+        first = (stream * self.length + offset) % self.samples
+        last = first + self.length - 1
+        slots = np.searchsorted(starts, [first, last % self.samples], side="right") - 1
+        walk = np.arange(slots[0], slots[1] + 1 + (len(shards) if last >= self.samples else 0)) % len(shards)
+        return shards[walk[self.counts[shards[walk]] > 0]]
+
     def _ids_of_epoch(self, epoch: int, places: Ints) -> Ints:
         stream, row = places % self.streams, places // self.streams
         tail = row >= self.length

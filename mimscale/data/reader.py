@@ -59,8 +59,8 @@ class Reader:
         """A failure is tried again from a freshly opened file."""
         if sample in self._damaged:
             return self._damaged[sample]
-        shard = int(self.manifest.locate(sample)[0])
-        patient = time.monotonic() - self._down_s.get(shard, -inf) > FORGET_S
+        shard = self.manifest.shard_of(sample)
+        patient = not self._down_s or time.monotonic() - self._down_s.get(shard, -inf) > FORGET_S
         for pause_s in PAUSES_S if patient else ():
             with suppress(OSError, BadImage):
                 return self.decode(self.manifest.read(sample))

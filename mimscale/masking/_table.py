@@ -2,7 +2,7 @@
 
 Rank r of W holds the rows [N r / W, N (r + 1) / W) on its device. Which sample stands in whose batch is known to
 every rank after one small exchange between hosts (`Table.gather`); so the sizes of what follows are known everywhere,
-the rows travel by one all-to-all on the training's own network, and no host waits for its device.
+the rows travel by one all-to-all on the training's own network, and nothing is read back from a device.
 """
 
 from __future__ import annotations

@@ -5,13 +5,13 @@ sample. Patches are then drawn without replacement in proportion to these number
 thrown away (nobody sees or predicts them), the rest is seen. So what is attended tends to be masked. For a student
 without a class token the mean over the patches' attention stands in.
 
-Differences: the release looks at all images every 40 epochs and holds a float copy of all numbers in every
-process, none in the checkpoint. Here the first positions of every global batch bring their whole image along, so a
-sample is looked at about once in 1 / `refresh` epochs, by the student of that moment, and the numbers are bytes, cut
-over the ranks and saved; a sample not looked at yet is drawn uniformly. The map of numbers goes through the image's own
-crop and flip; the release always enlarges the map's corner (`compat: released` brings that back, for comparison, and no
-recipe sets it). SimMIM's layer scale of the attention is applied; the release drops it, and with ones in its place the
-numbers are equal.
+Differences: the release looks at all images every 40 epochs and holds a float copy of all numbers in every process,
+none in the checkpoint. Here the first positions of every global batch bring their whole image along, so a sample is
+looked at about once in 1 / `refresh` epochs, by the student of that moment, and the numbers are bytes, cut over the
+ranks and saved; a sample not looked at yet is drawn uniformly. The map of numbers goes through the image's own crop and
+flip; the release always enlarges the map's corner (`compat: released` brings that back, for comparison, and no recipe
+sets it). SimMIM's layer scale of the attention is applied; the release drops it, and with ones in its place the numbers
+are equal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mimscale.contracts import Batch, Masks, Needs, Noise, Targets, TeacherInfo,
 from mimscale.errors import UserError
 from mimscale.masking._table import Ints, Table
 from mimscale.masking.attention import attentive_order
-from mimscale.masking.base import Counts, Masking, MaskingConfig
+from mimscale.masking.base import Counts, Masking, MaskingConfig, check_unit
 from mimscale.masking.random import Random
 from mimscale.models.importance import as_bytes, from_bytes, importance_of, through_crop, through_released_crop
 
@@ -71,7 +71,8 @@ class AMT(Masking):
     @classmethod
     def counts(cls, config: Any, run: RunConfig) -> Counts:
         """In patches, int(L m) are masked and those up to int(L (m + t)) thrown (196 at 0.45 and 0.40: 88 and 78). In
-        units, ceil(U m) and ceil(U t) (49 at 0.44 and 0.26: 22 and 13)."""
+        units, ceil(U m) and ceil(U t) (49 at 0.44 and 0.26: 22 and 13).
+        """
         _, _, units, factor = super().counts(config, run)
         if config.unit is None:
             masked, gone = int(units * config.ratio), int(units * (config.ratio + config.throw))
@@ -82,6 +83,7 @@ class AMT(Masking):
 
     @classmethod
     def check(cls, config: Any, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
+        check_unit(config, run)
         counts = cls.counts(config, run)
         if config.throw and counts.visible < 1:
             raise UserError(
@@ -144,8 +146,11 @@ class AMT(Masking):
 
     @torch.no_grad()
     def after_step(self, batch: Batch, student: nn.Module) -> None:
-        """Look at the step's whole images with the student as it is now. All ranks pass equally many through it, padded
-        with blank ones: ZeRO-3 gathers parameters in each pass. A row that is not a number is dropped."""
+        """Look at the step's whole images with the student as it is now.
+
+        All ranks pass equally many through it, padded with blank ones: ZeRO-3 gathers parameters in each pass. A row
+        that is not a number is dropped.
+        """
         assert self.table is not None
         whole, self._whole = self._whole, []
         ids = [np.concatenate(parts) for parts in zip(*(part.ids for part in whole), strict=True)]

@@ -65,12 +65,7 @@ class Masking:
     @classmethod
     def check(cls, config: Any, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         """Refuse what cannot work with a UserError, before anything is built."""
-        patch, size = run.student.patch, run.data.image_size
-        if config.unit is not None and (config.unit % patch or size % config.unit):
-            raise UserError(
-                f"method.masking.unit = {config.unit} must be a multiple of student.patch = {patch} and divide "
-                f"data.image_size = {size}; {patch} always fits"
-            )
+        check_unit(config, run)
         counts = cls.counts(config, run)
         if counts.visible < 1:
             raise UserError(f"{keeps(config, counts)}; lower it, so that at least one is seen")
@@ -124,6 +119,16 @@ class Masking:
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take back what `extra_state` gave; {} where the checkpoint has none."""
+
+
+def check_unit(config: MaskingConfig, run: RunConfig) -> None:
+    """Refuse units that are not whole patches or do not tile the image; nothing can be counted before."""
+    patch, size = run.student.patch, run.data.image_size
+    if config.unit is not None and (config.unit % patch or size % config.unit):
+        raise UserError(
+            f"method.masking.unit = {config.unit} must be a multiple of student.patch = {patch} and divide "
+            f"data.image_size = {size}; {patch} always fits"
+        )
 
 
 def keeps(config: MaskingConfig, counts: Counts) -> str:

@@ -103,6 +103,40 @@ def test_a_rank_reads_only_its_own_streams() -> None:
     assert max(touched) <= 2 * (8000 // 1000 + 1)  # two streams of 8,000 samples each
 
 
+@given(orders, st.integers(0, 5), st.data())
+def test_the_shards_of_a_stream(order: Order, epoch: int, data: st.DataObject) -> None:
+    stream = data.draw(st.integers(0, order.streams - 1))
+    places = stream + order.streams * np.arange(order.length)
+    ids = order.ids(epoch * order.samples + places)
+    met = np.searchsorted(np.cumsum(order.counts), ids, side="right")
+    assert set(order.stream_shards(epoch, stream).tolist()) == set(met.tolist())
+
+
+@given(st.data())
+def test_any_world_size_any_stop_any_batch(data: st.DataObject) -> None:
+    """A run of several launches, each with its own ranks (1 to 512), workers and, in a fork, global batch.
+
+    Every launch takes up the endless sequence where the last one stopped: no sample is lost, repeated or out of place.
+    """
+    order = data.draw(orders)
+    consumed = 0
+    for _ in range(data.draw(st.integers(1, 4))):
+        world, micro = data.draw(st.integers(1, 512)), data.draw(st.integers(1, 3))
+        batch = world * micro * data.draw(st.integers(1, 2))
+        first = -(-consumed // batch)  # a launch starts at a step of its own batch
+        step = first + data.draw(st.integers(0, 3))
+        parts = [rank_positions(step, batch, rank, world) for rank in range(world)]
+        workers = data.draw(st.integers(1, 7))
+        by_worker = [run for part in parts for w in range(workers) for run in part.reshape(-1, micro)[w::workers]]
+        positions = np.sort(np.concatenate(by_worker))
+        assert np.array_equal(positions, np.arange(step * batch, (step + 1) * batch))
+        ids = order.ids(positions)
+        assert np.array_equal(ids, order.ids(positions[::-1])[::-1])
+        consumed = (step + 1) * batch
+    whole = order.ids(np.arange(order.samples) + order.samples * (consumed // order.samples))
+    assert np.array_equal(np.sort(whole), np.arange(order.samples))
+
+
 @given(st.integers(1, 10**9), st.integers(1, 512), st.integers(1, 10**4))
 def test_fitting_streams(samples: int, streams: int, block: int) -> None:
     fitting = fitting_streams(samples, streams, block)

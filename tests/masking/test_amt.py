@@ -348,6 +348,7 @@ def test_a_view_shows_what_is_thrown_and_the_map() -> None:
     [
         ({"ratio": 0.6, "throw": 0.4}, "ratio = 0.6 and throw = 0.4 leave 0 of 16 patches to see"),
         ({"ratio": 0.02}, "at least one is masked"),
+        ({"unit": 8}, "unit = 8 must be a multiple of student.patch = 16"),
         ({"refresh": 0}, "refresh = 0"),
         ({"refresh": 1.5}, "refresh = 1.5"),
         ({"compat": "official"}, "compat = 'official'"),

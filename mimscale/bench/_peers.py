@@ -1,0 +1,96 @@
+"""How others read the same pictures: Pillow, torchvision's transforms, float tensors, each as its documentation shows.
+
+Every function takes the folder of pictures and a folder of its own, and returns a data set for torch's DataLoader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+
+def transform(side: int) -> Callable[[Image.Image], torch.Tensor]:
+    from torchvision.transforms import InterpolationMode, v2
+
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(side, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+
+
+def image_folder(pictures: Path, own: Path, shards: Path, side: int) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    return ImageFolder(str(pictures), transform(side))
+
+
+def webdataset(pictures: Path, own: Path, shards: Path, side: int) -> Any:
+    from webdataset import WebDataset
+
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+    change = transform(side)
+    data = WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(500).decode("pilrgb")
+    return data.to_tuple("jpg", "cls").map_tuple(change, int)
+
+
+def mosaic(pictures: Path, own: Path, shards: Path, side: int) -> Any:
+    from streaming import MDSWriter, StreamingDataset
+
+    with MDSWriter(out=str(own), columns={"image": "jpeg", "label": "int"}) as out:
+        for path, label in _files(pictures):
+            out.write({"image": Image.open(path), "label": label})
+    change = transform(side)
+
+    class Data(StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            sample = super().__getitem__(at)
+            return change(sample["image"].convert("RGB")), sample["label"]
+
+    return Data(local=str(own), shuffle=True, batch_size=64)
+
+
+def litdata(pictures: Path, own: Path, shards: Path, side: int) -> Any:
+    from litdata import StreamingDataset
+    from litdata.streaming.writer import BinaryWriter
+
+    writer = BinaryWriter(str(own), chunk_bytes="64MB")
+    for number, (path, label) in enumerate(_files(pictures)):
+        writer[number] = {"image": Image.open(path), "label": label}
+    writer.done()
+    writer.merge()
+    change = transform(side)
+
+    class Data(StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            sample = super().__getitem__(at)
+            return change(_pillow(sample["image"])), sample["label"]
+
+    return Data(str(own), shuffle=True)
+
+
+PEERS = {
+    "webdataset": webdataset,
+    "torchvision ImageFolder": image_folder,
+    "MosaicML Streaming": mosaic,
+    "litdata": litdata,
+}
+
+
+def _pillow(image: Any) -> Image.Image:
+    """litdata hands out tensors or pictures, by what it was given."""
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    return image.convert("RGB") if isinstance(image, Image.Image) else to_pil_image(image)
+
+
+def _files(pictures: Path) -> list[tuple[Path, int]]:
+    return [(path, int(path.parent.name[-2:])) for path in sorted(pictures.rglob("*.jpg"))]

@@ -1,0 +1,60 @@
+"""Three epochs by real processes: stopped somewhere, resumed on another number of them, the same samples throughout."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mimscale.config import DataConfig
+from mimscale.contracts import Needs
+from mimscale.data.loader import TrainLoader
+from mimscale.data.manifest import Manifest
+
+GLOBAL, STEPS = 8, 30  # of 80 samples: three epochs
+STOP = int(np.random.default_rng().integers(1, STEPS))  # a resume must work from anywhere
+
+
+def _rank(shards: Path, rank: int, world: int, start: int, stop: int, seen: Any) -> None:
+    data = DataConfig(shards=str(shards), image_size=16, workers=1, streams=4, block=8)
+    sizes = {"global_batch": GLOBAL, "micro_batch": GLOBAL // world, "rank": rank, "world": world, "start_step": start}
+    loader = TrainLoader(Manifest.load(shards), data, Needs(), seed=2, **sizes)  # type: ignore[arg-type]
+    for batch in islice(loader, stop - start):
+        pixels = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch.images]
+        seen.put(list(zip(batch.positions.tolist(), batch.ids.tolist(), pixels, strict=True)))
+    loader.close()
+    seen.put(None)
+
+
+def sequence(shards: Path, world: int, start: int, stop: int) -> list[tuple[int, int, str]]:
+    """(position, sample, sha256 of its pixels) in the global order."""
+    context = multiprocessing.get_context("fork")
+    seen = context.Queue()
+    ranks = [context.Process(target=_rank, args=(shards, r, world, start, stop, seen)) for r in range(world)]
+    for process in ranks:
+        process.start()
+    found = list[tuple[int, int, str]]()
+    running = world
+    while running:
+        part = seen.get(timeout=120)
+        running -= part is None
+        found += part or []
+    for process in ranks:
+        process.join()
+    return sorted(found)
+
+
+@pytest.mark.multi
+def test_three_epochs_whoever_reads_them(shards: Path) -> None:
+    whole = sequence(shards, 2, 0, STEPS)
+    assert [position for position, _, _ in whole] == list(range(STEPS * GLOBAL))
+    for epoch in range(3):
+        assert sorted(sample for _, sample, _ in whole[epoch * 80 : (epoch + 1) * 80]) == list(range(80))
+    before = sequence(shards, 2, 0, STOP)
+    for world in (1, 2, 4):
+        assert before + sequence(shards, world, STOP, STEPS) == whole, f"stopped at step {STOP}, resumed on {world}"
