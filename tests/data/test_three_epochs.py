@@ -38,7 +38,7 @@ def sequence(shards: Path, world: int, start: int, stop: int) -> list[tuple[int,
     ranks = [context.Process(target=_rank, args=(shards, r, world, start, stop, seen)) for r in range(world)]
     for process in ranks:
         process.start()
-    found: list[Any] = []
+    found = list[tuple[int, int, str]]()
     running = world
     while running:
         part = seen.get(timeout=120)

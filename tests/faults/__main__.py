@@ -453,6 +453,7 @@ def main() -> int:
 
 
 def text(rows: list[Row], args: argparse.Namespace) -> str:
+    rounds = "--quick" if args.quick else f"--repeat {args.repeat}"
     return (
         "# Faults and what became of the runs they struck\n\n"
         f"{len(rows)} faults, {len(failing(rows))} of them with a result that is not as promised. Runs of {STEPS} "
