@@ -48,6 +48,7 @@ EXTRAS = {  # with --all: network -> (title, recipe, changes)
     "mrmae": ("MR-MAE", "demo_mrmae", ()),
     "mrmae_convmae": ("MR-MAE on ConvMAE's encoder", "demo_mrmae", (f"method.stages={STAGES}", "student.depth=3")),
 }
+CONV_RANDOM = "random init ConvViT"
 METRICS = {"knn": "kNN", "linear": "linear", "few_shot": "5-shot"}
 OVER_RANDOM, OVER_CONTROL = 12.0, 8.0  # points that MaskAlign has to be ahead in kNN and with 5 labels per class
 Scores = dict[str, dict[str, float]]  # network -> metric -> percent, of one seed
@@ -113,7 +114,7 @@ def rows(extras: bool) -> dict[str, tuple[str, str]]:
     """network in the reports -> (title, what it saw before the test)."""
     unlabelled, taught = ROWS["mae"][1], ROWS["maskalign"][1]
     more = {n: (title, taught if recipe == "demo_mrmae" else unlabelled) for n, (title, recipe, _) in EXTRAS.items()}
-    return {**ROWS, **more} if extras else ROWS
+    return {**ROWS, CONV_RANDOM: ("ConvMAE's encoder, random", "nothing"), **more} if extras else ROWS
 
 
 def pretrain(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages, extras: bool) -> None:
@@ -154,7 +155,10 @@ def evaluate(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages,
         words = ["-m", "mimscale", "evaluate", protocol, *runs, *common, *flags, "--out", report]
         stage(f"seed {seed}: evaluate {protocol}", *words)
         for row in json.loads(report.read_text())["rows"]:
-            scores[row["network"]] |= {metric: row[metric] for metric in METRICS if metric in row}
+            network = row["network"]
+            if network.startswith("random init"):  # names its shape where there are several
+                network = CONV_RANDOM if "ConvViT" in network else "random init"
+            scores[network] |= {metric: row[metric] for metric in METRICS if metric in row}
     return scores
 
 
@@ -189,7 +193,8 @@ def findings(scores: Sequence[Scores]) -> list[str]:
         return f"{titles[first][0]} against {titles[second][0]}: {told}."
 
     pairs = [("maskalign", other) for other in ("random init", "control", "teacher", "raw pixels")]
-    pairs += [(name, "random init") for name in ("mae", *(EXTRAS if extras else ()))]
+    for name in ("mae", *(EXTRAS if extras else ())):
+        pairs.append((name, CONV_RANDOM if "convmae" in name else "random init"))
     return [compare(*pair) for pair in pairs]
 
 

@@ -1,13 +1,12 @@
 """The run configuration: a YAML recipe plus `key=value` overrides, strict and typed.
 
 This file holds the envelope. The section under `method:` is validated by the method's own model, which is imported by
-name (`mimscale.methods.<name>`), so adding a method edits nothing here. A DeepSpeed JSON file, named by
-`engine.ds_config`, owns the ZeRO stage, the precision and the communication; the recipe owns everything else.
+name (`mimscale.methods.<name>`), so adding a method edits nothing here. What `engine.ds_config` names is read by
+`mimscale.ds_config`.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import inspect
@@ -31,7 +30,7 @@ from pydantic import (
     model_validator,
 )
 
-from mimscale.errors import UserError
+from mimscale.errors import UserError, nearest
 
 STUDENT_SIZES = {  # width, depth, heads
     "tiny": (192, 12, 3),
@@ -403,7 +402,7 @@ def names_in(package: str) -> list[str]:
 def class_in(package: str, name: str, key: str) -> Any:
     """The class with a Config that <package>/<name>.py defines. key: where the name stood. Raises ValueError."""
     if name not in names_in(package):
-        raise ValueError(f"{key} = '{name}' is unknown{_nearest(name, names_in(package))}")
+        raise ValueError(f"{key} = '{name}' is unknown{nearest(name, names_in(package))}")
     module = importlib.import_module(f"{package}.{name}")
     local = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
     found = [c for c in local if issubclass(getattr(c, "Config", type(None)), Strict)]
@@ -477,7 +476,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         if recipe not in recipe_names():
             raise UserError(
-                f"recipe '{recipe}' is unknown{_nearest(recipe, recipe_names())}; or give a path that ends in .yaml"
+                f"recipe '{recipe}' is unknown{nearest(recipe, recipe_names())}; or give a path that ends in .yaml"
             )
         text = resources.files("mimscale.recipes").joinpath(f"{recipe}.yaml").read_text()
     else:
@@ -516,11 +515,6 @@ def _assign(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; choose one of {', '.join(known)}"
-
-
 def _first_line(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...]) -> str:
     """pydantic's report of the first mistake, in one line with its place and the nearest known key."""
     first = error.errors()[0]
@@ -528,7 +522,7 @@ def _first_line(error: ValidationError, model: type[BaseModel], prefix: tuple[st
     name = ".".join(place)
     if first["type"] == "extra_forbidden":
         known = _known_keys(model, tuple(str(part) for part in first["loc"])[:-1])
-        return f"unknown key {name}{_nearest(place[-1], known)}"
+        return f"unknown key {name}{nearest(place[-1], known)}"
     if first["type"] == "missing":
         return f"{name} is missing"
     message = first["msg"].removeprefix("Value error, ")
@@ -555,80 +549,6 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-# ------------------------------------------------------------------------------------------------ DeepSpeed JSON files
-
-DS_OWNS = frozenset({"zero_optimization", "fp16", "bf16", "data_types", "communication_data_type",
-                     "zero_allow_untested_optimizer", "prescale_gradients", "gradient_predivide_factor",
-                     "wall_clock_breakdown", "comms_logger", "flops_profiler", "dump_state"})  # fmt: skip
-DS_REFUSED = (
-    ("bf16", "check_grad_overflow"),
-    ("bf16", "bf16_master_weights_and_grads"),
-    ("bf16", "bf16_optimizer_states"),
-    ("zero_optimization", "compute_grad_norm"),
-    ("zero_optimization", "offload_optimizer"),
-    ("zero_optimization", "offload_param"),
-)
-RECIPE_OWNS = {
-    "train_batch_size": "schedule.global_batch",
-    "train_micro_batch_size_per_gpu": "engine.max_micro_batch",
-    "gradient_accumulation_steps": "engine.max_micro_batch",
-    "gradient_clipping": "optim.clip",
-    "optimizer": "optim",
-    "scheduler": "schedule",
-    "activation_checkpointing": "engine.activation_checkpointing",
-    "steps_per_print": "log.every",
-    "checkpoint": "checkpoint",
-    "tensorboard": "log.tensorboard",
-}
-
-
-def ds_config_names() -> list[str]:
-    files = (entry.name for entry in resources.files("ds_configs").iterdir())
-    return sorted(f[:-5] for f in files if f.endswith(".json"))
-
-
-def load_ds_config(name: str) -> dict[str, Any]:
-    """The JSON that `engine.ds_config` names, with its ownership checked. Raises UserError."""
-    path = Path(name)
-    if path.suffix == ".json":
-        try:
-            text = path.read_text()
-        except OSError as error:
-            raise UserError(f"engine.ds_config = '{name}' cannot be read: {error.strerror}") from None
-    elif name in ds_config_names():
-        text = resources.files("ds_configs").joinpath(f"{name}.json").read_text()
-    else:
-        raise UserError(f"engine.ds_config = '{name}' is unknown{_nearest(name, ds_config_names())}")
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"engine.ds_config = '{name}' is not JSON: {error}") from None
-    for key in values:
-        if key in RECIPE_OWNS:
-            raise UserError(f"{name}: '{key}' is owned by the recipe; remove it there and set {RECIPE_OWNS[key]}")
-        if key not in DS_OWNS:
-            raise UserError(f"{name}: unknown top-level key '{key}'{_nearest(key, sorted(DS_OWNS))}")
-    zero = values.get("zero_optimization", {})
-    if zero.get("stage", 0) == 0 and precision_of(values) != "fp32":
-        raise UserError(f"{name}: ZeRO stage 0 in 16 bit drifts from the other stages; set zero_optimization.stage = 1")
-    for section, key in DS_REFUSED:
-        if key in values.get(section, {}):
-            raise UserError(f"{name}: {section}.{key} would switch off a check or move state that checkpoints need")
-    if zero.get("round_robin_gradients"):
-        raise UserError(f"{name}: zero_optimization.round_robin_gradients breaks checkpoints; remove it")
-    if zero.get("stage", 0) == 3 and zero.get("memory_efficient_linear", True):
-        raise UserError(f"{name}: zero_optimization.memory_efficient_linear changes every later matmul; set it false")
-    return values
-
-
-def precision_of(ds_config: Mapping[str, Any]) -> Literal["fp32", "bf16", "fp16"]:
-    """Which number format a DeepSpeed config trains in."""
-    for name in ("fp16", "bf16"):
-        if ds_config.get(name, {}).get("enabled"):
-            return name
-    return "fp32"
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

@@ -29,9 +29,7 @@ from mimscale.config import (
     TeacherConfig,
     default_decoder,
     load,
-    load_ds_config,
     method_class,
-    precision_of,
     solve_batch,
 )
 from mimscale.contracts import TeacherInfo
@@ -39,6 +37,7 @@ from mimscale.convert import start
 from mimscale.data.cache import Cache
 from mimscale.data.decode import explain
 from mimscale.data.manifest import Manifest
+from mimscale.ds_config import load_ds_config, precision_of
 from mimscale.engine.world import check_precision
 from mimscale.errors import UserError
 from mimscale.teachers import weights

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimscale import run_folder, schedule
-from mimscale.config import RunConfig, load_ds_config, method_class, precision_of, solve_batch
+from mimscale.config import RunConfig, method_class, solve_batch
 from mimscale.contracts import TeacherInfo
 from mimscale.convert import start
 from mimscale.data.cache import Cache
 from mimscale.data.manifest import Manifest
+from mimscale.ds_config import load_ds_config, precision_of
 from mimscale.engine.world import World, check_precision, from_environment
 from mimscale.errors import UserError
 from mimscale.observe.ledger import Ledger, default_limit

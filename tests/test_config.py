@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimscale import config
+from mimscale import config, ds_config
 from mimscale.errors import UserError
 from tests import ranks
 
@@ -103,16 +103,16 @@ def test_deepspeed_files(tmp_path: Path, change: dict[str, object], line: str) -
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(change))
     with pytest.raises(UserError) as error:
-        config.load_ds_config(str(path))
+        ds_config.load_ds_config(str(path))
     assert line in str(error.value)
 
 
 def test_shipped_deepspeed_files() -> None:
-    names = config.ds_config_names()
+    names = ds_config.ds_config_names()
     assert {f"zero{s}_{p}" for s in (2, 3) for p in ("fp16", "bf16")} <= set(names)
     for name in names:
-        values = config.load_ds_config(name)
-        assert config.precision_of(values) == name.rsplit("_", 1)[1]
+        values = ds_config.load_ds_config(name)
+        assert ds_config.precision_of(values) == name.rsplit("_", 1)[1]
         assert f"zero{values['zero_optimization']['stage']}" in name
 
 

@@ -10,8 +10,9 @@ import pytest
 import timm
 import torch
 
-from mimscale.config import RunConfig, load, load_ds_config, method_class, recipe_names, solve_batch
+from mimscale.config import RunConfig, load, method_class, recipe_names, solve_batch
 from mimscale.contracts import Noise, TeacherInfo, TeacherNeeds
+from mimscale.ds_config import load_ds_config
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE, MAEConfig
 from mimscale.schedule import lr_of

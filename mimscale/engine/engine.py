@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimscale.config import RunConfig, load_ds_config, solve_batch
+from mimscale.config import RunConfig, solve_batch
+from mimscale.ds_config import load_ds_config
 from mimscale.engine.layout import MOMENTS, Layout, refuse_unfit
 from mimscale.engine.world import World, import_deepspeed
 from mimscale.errors import UserError

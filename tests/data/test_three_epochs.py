@@ -38,7 +38,8 @@ def sequence(shards: Path, world: int, start: int, stop: int) -> list[tuple[int,
     ranks = [context.Process(target=_rank, args=(shards, r, world, start, stop, seen)) for r in range(world)]
     for process in ranks:
         process.start()
-    found, running = [], world
+    found = list[tuple[int, int, str]]()
+    running = world
     while running:
         part = seen.get(timeout=120)
         running -= part is None

@@ -1,0 +1,110 @@
+"""Cost of a ViT-H checkpoint at 8, 64 and 512 ranks: files, bytes, and the seconds of what one process does alone.
+
+The ranks are simulated: rank 0's shard is really copied, written, hashed and synced; the others' files have the right
+size and no content. The manifest is the real one, with every fragment of every rank as ZeRO-3 cuts them (the largest).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", default="mae_vit_h14", help="whose student and decoder to count")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
+    parser.add_argument("--folder", type=Path, help="a disk with room for one rank's shard (default: /tmp)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from mimscale.bench._report import origin, table
+
+    shapes = parameter_sizes(args.recipe)
+    rows = []
+    for world in args.ranks:
+        folder = Path(tempfile.mkdtemp(prefix="bench-", dir=args.folder))
+        try:
+            rows.append(measure(shapes, world, folder))
+        finally:
+            shutil.rmtree(folder)
+    heads = ["ranks", "files", "GB in all", "manifest MB", "copy s", "write s", "commit s", "open s", "read share s"]
+    print(f"{args.recipe}: {sum(shapes.values()) / 1e6:.0f} M parameters, fp32 master and two moments\n")
+    print(table(heads, rows))
+    print(f"\n{origin()}")
+    return 0
+
+
+def parameter_sizes(recipe: str) -> dict[str, int]:
+    """Name -> number of elements, without allocating any."""
+    import torch
+
+    from mimscale.config import load, method_class
+
+    config = load(recipe)
+    with torch.device("meta"):
+        method = method_class(config.method.name)(config, {})
+    return {name: parameter.numel() for name, parameter in method.named_parameters()}
+
+
+def cut(sizes: dict[str, int], rank: int, world: int) -> list[tuple[str, int, int]]:
+    """(name, start, length) of a rank's equal slice of each parameter, as ZeRO-3 has them."""
+    slices = []
+    for name, size in sizes.items():
+        share = -(-size // world)
+        length = max(0, min(share, size - rank * share))
+        if length:
+            slices.append((name, rank * share, length))
+    return slices
+
+
+def measure(sizes: dict[str, int], world: int, folder: Path) -> list[str]:
+    import torch
+
+    from mimscale.resilience import checkpoint
+    from mimscale.resilience.hostcopy import HostCopy
+
+    live = {
+        f"{kind}|{name}|{start}": torch.full((length,), 0.5)
+        for name, start, length in cut(sizes, 0, world)
+        for kind in checkpoint.KINDS
+    }
+    copy = HostCopy(live)
+    copy_s, _ = timed(lambda: copy.fill(live))
+    temporary, final = folder / ".tmp-step-00000001", checkpoint.step_folder(folder, 1)
+    temporary.mkdir()
+    write_s, (size, digest) = timed(lambda: copy.write(temporary / checkpoint.shard_name(0, world)))
+    shards: list[dict[str, Any]] = []
+    for rank in range(world):
+        pieces = cut(sizes, rank, world)
+        rows = [[list(checkpoint.KINDS), *piece] for piece in pieces]
+        name = checkpoint.shard_name(rank, world)
+        bytes_here = size if rank == 0 else 12 * sum(length for _, _, length in pieces)
+        if rank:
+            with (temporary / name).open("wb") as file:
+                file.truncate(bytes_here)
+        shards.append({"file": name, "bytes": bytes_here, "sha256": digest, "fragments": rows})
+    meta = {"step": 1, "shapes": {name: [count] for name, count in sizes.items()}}
+    commit_s, _ = timed(lambda: checkpoint.commit(temporary, final, shards, meta))
+    open_s, reader = timed(lambda: checkpoint.Reader(final))
+
+    def read_share() -> None:
+        for key, tensor in live.items():
+            kind, name, start = key.split("|")
+            reader.into(kind, name, int(start), tensor)
+
+    read_s, _ = timed(read_share)
+    gigabytes = sum(shard["bytes"] for shard in shards) / 1e9
+    manifest = (final / "manifest.json").stat().st_size / 1e6
+    seconds = [f"{value:.3f}" for value in (copy_s, write_s, commit_s, open_s, read_s)]
+    return [str(world), str(len(list(final.iterdir()))), f"{gigabytes:.2f}", f"{manifest:.2f}", *seconds]
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start_s = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start_s, result

@@ -1,0 +1,117 @@
+"""What guard, watchdog and comparison of ranks cost per step, and how long a save stops the training."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the save of one rank")
+    parser.add_argument("--batch", type=int, default=4, help="images of the ViT-B step that the cost is compared with")
+
+
+def run(args: argparse.Namespace) -> int:
+    from mimscale.bench._report import origin, table
+
+    step_s = vit_b_step(args.batch)
+    cost_s = watching(args.steps)
+    copy_s, memcpy_s = blocking(args.gigabytes)
+    rows = [
+        [f"MAE ViT-B/16 step, {args.batch} images, CPU s", f"{step_s:.3f}"],
+        [f"guard, watchdog, meter, spread: CPU ms per step over {args.steps} steps", f"{1000 * cost_s:.3f}"],
+        ["share of that step", f"{cost_s / step_s:.3%}"],
+        [f"blocking part of a save of {args.gigabytes:g} GB, s", f"{copy_s:.3f}"],
+        ["plain memcpy of the same size, s", f"{memcpy_s:.3f}"],
+        ["ratio", f"{copy_s / memcpy_s:.2f}"],
+    ]
+    print(table(["", "one process"], rows))
+    print(f"\n{origin()}")
+    return 0
+
+
+def vit_b_step(batch: int) -> float:
+    """CPU seconds of forward, backward and AdamW of MAE ViT-B in plain PyTorch; the better of two."""
+    import torch
+
+    from mimscale.config import load, method_class
+    from mimscale.contracts import Batch
+
+    config = load("mae_vit_b16")
+    method = method_class("mae")(config, {})
+    optimizer = torch.optim.AdamW(method.parameters())
+    shapes = {name: (batch, *wanted.shape) for name, wanted in method.needs.noise.items()}
+    images = torch.zeros(batch, 3, config.data.image_size, config.data.image_size)
+    none = torch.zeros(batch, dtype=torch.int64)
+    data = Batch(images, none, none, {n: torch.rand(s) for n, s in shapes.items()}, torch.zeros(batch, 4), none.bool())
+    times = []
+    for _ in range(2):
+        start_s = time.process_time()
+        method(data, {})["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.process_time() - start_s)
+    return min(times)
+
+
+def watching(steps: int) -> float:
+    """CPU seconds per step of all that the loop calls besides the training."""
+    import tempfile
+    from pathlib import Path
+
+    import torch
+
+    from mimscale.config import GuardConfig, WatchdogConfig
+    from mimscale.observe.meter import Meter
+    from mimscale.resilience.control import Control
+    from mimscale.resilience.guard import Guard
+    from mimscale.resilience.watchdog import Spread, Watchdog
+
+    device, control = torch.device("cpu"), Control()
+    with tempfile.TemporaryDirectory() as folder:
+        watch = Watchdog(Path(folder), 0, WatchdogConfig())
+        guard, meter, spread = Guard(GuardConfig(), 1, device), Meter(device), Spread(control, 100, device)
+        loss = torch.tensor(0.5)
+        start_s = time.process_time()
+        for step in range(1, steps + 1):
+            with meter.waiting():
+                pass
+            spread.waited()
+            spread.forwarded()
+            guard.judge(loss)
+            spread.stepped()
+            meter.add({"loss": loss}, images=1)
+            watch.beat(step)
+            spread.compare(step)
+            guard.clip(0.0)
+            guard.look(False, None)
+            control.agree(0, 0, 0)
+            if step % 20 == 0:
+                guard.saw_norm(1.0)
+                meter.read()
+        spent_s = time.process_time() - start_s
+        watch.close()
+    return spent_s / steps
+
+
+def blocking(gigabytes: float) -> tuple[float, float]:
+    """Seconds of HostCopy.fill and of one copy of as many bytes, each the best of three, in turns."""
+    import torch
+
+    from mimscale.resilience.hostcopy import HostCopy
+
+    pieces = 300
+    each = int(gigabytes * 1e9 / 4 / pieces)
+    live = {f"fp32|p{i}|0": torch.full((each,), 0.5) for i in range(pieces)}
+    copy = HostCopy(live)
+    source, target = torch.zeros(pieces * each), torch.zeros(pieces * each)
+    ours, plain = [], []
+    for _ in range(3):
+        start_s = time.perf_counter()
+        copy.fill(live)
+        ours.append(time.perf_counter() - start_s)
+        start_s = time.perf_counter()
+        target.copy_(source)
+        plain.append(time.perf_counter() - start_s)
+    return min(ours), min(plain)

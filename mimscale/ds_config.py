@@ -1,0 +1,85 @@
+"""The DeepSpeed JSON files of `ds_configs/`: they own the ZeRO stage, the precision and the communication.
+
+The recipe owns everything else; a key that stands where it does not belong is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from mimscale.errors import UserError, nearest
+
+DS_OWNS = frozenset({"zero_optimization", "fp16", "bf16", "data_types", "communication_data_type",
+                     "zero_allow_untested_optimizer", "prescale_gradients", "gradient_predivide_factor",
+                     "wall_clock_breakdown", "comms_logger", "flops_profiler", "dump_state"})  # fmt: skip
+DS_REFUSED = (
+    ("bf16", "check_grad_overflow"),
+    ("bf16", "bf16_master_weights_and_grads"),
+    ("bf16", "bf16_optimizer_states"),
+    ("zero_optimization", "compute_grad_norm"),
+    ("zero_optimization", "offload_optimizer"),
+    ("zero_optimization", "offload_param"),
+)
+RECIPE_OWNS = {
+    "train_batch_size": "schedule.global_batch",
+    "train_micro_batch_size_per_gpu": "engine.max_micro_batch",
+    "gradient_accumulation_steps": "engine.max_micro_batch",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "steps_per_print": "log.every",
+    "checkpoint": "checkpoint",
+    "tensorboard": "log.tensorboard",
+}
+
+
+def ds_config_names() -> list[str]:
+    files = (entry.name for entry in resources.files("ds_configs").iterdir())
+    return sorted(f[:-5] for f in files if f.endswith(".json"))
+
+
+def load_ds_config(name: str) -> dict[str, Any]:
+    """The JSON that `engine.ds_config` names, with its ownership checked. Raises UserError."""
+    path = Path(name)
+    if path.suffix == ".json":
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise UserError(f"engine.ds_config = '{name}' cannot be read: {error.strerror}") from None
+    elif name in ds_config_names():
+        text = resources.files("ds_configs").joinpath(f"{name}.json").read_text()
+    else:
+        raise UserError(f"engine.ds_config = '{name}' is unknown{nearest(name, ds_config_names())}")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"engine.ds_config = '{name}' is not JSON: {error}") from None
+    for key in values:
+        if key in RECIPE_OWNS:
+            raise UserError(f"{name}: '{key}' is owned by the recipe; remove it there and set {RECIPE_OWNS[key]}")
+        if key not in DS_OWNS:
+            raise UserError(f"{name}: unknown top-level key '{key}'{nearest(key, sorted(DS_OWNS))}")
+    zero = values.get("zero_optimization", {})
+    if zero.get("stage", 0) == 0 and precision_of(values) != "fp32":
+        raise UserError(f"{name}: ZeRO stage 0 in 16 bit drifts from the other stages; set zero_optimization.stage = 1")
+    for section, key in DS_REFUSED:
+        if key in values.get(section, {}):
+            raise UserError(f"{name}: {section}.{key} would switch off a check or move state that checkpoints need")
+    if zero.get("round_robin_gradients"):
+        raise UserError(f"{name}: zero_optimization.round_robin_gradients breaks checkpoints; remove it")
+    if zero.get("stage", 0) == 3 and zero.get("memory_efficient_linear", True):
+        raise UserError(f"{name}: zero_optimization.memory_efficient_linear changes every later matmul; set it false")
+    return values
+
+
+def precision_of(ds_config: Mapping[str, Any]) -> Literal["fp32", "bf16", "fp16"]:
+    """Which number format a DeepSpeed config trains in."""
+    for name in ("fp16", "bf16"):
+        if ds_config.get(name, {}).get("enabled"):
+            return name
+    return "fp32"

@@ -1,0 +1,20 @@
+"""The benches of the data path print their tables."""
+
+from __future__ import annotations
+
+import pytest
+
+from mimscale.__main__ import main
+
+
+def test_order(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--samples", "1e5", "--shard-samples", "100", "--ranks", "16", "--global-batch", "64", "--block", "64"]
+    assert main(["bench", "order", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "100,000 in 1,000" in shown and "0 of 2" in shown and "commit " in shown
+
+
+@pytest.mark.multi
+def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "memory", "--samples", "1e5", "--batches", "3"]) == 0
+    assert "worker, after 3 batches" in capsys.readouterr().out
