@@ -33,7 +33,11 @@ def attentive_order(importance_BU: Tensor, exponential_noise_BU: Tensor) -> Tens
 
 
 class Attention(Masking):
-    """Salient units are likelier to be seen, never certain to. A unit's importance is the sum of its patches'."""
+    """Salient units are likelier to be seen, never certain to. A unit's importance is the sum of its patches'.
+
+    Attention that is not a number counts as none, so that an image whose row a 16-bit teacher overflowed is drawn
+    uniformly.
+    """
 
     Config = AttentionConfig
 
@@ -59,7 +63,7 @@ class Attention(Masking):
         """float32 [B, U]."""
         attention_BL = targets[self.teacher].cls_attention
         assert attention_BL is not None
-        return self.unit_sums(attention_BL)
+        return self.unit_sums(attention_BL.nan_to_num())
 
     def weights(self, batch: Batch, targets: Mapping[str, Targets]) -> Tensor | None:
         return targets[self.teacher].cls_attention
