@@ -76,7 +76,7 @@ def test_whose_attention() -> None:
 @pytest.mark.parametrize(
     ("teachers", "section", "fragment"),
     [
-        ((), {}, "policy = attention needs CLS attention and no teacher has a class token; add one to the section"),
+        ((), {}, "policy = attention needs CLS attention and no teacher has a class token; add one that has .CLIP, "),
         ((teacher(has_cls=False),), {}, "no teacher has a class token"),
         ((teacher(),), {"teacher": "clip"}, "method.masking.teacher = clip is no teacher .*; choose one of t"),
         ((teacher(), teacher(has_cls=False, name="b")), {"teacher": "b"}, "choose one of t"),
