@@ -138,7 +138,7 @@ def _copy(path: Path, size: int, sha256: str | None, read: Read) -> None:
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for offset in range(0, size, CHUNK):
-            chunk = _patiently(read, offset, min(CHUNK, size - offset))
+            chunk = patiently(read, offset, min(CHUNK, size - offset))
             digest.update(chunk)
             file.write(chunk)
         file.flush()
@@ -147,7 +147,7 @@ def _copy(path: Path, size: int, sha256: str | None, read: Read) -> None:
         raise OSError(f"sha256 {digest.hexdigest()}, not {sha256}: it is damaged, or another shard")
 
 
-def _patiently(read: Read, offset: int, size: int) -> bytes:
+def patiently(read: Read, offset: int, size: int) -> bytes:
     """A server may be restarting, and one that stalls or cuts an answer short is asked again."""
     for attempt in range(TRIES):
         try:
