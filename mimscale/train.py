@@ -27,6 +27,7 @@ from mimscale.engine.frozen import split_over_ranks
 from mimscale.engine.world import close_process_group, open_process_group
 from mimscale.errors import Stopped
 from mimscale.methods.base import Method
+from mimscale.observe.ledger import Ledger
 from mimscale.observe.logbook import Logbook
 from mimscale.observe.meter import Meter, Phases
 from mimscale.observe.panels import SAMPLES
@@ -150,11 +151,7 @@ def train(plan: Plan, phases: Phases) -> None:
             metrics = meter.read()
             metrics |= {"lr": lr, "grad_norm": engine.gradient_norm(), "loss_scale": engine.loss_scale or 1.0}
             metrics |= {"epoch": state.step / plan.steps_per_epoch, "skipped_steps": float(engine.skipped_steps)}
-            for damage in ledger.settle(control.gather(ledger.take())):
-                logbook.event("damaged", **asdict(damage))
-                logbook.say(
-                    f"damaged: {damage.shard}, key {damage.key}: {damage.reason}; another sample took its place"
-                )
+            list_damage(ledger, control, logbook)
             logbook.step(state.step, metrics | {"damaged": float(ledger.total)})
         if run.log.panels and (last or state.step % run.log.panels == 0):
             few = {name: seen.first(SAMPLES) for name, seen in targets.items()}
@@ -166,6 +163,7 @@ def train(plan: Plan, phases: Phases) -> None:
             ignore_signals()
             saver.settle()
         if stop or last or (run.checkpoint.every and state.step % run.checkpoint.every == 0):
+            list_damage(ledger, control, logbook)  # a run that goes on from here does not meet it again
             if state.step != saved_step:
                 state = replace(state, guard=guard.dump())
                 if engine.loss_scale is not None:
@@ -199,6 +197,13 @@ def train(plan: Plan, phases: Phases) -> None:
     watch.close()
     if lock is not None:
         lock.release()
+
+
+def list_damage(ledger: Ledger, control: Control, logbook: Logbook) -> None:
+    """What any rank could not use since the last call goes into the run's list. All ranks call it together."""
+    for damage in ledger.settle(control.gather(ledger.take())):
+        logbook.event("damaged", **asdict(damage))
+        logbook.say(f"damaged: {damage.shard}, key {damage.key}: {damage.reason}; another sample took its place")
 
 
 def open_loader(plan: Plan, method: Method, engine: Engine, state: TrainState) -> TrainLoader:

@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
     "pixmim": {"low_pass_radius": 8, **DECODER},
     "simmim": {"masking": {"unit": 16}},
     "amt": {"name": "mae", "masking": AMT, **DECODER},
+    "amt_simmim": {"name": "simmim", "masking": {**AMT, "ratio": 0.25, "throw": 0.25, "unit": 16}},
     "convmae": {"stages": STAGES, **DECODER},
     "mrmae": {"fusion": {"kind": "mff", "levels": [0, 2]}, **DECODER},
     "mrmae_convmae": {"name": "mrmae", "stages": {**STAGES, "class_token": True}, **DECODER},

@@ -107,3 +107,9 @@ def test_everything_but_the_engine_imports_without_deepspeed() -> None:
         f"for name in {names!r}: importlib.import_module(name)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_preparing_data_does_not_wait_for_torch() -> None:
+    """Each of its processes starts anew; torch would be nine tenths of that time."""
+    code = "import sys; import data_prep.__main__, mimscale.data.manifest; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -36,18 +35,17 @@ def method_from(loaded: Loaded, run: RunConfig) -> tuple[Method, tuple[str, ...]
 
 
 def levels_of(method: Method) -> tuple[int, ...]:
-    """The levels that a method reads of its teacher; () without a teacher."""
-    return next((needs.levels for needs in method.needs.teachers.values()), ())
+    """The teacher's levels that MaskAlign's loss supervises; () for a method without such heads."""
+    return tuple(getattr(method, "level_weights", ()))
 
 
 def _teachers_in(state: Mapping[str, Tensor], run: RunConfig) -> dict[str, TeacherInfo]:
-    """The teacher of a MaskAlign file, as far as its heads and the recipe tell."""
+    """The recipe's teachers, as far as a MaskAlign file's heads tell; those that choose masks only have no heads."""
     heads = [key for key in state if key.startswith("distill_heads.")]
     if not heads:
         return {}
-    method: Any = run.method
-    name = getattr(method, "teacher", None) or next(iter(run.teachers), "teacher")
     last = max(int(key.split(".")[1]) for key in heads)
     depth = state["distill_weights"].shape[0] if "distill_weights" in state else last + 1
     output = max(key for key in heads if key.startswith(f"distill_heads.{last}.") and key.endswith(".weight"))
-    return {name: TeacherInfo(name, state[output].shape[0], depth, run.grid, run.data.image_size, has_cls=True)}
+    dim, size = state[output].shape[0], run.data.image_size
+    return {name: TeacherInfo(name, dim, depth, run.grid, size, has_cls=True) for name in run.teachers or ["teacher"]}

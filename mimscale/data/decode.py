@@ -15,10 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 import PIL
-import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torch.nn import functional as F
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm"}  # of members that are pictures
@@ -73,6 +71,9 @@ class Picture:
 
     def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Picture:
         """To (width, height), antialiased."""
+        import torch  # here, since data_prep decodes too, and must not wait for it in each of its processes
+        from torch.nn import functional as F
+
         planes = torch.from_numpy(self.array).permute(2, 0, 1)[None]
         small = F.interpolate(planes, (size[1], size[0]), mode=MODES[resample], antialias=True)
         return Picture(small[0].permute(1, 2, 0).numpy())

@@ -33,7 +33,11 @@ def attentive_order(importance_BU: Tensor, exponential_noise_BU: Tensor) -> Tens
 
 
 class Attention(Masking):
-    """Salient units are likelier to be seen, never certain to. A unit's importance is the sum of its patches'."""
+    """Salient units are likelier to be seen, never certain to. A unit's importance is the sum of its patches'.
+
+    Attention that is not a number counts as none, so that an image whose row a 16-bit teacher overflowed is drawn
+    uniformly.
+    """
 
     Config = AttentionConfig
 
@@ -59,7 +63,7 @@ class Attention(Masking):
         """float32 [B, U]."""
         attention_BL = targets[self.teacher].cls_attention
         assert attention_BL is not None
-        return self.unit_sums(attention_BL)
+        return self.unit_sums(attention_BL.nan_to_num())
 
     def weights(self, batch: Batch, targets: Mapping[str, Targets]) -> Tensor | None:
         return targets[self.teacher].cls_attention
@@ -69,8 +73,9 @@ def _teacher(config: AttentionConfig, teachers: Mapping[str, TeacherInfo]) -> st
     able = [name for name, info in teachers.items() if info.has_cls]
     if not able:
         raise UserError(
-            f"method.masking.policy = {config.policy} needs CLS attention and no teacher has a class token; add one to "
-            "the section teachers, or set method.masking.policy = random"
+            f"method.masking.policy = {config.policy} needs CLS attention and no teacher has a class token; add one "
+            "that has (CLIP, DINO, DINOv2, DINOv3, EVA02) to the section teachers, or set method.masking.policy = "
+            "random"
         )
     if config.teacher is not None and config.teacher not in able:
         raise UserError(

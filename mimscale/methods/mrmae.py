@@ -52,14 +52,15 @@ class MRMAEConfig(FeatureConfig, mae.MAEConfig):
     stages: convolution stages before the ViT; null: a plain ViT.
     masking: focused mimicking, the visible patches are drawn in proportion to a teacher's CLS attention.
     fusion: multi-layer fusion, none; without, the mimic heads read what the decoder reads.
-    mimic_loss: of the teacher's last block, raw, with an adaptor for each teacher. teacher_weights: weight of each
-    teacher's mimic loss, 1 where not named. pixel_weight: weight of the pixel loss.
+    mimic_loss: of one block of each teacher, raw, with an adaptor of its own. teacher_levels: which block, from 0; the
+    last where not named. teacher_weights: weight of each mimic loss, 1 where not named. pixel_weight: of the pixels.
     """
 
     stages: ConvStages | None = None
     masking: base.AnyMasking = base.masking_default("attention", 0.75)
     fusion: MimicFusion = MimicFusion()
     mimic_loss: FeatureLoss = "l2"
+    teacher_levels: dict[str, int] = Field(default_factory=dict)
     teacher_weights: dict[str, Weight] = Field(default_factory=dict)
     pixel_weight: Weight = 1.0
 
@@ -75,7 +76,8 @@ class MRMAE(mae.MAE):
 
     @classmethod
     def reads(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
-        return {name: TeacherNeeds(levels=(info.depth - 1,)) for name, info in teachers.items()}
+        levels = _mimicked(cast(MRMAEConfig, run.method), teachers)
+        return {name: TeacherNeeds(levels=(level,)) for name, level in levels.items()}
 
     @classmethod
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
@@ -88,9 +90,15 @@ class MRMAE(mae.MAE):
             check_features(config, name, info, run)
         if config.cls_target and config.stages is not None and not config.stages.class_token:
             raise UserError("method.cls_target = true, but the student has no class token; set stages.class_token")
-        for name in config.teacher_weights:
-            if name not in teachers:
-                raise UserError(f"method.teacher_weights.{name}: no such teacher; choose from {', '.join(teachers)}")
+        for key, named in (("teacher_weights", config.teacher_weights), ("teacher_levels", config.teacher_levels)):
+            for name in named:
+                if name not in teachers:
+                    raise UserError(f"method.{key}.{name}: no such teacher; choose from {', '.join(teachers)}")
+        for name, level in config.teacher_levels.items():
+            if not 0 <= level < teachers[name].depth:
+                raise UserError(
+                    f"method.teacher_levels.{name} = {level}: the teacher has blocks 0 to {teachers[name].depth - 1}"
+                )
         super().check(run, teachers)
 
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
@@ -101,7 +109,7 @@ class MRMAE(mae.MAE):
         self.mimic = nn.ModuleDict(
             {name: make_adaptor(config.adaptor, width, info.dim) for name, info in teachers.items()}
         )
-        self.target_level = {name: info.depth - 1 for name, info in teachers.items()}
+        self.target_level = _mimicked(config, teachers)
 
     def make_student(self, run: RunConfig) -> ViT | ConvViT:
         stages = cast(MRMAEConfig, run.method).stages
@@ -133,3 +141,8 @@ class MRMAE(mae.MAE):
         loss = torch.stack([self.config.pixel_weight * pixel, *weighted]).sum()
         mimicked = {f"mimic_{name}": value.detach() for name, value in mimic.items()}
         return {"loss": loss, "pixel": pixel.detach(), **mimicked, **scalars}
+
+
+def _mimicked(config: MRMAEConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, int]:
+    """Teacher -> the block whose output is the target."""
+    return {name: config.teacher_levels.get(name, info.depth - 1) for name, info in teachers.items()}

@@ -24,11 +24,12 @@ from mimscale.models.vit import (
     Mlp,
     PatchEmbed,
     PatchProjection,
+    Sizes,
     ViTOutput,
     attended,
     drop_path_scales,
-    per_sample,
     run_blocks,
+    scaled,
 )
 
 Positions = Literal["relative", "absolute"]
@@ -114,16 +115,13 @@ class Block(nn.Module):
             self.register_parameter(name, start)
 
     def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None, bias_BHTT: Tensor | None = None) -> Tensor:
-        x_BTD = x_BTD + _branch(self.attn(self.norm1(x_BTD), bias_BHTT), self.gamma_1, scales_B2, 0)
-        return x_BTD + _branch(self.mlp(self.norm2(x_BTD)), self.gamma_2, scales_B2, 1)
+        mixed = self.attn(self.norm1(x_BTD), bias_BHTT)
+        x_BTD = x_BTD + scaled(mixed if self.gamma_1 is None else self.gamma_1 * mixed, scales_B2, 0)
+        widened = self.mlp(self.norm2(x_BTD))
+        return x_BTD + scaled(widened if self.gamma_2 is None else self.gamma_2 * widened, scales_B2, 1)
 
 
-def _branch(out_BTD: Tensor, gamma_D: Tensor | None, scales_B2: Tensor | None, which: int) -> Tensor:
-    out_BTD = out_BTD if gamma_D is None else gamma_D * out_BTD
-    return out_BTD if scales_B2 is None else out_BTD * per_sample(scales_B2[:, which], out_BTD)
-
-
-class Beit(nn.Module):
+class Beit(Sizes):
     """positions: a relative bias shared by all blocks, or a learned table. layer_scale: its start, None for none.
 
     mask_token: whether there is one; without, the network sees whole images only. checkpoint_every: recompute every
@@ -162,19 +160,6 @@ class Beit(nn.Module):
             Block(width, config.heads, config.mlp_ratio, layer, layer_scale) for layer in range(1, config.depth + 1)
         )
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
-
-    @property
-    def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def depth(self) -> int:
-        return self.config.depth
-
-    @property
-    def prefix(self) -> int:
-        """Tokens before the patch tokens."""
-        return 1
 
     def untrained(self) -> Beit:
         """A network of the same shape at a fresh initialisation."""

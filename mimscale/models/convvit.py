@@ -21,7 +21,7 @@ from mimscale.errors import UserError
 from mimscale.models.masking import gather_tokens, mask_of, scatter_tokens
 from mimscale.models.patches import cut
 from mimscale.models.posembed import sincos_2d
-from mimscale.models.vit import LN_EPS, Block, Linear, drop_path_scales, per_sample, run_blocks
+from mimscale.models.vit import LN_EPS, Block, Linear, Sizes, drop_path_scales, run_blocks, scaled
 
 STAGE_EPS = 1e-5  # of every norm before the attention stage, as released; LN_EPS is that of the others
 KERNEL = 5
@@ -185,13 +185,11 @@ class ConvBlock(nn.Module):
         if visible_BL is not None:
             mixed = mixed * visible_BL[:, :, None, None, None].to(mixed.dtype)
         mixed = to_windows(self.attn(to_map(mixed, grid, ids_keep_BK)), grid, ids_keep_BK)
-        mixed = self.conv2(mixed)
-        x_BKhwC = x_BKhwC + (mixed if scales_B2 is None else mixed * per_sample(scales_B2[:, 0], mixed))
-        widened = self.mlp(self.norm2(x_BKhwC))
-        return x_BKhwC + (widened if scales_B2 is None else widened * per_sample(scales_B2[:, 1], widened))
+        x_BKhwC = x_BKhwC + scaled(self.conv2(mixed), scales_B2, 0)
+        return x_BKhwC + scaled(self.mlp(self.norm2(x_BKhwC)), scales_B2, 1)
 
 
-class ConvViT(nn.Module):
+class ConvViT(Sizes):
     """Convolution stages 1 and 2, then the ViT of `config` as stage 3.
 
     fusion: add both stages to the last block's output before the norm (pre-training; fine-tuning drops it).
@@ -240,17 +238,12 @@ class ConvViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LN_EPS) if final_norm else nn.Identity()
 
     @property
-    def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
     def depth(self) -> int:
         """Blocks of all three stages."""
         return sum(self.stages.depths) + self.config.depth
 
     @property
     def prefix(self) -> int:
-        """Tokens before the patch tokens."""
         return int(self.stages.class_token)
 
     def untrained(self) -> ConvViT:

@@ -133,15 +133,15 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None) -> Tensor:
-        attended = self.attn(self.norm1(x_BTD))
-        x_BTD = x_BTD + (attended if scales_B2 is None else attended * per_sample(scales_B2[:, 0], attended))
-        widened = self.mlp(self.norm2(x_BTD))
-        return x_BTD + (widened if scales_B2 is None else widened * per_sample(scales_B2[:, 1], widened))
+        x_BTD = x_BTD + scaled(self.attn(self.norm1(x_BTD)), scales_B2, 0)
+        return x_BTD + scaled(self.mlp(self.norm2(x_BTD)), scales_B2, 1)
 
 
-def per_sample(scale_B: Tensor, like_BX: Tensor) -> Tensor:
-    """A factor for each sample, in the type and number of dimensions of what it scales."""
-    return scale_B.to(like_BX.dtype).reshape(-1, *(1,) * (like_BX.dim() - 1))
+def scaled(branch_BX: Tensor, scales_B2: Tensor | None, which: int) -> Tensor:
+    """The output of a block's first or second branch times its drop-path factor of each sample, in its own type."""
+    if scales_B2 is None:
+        return branch_BX
+    return branch_BX * scales_B2[:, which].to(branch_BX.dtype).reshape(-1, *(1,) * (branch_BX.dim() - 1))
 
 
 def drop_path_scales(noise_BN2: Tensor, rate: float) -> Tensor:
@@ -184,7 +184,28 @@ def run_blocks(
     return ViTOutput(x_BTD, kept, attention)
 
 
-class ViT(nn.Module):
+class Sizes(nn.Module):
+    """What a student's `config` and `grid` say of its size."""
+
+    config: StudentConfig
+    grid: tuple[int, int]
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def depth(self) -> int:
+        """Blocks that drop path knows."""
+        return self.config.depth
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patch tokens."""
+        return 1
+
+
+class ViT(Sizes):
     """final_norm: whether the last LayerNorm exists. learned_pos: positions are a parameter, not a fixed buffer.
 
     checkpoint_every: recompute every k-th block in the backward pass, 0 = none.
@@ -216,19 +237,6 @@ class ViT(nn.Module):
             self.register_buffer("pos_embed", table)
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=LN_EPS) if final_norm else nn.Identity()
-
-    @property
-    def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def depth(self) -> int:
-        return self.config.depth
-
-    @property
-    def prefix(self) -> int:
-        """Tokens before the patch tokens."""
-        return 1
 
     def untrained(self) -> ViT:
         """A network of the same shape, with a last norm, at a fresh initialisation."""

@@ -116,7 +116,8 @@ class Teacher(nn.Module, ABC):
         return Targets(levels, cls, attention)
 
     def load(self, state: Mapping[str, Tensor], precision: str, source: str) -> None:
-        """Take a checkpoint's weights, cast once. Raises UserError naming the first tensor that does not fit."""
+        """Take a checkpoint's weights, cast once. Raises UserError naming the first tensor that does not fit or is not
+        finite, which would give NaN as features and attention."""
         try:
             given = self.adapt(state)
         except (AssertionError, AttributeError, LookupError, ValueError, RuntimeError) as error:
@@ -129,6 +130,9 @@ class Teacher(nn.Module, ABC):
                     f"{_shape(wanted, key)} in the model; check model, options and the file"
                 )
         cast = {key: tensor.to(DTYPES[precision]) for key, tensor in given.items()}
+        for key, tensor in cast.items():
+            if not tensor.isfinite().all():
+                raise UserError(f"{source}: tensor '{key}' is not finite in {precision}; get another file, or use bf16")
         self.tower.load_state_dict(cast, strict=True, assign=True)
 
     def train(self, mode: bool = True) -> Teacher:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mimscale import run_folder
+from mimscale import config, run_folder
 from mimscale.__main__ import main
 from mimscale.convert import check, timm_export
 from mimscale.convert.families import mae
@@ -144,6 +144,25 @@ def test_official_maskalign_file_with_its_teacher(tmp_path: Path, capsys: pytest
     close(student(batch.images, g["mask/ids_keep"], levels=[3]).levels[3], g["student/hidden_states"][3])
     direct, _ = student_from(tmp_path / "official.pth", heads=4)
     assert torch.equal(direct(IMAGES).tokens, student(IMAGES).tokens)
+
+
+@pytest.mark.parametrize("order", [("dino", "clip"), ("clip", "dino")])
+def test_official_maskalign_file_under_a_recipe_with_another_teacher_for_the_masks(
+    order: tuple[str, str], tmp_path: Path
+) -> None:
+    g = golden.load("maskalign_default_dev")
+    alone = golden.maskalign_run(g.config)
+    values = alone.dump()
+    values["method"] |= {"teacher": "clip", "masking": {**values["method"]["masking"], "teacher": "dino"}}
+    values["teachers"] = {name: {"library": "timm", "model": "vit_tiny_patch16_224", "random": True} for name in order}
+    run_folder.create(tmp_path / "recipe", config.validate(values, source="test"))
+    torch.save({"model": g.part("state")}, tmp_path / "official.pth")
+    words = ["--to", "mimscale", "--recipe", str(tmp_path / "recipe" / "config.yaml")]
+    assert main(["convert", str(tmp_path / "official.pth"), str(tmp_path / "ours.safetensors"), *words]) == 0
+    assert same(
+        load_file(tmp_path / "ours.safetensors"),
+        golden.maskalign_method(alone, g.config, g.part("state")).state_dict(),
+    )
 
 
 def test_an_encoder_alone_gets_our_names(tmp_path: Path) -> None:

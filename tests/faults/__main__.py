@@ -453,13 +453,14 @@ def main() -> int:
 
 
 def text(rows: list[Row], args: argparse.Namespace) -> str:
+    rounds = "--quick" if args.quick else f"--repeat {args.repeat}"
     return (
         "# Faults and what became of the runs they struck\n\n"
         f"{len(rows)} faults, {len(failing(rows))} of them with a result that is not as promised. Runs of {STEPS} "
         f"steps that save at every {EVERY}th, ZeRO-2, fp32, CPU; compared with runs that nothing struck: weights, "
         "moments, counters. Steps redone come after the last checkpoint and are part of no final state twice. Where a "
         "fault takes samples away, the run ends as another one and only its reaching the last step is checked.\n\n"
-        f"{report(rows)}\n\n`python -m tests.faults --seed {args.seed}`: {origin().split('`, ')[-1]}.\n"
+        f"{report(rows)}\n\n`python -m tests.faults {rounds} --seed {args.seed}`: {origin().split('`, ')[-1]}.\n"
     )
 
 

@@ -55,6 +55,14 @@ def test_importance_of_a_unit_is_the_sum_of_its_patches() -> None:
     assert masks.masked.tolist() == [[8, 9, 12, 13, 0, 1, 4, 5]]
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_attention_that_says_nothing_draws_uniformly(value: float) -> None:
+    masking = policy(64, 16, teacher(), policy="attention", ratio=0.5)
+    noise = torch.empty(3, 16).exponential_(generator=torch.Generator().manual_seed(0))
+    masks = masking.choose(batch(noise), attended(torch.full((3, 16), value)))
+    assert torch.equal(masks.visible, noise.argsort(dim=1)[:, :8])
+
+
 def test_whose_attention() -> None:
     blind, first, second = teacher(has_cls=False, name="blind"), teacher(name="first"), teacher(name="second")
     default = policy(64, 16, blind, first, second, policy="attention")
@@ -68,7 +76,7 @@ def test_whose_attention() -> None:
 @pytest.mark.parametrize(
     ("teachers", "section", "fragment"),
     [
-        ((), {}, "policy = attention needs CLS attention and no teacher has a class token; add one to the section"),
+        ((), {}, "policy = attention needs CLS attention and no teacher has a class token; add one that has .CLIP, "),
         ((teacher(has_cls=False),), {}, "no teacher has a class token"),
         ((teacher(),), {"teacher": "clip"}, "method.masking.teacher = clip is no teacher .*; choose one of t"),
         ((teacher(), teacher(has_cls=False, name="b")), {"teacher": "b"}, "choose one of t"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -233,6 +234,14 @@ def test_mff_under_two_losses() -> None:
     assert {"weight_stages", "weight_0", "weight_2"} <= losses(with_stages, targets).keys()
 
 
+def test_each_teacher_is_mimicked_at_its_own_level() -> None:
+    default, inner = build(CLIP, DINO), build(CLIP, DINO, teacher_levels={"clip": 1})
+    assert {name: needs.levels for name, needs in inner.needs.teachers.items()} == {"clip": (1,), "dino": (2,)}
+    targets = seen_by(CLIP, DINO)
+    moved = {**targets, "clip": replace(targets["clip"], levels={1: targets["clip"].levels[3]})}
+    assert torch.equal(losses(inner, moved)["loss"], losses(default, targets)["loss"])
+
+
 def test_class_token_target_comes_first() -> None:
     method = build(cls_target=True, target_norm="none")
     targets = seen_by()["clip"]
@@ -301,6 +310,8 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
         ((), {"masking": {"teacher": "dino"}}, "choose one of clip"),
         ((), {"masking": {"teacher": "clip", "policy": "random"}}, "unknown key method.masking.teacher"),
         ((), {"teacher_weights": {"dino": 1.0}}, "method.teacher_weights.dino: no such teacher; choose from clip"),
+        ((), {"teacher_levels": {"dino": 1}}, "method.teacher_levels.dino: no such teacher; choose from clip"),
+        ((), {"teacher_levels": {"clip": 4}}, "method.teacher_levels.clip = 4: the teacher has blocks 0 to 3"),
         ((), {"teacher_weights": {"clip": 0.0}}, "method.teacher_weights.clip = 0.0"),
         ((), {"pixel_weight": 0.0}, "method.pixel_weight = 0.0"),
         ((), {"fusion": {"kind": "sum", "levels": [3]}}, r"method.fusion.levels = \[3\] must rise and lie in 0 to 2"),

@@ -220,6 +220,16 @@ def test_a_file_that_does_not_fit(change: dict[str, Any], line: str, dino: Path,
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("value", "precision"), [(float("nan"), "fp32"), (1e5, "fp16")])
+def test_weights_that_are_not_finite(value: float, precision: str, dino: Path, tmp_path: Path) -> None:
+    state = load_file(dino)
+    state["blocks.1.attn.qkv.weight"][0, 0] = value
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=f"'blocks.1.attn.qkv.weight' is not finite in {precision}; ") as error:
+        tiny.bank(tiny.timm_config(DINO, tmp_path / "w.safetensors", precision=precision), 32)
+    assert "\n" not in str(error.value)
+
+
 # ------------------------------------------------------------------------------------------------ the hub's cache
 
 

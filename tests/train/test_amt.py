@@ -67,9 +67,11 @@ def test_resumed_is_bit_identical(recipe: Path, whole: Path, tmp_path: Path) -> 
     assert ranks.identical(tmp_path / "run", whole)
 
 
-def test_one_rank_goes_on_where_two_stopped(recipe: Path, whole: Path, tmp_path: Path) -> None:
+def test_one_rank_goes_on_where_two_stopped_under_zero_3_with_accumulation(
+    recipe: Path, whole: Path, tmp_path: Path
+) -> None:
     ranks.cut_back(whole, tmp_path / "run", 4)
-    ranks.train(1, recipe, tmp_path / "run")
+    ranks.train(1, recipe, tmp_path / "run", "engine.ds_config=cpu_zero3_fp32", "engine.max_micro_batch=4")
     assert_same_run(tmp_path / "run", whole)
 
 
