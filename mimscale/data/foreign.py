@@ -28,12 +28,12 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from mimscale.config import DataConfig
 from mimscale.contracts import Batch, Damage, Needs
 from mimscale.data import noise
-from mimscale.data.cache import Cache, patiently
+from mimscale.data.cache import Cache, whole
 from mimscale.data.decode import EXTENSIONS, AnyPicture, BadImage, decoder
 from mimscale.data.manifest import BLOCK, LOOKS, Ints, Manifest
 from mimscale.data.reader import DamagedSample
 from mimscale.data.samples import Crops
-from mimscale.data.storage import storage
+from mimscale.data.storage import patiently, storage
 from mimscale.errors import UserError
 
 PREFIX = "wds:"
@@ -217,4 +217,4 @@ class _Shard(io.RawIOBase):
         return size
 
     def _bytes(self, offset: int, size: int) -> bytes:
-        return patiently(partial(self.origin.read, self.name), offset, size) if size else b""
+        return patiently(partial(whole, partial(self.origin.read, self.name), offset, size)) if size else b""
