@@ -22,6 +22,7 @@ from mimscale.contracts import Batch, Needs
 from mimscale.data.ahead import Ahead
 from mimscale.data.manifest import Ints, Manifest
 from mimscale.data.order import Jumps, Order, batch_of, rank_positions
+from mimscale.data.reader import DamagedSample
 from mimscale.data.samples import EvalSamples, TrainSamples
 from mimscale.errors import UserError
 
@@ -192,6 +193,8 @@ def _drain(loader: DataLoader[list[Batch]], parts: int) -> Running:
                 for step in zip(*later, strict=True):
                     yield from step
                 later.clear()
+    except DamagedSample as error:  # torch hands a worker's on with the traceback as its text
+        raise DamagedSample(str(error).rstrip().rpartition("DamagedSample: ")[2]) from None
     finally:
         if loader.num_workers:
             items._shutdown_workers()
