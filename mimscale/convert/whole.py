@@ -31,8 +31,8 @@ def method_from(loaded: Loaded, run: RunConfig) -> tuple[Method, tuple[str, ...]
             "to convert its encoder alone"
         )
     another = UserError(
-        f"{loaded.path} is a whole model with the names of {name}, which method.name = {run.method.name} has not; take a "
-        f"recipe of {' or '.join(family.METHODS)}"
+        f"{loaded.path} is a whole model with the names of {name}, which method.name = {run.method.name} has not; "
+        f"take a recipe of {' or '.join(family.METHODS)}"
     )
     if (MASKALIGN in family.METHODS) != (run.method.name == MASKALIGN):  # without its heads no teacher is known
         raise another
