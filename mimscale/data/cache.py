@@ -149,7 +149,7 @@ def _copy(path: Path, size: int, sha256: str | None, read: Read) -> None:
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for offset in range(0, size, CHUNK):
-            chunk = patiently(partial(_whole, read, offset, min(CHUNK, size - offset)))
+            chunk = patiently(partial(whole, read, offset, min(CHUNK, size - offset)))
             digest.update(chunk)
             file.write(chunk)
         file.flush()
@@ -158,7 +158,8 @@ def _copy(path: Path, size: int, sha256: str | None, read: Read) -> None:
         raise OSError(f"sha256 {digest.hexdigest()}, not {sha256}: it is damaged, or another shard")
 
 
-def _whole(read: Read, offset: int, size: int) -> bytes:
+def whole(read: Read, offset: int, size: int) -> bytes:
+    """Raises OSError where there is less."""
     data = read(offset, size)
     if len(data) != size:
         raise OSError(f"{len(data)} of {size} bytes at {offset}")

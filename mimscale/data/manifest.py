@@ -111,6 +111,8 @@ class Manifest:
         A folder may be an address (see storage.py); index and labels then come into the cache, which must be given.
         """
         place = str(folder).removesuffix(f"/{MANIFEST}")
+        if place.startswith("wds:"):
+            raise UserError(f"'{place}' is a stream, for training only; index it with `python -m data_prep index`")
         folder = _fetched(place, cache) if is_remote(place) else Path(place)
         if not folder.is_dir():
             raise UserError(f"data set '{folder}': no such folder; make it with `python -m data_prep`")
