@@ -22,9 +22,9 @@ from tests import ranks
 @contextmanager
 def running(count: int, run_dir: Path, *words: str | Path) -> Iterator[subprocess.Popen[str]]:
     """A run that hangs for good once it does: the limits bound how long a slow machine may take, not how fast it is."""
-    limits = ["watchdog.stall_s=10", "watchdog.startup_s=600", "--run-dir", run_dir]
+    limits = ["watchdog.stall_s=10", "watchdog.startup_s=600", "--run-dir", str(run_dir)]
     environment = {**ranks.environment(), "MIMSCALE_REQUEUE_FILE": str(run_dir) + ".again"}
-    with subprocess.Popen(ranks.command(count, *words, *limits), env=environment) as process:
+    with subprocess.Popen(ranks.command(count, *words, *limits), env=environment, text=True) as process:
         yield process
         process.kill()
 
