@@ -139,5 +139,10 @@ def _classes(manifest: Manifest, job: Job) -> Iterator[Finding]:
 def _checksums(manifest: Manifest) -> Iterator[Finding]:
     missing = sum(shard.sha256 is None for shard in manifest.file.shards)
     if missing:
-        fix = f"python -m data_prep index {manifest.file.source.get('path', manifest.folder)} --checksums"
+        source, options = manifest.file.source.get("path", manifest.folder), manifest.file.options
+        words = ["--checksums", f"--label {options.get('label') or 'none'}"]
+        words += [f"--image {options['image']}"] if options.get("image") else []
+        words += ["--classes FILE"] if manifest.classes else []
+        words += ["--to NEW_FOLDER"] if Path(source).resolve() != manifest.folder.resolve() else []
+        fix = f"python -m data_prep index {source} {' '.join(words)}"
         yield Finding(f"{missing:,} shards have no checksums, so that a changed one would not be noticed", fix)

@@ -7,8 +7,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data_prep.pictures import IMAGE_EXTENSIONS, SIGNATURE_BYTES, sniff
+from data_prep.pictures import SIGNATURE_BYTES, sniff
 from data_prep.plan import Item, Source, unique_keys
+from mimscale.data.decode import EXTENSIONS
 from mimscale.errors import UserError
 
 PROBES_AT_ONCE = 16  # opening a file on a network file system is mostly waiting
@@ -61,7 +62,7 @@ def _walk(root: Path, skipped: Counter[str]) -> list[str]:
         for file in files:
             if file.startswith("."):
                 skipped["hidden"] += 1
-            elif os.path.splitext(file)[1][1:].lower() not in IMAGE_EXTENSIONS:
+            elif os.path.splitext(file)[1][1:].lower() not in EXTENSIONS:
                 skipped["without an image's extension"] += 1
             else:
                 names.append(os.path.relpath(os.path.join(folder, file), root))

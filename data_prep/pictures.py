@@ -22,7 +22,6 @@ SIGNATURES = {  # extension -> start of the file; "." = any byte
     "ppm": (b"P2", b"P3", b"P5", b"P6"),
 }
 SIGNATURE_BYTES = 12
-IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm"}
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.pictures import IMAGE_EXTENSIONS, SIGNATURE_BYTES, sniff
+from data_prep.pictures import SIGNATURE_BYTES, sniff
 from data_prep.tar import Member, members
+from mimscale.data.decode import EXTENSIONS
 from mimscale.data.manifest import Ints
 from mimscale.errors import UserError
 
@@ -72,7 +73,7 @@ def _split(name: str) -> tuple[str, str]:
 def _picture(key: str, sample: dict[str, Member], path: Path, image: str | None) -> Member | None:
     if image is not None:
         return sample.get(image)
-    pictures = [extension for extension in sample if extension in IMAGE_EXTENSIONS]
+    pictures = [extension for extension in sample if extension in EXTENSIONS]
     if len(pictures) > 1:
         raise UserError(f"sample '{key}' of '{path}' has pictures {', '.join(pictures)}; choose with --image EXTENSION")
     return sample[pictures[0]] if pictures else None

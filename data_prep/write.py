@@ -101,7 +101,9 @@ def shard_bytes(items: list[Item], read: Read, labelled: bool, how: Pictures, co
 
 
 def write_shard(folder: Path, number: int, items: list[Item], labelled: bool, plan_hash: str, how: Pictures) -> Sidecar:
-    """Write one shard and its sidecar. Raises UserError if a source file cannot be read or has changed."""
+    """Write one shard and its sidecar. Raises UserError if a source file cannot be read or has changed, and where
+    another process writes the same shard: each takes the other's unfinished file for a leftover.
+    """
     path = shard_path(folder, number)
     for leftover in folder.glob(f".{path.stem}.*.tmp"):
         leftover.unlink(missing_ok=True)
@@ -115,6 +117,8 @@ def write_shard(folder: Path, number: int, items: list[Item], labelled: bool, pl
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except FileNotFoundError:
+        raise UserError(f"'{path}' is being written by another process too; let one of them go on") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

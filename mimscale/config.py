@@ -58,10 +58,22 @@ def default_decoder() -> Literal["simplejpeg", "pillow"]:
     return "simplejpeg" if find_spec("simplejpeg") else "pillow"
 
 
+class StreamConfig(Strict):
+    """samples: how many pictures the shards hold, about; it is the length of an epoch, since a stream has no end.
+
+    buffer: stored pictures among which each worker shuffles, in host memory.
+    """
+
+    samples: int = Field(ge=1)
+    buffer: int = Field(1000, ge=1)
+
+
 class DataConfig(Strict):
     """Where the images are and how they are cut.
 
-    shards: a folder that holds manifest.json, or its address: http(s)://, s3://, gs://.
+    shards: a folder that holds manifest.json, or its address: http(s)://, s3://, gs://. Or `wds:` and WebDataset shards
+    that have no index (wds:/data/part-{000..127}.tar, several joined by ::), which are streamed: not exact, see
+    docs/data.md; then, and only then, `stream` is wanted.
     cache: a folder on each node's own disk for whole shards that are needed next, at most cache_gib of them; an address
     needs one, a slow shared file system may profit.
 
@@ -94,6 +106,7 @@ class DataConfig(Strict):
     decode_short_side: int = Field(0, ge=0)
     crops: int = Field(1, ge=1)
     max_damaged: int | None = Field(None, ge=0)
+    stream: StreamConfig | None = None
 
     @field_validator("decoder")
     @classmethod
@@ -109,6 +122,15 @@ class DataConfig(Strict):
                 raise ValueError(f"{name} = [{low}, {high}]: must rise, stay above 0 and (scale) not exceed 1")
         if self.crop_padding >= self.image_size:
             raise ValueError(f"crop_padding = {self.crop_padding}: must be below image_size = {self.image_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _streamed_or_not(self) -> DataConfig:
+        if (self.stream is not None) != self.shards.startswith("wds:"):
+            fix = "set data.stream.samples to how many pictures there are" if self.stream is None else "set stream=null"
+            raise ValueError(f"shards = {self.shards}: stream is for wds: and wds: needs it; {fix}")
+        if self.stream is not None and self.cache is not None:
+            raise ValueError(f"cache = {self.cache} with {self.shards}: a stream keeps no copies; set cache=null")
         return self
 
 

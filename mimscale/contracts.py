@@ -148,7 +148,7 @@ class Batch:
     """One micro-batch of one rank.
 
     images: uint8 [B, 3, H, W] out of the loader; float32, ImageNet-normalised, after `normalised()`.
-    ids: int64 [B], row of the sample in the manifest.
+    ids: int64 [B], row of the sample in the manifest (in a stream: 63 bits of a hash of shard and key).
     positions: int64 [B], place in the endless training sequence (or in the evaluation order).
     noise: purpose -> float32 [B, *shape], as `Needs.noise` asked.
     boxes: float32 [B, 4], crop (top, left, height, width) as fractions of the stored image; a padded crop may reach a

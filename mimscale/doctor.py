@@ -34,9 +34,8 @@ from mimscale.config import (
 )
 from mimscale.contracts import TeacherInfo
 from mimscale.convert import start
-from mimscale.data.cache import Cache
 from mimscale.data.decode import explain
-from mimscale.data.manifest import Manifest
+from mimscale.data.foreign import open_source
 from mimscale.ds_config import load_ds_config, precision_of
 from mimscale.engine.world import check_precision
 from mimscale.errors import UserError
@@ -205,7 +204,7 @@ def _weights(name: str, config: TeacherConfig, fetch: Path | None) -> Path:
 
 
 def check_data(config: RunConfig, found: Findings) -> None:
-    manifest = found.attempt(lambda: Manifest.load(config.data.shards, cache=Cache.of(config.data)))
+    manifest = found.attempt(lambda: open_source(config.data))
     if manifest is None:
         return
     steps = manifest.samples // config.schedule.global_batch

@@ -10,8 +10,7 @@ from mimscale import run_folder, schedule
 from mimscale.config import RunConfig, method_class, solve_batch
 from mimscale.contracts import TeacherInfo
 from mimscale.convert import start
-from mimscale.data.cache import Cache
-from mimscale.data.manifest import Manifest
+from mimscale.data.foreign import Source, open_source
 from mimscale.ds_config import load_ds_config, precision_of
 from mimscale.engine.world import World, check_precision, from_environment
 from mimscale.errors import UserError
@@ -30,7 +29,7 @@ class Plan:
     parent: Path | None  # the checkpoint whose weights a fork starts from
     fresh: bool  # whether there is no checkpoint of this run to go on from
     world: World
-    manifest: Manifest
+    manifest: Source
     teachers: Mapping[str, TeacherInfo]
     steps_per_epoch: int
     total_steps: int
@@ -68,7 +67,7 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
     if run_folder.stop_wish(run_dir).exists():
         raise UserError(f"{run_folder.stop_wish(run_dir)} asks this run to stop; remove it to go on")
 
-    manifest = Manifest.load(run.data.shards, cache=Cache.of(run.data))
+    manifest = open_source(run.data, world.size)
     steps_per_epoch = manifest.samples // run.schedule.global_batch
     if run.schedule.steps is None and steps_per_epoch == 0:
         raise UserError(
@@ -88,7 +87,7 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
     return Plan(run, run_dir, parent, fresh, world, manifest, teachers, steps_per_epoch, total, command)
 
 
-def open_ledger(run: RunConfig, run_dir: Path, manifest: Manifest, writes: bool) -> Ledger:
+def open_ledger(run: RunConfig, run_dir: Path, manifest: Source, writes: bool) -> Ledger:
     """What is known of damaged samples in a run's folder."""
     limit = run.data.max_damaged
     return Ledger(run_dir / "damaged.jsonl", default_limit(manifest.samples) if limit is None else limit, writes)

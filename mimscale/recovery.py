@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mimscale import run_folder
 from mimscale.contracts import Batch, Targets
-from mimscale.data.manifest import Manifest
+from mimscale.data.foreign import Foreign, Source
 from mimscale.data.order import Order, batch_of, jumped, rank_positions
 from mimscale.engine.engine import Engine
 from mimscale.errors import Stopped, UserError
@@ -213,6 +213,8 @@ def give_up(rig: Rig, guard: Guard, state: TrainState) -> None:
 def log_jump(plan: Plan, start: int, batches: range) -> None:
     """Rank 0: the samples that are left out, one line per global batch; their names too where they are few."""
     run = plan.run
+    if isinstance(plan.manifest, Foreign):
+        return  # nobody knows which samples they would have been
     order = Order(plan.manifest, run.seed, run.data.streams, run.data.block)
     few = len(batches) * run.schedule.global_batch <= 10_000
     with (plan.run_dir / "left_out.jsonl").open("a") as file:
@@ -222,7 +224,7 @@ def log_jump(plan: Plan, start: int, batches: range) -> None:
             file.write(json.dumps({"from_step": start, "batch": batch, "samples": samples, "keys": keys}) + "\n")
 
 
-def keys_of(manifest: Manifest, samples: Sequence[int]) -> list[str]:
+def keys_of(manifest: Source, samples: Sequence[int]) -> list[str]:
     """Names of samples, "?" where the file system does not tell."""
 
     def key(sample: int) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from mimscale import run_folder
 from mimscale.config import load, method_class, recipe_names
 from mimscale.convert import start
+from mimscale.data.foreign import NOTE
 from mimscale.data.loader import TrainLoader
 from mimscale.engine.engine import Engine
 from mimscale.engine.frozen import split_over_ranks
@@ -241,6 +242,7 @@ def describe_run(plan: Plan, engine: Engine, state: TrainState) -> str:
         f"{plan.world.device.type}, batch {run.schedule.global_batch} = {engine.micro_batch} x {engine.accumulation} x "
         f"{plan.world.size}, peak lr {run.schedule.peak_lr:.3g}, {plan.manifest.samples} images, "
         f"step {state.step} of {plan.total_steps}, folder {plan.run_dir}"
+        + ("" if run.data.stream is None else f"\n{NOTE}")
     )
 
 

@@ -1,8 +1,9 @@
 """Whole shards on a node's own disk, shared by all its processes: DATA.CACHE/
 
 shards/KEY.tar     a whole shard; KEY is the sha256 of its contents, so names cannot collide and copies are checked
-shards/.KEY.*.tmp  one that is being fetched; whoever starts later removes what a dead process left
-locks/KEY          held while a shard is fetched, so that one process of the node does it
+shards/.KEY.BYTES.PID.tmp  one that is being fetched, and its length at the end; whoever starts later removes what a
+                   dead process left
+locks/KEY          held while a shard is fetched, so that one process of the node does it; locks/room while room is made
 wanted/PID         the keys that a process still needs; what nobody alive needs may go
 
 A file appears under its own name only when it is whole. Readers keep what they have opened, also when it is evicted.
@@ -15,17 +16,17 @@ import fcntl
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from mimscale.config import DataConfig
+from mimscale.data.storage import patiently
 from mimscale.errors import UserError
 
 Read = Callable[[int, int], bytes]  # (offset, size)
 CHUNK = 8 << 20
-TRIES, PAUSE_S = 5, 0.5  # per chunk
 
 
 class Cache:
@@ -60,14 +61,14 @@ class Cache:
         """
         if self.path(key).exists():
             return True
-        with self._locked(key) as mine:
+        with self._locked(key, fcntl.LOCK_NB) as mine:
             if not mine:
                 return False
             if self.path(key).exists():
                 return True
-            if not self._room(size):
+            temporary = self.path(key).with_name(f".{key}.{size}.{os.getpid()}.tmp")
+            if not self._claimed(temporary, size):
                 return False
-            temporary = self.path(key).with_name(f".{key}.{os.getpid()}.tmp")
             try:
                 _copy(temporary, size, sha256, read)
                 os.replace(temporary, self.path(key))
@@ -102,13 +103,22 @@ class Cache:
                 keys |= set(json.loads(path.read_text()))
         return keys
 
+    def _claimed(self, temporary: Path, size: int) -> bool:
+        """One process at a time, or several would fill the same room."""
+        with self._locked("room"):
+            if not self._room(size):
+                return False
+            temporary.touch()
+            return True
+
     def _room(self, size: int) -> bool:
         """Evict, oldest first, what nobody needs, until `size` more bytes fit under the limit."""
         self.tidy()
         files = []
         for path in (self.folder / "shards").iterdir():
             with suppress(FileNotFoundError):
-                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+                length = int(path.name.split(".")[2]) if path.suffix == ".tmp" else path.stat().st_size
+                files.append((path.stat().st_mtime_ns, length, path))
         used, wanted = sum(size for _, size, _ in files), self._wanted()
         for _, freed, path in sorted(files):
             if used + size <= self.limit:
@@ -119,10 +129,11 @@ class Cache:
         return used + size <= self.limit
 
     @contextmanager
-    def _locked(self, key: str) -> Iterator[bool]:
+    def _locked(self, key: str, wait: int = 0) -> Iterator[bool]:
+        """wait: 0, or fcntl.LOCK_NB for False where another process has it."""
         with (self.folder / "locks" / key).open("a") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | wait)
             except BlockingIOError:
                 yield False
                 return
@@ -138,7 +149,7 @@ def _copy(path: Path, size: int, sha256: str | None, read: Read) -> None:
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for offset in range(0, size, CHUNK):
-            chunk = _patiently(read, offset, min(CHUNK, size - offset))
+            chunk = patiently(partial(whole, read, offset, min(CHUNK, size - offset)))
             digest.update(chunk)
             file.write(chunk)
         file.flush()
@@ -147,19 +158,12 @@ def _copy(path: Path, size: int, sha256: str | None, read: Read) -> None:
         raise OSError(f"sha256 {digest.hexdigest()}, not {sha256}: it is damaged, or another shard")
 
 
-def _patiently(read: Read, offset: int, size: int) -> bytes:
-    """A server may be restarting, and one that stalls or cuts an answer short is asked again."""
-    for attempt in range(TRIES):
-        try:
-            data = read(offset, size)
-            if len(data) == size:
-                return data
-            error = OSError(f"{len(data)} of {size} bytes at {offset}")
-        except OSError as failure:
-            error = failure
-        if attempt + 1 < TRIES:
-            time.sleep(PAUSE_S * 2**attempt)
-    raise error
+def whole(read: Read, offset: int, size: int) -> bytes:
+    """Raises OSError where there is less."""
+    data = read(offset, size)
+    if len(data) != size:
+        raise OSError(f"{len(data)} of {size} bytes at {offset}")
+    return data
 
 
 def _alive(pid: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import signal
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from mimscale.config import DataConfig
 from mimscale.contracts import Batch, Needs
 from mimscale.data.ahead import Ahead
+from mimscale.data.foreign import Foreign, Source, StreamSamples
 from mimscale.data.manifest import Ints, Manifest
 from mimscale.data.order import Jumps, Order, batch_of, rank_positions
+from mimscale.data.reader import DamagedSample
 from mimscale.data.samples import EvalSamples, TrainSamples
 from mimscale.errors import UserError
 
@@ -41,7 +43,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        manifest: Manifest,
+        manifest: Source,
         data: DataConfig,
         needs: Needs,
         *,
@@ -62,16 +64,19 @@ class TrainLoader:
             raise UserError(
                 f"the method needs labels and '{manifest.folder}' has none; prepare it without --unlabelled"
             )
-        order = Order(manifest, seed, data.streams, data.block)
-        self._loader = _data_loader(
-            TrainSamples(manifest, order, data, needs, seed, global_batch),
-            Positions(global_batch, micro_batch, rank, world, start_step, data.crops, jumps),
-            workers=data.workers,
-            prefetch=data.prefetch,
-            pin=pin,
-        )
+        positions = Positions(global_batch, micro_batch, rank, world, start_step, data.crops, jumps)
+        samples: Dataset[list[Batch]]
         self._ahead: Ahead | None = None
-        self._look_ahead = partial(Ahead, manifest, order, global_batch, rank, world) if manifest.cache else None
+        self._look_ahead: Callable[[int], Ahead] | None = None
+        if isinstance(manifest, Foreign):
+            samples = StreamSamples(manifest, data, needs, seed, global_batch, positions, rank, world)
+        else:
+            order = Order(manifest, seed, data.streams, data.block)
+            samples = TrainSamples(manifest, order, data, needs, seed, global_batch)
+            if manifest.cache:
+                self._look_ahead = partial(Ahead, manifest, order, global_batch, rank, world)
+        sampler = None if isinstance(manifest, Foreign) else positions
+        self._loader = _data_loader(samples, sampler, workers=data.workers, prefetch=data.prefetch, pin=pin)
         self._parts = global_batch // (world * micro_batch)
         self._start_step, self._crops, self._jumps = start_step, data.crops, jumps
         self._running: Running | None = None
@@ -192,6 +197,8 @@ def _drain(loader: DataLoader[list[Batch]], parts: int) -> Running:
                 for step in zip(*later, strict=True):
                     yield from step
                 later.clear()
+    except DamagedSample as error:  # torch hands a worker's on with the traceback as its text
+        raise DamagedSample(str(error).rstrip().rpartition("DamagedSample: ")[2]) from None
     finally:
         if loader.num_workers:
             items._shutdown_workers()

@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mimscale.data.cache import Cache
 from mimscale.data.shards import ShardFiles, cache_key
-from mimscale.data.storage import is_remote, storage
+from mimscale.data.storage import Storage, is_remote, patiently, storage
 from mimscale.errors import UserError
 
 MANIFEST, INDEX, LABELS = "manifest.json", "index.npy", "labels.npy"
@@ -111,6 +111,8 @@ class Manifest:
         A folder may be an address (see storage.py); index and labels then come into the cache, which must be given.
         """
         place = str(folder).removesuffix(f"/{MANIFEST}")
+        if place.startswith("wds:"):
+            raise UserError(f"'{place}' is a stream, for training only; index it with `python -m data_prep index`")
         folder = _fetched(place, cache) if is_remote(place) else Path(place)
         if not folder.is_dir():
             raise UserError(f"data set '{folder}': no such folder; make it with `python -m data_prep`")
@@ -231,7 +233,7 @@ def _check_shards(place: str, shards: Sequence[Shard]) -> None:
 
     def look(shard: Shard) -> str | None:
         try:
-            found = origin.size(shard.name)
+            found = patiently(partial(origin.size, shard.name))
         except FileNotFoundError:
             return "is missing"
         except OSError as error:
@@ -252,13 +254,13 @@ def _fetched(place: str, cache: Cache | None) -> Path:
     if cache is None:
         raise UserError(f"data set '{place}' is remote: set data.cache to a folder on the node's own disk")
     try:
-        data = origin.read(MANIFEST, 0, origin.size(MANIFEST))
+        data = _whole_file(origin, MANIFEST)
         names = json.loads(data)["index"]
         folder = cache.folder / "indices" / hashlib.sha256(data).hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
         for name in (INDEX, LABELS):
             if name in names and not (folder / name).exists():
-                content = origin.read(name, 0, origin.size(name))
+                content = _whole_file(origin, name)
                 if hashlib.sha256(content).hexdigest() != names[name]:
                     raise OSError(f"the checksum of {name} is not the manifest's")
                 write_atomic(folder / name, content)
@@ -266,6 +268,10 @@ def _fetched(place: str, cache: Cache | None) -> Path:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"data set '{place}' cannot be opened: {error}; is it complete, and may you read it?") from None
     return folder
+
+
+def _whole_file(origin: Storage, name: str) -> bytes:
+    return patiently(lambda: origin.read(name, 0, origin.size(name)))
 
 
 def _map(path: Path, shape: tuple[int, ...]) -> Ints:

@@ -10,14 +10,15 @@ from mimscale.contracts import Damage
 from mimscale.data import noise
 from mimscale.data.decode import AnyPicture, BadImage, Decoder
 from mimscale.data.manifest import Ints, Manifest
+from mimscale.errors import Stopped
 
 PAUSES_S = (0.1, 1.0)  # between the tries to read one sample: shared file systems hiccup
 FORGET_S = 60.0  # so long a shard that could not be read is not waited for again
 SUBSTITUTES = 32
 
 
-class DamagedSample(RuntimeError):
-    """A sample that cannot be read or decoded after several tries; the message names its shard and key."""
+class DamagedSample(Stopped):
+    """A sample that cannot be read or decoded after several tries; the line names its shard and key."""
 
 
 class Reader:

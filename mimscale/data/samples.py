@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mimscale.config import DataConfig
-from mimscale.contracts import Batch, Needs, Noise
+from mimscale.contracts import Batch, Damage, Needs, Noise
 from mimscale.data import noise
 from mimscale.data.decode import AnyPicture, decode, decoder
 from mimscale.data.manifest import Ints, Manifest
@@ -33,30 +35,50 @@ from mimscale.data.transforms import (
 class TrainSamples(Dataset[list[Batch]]):
     """(int64 [B] places in the order, int64 [rows, B] positions) -> one Batch of random crops per row of positions.
 
-    The images of all rows are those at the places; each is decoded once. Without `data.crops` there is one row and the
-    two are the same. Samples that cannot be used are substituted and stand in the first row's `damage`.
+    The images of all rows are those at the places. Without `data.crops` there is one row and the two are the same.
+    Samples that cannot be used are substituted and stand in the first row's `damage`.
     """
 
     def __init__(self, manifest: Manifest, order: Order, data: DataConfig, needs: Needs, seed: int, global_batch: int):
-        self.manifest, self.order, self.data, self.needs, self.seed = manifest, order, data, needs, seed
-        self.global_batch = global_batch
+        self.manifest, self.order, self.seed = manifest, order, seed
+        self.crops = Crops(manifest.samples, data, needs, seed, global_batch)
         self.reader = Reader(manifest, decoder(data.decoder, data.decode_short_side))
 
     def __getitem__(self, item: tuple[Ints, Ints]) -> list[Batch]:
         at, positions = item
+        ids = self.order.ids(at)
+        self.manifest.read_ahead(ids)
+        pictures = (
+            self.reader.load_or_substitute(sample, self.seed, *divmod(place, self.manifest.samples))
+            for sample, place in zip(ids.tolist(), at.tolist(), strict=True)
+        )
+        return self.crops(positions, pictures, self.manifest)
+
+
+class Crops:
+    """Pictures -> batches; all that is random is keyed by positions. samples: how many positions an epoch has."""
+
+    def __init__(self, samples: int, data: DataConfig, needs: Needs, seed: int, global_batch: int):
+        self.samples, self.data, self.needs, self.seed, self.global_batch = samples, data, needs, seed, global_batch
+
+    def __call__(
+        self, positions: Ints, pictures: Iterator[tuple[int, AnyPicture, list[Damage]]], manifest: Manifest | None
+    ) -> list[Batch]:
+        """int64 [rows, B] and B pictures, with their ids and the damage met on the way -> one Batch per row.
+
+        A picture is looked at before the next is asked for. manifest: where the labels stand, if any are wanted.
+        """
         side, (rows, total) = self.data.image_size, positions.shape
         images = np.empty((rows, total, 3, side, side), np.uint8)
         boxes, flips = np.empty((rows, total, 4), np.float32), np.empty((rows, total), np.bool_)
         whole_rows = np.flatnonzero(positions[0] % self.global_batch < self.needs.whole_images)
         whole = np.empty((len(whole_rows), 3, side, side), np.uint8) if self.needs.whole_images else None
-        ids, damage = self.order.ids(at), []
-        self.manifest.read_ahead(ids)
-        for column, sample in enumerate(ids.tolist()):
-            place = divmod(int(at[column]), self.manifest.samples)
-            ids[column], image, found = self.reader.load_or_substitute(sample, self.seed, *place)
+        ids, damage = np.empty(total, np.int64), list[Damage]()
+        for column in range(total):
+            ids[column], image, found = next(pictures)
             damage += found
             for row in range(rows):
-                place = divmod(int(positions[row, column]), self.manifest.samples)
+                place = divmod(int(positions[row, column]), self.samples)
                 numbers = noise.uniform(self.seed, "crop", *place, n=CROP_NUMBERS).tolist()
                 flips[row, column] = numbers[-1] < self.data.flip
                 crop, boxes[row, column] = self._crop(image, numbers)
@@ -64,7 +86,7 @@ class TrainSamples(Dataset[list[Batch]]):
             if whole is not None and column in whole_rows:
                 squeeze = squeezed(image, side, self.data.interpolation)
                 whole[whole_rows.searchsorted(column)] = pixels(squeeze)
-        labels = _labels(self.manifest, ids) if self.needs.labels else None
+        labels = _labels(manifest, ids) if self.needs.labels and manifest is not None else None
         return [
             Batch(
                 images=torch.from_numpy(images[row]),
@@ -98,7 +120,7 @@ class TrainSamples(Dataset[list[Batch]]):
     def _noise(self, name: str, wanted: Noise, positions: Ints) -> Tensor:
         draw = noise.uniform if wanted.kind == "uniform" else noise.exponential
         n = int(np.prod(wanted.shape))
-        places = [divmod(int(position), self.manifest.samples) for position in positions]
+        places = [divmod(int(position), self.samples) for position in positions]
         rows = [draw(self.seed, f"noise/{name}", *place, n=n) for place in places]
         return torch.from_numpy(np.stack(rows).reshape(-1, *wanted.shape))
 

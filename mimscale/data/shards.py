@@ -75,4 +75,5 @@ def cache_key(sha256: str | None, place: str, name: str, size: int) -> str:
     """By content; a shard that was indexed without being read goes by its address and length."""
     if sha256 is not None:
         return sha256
-    return hashlib.sha256(f"{place}/{name}/{size}".encode()).hexdigest()
+    address = place if is_remote(place) else os.path.abspath(place)
+    return hashlib.sha256(f"{address}/{name}/{size}".encode()).hexdigest()

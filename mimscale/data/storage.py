@@ -7,18 +7,22 @@ no credentials are taken from an address: they come from the environment, as the
 from __future__ import annotations
 
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 from mimscale.errors import UserError
 
 TIMEOUT_S = 30.0  # without a byte
 SCHEMES = ("http", "https", "s3", "gs")
+TRIES, PAUSE_S = 5, 0.5  # of `patiently`; each pause is twice the one before
+
+T = TypeVar("T")
 
 
 class Storage(Protocol):
@@ -44,6 +48,18 @@ def storage(place: str | Path) -> Storage:
         shown = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
         raise UserError(f"'{shown}' was given with credentials in it; take them out and put them in the environment")
     return Http(str(place)) if address.scheme.startswith("http") else Bucket(str(place))
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """A server may be restarting, and one that stalls or cuts an answer short is asked again. Raises OSError."""
+    for attempt in range(TRIES - 1):
+        try:
+            return work()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(PAUSE_S * 2**attempt)
+    return work()
 
 
 class Local:
@@ -84,7 +100,8 @@ class Http:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
                 return take(answer)
         except (OSError, HTTPException, ValueError, TypeError) as error:
-            raise OSError(f"'{self.place}/{name}': {error or type(error).__name__}") from error
+            kind = FileNotFoundError if getattr(error, "code", 0) in (404, 410) else OSError
+            raise kind(f"'{self.place}/{name}': {error or type(error).__name__}") from error
 
 
 class Bucket:
@@ -120,4 +137,5 @@ class Bucket:
         try:
             return work(f"{self.root}/{name}")
         except Exception as error:  # each store has exceptions of its own
-            raise OSError(f"'{self.scheme}://{self.root}/{name}': {type(error).__name__}: {error}") from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+            raise kind(f"'{self.scheme}://{self.root}/{name}': {type(error).__name__}: {error}") from error

@@ -90,6 +90,11 @@ class AMT(Masking):
                 f"method.masking.ratio = {config.ratio} and throw = {config.throw} leave {counts.visible} of "
                 f"{counts.units} {'patches' if config.unit is None else 'units'} to see; lower one of them"
             )
+        if run.data.stream is not None:
+            raise UserError(
+                f"method.masking.policy = amt keeps numbers for each sample and data.shards = {run.data.shards} is a "
+                f"stream without sample numbers; index the shards with `python -m data_prep index`"
+            )
         super().check(config, run, teachers)
         Random.check(_plain(config, run), run, teachers)
 

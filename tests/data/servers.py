@@ -18,6 +18,7 @@ class Web:
     def __init__(self, folder: Path):
         self.folder, self.port = folder, 0
         self.faults: list[str] = []
+        self.refused = 0  # so many requests, of whatever, get 503 instead
         self.gets: list[tuple[str, int]] = []
         self.start()
 
@@ -32,6 +33,10 @@ class Web:
                 self.do_GET(body=False)
 
             def do_GET(self, body: bool = True) -> None:
+                if web.refused:
+                    web.refused -= 1
+                    self.send_error(503)
+                    return
                 path = web.folder / self.path.lstrip("/")
                 if not path.is_file():
                     self.send_error(404)

@@ -27,7 +27,7 @@ from mimscale.data.loader import TrainLoader, eval_batches
 from mimscale.data.manifest import Manifest
 from mimscale.data.reader import DamagedSample, Reader
 from mimscale.data.transforms import pixels, resized, resized_crop
-from mimscale.errors import UserError
+from mimscale.errors import Stopped, UserError
 
 NEEDS = Needs(
     noise={"mask": Noise("uniform", (3, 4)), "jitter": Noise("uniform", (3, 4)), "wait": Noise("exponential", (5,))},
@@ -285,6 +285,7 @@ def test_damage_names_shard_and_key(damaged: tuple[Manifest, int], workers: int)
         list(eval_batches(manifest, 16, batch=10, workers=workers))
     for part in (f"sample {sample} ", manifest.key(sample), "shard-000002.tar", "data_prep verify"):
         assert part in str(caught.value)
+    assert isinstance(caught.value, Stopped) and "\n" not in str(caught.value)  # one line for the user
     assert not multiprocessing.active_children()  # though `caught` still holds the frames of the failure
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep.existing import index_shards
 from mimscale.config import DataConfig
 from mimscale.contracts import Batch, Needs
-from mimscale.data import cache as cache_module
 from mimscale.data import reader as reader_module
 from mimscale.data import storage as storage_module
 from mimscale.data.ahead import upcoming, within
@@ -36,7 +36,7 @@ GIB = 1 << 30
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(storage_module, "PAUSE_S", 0.01)
     monkeypatch.setattr(reader_module, "PAUSES_S", (0.01, 0.01))
     monkeypatch.setattr(storage_module, "TIMEOUT_S", 0.3)
 
@@ -107,6 +107,35 @@ def test_a_server_may_restart(web: Web, shards: Path, tmp_path: Path) -> None:
     assert manifest.fetch(1) and not list((tmp_path / "shards").glob(".*"))
 
 
+def test_a_server_that_fails_now_and_then_can_be_opened(web: Web, tmp_path: Path) -> None:
+    web.refused = 3
+    assert Manifest.load(web.place, cache=Cache(tmp_path, GIB)).read(0) and web.refused == 0
+    with pytest.raises(UserError, match="404"):
+        Manifest.load(f"{web.place}/nowhere", cache=Cache(tmp_path, GIB))
+
+
+def test_shards_without_checksums_have_names_of_their_own(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sets under the same relative path, as two projects on one node have them."""
+    cache, contents = Cache(tmp_path / "cache", GIB), []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for path in shards.glob("*.tar"):
+            shutil.copy(path, tmp_path / name / path.name)
+        with open(tmp_path / name / "shard-000000.tar", "r+b") as file:
+            file.seek(1700)
+            file.write(name.encode())
+        index_shards(tmp_path / name, label=None)
+        monkeypatch.chdir(tmp_path / name)
+        manifest = Manifest.load(".", cache=cache)
+        assert manifest.file.shards[0].sha256 is None
+        fill(manifest)
+        contents.append(manifest.read(0))
+        assert contents[-1] == Manifest.load(tmp_path / name).read(0)
+    assert contents[0] != contents[1]
+
+
 def test_s3_gives_the_same_batches(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module, "TIMEOUT_S", 10.0)
     with bucket(shards, monkeypatch) as place:
@@ -175,7 +204,7 @@ def test_a_full_disk_leaves_nothing_half(tmp_path: Path) -> None:
         pytest.skip("no /dev/full here")
     cache = Cache(tmp_path, GIB)
     key, data = entry(7)
-    (tmp_path / "shards" / f".{key}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    (tmp_path / "shards" / f".{key}.{len(data)}.{os.getpid()}.tmp").symlink_to("/dev/full")
     assert not cache.fetch(key, len(data), key, lambda offset, size: data[offset : offset + size])
     assert list((tmp_path / "shards").iterdir()) == [] and put(cache, 7)
 
@@ -183,7 +212,7 @@ def test_a_full_disk_leaves_nothing_half(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     cache, key = Cache(tmp_path, 1500), entry(0)[0]
     dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
-    (tmp_path / "shards" / f".{key}.{dead}.tmp").write_bytes(bytes(1400))
+    (tmp_path / "shards" / f".{key}.1400.{dead}.tmp").write_bytes(bytes(1400))
     (tmp_path / "wanted" / dead).write_text(json.dumps([key]))
     assert put(cache, 0)
     assert [p.name for p in (tmp_path / "shards").iterdir()] == [f"{key}.tar"]
@@ -196,6 +225,17 @@ def test_two_processes_do_not_fetch_the_same(tmp_path: Path) -> None:
 
     def read(offset: int, size: int) -> bytes:
         got.append(two.fetch(key, 1000, key, read))
+        return entry(0)[1][offset : offset + size]
+
+    assert one.fetch(key, 1000, key, read) and got == [False]
+
+
+def test_what_is_being_fetched_counts_whole(tmp_path: Path) -> None:
+    one, two, key = Cache(tmp_path, 1500), Cache(tmp_path, 1500), entry(0)[0]
+    got = []
+
+    def read(offset: int, size: int) -> bytes:
+        got.append(put(two, 1))  # nothing of the first is on the disk yet
         return entry(0)[1][offset : offset + size]
 
     assert one.fetch(key, 1000, key, read) and got == [False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from data_prep.__main__ import main
 from data_prep.doctor import Job, examine
 from data_prep.info import describe_set
+from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 
 
@@ -78,6 +80,19 @@ def test_labels_and_checksums(shards: Path, tmp_path: Path) -> None:
     assert len(found) == 2 and "with labels" in found[0] and "index" in found[1] and "--checksums" in found[1]
     assert len(fixes(copy, ranks=4, global_batch=16)) == 1
     assert "no labels" in describe_set(copy) and "the shards have no checksums" in describe_set(copy)
+
+
+@pytest.mark.parametrize("to", [[], ["--to", "links"]])
+def test_the_fix_for_checksums_can_be_run(shards: Path, tmp_path: Path, monkeypatch, to: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for path in shards.glob("*.tar"):
+        shutil.copy(path, "in")
+    assert main(["index", "in", "--label", "none", *to]) == 0
+    (fix,) = fixes(Path(to[-1] if to else "in"), ranks=4, global_batch=16)
+    assert main(shlex.split(fix)[3:]) == 0
+    fixed = Manifest.load("NEW_FOLDER" if to else "in")
+    assert fixed.labels is None and all(shard.sha256 for shard in fixed.file.shards)
 
 
 def test_empty_classes(shards: Path, tmp_path: Path) -> None:

@@ -7,15 +7,17 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from data_prep.__main__ import main
 from data_prep.folder import read_folder
-from data_prep.plan import Plan
+from data_prep.plan import Item, Plan
 from data_prep.write import unfinished, write, write_shard
 from mimscale.data.synthetic import make_image_folder
+from mimscale.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,17 @@ def test_files_that_show_up_late_are_waited_for(plan: Plan, tmp_path: Path) -> N
     assert main(["finish", str(tmp_path / "out"), "--wait", "60"]) == 0
     thread.join()
     assert (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_second_writer_is_named(plan: Plan, tmp_path: Path) -> None:
+    def meanwhile() -> Iterator[Item]:
+        write_only(plan, tmp_path / "out", [0])
+        yield from plan.shard(0)
+
+    unfinished(plan, tmp_path / "out")
+    with pytest.raises(UserError, match="written by another process too"):
+        write_shard(tmp_path / "out", 0, meanwhile(), plan.labelled, plan.hash, plan.pictures)  # type: ignore[arg-type]
+    assert write(plan, tmp_path / "out", unfinished(plan, tmp_path / "out")) == []
 
 
 def test_folders_that_were_never_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
