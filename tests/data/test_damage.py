@@ -191,12 +191,12 @@ def test_the_ledger_counts_each_sample_once_over_ranks_and_launches(tmp_path: Pa
     assert Ledger(path, 5, writes=False).total == 3
 
 
-def test_a_full_disk_delays_the_list_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_disk_that_refuses_delays_the_list_and_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "damaged.jsonl"
-    path.symlink_to("/dev/full")
     ledger = Ledger(path, 5, writes=True)
+    path.mkdir()  # any file that cannot be written
     assert [d.sample for d in ledger.settle([[damage(3)]])] == [3]
-    path.unlink()
+    path.rmdir()
     assert ledger.settle([[]]) == []
     assert Ledger(path, 5, writes=False).total == 1 and ledger.settle([[]]) == []
     assert len(path.read_text().splitlines()) == 1
