@@ -118,10 +118,15 @@ def _config_from(
         raise UserError(
             f"{path}: width {width}, depth {depth} is no usual size and weights do not tell; give the heads"
         )
+    heads = usual[width, depth] if heads is None else heads
+    if heads < 1 or width % heads:
+        raise UserError(
+            f"{path}: width {width} is not divisible by heads = {heads}; give the heads that it was trained with"
+        )
     return StudentConfig(
         width=width,
         depth=depth,
-        heads=heads or usual[width, depth],
+        heads=heads,
         patch=patch,
         mlp_ratio=hidden / width,
     )

@@ -16,6 +16,8 @@ from mimscale.convert.student import load
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
 
+MASKALIGN = "maskalign"
+
 
 def method_from(loaded: Loaded, run: RunConfig) -> tuple[Method, tuple[str, ...]]:
     """The method of a recipe with the weights of an official file, and notes of what was left out. Raises UserError."""
@@ -28,7 +30,15 @@ def method_from(loaded: Loaded, run: RunConfig) -> tuple[Method, tuple[str, ...]
             f"{loaded.path} holds no {family.WHOLE}: it is not a whole {run.method.name} model; leave out --recipe "
             "to convert its encoder alone"
         )
+    another = UserError(
+        f"{loaded.path} is a whole model with the names of {name}, which method.name = {run.method.name} has not; "
+        f"take a recipe of {' or '.join(family.METHODS)}"
+    )
+    if (MASKALIGN in family.METHODS) != (run.method.name == MASKALIGN):  # without its heads no teacher is known
+        raise another
     method: Method = config.method_class(run.method.name)(run, _teachers_in(state, run))
+    if not family.fits(method.state_dict()):
+        raise another
     mapped: Mapped = family.from_official(state, levels_of(method))
     load(method, mapped.weights, loaded.path)
     return method, mapped.notes

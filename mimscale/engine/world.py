@@ -65,6 +65,7 @@ def _adopt_slurm_step() -> None:
     )
     job["RANK"], job["LOCAL_RANK"] = job["SLURM_PROCID"], job["SLURM_LOCALID"]
     job["WORLD_SIZE"] = job["SLURM_STEP_NUM_TASKS"]
+    job["LOCAL_WORLD_SIZE"] = job.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]  # such as 8(x4),2
     job.setdefault("MASTER_ADDR", hosts.stdout.split()[0])
     job.setdefault("MASTER_PORT", str(20000 + int(job["SLURM_JOB_ID"]) % 20000))
 

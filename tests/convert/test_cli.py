@@ -233,6 +233,15 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([str(folder), str(official), "--to", "timm"], "exists; choose another name"),
         ([str(folder), out, "--to", "timm", "--with-head"], "holds no classifier"),
         ([str(official), out, "--to", "timm"], "give the heads"),
+        (
+            [str(official), out, "--to", "timm", "--heads", "7"],
+            "width 32 is not divisible by heads = 7; give the heads",
+        ),
+        (
+            [str(official), out, "--to", "mimscale", "--recipe", "simmim_vit_b16"],
+            "method.name = simmim has not; take a",
+        ),
+        ([str(official), out, "--to", "mimscale", "--recipe", "maskalign_vit_b16"], "take a recipe of mae"),
         ([str(official), out, "--to", "official"], "not a checkpoint of ours"),
         ([str(official), out, "--to", "mimscale", "--heads", "2"], "--recipe is missing"),
         ([str(encoder), out, "--to", "mimscale", *recipe], "not a whole mae model"),
