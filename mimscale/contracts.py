@@ -158,6 +158,7 @@ class Batch:
     whole: uint8 [F, 3, H, W], the uncut images of the rows `whole_rows`, int64 [F], squeezed to the same size, neither
         cropped nor mirrored nor normalised. None where not asked; F may be 0.
     importance: uint8 [B, L], what a masking policy that learns has stored of these samples' patches; None else.
+    weights: float32 [B] in evaluation, 1, or 0 for what fills a batch up and must not count; None in training.
     damage: what could not be used when this batch was made; `ids` has what was taken instead.
     """
 
@@ -171,6 +172,7 @@ class Batch:
     whole: Tensor | None = None
     whole_rows: Tensor | None = None
     importance: Tensor | None = None
+    weights: Tensor | None = None
     damage: tuple[Damage, ...] = ()
 
     def to(self, device: torch.device) -> Batch:

@@ -78,7 +78,10 @@ def restore(rig: Rig) -> TrainState:
             f"every checkpoint in {rig.checkpoints} is damaged; remove the damaged-* folders to start at step 0"
         )
     if rig.plan.parent is not None:
-        reader = checkpoint.Reader(rig.plan.parent)
+        reader, damage = rig.control.together(opened, rig.plan.parent, rig.control)
+        wrong = [text for text in rig.control.gather(damage) if text]
+        if reader is None or wrong:
+            raise UserError(f"--fork: {wrong[0]}; start again to take what is now the newest checkpoint of that run")
         rig.control.together(rig.engine.load_weights, reader)
         rig.engine.finish_load(reader, counters=False)
     return TrainState()

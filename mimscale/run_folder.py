@@ -8,6 +8,7 @@ tensorboard/      the same, to look at
 checkpoints/      see resilience/checkpoint.py
 job/              what the batch scripts keep there
 lock              who writes here: resilience/lock.py
+hang/             where each rank stood when the run stood still: resilience/watchdog.py
 guard.json        why the guard ended the run;  left_out.jsonl: samples that a roll-back jumped over
 stop              made by you: the run saves at its next step and stops
 done              made by the run: it reached its last step
@@ -53,7 +54,7 @@ def existing_run(run_dir: Path) -> RunConfig | None:
         return load(str(run_dir / "config.yaml"))
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file; name a folder")
-    ours = ("job", "lock", "slurm-", ".config.yaml.part")  # of batch scripts, and of a start that was killed
+    ours = ("job", "lock", "hang", "slurm-", ".config.yaml.part")  # of batch scripts, and of a start that was killed
     foreign = sorted(p.name for p in run_dir.iterdir() if not p.name.startswith(ours)) if run_dir.is_dir() else []
     if foreign:
         raise UserError(f"--run-dir {run_dir} holds something that is not a run ({foreign[0]}); name an empty folder")

@@ -98,7 +98,6 @@ def train(plan: Plan, phases: Phases) -> None:
         watch.phase = "backward pass and step"
         return guard.judge(loss)
 
-    saved_step = state.step if state.launches > 1 else -1
     loop_start_s = step_start_s = time.perf_counter()
 
     while state.step < plan.total_steps:
@@ -142,7 +141,7 @@ def train(plan: Plan, phases: Phases) -> None:
             state = roll_back(rig, guard, logbook, state)
             loader.close()
             loader = open_loader(plan, method, engine, state)
-            lessons, saved_step = taught(iter(loader)), state.step
+            lessons = taught(iter(loader))
             meter = Meter(world.device)
             continue
 
@@ -164,17 +163,15 @@ def train(plan: Plan, phases: Phases) -> None:
             saver.settle()
         if stop or last or (run.checkpoint.every and state.step % run.checkpoint.every == 0):
             list_damage(ledger, control, logbook)  # a run that goes on from here does not meet it again
-            if state.step != saved_step:
-                state = replace(state, guard=guard.dump())
-                if engine.loss_scale is not None:
-                    guard.usual = activations.magnitudes(method, partial(method, batch, targets))
-                saver.save(state.step, rig.live_tensors(), describe_state(rig, state))
-            saved_step = state.step
+            state = replace(state, guard=guard.dump())
+            if engine.loss_scale is not None:
+                guard.usual = activations.magnitudes(method, partial(method, batch, targets))
+            saver.save(state.step, rig.live_tensors(), describe_state(rig, state))
         if stop:
-            saver.settle()
+            fate = "saved" if saver.settle() else f"NOT saved; {checkpoint.newest_step(plan.run_dir)} is the newest"
             reason = "too many damaged samples" if ledger.full else preemption.reason
             logbook.event("stopped", at=state.step, reason=reason)
-            logbook.say(f"stopped at step {state.step} ({reason or 'asked by another rank'}), saved")
+            logbook.say(f"stopped at step {state.step} ({reason or 'asked by another rank'}), {fate}")
             if ledger.full:
                 raise Stopped(ledger.verdict())
             if world.rank == 0 and not run_folder.stop_wish(plan.run_dir).exists():

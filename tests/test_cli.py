@@ -58,8 +58,9 @@ def test_impossible_runs_are_refused_before_any_rank_connects(
     (tmp_path / "run" / "thesis.txt").touch()
     assert "holds something that is not a run (thesis.txt)" in refusal(capsys, *words)
     (tmp_path / "run" / "thesis.txt").unlink()
+    (tmp_path / "run" / "hang").mkdir()  # of a start that hung before it could write config.yaml
     assert "has no checkpoint to start from" in refusal(capsys, *words, "--fork", tmp_path / "new")
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["hang"]
 
 
 def test_teacher_mismatches_are_refused(

@@ -114,8 +114,10 @@ def eval_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:
-    """Every sample once, in manifest order: rank r has the r-th of `world` consecutive parts; the last batch is short.
+    """Every sample once, in manifest order: rank r has the r-th of `world` consecutive parts.
 
+    Every rank has the same number of batches of the same size, `batch` or its largest part if that is smaller. What a
+    rank lacks is filled up at its end with one sample again and again, of weight 0; it must not count.
     Centre crops (see `transforms.centre_crop`), no noise; ids and positions are the same; labels where there are any.
     Nothing is left out or substituted: iterating raises DamagedSample.
     """
@@ -124,7 +126,11 @@ def eval_batches(
             f"batch {batch} must be >= 1, rank {rank} below world size {world}, crop_pct {crop_pct} in (0, 1]"
         )
     first, last = (manifest.samples * r // world for r in (rank, rank + 1))
-    parts = [np.arange(start, min(start + batch, last)) for start in range(first, last, batch)]
+    largest = -(-manifest.samples // world)
+    batch = min(batch, largest)
+    places = np.arange(first, first + -(-largest // batch) * batch).reshape(-1, batch)
+    filler = min(first, manifest.samples - 1)
+    parts = [(np.where(row < last, row, filler), (row < last).astype(np.float32)) for row in places]
     return _run(_data_loader(EvalSamples(manifest, image_size, crop_pct), parts, workers, prefetch=2, pin=False), 1)
 
 

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mimscale.data.cache import Cache
+from mimscale.data.cache import CHUNK, Cache
 from mimscale.data.shards import ShardFiles, cache_key
 from mimscale.data.storage import Storage, is_remote, patiently, storage
 from mimscale.errors import UserError
@@ -107,7 +107,8 @@ class Manifest:
     def load(cls, folder: str | Path, check_shards: bool = True, cache: Cache | None = None) -> Manifest:
         """Open the data set in `folder` (or the path of its manifest.json). Raises UserError for whatever is wrong.
 
-        check_shards: every shard must be there with its length; contents are checked by `data_prep verify`.
+        check_shards: every shard must be there with its length, and index and labels must have their checksums (one
+        process of a node looks); contents of shards are checked by `data_prep verify`.
         A folder may be an address (see storage.py); index and labels then come into the cache, which must be given.
         """
         place = str(folder).removesuffix(f"/{MANIFEST}")
@@ -131,6 +132,8 @@ class Manifest:
         labels = _map(folder / LABELS, (file.samples,)) if file.labelled else None
         manifest = cls(folder, file, index, labels, place, cache)
         if check_shards:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                _check_index(folder, file.index)
             _check_shards(place, file.shards)
         return manifest
 
@@ -225,6 +228,20 @@ def _octal(field: bytes) -> int:
 def _reopened(folder: Path, place: str, cache: Cache | None) -> Manifest:
     local = Manifest.load(folder, check_shards=False)
     return Manifest(folder, local.file, local.index, local.labels, place, cache)
+
+
+def _check_index(folder: Path, checksums: Mapping[str, str]) -> None:
+    """Raises UserError."""
+    for name, checksum in checksums.items():
+        with (folder / name).open("rb") as file:
+            found = hashlib.sha256()
+            while chunk := file.read(CHUNK):
+                found.update(chunk)
+        if found.hexdigest() != checksum:
+            raise UserError(
+                f"'{folder / name}' has the sha256 {found.hexdigest()[:12]}, not {checksum[:12]} as {MANIFEST} says; "
+                f"copy it again, or repeat its `python -m data_prep`"
+            )
 
 
 def _check_shards(place: str, shards: Sequence[Shard]) -> None:

@@ -126,15 +126,18 @@ class Crops:
 
 
 class EvalSamples(Dataset[list[Batch]]):
-    """int64 [B] sample ids -> Batch of centre crops, by the reference decoder. Raises DamagedSample."""
+    """(int64 [B] sample ids, float32 [B] weights) -> Batch of centre crops, by Pillow. Raises DamagedSample."""
 
     def __init__(self, manifest: Manifest, side: int, crop_pct: float):
         self.manifest, self.side, self.crop_pct = manifest, side, crop_pct
         self.reader = Reader(manifest, decode)
 
-    def __getitem__(self, ids: Ints) -> list[Batch]:
-        self.manifest.read_ahead(ids)
-        cut = [centre_crop(self.reader.load(int(i)), self.side, self.crop_pct) for i in ids]
+    def __getitem__(self, item: tuple[Ints, NDArray[np.float32]]) -> list[Batch]:
+        ids, weights = item
+        once = np.unique(ids)
+        self.manifest.read_ahead(once)
+        crops = {i: centre_crop(self.reader.load(i), self.side, self.crop_pct) for i in once.tolist()}
+        cut = [crops[i] for i in ids.tolist()]
         batch = Batch(
             images=torch.from_numpy(np.stack([pixels(image) for image, _ in cut])),
             ids=torch.from_numpy(ids),
@@ -143,6 +146,7 @@ class EvalSamples(Dataset[list[Batch]]):
             boxes=torch.tensor([box for _, box in cut], dtype=torch.float32),
             flips=torch.zeros(len(ids), dtype=torch.bool),
             labels=None if self.manifest.labels is None else _labels(self.manifest, ids),
+            weights=torch.from_numpy(weights),
         )
         return [batch]
 

@@ -26,6 +26,7 @@ from mimscale.errors import UserError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "skipped_steps", "global_samples")
+_ENGINE = (*COUNTERS, "micro_steps", "get_global_grad_norm")
 _USED: dict[int, tuple[str, ...]] = {  # besides what `_map` reads
     0: (),
     1: ("clip_grad", "loss_scaler", "update_lp_params"),
@@ -69,7 +70,9 @@ class Layout:
         try:
             zero = ds_engine.optimizer
             self._base = zero.optimizer if self.stage else zero
-            for owner, names in ((ds_engine, COUNTERS), (zero, _USED[self.stage])):
+            scaler = getattr(zero, "loss_scaler", None)
+            fields = SCALER_FIELDS if getattr(scaler, "dynamic", False) else ()
+            for owner, names in ((ds_engine, _ENGINE), (zero, _USED[self.stage]), (scaler, fields)):
                 for name in names:
                     getattr(owner, name)
             self._leaves, self.fragments = self._map(zero)

@@ -70,12 +70,20 @@ def stream(
     workers: int,
     crop_pct: float,
     device: torch.device,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[tuple[dict[tuple[str, str], Tensor], Tensor]]:
-    """({(name, pool): float32 [B, D]}, int64 labels [B]) on `device`, batch by batch: every sample once, in order."""
-    for images in eval_batches(manifest, image_size, batch=batch, workers=workers, crop_pct=crop_pct):
+    """({(name, pool): float32 [B, D]}, int64 labels [B]) on `device`, batch by batch: every sample of this rank's part
+    once, in order.
+
+    All ranks pass equally many batches of one size through the networks (see `eval_batches`); B leaves out the rows of
+    weight 0, which fill these up, and may be 0.
+    """
+    options = {"batch": batch, "workers": workers, "rank": rank, "world": world}
+    for images in eval_batches(manifest, image_size, crop_pct=crop_pct, **options):
+        assert images.labels is not None and images.weights is not None
+        real = int(images.weights.sum())  # the others stand at the end
         images = images.to(device).normalised()
+        seen = {(n, pool): f[:real] for n, extract in extractors.items() for pool, f in extract(images.images).items()}
         assert images.labels is not None
-        yield (
-            {(n, pool): f for n, extract in extractors.items() for pool, f in extract(images.images).items()},
-            images.labels,
-        )
+        yield seen, images.labels[:real]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class Ledger:
         self.path, self.limit, self._writes = path, limit, writes
         self._known = {entry["sample"]: entry for entry in _entries(path)}
         self._new: dict[int, Damage] = {}
+        self._unwritten: list[Damage] = []  # the disk refused them
 
     def note(self, found: Iterable[Damage]) -> None:
         for damage in found:
@@ -38,10 +40,13 @@ class Ledger:
         met = {damage.sample: damage for part in of_all_ranks for damage in part}
         new = [met[sample] for sample in sorted(met) if sample not in self._known]
         self._known |= {damage.sample: asdict(damage) for damage in new}
-        if new and self._writes:
-            with self.path.open("a") as file:
-                file.write("\n" if _unfinished(self.path) else "")
-                file.writelines(json.dumps(asdict(damage)) + "\n" for damage in new)
+        self._unwritten += new if self._writes else []
+        if self._unwritten:
+            with suppress(OSError):  # a full disk: again at the next call; who reads counts each sample once
+                with self.path.open("a") as file:
+                    file.write("\n" if _unfinished(self.path) else "")
+                    file.writelines(json.dumps(asdict(damage)) + "\n" for damage in self._unwritten)
+                self._unwritten = []
         return new
 
     @property

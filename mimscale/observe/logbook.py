@@ -1,10 +1,19 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard and a progress line. Rank 0 only; silent elsewhere."""
+"""What a run tells: `metrics.jsonl`, TensorBoard and a progress line. Rank 0 only; silent elsewhere.
+
+A disk that refuses never ends the run: lines wait in memory until it takes them, TensorBoard is left out until the next
+start.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +32,9 @@ class Logbook:
     def __init__(self, run_dir: Path, *, active: bool, tensorboard: bool, total: int, step: int) -> None:
         self.console = Console(stderr=True, quiet=not active)
         self._active = active
-        self._file = (run_dir / "metrics.jsonl").open("a", buffering=1) if active else None
+        self._file = os.open(run_dir / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if active else -1
+        self._waiting = b""  # what the disk has not taken yet
+        self._mutex = threading.Lock()  # the gallery's thread tells, too
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step) if active and tensorboard else None
         self._gallery: Gallery | None = None
         self._progress: Progress | None = None
@@ -44,7 +55,8 @@ class Logbook:
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        with suppress(OSError):  # it may go to a file
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def event(self, name: str, **values: Any) -> None:
         """Something that happened once: a start, a save, a preemption."""
@@ -53,9 +65,8 @@ class Logbook:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """One log line."""
         self._write({"step": step, **metrics})
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+        for name, value in metrics.items():
+            self._on_board(lambda board, name=name, value=value: board.add_scalar(name, value, step))  # type: ignore[misc]
         line = "  ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "lr", "images_per_s") if name in metrics)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, line=line)
@@ -72,8 +83,7 @@ class Logbook:
             self._gallery.show(step, view)
 
     def _publish(self, step: int, panel_3HW: Tensor) -> None:
-        if self._board is not None:
-            self._board.add_image("view", panel_3HW, step)
+        self._on_board(lambda board: board.add_image("view", panel_3HW, step))
 
     def _not_drawn(self, step: int, error: Exception) -> None:
         self.event("picture_failed", at=step, error=f"{type(error).__name__}: {error}")
@@ -83,15 +93,37 @@ class Logbook:
             self._gallery.close()
         if self._progress is not None:
             self._progress.stop()
-        if self._board is not None:
-            self._board.close()
-        if self._file is not None:
-            self._file.close()
+        self._on_board(SummaryWriter.close)
+        if self._active:
+            os.close(self._file)
 
     def _write(self, values: dict[str, Any]) -> None:
-        if self._file is not None:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self._file.write(json.dumps({**finite, "time": round(time.time(), 3)}) + "\n")
+        if not self._active:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        new = json.dumps({**finite, "time": round(time.time(), 3)}).encode() + b"\n"
+        with self._mutex:
+            waited, self._waiting = bool(self._waiting), self._waiting + new
+            try:
+                while self._waiting:
+                    self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+            except OSError as error:
+                if not waited:
+                    _warn(f"metrics.jsonl: {error}; its lines wait in memory")
+
+    def _on_board(self, work: Callable[[SummaryWriter], None]) -> None:
+        if self._board is None:
+            return
+        try:
+            work(self._board)
+        except OSError as error:
+            self._board = None
+            _warn(f"tensorboard: {error}; left out until the next start, metrics.jsonl has the numbers")
+
+
+def _warn(text: str) -> None:
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

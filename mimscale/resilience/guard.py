@@ -124,7 +124,7 @@ class Guard:
             why = "the loss is above its limit"
         else:
             why = "gradients are not finite"
-        bad = [index for index, value in enumerate(mine) if not math.isfinite(value)]
+        bad = [index for index, value in enumerate(mine) if not math.isfinite(value) or value > limit]
         return {"why": why, "loss": loss, "limit": limit, "bad_micro_steps": bad}
 
     # ------------------------------------------------------------------------------------------------------- resuming

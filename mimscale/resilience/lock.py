@@ -86,8 +86,9 @@ class Lock:
             time.sleep(watched_s)
             dead = self._read() == owner
         if not dead:
+            gone = f"; remove {self.path} if that host is dead" if owner["host"] != mine["host"] else ""
             raise UserError(
-                f"{self.path.parent} is in use by {_named(owner)}; wait for it, end it, or name another --run-dir"
+                f"{self.path.parent} is in use by {_named(owner)}; wait for it, end it, or name another --run-dir{gone}"
             )
 
     def _lock(self) -> bool | None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,8 @@ class Saver:
             pause_s = min(2 * pause_s, 30.0)
 
     def _warn(self, text: str) -> None:
-        print(f"checkpoint: rank {self._control.rank}: {text}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the log may lie on the same full disk
+            print(f"checkpoint: rank {self._control.rank}: {text}", file=sys.stderr, flush=True)
 
 
 def _ended(thread: threading.Thread | None, limit_s: float | None) -> bool:

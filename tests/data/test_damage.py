@@ -191,5 +191,16 @@ def test_the_ledger_counts_each_sample_once_over_ranks_and_launches(tmp_path: Pa
     assert Ledger(path, 5, writes=False).total == 3
 
 
+def test_a_disk_that_refuses_delays_the_list_and_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.jsonl"
+    ledger = Ledger(path, 5, writes=True)
+    path.mkdir()  # any file that cannot be written
+    assert [d.sample for d in ledger.settle([[damage(3)]])] == [3]
+    path.rmdir()
+    assert ledger.settle([[]]) == []
+    assert Ledger(path, 5, writes=False).total == 1 and ledger.settle([[]]) == []
+    assert len(path.read_text().splitlines()) == 1
+
+
 def test_the_limit() -> None:
     assert default_limit(50_000) == 10 and default_limit(1_281_167) == 128

@@ -56,6 +56,8 @@ def by_position(batches: Iterator[Batch]) -> dict[int, dict[str, torch.Tensor]]:
     samples = {}
     for batch in batches:
         for row, position in enumerate(batch.positions.tolist()):
+            if batch.weights is not None and not batch.weights[row]:
+                continue
             assert position not in samples
             samples[position] = {name: tensor[row] for name, tensor in tensors(batch).items()}
     return samples
@@ -248,12 +250,16 @@ def test_labels_that_are_not_there(manifest: Manifest) -> None:
     assert next(iter(eval_batches(manifest, 16, batch=2, workers=0))).labels is None
 
 
-@pytest.mark.parametrize(("world", "batch"), [(1, 80), (1, 7), (4, 4), (7, 100), (100, 2)])
+@pytest.mark.parametrize(("world", "batch"), [(1, 80), (1, 7), (3, 7), (4, 4), (7, 100), (100, 2)])
 def test_evaluation_takes_every_sample_once_in_order(manifest: Manifest, world: int, batch: int) -> None:
+    """Batches are as many and as large on every rank; what fills them up has weight 0 and stands at the end."""
     parts = [list(eval_batches(manifest, 16, batch=batch, workers=0, rank=r, world=world)) for r in range(world)]
+    assert {len(part) for part in parts} == {len(parts[0])}
+    assert {len(one.ids) for part in parts for one in part} == {min(batch, -(-80 // world))}
     batches = [one for part in parts for one in part]
-    assert torch.equal(torch.cat([one.ids for one in batches]), torch.arange(80))
-    assert all(len(one.ids) == batch for part in parts for one in part[:-1])
+    ids = torch.cat([one.ids for one in batches])
+    weights = torch.cat([one.weights for one in batches if one.weights is not None])
+    assert torch.equal(ids[weights == 1], torch.arange(80)) and weights.sum() == 80 and weights.unique().max() == 1
     for one in batches:
         assert one.labels is not None and manifest.labels is not None
         assert one.labels.tolist() == manifest.labels[one.ids.numpy()].tolist()

@@ -147,6 +147,10 @@ def planted_faults(recipe: str) -> None:
         del zero.clip_grad
         expect(LayoutError, lambda: Layout(engine._ds), f"{name}: a release that keeps its clip elsewhere")  # noqa: B023
         zero.clip_grad = clip
+        steps = engine._ds.micro_steps
+        del engine._ds.micro_steps
+        expect(LayoutError, lambda: Layout(engine._ds), f"{name}: a release that counts elsewhere")  # noqa: B023
+        engine._ds.micro_steps = steps
     run = load(recipe)
     method = method_class("mae")(run, {})
     method.scale = torch.nn.Parameter(torch.tensor(1.0))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from mimscale.config import StudentConfig
 from mimscale.data.manifest import Manifest
 from mimscale.evals.features import frozen, random_like, raw_pixels, stream
+from mimscale.evals.knn import knn
 from mimscale.models.beit import Beit
 from mimscale.models.vit import LN_EPS, ViT
 
@@ -29,6 +30,35 @@ def test_every_sample_once_in_order_with_its_own_features(data: tuple[Path, Path
     tokens = vit(pixels.view(-1, 3, 32, 32)).tokens
     for pool, expected in (("mean", tokens[:, 1:].mean(1)), ("cls", tokens[:, 0])):
         torch.testing.assert_close(torch.cat([features["vit", pool] for features, _ in pieces]), expected)
+
+
+@pytest.mark.parametrize("batch", [7, 16, 1000])
+def test_what_fills_up_batches_never_counts(data: tuple[Path, Path], batch: int) -> None:
+    """One rank or three, sizes that divide or not: the same features and neighbours."""
+    train = Manifest.load(data[0])
+    sizes = []
+
+    def look(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        sizes.append(len(images))
+        return raw_pixels(images)
+
+    def everything(batch: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+        options = {"batch": batch, "workers": 0, "world": world}
+        passes = [
+            list(stream({"raw": look}, train, 32, crop_pct=1.0, device=torch.device("cpu"), rank=r, **options))
+            for r in range(world)
+        ]
+        assert len({len(one) for one in passes}) == 1
+        pieces = [piece for one in passes for piece in one]
+        return torch.cat([f["raw", "pixels"] for f, _ in pieces]), torch.cat([labels for _, labels in pieces])
+
+    features, labels = everything(120, 1)
+    expected = knn(features, labels, features, 10, k=5)
+    for world in (1, 3):
+        sizes.clear()
+        ours, of_ours = everything(batch, world)
+        assert len(set(sizes)) == 1 and torch.equal(ours, features) and torch.equal(of_ours, labels)
+        assert torch.equal(knn(ours, of_ours, ours, 10, k=5), expected)
 
 
 def test_a_student_without_last_norm_gets_an_untrained_one() -> None:

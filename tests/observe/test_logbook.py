@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,40 @@ def test_lines_and_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "step 2/4" in capsys.readouterr().err
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [s.value for s in board.Scalars("loss")] == [0.5]
+
+
+@contextmanager
+def no_file_may_exceed(size: int) -> Iterator[None]:
+    """A disk that refuses to take more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    book = Logbook(tmp_path, active=True, tensorboard=False, total=4, step=0)
+    with no_file_may_exceed(50_000):
+        for number in range(10):
+            book.event("long", number=number, text="x" * 9_000)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 50_000
+    book.event("short")
+    book.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("number") for line in lines] == [*range(10), None]
+    assert capsys.readouterr().err.count("its lines wait in memory") == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_costs_the_board_until_the_next_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    book = Logbook(tmp_path, active=True, tensorboard=True, total=9000, step=0)
+    with no_file_may_exceed(50_000):
+        for step in range(1500):
+            book._on_board(lambda board, step=step: board.add_text("note", "x" * 500, step))  # type: ignore[misc]
+    book.close()
+    assert "left out until the next start" in capsys.readouterr().err
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,13 @@ def test_the_loss_of_a_step_is_the_mean_of_its_micro_steps() -> None:
     }
 
 
+def test_the_micro_steps_that_spike_are_suspected() -> None:
+    guard = Guard(GuardConfig(loss_spike=5.0, warmup=5), 2, CPU)
+    accepted(guard, *[1.0] * 20)
+    assert accepted(guard, 1.0, 100.0) == [True, False]
+    assert guard.cause()["why"] == "the loss is above its limit" and guard.cause()["bad_micro_steps"] == [1]
+
+
 def test_a_guard_goes_on_where_it_was_saved() -> None:
     config = GuardConfig(loss_spike=3.0, warmup=5, grad_spike=4.0, every=1)
     one, losses = Guard(config, 1, CPU), [1.0 + 0.1 * math.sin(i) for i in range(40)]

@@ -103,6 +103,13 @@ def test_a_changed_recipe_is_refused_and_a_fork_starts_anew(recipe: Path, whole:
     assert "schedule.base_lr: 0.016 -> 0.004" in refused.stderr and "--fork" in refused.stderr
     other = ranks.run(1, *words, "student.depth=2", "--fork", tmp_path / "other", check=False)
     assert other.returncode == 2 and "holds other parameters" in other.stderr
+    newest = tmp_path / "run" / "checkpoints" / "step-00000008"
+    shard = next(newest.glob("shard-*"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    damaged = ranks.run(1, *words, "--fork", tmp_path / "fork", check=False)
+    assert damaged.returncode == 2 and "sha256 differs" in damaged.stderr
+    shard.write_bytes(content)
     ranks.run(1, *words, "--fork", tmp_path / "fork")
     first = ranks.curve(tmp_path / "fork")
     assert len(first) == 12 and ranks.meta(tmp_path / "fork")["engine"]["adam_step"] == 12
