@@ -1,8 +1,8 @@
 """The trainer with a fault in its data, teacher or gradients:  python -m tests.faulty FAULTS.json train RECIPE ...
 
-FAULTS.json: {"images": {batch: factor}, "teacher": [batches], "gradients": [batches], "rank": r}. A batch is a global
-batch of the endless sequence, so the fault belongs to its samples and is met again wherever these are; `rank` limits it
-to one rank. factor null means NaN.
+FAULTS.json: {"images": {batch: factor}, "teacher": [batches], "gradients": [batches], "stops": [batches], "rank": r}.
+A batch is a global batch of the endless sequence, so the fault belongs to its samples and is met again wherever these
+are; `rank` limits it to one rank. factor null means NaN. At one of `stops` the rank stands still until it is killed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ def plant(faults: dict[str, Any], global_batch: int) -> None:
 
     def bad_images(self: Batch) -> Batch:
         now[0] = int(self.positions[0]) // global_batch
+        if here and now[0] in faults.get("stops", ()):
+            os.kill(os.getpid(), signal.SIGSTOP)
         batch = normalised(self)
         factor = images.get(now[0])
         return dataclasses.replace(batch, images=batch.images * factor) if here and factor is not None else batch

@@ -64,7 +64,7 @@ class Lab:
         make_image_folder(folder / "images", classes=4, per_class=20, side=48)
         assert data_prep(["folder", str(folder / "images"), str(folder / "shards"), "--shard-samples", "16"]) == 0
         (folder / "taught").mkdir()
-        limits: dict[str, Any] = {"stall_s": 3.0, "startup_s": 120.0}
+        limits: dict[str, Any] = {"stall_s": 60.0, "startup_s": 600.0}
         sections: dict[str, dict[str, Any]] = {
             "schedule": {"steps": STEPS},
             "checkpoint": {"every": EVERY, "patience_s": 3.0, "keep": 3},
@@ -168,7 +168,7 @@ def kill_inside_a_save(lab: Lab, run: Run, number: int) -> str:
         Saver.save = doomed  # type: ignore[method-assign, assignment]
 
     run.start(planted)
-    run.end_after(60)
+    run.end_after()
     return f"{part:.0%} of the save"
 
 
@@ -177,9 +177,10 @@ def kill_inside_a_save(lab: Lab, run: Run, number: int) -> str:
 
 def _damage(lab: Lab, run: Run, harm: Callable[[Path], object]) -> str:
     run.start()
-    run.until(3 * EVERY + 1)
+    run.until_saved(2)
     run.kill()
     run.end()
+    assert not run.done and len(checkpoint.steps(run.folder / "checkpoints")) > 1, "not killed between two saves"
     newest = run.newest()
     harm(newest)
     return f"checkpoint of step {checkpoint.step_of(newest)}"
@@ -239,7 +240,7 @@ def disk_full(lab: Lab, run: Run, number: int) -> str:
         run.start()
         run.until(4 * EVERY)
         subprocess.run(["mount", "-o", "remount,size=64m", str(root)], check=True)
-        run.end_after(120)
+        run.end_after()
         failed = len(run.events("save_failed")) + len(run.events("save_skipped"))
         kept = run.folder.with_name(f"{run.folder.name}-kept")
         shutil.copytree(root, kept)
@@ -279,7 +280,7 @@ def usr1_at_start_up(lab: Lab, run: Run, number: int) -> str:
     run.start()
     time.sleep(0.3 * number)
     run.kill(signal.SIGUSR1)
-    run.end_after(60)
+    run.end_after()
     return f"after {0.3 * number:.1f} s"
 
 
@@ -288,7 +289,7 @@ def usr1_inside_a_save(lab: Lab, run: Run, number: int) -> str:
     run.start()
     run.until(EVERY)
     run.kill(signal.SIGUSR1)
-    run.end_after(60)
+    run.end_after()
     return f"step {EVERY}"
 
 
@@ -297,7 +298,7 @@ def usr1_at_the_end(lab: Lab, run: Run, number: int) -> str:
     run.start()
     run.until(STEPS)
     run.kill(signal.SIGUSR1)
-    run.end_after(60)
+    run.end_after()
     return f"step {STEPS}"
 
 
@@ -307,7 +308,7 @@ def requeue_storm(lab: Lab, run: Run, number: int) -> str:
         run.start()
         run.until(3 * turn)
         run.kill(signal.SIGUSR1)
-        run.end_after(60)
+        run.end_after()
     return "five times in a row"
 
 
@@ -331,12 +332,14 @@ def clock_goes_back_a_day(lab: Lab, run: Run, number: int) -> str:
 
 @fault(world=2, times=2)
 def hung_rank(lab: Lab, run: Run, number: int) -> str:
+    run.overrides = ("watchdog.stall_s=10",)
     run.start()
     run.until(lab.step())
     run.kill(signal.SIGSTOP, [run.pids[1]])
     while run.alive() and not (run.folder / "hang" / "rank-0.txt").exists():
         time.sleep(0.05)
     run.end()
+    run.overrides = ()
     return "the watchdog barked" if (run.folder / "hang" / "rank-0.txt").exists() else "no report"
 
 
@@ -346,7 +349,7 @@ def hung_rank(lab: Lab, run: Run, number: int) -> str:
 def _planted(lab: Lab, run: Run, **faults: object) -> str:
     """A bad batch costs its step: the run ends, but as another one."""
     run.start(lambda: plant(faults, 16))
-    run.end_after(120)
+    run.end_after()
     return f"{len(run.events('skipped'))} steps skipped, {len(run.events('rollback'))} roll-backs"
 
 
@@ -386,7 +389,7 @@ def corrupted_shard_in_mid_run(lab: Lab, run: Run, number: int) -> str:
         content[at] ^= 255
     with victim.open("r+b") as file:
         file.write(content)
-    run.end_after(200)
+    run.end_after()
     return f"{len(run.events('damaged'))} samples replaced"
 
 

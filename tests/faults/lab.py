@@ -57,7 +57,7 @@ class Run:
                 end_process(code)
             self.pids.append(pid)
 
-    def end_after(self, limit_s: float) -> None:
+    def end_after(self, limit_s: float = 600.0) -> None:
         """Wait until all ranks have left, at most so long; then end what is left."""
         end_s = time.monotonic() + limit_s
         while self.alive() and time.monotonic() < end_s:
@@ -67,10 +67,16 @@ class Run:
     def alive(self) -> bool:
         return any(Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" for pid in self.pids if _there(pid))
 
-    def until(self, step: int, limit_s: float = 120.0) -> None:
+    def until(self, step: int, limit_s: float = 600.0) -> None:
         """Return when a step has been logged, or the run is over."""
         end_s = time.monotonic() + limit_s
         while self.alive() and time.monotonic() < end_s and max(ranks.curve(self.folder), default=0) < step:
+            time.sleep(0.01)
+
+    def until_saved(self, count: int, limit_s: float = 600.0) -> None:
+        """Return when so many checkpoints were noted as written, or the run is over."""
+        end_s = time.monotonic() + limit_s
+        while self.alive() and time.monotonic() < end_s and len(self.events("saved")) < count:
             time.sleep(0.01)
 
     def kill(self, number: int = signal.SIGKILL, which: list[int] | None = None) -> None:
