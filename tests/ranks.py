@@ -47,12 +47,12 @@ METHODS |= COMPOSED
 TAUGHT = ("maskalign", "mrmae", "mrmae_convmae", *COMPOSED)
 
 
-def recipe(folder: Path, shards: Path, method: str = "mae", **sections: dict[str, Any]) -> Path:
+def recipe(folder: Path, shards: Path, method: str = "mae", /, **sections: dict[str, Any]) -> Path:
     """A recipe file for a network of a few thousand parameters, drop path on. `sections` replace keys."""
     values: dict[str, dict[str, Any]] = {
         "data": {"shards": str(shards), "image_size": 32, "workers": 1},
         "student": {"width": 32, "depth": 3, "heads": 4, "patch": 8, "drop_path": 0.1},
-        "method": {"name": method, **METHODS[method]},
+        "method": {"name": method, **METHODS.get(method, {})},
         "schedule": {"global_batch": 16, "steps": 12, "warmup_epochs": 0.4, "base_lr": 1.6e-2, "min_lr": 1e-5},
         "engine": {"ds_config": "cpu_zero2_fp32", "max_micro_batch": 8, "device": "cpu"},
         "checkpoint": {"every": 4, "keep": 100},
