@@ -118,13 +118,23 @@ def errors(cases: dict[str, dict[str, list[float]]]) -> str:
 
 
 def table(measured: Measured) -> Iterator[str]:
-    yield "| method | source | recipes | largest error against the official code (tolerance) |"
-    yield "| --- | --- | --- | --- |"
+    heads = (
+        "method",
+        "source",
+        "recipes",
+        "largest error against the official code (tolerance)",
+        "cases",
+        "what differs",
+    )
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{' --- |' * len(heads)}"
     for name in rows():
         told = facts(name)
         recipes = ", ".join(f"`{recipe}`" for recipe in recipes_of(name)) or "none"
         public = "code not public; the part that others published: " if told.differences.startswith("unknown") else ""
-        yield f"| {told.title} | {told.source} | {recipes} | {public}{errors(measured.get(name, {}))} |"
+        cases = measured.get(name, {})
+        near, goldens = f"{public}{errors(cases)}", ", ".join(f"`{golden}`" for golden in cases)
+        yield f"| {told.title} | {told.source} | {recipes} | {near} | {goldens} | {told.differences} |"
 
 
 UNITS = (
@@ -135,8 +145,7 @@ UNITS = (
 
 def page(measured: Measured) -> Iterator[str]:
     yield from ("# Methods", "", "Written by `python -m tests.methods_table` from test results; do not edit.", "")
-    yield from table(measured)
-    yield from ("", UNITS, "")
+    yield from (UNITS, "")
     for name in rows():
         told, cases = facts(name), measured.get(name, {})
         yield from (f"## {told.title}", "", f"{told.what[0].upper()}{told.what[1:]} ({told.source}).", "")
