@@ -558,10 +558,7 @@ def _known_keys(model: type[BaseModel], place: Sequence[str]) -> list[str]:
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None
         sections = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type(BaseModel))]
-        if sections:
-            model = sections[0]
-        elif part == "teachers" or field is None:
-            model = TeacherConfig
+        model = sections[0] if sections else model
     return sorted(model.model_fields)
 
 
