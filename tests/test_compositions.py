@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mimscale import compositions
-from mimscale.config import method_class, names_in
+from mimscale.by_name import names_in
+from mimscale.config import method_class
 from mimscale.contracts import Batch, Targets, TeacherInfo
 from mimscale.methods.base import MaskedMethod
 from tests import golden

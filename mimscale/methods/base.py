@@ -14,7 +14,8 @@ import torch
 from pydantic import SerializeAsAny, field_validator
 from torch import Tensor, nn
 
-from mimscale.config import MethodConfig, RunConfig, class_in, section_by_name
+from mimscale.by_name import class_in, section_by_name
+from mimscale.config import MethodConfig, RunConfig
 from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo, TeacherNeeds, View
 from mimscale.errors import UserError
 from mimscale.masking.base import Masking, MaskingConfig, keeps
