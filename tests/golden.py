@@ -21,6 +21,7 @@ from mimscale import config
 from mimscale.config import RunConfig
 from mimscale.contracts import Batch, Targets, TeacherInfo
 from mimscale.convert.families import maskalign
+from mimscale.convert.whole import levels_of
 from mimscale.methods.mae import MAE
 from mimscale.methods.maskalign import MaskAlign
 
@@ -176,7 +177,7 @@ def maskalign_method(run: RunConfig, c: dict[str, Any], official: dict[str, Tens
     depth = c.get("teacher_depth", c["depth"])
     info = TeacherInfo("teacher", c["teacher_dim"], depth, run.grid, run.data.image_size, has_cls=True)
     method = MaskAlign(run, {"teacher": info})
-    method.load_state_dict(maskalign.from_official(official, tuple(method.level_weights)).weights)
+    method.load_state_dict(maskalign.from_official(official, levels_of(method)).weights)
     return method
 
 

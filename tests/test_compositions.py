@@ -31,7 +31,7 @@ def test_answers() -> None:
     text, reasons = compositions.answer("mae", "attention", plain)
     assert text == "teacher with class token" and "no teacher has a class token" in reasons[0]
     text, reasons = compositions.answer("maskalign", "random", {"fusion": "linear"})
-    assert text == "teacher with class token, as deep" and "13 and 12 blocks" in reasons[-1]
+    assert text == "teacher with class token, as deep" and "teachers.t 13 blocks, the student 12" in reasons[-1]
     text, reasons = compositions.answer("mae", "random", {"fusion": {"kind": "mff", "levels": [0]}})
     assert text == "no" and all("would get no gradient" in reason for reason in reasons)
 

@@ -16,6 +16,7 @@ from mimscale.ds_config import load_ds_config
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE, MAEConfig
 from mimscale.schedule import lr_of
+from mimscale.teachers.bank import describe
 
 CLIP_B = TeacherInfo("clip", dim=768, depth=12, grid=(14, 14), image_size=224, has_cls=True)
 CLIP_L_196 = TeacherInfo("clip", dim=1024, depth=24, grid=(14, 14), image_size=196, has_cls=True)
@@ -131,6 +132,19 @@ def test_maskalign(name: str) -> None:
     assert count == vit + 5 * (width * info.dim + info.dim) + 5 * depth
     assert run.schedule.peak_lr == pytest.approx(6e-4)
     assert run.teachers.keys() == method.needs.teachers.keys()
+
+
+def test_maskalign_with_two_teachers() -> None:
+    """The real teachers' grids meet the student's; a second mixing and five more adaptors, nothing else."""
+    run = load("maskalign_clip_dinov2_vit_b16")
+    teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
+    _, method, count = built("maskalign_clip_dinov2_vit_b16", teachers)
+    assert count == built("maskalign_vit_b16", {"clip": CLIP_B})[2] + 5 * (768 * 768 + 768) + 5 * 12
+    assert {name: (info.grid, info.image_size) for name, info in teachers.items()} == {
+        "clip": ((14, 14), 224),
+        "dinov2": ((14, 14), 196),
+    }
+    assert [name for name, needs in method.needs.teachers.items() if needs.cls_attention] == ["clip"]
 
 
 def test_simmim() -> None:

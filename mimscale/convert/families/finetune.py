@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from mimscale.config import RunConfig
-from mimscale.convert.names import Mapped, State, parts_of
+from mimscale.convert.names import Levels, Mapped, State, parts_of
 
 METHODS: tuple[str, ...] = ("finetune",)
 WHOLE = "head.weight"
@@ -22,7 +22,7 @@ def encoder(state: Mapping[str, Tensor]) -> State:
     return {name: tensor for name, tensor in state.items() if not name.startswith(HEAD)}
 
 
-def from_official(state: Mapping[str, Tensor], levels: Sequence[int] = ()) -> Mapped:
+def from_official(state: Mapping[str, Tensor], levels: Levels | None = None) -> Mapped:
     return Mapped({n if n.startswith(HEAD) else f"student.{n}": tensor for n, tensor in state.items()})
 
 

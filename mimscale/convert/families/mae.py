@@ -5,12 +5,12 @@ AMT on MAE has them too. A file without a decoder is an encoder alone, as timm p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from mimscale.config import RunConfig
-from mimscale.convert.names import Mapped, State, parts_of
+from mimscale.convert.names import Levels, Mapped, State, parts_of
 
 METHODS: tuple[str, ...] = ("mae",)
 WHOLE = "mask_token"
@@ -26,7 +26,7 @@ def encoder(state: Mapping[str, Tensor]) -> State:
     return {name: tensor for name, tensor in state.items() if name.startswith(ENCODER)}
 
 
-def from_official(state: Mapping[str, Tensor], levels: Sequence[int] = ()) -> Mapped:
+def from_official(state: Mapping[str, Tensor], levels: Levels | None = None) -> Mapped:
     def ours(name: str) -> str:
         if name == "mask_token":
             return "decoder.mask_token"

@@ -6,13 +6,13 @@ AMT on SimMIM has them too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from mimscale.config import RunConfig
-from mimscale.convert.names import Mapped, State, below, parts_of
+from mimscale.convert.names import Levels, Mapped, State, below, parts_of
 from mimscale.models.relpos import CLS_ROWS, relative_index
 
 METHODS: tuple[str, ...] = ("simmim",)
@@ -30,7 +30,7 @@ def encoder(state: Mapping[str, Tensor]) -> State:
     return {name: tensor for name, tensor in kept.items() if name not in ("mask_token", REL_POS_INDEX)}
 
 
-def from_official(state: Mapping[str, Tensor], levels: Sequence[int] = ()) -> Mapped:
+def from_official(state: Mapping[str, Tensor], levels: Levels | None = None) -> Mapped:
     """The index into the bias table is left out: it follows from the grid."""
     weights = {f"student.{n}": tensor for n, tensor in below("encoder.", state).items() if n != REL_POS_INDEX}
     for name, tensor in below("decoder.0.", state).items():
