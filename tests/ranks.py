@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
     "amt_simmim": {"name": "simmim", "masking": {**AMT, "ratio": 0.25, "throw": 0.25, "unit": 16}},
     "convmae": {"stages": STAGES, **DECODER},
     "mrmae": {"fusion": {"kind": "mff", "levels": [0, 2]}, **DECODER},
+    "finetune_beit": {"name": "finetune", "classes": 4, "beit": {}, "head_std": 0.02},
     "mrmae_convmae": {"name": "mrmae", "stages": {**STAGES, "class_token": True}, **DECODER},
 }
 BARE_TARGET = {"weight": 0.5, "levels": [1, 3], "target_norm": "l2", "cls_target": False}
