@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from mimscale import config
-from mimscale.config import method_class, method_names, names_in
+from mimscale.by_name import names_in
+from mimscale.config import method_class, method_names
 from mimscale.contracts import TeacherInfo
 from mimscale.errors import UserError
 from mimscale.methods.base import MaskedConfig

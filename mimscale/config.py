@@ -1,22 +1,20 @@
 """The run configuration: a YAML recipe plus `key=value` overrides, strict and typed.
 
-This file holds the envelope. The section under `method:` is validated by the method's own model, which is imported by
-name (`mimscale.methods.<name>`), so adding a method edits nothing here. What `engine.ds_config` names is read by
+This file holds the envelope. The section under `method:` is validated by the method's own model, found by its name
+(`mimscale.by_name`), so adding a method edits nothing here. What `engine.ds_config` names is read by
 `mimscale.ds_config`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -30,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from mimscale.by_name import class_in, first_line, names_in, section_by_name
 from mimscale.errors import UserError, nearest
 
 STUDENT_SIZES = {  # width, depth, heads
@@ -412,48 +411,6 @@ class RunConfig(Strict):
         return {key: value for key, value in flat.items() if not key.startswith(free) and not key.endswith(".weights")}
 
 
-# ------------------------------------------------------------------------------------------------ classes by file name
-
-
-def names_in(package: str) -> list[str]:
-    """Files of a package that define a class each: all but base.py and those that start with an underscore."""
-    files = (entry.name for entry in resources.files(package).iterdir())
-    return sorted(f[:-3] for f in files if f.endswith(".py") and not f.startswith("_") and f != "base.py")
-
-
-def class_in(package: str, name: str, key: str) -> Any:
-    """The class with a Config that <package>/<name>.py defines. key: where the name stood. Raises ValueError."""
-    if name not in names_in(package):
-        raise ValueError(f"{key} = '{name}' is unknown{nearest(name, names_in(package))}")
-    module = importlib.import_module(f"{package}.{name}")
-    local = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
-    found = [c for c in local if issubclass(getattr(c, "Config", type(None)), Strict)]
-    if len(found) != 1:
-        raise TypeError(f"{package}.{name} must define exactly one class with a Config, found {len(found)}")
-    return found[0]
-
-
-def section_by_name(
-    package: str, section: Mapping[str, Any], key: str, defaults: Mapping[str, Any] | None = None
-) -> Any:
-    """Validate a section by the Config of the class that it names. Raises ValueError with one line.
-
-    key: of the name, with its place in the recipe (`method.name`). defaults: values for what the section leaves out and
-    that Config has no default for.
-    """
-    *place, field = key.split(".")
-    defaults = defaults or {}
-    section = {**{k: v for k, v in defaults.items() if k == field}, **section}
-    if field not in section:
-        raise ValueError(f"{key} is missing; choose one of {', '.join(names_in(package))}")
-    config: type[Strict] = class_in(package, str(section[field]), key).Config
-    wanted = {name for name, info in config.model_fields.items() if info.is_required()}
-    try:
-        return config.model_validate({**{k: v for k, v in defaults.items() if k in wanted}, **section})
-    except ValidationError as error:
-        raise ValueError(_first_line(error, config, tuple(place))) from None
-
-
 def method_names() -> list[str]:
     return names_in("mimscale.methods")
 
@@ -490,7 +447,7 @@ def validate(values: Mapping[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: {_first_line(error, RunConfig, ())}") from None
+        raise UserError(f"{source}: {first_line(error, RunConfig, ())}") from None
 
 
 def _read_recipe(recipe: str) -> dict[str, Any]:
@@ -535,34 +492,6 @@ def _assign(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
             raise UserError(f"override {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} is a value, not a section")
         values = inner
     values[keys[-1]] = value
-
-
-def _first_line(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...]) -> str:
-    """pydantic's report of the first mistake, in one line with its place and the nearest known key."""
-    first = error.errors()[0]
-    place = [*prefix, *(str(part) for part in first["loc"])]
-    name = ".".join(place)
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(model, tuple(str(part) for part in first["loc"])[:-1])
-        return f"unknown key {name}{nearest(place[-1], known)}"
-    if first["type"] == "missing":
-        return f"{name} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{name}: {message}" if name and name not in message else message
-    return f"{name} = {first['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _known_keys(model: type[BaseModel], place: Sequence[str]) -> list[str]:
-    for part in place:
-        field = model.model_fields.get(part)
-        annotation = field.annotation if field else None
-        sections = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type(BaseModel))]
-        if sections:
-            model = sections[0]
-        elif part == "teachers" or field is None:
-            model = TeacherConfig
-    return sorted(model.model_fields)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

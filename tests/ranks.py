@@ -35,12 +35,15 @@ METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
     "amt_simmim": {"name": "simmim", "masking": {**AMT, "ratio": 0.25, "throw": 0.25, "unit": 16}},
     "convmae": {"stages": STAGES, **DECODER},
     "mrmae": {"fusion": {"kind": "mff", "levels": [0, 2]}, **DECODER},
+    "finetune_beit": {"name": "finetune", "classes": 4, "beit": {}, "head_std": 0.02},
     "mrmae_convmae": {"name": "mrmae", "stages": {**STAGES, "class_token": True}, **DECODER},
 }
+BARE_TARGET = {"weight": 0.5, "levels": [1, 3], "target_norm": "l2", "cls_target": False}
 COMPOSED: dict[str, dict[str, Any]] = {
     "mrmae_mff": {"name": "mrmae", "fusion": {"kind": "mff", "levels": [0, 2], "feeds": "both"}, **DECODER},
     "pixmim_attention": {"name": "pixmim", "masking": {"policy": "attention"}, **METHODS["pixmim"]},
     "maskalign_amt": {"name": "maskalign", "masking": AMT, **METHODS["maskalign"]},
+    "maskalign_two": {"name": "maskalign", "fusion": "sum", "levels": "top2", "targets": {"bare": BARE_TARGET}},
     "maskalign_before": {"name": "maskalign", "adaptor_position": "before", **METHODS["maskalign"]},
 }
 METHODS |= COMPOSED
@@ -59,9 +62,14 @@ def recipe(folder: Path, shards: Path, method: str = "mae", /, **sections: dict[
         "log": {"every": 1, "tensorboard": False},
     }
     if method in TAUGHT:
-        options = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
+        options: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
         teacher = {"library": "timm", "model": "vit_tiny_patch16_224", "random": True, "precision": "fp32"}
         values["teachers"] = {"tiny": {**teacher, "options": options}}
+    if method == "maskalign_two":  # another width, depth and resolution, no class token, other pixels
+        options = {"embed_dim": 48, "depth": 4, "num_heads": 3, "patch_size": 4}
+        options |= {"class_token": False, "global_pool": "avg"}
+        pixels = {"image_size": 16, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+        values["teachers"]["bare"] = {**teacher, **pixels, "options": options}
     for name, changes in sections.items():
         values[name] = {**values.get(name, {}), **changes}
     path = folder / "recipe.yaml"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mimscale import compositions
-from mimscale.config import method_class, names_in
+from mimscale.by_name import names_in
+from mimscale.config import method_class
 from mimscale.contracts import Batch, Targets, TeacherInfo
 from mimscale.methods.base import MaskedMethod
 from tests import golden
@@ -30,7 +31,7 @@ def test_answers() -> None:
     text, reasons = compositions.answer("mae", "attention", plain)
     assert text == "teacher with class token" and "no teacher has a class token" in reasons[0]
     text, reasons = compositions.answer("maskalign", "random", {"fusion": "linear"})
-    assert text == "teacher with class token, as deep" and "13 and 12 blocks" in reasons[-1]
+    assert text == "teacher with class token, as deep" and "teachers.t 13 blocks, the student 12" in reasons[-1]
     text, reasons = compositions.answer("mae", "random", {"fusion": {"kind": "mff", "levels": [0]}})
     assert text == "no" and all("would get no gradient" in reason for reason in reasons)
 

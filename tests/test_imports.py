@@ -12,11 +12,12 @@ import mimscale
 ROOT = Path(mimscale.__file__).parent
 
 # room -> rooms it may import from. A room is a folder or a single file of mimscale/. Every room may import BOTTOM.
-BOTTOM = {"errors", "contracts", "config", "ds_config"}
+BOTTOM = {"errors", "by_name", "contracts", "config", "ds_config"}
 MAY_IMPORT = {
     "errors": set(),
     "contracts": set(),
-    "config": set(),
+    "by_name": set(),
+    "config": {"by_name"},
     "ds_config": set(),
     "schedule": set(),
     "optim": set(),
@@ -25,8 +26,9 @@ MAY_IMPORT = {
     "methods": {"models", "masking"},
     "teachers": set(),
     "data": set(),
-    "resilience": set(),
-    "observe": set(),
+    "resilience": {"outbox"},
+    "outbox": set(),
+    "observe": {"outbox"},
     "engine": {"optim"},
     "state": set(),
     "run_folder": set(),
@@ -37,9 +39,32 @@ MAY_IMPORT = {
     "doctor": {"compositions", "doctor_teacher", "models", "methods", "teachers", "data", "engine", "convert"},
     "doctor_teacher": {"models", "methods", "teachers", "data"},
     "bench": {"models", "methods", "masking", "teachers", "data", "resilience", "observe", "engine", "optim"},
-    "prepare": {"observe", "convert", "methods", "teachers", "data", "resilience", "engine", "run_folder", "schedule"},
-    "recovery": {"prepare", "methods", "teachers", "data", "resilience", "observe", "engine", "run_folder", "state"},
+    "prepare": {
+        "outbox",
+        "observe",
+        "convert",
+        "methods",
+        "teachers",
+        "data",
+        "resilience",
+        "engine",
+        "run_folder",
+        "schedule",
+    },
+    "recovery": {
+        "outbox",
+        "prepare",
+        "methods",
+        "teachers",
+        "data",
+        "resilience",
+        "observe",
+        "engine",
+        "run_folder",
+        "state",
+    },
     "train": {
+        "outbox",
         "prepare",
         "recovery",
         "models",

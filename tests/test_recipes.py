@@ -16,6 +16,7 @@ from mimscale.ds_config import load_ds_config
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE, MAEConfig
 from mimscale.schedule import lr_of
+from mimscale.teachers.bank import describe
 
 CLIP_B = TeacherInfo("clip", dim=768, depth=12, grid=(14, 14), image_size=224, has_cls=True)
 CLIP_L_196 = TeacherInfo("clip", dim=1024, depth=24, grid=(14, 14), image_size=196, has_cls=True)
@@ -133,6 +134,19 @@ def test_maskalign(name: str) -> None:
     assert run.teachers.keys() == method.needs.teachers.keys()
 
 
+def test_maskalign_with_two_teachers() -> None:
+    """The real teachers' grids meet the student's; a second mixing and five more adaptors, nothing else."""
+    run = load("maskalign_clip_dinov2_vit_b16")
+    teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
+    _, method, count = built("maskalign_clip_dinov2_vit_b16", teachers)
+    assert count == built("maskalign_vit_b16", {"clip": CLIP_B})[2] + 5 * (768 * 768 + 768) + 5 * 12
+    assert {name: (info.grid, info.image_size) for name, info in teachers.items()} == {
+        "clip": ((14, 14), 224),
+        "dinov2": ((14, 14), 196),
+    }
+    assert [name for name, needs in method.needs.teachers.items() if needs.cls_attention] == ["clip"]
+
+
 def test_simmim() -> None:
     """timm's BEiT-B with one shared bias table, a mask token and a linear head; the released rates."""
     run, method, count = built("simmim_vit_b16", {})
@@ -171,6 +185,17 @@ def test_finetuning(name: str) -> None:
     assert {method.layer_of(parameter) for parameter, _ in method.named_parameters()} == set(
         range(run.student.depth + 2)
     )
+
+
+def test_finetuning_of_simmim() -> None:
+    """timm's BEiT-B with a table of relative positions in each block; the released rates."""
+    run, method, count = built("finetune_simmim_vit_b16", {})
+    options: dict[str, Any] = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1}
+    with torch.device("meta"):
+        reference = timm.models.beit.Beit(num_classes=1000, global_pool="avg", **options)
+    assert count == sum(p.numel() for p in reference.parameters())
+    assert (run.schedule.peak_lr, run.optim.layer_decay) == (pytest.approx(5e-3), 0.65)
+    assert {method.layer_of(name) for name, _ in method.named_parameters()} == set(range(14))
 
 
 def test_finetuning_of_convmae() -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 Pairs = Sequence[tuple[str, str]]
+Levels = Mapping[str, Sequence[int]]
+"""Teacher -> those of its levels that a loss reads."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
 from typing import Protocol, cast
@@ -15,7 +15,7 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from mimscale.config import RunConfig
-from mimscale.convert.names import Mapped, State, below
+from mimscale.convert.names import Levels, Mapped, State, below
 from mimscale.errors import UserError
 
 
@@ -31,8 +31,8 @@ class Family(Protocol):
     def encoder(self, state: Mapping[str, Tensor]) -> State:
         """The student alone, out of a file that `recognises`."""
 
-    def from_official(self, state: Mapping[str, Tensor], levels: Sequence[int] = ()) -> Mapped:
-        """Official -> ours. levels: the teacher's levels that the recipe supervises, where there is a teacher."""
+    def from_official(self, state: Mapping[str, Tensor], levels: Levels | None = None) -> Mapped:
+        """Official -> ours. levels: what the recipe reads of its teachers."""
 
     def fits(self, weights: Mapping[str, Tensor]) -> bool:
         """Whether weights of ours can have these names."""

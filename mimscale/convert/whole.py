@@ -9,7 +9,7 @@ from torch import Tensor
 from mimscale import config
 from mimscale.config import RunConfig
 from mimscale.contracts import TeacherInfo
-from mimscale.convert.names import Mapped
+from mimscale.convert.names import Levels, Mapped
 from mimscale.convert.registry import families, of_state
 from mimscale.convert.source import Loaded
 from mimscale.convert.student import load
@@ -44,9 +44,9 @@ def method_from(loaded: Loaded, run: RunConfig) -> tuple[Method, tuple[str, ...]
     return method, mapped.notes
 
 
-def levels_of(method: Method) -> tuple[int, ...]:
-    """The teacher's levels that MaskAlign's loss supervises; () for a method without such heads."""
-    return tuple(getattr(method, "level_weights", ()))
+def levels_of(method: Method) -> Levels:
+    """What a method's loss reads of its teachers."""
+    return {name: needs.levels for name, needs in method.needs.teachers.items() if needs.levels}
 
 
 def _teachers_in(state: Mapping[str, Tensor], run: RunConfig) -> dict[str, TeacherInfo]:

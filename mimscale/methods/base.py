@@ -14,12 +14,14 @@ import torch
 from pydantic import SerializeAsAny, field_validator
 from torch import Tensor, nn
 
-from mimscale.config import MethodConfig, RunConfig, class_in, section_by_name
+from mimscale.by_name import class_in, section_by_name
+from mimscale.config import MethodConfig, RunConfig
 from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo, TeacherNeeds, View
 from mimscale.errors import UserError
 from mimscale.masking.base import Masking, MaskingConfig, keeps
 from mimscale.models.beit import Beit
 from mimscale.models.convvit import ConvViT
+from mimscale.models.masking import Raster
 from mimscale.models.patches import unnormalised
 from mimscale.models.vit import ViT
 
@@ -173,6 +175,19 @@ class MaskedMethod(Method):
 
     def make_student(self, run: RunConfig) -> Any:
         raise NotImplementedError
+
+    def seen(
+        self, batch: Batch, targets: Mapping[str, Targets], raster: Raster, reconstruction_B3HW: Tensor | None = None
+    ) -> View:
+        """The images, the mask and the attention that chose it, and every patch as predicted, in 0..1, if it is."""
+        patches = self.student.patches
+        return View(
+            unnormalised(batch.images),
+            mask=raster.spread(raster.mask, patches),
+            thrown=raster.thrown(patches),
+            reconstruction=reconstruction_B3HW,
+            attention=self.masking.weights(batch, targets),
+        )
 
     def begin(self, samples: int) -> None:
         self.masking.begin(samples, self.student)

@@ -169,11 +169,5 @@ class MAE(base.MaskedMethod):
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
         """The images, the mask, every patch as predicted (see `images_of`), and the attention that chose the mask."""
         pred, raster, _ = self.predict(base.without_drop_path(batch), targets)
-        patches = self.student.patches
-        return View(
-            unnormalised(batch.images),
-            mask=raster.spread(raster.mask, patches),
-            thrown=raster.thrown(patches),
-            reconstruction=self.images_of(raster.spread(pred, patches), batch.images),
-            attention=self.masking.weights(batch, targets),
-        )
+        reconstruction = self.images_of(raster.spread(pred, self.student.patches), batch.images)
+        return self.seen(batch, targets, raster, reconstruction)

@@ -1,9 +1,10 @@
-"""MaskAlign: a masked student aligned with a frozen teacher (Xue et al., CVPR 2023, arXiv 2211.08887).
+"""MaskAlign: a masked student aligned with frozen teachers (Xue et al., CVPR 2023, arXiv 2211.08887).
 
 Differences to the release: only adaptors and mixing rows of supervised levels are built, and no last norm of the
 student, because the others never get a gradient and ZeRO would pay for them; the teacher is outside the checkpoint and
-runs in 16 bit; target_norm = bn is refused, because its loss would depend on the number of ranks; combinations of
-depths that end in an index error there are refused with the choice that works (fusion = sum).
+runs in 16 bit, and there may be several, each with a mixing and adaptors of its own; target_norm = bn is refused,
+because its loss would depend on the number of ranks; combinations of depths that end in an index error there are
+refused with the choice that works (fusion = sum).
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ from collections.abc import Mapping
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimscale.config import RunConfig
 from mimscale.contracts import Batch, Targets, TeacherInfo, TeacherNeeds, View
 from mimscale.errors import UserError
 from mimscale.methods import base
-from mimscale.models.features import FeatureConfig, check_features, feature_target
-from mimscale.models.heads import AdaptorPosition, Alignment, Fusion, level_weights
+from mimscale.models.features import FeatureConfig, Levels, check_features, feature_targets
+from mimscale.models.heads import AdaptorPosition, Alignment, Fusion
 from mimscale.models.masking import in_raster_order
-from mimscale.models.patches import unnormalised
 from mimscale.models.targets import FeatureLoss, feature_loss
 from mimscale.models.vit import ViT
 
@@ -36,20 +36,19 @@ class MaskAlignConfig(FeatureConfig, base.MaskedConfig):
     as released; or before it, one for each student block, as the paper's figure draws it: another function, with more
     parameters.
     levels: weight of each teacher level in the loss (loss_weights). cls_target: false is ours, for teachers without a
-    class token. teacher: which of several `teachers`.
+    class token. targets: what differs between several teachers (ours; the release has one).
     """
 
     masking: base.AnyMasking = base.masking_default("attention", 0.7)
     fusion: Fusion = "linear"
     adaptor_position: AdaptorPosition = "after"
     loss: FeatureLoss = "smoothl1"
-    levels: str = "top5"
+    levels: Levels = "top5"
     cls_target: bool = True
-    teacher: str | None = None
 
 
 class MaskAlign(base.MaskedMethod):
-    """`student` (no final norm: nothing would train it) sees the kept patches, `alignment` predicts the teacher."""
+    """`student` (no final norm: nothing would train it) sees the kept patches, `alignment` predicts the teachers."""
 
     Config = MaskAlignConfig
     predicts_masked = False
@@ -57,26 +56,23 @@ class MaskAlign(base.MaskedMethod):
 
     @classmethod
     def reads(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
-        config = cast(MaskAlignConfig, run.method)
-        name = _teacher_name(config, teachers)
-        return {name: TeacherNeeds(levels=tuple(_supervised(config, teachers[name].depth)))}
+        targets = feature_targets(cast(MaskAlignConfig, run.method), teachers)
+        return {name: target.needs for name, target in targets.items()}
 
     @classmethod
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         config = cast(MaskAlignConfig, run.method)
-        name = _teacher_name(config, teachers)
-        info = teachers[name]
-        check_features(config, name, info, run)
-        if config.fusion != "sum" and info.depth != run.student.depth:
-            raise UserError(
-                f"method.fusion = {config.fusion} needs a teacher as deep as the student ({info.depth} and "
-                f"{run.student.depth} blocks); set method.fusion = sum"
-            )
-        try:
-            weights = level_weights(config.levels, info.depth)
-        except ValueError as error:
-            raise UserError(f"method.levels = {config.levels}: {error}") from None
-        if config.fusion == "simple" and not weights[-1]:
+        check_features(config, teachers, run)
+        targets = feature_targets(config, teachers)
+        for name in targets:
+            depth = teachers[name].depth
+            if config.fusion != "sum" and depth != run.student.depth:
+                raise UserError(
+                    f"method.fusion = {config.fusion} needs teachers as deep as the student (teachers.{name} {depth} "
+                    f"blocks, the student {run.student.depth}); set method.fusion = sum"
+                )
+        last = run.student.depth - 1
+        if config.fusion == "simple" and not any(last in target.shares for target in targets.values()):
             raise UserError(
                 f"method.levels = {config.levels} with fusion = simple leaves the student's last blocks without a "
                 "gradient; choose fusion = linear or sum"
@@ -91,62 +87,49 @@ class MaskAlign(base.MaskedMethod):
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__(run, teachers)
         self.config = config = cast(MaskAlignConfig, run.method)
-        self.teacher = _teacher_name(config, teachers)
-        info = teachers[self.teacher]
-        self.level_weights = _supervised(config, info.depth)
-        self.alignment = Alignment(
-            fusion=config.fusion,
-            adaptor=config.adaptor,
-            before=config.adaptor_position == "before",
-            width=run.student.width,
-            target_width=info.dim,
-            student_depth=run.student.depth,
-            supervised=tuple(self.level_weights),
+        self.targets = feature_targets(config, teachers)
+        self.alignment = nn.ModuleDict(
+            {
+                name: Alignment(
+                    fusion=config.fusion,
+                    adaptor=config.adaptor,
+                    before=config.adaptor_position == "before",
+                    width=run.student.width,
+                    target_width=target.dim,
+                    student_depth=run.student.depth,
+                    supervised=tuple(target.shares),
+                )
+                for name, target in self.targets.items()
+            }
         )
 
     def make_student(self, run: RunConfig) -> ViT:
         size, every = run.data.image_size, run.engine.activation_checkpointing
         return ViT(run.student, size, final_norm=False, checkpoint_every=every)
 
+    @property
+    def student_levels(self) -> list[int]:
+        """Blocks whose output is read."""
+        return sorted({level for head in self.alignment.values() for level in cast(Alignment, head).student_levels})
+
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
-        """Scalars: loss, and level_<i> for each supervised teacher level before its weight."""
-        teacher = targets[self.teacher]
+        """Scalars: loss, and level_<teacher>_<i> for each supervised level before its weights."""
         visible = self.masking.choose(batch, targets).visible
-        out = self.student(batch.images, visible, batch.noise.get("drop_path"), self.alignment.student_levels)
-        first = 0 if self.config.cls_target else 1
-        losses = {
-            level: feature_loss(pred[:, first:], feature_target(teacher, level, visible, self.config), self.config.loss)
-            for level, pred in zip(self.level_weights, self.alignment(out.levels), strict=True)
-        }
-        total = torch.stack([self.level_weights[level] * loss for level, loss in losses.items()]).sum()
-        return {"loss": total, **{f"level_{level}": loss.detach() for level, loss in losses.items()}}
+        out = self.student(batch.images, visible, batch.noise.get("drop_path"), self.student_levels)
+        losses, weighted = {}, []
+        for name, target in self.targets.items():
+            predictions = self.alignment[name](out.levels)
+            for (level, share), pred in zip(target.shares.items(), predictions, strict=True):
+                wanted = target.of(targets[name], level, visible)
+                loss = feature_loss(pred if target.cls else pred[:, self.student.prefix :], wanted, self.config.loss)
+                losses[f"level_{name}_{level}"] = loss.detach()
+                weighted.append(target.weight * share * loss)
+        return {"loss": torch.stack(weighted).sum(), **losses}
 
     @torch.no_grad()
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
         """The images, the mask, and the attention that chose it."""
-        raster, patches = in_raster_order(self.masking.choose(batch, targets)), self.student.patches
-        return View(
-            unnormalised(batch.images),
-            mask=raster.spread(raster.mask, patches),
-            thrown=raster.thrown(patches),
-            attention=self.masking.weights(batch, targets),
-        )
+        return self.seen(batch, targets, in_raster_order(self.masking.choose(batch, targets)))
 
     def no_weight_decay(self) -> set[str]:
-        return set() if self.alignment.mixing is None else {"alignment.mixing"}
-
-
-def _supervised(config: MaskAlignConfig, depth: int) -> dict[int, float]:
-    """Teacher level -> its weight in the loss, where that is not zero."""
-    return {level: weight for level, weight in enumerate(level_weights(config.levels, depth)) if weight}
-
-
-def _teacher_name(config: MaskAlignConfig, teachers: Mapping[str, TeacherInfo]) -> str:
-    if not teachers:
-        raise UserError("method.name = maskalign needs a teacher and the section teachers is empty; add one there")
-    if config.teacher is None and len(teachers) > 1:
-        raise UserError(f"method.teacher is not set and there are several: choose one of {', '.join(teachers)}")
-    name = config.teacher or next(iter(teachers))
-    if name not in teachers:
-        raise UserError(f"method.teacher = '{name}' is not in teachers; choose one of {', '.join(teachers)}")
-    return name
+        return {f"alignment.{name}.mixing" for name in self.targets} if self.config.fusion != "simple" else set()

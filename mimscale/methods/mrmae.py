@@ -13,7 +13,7 @@ are our reading.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, cast
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
@@ -24,14 +24,12 @@ from mimscale.contracts import Batch, Targets, TeacherInfo, TeacherNeeds
 from mimscale.errors import UserError
 from mimscale.methods import base, mae
 from mimscale.models.convvit import ConvStages, ConvViT, check_stages
-from mimscale.models.features import FeatureConfig, check_features, feature_target
+from mimscale.models.features import FeatureConfig, check_features, feature_targets
 from mimscale.models.fusion import FusionConfig
 from mimscale.models.heads import make_adaptor
 from mimscale.models.masking import in_raster_order
 from mimscale.models.targets import FeatureLoss, feature_loss
 from mimscale.models.vit import LN_EPS, ViT
-
-Weight = Annotated[float, Field(gt=0)]
 
 
 class MimicFusion(FusionConfig):
@@ -52,23 +50,20 @@ class MRMAEConfig(FeatureConfig, mae.MAEConfig):
     stages: convolution stages before the ViT; null: a plain ViT.
     masking: focused mimicking, the visible patches are drawn in proportion to a teacher's CLS attention.
     fusion: multi-layer fusion, none; without, the mimic heads read what the decoder reads.
-    mimic_loss: of one block of each teacher, raw, with an adaptor of its own. teacher_levels: which block, from 0; the
-    last where not named. teacher_weights: weight of each mimic loss, 1 where not named. pixel_weight: of the pixels.
+    levels: the raw outputs of a teacher's blocks that are mimicked, each with an adaptor of its own; the last alone.
+    targets: weights and levels of single teachers; every weight 1. pixel_weight: of the pixels.
     """
 
     stages: ConvStages | None = None
     masking: base.AnyMasking = base.masking_default("attention", 0.75)
     fusion: MimicFusion = MimicFusion()
     mimic_loss: FeatureLoss = "l2"
-    teacher_levels: dict[str, int] = Field(default_factory=dict)
-    teacher_weights: dict[str, Weight] = Field(default_factory=dict)
-    pixel_weight: Weight = 1.0
+    pixel_weight: float = Field(1.0, gt=0)
 
 
 class MRMAE(mae.MAE):
-    """`student` and `decoder` are MAE's or ConvMAE's; `mimic` holds a head per teacher; both losses reach the student.
-
-    After pre-training decoder, heads and fusion are dropped.
+    """`student` and `decoder` are MAE's or ConvMAE's; `mimic` holds a head per teacher and level; both losses reach the
+    student. After pre-training decoder, heads and fusion are dropped.
     """
 
     Config = MRMAEConfig
@@ -76,29 +71,18 @@ class MRMAE(mae.MAE):
 
     @classmethod
     def reads(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
-        levels = _mimicked(cast(MRMAEConfig, run.method), teachers)
-        return {name: TeacherNeeds(levels=(level,)) for name, level in levels.items()}
+        targets = feature_targets(cast(MRMAEConfig, run.method), teachers)
+        return {name: target.needs for name, target in targets.items()}
 
     @classmethod
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         config = cast(MRMAEConfig, run.method)
         if config.stages is not None:
             check_stages(config.stages, run.student)
-        if not teachers:
-            raise UserError("method.name = mrmae needs a teacher and the section teachers is empty; add one there")
-        for name, info in teachers.items():
-            check_features(config, name, info, run)
-        if config.cls_target and config.stages is not None and not config.stages.class_token:
+        check_features(config, teachers, run)
+        classless = config.stages is not None and not config.stages.class_token
+        if classless and any(target.cls for target in feature_targets(config, teachers).values()):
             raise UserError("method.cls_target = true, but the student has no class token; set stages.class_token")
-        for key, named in (("teacher_weights", config.teacher_weights), ("teacher_levels", config.teacher_levels)):
-            for name in named:
-                if name not in teachers:
-                    raise UserError(f"method.{key}.{name}: no such teacher; choose from {', '.join(teachers)}")
-        for name, level in config.teacher_levels.items():
-            if not 0 <= level < teachers[name].depth:
-                raise UserError(
-                    f"method.teacher_levels.{name} = {level}: the teacher has blocks 0 to {teachers[name].depth - 1}"
-                )
         super().check(run, teachers)
 
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
@@ -106,10 +90,13 @@ class MRMAE(mae.MAE):
         config, width = self.config, run.student.width
         alone = config.fusion.kind != "none" and config.fusion.feeds == "mimic"
         self.fusion_norm = nn.LayerNorm(width, eps=LN_EPS) if alone else None
+        self.targets = feature_targets(config, teachers)
         self.mimic = nn.ModuleDict(
-            {name: make_adaptor(config.adaptor, width, info.dim) for name, info in teachers.items()}
+            {
+                name: nn.ModuleDict({str(i): make_adaptor(config.adaptor, width, target.dim) for i in target.shares})
+                for name, target in self.targets.items()
+            }
         )
-        self.target_level = _mimicked(config, teachers)
 
     def make_student(self, run: RunConfig) -> ViT | ConvViT:
         stages = cast(MRMAEConfig, run.method).stages
@@ -132,17 +119,18 @@ class MRMAE(mae.MAE):
         latent, fused, scalars = self.encode(batch, masks.visible)
         pred = self.decoder(latent, raster)
         pixel = mae.masked_patch_loss(pred, raster.of(self.target(batch.images)), raster.mask)
-        seen = fused if self.config.cls_target else fused[:, self.student.prefix :]
-        mimic = {}
-        for (name, head), level in zip(self.mimic.items(), self.target_level.values(), strict=True):
-            target = feature_target(targets[name], level, masks.visible, self.config)
-            mimic[name] = feature_loss(head(seen), target, self.config.mimic_loss)
-        weighted = [self.config.teacher_weights.get(name, 1.0) * loss for name, loss in mimic.items()]
+        mimic = {name: self._mimicked(name, fused, targets[name], masks.visible) for name in self.targets}
+        weighted = [self.targets[name].weight * loss for name, loss in mimic.items()]
         loss = torch.stack([self.config.pixel_weight * pixel, *weighted]).sum()
         mimicked = {f"mimic_{name}": value.detach() for name, value in mimic.items()}
         return {"loss": loss, "pixel": pixel.detach(), **mimicked, **scalars}
 
-
-def _mimicked(config: MRMAEConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, int]:
-    """Teacher -> the block whose output is the target."""
-    return {name: config.teacher_levels.get(name, info.depth - 1) for name, info in teachers.items()}
+    def _mimicked(self, name: str, fused_BTD: Tensor, seen: Targets, visible_BK: Tensor) -> Tensor:
+        """The mean over one teacher's levels, by their shares."""
+        target, heads = self.targets[name], cast(nn.ModuleDict, self.mimic[name])
+        tokens = fused_BTD if target.cls else fused_BTD[:, self.student.prefix :]
+        losses = [
+            share * feature_loss(heads[str(level)](tokens), target.of(seen, level, visible_BK), self.config.mimic_loss)
+            for level, share in target.shares.items()
+        ]
+        return torch.stack(losses).sum()

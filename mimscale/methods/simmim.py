@@ -109,14 +109,8 @@ class SimMIM(base.MaskedMethod):
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
         """The images, the mask, every patch as predicted, and the attention that chose the mask."""
         pred, raster, _ = self.predict(base.without_drop_path(batch), targets)
-        patches = self.student.patches
-        return View(
-            unnormalised(batch.images),
-            mask=raster.spread(raster.mask, patches),
-            thrown=raster.thrown(patches),
-            reconstruction=unnormalised(assemble(raster.spread(pred, patches), self.student.grid)),
-            attention=self.masking.weights(batch, targets),
-        )
+        reconstruction = assemble(raster.spread(pred, self.student.patches), self.student.grid)
+        return self.seen(batch, targets, raster, unnormalised(reconstruction))
 
     def no_weight_decay(self) -> set[str]:
         """The mask token and the table of the relative bias are decayed, as released."""

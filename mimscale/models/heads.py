@@ -20,13 +20,17 @@ Adaptor = Literal["linear", "norm_linear", "mlp", "mlp_norm"]
 AdaptorPosition = Literal["after", "before"]
 
 
-def level_weights(rule: str, depth: int) -> tuple[float, ...]:
+def level_weights(rule: str | Sequence[int], depth: int) -> tuple[float, ...]:
     """Weight of each of `depth` teacher levels in the loss; they sum to 1.
 
     top<k>: 1/k on the last k. mean: all alike. out: the last only. linear_decay: level i gets i / sum, so the first
-    gets nothing and, despite the official name, the weight rises. mid<i>: only level i (0-based).
-    Raises ValueError with a one-line reason.
+    gets nothing and, despite the official name, the weight rises. mid<i>: only level i (0-based). A list of levels: all
+    of them alike (ours). Raises ValueError with a one-line reason.
     """
+    if not isinstance(rule, str):
+        if list(rule) != sorted({level for level in rule if 0 <= level < depth}):
+            raise ValueError(f"must rise and lie in the teacher's levels, 0 to {depth - 1}")
+        return tuple(float(level in rule) / len(rule) for level in range(depth))
     if rule == "mean":
         return (1 / depth,) * depth
     if rule == "out":

@@ -39,8 +39,9 @@ IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
 def build(name: str, image_size: int = 64, **method: Any) -> tuple[Method, RunConfig]:
     torch.manual_seed(1)
     kind, section = METHODS[name]
-    run = run_config({**section, **method}, STUDENT, image_size)
-    return kind(run, {"t": INFO} if name == "maskalign" else {}), run
+    teachers = {"t": {"library": "timm", "model": "vit_tiny_patch16_224"}} if name == "maskalign" else {}
+    run = run_config({**section, **method}, STUDENT, image_size, teachers=teachers)
+    return kind(run, dict.fromkeys(teachers, INFO)), run
 
 
 def save_run(folder: Path, method: Method, run: RunConfig) -> Path:

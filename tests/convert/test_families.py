@@ -17,6 +17,7 @@ from mimscale.convert.families import maskalign, openmmlab
 from mimscale.convert.names import same
 from mimscale.convert.registry import encoder_of, families, of_state
 from mimscale.convert.student import student_from
+from mimscale.errors import UserError
 from tests import golden
 from tests.convert.runs import METHODS, build
 from tests.golden import close, mae_run, run_config
@@ -71,7 +72,7 @@ def test_maskalign_there_and_back() -> None:
     """For the parts that we do not build the values that they keep there."""
     g = golden.load("maskalign_default_dev")
     state = g.part("state")
-    weights = maskalign.from_official(state, (1, 2, 3)).weights
+    weights = maskalign.from_official(state, {"clip": (1, 2, 3)}).weights
     again = maskalign.to_official(weights, golden.maskalign_run(g.config)).weights
     missing = {n for n in state.keys() - again.keys() if not n.startswith("clip_model.")}
     assert missing == {"distill_heads.0.weight", "distill_heads.0.bias"}
@@ -79,6 +80,16 @@ def test_maskalign_there_and_back() -> None:
     assert torch.equal(again["distill_weights"][0], torch.eye(4)[0] + 0.01)
     dead = {"norm.weight", "norm.bias", "distill_weights"}
     assert all(torch.equal(again[n], state[n]) for n in again.keys() - dead)
+
+
+def test_several_teachers_have_no_official_names() -> None:
+    state = golden.load("maskalign_default_dev").part("state")
+    with pytest.raises(UserError, match="a MaskAlign file has one teacher, and method.targets"):
+        maskalign.from_official(state, {"clip": (1,), "dino": (1,)})
+    weights = maskalign.from_official(state, {"clip": (1, 2, 3)}).weights
+    both = weights | {n.replace("alignment.clip.", "alignment.dino."): t for n, t in weights.items()}
+    with pytest.raises(UserError, match="clip and dino have no official names, .* use --to timm"):
+        maskalign.to_official(both, golden.maskalign_run({**golden.load("maskalign_default_dev").config}))
 
 
 def official_file(path: Path, file: str) -> tuple[golden.Golden, dict[str, Tensor]]:

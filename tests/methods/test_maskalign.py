@@ -9,9 +9,10 @@ import torch
 
 from mimscale.contracts import Targets, TeacherInfo
 from mimscale.convert.families.maskalign import from_official
+from mimscale.convert.whole import levels_of
 from mimscale.errors import UserError
 from mimscale.methods.maskalign import MaskAlign
-from mimscale.models.features import feature_target
+from mimscale.models.heads import Alignment
 from mimscale.models.masking import mask_of
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
@@ -29,38 +30,45 @@ def test_golden(name: str) -> None:
     batch = batch_of(g["input/images"], mask=g["mask/noise" if random else "mask/exponential_noise"])
 
     ids_keep = method.masking.choose(batch, {"teacher": targets}).visible
-    assert torch.equal(ids_keep, g["mask/ids_keep"])
+    golden.equal(ids_keep, g["mask/ids_keep"])
     assert torch.equal(mask_of(ids_keep, method.student.patches), g["mask/binary"])
 
     levels = method.student(batch.images, ids_keep, levels=range(run.student.depth)).levels
     for level, output in levels.items():
         close(output, g["student/hidden_states"][level])
-    aggregated, predictions = method.alignment.aggregate(levels), method.alignment(levels)
-    for level, mixed, prediction in zip(method.level_weights, aggregated, predictions, strict=True):
+    head, supervised = aligned(method, "teacher"), method.targets["teacher"].shares
+    for level, mixed, prediction in zip(supervised, head.aggregate(levels), head(levels), strict=True):
         close(mixed, g["student/aggregated"][level])
         close(prediction, g["student/prediction"][level])
-        close(feature_target(targets, level, ids_keep, method.config), g["target/normalised"][level])
+        close(method.targets["teacher"].of(targets, level, ids_keep), g["target/normalised"][level])
 
     out = method(batch, {"teacher": targets})
     golden.loss_close(out["loss"], g["loss/total"][0])
-    for level in method.level_weights:
+    for level in supervised:
         stored = g["loss/per_level_unweighted"][level]
-        golden.loss_close(out[f"level_{level}"], stored)
-    assert len(out) == 1 + len(method.level_weights)
+        golden.loss_close(out[f"level_teacher_{level}"], stored)
+    assert len(out) == 1 + len(supervised)
 
     out["loss"].backward()
     golden.every_parameter_has_a_gradient(method)
     ours = {n: p.grad for n, p in method.named_parameters()}
-    stored_gradients = from_official(g.part("grad"), tuple(method.level_weights)).weights
+    stored_gradients = from_official(g.part("grad"), levels_of(method)).weights
     assert len(stored_gradients) >= 8
     for parameter, gradient in stored_gradients.items():
         gradient_close(ours[parameter], gradient)
     if "grad/distill_weights" in g.tensors:  # the rows that we do not build have no gradient there either
-        unsupervised = [i for i in range(len(g["grad/distill_weights"])) if i not in method.level_weights]
+        unsupervised = [i for i in range(len(g["grad/distill_weights"])) if i not in supervised]
         assert not g["grad/distill_weights"][unsupervised].any()
 
 
 # ------------------------------------------------------------------------------------------------- options and refusals
+
+
+def aligned(method: MaskAlign, teacher: str = "t") -> Alignment:
+    head = method.alignment[teacher]
+    assert isinstance(head, Alignment)
+    return head
+
 
 INFO = TeacherInfo("t", dim=24, depth=3, grid=(4, 4), image_size=64, has_cls=True)
 STUDENT = {"width": 32, "depth": 3, "heads": 2}
@@ -97,7 +105,7 @@ def test_every_parameter_learns(fusion: str, adaptor: str) -> None:
     method(batch_of(images(), **noise_for(method)), {"t": targets()})["loss"].backward()
     golden.every_parameter_has_a_gradient(method)
     assert method.no_weight_decay() <= {n for n, _ in method.named_parameters()}
-    assert (method.alignment.mixing is None) == (fusion == "simple")
+    assert (aligned(method).mixing is None) == (fusion == "simple")
     assert all(p.dim() > 0 for p in method.parameters())
 
 
@@ -107,7 +115,7 @@ def test_adaptors_before_the_mixing(fusion: str, depth: int, adaptor: str) -> No
     """The figure's form: adaptor j on student block j, then row i of the mixing gives teacher level i."""
     info, student = TeacherInfo(**{**INFO.__dict__, "depth": 3}), {**STUDENT, "depth": depth}
     method = build(info, student, fusion=fusion, adaptor=adaptor, adaptor_position="before")
-    head = method.alignment
+    head = aligned(method)
     assert list(head.adaptors) == [str(block) for block in range(depth)]
     assert isinstance(head.mixing, torch.Tensor) and head.mixing.shape == (2, depth)
     levels = {block: torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(block)) for block in range(depth)}
@@ -121,15 +129,15 @@ def test_adaptors_before_the_mixing(fusion: str, depth: int, adaptor: str) -> No
     golden.every_parameter_has_a_gradient(method)
 
     after = build(info, student, fusion=fusion, adaptor=adaptor)
-    assert list(after.alignment.adaptors) == ["1", "2"]
+    assert list(aligned(after).adaptors) == ["1", "2"]
     with torch.no_grad():  # one linear map without bias for all: then the order does not matter
-        for adaptors in (head.adaptors, after.alignment.adaptors):
+        for adaptors in (head.adaptors, aligned(after).adaptors):
             for module in adaptors.modules():
                 if isinstance(module, torch.nn.Linear):
                     module.weight.copy_(torch.eye(*module.weight.shape))
                     module.bias.zero_()
     if adaptor == "linear":
-        for a, b in zip(head(levels), after.alignment(levels), strict=True):
+        for a, b in zip(head(levels), aligned(after)(levels), strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -188,7 +196,7 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
         ({}, {"levels": "best"}, "choose top<k>"),
         ({}, {"levels": "mid1", "fusion": "simple"}, "without a gradient"),
         ({}, {"adaptor_position": "before", "fusion": "simple"}, "nothing is mixed, so there is no before"),
-        ({}, {"teacher": "other"}, "choose one of t"),
+        ({}, {"targets": {"other": {}}}, "choose from t"),
         ({}, {"target_norm": "bn"}, "number of ranks"),
         ({}, {"adaptor": "mlp2"}, "method.adaptor = 'mlp2'"),
     ],
@@ -200,19 +208,79 @@ def test_refusals(info: dict[str, Any], method: dict[str, Any], fragment: str) -
 
 
 def test_one_teacher_is_aligned_with_and_another_masks() -> None:
-    section = {"name": "maskalign", "levels": "top2", "teacher": "t", "masking": {"teacher": "eye"}}
+    section = {"name": "maskalign", "levels": "top2", "masking": {"teacher": "eye"}, "targets": {"eye": {"weight": 0}}}
     method = MaskAlign(run_config(section, STUDENT), {"t": INFO, "eye": INFO})
     assert method.needs.teachers["eye"].cls_attention and not method.needs.teachers["eye"].levels
     assert method.needs.teachers["t"].levels == (1, 2) and not method.needs.teachers["t"].cls_attention
     batch, seen = batch_of(images(), **noise_for(method)), {"t": targets(), "eye": targets()}
     assert method(batch, seen)["loss"].isfinite()
+    run = run_config({**section, "targets": {name: {"weight": 0} for name in ("eye", "third")}}, STUDENT)
     with pytest.raises(UserError, match="teachers.third: neither maskalign nor masking by attention reads it; remove"):
-        MaskAlign(run_config(section, STUDENT), {"t": INFO, "eye": INFO, "third": INFO})
+        MaskAlign(run, {"t": INFO, "eye": INFO, "third": INFO})
 
 
-def test_refuses_no_teacher_and_an_ambiguous_one() -> None:
-    run = run_config({"name": "maskalign", "levels": "top2"}, STUDENT)
+WIDE = TeacherInfo("wide", dim=40, depth=3, grid=(4, 4), image_size=56, has_cls=True)
+BARE = TeacherInfo("bare", dim=20, depth=5, grid=(4, 4), image_size=64, has_cls=False)  # as SigLIP2
+SEVERAL = {"t": INFO, "wide": WIDE, "bare": BARE}
+
+
+@pytest.mark.parametrize("position", ["after", "before"])
+def test_several_teachers_weigh_as_their_single_runs(position: str) -> None:
+    """Each with its own depth, width, levels, normalisation and weight: the loss is the sum of three runs' losses."""
+    section = {"name": "maskalign", "levels": "top2", "fusion": "sum", "adaptor_position": position}
+    own: dict[str, dict[str, Any]] = {
+        "t": {"weight": 0.5},
+        "wide": {"levels": [0, 2], "target_norm": "l2", "cls_target": False},
+        "bare": {"levels": "mean", "cls_target": False, "weight": 2.0},
+    }
+    torch.manual_seed(5)
+    method = MaskAlign(run_config({**section, "targets": own}, STUDENT), SEVERAL)
+    assert method.masking.teacher == "t"  # type: ignore[attr-defined]  # the first that has a class token
+    assert {n: needs.levels for n, needs in method.needs.teachers.items()} == {
+        "t": (1, 2),
+        "wide": (0, 2),
+        "bare": (0, 1, 2, 3, 4),
+    }
+    batch, seen = batch_of(images(), **noise_for(method)), {name: targets(info) for name, info in SEVERAL.items()}
+    out = method(batch, seen)
+    expected = torch.zeros(())
+    for name, info in SEVERAL.items():
+        alone = {**section, "masking": {"policy": "random"}, "targets": {name: {**own[name], "weight": 1.0}}}
+        single = MaskAlign(run_config(alone, STUDENT), {name: info})
+        single.load_state_dict({k: t for k, t in method.state_dict().items() if k in single.state_dict()})
+        single.masking = method.masking
+        one = single(batch, seen)
+        expected = expected + own[name].get("weight", 1.0) * one["loss"].detach()
+        for scalar, value in one.items():
+            torch.testing.assert_close(out[scalar], value) if scalar != "loss" else None
+    torch.testing.assert_close(out["loss"], expected)
+    out["loss"].backward()
+    golden.every_parameter_has_a_gradient(method)
+    assert method.no_weight_decay() == {f"alignment.{name}.mixing" for name in SEVERAL}
+    assert method.no_weight_decay() <= {name for name, _ in method.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("section", "fragment"),
+    [
+        (
+            {"fusion": "linear", "cls_target": False},
+            r"needs teachers as deep as the student \(teachers.bare 5 blocks, the student 3\)",
+        ),
+        ({}, "teachers.bare has no class token; set method.targets.bare.cls_target = false"),
+        (
+            {"masking": {"teacher": "bare"}, "cls_target": False},
+            "bare is no teacher with a class token; choose one of t, w",
+        ),
+        ({"targets": {"clip": {}}}, "method.targets.clip: no such teacher; choose from t, wide, bare"),
+    ],
+)
+def test_refusals_of_several_teachers(section: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(UserError, match=fragment) as error:
+        MaskAlign(run_config({"name": "maskalign", "levels": "top2", "fusion": "sum", **section}, STUDENT), SEVERAL)
+    assert "\n" not in str(error.value)
+
+
+def test_refuses_no_teacher() -> None:
     with pytest.raises(UserError, match="needs a teacher"):
-        MaskAlign(run, {})
-    with pytest.raises(UserError, match="choose one of a, b"):
-        MaskAlign(run, {"a": INFO, "b": INFO})
+        MaskAlign(run_config({"name": "maskalign", "levels": "top2"}, STUDENT), {})

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimscale.contracts import Targets, TeacherInfo
 from mimscale.convert.families.mae import from_official
 from mimscale.errors import UserError
 from mimscale.methods.mff import MFF
 from mimscale.methods.mrmae import MRMAE
-from mimscale.models.features import feature_target
 from mimscale.models.masking import gather_tokens, mask_of
 from mimscale.models.patches import assemble, cut
 from tests import golden
@@ -34,6 +33,10 @@ def build(*teachers: TeacherInfo, student: dict[str, Any] = STUDENT, **method: A
     torch.manual_seed(5)
     run = run_config({**SECTION, **method}, student)
     return MRMAE(run, {info.name: info for info in teachers or (CLIP,)})
+
+
+def head(method: MRMAE, teacher: str, level: int) -> nn.Module:
+    return cast(nn.ModuleDict, method.mimic[teacher])[str(level)]
 
 
 def seen_by(*teachers: TeacherInfo, count: int = 3) -> dict[str, Targets]:
@@ -121,7 +124,7 @@ def test_each_loss_reads_its_own_patches() -> None:
 
 
 def test_losses_by_hand() -> None:
-    method = build(CLIP, DINO, masking={"policy": "random"}, teacher_weights={"dino": 0.25}, pixel_weight=2.0)
+    method = build(CLIP, DINO, masking={"policy": "random"}, targets={"dino": {"weight": 0.25}}, pixel_weight=2.0)
     targets = seen_by(CLIP, DINO)
     batch = batch_of(images(), **noise_for(method))
     ids = method.masking.choose(batch, targets).visible
@@ -133,7 +136,7 @@ def test_losses_by_hand() -> None:
         features = (features - features.mean(-1, keepdim=True)) / (
             features.var(-1, keepdim=True, correction=0) + 1e-5
         ).sqrt()
-        expected[name] = (method.mimic[name](tokens) - features).square().mean()
+        expected[name] = (head(method, name, info.depth - 1)(tokens) - features).square().mean()
         torch.testing.assert_close(out[f"mimic_{name}"], expected[name].detach())
     torch.testing.assert_close(out["loss"], 2 * out["pixel"] + expected["clip"] + 0.25 * expected["dino"])
     assert list(out) == ["loss", "pixel", "mimic_clip", "mimic_dino"]
@@ -146,10 +149,10 @@ def test_mimic_losses(kind: str, norm: str) -> None:
     targets = seen_by()
     batch = batch_of(images(), **noise_for(method))
     ids = method.masking.choose(batch, targets).visible
-    target = feature_target(targets["clip"], 3, ids, method.config)
+    target = method.targets["clip"].of(targets["clip"], 3, ids)
     raw = gather_tokens(targets["clip"].levels[3], ids)
     assert torch.equal(target, F.layer_norm(raw, (24,)) if norm == "whiten" else raw)
-    pred = method.mimic["clip"](method.student(batch.images, ids).tokens[:, 1:])
+    pred = head(method, "clip", 3)(method.student(batch.images, ids).tokens[:, 1:])
     difference = (pred - target).abs()
     expected = {
         "l2": difference.square().mean(),
@@ -235,17 +238,35 @@ def test_mff_under_two_losses() -> None:
 
 
 def test_each_teacher_is_mimicked_at_its_own_level() -> None:
-    default, inner = build(CLIP, DINO), build(CLIP, DINO, teacher_levels={"clip": 1})
+    default, inner = build(CLIP, DINO), build(CLIP, DINO, targets={"clip": {"levels": [1]}})
     assert {name: needs.levels for name, needs in inner.needs.teachers.items()} == {"clip": (1,), "dino": (2,)}
     targets = seen_by(CLIP, DINO)
     moved = {**targets, "clip": replace(targets["clip"], levels={1: targets["clip"].levels[3]})}
     assert torch.equal(losses(inner, moved)["loss"], losses(default, targets)["loss"])
 
 
+def test_several_levels_of_one_teacher_share_its_loss() -> None:
+    both = build(CLIP, DINO, masking={"policy": "random"}, targets={"clip": {"levels": [1, 3], "weight": 0.5}})
+    assert both.needs.teachers["clip"].levels == (1, 3) and list(cast(nn.ModuleDict, both.mimic["clip"])) == ["1", "3"]
+    targets = seen_by(CLIP, DINO)
+    other = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(9))
+    targets["clip"] = replace(targets["clip"], levels={**targets["clip"].levels, 1: other})
+    out = losses(both, targets)
+    single = {}
+    for level in (1, 3):
+        one = build(CLIP, DINO, masking={"policy": "random"}, targets={"clip": {"levels": [level]}})
+        one.load_state_dict({k: t for k, t in both.state_dict().items() if k in one.state_dict()})
+        single[level] = losses(one, targets)["mimic_clip"]
+    torch.testing.assert_close(out["mimic_clip"], (single[1] + single[3]) / 2)
+    torch.testing.assert_close(out["loss"], out["pixel"] + 0.5 * out["mimic_clip"] + out["mimic_dino"])
+    both(batch_of(images(), **noise_for(both)), targets)["loss"].backward()
+    golden.every_parameter_has_a_gradient(both)
+
+
 def test_class_token_target_comes_first() -> None:
     method = build(cls_target=True, target_norm="none")
     targets = seen_by()["clip"]
-    target = feature_target(targets, 3, torch.tensor([[2, 5]] * 3), method.config)
+    target = method.targets["clip"].of(targets, 3, torch.tensor([[2, 5]] * 3))
     assert torch.equal(target[:, 0], targets.cls[3]) and torch.equal(target[:, 2], targets.levels[3][:, 5])
 
 
@@ -309,10 +330,18 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
         ((), {"stages": {"patches": [2, 2, 2]}}, "multiply to 8, student.patch is 16"),
         ((), {"masking": {"teacher": "dino"}}, "choose one of clip"),
         ((), {"masking": {"teacher": "clip", "policy": "random"}}, "unknown key method.masking.teacher"),
-        ((), {"teacher_weights": {"dino": 1.0}}, "method.teacher_weights.dino: no such teacher; choose from clip"),
-        ((), {"teacher_levels": {"dino": 1}}, "method.teacher_levels.dino: no such teacher; choose from clip"),
-        ((), {"teacher_levels": {"clip": 4}}, "method.teacher_levels.clip = 4: the teacher has blocks 0 to 3"),
-        ((), {"teacher_weights": {"clip": 0.0}}, "method.teacher_weights.clip = 0.0"),
+        ((), {"targets": {"dino": {}}}, "method.targets.dino: no such teacher; choose from clip"),
+        ((), {"targets": {"clip": {"levels": [4]}}}, r"targets.clip.levels = \[4\], teachers.clip: .* levels, 0 to 3"),
+        ((), {"targets": {"clip": {"levels": [2, 1]}}}, "must rise and lie in the teacher's levels, 0 to 3"),
+        ((), {"targets": {"clip": {"levels": [1, 1]}}}, "must rise"),
+        ((), {"targets": {"clip": {"levels": 3}}}, "levels = 3: must be a rule, such as top5, or a list of blocks"),
+        ((), {"targets": {"clip": {"levels": []}}}, "must be a rule"),
+        ((), {"levels": "top9"}, "method.levels = top9, teachers.clip: top9 needs 1 to 4 levels"),
+        ((), {"targets": {"clip": {"weight": -1}}}, "method.targets.clip.weight = -1"),
+        ((), {"targets": {"clip": {"weight": 0}}}, "method.targets: every teacher has weight 0"),
+        ((), {"targets": {"clip": {"wieght": 1}}}, "unknown key method.targets.clip.wieght; did you mean 'weight'"),
+        (({"name": "clip.b"},), {}, "teachers.clip.b: modules of the student's heads are named after it"),
+        (({"name": "half"},), {}, "teachers.half: modules of the student's heads are named after it"),
         ((), {"pixel_weight": 0.0}, "method.pixel_weight = 0.0"),
         ((), {"fusion": {"kind": "sum", "levels": [3]}}, r"method.fusion.levels = \[3\] must rise and lie in 0 to 2"),
         ((), {"fusion": {"kind": "sum", "levels": [1, 0]}}, "must rise"),

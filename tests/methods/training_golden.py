@@ -17,6 +17,7 @@ from mimscale.config import RunConfig
 from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD, Batch, Targets
 from mimscale.convert.families import mae as mae_names
 from mimscale.convert.families import maskalign as maskalign_names
+from mimscale.convert.whole import levels_of
 from mimscale.methods.base import Method
 from tests import golden
 from tests.golden import batch_of
@@ -112,7 +113,7 @@ def maskalign() -> TrainingGolden:
     )
     official = g.part("state0")
     method = golden.maskalign_method(run, c, official)
-    levels = tuple(method.level_weights)
+    levels = levels_of(method)
     batches, targets = [], []
     for step in range(c["steps"]):
         images = g[f"step{step}/images"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mimscale.config import RunConfig
 from mimscale.convert.families import mae
-from mimscale.convert.names import Mapped, State, below, parts_of
+from mimscale.convert.names import Levels, Mapped, State, below, parts_of
 from mimscale.errors import UserError
 from mimscale.models.heads import initial_mixing
 
@@ -28,20 +28,26 @@ def encoder(state: Mapping[str, Tensor]) -> State:
     return {name: tensor for name, tensor in mae.encoder(state).items() if not name.startswith("norm.")}
 
 
-def from_official(state: Mapping[str, Tensor], levels: Sequence[int] = ()) -> Mapped:
-    """levels: those with a weight in the loss; adaptors and mixing rows of others were never trained."""
+def from_official(state: Mapping[str, Tensor], levels: Levels | None = None) -> Mapped:
+    """levels: of one teacher; adaptors and mixing rows of levels that no loss reads were never trained.
+
+    Raises UserError for several teachers, which the release does not know.
+    """
+    if levels is None or len(levels) != 1:
+        raise UserError("a MaskAlign file has one teacher, and method.targets of this recipe has none or several")
+    ((teacher, read),) = levels.items()
     weights = {f"student.{name}": tensor for name, tensor in encoder(state).items()}
     for name, tensor in state.items():
         if name == "distill_weights":
-            weights["alignment.mixing"] = tensor[list(levels)]
+            weights[f"alignment.{teacher}.mixing"] = tensor[list(read)]
         elif name.startswith("distill_heads."):
             level, rest = name.removeprefix("distill_heads.").split(".", 1)
-            if int(level) in levels:
-                weights[f"alignment.adaptors.{level}.{rest}"] = tensor
+            if int(level) in read:
+                weights[f"alignment.{teacher}.adaptors.{level}.{rest}"] = tensor
     notes = ["left out: the student's last norm and all heads of unsupervised levels, which are never trained"]
-    teacher = sum(tensor.numel() for name, tensor in state.items() if name.startswith(TEACHERS))
-    if teacher:
-        notes.append(f"left out: the teacher inside the checkpoint ({teacher / 1e6:.1f} M numbers)")
+    frozen = sum(tensor.numel() for name, tensor in state.items() if name.startswith(TEACHERS))
+    if frozen:
+        notes.append(f"left out: the teacher inside the checkpoint ({frozen / 1e6:.1f} M numbers)")
     return Mapped(weights, tuple(notes))
 
 
@@ -56,18 +62,24 @@ def to_official(weights: Mapping[str, Tensor], run: RunConfig) -> Mapped:
         raise UserError(
             "method.adaptor_position = before has no official names, the release adapts after; use --to timm"
         )
+    teachers = {name.split(".")[1] for name in weights if name.startswith("alignment.")}
+    if len(teachers) > 1:
+        raise UserError(
+            f"{' and '.join(sorted(teachers))} have no official names, the release has one teacher; use --to timm"
+        )
+    heads = below(f"alignment.{teachers.pop()}.", weights)
     state = below("student.", weights)
     width = state["cls_token"].shape[-1]
     state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
-    levels = sorted({int(name.split(".")[2]) for name in weights if name.startswith("alignment.adaptors.")})
+    levels = sorted({int(name.split(".")[1]) for name in heads if name.startswith("adaptors.")})
     depth = 1 + max(levels) if method.fusion == "sum" else run.student.depth
-    for name, tensor in weights.items():
-        if name == "alignment.mixing":
+    for name, tensor in heads.items():
+        if name == "mixing":
             full = initial_mixing("sum" if method.fusion == "sum" else "linear", tensor.shape[1], range(depth))
             full[levels] = tensor
             state["distill_weights"] = full
-        elif name.startswith("alignment.adaptors."):
-            state[name.replace("alignment.adaptors.", "distill_heads.")] = tensor
+        else:
+            state[name.replace("adaptors.", "distill_heads.", 1)] = tensor
     return Mapped(
         state,
         (

@@ -5,12 +5,12 @@ The position tables come along and are never made anew: OpenMMLab's have MAE's t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from mimscale.config import RunConfig
-from mimscale.convert.names import Mapped, State, below, parts_of, renamed
+from mimscale.convert.names import Levels, Mapped, State, below, parts_of, renamed
 
 METHODS: tuple[str, ...] = ("mff", "pixmim")
 WHOLE = "neck.mask_token"
@@ -41,7 +41,7 @@ def encoder(state: Mapping[str, Tensor]) -> State:
     return below("student.", from_official(state).weights)
 
 
-def from_official(state: Mapping[str, Tensor], levels: Sequence[int] = ()) -> Mapped:
+def from_official(state: Mapping[str, Tensor], levels: Levels | None = None) -> Mapped:
     left_out = {
         name
         for name, tensor in state.items()
