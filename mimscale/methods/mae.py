@@ -41,6 +41,7 @@ class MAEConfig(base.MaskedConfig):
     decoder_width: int = Field(512, ge=4)
     decoder_depth: int = Field(8, ge=1)
     decoder_heads: int = Field(16, ge=1)
+    decoder_mlp_ratio: float = Field(4.0, gt=0)
 
     @model_validator(mode="after")
     def _divisible(self) -> MAEConfig:
@@ -103,6 +104,7 @@ class MAE(base.MaskedMethod):
             width=config.decoder_width,
             depth=config.decoder_depth,
             heads=config.decoder_heads,
+            mlp_ratio=config.decoder_mlp_ratio,
             patch=run.student.patch,
             grid=run.grid,
             prefix=self.student.prefix,
