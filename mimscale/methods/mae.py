@@ -48,6 +48,9 @@ class MAEConfig(base.MaskedConfig):
         if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
             rule = f"must be divisible by decoder_heads = {self.decoder_heads} and by 4"
             raise ValueError(f"decoder_width = {self.decoder_width} {rule}")
+        if int(self.decoder_width * self.decoder_mlp_ratio) < 1:
+            rule = f"of decoder_width = {self.decoder_width} is less than one channel; raise it"
+            raise ValueError(f"decoder_mlp_ratio = {self.decoder_mlp_ratio} {rule}")
         return self
 
 
