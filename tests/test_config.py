@@ -134,3 +134,18 @@ def test_batch_error_names_values_that_work() -> None:
     assert "use 984 or 1008, or" in str(error.value)
     for text in str(error.value).split("or ")[-1].removesuffix(" ranks").split(", "):
         assert 1000 % int(text) == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "fragment"),
+    [
+        ("optim.weight_decay=.inf", "optim.weight_decay = inf: input should be a finite number"),
+        ("schedule.base_lr=.nan", "schedule.base_lr = nan"),
+        ("student.mlp_ratio=0.001", "mlp_ratio = 0.001 of width = 64 is less than one channel"),
+        ("method.decoder_mlp_ratio=0.001", "decoder_mlp_ratio = 0.001 of decoder_width = 64 is less than one channel"),
+    ],
+)
+def test_numbers_that_no_network_has(override: str, fragment: str) -> None:
+    with pytest.raises(UserError, match=fragment) as error:
+        config.load("mae_tiny", [override])
+    assert "\n" not in str(error.value)

@@ -12,12 +12,13 @@ import mimscale
 ROOT = Path(mimscale.__file__).parent
 
 # room -> rooms it may import from. A room is a folder or a single file of mimscale/. Every room may import BOTTOM.
-BOTTOM = {"errors", "by_name", "contracts", "config", "ds_config"}
+BOTTOM = {"errors", "by_name", "contracts", "config", "digest", "ds_config"}
 MAY_IMPORT = {
     "errors": set(),
     "contracts": set(),
     "by_name": set(),
     "config": {"by_name"},
+    "digest": set(),
     "ds_config": set(),
     "schedule": set(),
     "optim": set(),

@@ -128,6 +128,8 @@ def _read_pickle(path: Path) -> State:
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, pickle.UnpicklingError):  # torch's text asks to trust the file
+            reason = "it is cut short, or holds more than tensors"
         raise UserError(f"{path} cannot be read as a torch checkpoint ({reason}); get it again") from None
     for wrapper in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
