@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "state": set(),
     "run_folder": set(),
     "recipes": set(),
-    "convert": {"models", "methods", "data", "resilience", "run_folder"},
+    "convert": {"outbox", "models", "methods", "data", "resilience", "run_folder"},
     "evals": {"models", "methods", "data", "resilience", "convert"},
     "compositions": {"models", "methods", "masking"},
     "doctor": {"compositions", "doctor_teacher", "models", "methods", "teachers", "data", "engine", "convert"},
