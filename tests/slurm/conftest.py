@@ -71,13 +71,24 @@ class Site:
         found: dict[str, Any] = json.loads((self.run_dir / f"launch.{restart}.{rank}.json").read_text())
         return found
 
+    def saves(self) -> list[tuple[int, int]]:
+        """(restart, step) of each of the stub's checkpoints."""
+        lines = (self.run_dir / "saves").read_text().splitlines()
+        return [(int(restart), int(step)) for restart, step in map(str.split, lines)]
+
     def interrupt(self, job: str) -> None:
         """What SLURM does 300 s before the time limit."""
         done = self.cluster.run("scancel", "--batch", "--signal=USR1", job)
         assert done.returncode == 0, done.stderr
 
-    def until_started(self, restart: int = 0) -> None:
-        self.cluster.until("start of the ranks", (self.run_dir / f"launch.{restart}.3.json").exists)
+    def until_started(self, restart: int = 0, ranks: int = 4) -> None:
+        self.cluster.until("start of the ranks", (self.run_dir / f"launch.{restart}.{ranks - 1}.json").exists)
+
+    def until_saved(self, restart: int = 0) -> None:
+        def saved() -> bool:
+            return (self.run_dir / "saves").exists() and self.saves()[-1][0] == restart
+
+        self.cluster.until("a checkpoint", saved, timeout_s=60)
 
 
 @pytest.fixture
@@ -96,4 +107,5 @@ def site(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
         MIN_FREE_GB="1",
     )
     yield made
+    cluster.repair()
     cluster.cancel_all()
