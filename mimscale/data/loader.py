@@ -7,6 +7,7 @@ list into one micro-batch; so neither the number of workers nor where a run was 
 from __future__ import annotations
 
 import atexit
+import math
 import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -23,10 +24,12 @@ from mimscale.data.ahead import Ahead
 from mimscale.data.foreign import Foreign, Source, StreamSamples
 from mimscale.data.manifest import Ints, Manifest
 from mimscale.data.order import Jumps, Order, batch_of, rank_positions
+from mimscale.data.parcels import Pool, opened
 from mimscale.data.reader import DamagedSample
 from mimscale.data.samples import EvalSamples, TrainSamples
 from mimscale.errors import UserError
 
+AHEAD = 3  # items that the trainer, its teachers and the thread that pins may hold at a time
 Running = Generator[Batch, None, None]
 _RUNNING: weakref.WeakSet[Running] = weakref.WeakSet()
 
@@ -76,14 +79,17 @@ class TrainLoader:
             if manifest.cache:
                 self._look_ahead = partial(Ahead, manifest, order, global_batch, rank, world)
         sampler = None if isinstance(manifest, Foreign) else positions
-        self._loader = _data_loader(samples, sampler, workers=data.workers, prefetch=data.prefetch, pin=pin)
+        self._open = partial(_data_loader, samples, sampler, workers=data.workers, prefetch=data.prefetch, pin=pin)
         self._parts = global_batch // (world * micro_batch)
+        held = AHEAD + (self._parts if data.crops > 1 else 0)
+        slots, size = data.workers * data.prefetch + held, item_bytes(data, needs, micro_batch)
+        self._pool = partial(Pool, slots, size) if data.workers else lambda: None
         self._start_step, self._crops, self._jumps = start_step, data.crops, jumps
         self._running: Running | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        self._running = _run(self._loader, self._parts)
+        self._running = _run(self._open(pool=self._pool()), self._parts)
         if self._look_ahead is None:
             return self._running
         self._ahead = self._look_ahead(batch_of(self._start_step, self._jumps) // self._crops)
@@ -131,7 +137,8 @@ def eval_batches(
     places = np.arange(first, first + -(-largest // batch) * batch).reshape(-1, batch)
     filler = min(first, manifest.samples - 1)
     parts = [(np.where(row < last, row, filler), (row < last).astype(np.float32)) for row in places]
-    return _run(_data_loader(EvalSamples(manifest, image_size, crop_pct), parts, workers, prefetch=2, pin=False), 1)
+    samples = EvalSamples(manifest, image_size, crop_pct)
+    return _run(_data_loader(samples, parts, workers=workers, prefetch=2, pin=False, pool=None), 1)
 
 
 class Positions:
@@ -167,8 +174,16 @@ class Positions:
         return rank_positions(batch, self.global_batch, self.rank, self.world).reshape(-1, self.micro_batch)
 
 
+def item_bytes(data: DataConfig, needs: Needs, micro_batch: int) -> int:
+    """What the tensors of one item, a micro-batch for each of `data.crops` steps, take up at most."""
+    picture = 3 * data.image_size**2
+    drawn = sum(4 * math.prod(noise.shape) for noise in needs.noise.values())
+    others = 64 + drawn + (picture if needs.whole_images else 0)  # ids, positions, boxes, flips, labels and places
+    return data.crops * (micro_batch * (picture + others) + 4096)
+
+
 def _data_loader(
-    samples: Dataset[list[Batch]], sampler: Any, workers: int, prefetch: int, pin: bool
+    samples: Dataset[list[Batch]], sampler: Any, *, workers: int, prefetch: int, pin: bool, pool: Pool | None
 ) -> DataLoader[list[Batch]]:
     return DataLoader(
         samples,
@@ -177,6 +192,7 @@ def _data_loader(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=_ignore_signals,
+        collate_fn=None if pool is None else pool.pack,
         pin_memory=pin,
         generator=torch.Generator(),  # unused by the samples; without it torch would advance the global one
     )
@@ -196,7 +212,7 @@ def _drain(loader: DataLoader[list[Batch]], parts: int) -> Running:
     items: Any = iter(loader)
     later: list[list[Batch]] = []
     try:
-        for first, *rest in items:
+        for first, *rest in map(opened, items):
             yield first
             later.append(rest)
             if len(later) == parts:
