@@ -199,9 +199,9 @@ job_field() { # NAME: of this job, as SLURM sees it now; empty where it does not
 
 silent_nodes() { # those of this job's nodes on which nothing can be started any more
   local text node silent=()
-  # --overlap: to SLURM the ranks on a lost node still occupy it
+  # to SLURM the ranks on a lost node still occupy it, hence both options
   # shellcheck disable=SC2016  # expanded on the node
-  text=$(on_each_node 60 --overlap bash -c 'echo "OK NODE $SLURMD_NODENAME"' 2> /dev/null) || true
+  text=$(on_each_node 60 --overlap --mem=0 bash -c 'echo "OK NODE $SLURMD_NODENAME"' 2> /dev/null) || true
   for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
     grep -q -x "OK NODE $node" <<< "$text" || silent+=("$node")
   done
@@ -245,7 +245,7 @@ ask_for_another_turn() { # STEP WHY: SLURM puts this job back into the queue, un
 
 run_with_requeue() { # ARGUMENTS OF PYTHON...: as launch; saves before the time limit and goes on in a new turn
   local restart=${SLURM_RESTART_COUNT:-0}
-  local command step='' timer='' status signalled terminated='' overdue='' asked=$early_stop saved='' why='' lost now
+  local command step='' timer='' status signalled terminated='' overdue='' asked=$early_stop saved='' why='' lost now wait_s
   export MIMSCALE_STOP_FILE=$RUN_DIR/job/stop.$SLURM_JOB_ID.$restart
   export MIMSCALE_REQUEUE_FILE=$RUN_DIR/job/requeue.$SLURM_JOB_ID.$restart
   rm -f "$RUN_DIR/job"/{stop,requeue}."$SLURM_JOB_ID".* # of older turns, too: not all of them could clean up
@@ -284,6 +284,10 @@ run_with_requeue() { # ARGUMENTS OF PYTHON...: as launch; saves before the time 
     lost=$(silent_nodes)
     [ -n "$lost" ] || die "$status" "the trainer failed (srun exit code $status); not requeued"
     echo "the trainer failed (srun exit code $status), and nothing can be started on $lost"
+    trap 'allow_fewer_nodes; exit 143' TERM
+    wait_s=$(scontrol show config | sed -n 's/^SlurmdTimeout *= \([0-9]*\).*/\1/p') || true
+    sleep $((${wait_s:-300} + 120)) & # SLURM ends this shell and requeues the job when it gives the node up
+    wait $!
     saved=$(newest_step) why=node
   fi
   ask_for_another_turn "$saved" "$why"

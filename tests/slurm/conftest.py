@@ -19,7 +19,7 @@ SMALL = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-ta
 
 PYTHON = """\
 #!/bin/sh
-case "$1" in -m) exec "{python}" -S "{stub}" "$@" ;; *) exec "{python}" "$@" ;; esac
+case "$1" in -m) PYTHONPATH="{root}" exec "{python}" -S "{stub}" "$@" ;; *) exec "{python}" "$@" ;; esac
 """
 NVIDIA_SMI = """\
 #!/bin/sh
@@ -95,7 +95,7 @@ class Site:
 def site(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
-    python = PYTHON.format(python=sys.executable, stub=Path(__file__).with_name("stub.py"))
+    python = PYTHON.format(python=sys.executable, root=JOBS.parent, stub=Path(__file__).with_name("stub.py"))
     for name, text in {"python": python, "nvidia-smi": NVIDIA_SMI}.items():
         (bin_dir / name).write_text(text)
         (bin_dir / name).chmod(0o755)

@@ -30,6 +30,7 @@ def train(arguments: list[str]) -> int:
     pairs = (a.split("=", 1) for a in arguments if "=" in a)
     options = {key.removeprefix("stub."): value for key, value in pairs if key.startswith("stub.")}
     rank, restart = int(os.environ["RANK"]), os.environ.get("SLURM_RESTART_COUNT", "0")
+    lock = Lock(run_dir, beat_s=0.5) if rank == 0 else None
     started = {"arguments": arguments, "environment": dict(os.environ), "pid": os.getpid()}
     (run_dir / f"launch.{restart}.{rank}.json").write_text(json.dumps(started))
     if "exit" in options:
@@ -37,7 +38,6 @@ def train(arguments: list[str]) -> int:
     if (run_dir / "done").exists():
         return 0
 
-    lock = Lock(run_dir, beat_s=0.5) if rank == 0 else None
 
     def save() -> None:
         if lock is not None:

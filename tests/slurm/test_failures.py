@@ -34,14 +34,18 @@ def test_a_lost_node(site: Site) -> None:
 
 
 def test_ranks_that_crash_because_a_node_is_lost(site: Site) -> None:
-    """Long before SLURM calls the node lost; the job is not taken for one whose program is at fault."""
-    job = site.pretrain("stub.steps=1000", *GOING, "stub.crash_rank=1", env={"SLURM_WAIT": "1"})
+    """Before SLURM calls the node lost: not taken for a fault of the program. Then goes on with the other node."""
+    options, env = ["--nodes=1-2"], {"SLURM_WAIT": "1", "MIN_NODES": "1"}
+    job = site.pretrain("stub.steps=1000", *GOING, "stub.crash_rank=1", options=options, env=env)
     site.until_saved()
     site.cluster.lose("n2")
     (site.run_dir / "crash").touch()
-    site.cluster.until("the requeue", lambda: site.cluster.show(job)["Restarts"] == "1", timeout_s=90)
-    assert "nothing can be started on n2\n" in site.log(job), site.log(job)
-    assert f"saved at step {site.saves()[-1][1]}: requeue 1" in site.log(job)
+    site.cluster.until("the search", lambda: "nothing can be started on n2\n" in site.log(job), timeout_s=60)
+    (site.run_dir / "crash").unlink()
+    site.cluster.declare_down("n2")
+    site.cluster.start_now(job)
+    site.until_saved(restart=1)
+    assert [ranks for _, ranks in starts(site, job)] == [4, 2]
 
 
 def test_ranks_that_outlive_slurms_sight(site: Site) -> None:
