@@ -38,7 +38,6 @@ def train(arguments: list[str]) -> int:
     if (run_dir / "done").exists():
         return 0
 
-
     def save() -> None:
         if lock is not None:
             lock.check()
