@@ -39,6 +39,7 @@ STUDENT_SIZES = {  # width, depth, heads
     "huge": (1280, 32, 16),
 }
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Strict(BaseModel):
@@ -80,6 +81,9 @@ class DataConfig(Strict):
     of PixMIM and MFF, resizes the short side to image_size, reflects crop_padding pixels over each edge and takes a
     random square.
 
+    colour_jitter: most change of brightness, contrast and saturation (0.3: factors from 0.7 to 1.3), in random order,
+    computed on the device; no published recipe here has it.
+
     decoder: decides the pixels, so a run keeps the one that it was started with (see data/decode.py). Default:
     simplejpeg where it is installed. decode_short_side: larger JPEGs are decoded at a fraction of their size, down to a
     short side of this many pixels; 0 = off. crops: each image is decoded once for so many consecutive steps, each with
@@ -97,6 +101,7 @@ class DataConfig(Strict):
     crop_padding: int = Field(4, ge=0)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     flip: float = Field(0.5, ge=0, le=1)
+    colour_jitter: tuple[NonNegative, NonNegative, NonNegative] = (0.0, 0.0, 0.0)
     workers: int = Field(8, ge=0)
     prefetch: int = Field(2, ge=1)
     streams: int = Field(256, ge=1)

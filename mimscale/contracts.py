@@ -202,3 +202,31 @@ def normalised(images_B3HW: Tensor) -> Tensor:
     """uint8 -> float32 with ImageNet's mean and deviation."""
     mean, std = imagenet_statistics(images_B3HW.device)
     return (images_B3HW.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A batch as the loader made it, and its copy on the device, normalised.
+
+    ready: when the copy is whole; None where nothing runs beside the host.
+    """
+
+    raw: Batch
+    copy: Batch
+    ready: torch.cuda.Event | None = None
+
+    def take(self) -> Batch:
+        """The copy, for work in the current stream."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.copy.images.device)
+            stream.wait_event(self.ready)
+            keep_for(stream, self.copy)
+        return self.copy
+
+
+def keep_for(stream: torch.cuda.Stream, *records: Batch | Targets) -> None:
+    """Whoever drops these tensors, their memory is not given away while the stream may still read them."""
+    for value in (value for record in records for value in vars(record).values()):
+        for tensor in value.values() if isinstance(value, Mapping) else [value]:
+            if isinstance(tensor, Tensor) and tensor.is_cuda:
+                tensor.record_stream(stream)

@@ -22,6 +22,7 @@ from mimscale.config import load, method_class, recipe_names
 from mimscale.convert import start
 from mimscale.data.foreign import NOTE
 from mimscale.data.loader import TrainLoader
+from mimscale.data.staging import Staging
 from mimscale.engine.engine import Engine
 from mimscale.engine.frozen import split_over_ranks
 from mimscale.engine.world import close_process_group, open_process_group
@@ -80,7 +81,7 @@ def train(plan: Plan, phases: Phases) -> None:
 
     loader = open_loader(plan, method, engine, state)
     taught = partial(Lessons, bank, world.device, ahead=run.engine.teachers_ahead, prepare=method.prepare)
-    lessons = taught(iter(loader))  # starts the workers
+    lessons = taught(Staging(iter(loader), world.device))  # starts the workers
     logbook = Logbook(
         plan.run_dir,
         active=world.rank == 0,
@@ -141,7 +142,7 @@ def train(plan: Plan, phases: Phases) -> None:
             state = roll_back(rig, guard, logbook, state)
             loader.close()
             loader = open_loader(plan, method, engine, state)
-            lessons = taught(iter(loader))
+            lessons = taught(Staging(iter(loader), world.device))
             meter = Meter(world.device)
             continue
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from mimscale.config import DataConfig
 from mimscale.contracts import Batch, Damage, Needs, Noise
-from mimscale.data import noise
+from mimscale.data import colour, noise
 from mimscale.data.decode import AnyPicture, decode, decoder
 from mimscale.data.manifest import Ints, Manifest
 from mimscale.data.order import Order
@@ -92,7 +92,7 @@ class Crops:
                 images=torch.from_numpy(images[row]),
                 ids=torch.from_numpy(ids),
                 positions=torch.from_numpy(np.array(positions[row])),
-                noise={name: self._noise(name, asked, positions[row]) for name, asked in self.needs.noise.items()},
+                noise=self._all_noise(positions[row]),
                 boxes=torch.from_numpy(boxes[row]),
                 flips=torch.from_numpy(flips[row]),
                 labels=labels,
@@ -117,10 +117,17 @@ class Crops:
         box = random_box(size, data.crop_scale, data.crop_ratio, numbers)
         return resized_crop(image, box, data.image_size, data.interpolation), fractions(box, size)
 
-    def _noise(self, name: str, wanted: Noise, positions: Ints) -> Tensor:
+    def _all_noise(self, positions: Ints) -> dict[str, Tensor]:
+        places = [divmod(int(position), self.samples) for position in positions]
+        numbers = {name: self._noise(name, asked, places) for name, asked in self.needs.noise.items()}
+        if any(self.data.colour_jitter):
+            rows = [colour.drawn(self.data.colour_jitter, self.seed, *place) for place in places]
+            numbers[colour.PURPOSE] = torch.from_numpy(np.stack(rows))
+        return numbers
+
+    def _noise(self, name: str, wanted: Noise, places: list[tuple[int, int]]) -> Tensor:
         draw = noise.uniform if wanted.kind == "uniform" else noise.exponential
         n = int(np.prod(wanted.shape))
-        places = [divmod(int(position), self.samples) for position in positions]
         rows = [draw(self.seed, f"noise/{name}", *place, n=n) for place in places]
         return torch.from_numpy(np.stack(rows).reshape(-1, *wanted.shape))
 
