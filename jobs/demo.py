@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mimscale.config import load
 from mimscale.run_folder import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,14 +118,17 @@ def rows(extras: bool) -> dict[str, tuple[str, str]]:
     return {**ROWS, CONV_RANDOM: ("ConvMAE's encoder, random", "nothing"), **more} if extras else ROWS
 
 
-def pretrain(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages, extras: bool) -> None:
-    """The teacher, then its students."""
+def pretrain(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages, extras: bool, share: float) -> None:
+    """The teacher, then its students, each for that share of its recipe's epochs."""
     common = [f"seed={seed}", f"engine.device={DEVICE}"]
     if DEVICE == "cuda":
         common += ["engine.ds_config=zero2_bf16", "data.workers=4"]
 
     def train(title: str, recipe: str, name: str, data: str, *overrides: str) -> None:
         words = ["-m", "mimscale", "train", recipe, "--run-dir", folder / name, f"data.shards={shards[data]}"]
+        if share != 1:
+            curve = load(recipe).schedule
+            words += [f"schedule.{key}={share * getattr(curve, key):g}" for key in ("epochs", "warmup_epochs")]
         stage(f"seed {seed}: {title}", *words, *common, *overrides, ranks=RANKS)
 
     train("teacher on MNIST, with labels", "demo_teacher", "teacher", "mnist")
@@ -212,10 +216,12 @@ def failures(scores: Sequence[Scores], scale: float) -> list[str]:
     return out
 
 
-def caption(scores: Sequence[Scores]) -> str:
+def caption(scores: Sequence[Scores], share: float) -> str:
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{RANKS} processes on a CPU"
     over = f"Mean ± standard deviation over {len(scores)} seeds" if len(scores) > 1 else "One seed"
-    command = "bash jobs/demo.sh --all" if "mrmae" in scores[0] else "bash jobs/demo.sh"
+    command = (
+        "bash jobs/demo.sh" + (" --all" if "mrmae" in scores[0] else "") + (f" --share {share}" if share != 1 else "")
+    )
     commit = git_commit() or "unknown"
     changed = " with changes" if commit.endswith("+") else ""
     return (
@@ -226,7 +232,7 @@ def caption(scores: Sequence[Scores]) -> str:
     )
 
 
-def publish(out: Path, scores: Sequence[Scores], seconds: float) -> None:
+def publish(out: Path, scores: Sequence[Scores], caption: str, seconds: float) -> None:
     """The table on the terminal, in demo.md and, with the single values, in demo.json."""
     headings = ["network", "has seen", *METRICS.values()]
     table = Table(title="top-1 in percent, frozen features")
@@ -239,9 +245,9 @@ def publish(out: Path, scores: Sequence[Scores], seconds: float) -> None:
     markdown = [headings, ["---", "---", *("---:" for _ in METRICS)], *lines]
     told = "\n".join(f"- {finding}" for finding in findings(scores))
     text = "\n".join(f"| {' | '.join(line)} |" for line in markdown)
-    (out / "demo.md").write_text(f"{text}\n\n{caption(scores)}\n\n{told}\n")
-    console.print(f"{caption(scores)}\n{told}")
-    report = {"caption": caption(scores), "seconds": round(seconds, 1), "scores": list(scores)}
+    (out / "demo.md").write_text(f"{text}\n\n{caption}\n\n{told}\n")
+    console.print(f"{caption}\n{told}")
+    report = {"caption": caption, "seconds": round(seconds, 1), "scores": list(scores)}
     (out / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -256,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--all", action="store_true", help=f"more students: {', '.join(t for t, *_ in EXTRAS.values())}"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", help="folder (default runs/demo)")
+    parser.add_argument("--share", type=float, default=1.0, help="train for this share of the epochs (default 1)")
     check = (
         f"fail unless MaskAlign is SCALE x {OVER_RANDOM:g} points over random and x {OVER_CONTROL:g} over its control, "
         "and with --all MR-MAE over random as well"
@@ -269,10 +276,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scores = []
     for seed in range(args.seeds):
         folder = out / f"seed-{seed}"
-        pretrain(folder, seed, shards, stage, args.all)
+        pretrain(folder, seed, shards, stage, args.all, args.share)
         scores.append(evaluate(folder, seed, shards, stage, args.all))
     stage("picture", ROOT / "jobs" / "demo_picture.py", out / "seed-0", shards["digits-test"], out / "demo.png")
-    publish(out, scores, time.monotonic() - start_s)
+    publish(out, scores, caption(scores, args.share), time.monotonic() - start_s)
     console.print(
         f"{time.monotonic() - start_s:.0f} s in all. {out}: demo.md, demo.json, demo.png, logs/", soft_wrap=True
     )

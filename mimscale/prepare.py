@@ -15,6 +15,7 @@ from mimscale.ds_config import load_ds_config, precision_of
 from mimscale.engine.world import World, check_precision, from_environment
 from mimscale.errors import UserError
 from mimscale.observe.ledger import Ledger, default_limit
+from mimscale.outbox import Outbox
 from mimscale.resilience import checkpoint
 from mimscale.teachers.bank import describe
 from mimscale.teachers.quantise import check as check_quantised
@@ -74,7 +75,7 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
             f"schedule.global_batch = {run.schedule.global_batch} exceeds the {manifest.samples} samples of "
             f"{run.data.shards}; lower it, or give schedule.steps instead of schedule.epochs"
         )
-    ledger = open_ledger(run, run_dir, manifest, writes=False)
+    ledger = open_ledger(run, run_dir, manifest)
     if ledger.full:
         raise UserError(ledger.verdict())
     total = run.schedule.steps or round((run.schedule.epochs or 0) * steps_per_epoch)
@@ -87,7 +88,7 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
     return Plan(run, run_dir, parent, fresh, world, manifest, teachers, steps_per_epoch, total, command)
 
 
-def open_ledger(run: RunConfig, run_dir: Path, manifest: Source, writes: bool) -> Ledger:
+def open_ledger(run: RunConfig, run_dir: Path, manifest: Source, outbox: Outbox | None = None) -> Ledger:
     """What is known of damaged samples in a run's folder."""
     limit = run.data.max_damaged
-    return Ledger(run_dir / "damaged.jsonl", default_limit(manifest.samples) if limit is None else limit, writes)
+    return Ledger(run_dir / "damaged.jsonl", default_limit(manifest.samples) if limit is None else limit, outbox)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from mimscale import run_folder
 from mimscale.contracts import Batch, Targets
 from mimscale.data.foreign import Foreign, Source
 from mimscale.data.order import Order, batch_of, jumped, rank_positions
@@ -25,12 +23,16 @@ from mimscale.engine.engine import Engine
 from mimscale.errors import Stopped, UserError
 from mimscale.methods.base import Method
 from mimscale.observe.logbook import Logbook
+from mimscale.observe.meter import Phases
+from mimscale.outbox import Outbox, warn
 from mimscale.prepare import Plan
 from mimscale.resilience import activations, checkpoint
 from mimscale.resilience.control import Control
 from mimscale.resilience.guard import Guard
 from mimscale.state import TrainState
 from mimscale.teachers.bank import Bank
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Rig:
     method: Method
     bank: Bank
     control: Control
+    logbook: Logbook
+    outbox: Outbox
 
     @property
     def checkpoints(self) -> Path:
@@ -68,43 +72,47 @@ def describe_state(rig: Rig, state: TrainState) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ resuming
 
 
-def restore(rig: Rig) -> TrainState:
+def restore(rig: Rig, phases: Phases) -> TrainState:
     """Continue from the newest checkpoint that is whole, else from a fork's parent, else from the beginning."""
-    state = load_newest(rig)
+    state = load_newest(rig, done=phases.end)
     if state is not None:
         return state
-    if rig.control.broadcast(checkpoint.damaged(rig.checkpoints)):
+    if rig.control.first(lambda root: checkpoint.steps(root) or checkpoint.damaged(root), rig.checkpoints):
         raise UserError(
             f"every checkpoint in {rig.checkpoints} is damaged; remove the damaged-* folders to start at step 0"
         )
     if rig.plan.parent is not None:
-        reader, damage = rig.control.together(opened, rig.plan.parent, rig.control)
-        wrong = [text for text in rig.control.gather(damage) if text]
-        if reader is None or wrong:
-            raise UserError(f"--fork: {wrong[0]}; start again to take what is now the newest checkpoint of that run")
+        reader, damage = opened(rig.plan.parent, rig.control, phases.end)
+        if reader is None:
+            raise UserError(f"--fork: {damage}; start again to take what is now the newest checkpoint of that run")
         rig.control.together(rig.engine.load_weights, reader)
         rig.engine.finish_load(reader, counters=False)
     return TrainState()
 
 
-def load_newest(rig: Rig, until: float = math.inf) -> TrainState | None:
-    """Load the newest whole checkpoint up to step `until`; say why newer ones are passed over, and set them aside."""
+def load_newest(
+    rig: Rig, until: float = math.inf, done: Callable[[str], None] = lambda phase: None
+) -> TrainState | None:
+    """Load the newest whole checkpoint up to step `until`; say why newer ones are passed over, and set them aside.
+
+    done: told of each phase when it ends.
+    """
     control = rig.control
-    for path in reversed(control.broadcast(checkpoint.steps(rig.checkpoints))):
+    for path in reversed(control.first(checkpoint.steps, rig.checkpoints)):
         if checkpoint.step_of(path) > until:
             continue
-        reader, damage = control.together(opened, path, control)
-        wrong = [text for text in control.gather(damage) if text]
-        if reader is None or wrong:
+        reader, damage = opened(path, control, done)
+        if reader is None:
             if control.rank == 0:
-                print(f"passing over {path.name}: {wrong[0]}", file=sys.stderr)
-            control.first(checkpoint.set_aside, path)
+                warn(f"passing over {path.name}: {damage}")
+            control.first(unless_refused, checkpoint.set_aside, path)
             continue
         refuse_other_inputs(reader, rig.plan, rig.bank)
         control.together(rig.engine.load, reader)
         rig.engine.finish_load(reader)
         control.together(reader.fill, rig.method.live_tensors())
         rig.method.load_extra_state(reader.meta["method"])
+        done("load")
         state = TrainState.load(reader.meta["state"])
         if state.samples != state.step * rig.plan.run.schedule.global_batch:
             raise UserError(f"{path}: {state.samples} samples are not {state.step} steps of the global batch")
@@ -112,20 +120,40 @@ def load_newest(rig: Rig, until: float = math.inf) -> TrainState | None:
     return None
 
 
-def opened(path: Path, control: Control) -> tuple[checkpoint.Reader | None, str | None]:
-    """A reader of a checkpoint whose files this rank has checked its share of, else what is damaged in it.
+def opened(path: Path, control: Control, done: Callable[[str], None]) -> tuple[checkpoint.Reader | None, str]:
+    """A reader of a checkpoint all of whose files were checked, else None and what is damaged in it. Collective.
 
-    Damage counts when a second look sees it too. Anything else that fails here ends the run and touches nothing.
+    Rank 0 reads the manifest and looks at the files' sizes for all; each rank reads its share of the files.
+    """
+    reader, damage = control.first(looked_twice, checkpoint.Reader, path)
+    done("manifest")
+    if reader is not None:
+        _, mine = control.together(looked_twice, reader.verify, control.rank, control.world)
+        damage = next((text for text in control.gather(mine) if text), "")
+        done("verify")
+    return (None, damage) if damage else (reader, "")
+
+
+def looked_twice(work: Callable[..., T], *args: Any) -> tuple[T | None, str]:
+    """(what `work` gives, ""), else None and the damage that it finds, which counts when a second look sees it too.
+
+    Anything else that fails is raised.
     """
     damage = ""
     for _ in range(2):
         try:
-            reader = checkpoint.Reader(path)
-            reader.verify(control.rank, control.world)
-            return reader, None
+            return work(*args), ""
         except checkpoint.CheckpointError as error:
             damage = str(error)
     return None, damage
+
+
+def unless_refused(work: Callable[..., None], *args: Any) -> None:
+    """Do what the run can go on without; the next save tries to tidy up again."""
+    try:
+        work(*args)
+    except OSError as error:
+        warn(f"{error}; left as it is")
 
 
 def refuse_other_inputs(reader: checkpoint.Reader, plan: Plan, bank: Bank) -> None:
@@ -140,21 +168,18 @@ def refuse_other_inputs(reader: checkpoint.Reader, plan: Plan, bank: Bank) -> No
 
 
 def explain(
-    rig: Rig,
-    guard: Guard,
-    logbook: Logbook,
-    step: int,
-    ids: Sequence[Tensor],
-    batch: Batch,
-    targets: Mapping[str, Targets],
+    rig: Rig, guard: Guard, step: int, ids: Sequence[Tensor], batch: Batch, targets: Mapping[str, Targets]
 ) -> None:
     """Log why the last step was skipped, which samples are suspected and, once it is serious, which layer.
 
+    Suspected are those of the micro-batches whose loss is bad; where none is, those of the whole step.
     ids: of each of the step's micro-batches on this rank. batch, targets: the last of these.
     """
     scale, cause = rig.engine.loss_scale, guard.cause()
-    mine = [int(sample) for micro in cause.pop("bad_micro_steps") for sample in ids[micro]]
-    suspected = [sample for of_rank in rig.control.gather(mine[:32]) for sample in of_rank][:32]
+    bad = set(cause.pop("bad_micro_steps"))
+    of_ranks = rig.control.gather([(int(i), micro in bad) for micro, part in enumerate(ids) for i in part])
+    samples = [sample for of_rank in of_ranks for sample in of_rank]
+    suspected = [sample for sample, is_bad in samples if is_bad] or [sample for sample, _ in samples]
     layer = None
     if guard.serious(scale):
         sizes = rig.control.gather(activations.magnitudes(rig.method, partial(rig.method, batch, targets)))
@@ -163,14 +188,14 @@ def explain(
     guard.incidents.append(
         {"at": step, **cause, "row": guard.streak, "loss_scale": scale, "layer": layer, "keys": keys}
     )
-    logbook.event("skipped", **guard.incidents[-1])
-    logbook.say(
+    rig.logbook.event("skipped", **guard.incidents[-1])
+    rig.logbook.say(
         f"step {step} was skipped: {cause['why']} (loss {cause['loss']:.4g}, limit {cause['limit']:.4g})"
         f"{f'; {layer}' if layer else ''}"
     )
 
 
-def roll_back(rig: Rig, guard: Guard, logbook: Logbook, state: TrainState) -> TrainState:
+def roll_back(rig: Rig, guard: Guard, state: TrainState) -> TrainState:
     """Go back to the last checkpoint before the row of bad steps, and jump over the samples around them.
 
     Without such a checkpoint the run goes on where it is: the bad steps have not touched the weights. Raises Stopped,
@@ -182,17 +207,18 @@ def roll_back(rig: Rig, guard: Guard, logbook: Logbook, state: TrainState) -> Tr
     older = load_newest(rig, until=first_bad)
     if older is None:
         guard.streak = 0
-        logbook.event("rollback", at=state.step, to=state.step, why="there is no checkpoint before the bad steps")
+        rig.logbook.event("rollback", at=state.step, to=state.step, why="there is no checkpoint before the bad steps")
         return replace(state, rollbacks=state.rollbacks + 1)
     start = max(older.step, first_bad - guard.config.margin)
     back = state.rolled_back(older, jumped(state.jumps, start, state.step))
     guard.load(back.guard)
     guard.streak = 0
-    rig.control.first(checkpoint.forget_after, rig.checkpoints, older.step)
+    rig.control.first(unless_refused, checkpoint.forget_after, rig.checkpoints, older.step)
     left_out = range(batch_of(start - 1, back.jumps) + 1, batch_of(start, back.jumps))
-    rig.control.first(log_jump, rig.plan, start, left_out)
-    logbook.event("rollback", at=state.step, to=older.step, jump_at=start, batches=[left_out.start, left_out.stop])
-    logbook.say(
+    if rig.control.rank == 0:
+        log_jump(rig, start, left_out)
+    rig.logbook.event("rollback", at=state.step, to=older.step, jump_at=start, batches=[left_out.start, left_out.stop])
+    rig.logbook.say(
         f"rolled back from step {state.step} to {older.step}; from step {start} on {len(left_out)} batches are left out"
     )
     return back
@@ -202,7 +228,9 @@ def give_up(rig: Rig, guard: Guard, state: TrainState) -> None:
     """Raise Stopped, with a report in the run folder."""
     worst = next((i for i in reversed(guard.incidents) if i["layer"]), guard.incidents[-1])
     report = {"step": state.step, "rollbacks": state.rollbacks, "incidents": guard.incidents[-100:]}
-    rig.control.first(run_folder.write_report, rig.plan.run_dir, "guard.json", report)
+    if rig.control.rank == 0:
+        rig.outbox.replace(rig.plan.run_dir / "guard.json", json.dumps(report, indent=1) + "\n")
+    rig.control.first(settle_outbox, rig)
     advice = "; engine.ds_config=zero2_bf16 would go on in bf16" if rig.engine.loss_scale is not None else ""
     raise Stopped(
         f"step {state.step}: {guard.streak} bad steps in a row after {state.rollbacks} roll-backs: {worst['why']}; "
@@ -210,18 +238,25 @@ def give_up(rig: Rig, guard: Guard, state: TrainState) -> None:
     )
 
 
-def log_jump(plan: Plan, start: int, batches: range) -> None:
+def settle_outbox(rig: Rig) -> None:
+    """Rank 0, before the run ends: try for a last while to write what waits, and say what could not be written."""
+    left = rig.outbox.flush(rig.plan.run.checkpoint.patience_s)
+    if left:
+        warn(f"could not be written: {'; '.join(left)}")
+
+
+def log_jump(rig: Rig, start: int, batches: range) -> None:
     """Rank 0: the samples that are left out, one line per global batch; their names too where they are few."""
-    run = plan.run
+    plan, run = rig.plan, rig.plan.run
     if isinstance(plan.manifest, Foreign):
         return  # nobody knows which samples they would have been
     order = Order(plan.manifest, run.seed, run.data.streams, run.data.block)
     few = len(batches) * run.schedule.global_batch <= 10_000
-    with (plan.run_dir / "left_out.jsonl").open("a") as file:
-        for batch in batches:
-            samples = order.ids(rank_positions(batch, run.schedule.global_batch, 0, 1)).tolist()
-            keys = keys_of(plan.manifest, samples) if few else None
-            file.write(json.dumps({"from_step": start, "batch": batch, "samples": samples, "keys": keys}) + "\n")
+    for batch in batches:
+        samples = order.ids(rank_positions(batch, run.schedule.global_batch, 0, 1)).tolist()
+        keys = keys_of(plan.manifest, samples) if few else None
+        line = json.dumps({"from_step": start, "batch": batch, "samples": samples, "keys": keys})
+        rig.outbox.append(plan.run_dir / "left_out.jsonl", line + "\n")
 
 
 def keys_of(manifest: Source, samples: Sequence[int]) -> list[str]:

@@ -16,12 +16,11 @@ done              made by the run: it reached its last step
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -77,11 +76,14 @@ def refuse_changes(stored: RunConfig, wanted: RunConfig, run_dir: Path) -> None:
 
 
 def create(run_dir: Path, run: RunConfig) -> None:
-    """Write config.yaml, atomically."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    part = run_dir / ".config.yaml.part"
-    part.write_text(yaml.safe_dump(run.dump(), sort_keys=False))
-    part.replace(run_dir / "config.yaml")
+    """Write config.yaml, atomically. Raises UserError: a run whose recipe cannot be kept does not begin."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        part = run_dir / ".config.yaml.part"
+        part.write_text(yaml.safe_dump(run.dump(), sort_keys=False))
+        part.replace(run_dir / "config.yaml")
+    except OSError as error:
+        raise UserError(f"{run_dir}/config.yaml: {error.strerror}; make room, or name another --run-dir") from None
 
 
 def stop_files(run_dir: Path) -> list[Path]:
@@ -95,17 +97,9 @@ def stop_wish(run_dir: Path) -> Path:
     return run_dir / "stop"
 
 
-def mark_done(run_dir: Path, step: int) -> None:
-    (run_dir / "done").write_text(f"{step}\n")
-
-
-def write_report(run_dir: Path, name: str, values: Mapping[str, Any]) -> None:
-    (run_dir / name).write_text(json.dumps(values, indent=1) + "\n")
-
-
-def record_launch(run_dir: Path, command: Sequence[str], **values: Any) -> None:
-    """Append who, what and with which versions. Of the environment only SLURM's job number is kept."""
-    line: Mapping[str, Any] = {
+def launch(command: Sequence[str], **values: Any) -> dict[str, Any]:
+    """Who, what and with which versions, for launches.jsonl. Of the environment only SLURM's job number is kept."""
+    return {
         "time": round(time.time(), 3),
         "command": list(command),
         "host": platform.node(),
@@ -116,8 +110,6 @@ def record_launch(run_dir: Path, command: Sequence[str], **values: Any) -> None:
         "slurm_restart": os.environ.get("SLURM_RESTART_COUNT"),
         **values,
     }
-    with (run_dir / "launches.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def git_commit() -> str | None:

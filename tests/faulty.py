@@ -1,8 +1,10 @@
 """The trainer with a fault in its data, teacher or gradients:  python -m tests.faulty FAULTS.json train RECIPE ...
 
-FAULTS.json: {"images": {batch: factor}, "teacher": [batches], "gradients": [batches], "stops": [batches], "rank": r}.
+FAULTS.json: {"images": {batch: factor}, "teacher": [batches], "gradients": [batches], "stops": [batches], "rank": r,
+"full": [batch, batch], "slow_save_s": seconds}.
 A batch is a global batch of the endless sequence, so the fault belongs to its samples and is met again wherever these
 are; `rank` limits it to one rank. factor null means NaN. At one of `stops` the rank stands still until it is killed.
+From the first batch of `full` to the second (null: the end) no file takes a byte. Shards are written that slowly.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from mimscale.__main__ import end_process, main
 from mimscale.config import load
 from mimscale.contracts import Batch
 from mimscale.engine.engine import Engine
+from mimscale.resilience.hostcopy import HostCopy
 from mimscale.teachers.bank import Bank
 
 
@@ -31,10 +36,15 @@ def plant(faults: dict[str, Any], global_batch: int) -> None:
     now: list[int] = [0]
     normalised, step, teach = Batch.normalised, Engine.micro_step, Bank.__call__
     here = faults.get("rank", int(os.environ.get("RANK", "0"))) == int(os.environ.get("RANK", "0"))
+    limit, write = resource.getrlimit(resource.RLIMIT_FSIZE)[1], HostCopy.write
     images = {int(k): math.nan if v is None else v for k, v in faults.get("images", {}).items()}
 
     def bad_images(self: Batch) -> Batch:
         now[0] = int(self.positions[0]) // global_batch
+        if "full" in faults:
+            first, last = faults["full"]
+            full = first <= now[0] and (last is None or now[0] < last)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0 if full else limit, limit))
         if here and now[0] in faults.get("stops", ()):
             os.kill(os.getpid(), signal.SIGSTOP)
         batch = normalised(self)
@@ -49,6 +59,14 @@ def plant(faults: dict[str, Any], global_batch: int) -> None:
         broken = here and now[0] in faults.get("teacher", ())
         return teach(self, pictures * math.nan if broken else pictures)
 
+    def slow_write(self: HostCopy, path: Path) -> tuple[int, str]:
+        end_s = time.monotonic() + faults.get("slow_save_s", 0) * here
+        while time.monotonic() < end_s:
+            self.written += 1
+            time.sleep(0.1)
+        return write(self, path)
+
+    HostCopy.write = slow_write  # type: ignore[method-assign]
     Batch.normalised = bad_images  # type: ignore[method-assign]
     Engine.micro_step = bad_gradients  # type: ignore[method-assign, assignment]
     Bank.__call__ = bad_teacher  # type: ignore[method-assign, assignment]

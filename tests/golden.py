@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mimscale.methods.maskalign import MaskAlign
 ACTIVATION = 1e-5  # absolute
 LOSS = 1e-6  # relative
 GRADIENT = 1e-4  # of the tensor's largest entry
+RATE = 1e-9  # relative
 
 
 def path(name: str) -> Path:
@@ -60,12 +61,25 @@ def load(name: str) -> Golden:
 
 
 def load_json(name: str) -> Any:
+    _used_by[_test()] = Path(name).stem
     return json.loads(path(name).read_text())
 
 
-def close(ours: Tensor, golden: Tensor, limit: float = ACTIVATION) -> None:
+def close(ours: Tensor, golden: Tensor, limit: float = ACTIVATION, kind: str = "activation") -> None:
     torch.testing.assert_close(ours, golden, atol=limit, rtol=0)
-    report("activation", (ours - golden).abs().max(), limit)
+    report(kind, (ours - golden).abs().max(), limit)
+
+
+def equal(ours: Tensor, golden: Tensor, kind: str = "mask") -> None:
+    """To the bit."""
+    assert torch.equal(ours, golden)
+    report(kind, 0.0, 0.0)
+
+
+def rates_close(ours: Sequence[float], golden: Sequence[float]) -> None:
+    """Learning rates."""
+    assert ours == pytest.approx(golden, rel=RATE, abs=1e-15)
+    report("rate", max(abs(a - b) / max(b, 1e-15) for a, b in zip(ours, golden, strict=True)), RATE)
 
 
 def gradient_close(ours: Tensor | None, golden: Tensor) -> None:

@@ -27,7 +27,18 @@ ROOT = Path(__file__).parent.parent
 MEASURED = Path(__file__).parent / "measured.json"
 README, DOCS = ROOT / "README.md", ROOT / "docs" / "methods.md"
 MARKS = ("<!-- methods: python -m tests.methods_table -->", "<!-- end of methods -->")
-KINDS = {"activation": "activations", "loss": "loss", "gradient": "gradients"}
+KINDS = {
+    "activation": "activations",
+    "loss": "loss",
+    "gradient": "gradients",
+    "mask": "masks",
+    "pixel": "cropped pixels",
+    "table": "position tables",
+    "weight": "patch weights",
+    "rate": "learning rates",
+}
+WHERE = ("test_*.py", *(f"{room}/test_*.py" for room in ("data", "engine", "masking", "methods", "models", "teachers")))
+PARTS = {"sincos": "maskalign", "clip14": "maskalign", "attentive": "maskalign", "schedules": "finetune"}
 POLICIES = ("amt",)
 Measured = dict[str, dict[str, dict[str, list[float]]]]  # method -> golden -> kind -> [largest error, tolerance]
 
@@ -76,31 +87,36 @@ def measure() -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.jsonl"
         environment = {**os.environ, "MIMSCALE_GOLDEN_REPORT": str(report), "MIMSCALE_NO_SKIPS": "1"}
-        where = [str(path) for path in (ROOT / "tests").glob("*") if path.name in ("methods", "masking", "engine")]
+        where = [str(path) for place in WHERE for path in sorted((ROOT / "tests").glob(place)) if _compares(path)]
         words = [sys.executable, "-m", "pytest", "-m", "not multi and not slow", *where]
         subprocess.run(words, cwd=ROOT, env=environment, check=True)
         return merged([json.loads(line) for line in report.read_text().splitlines()])
 
 
+def _compares(path: Path) -> bool:
+    return "golden.load" in path.read_text() or path.parent.name == "engine"
+
+
 def merged(lines: list[dict[str, Any]]) -> Measured:
-    """The largest error of each kind, per method and golden."""
+    """The largest error and tolerance of each kind, per method and golden."""
     measured: Measured = {}
     for line in lines:
         name = method_of(line["test"], line["golden"])
         if name is not None:
             kinds = measured.setdefault(name, {}).setdefault(line["golden"], {})
-            error = max(line["error"], kinds.get(line["kind"], [0.0])[0])
-            kinds[line["kind"]] = [float(f"{error:.1e}"), line["tolerance"]]
+            error, tolerance = kinds.get(line["kind"], [0.0, 0.0])
+            error = float(f"{max(line['error'], error):.1e}")
+            kinds[line["kind"]] = [error, max(line["tolerance"], tolerance)]
     return {name: dict(sorted(measured[name].items())) for name in sorted(measured)}
 
 
 def method_of(test: str, golden: str) -> str | None:
-    """Whose comparison it is: that of the test's file, and for whole training runs that of the golden."""
-    stem = Path(test.partition("::")[0]).stem
-    if stem == "test_goldens":
-        return max((name for name in rows() if golden.startswith(name)), key=len, default=None)
-    name = stem.removeprefix("test_")
-    return name if name in rows() else None
+    """Whose comparison it is: that of the test's file where it is a method's, else that of the golden."""
+    name = Path(test.partition("::")[0]).stem.removeprefix("test_")
+    if name in rows():
+        return name
+    part = PARTS.get(golden.partition("_")[0])
+    return part or max((name for name in rows() if golden.startswith(name)), key=len, default=None)
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -113,7 +129,7 @@ def errors(cases: dict[str, dict[str, list[float]]]) -> str:
         found = [case[kind] for case in cases.values() if kind in case]
         if found:
             error, tolerance = (max(values) for values in zip(*found, strict=True))
-            told.append(f"{word} {f'{error:.0e}' if error else 'equal'} ({tolerance:.0e})")
+            told.append(f"{word} {f'{error:.0e}' if error else 'equal'}{f' ({tolerance:.0e})' if tolerance else ''}")
     return ", ".join(told) or "none"
 
 
@@ -138,8 +154,9 @@ def table(measured: Measured) -> Iterator[str]:
 
 
 UNITS = (
-    "Activations: absolute. Loss: relative. Gradients: relative to the tensor's largest entry. Networks of a few "
-    "blocks, random weights and images, fp32 on a CPU."
+    "Activations and patch weights: absolute. Loss and learning rates: relative. Gradients: relative to the tensor's "
+    "largest entry. Without a tolerance: equal to the bit. Networks of a few blocks, random weights and images, fp32 "
+    "on a CPU."
 )
 
 

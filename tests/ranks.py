@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from mimscale.resilience import checkpoint
+from tests import forked
 
 KINDS = checkpoint.KINDS
 
@@ -35,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
     "amt_simmim": {"name": "simmim", "masking": {**AMT, "ratio": 0.25, "throw": 0.25, "unit": 16}},
     "convmae": {"stages": STAGES, **DECODER},
     "mrmae": {"fusion": {"kind": "mff", "levels": [0, 2]}, **DECODER},
+    "finetune_beit": {"name": "finetune", "classes": 4, "beit": {}, "head_std": 0.02},
     "mrmae_convmae": {"name": "mrmae", "stages": {**STAGES, "class_token": True}, **DECODER},
 }
 BARE_TARGET = {"weight": 0.5, "levels": [1, 3], "target_norm": "l2", "cls_target": False}
@@ -98,9 +100,9 @@ def environment() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k not in drop}, "OMP_NUM_THREADS": "1"}
 
 
-def run(ranks: int, *words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run(count: int, *words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a module on that many ranks and wait; on failure show what it printed."""
-    done = subprocess.run(command(ranks, *words), capture_output=True, text=True, env=environment())
+    done = forked.run(count, list(map(str, words)), environment())
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
     return done

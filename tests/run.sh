@@ -36,4 +36,4 @@ if [ -z "$CONSTRAINTS" ]; then
   echo "types: mypy"; mypy
 fi
 export OMP_NUM_THREADS=1
-exec python -m pytest -m "$SELECT" "$@"
+exec python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "$SELECT" "$@"

@@ -34,8 +34,13 @@ def test_whose_comparison_it_is() -> None:
         {**line, "test": "tests/methods/test_mff.py::test_golden", "golden": "mff_dev", "error": 1e-7},
         {**line, "test": "tests/engine/test_goldens.py::t[maskalign-2]", "golden": "maskalign_train_dev", "error": 0},
         {**line, "test": "tests/models/test_vit.py::test", "golden": "mae_dev", "error": 1e-7},
+        {**line, "test": "tests/masking/test_attention.py::t", "golden": "attentive_masking_dev", "error": 0},
+        {**line, "test": "tests/data/test_transforms.py::t", "golden": "pixmim_crop", "error": 0},
+        {**line, "test": "tests/bench/test_bench.py::t", "golden": "lars_dev", "error": 0},
     ]
     assert methods_table.merged(lines) == {
-        "maskalign": {"maskalign_train_dev": {"loss": [0.0, 1e-6]}},
+        "mae": {"mae_dev": {"loss": [1e-7, 1e-6]}},
+        "maskalign": {"attentive_masking_dev": {"loss": [0.0, 1e-6]}, "maskalign_train_dev": {"loss": [0.0, 1e-6]}},
         "mff": {"mff_dev": {"loss": [2e-7, 1e-6]}},
+        "pixmim": {"pixmim_crop": {"loss": [0.0, 1e-6]}},
     }

@@ -36,7 +36,7 @@ def test_golden_groups_of_a_plain_vit() -> None:
     ours = {name.removeprefix("student."): values for name, values in by_name(groups).items()}
     assert ours.keys() == stored["name_to_lrscale_wd"].keys()
     for name, values in stored["name_to_lrscale_wd"].items():
-        assert ours[name] == pytest.approx(values, rel=1e-12), name
+        golden.rates_close(ours[name], values)
     named = dict(method.named_parameters())
     assert all(named[n] is p for g in groups for n, p in zip(g["names"], g["params"], strict=True))
     assert vit_layer_of("mask_token", 4) == 0
@@ -58,7 +58,7 @@ def test_golden_groups_of_convmae() -> None:
     ours = by_name(groups)
     assert ours.keys() == names.keys()
     for name, values in names.items():
-        assert ours[name] == pytest.approx(values, rel=1e-12), name
+        golden.rates_close(ours[name], values)
 
 
 def test_shape_of_a_sharded_parameter_decides() -> None:
@@ -77,9 +77,9 @@ def test_layer_decay_needs_a_layer_order() -> None:
 
 def test_golden_curve_maskalign() -> None:
     c = golden.load_json("schedules_dev.json")["lr_schedule"]
-    for epoch, stored in c["epoch_lr"]:
-        ours = lr_at(epoch, peak=c["peak_lr"], min_lr=c["min_lr"], warmup_epochs=c["warmup_epochs"], epochs=c["epochs"])
-        assert ours == pytest.approx(stored, rel=1e-9, abs=1e-15)
+    values = {"peak": c["peak_lr"], "min_lr": c["min_lr"], "warmup_epochs": c["warmup_epochs"], "epochs": c["epochs"]}
+    epochs, stored = zip(*c["epoch_lr"], strict=True)
+    golden.rates_close([lr_at(epoch, **values) for epoch in epochs], list(stored))
 
 
 @pytest.mark.parametrize("curve", CURVES)
@@ -87,12 +87,10 @@ def test_golden_curve_mae(curve: str) -> None:
     g = golden.load("mae_lr_schedule")
     peak, low, warmup, epochs, steps = g[f"{curve}/params_lr_min_warmup_epochs_steps"].tolist()
     values = {"peak": peak, "min_lr": low, "warmup_epochs": warmup, "epochs": epochs}
-    for epoch, stored, scaled in zip(
-        g[f"{curve}/epoch"].tolist(), g[f"{curve}/lr"].tolist(), g[f"{curve}/lr_scaled_0.65^3"].tolist(), strict=True
-    ):
-        assert lr_at(epoch, **values) == pytest.approx(stored, rel=1e-9, abs=1e-15)
-        assert lr_at(epoch, **values) * 0.65**3 == pytest.approx(scaled, rel=1e-9, abs=1e-15)
-        assert lr(round(epoch * steps), steps, **values) == pytest.approx(stored, rel=1e-9, abs=1e-15)
+    at, stored = g[f"{curve}/epoch"].tolist(), g[f"{curve}/lr"].tolist()
+    golden.rates_close([lr_at(epoch, **values) for epoch in at], stored)
+    golden.rates_close([lr_at(epoch, **values) * 0.65**3 for epoch in at], g[f"{curve}/lr_scaled_0.65^3"].tolist())
+    golden.rates_close([lr(round(epoch * steps), steps, **values) for epoch in at], stored)
 
 
 def test_ends_of_the_curve() -> None:

@@ -187,6 +187,17 @@ def test_finetuning(name: str) -> None:
     )
 
 
+def test_finetuning_of_simmim() -> None:
+    """timm's BEiT-B with a table of relative positions in each block; the released rates."""
+    run, method, count = built("finetune_simmim_vit_b16", {})
+    options: dict[str, Any] = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1}
+    with torch.device("meta"):
+        reference = timm.models.beit.Beit(num_classes=1000, global_pool="avg", **options)
+    assert count == sum(p.numel() for p in reference.parameters())
+    assert (run.schedule.peak_lr, run.optim.layer_decay) == (pytest.approx(5e-3), 0.65)
+    assert {method.layer_of(name) for name, _ in method.named_parameters()} == set(range(14))
+
+
 def test_finetuning_of_convmae() -> None:
     """The official encoder without its fusion, and the head."""
     run, method, _ = built("finetune_convmae_b", {})

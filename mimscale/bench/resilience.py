@@ -20,7 +20,10 @@ def run(args: argparse.Namespace) -> int:
     copy_s, memcpy_s = blocking(args.gigabytes)
     rows = [
         [f"MAE ViT-B/16 step, {args.batch} images, CPU s", f"{step_s:.3f}"],
-        [f"guard, watchdog, meter, spread: CPU ms per step over {args.steps} steps", f"{1000 * cost_s:.3f}"],
+        [
+            f"guard, watchdog, meter, comparison of ranks: CPU ms per step over {args.steps} steps",
+            f"{1000 * cost_s:.3f}",
+        ],
         ["share of that step", f"{cost_s / step_s:.3%}"],
         [f"blocking part of a save of {args.gigabytes:g} GB, s", f"{copy_s:.3f}"],
         ["plain memcpy of the same size, s", f"{memcpy_s:.3f}"],
@@ -66,30 +69,33 @@ def watching(steps: int) -> float:
     from mimscale.observe.meter import Meter
     from mimscale.resilience.control import Control
     from mimscale.resilience.guard import Guard
-    from mimscale.resilience.watchdog import Spread, Watchdog
+    from mimscale.resilience.pace import BACKWARD, BETWEEN, FORWARD, WAITING, Pace
+    from mimscale.resilience.watchdog import Watchdog
 
     device, control = torch.device("cpu"), Control()
     with tempfile.TemporaryDirectory() as folder:
-        watch = Watchdog(Path(folder), 0, WatchdogConfig())
-        guard, meter, spread = Guard(GuardConfig(), 1, device), Meter(device), Spread(control, 100, device)
+        pace = Pace(device)
+        watch = Watchdog(Path(folder), 0, WatchdogConfig(), pace)
+        guard, meter = Guard(GuardConfig(), 1, device), Meter(device)
         loss = torch.tensor(0.5)
         start_s = time.process_time()
         for step in range(1, steps + 1):
-            with meter.waiting():
-                pass
-            spread.waited()
-            spread.forwarded()
+            pace.enter(WAITING)
+            pace.enter(FORWARD)
+            pace.enter(BACKWARD)
             guard.judge(loss)
-            spread.stepped()
             meter.add({"loss": loss}, images=1)
             watch.beat(step)
-            spread.compare(step)
+            pace.enter(BETWEEN)
+            pace.lap()
             guard.clip(0.0)
             guard.look(False, None)
             control.agree(0, 0, 0)
             if step % 20 == 0:
                 guard.saw_norm(1.0)
                 meter.read()
+            if step % 100 == 0:
+                pace.compare(control)
         spent_s = time.process_time() - start_s
         watch.close()
     return spent_s / steps

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mimscale.config import RunConfig
-from mimscale.convert.families.simmim import REL_POS_TABLE
+from mimscale.convert.families.simmim import REL_POS_TABLE, TABLE
 from mimscale.convert.names import State
 from mimscale.convert.registry import encoder_of, families, of_state
 from mimscale.convert.source import Loaded, identity_file, read, resolve
@@ -57,7 +57,9 @@ def start_from(method: Method, run: RunConfig) -> tuple[str, ...]:
     weights, target = (_all_of(loaded, method), method) if whole else (encoder_of(loaded.weights), method.student)
     own: State = target.state_dict()
     _same_shape(loaded, run, weights, own, "" if not whole else "student.")
-    weights, notes = _resized(weights, own, loaded.path)
+    weights, spread = _one_table_per_block(weights, own)
+    weights, resized = _resized(weights, own, loaded.path)
+    notes = (*spread, *resized)
 
     missing, unused = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     optional = () if whole else OPTIONAL
@@ -124,14 +126,25 @@ def _describe(state: Mapping[str, Tensor], prefix: str) -> str:
     return f"{kind} of width {width}, depth {depth}, MLP ratio {hidden / width:g}{patch}"
 
 
+def _one_table_per_block(weights: State, own: State) -> tuple[State, tuple[str, ...]]:
+    """SimMIM's shared table of relative positions as the start of each block's own, as in the official fine-tuning."""
+    shared = next((name for name in weights if name.endswith(REL_POS_TABLE) and name not in own), None)
+    tables = [name for name in own if name.endswith(f"attn.{TABLE}") and name not in weights]
+    if shared is None or not tables:
+        return weights, ()
+    rest = {name: tensor for name, tensor in weights.items() if name != shared}
+    note = f"{shared} copied into each of the {len(tables)} blocks"
+    return rest | dict.fromkeys(tables, weights[shared]), (note,)
+
+
 def _resized(weights: State, own: State, path: Path) -> tuple[State, tuple[str, ...]]:
     """Position tables of another grid, resized."""
     weights, notes = dict(weights), []
-    for name in [name for name in weights if name.endswith(("pos_embed", REL_POS_TABLE)) and name in own]:
+    for name in [name for name in weights if name.endswith(("pos_embed", TABLE)) and name in own]:
         old, new = weights[name], own[name]
         if old.shape == new.shape:
             continue
-        if name.endswith(REL_POS_TABLE):
+        if name.endswith(TABLE):
             raise UserError(f"init.weights = {path} has relative positions, which are not resized; keep its image size")
         if old.shape[-1] != new.shape[-1]:
             continue

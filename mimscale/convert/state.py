@@ -58,7 +58,7 @@ def export(source: Path, out: Path) -> list[str]:
         found = _encoder_difference(loaded, read(part / "weights.safetensors").weights)
         refuse_difference(found, out)
         about = {"format": FORMAT, **identity(loaded), **measured(found), "files": files}
-        meta = {key: value for key, value in reader.meta.items() if key not in ("format", "shards")}
+        meta = {key: value for key, value in reader.meta.items() if key != "format"}
         values = {**about, "config": run.dump(), "buffers": reader.names("buffer"), "checkpoint": meta}
         (part / "state.json").write_text(json.dumps(values, indent=1) + "\n")
         for file in files:

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from mimscale.config import STUDENT_SIZES, StudentConfig
-from mimscale.convert.families.simmim import REL_POS_TABLE, grid_side
+from mimscale.convert.families.simmim import REL_POS_TABLE, TABLE, grid_side, relative_table
 from mimscale.convert.registry import encoder_of
 from mimscale.convert.source import Loaded, read
 from mimscale.errors import UserError
 from mimscale.models import posembed
-from mimscale.models.beit import LAYER_SCALE, Beit
+from mimscale.models.beit import LAYER_SCALE, Beit, Positions
 from mimscale.models.convvit import ConvStages, ConvViT, stages_of
 from mimscale.models.vit import ViT
 
 Student = ViT | Beit | ConvViT
+OWN_TABLE = f"blocks.0.attn.{TABLE}"
+KINDS: dict[str, Positions] = {REL_POS_TABLE: "relative", OWN_TABLE: "per_block", "pos_embed": "absolute"}
 CONVMAE_BASE = (768, 11)  # width and depth of its attention stage
 
 
@@ -48,8 +50,8 @@ def student_of(
     loaded: Loaded, *, image_size: int | None = None, heads: int | None = None
 ) -> tuple[Student, StudentInfo]:
     path, encoder = loaded.path, encoder_of(loaded.weights)
-    relative = REL_POS_TABLE in encoder
-    positions = REL_POS_TABLE if relative else "pos_embed"
+    relative = relative_table(encoder) is not None
+    positions = next((name for name in (REL_POS_TABLE, OWN_TABLE) if name in encoder), "pos_embed")
     convolutional = "patch_embed1.proj.weight" in encoder
     needed: tuple[str, ...] = ("cls_token", positions, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     if convolutional:
@@ -78,8 +80,9 @@ def student_of(
         vit = Beit(
             student,
             size,
-            positions="relative" if relative else "absolute",
+            positions=KINDS[positions],
             layer_scale=LAYER_SCALE if "blocks.0.gamma_1" in encoder else None,
+            final_norm=final_norm,
         )
     elif stages is not None:
         vit = ConvViT(student, stages, size, fusion="stage1_output_decode.weight" in encoder, final_norm=final_norm)
@@ -91,8 +94,9 @@ def student_of(
 
 def side_of(encoder: Mapping[str, Tensor]) -> int:
     """Rows of the square grid that the positions are for."""
-    if REL_POS_TABLE in encoder:
-        return grid_side(encoder[REL_POS_TABLE])
+    table = relative_table(encoder)
+    if table is not None:
+        return grid_side(table)
     return math.isqrt(encoder["pos_embed"].shape[1] - int("cls_token" in encoder))
 
 
@@ -112,8 +116,9 @@ def _config_from(
     patch = encoder["patch_embed.proj.weight"].shape[2] if stages is None else stages.patch
     depth = len({name.split(".")[1] for name in encoder if name.startswith(blocks)})
     usual = {(w, d): h for w, d, h in STUDENT_SIZES.values()} | {CONVMAE_BASE: 12}
-    if REL_POS_TABLE in encoder:
-        heads = encoder[REL_POS_TABLE].shape[1]
+    table = relative_table(encoder)
+    if table is not None:
+        heads = table.shape[1]
     if heads is None and (width, depth) not in usual:
         raise UserError(
             f"{path}: width {width}, depth {depth} is no usual size and weights do not tell; give the heads"

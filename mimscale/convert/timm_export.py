@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mimscale.config import STUDENT_SIZES
 from mimscale.convert.families.finetune import HEAD
-from mimscale.convert.families.simmim import REL_POS_INDEX
+from mimscale.convert.families.simmim import INDEX
 from mimscale.convert.names import State
 from mimscale.convert.student import Student
 from mimscale.models.beit import Beit
@@ -35,8 +35,8 @@ def call(vit: Student, weights: Mapping[str, Tensor] | None = None) -> tuple[str
     student, size = vit.config, vit.grid[0] * vit.config.patch
     shape = (student.width, student.depth, student.heads)
     named = next((name for name, sizes in STUDENT_SIZES.items() if sizes == shape), None)
-    relative = isinstance(vit, Beit)
-    known = ("base", "large") if relative else tuple(STUDENT_SIZES)
+    kind = "beit" if isinstance(vit, Beit) else "vit"
+    known = ("base", "large") if kind == "beit" else tuple(STUDENT_SIZES)
     known_name = named if named in known else "base"
     patch = HUGE_PATCH if known_name == "huge" else NAMED_PATCH
     options: dict[str, Any] = {"num_classes": 0}
@@ -50,20 +50,19 @@ def call(vit: Student, weights: Mapping[str, Tensor] | None = None) -> tuple[str
         if value != usual:
             options[name] = value
     if isinstance(vit, Beit):
-        return f"beit_{known_name}_patch{patch}_{NAMED_SIZE}", {**options, **_beit_options(vit)}
+        options |= _beit_options(vit)
     if weights is not None and "head.weight" in weights:
         pool = "avg" if "fc_norm.weight" in weights else "token"
         options |= {"num_classes": len(weights["head.weight"]), "global_pool": pool}
-    return f"vit_{known_name}_patch{patch}_{NAMED_SIZE}", options
+    return f"{kind}_{known_name}_patch{patch}_{NAMED_SIZE}", options
 
 
 def _beit_options(vit: Beit) -> dict[str, Any]:
-    """Positions are shared by all blocks or absolute; without global_pool there is no last norm of this name."""
-    absolute = vit.positions == "absolute"
+    """Whose the positions are; with the mean as global_pool there is no last norm of this name."""
     return {
-        "use_abs_pos_emb": absolute,
-        "use_rel_pos_bias": False,
-        "use_shared_rel_pos_bias": not absolute,
+        "use_abs_pos_emb": vit.positions == "absolute",
+        "use_rel_pos_bias": vit.positions == "per_block",
+        "use_shared_rel_pos_bias": vit.positions == "relative",
         "init_values": vit.layer_scale or 0.0,  # create_model drops a None
         "global_pool": "token",
     }
@@ -78,7 +77,7 @@ def network(vit: Student, weights: Mapping[str, Tensor] | None = None, **more: A
 
 
 def for_this_timm(vit: Student, state: Mapping[str, Tensor]) -> State:
-    """With the index into SimMIM's bias table, which follows from the grid, where the installed timm stores it."""
+    """With the index into BEiT's bias tables, which follows from the grid, where the installed timm stores it."""
     if not isinstance(vit, Beit):
         return dict(state)
-    return {**{n: t for n, t in network(vit).state_dict().items() if n == REL_POS_INDEX}, **state}
+    return {**{n: t for n, t in network(vit).state_dict().items() if n.endswith(INDEX)}, **state}

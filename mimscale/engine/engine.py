@@ -44,12 +44,13 @@ class GuardedAdamW(torch.optim.AdamW):
 class Engine:
     """Thin: the loop above it holds the policy, DeepSpeed below it the mechanics.
 
-    micro_batch, accumulation: solved from the recipe's global batch and the world size.
+    micro_batch, accumulation: solved from the recipe's global batch and the world size. skipped: whether the last step
+    left the weights alone, because its gradients were not finite.
     """
 
     def __init__(self, method: Any, run: RunConfig, world: World) -> None:
         refuse_unfit(method)
-        self.world = world
+        self.world, self.skipped = world, False
         self.micro_batch, self.accumulation = solve_batch(
             run.schedule.global_batch, world.size, run.engine.max_micro_batch
         )
@@ -113,7 +114,9 @@ class Engine:
         """
         outputs: Mapping[str, Tensor] = self._ds(batch, targets)
         self._ds.backward(judge(outputs["loss"]))
+        skipped_before = self.skipped_steps
         self._ds.step()
+        self.skipped = self.skipped_steps > skipped_before
         return {name: value.detach() for name, value in outputs.items()}
 
     @property

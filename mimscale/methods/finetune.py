@@ -1,6 +1,7 @@
-"""Fine-tuning: supervised classification with a ViT or ConvMAE's encoder (He et al. 2022, arXiv 2111.06377, app. A.1).
+"""Fine-tuning: supervised classification of whole images (He et al. 2022, arXiv 2111.06377, app. A.1).
 
-Whole image, cross-entropy with label smoothing. Positions are learned here. A teacher is trained in the same way.
+A plain ViT, ConvMAE's encoder or SimMIM's; cross-entropy with label smoothing. Positions are learned here. A teacher is
+trained in the same way.
 
 Differences to the release: no mixup, cutmix, RandAugment and random erasing, which its published accuracies need.
 """
@@ -14,23 +15,35 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mimscale.config import Fraction, MethodConfig, RunConfig
+from mimscale.config import Fraction, MethodConfig, RunConfig, Strict
 from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo
 from mimscale.errors import UserError
 from mimscale.methods import base
+from mimscale.models.beit import LAYER_SCALE, Beit, Positions
 from mimscale.models.convvit import ConvStages, ConvViT, check_stages
 from mimscale.models.layer_order import convvit_layer_of, vit_layer_of
 from mimscale.models.vit import LN_EPS, ViT
 
 
+class BeitConfig(Strict):
+    """SimMIM's ViT. positions: a relative bias in each block, which starts as a copy of the one that all shared in
+    pre-training, as released; that one itself (relative); or a learned table. layer_scale: its start, null for none.
+    """
+
+    positions: Positions = "per_block"
+    layer_scale: float | None = Field(LAYER_SCALE, gt=0)
+
+
 class FinetuneConfig(MethodConfig):
     """pool: mean of the patch tokens and a fresh LayerNorm, or the class token after the encoder's own last norm.
 
-    stages: ConvMAE's convolution stages before the ViT, without the fusion of pre-training; null: a plain ViT.
+    stages: ConvMAE's convolution stages before the ViT, without the fusion of pre-training. beit: SimMIM's kind of ViT.
+    Neither: a plain ViT.
     """
 
     classes: int = Field(ge=2)
     stages: ConvStages | None = None
+    beit: BeitConfig | None = None
     pool: Literal["mean", "cls"] = "mean"
     label_smoothing: Fraction = 0.1
     head_std: float = Field(2e-5, gt=0)
@@ -49,13 +62,15 @@ class Finetune(base.Method):
     """`student`, then `fc_norm` (pool = mean only) and `head`, under timm's names (ConvMAE's with stages)."""
 
     Config = FinetuneConfig
-    student: ViT | ConvViT
+    student: ViT | ConvViT | Beit
 
     @classmethod
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         if teachers:
             raise UserError(f"teachers.{next(iter(teachers))}: finetune reads no teacher; remove the section teachers")
         config = cast(FinetuneConfig, run.method)
+        if config.stages is not None and config.beit is not None:
+            raise UserError("method.stages and method.beit are two kinds of encoder; set one of them to null")
         if config.stages is not None:
             check_stages(config.stages, run.student)
             if config.pool == "cls" and not config.stages.class_token:
@@ -65,7 +80,7 @@ class Finetune(base.Method):
         super().__init__(run, teachers)
         self.config = config = cast(FinetuneConfig, run.method)
         mean = config.pool == "mean"
-        self.student = _student(run, config.stages, final_norm=not mean)
+        self.student = _student(run, config, final_norm=not mean)
         self.fc_norm = nn.LayerNorm(run.student.width, eps=LN_EPS) if mean else nn.Identity()
         self.head = Classifier(run.student.width, config.classes, config.head_std)
         noise = {"drop_path": Noise("uniform", (self.student.depth, 2))} if run.student.drop_path else {}
@@ -93,8 +108,13 @@ class Finetune(base.Method):
         return order(name.removeprefix("student."), self.student.config.depth)
 
 
-def _student(run: RunConfig, stages: ConvStages | None, final_norm: bool) -> ViT | ConvViT:
-    size, every = run.data.image_size, run.engine.activation_checkpointing
+def _student(run: RunConfig, config: FinetuneConfig, final_norm: bool) -> ViT | ConvViT | Beit:
+    size, every, stages = run.data.image_size, run.engine.activation_checkpointing, config.stages
+    if config.beit is not None:
+        positions, scale = config.beit.positions, config.beit.layer_scale
+        return Beit(
+            run.student, size, positions=positions, layer_scale=scale, final_norm=final_norm, checkpoint_every=every
+        )
     if stages is None:
         return ViT(run.student, size, final_norm=final_norm, learned_pos=True, checkpoint_every=every)
     return ConvViT(

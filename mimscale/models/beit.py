@@ -1,7 +1,8 @@
 """BEiT's Vision Transformer, as SimMIM pre-trains it; its state dict has the names of timm's Beit.
 
 Beside the plain ViT: q and v have a bias and k has none, each branch has a trained scale per channel (layer scale),
-and positions are a relative bias that all blocks share, or learned. The network sees masked patches as mask tokens.
+and positions are a relative bias, that all blocks share or one in each, or learned. The network sees masked patches as
+mask tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from mimscale.config import StudentConfig
 from mimscale.models.masking import gather_tokens
 from mimscale.models.patches import cut
-from mimscale.models.relpos import RelativePositionBias
+from mimscale.models.relpos import RelativePositionBias, bias_of, index_among, table_rows
 from mimscale.models.vit import (
     LN_EPS,
     Mlp,
@@ -32,7 +33,7 @@ from mimscale.models.vit import (
     scaled,
 )
 
-Positions = Literal["relative", "absolute"]
+Positions = Literal["relative", "per_block", "absolute"]
 INIT_STD = 0.02
 LAYER_SCALE = 0.1
 
@@ -73,18 +74,30 @@ class CutNormalProjection(PatchProjection):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention [B, T, D] -> [B, T, D]; scale head_dim^-0.5. out_std: of the output projection."""
+    """Multi-head self-attention [B, T, D] -> [B, T, D]; scale head_dim^-0.5. out_std: of the output projection.
 
-    def __init__(self, width: int, heads: int, out_std: float) -> None:
+    grid: given, this attention has a table of relative positions of its own.
+    """
+
+    relative_position_bias_table: nn.Parameter | None
+
+    def __init__(self, width: int, heads: int, out_std: float, grid: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = ProjectionQKV(width)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = Linear(width, width, std=out_std)
+        table = None if grid is None else nn.Parameter(torch.zeros(table_rows(grid), heads))
+        self.register_parameter("relative_position_bias_table", table)
 
-    def forward(self, x_BTD: Tensor, bias_BHTT: Tensor | None = None, prefix: int | None = None) -> Tensor:
-        """bias: added to the scaled scores, [1 or B, heads, T, T]. prefix: given, the answer is `attended` instead."""
+    def forward(self, x_BTD: Tensor, positions: Tensor | None = None, prefix: int | None = None) -> Tensor:
+        """positions: what is added to the scaled scores, [1 or B, heads, T, T]; with a table of its own the rows of it,
+        int64 [1 or B, T, T]. prefix: given, the answer is `attended` instead.
+        """
+        bias_BHTT = positions
+        if self.relative_position_bias_table is not None and positions is not None:
+            bias_BHTT = bias_of(self.relative_position_bias_table, positions)
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         q, k, v = self.qkv(x_BTD, qkv_bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if prefix is not None:
@@ -97,35 +110,44 @@ class Block(nn.Module):
     """x + gamma_1 attention(norm1(x)), then x + gamma_2 mlp(norm2(x)); drop path scales each branch per sample.
 
     layer: 1-based; the last matrices of its branches start smaller by sqrt(2 layer). layer_scale: gamma's start, None
-    for none.
+    for none. grid: as for `Attention`.
     """
 
     gamma_1: nn.Parameter | None
     gamma_2: nn.Parameter | None
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, layer: int, layer_scale: float | None) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        layer: int,
+        layer_scale: float | None,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         out_std = INIT_STD / math.sqrt(2 * layer)
         self.norm1 = nn.LayerNorm(width, eps=LN_EPS)
-        self.attn = Attention(width, heads, out_std)
+        self.attn = Attention(width, heads, out_std, grid)
         self.norm2 = nn.LayerNorm(width, eps=LN_EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio), fc1=Linear, fc2=partial(Linear, std=out_std))
         for name in ("gamma_1", "gamma_2"):
             start = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
             self.register_parameter(name, start)
 
-    def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None, bias_BHTT: Tensor | None = None) -> Tensor:
-        mixed = self.attn(self.norm1(x_BTD), bias_BHTT)
+    def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        mixed = self.attn(self.norm1(x_BTD), positions)
         x_BTD = x_BTD + scaled(mixed if self.gamma_1 is None else self.gamma_1 * mixed, scales_B2, 0)
         widened = self.mlp(self.norm2(x_BTD))
         return x_BTD + scaled(widened if self.gamma_2 is None else self.gamma_2 * widened, scales_B2, 1)
 
 
 class Beit(Sizes):
-    """positions: a relative bias shared by all blocks, or a learned table. layer_scale: its start, None for none.
+    """positions: a relative bias shared by all blocks, one in each block, or a learned table. layer_scale: its start,
+    None for none.
 
-    mask_token: whether there is one; without, the network sees whole images only. checkpoint_every: recompute every
-    k-th block in the backward pass, 0 = none.
+    mask_token: whether there is one; without, the network sees whole images only. final_norm: whether the last
+    LayerNorm exists. checkpoint_every: recompute every k-th block in the backward pass, 0 = none.
     """
 
     mask_token: nn.Parameter | None
@@ -139,6 +161,7 @@ class Beit(Sizes):
         positions: Positions = "relative",
         layer_scale: float | None = LAYER_SCALE,
         mask_token: bool = False,
+        final_norm: bool = True,
         checkpoint_every: int = 0,
     ) -> None:
         super().__init__()
@@ -155,14 +178,16 @@ class Beit(Sizes):
         absolute = positions == "absolute"
         table = nn.Parameter(cut_normal_(torch.zeros(1, 1 + self.patches, width))) if absolute else None
         self.register_parameter("pos_embed", table)
-        self.rel_pos_bias = None if absolute else RelativePositionBias(self.grid, config.heads)
+        self.rel_pos_bias = RelativePositionBias(self.grid, config.heads) if positions == "relative" else None
+        own = self.grid if positions == "per_block" else None
         self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.mlp_ratio, layer, layer_scale) for layer in range(1, config.depth + 1)
+            Block(width, config.heads, config.mlp_ratio, layer, layer_scale, own)
+            for layer in range(1, config.depth + 1)
         )
-        self.norm = nn.LayerNorm(width, eps=LN_EPS)
+        self.norm = nn.LayerNorm(width, eps=LN_EPS) if final_norm else nn.Identity()
 
     def untrained(self) -> Beit:
-        """A network of the same shape at a fresh initialisation."""
+        """A network of the same shape, with a last norm, at a fresh initialisation."""
         size = self.grid[0] * self.config.patch
         return Beit(self.config, size, positions=self.positions, layer_scale=self.layer_scale)
 
@@ -181,8 +206,8 @@ class Beit(Sizes):
         the blocks, each with its own position; None: all in raster order. levels: blocks to return raw. attention:
         return the last block's as well.
 
-        Returns tokens [B, 1+K, D] in the parameters' type: after the final norm, and raw without apply_norm, for a
-        method that calls `norm` on something else.
+        Returns tokens [B, 1+K, D] in the parameters' type: after the final norm where there is one, and raw without
+        apply_norm, for a method that calls `norm` on something else.
         """
         patches = cut(images_B3HW, self.config.patch)
         tokens = self.patch_embed(patches if ids_keep is None else gather_tokens(patches, ids_keep))
@@ -196,7 +221,10 @@ class Beit(Sizes):
             tokens = tokens + (positions_LD if ids_keep is None else positions_LD[ids_keep])
             cls = cls + self.pos_embed[:, :1]
         x_BTD = torch.cat([cls.expand(len(tokens), -1, -1), tokens], dim=1)
-        extra = () if self.rel_pos_bias is None else (self.rel_pos_bias(ids_keep),)
+        extra: tuple[Tensor, ...] = ()
+        if self.positions != "absolute":
+            index = index_among(self.grid, x_BTD.device, ids_keep)
+            extra = (index if self.rel_pos_bias is None else self.rel_pos_bias(index),)
         scales = None if drop_noise is None else drop_path_scales(drop_noise, self.config.drop_path)
         prefix = self.prefix if attention else None
         out = run_blocks(self.blocks, x_BTD, scales, self.checkpoint_every, levels, extra, prefix)

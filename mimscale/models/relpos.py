@@ -31,22 +31,33 @@ def relative_index(grid: tuple[int, int], device: torch.device) -> Tensor:
     return torch.from_numpy(index.astype(np.int64)).to(device)
 
 
+def index_among(grid: tuple[int, int], device: torch.device, ids_keep_BK: Tensor | None = None) -> Tensor:
+    """`relative_index` of all tokens, int64 [1, 1+L, 1+L], or of the patches that are there, [B, 1+K, 1+K].
+
+    ids_keep: int64 [B, K].
+    """
+    index = relative_index(grid, device)[None]
+    if ids_keep_BK is None:
+        return index
+    ids = torch.cat([torch.zeros_like(ids_keep_BK[:, :1]), ids_keep_BK + 1], dim=1)
+    return index[0, ids[:, :, None], ids[:, None, :]]
+
+
+def bias_of(table_RH: Tensor, index_BTT: Tensor) -> Tensor:
+    """What is added to the attention scores: float32 [1 or B, heads, T, T].
+
+    fp32, so that the gradients of many pairs are summed in it whatever the type of the table.
+    """
+    return table_RH.float()[index_BTT].permute(0, 3, 1, 2).contiguous()
+
+
 class RelativePositionBias(nn.Module):
     """One table for all blocks that are given its output, under the names of BEiT's and timm's."""
 
     def __init__(self, grid: tuple[int, int], heads: int) -> None:
         super().__init__()
-        self.grid = grid
         self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(grid), heads))
 
-    def forward(self, ids_keep_BK: Tensor | None = None) -> Tensor:
-        """What is added to the attention scores: float32 [1, heads, 1+L, 1+L].
-
-        ids_keep: int64 [B, K], the patches that are there; then [B, heads, 1+K, 1+K]. fp32, so that the gradients of
-        many pairs are summed in it whatever the type of the table.
-        """
-        index = relative_index(self.grid, self.relative_position_bias_table.device)[None]
-        if ids_keep_BK is not None:
-            ids = torch.cat([torch.zeros_like(ids_keep_BK[:, :1]), ids_keep_BK + 1], dim=1)
-            index = index[0, ids[:, :, None], ids[:, None, :]]
-        return self.relative_position_bias_table.float()[index].permute(0, 3, 1, 2).contiguous()
+    def forward(self, index_BTT: Tensor) -> Tensor:
+        """index: `index_among`. Returns `bias_of` it."""
+        return bias_of(self.relative_position_bias_table, index_BTT)

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mimscale.contracts import Damage
+from mimscale.outbox import Outbox
 
 
 class Ledger:
     """Collects what this rank's batches met; `settle` merges the ranks and counts each sample once.
 
-    limit: more than so many samples are too many. Rank 0 writes the file.
+    limit: more than so many samples are too many. outbox: of rank 0, which writes the file.
     """
 
-    def __init__(self, path: Path, limit: int, writes: bool):
-        self.path, self.limit, self._writes = path, limit, writes
+    def __init__(self, path: Path, limit: int, outbox: Outbox | None = None):
+        self.path, self.limit, self._outbox = path, limit, outbox
         self._known = {entry["sample"]: entry for entry in _entries(path)}
         self._new: dict[int, Damage] = {}
-        self._unwritten: list[Damage] = []  # the disk refused them
 
     def note(self, found: Iterable[Damage]) -> None:
         for damage in found:
@@ -40,13 +39,8 @@ class Ledger:
         met = {damage.sample: damage for part in of_all_ranks for damage in part}
         new = [met[sample] for sample in sorted(met) if sample not in self._known]
         self._known |= {damage.sample: asdict(damage) for damage in new}
-        self._unwritten += new if self._writes else []
-        if self._unwritten:
-            with suppress(OSError):  # a full disk: again at the next call; who reads counts each sample once
-                with self.path.open("a") as file:
-                    file.write("\n" if _unfinished(self.path) else "")
-                    file.writelines(json.dumps(asdict(damage)) + "\n" for damage in self._unwritten)
-                self._unwritten = []
+        if new and self._outbox is not None:
+            self._outbox.append(self.path, "".join(json.dumps(asdict(damage)) + "\n" for damage in new))
         return new
 
     @property
@@ -68,11 +62,6 @@ class Ledger:
 
 def default_limit(samples: int) -> int:
     return max(10, samples // 10_000)
-
-
-def _unfinished(path: Path) -> bool:
-    """Whether a killed run left half a line at the end."""
-    return path.read_bytes()[-1:] not in (b"", b"\n")
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
-import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +21,25 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mimscale.contracts import View
 from mimscale.observe.gallery import Gallery
+from mimscale.outbox import Outbox, warn
 
 
 class Logbook:
     """Append-only. Steps that are redone after a resume appear twice in metrics.jsonl; the later line counts."""
 
-    def __init__(self, run_dir: Path, *, active: bool, tensorboard: bool, total: int, step: int) -> None:
+    def __init__(self, run_dir: Path, outbox: Outbox, *, active: bool) -> None:
         self.console = Console(stderr=True, quiet=not active)
-        self._active = active
-        self._file = os.open(run_dir / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if active else -1
-        self._waiting = b""  # what the disk has not taken yet
-        self._mutex = threading.Lock()  # the gallery's thread tells, too
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step) if active and tensorboard else None
+        self._active, self._outbox, self._run_dir = active, outbox, run_dir
+        self._board: SummaryWriter | None = None
         self._gallery: Gallery | None = None
         self._progress: Progress | None = None
-        if active and self.console.is_terminal:
+
+    def begin(self, *, total: int, step: int, tensorboard: bool) -> None:
+        """Before the first `step`; it starts threads."""
+        if self._active and tensorboard:
+            with self._board_may_fail():
+                self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step)
+        if self._active and self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -94,36 +95,27 @@ class Logbook:
         if self._progress is not None:
             self._progress.stop()
         self._on_board(SummaryWriter.close)
-        if self._active:
-            os.close(self._file)
 
     def _write(self, values: dict[str, Any]) -> None:
         if not self._active:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        new = json.dumps({**finite, "time": round(time.time(), 3)}).encode() + b"\n"
-        with self._mutex:
-            waited, self._waiting = bool(self._waiting), self._waiting + new
-            try:
-                while self._waiting:
-                    self._waiting = self._waiting[os.write(self._file, self._waiting) :]
-            except OSError as error:
-                if not waited:
-                    _warn(f"metrics.jsonl: {error}; its lines wait in memory")
+        self._outbox.append(
+            self._run_dir / "metrics.jsonl", json.dumps({**finite, "time": round(time.time(), 3)}) + "\n"
+        )
 
     def _on_board(self, work: Callable[[SummaryWriter], None]) -> None:
-        if self._board is None:
-            return
+        if self._board is not None:
+            with self._board_may_fail():
+                work(self._board)
+
+    @contextmanager
+    def _board_may_fail(self) -> Iterator[None]:
         try:
-            work(self._board)
+            yield
         except OSError as error:
             self._board = None
-            _warn(f"tensorboard: {error}; left out until the next start, metrics.jsonl has the numbers")
-
-
-def _warn(text: str) -> None:
-    with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+            warn(f"tensorboard: {error}; left out until the next start, metrics.jsonl has the numbers")
 
 
 def _duration(seconds: float) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,18 +14,21 @@ from torch import Tensor
 
 
 class Meter:
-    """Means of the method's scalars over ranks and micro-steps, and where the time went."""
+    """Means of the method's scalars over ranks and micro-steps, and where the time went.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._reset()
+    waited_s: tells the seconds that this rank has waited for data so far.
+    """
 
-    def _reset(self) -> None:
+    def __init__(self, device: torch.device, waited_s: Callable[[], float] = lambda: 0.0) -> None:
+        self._device, self._waited_s = device, waited_s
+        self.restart()
+
+    def restart(self) -> None:
+        """A new window, without reading the one before."""
         self._sums: dict[str, Tensor] = {}
         self._micro_steps = 0
         self._images = 0
-        self._waiting_s = 0.0
-        self._start_s = time.perf_counter()
+        self._start_s, self._waited_before_s = time.perf_counter(), self._waited_s()
 
     def add(self, scalars: Mapping[str, Tensor], images: int) -> None:
         """scalars: 0-dim tensors of one micro-step of this rank. images: over all ranks."""
@@ -32,13 +36,6 @@ class Meter:
             self._sums[name] = self._sums[name] + value.float() if name in self._sums else value.float()
         self._micro_steps += 1
         self._images += images
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around whatever waits for data."""
-        start_s = time.perf_counter()
-        yield
-        self._waiting_s += time.perf_counter() - start_s
 
     def read(self) -> dict[str, float]:
         """Means and rates of the window that ends here; starts the next one. Collective; synchronises the device.
@@ -53,14 +50,13 @@ class Meter:
             dist.all_reduce(sums)
         means = dict(zip(names, (sums / max(1, ranks * self._micro_steps)).tolist(), strict=True))
         elapsed_s = time.perf_counter() - self._start_s
-        worst = torch.tensor(
-            [self._waiting_s / elapsed_s, peak_memory_bytes(self._device) / 2**30], device=self._device
-        )
+        waited = (self._waited_s() - self._waited_before_s) / elapsed_s
+        worst = torch.tensor([waited, peak_memory_bytes(self._device) / 2**30], device=self._device)
         if dist.is_initialized():
             dist.all_reduce(worst, dist.ReduceOp.MAX)
         wait, memory = worst.tolist()
         rates = {"images_per_s": self._images / elapsed_s, "data_wait": wait, "memory_gib": memory}
-        self._reset()
+        self.restart()
         return {**means, **rates}
 
 
@@ -72,13 +68,20 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Phases:
-    """Seconds that each phase before the first step took, in order."""
+    """What the time until the first step goes into, from the start of the process, in order and without a gap.
+
+    seconds, cpu_s: phase -> time that passed, and time of this process's threads in it.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.cpu_s: dict[str, float] = {}
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        self._wall_s, self._cpu_s = ticks / os.sysconf("SC_CLK_TCK"), 0.0  # since the machine started
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start_s = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start_s, 3)
+    def end(self, name: str) -> None:
+        """What was done since the last call, or since the process started, was this phase, or more of it."""
+        wall_s, cpu_s = time.clock_gettime(time.CLOCK_BOOTTIME), time.process_time()
+        for taken, spent_s in ((self.seconds, wall_s - self._wall_s), (self.cpu_s, cpu_s - self._cpu_s)):
+            taken[name] = round(taken.get(name, 0.0) + spent_s, 3)
+        self._wall_s, self._cpu_s = wall_s, cpu_s

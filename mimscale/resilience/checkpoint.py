@@ -28,10 +28,13 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -78,9 +81,11 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step that a restart would go on from, as far as can be seen without reading it; 0 without a checkpoint."""
-    path = newest(run_dir)
-    return 0 if path is None else step_of(path)
+    """The step that a restart would go on from, as far as can be seen without reading it; 0 where none can be seen."""
+    with suppress(OSError):
+        path = newest(run_dir)
+        return 0 if path is None else step_of(path)
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -161,13 +166,17 @@ def remove(path: Path) -> None:
 
 
 class Reader:
-    """Random access to a checkpoint's fragments. `meta` is the manifest. Raises CheckpointError, UserError."""
+    """Random access to a checkpoint's fragments. Raises CheckpointError, UserError.
+
+    meta: the manifest without its list of shards, which at 512 ranks is long: it is kept as arrays, so one process can
+    read it and send the reader to the others.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta: dict[str, Any] = _manifest(path)
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
-        for shard in self.meta["shards"]:
+        shards = self.meta.pop("shards")
+        for shard in shards:
             if not _SHARD.fullmatch(shard["file"]):
                 raise UserError(
                     f"{path}/manifest.json names the file '{shard['file']}' outside of its folder; not read"
@@ -176,18 +185,18 @@ class Reader:
             size = file.stat().st_size if file.exists() else None
             if size != shard["bytes"]:
                 raise CheckpointError(f"{file}: {'missing' if size is None else f'{size} bytes'}, not {shard['bytes']}")
-            for kinds, name, start, length in shard["fragments"]:
-                for kind in kinds:
-                    self._pieces.setdefault((kind, name), []).append((start, length, shard["file"]))
-        for pieces in self._pieces.values():
-            pieces.sort()
-        self._open: dict[str, Any] = {}
+        self._files = [(shard["file"], shard["sha256"]) for shard in shards]
+        self._pieces = _index(shard["fragments"] for shard in shards)
+        self._open: dict[int, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": {}}
 
     def verify(self, share: int = 0, of: int = 1) -> None:
         """Recompute the sha256 of every `of`-th file, so that ranks can divide the work."""
-        for shard in self.meta["shards"][share::of]:
-            if sha256(self.path / shard["file"]) != shard["sha256"]:
-                raise CheckpointError(f"{self.path / shard['file']}: sha256 differs from the manifest")
+        for name, expected in self._files[share::of]:
+            if sha256(self.path / name) != expected:
+                raise CheckpointError(f"{self.path / name}: sha256 differs from the manifest")
 
     def kinds(self) -> list[str]:
         return sorted({kind for kind, _ in self._pieces})
@@ -198,7 +207,9 @@ class Reader:
     def into(self, kind: str, name: str, start: int, target: Tensor) -> None:
         """Fill the 1-D `target` with elements [start, start + len(target)) of a parameter, wherever they are stored."""
         end, filled = start + target.numel(), 0
-        for first, length, file in self._pieces.get((kind, name), ()):
+        pieces = self._pieces.get((kind, name), _NO_PIECES)
+        before, behind = np.searchsorted(pieces[:, 0], (start + 1, end))
+        for first, length, file in pieces[max(0, int(before) - 1) : int(behind)].tolist():
             low, high = max(first, start), min(first + length, end)
             if low < high:
                 piece = self._file(file).get_slice(f"{kind}|{name}|{first}")[low - first : high - first]
@@ -215,23 +226,47 @@ class Reader:
 
     def full(self, kind: str, name: str) -> Tensor:
         """One whole parameter or buffer in its own shape; a table is flat."""
-        start, length, _ = self._pieces[kind, name][-1]
+        start, length, _ = self._pieces[kind, name][-1].tolist()
         shape = self.meta["shapes"].get(name, [start + length])
         flat = torch.empty(math.prod(shape), dtype=self._dtype(kind, name))
         self.into(kind, name, 0, flat)
         return flat.view(shape)
 
     def _dtype(self, kind: str, name: str) -> torch.dtype:
-        start, _, file = self._pieces[kind, name][0]
+        start, _, file = self._pieces[kind, name][0].tolist()
         return self._file(file).get_slice(f"{kind}|{name}|{start}")[:0].dtype
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
+    def _file(self, number: int) -> Any:
+        if number not in self._open:
+            path = self.path / self._files[number][0]
             try:
-                self._open[name] = safe_open(self.path / name, framework="pt")
+                self._open[number] = safe_open(path, framework="pt")
             except SafetensorError as error:
-                raise CheckpointError(f"{self.path / name}: {error}") from None
-        return self._open[name]
+                raise CheckpointError(f"{path}: {error}") from None
+        return self._open[number]
+
+
+_NO_PIECES = np.zeros((0, 3), np.int64)
+
+
+def _index(of_shards: Iterable[list[list[Any]]]) -> dict[tuple[str, str], NDArray[np.int64]]:
+    """(kind, name) -> start, length and number of the file of each piece, int64 [pieces, 3], in the order of starts."""
+    flat: dict[tuple[str, ...], list[int]] = {}
+    for number, fragments in enumerate(of_shards):
+        for kinds, name, start, length in fragments:
+            flat.setdefault((name, *kinds), []).extend((start, length, number))
+    index: dict[tuple[str, str], NDArray[np.int64]] = {}
+    for (name, *kinds), numbers in flat.items():
+        pieces = _sorted(np.array(numbers, np.int64).reshape(-1, 3))  # shared by the kinds that are cut alike
+        for kind in kinds:
+            known = index.get((kind, name))
+            index[kind, name] = pieces if known is None else _sorted(np.concatenate((known, pieces)))
+    return index
+
+
+def _sorted(pieces: NDArray[np.int64]) -> NDArray[np.int64]:
+    """By start, and empty ones before the others."""
+    return pieces[np.lexsort((pieces[:, 1], pieces[:, 0]))]
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from mimscale.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -80,9 +82,23 @@ class Control:
             raise RuntimeError("; ".join(failed[:3])) from failure
         return result  # type: ignore[return-value]
 
-    def first(self, work: Callable[..., None], *args: Any) -> None:
-        """Run `work` on rank 0 only; if it fails there, raise on all. The others wait."""
-        self.together(work if self.rank == 0 else lambda *_: None, *args)
+    def first(self, work: Callable[..., T], *args: Any) -> T:
+        """Run `work` on rank 0 only and give its result to all; if it fails there, raise on all. The others wait."""
+        result: T | None = None
+        failure: Exception | None = None
+        if self.rank == 0:
+            try:
+                result = work(*args)
+            except Exception as error:
+                failure = error
+        kind = UserError if isinstance(failure, UserError) else RuntimeError
+        text = None if failure is None else f"rank 0: {type(failure).__name__}: {failure}"
+        result, kind, text = self.broadcast((result, kind, text))
+        if failure is not None:
+            raise failure
+        if text is not None:
+            raise kind(text)
+        return result  # type: ignore[return-value]
 
     def agree(self, *numbers: int) -> list[int]:
         """The largest of each number over the ranks, as they were at the PREVIOUS call; at first all of them 0.

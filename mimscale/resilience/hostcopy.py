@@ -50,6 +50,7 @@ class HostCopy:
         self._buffer = torch.zeros(at, dtype=torch.uint8)
         if any(tensor.is_cuda for tensor in like.values()):
             self._buffer = self._buffer.pin_memory()
+        self.written = 0  # bytes that `write` has handed to the file system so far
         self._views = {name: self._buffer[a:b].view(like[name].dtype) for name, (a, b) in spans.items()}
 
     @property
@@ -72,7 +73,7 @@ class HostCopy:
 
     def write(self, path: Path) -> tuple[int, str]:
         """Write the file, wait for the disk, and return its size in bytes and its sha256. Raises OSError."""
-        digest = hashlib.sha256()
+        digest, self.written = hashlib.sha256(), 0
         data = memoryview(self._buffer.numpy().data)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
@@ -81,7 +82,8 @@ class HostCopy:
                     chunk = part[first : first + CHUNK_BYTES]
                     digest.update(chunk)
                     while chunk:
-                        chunk = chunk[os.write(descriptor, chunk) :]
+                        count = os.write(descriptor, chunk)
+                        self.written, chunk = self.written + count, chunk[count:]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from mimscale.outbox import Outbox
+
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
@@ -36,10 +38,18 @@ class Preemption:
         now_s = time.monotonic()
         if self.reason is None and now_s >= self._next_look_s:
             self._next_look_s = now_s + self._poll_s
-            found = [path for path in self._stop_files if path.exists()]
+            found = [path for path in self._stop_files if there(path)]
             if found:
                 self.reason = f"stop file {found[0]}"
         return self.reason is not None
+
+
+def there(path: Path) -> bool:
+    """Whether it exists, as far as the file system tells."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def ignore_signals() -> None:
@@ -48,13 +58,11 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def leave_requeue_marker(step: int, why: str = "asked") -> None:
+def leave_requeue_marker(outbox: Outbox, step: int, why: str = "asked") -> None:
     """Tell the batch script, through the file that MIMSCALE_REQUEUE_FILE names, that this job wants to run again.
 
     step: of the newest checkpoint. why: "asked" (a signal) or "hang".
     """
     name = os.environ.get("MIMSCALE_REQUEUE_FILE")
     if name:
-        part = Path(f"{name}.part{os.getpid()}")
-        part.write_text(f"{step} {why}\n")
-        part.replace(name)
+        outbox.replace(Path(name), f"{step} {why}\n")

@@ -1,7 +1,7 @@
 """Saving beside the training: the step waits for a copy to host memory, a thread does the rest.
 
 One save at a time. Every rank's thread writes its shard; that all have done so is agreed on by the loop's own per-step
-reduction (`votes`, `follow`), so no rank ever waits for another's disk; then rank 0's thread commits and prunes. A disk
+reduction (`follow`), so no rank ever waits for another's disk; then rank 0's thread commits and prunes. A disk
 that is full or slow costs warnings and tries; when `patience_s` is over the save is given up, the training goes on, and
 what was saved before stays. The threads use no collectives and end with their save, so none lives while loader workers
 are forked.
@@ -9,13 +9,12 @@ are forked.
 
 from __future__ import annotations
 
+import math
 import shutil
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,13 @@ from torch import Tensor
 
 from mimscale.config import CheckpointConfig
 from mimscale.errors import Stopped
+from mimscale.outbox import warn
 from mimscale.resilience import checkpoint
 from mimscale.resilience.control import Control
 from mimscale.resilience.hostcopy import HostCopy
 
 _ENTRY = struct.Struct("<q32s")  # size in bytes and sha256 of a shard; size -1: not written
-_NEVER = -(2**62)  # has no say in a maximum
+_NEVER = 2**62  # has no say in a minimum
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Saver:
     tensors: "kind|name|start" -> live 1-D tensor of this rank; every save brings the same ones in their current values.
     unchanged: called on rank 0 before anything is renamed or removed; raises Stopped where another start took over.
     note: told of each event on rank 0, from the training's thread.
+    alive: told, while a step waits for a save, whenever some rank's disk has gone on.
     """
 
     def __init__(
@@ -64,14 +65,16 @@ class Saver:
         tensors: Mapping[str, Tensor],
         unchanged: Callable[[], None] = lambda: None,
         note: Callable[..., None] = lambda name, **values: None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._root, self._control, self._config = root, control, config
-        self._unchanged, self.note = unchanged, note
+        self._unchanged, self._note, self._alive = unchanged, note, alive
         self._copy = HostCopy(tensors)
         self._fragments = control.gather(checkpoint.fragments(tensors))
         self._job: _Job | None = None
         self._number = 0  # saves begun; the same on all ranks, like all that `follow` decides by
         self._written = self._settled = 0  # this rank's last shard on disk or given up; rank 0's last save dealt with
+        self._tries = 0
 
     # ---------------------------------------------------------------------------------------------- the loop's calls
 
@@ -84,7 +87,7 @@ class Saver:
             assert self._job is not None
             late_s = time.monotonic() - self._job.start_s
             self._warn(f"step {step} is not saved: step {self._job.step} is still being written after {late_s:.0f} s")
-            self.note("save_skipped", at=step, busy_with=self._job.step)
+            self._note("save_skipped", at=step, busy_with=self._job.step)
             return
         start_s = time.perf_counter()
         self._copy.fill(tensors)
@@ -94,35 +97,51 @@ class Saver:
         job.stalled_s = time.perf_counter() - start_s
         self._start(job, self._write)
 
-    def votes(self) -> tuple[int, int]:
-        """What this rank contributes to the per-step reduction (largest over the ranks), for `follow`."""
-        return -self._written, -self._settled if self._control.rank == 0 else _NEVER
+    def follow(self, raised: bool = False) -> bool:
+        """Once per step: go on with the save under way. Waits for nothing; all ranks do the same.
 
-    def follow(self, written: int, settled: int) -> None:
-        """Take the agreed answer to `votes`. Waits for nothing; all ranks do the same."""
-        job = self._job
-        if job is None:
-            return
-        if not job.ready and -written >= self._number:
+        The one agreement of a step carries the loop's flag too: returns whether any rank had raised it a step ago.
+        """
+        settled = self._settled if self._control.rank == 0 else _NEVER
+        asked, *least = self._control.agree(raised, -self._written, -settled)
+        job, (written, settled) = self._job, (-number for number in least)
+        if job is not None and not job.ready and written >= self._number:
             self._gather(job)
-        if -settled >= self._number:
+        if job is not None and settled >= self._number:
             self._finish(job)
+        return bool(asked)
 
     def settle(self, limit_s: float | None = None) -> bool | None:
         """Wait until the save under way is on disk (True) or given up (False); None after `limit_s`. Collective."""
         job = self._job
         if job is None:
             return True
+        end_s = time.monotonic() + (math.inf if limit_s is None else limit_s)
         if not job.ready:
-            if not all(self._control.gather(_ended(job.thread, limit_s))):
+            if not self._ended(job, end_s):
                 return None
             self._gather(job)
-        ended = self._control.rank != 0 or _ended(job.thread, limit_s)
-        ended, job.committed = self._control.broadcast((ended, job.committed))
-        if not ended:
+        if not self._ended(job, end_s):
             return None
+        job.committed = self._control.broadcast(job.committed)
         self._finish(job)
         return job.committed
+
+    def _ended(self, job: _Job, end_s: float) -> bool:
+        """Wait for the threads of all ranks, at most until `end_s` on one of them. Collective."""
+        before, pause_s = None, 0.01
+        while True:
+            assert job.thread is not None
+            job.thread.join(max(0.0, min(pause_s, end_s - time.monotonic())))
+            ended, late = not job.thread.is_alive(), time.monotonic() >= end_s
+            ranks = self._control.gather((ended, late, self._copy.written, self._tries))
+            if all(ended for ended, *_ in ranks):
+                return True
+            if any(late for _, late, *_ in ranks):
+                return False
+            if ranks != before:
+                self._alive()
+            before, pause_s = ranks, min(2 * pause_s, 1.0)
 
     # ------------------------------------------------------------------------------------------------------- plumbing
 
@@ -152,10 +171,10 @@ class Saver:
             return
         seconds = {"stalled_s": round(job.stalled_s, 4), "written_s": round(time.monotonic() - job.start_s, 3)}
         if job.committed:
-            self.note("saved", at=job.step, bytes_rank0=self._copy.bytes, **seconds)
+            self._note("saved", at=job.step, bytes_rank0=self._copy.bytes, **seconds)
         else:
             self._warn(f"step {job.step} could not be saved: {job.failure}; the checkpoints before it are untouched")
-            self.note("save_failed", at=job.step, why=job.failure, **seconds)
+            self._note("save_failed", at=job.step, why=job.failure, **seconds)
 
     # ------------------------------------------------------------------------------------------------- in the thread
 
@@ -181,6 +200,7 @@ class Saver:
 
         def tidy() -> None:
             self._unchanged()
+            checkpoint.forget_after(self._root, job.step)
             checkpoint.prune(self._root, self._config.keep, self._config.keep_every)
 
         self._patiently(job, attempt)
@@ -198,6 +218,7 @@ class Saver:
         """Try until it succeeds or `patience_s` is over. What went wrong ends up in `job.failure`."""
         end_s, pause_s = time.monotonic() + self._config.patience_s, 1.0
         while True:
+            self._tries += 1
             try:
                 attempt()
                 return
@@ -214,11 +235,4 @@ class Saver:
             pause_s = min(2 * pause_s, 30.0)
 
     def _warn(self, text: str) -> None:
-        with suppress(OSError):  # the log may lie on the same full disk
-            print(f"checkpoint: rank {self._control.rank}: {text}", file=sys.stderr, flush=True)
-
-
-def _ended(thread: threading.Thread | None, limit_s: float | None) -> bool:
-    if thread is not None:
-        thread.join(limit_s)
-    return thread is None or not thread.is_alive()
+        warn(f"checkpoint: rank {self._control.rank}: {text}")

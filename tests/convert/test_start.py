@@ -12,17 +12,18 @@ from torch import Tensor
 
 from mimscale.config import RunConfig
 from mimscale.convert import start
-from mimscale.convert.families import mae
+from mimscale.convert.families import mae, simmim
 from mimscale.convert.source import identity_file, resolve
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
 from mimscale.methods.finetune import Finetune
 from mimscale.methods.mae import MAE
 from mimscale.methods.mff import MFF
+from mimscale.methods.simmim import SimMIM
 from mimscale.models import posembed
 from mimscale.resilience import checkpoint
 from tests import golden
-from tests.convert.runs import IMAGES, METHODS, STUDENT, saved_run
+from tests.convert.runs import IMAGES, METHODS, STUDENT, save_run, saved_run
 from tests.golden import batch_of, close, run_config
 
 FINETUNE = {"name": "finetune", "classes": 3, "head_std": 0.1}
@@ -70,7 +71,7 @@ def test_positions_are_resized_as_in_the_official_fine_tuning(tmp_path: Path) ->
     method, notes, _ = started(Finetune, FINETUNE, folder, size=96)
     assert isinstance(method, Finetune)
     table = posembed.resize(source.student.get_buffer("pos_embed"), (4, 4), (6, 6))
-    assert torch.equal(method.student.pos_embed.data, table)
+    assert torch.equal(method.student.get_parameter("pos_embed"), table)
     assert "pos_embed resized from 4x4 to 6x6 patches" in notes
 
 
@@ -78,6 +79,41 @@ def test_a_last_norm_that_is_not_in_the_weights_stays(tmp_path: Path) -> None:
     folder, _ = saved_run(tmp_path / "run", "maskalign")
     _, notes, _ = started(Finetune, {**FINETUNE, "pool": "cls"}, folder)
     assert "not in it, so at their initial values: norm.bias, norm.weight" in notes
+
+
+@pytest.mark.parametrize("file", ["simmim_dev", "simmim_ape"])
+@pytest.mark.parametrize("official", [False, True])
+def test_finetuning_of_simmim_sees_what_its_pretraining_saw(file: str, official: bool, tmp_path: Path) -> None:
+    """With nothing masked both encoders give the same tokens, to the bit; each block has a copy of the shared table."""
+    g = golden.load(file)
+    c = g.config
+    kind = "per_block" if c["position"] == "shared" else "absolute"
+    sizes = {"width": c["embed"], "depth": c["depth"], "heads": c["heads"]}
+    scale = c["layer_scale_init"]
+    positions = "relative" if kind == "per_block" else kind
+    pretraining = {"name": "simmim", "positions": positions, "layer_scale": scale}
+    run = run_config(pretraining, sizes, c["img_size"])
+    source = SimMIM(run, {})
+    source.load_state_dict(simmim.from_official(g.part("state")).weights)
+    path = tmp_path / "official.pth"
+    if official:
+        torch.save({"model": g.part("state")}, path)
+    else:
+        path = save_run(tmp_path / "run", source, run)
+    images = torch.randn(2, 3, c["img_size"], c["img_size"], generator=torch.Generator().manual_seed(2))
+    for pool in ("mean", "cls"):
+        section = {**FINETUNE, "pool": pool, "beit": {"positions": kind, "layer_scale": scale}}
+        method, notes, _ = started(Finetune, section, path, c["img_size"], **sizes)
+        assert isinstance(method, Finetune)
+        out = source.student(images, apply_norm=pool == "cls")
+        assert torch.equal(method.student(images).tokens, out.tokens)
+        mean = F.layer_norm(out.tokens[:, 1:].mean(dim=1), (c["embed"],), eps=1e-6)
+        pooled = mean if pool == "mean" else out.tokens[:, 0]
+        assert torch.equal(method.features(images), pooled)
+        assert any("copied into each of the" in note for note in notes) == (kind == "per_block")
+        method(batch_of(images), {})["loss"].backward()
+        golden.every_parameter_has_a_gradient(method)
+        assert method.layer_of("student.blocks.1.attn.q_bias") == 2 and method.layer_of("student.cls_token") == 0
 
 
 @pytest.mark.parametrize("official", [False, True])

@@ -20,7 +20,7 @@ from mimscale.methods.finetune import Finetune
 from mimscale.methods.mae import MAE
 from mimscale.models.beit import Beit
 from mimscale.models.vit import ViT
-from tests.convert.runs import IMAGES, METHODS, save_run, saved_run
+from tests.convert.runs import IMAGES, METHODS, build, save_run, saved_run
 from tests.golden import close, run_config
 
 
@@ -87,9 +87,16 @@ def test_the_report_says_the_call(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_a_classifier_with_its_head(pool: str, tmp_path: Path) -> None:
-    folder, method = saved_run(tmp_path / "run", "finetune", pool=pool)
+@pytest.mark.parametrize("positions", [None, "per_block", "relative", "absolute"])
+def test_a_classifier_with_its_head(positions: str | None, pool: str, tmp_path: Path) -> None:
+    beit: dict[str, Any] = {"beit": {"positions": positions}} if positions else {}
+    folder, method = saved_run(tmp_path / "run", "finetune", pool=pool, **beit)
     assert isinstance(method, Finetune)
+    if positions in ("per_block", "relative"):  # the tables start at zero
+        for name, parameter in method.named_parameters():
+            torch.nn.init.normal_(parameter) if name.endswith("table") else None
+        save_run(tmp_path / "moved", method, build("finetune", pool=pool, **beit)[1])
+        folder = tmp_path / "moved"
     out = tmp_path / "classifier.safetensors"
     assert main(["convert", str(folder), str(out), "--to", "timm", "--with-head"]) == 0
     report = json.loads((tmp_path / "classifier.safetensors.json").read_text())

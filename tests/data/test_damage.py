@@ -21,6 +21,7 @@ from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
 from mimscale.data.reader import DamagedSample, substitutes
 from mimscale.observe.ledger import Ledger, default_limit
+from mimscale.outbox import Outbox
 
 SEED, GLOBAL, STEPS = 5, 20, 4  # of 80 samples: exactly one epoch
 
@@ -174,7 +175,7 @@ def damage(sample: int) -> Damage:
 
 def test_the_ledger_counts_each_sample_once_over_ranks_and_launches(tmp_path: Path) -> None:
     path = tmp_path / "damaged.jsonl"
-    ledger, other = Ledger(path, 2, writes=True), Ledger(path, 2, writes=False)
+    ledger, other = Ledger(path, 2, Outbox()), Ledger(path, 2)
     ledger.note([damage(4), damage(1), damage(4)])
     other.note([damage(1)])
     parts = [ledger.take(), other.take()]
@@ -183,22 +184,23 @@ def test_the_ledger_counts_each_sample_once_over_ranks_and_launches(tmp_path: Pa
     assert ledger.settle([ledger.take()]) == [] and (ledger.total, ledger.full) == (2, False)
     with path.open("a") as file:
         file.write('{"sample": 7, "sha')  # a run that was killed here
-    later = Ledger(path, 2, writes=True)
+    later = Ledger(path, 2, Outbox())
     assert later.total == 2
     later.settle([[damage(9)]])
     assert later.full and "3 samples cannot be used, data.max_damaged allows 2" in later.verdict()
     assert "\n" not in later.verdict() and "key1 (why)" in later.verdict()
-    assert Ledger(path, 5, writes=False).total == 3
+    assert Ledger(path, 5).total == 3
 
 
 def test_a_disk_that_refuses_delays_the_list_and_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "damaged.jsonl"
-    ledger = Ledger(path, 5, writes=True)
+    outbox = Outbox()
+    ledger = Ledger(path, 5, outbox)
     path.mkdir()  # any file that cannot be written
     assert [d.sample for d in ledger.settle([[damage(3)]])] == [3]
     path.rmdir()
-    assert ledger.settle([[]]) == []
-    assert Ledger(path, 5, writes=False).total == 1 and ledger.settle([[]]) == []
+    assert outbox.flush() == []
+    assert Ledger(path, 5).total == 1 and ledger.settle([[]]) == []
     assert len(path.read_text().splitlines()) == 1
 
 

@@ -22,7 +22,7 @@ def test_golden() -> None:
         importance = part["cls_attention_per_head"][:, :, 1:].mean(1)
         torch.testing.assert_close(importance, part["importance"], rtol=1e-6, atol=0)
         everything = attentive_order(part["importance"], part["exponential_noise"])
-        assert torch.equal(everything, part["attn_ids_shuffle"])
+        golden.equal(everything, part["attn_ids_shuffle"])
         masking = policy(16 * side, 16, teacher(side), policy="attention", ratio=case["mask_ratio"])
         visible = masking.choose(batch(part["exponential_noise"]), attended(part["importance"])).visible
         assert torch.equal(visible, part["attn_ids_keep"])

@@ -60,7 +60,7 @@ def test_the_released_crop_is_matched_and_is_not_ours() -> None:
         boxes = torch.tensor([[i / height, j / width, h / height, w / width]])
         flips = torch.tensor([bool(flip)])
         released = through_released_crop(weights, (14, 14), boxes, flips, 224)
-        golden.close(released[0], g[f"{k}/patch_weights_196"], 2e-4)
+        golden.close(released[0], g[f"{k}/patch_weights_196"], 2e-4, "weight")
         ours = through_crop(weights, (14, 14), boxes, flips) * 256
         assert (ours - released).abs().max() > 50  # of 256
     touching = through_released_crop(torch.rand(1, 196), (14, 14), WHOLE, torch.tensor([False]), 224)

@@ -14,7 +14,7 @@ def test_golden_maskalign() -> None:
     g = golden.load("sincos_dev")
     for width, side, cls in g.config["cases"]:
         stored = g[f"pos/dim{width}_grid{side}_{'cls' if cls else 'nocls'}"]
-        assert torch.equal(sincos_2d(width, (side, side), cls=cls)[0], stored)
+        golden.equal(sincos_2d(width, (side, side), cls=cls)[0], stored, "table")
 
 
 def test_golden_mae() -> None:
@@ -24,7 +24,7 @@ def test_golden_mae() -> None:
         table = sincos_2d(width, (side, side))[0]
         if len(stored) == 6:
             table = table[[0, 1, 2, side, side + 1, side * side]]
-        assert torch.equal(table, stored)
+        golden.equal(table, stored, "table")
     close(resize(g["interp/src_4x4"], (4, 4), (6, 6)), g["interp/dst_6x6"])
 
 

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mimscale.contracts import View
 from mimscale.observe import gallery
 from mimscale.observe.logbook import Logbook
+from mimscale.outbox import Outbox
 
 
 def view() -> View:
@@ -21,7 +22,9 @@ def view() -> View:
 
 
 def open_logbook(folder: Path) -> Logbook:
-    return Logbook(folder, active=True, tensorboard=True, total=10, step=0)
+    book = Logbook(folder, Outbox(), active=True)
+    book.begin(total=10, step=0, tensorboard=True)
+    return book
 
 
 def pictures(folder: Path) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -51,6 +52,30 @@ def test_any_cut_reads_any_other(tmp_path_factory: pytest.TempPathFactory, n: in
     assert torch.equal(reader.full("fp32", "w"), numbers)
 
 
+def test_a_reader_can_be_sent_to_a_process_that_never_sees_the_manifest(tmp_path: Path) -> None:
+    path = write(tmp_path, 1, torch.arange(10.0), [4])
+    reader = Reader(path)
+    assert torch.equal(reader.full("fp32", "w"), torch.arange(10.0))
+    (path / "manifest.json").unlink()
+    sent = pickle.loads(pickle.dumps(reader))
+    sent.verify()
+    target = torch.zeros(3)
+    sent.into("fp32", "w", 3, target)
+    assert target.tolist() == [3, 4, 5] and sent.names("fp32") == ["w"]
+
+
+def test_a_piece_without_elements_hides_no_other(tmp_path: Path) -> None:
+    shards = [
+        checkpoint.write_shard(tmp_path / ".tmp", {f"table|t|{start}": torch.arange(start, end)}, rank, 4)
+        for rank, (start, end) in enumerate(((0, 3), (3, 3), (3, 5), (5, 5)))
+    ]
+    checkpoint.commit(tmp_path / ".tmp", tmp_path / "step-00000001", shards, {"shapes": {}})
+    reader = Reader(tmp_path / "step-00000001")
+    target = torch.zeros(2, dtype=torch.int64)
+    reader.into("table", "t", 3, target)
+    assert target.tolist() == [3, 4] and reader.full("table", "t").tolist() == [0, 1, 2, 3, 4]
+
+
 def test_files_are_plain_safetensors(tmp_path: Path) -> None:
     path = write(tmp_path, 7, torch.arange(10.0), [4])
     files = sorted(path.glob("*.safetensors"))
@@ -95,7 +120,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 def test_a_manifest_reaches_no_file_outside_its_folder(tmp_path: Path) -> None:
     path = write(tmp_path, 1, torch.arange(4.0), [])
-    meta = Reader(path).meta
+    meta = json.loads((path / "manifest.json").read_text())
     for name in (f"../{path.name}/shard", "/etc/hostname", ".."):
         text = json.dumps({**meta, "shards": [{**meta["shards"][0], "file": name}]})
         (path / "manifest.json").write_text(text)

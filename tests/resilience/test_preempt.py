@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mimscale.outbox import Outbox
 from mimscale.resilience.preempt import SIGNALS, Preemption, ignore_signals, leave_requeue_marker
 
 
@@ -44,8 +45,8 @@ def test_signals_are_ignored_at_the_end() -> None:
 
 def test_requeue_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MIMSCALE_REQUEUE_FILE", raising=False)
-    leave_requeue_marker(3)
+    leave_requeue_marker(Outbox(), 3)
     monkeypatch.setenv("MIMSCALE_REQUEUE_FILE", str(tmp_path / "again"))
-    leave_requeue_marker(41)
+    leave_requeue_marker(Outbox(), 41)
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
     assert (tmp_path / "again").read_text() == "41 asked\n"

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from mimscale.resilience import checkpoint
-from mimscale.resilience.watchdog import EXIT_CODE, named
+from mimscale.resilience.pace import named
+from mimscale.resilience.watchdog import EXIT_CODE
 from tests import ranks
 
 

@@ -1,4 +1,4 @@
-"""A classifier's names, in MAE's and ConvMAE's fine-tuning and in timm: the encoder, `fc_norm` and `head`."""
+"""A classifier's names, in MAE's, ConvMAE's and SimMIM's fine-tuning and in timm: the encoder, `fc_norm`, `head`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mimscale.config import RunConfig
+from mimscale.convert.families import simmim
 from mimscale.convert.names import Levels, Mapped, State, parts_of
 
 METHODS: tuple[str, ...] = ("finetune",)
@@ -19,11 +20,12 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def encoder(state: Mapping[str, Tensor]) -> State:
-    return {name: tensor for name, tensor in state.items() if not name.startswith(HEAD)}
+    return {name: tensor for name, tensor in simmim.without_index(state).items() if not name.startswith(HEAD)}
 
 
 def from_official(state: Mapping[str, Tensor], levels: Levels | None = None) -> Mapped:
-    return Mapped({n if n.startswith(HEAD) else f"student.{n}": tensor for n, tensor in state.items()})
+    kept = simmim.without_index(state)
+    return Mapped({n if n.startswith(HEAD) else f"student.{n}": tensor for n, tensor in kept.items()})
 
 
 def fits(weights: Mapping[str, Tensor]) -> bool:
@@ -31,4 +33,4 @@ def fits(weights: Mapping[str, Tensor]) -> bool:
 
 
 def to_official(weights: Mapping[str, Tensor], run: RunConfig | None = None) -> Mapped:
-    return Mapped({name.removeprefix("student."): tensor for name, tensor in weights.items()})
+    return Mapped(simmim.with_index({name.removeprefix("student."): tensor for name, tensor in weights.items()}))

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mimscale.config import RunConfig
+from mimscale.convert.families import simmim
 from mimscale.convert.names import Levels, Mapped, State, parts_of
 
 METHODS: tuple[str, ...] = ("mae",)
 WHOLE = "mask_token"
-ENCODER = ("cls_token", "pos_embed", "rel_pos_bias.relative_position_bias_table", "patch_embed.", "blocks.", "norm.")
+ENCODER = ("cls_token", "pos_embed", "rel_pos_bias.", "patch_embed.", "blocks.", "norm.")
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
@@ -23,7 +24,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def encoder(state: Mapping[str, Tensor]) -> State:
-    return {name: tensor for name, tensor in state.items() if name.startswith(ENCODER)}
+    return {name: tensor for name, tensor in simmim.without_index(state).items() if name.startswith(ENCODER)}
 
 
 def from_official(state: Mapping[str, Tensor], levels: Levels | None = None) -> Mapped:

@@ -1,0 +1,116 @@
+"""Disks that are full, slow, read-only or broken, while the run goes on."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+
+from mimscale.resilience import checkpoint
+from tests.faults.kinds._kind import Moments, fault, soon
+from tests.faults.lab import Lab, Missed, Run, mounted, unmount
+from tests.faults.layer import CHANGES, SLOW
+
+
+def refused(lab: Lab, run: Run, error: int) -> str:
+    """Wait until saves fail with this errno; for one try, or until a save was given up."""
+    briefly = lab.random.random() < 0.5
+    run.until(lambda: run.said(f"Errno {error}"), "a save that fails")
+    if not briefly:
+        run.until(lambda: run.events("save_failed") or run.events("save_skipped"), "a save that is given up")
+    return "until the next try" if briefly else "until a save was given up"
+
+
+def answered(lab: Lab, run: Run, ops: str, error: int) -> Moments:
+    """By the fault layer."""
+    soon(lab, run)
+    run.mark()
+    lab.layer.arm(ops, run.checkpoints, error)
+    moment = refused(lab, run, error)
+    lab.layer.rest()
+    yield moment
+    run.until(lambda: run.events("saved") or run.done, "a save after it")
+
+
+@fault(times=8)
+def disk_answers_eio(lab: Lab, run: Run, number: int) -> Moments:
+    yield from answered(lab, run, lab.random.choice(("w", "s", "r", "o")), errno.EIO)
+
+
+@fault(times=8)
+def quota(lab: Lab, run: Run, number: int) -> Moments:
+    yield from answered(lab, run, "wom", errno.EDQUOT)
+
+
+@fault(times=8)
+def read_only_mount(lab: Lab, run: Run, number: int) -> Moments:
+    """A real one where that is permitted."""
+    path = str(run.checkpoints)
+    soon(lab, run)
+    run.until(run.checkpoints.is_dir, "a checkpoint")
+    run.mark()
+    if not mounted(["--bind", path, path]):
+        yield from answered(lab, run, CHANGES, errno.EROFS)
+        return
+    try:
+        run.until(lambda: mounted(["-o", "remount,bind,ro", path]), "the remount")  # refused while a file is written
+        moment = refused(lab, run, errno.EROFS)
+        if not mounted(["-o", "remount,bind,rw", path]):
+            raise Missed("the mount stays read-only")
+    finally:
+        unmount(run.checkpoints)
+    yield f"{moment} (mount)"
+    run.until(lambda: run.events("saved") or run.done, "a save after it")
+
+
+@fault(times=8)
+def disk_full(lab: Lab, run: Run, number: int) -> Moments:
+    """A tmpfs that lacks room for one more checkpoint and then grows, where that is permitted."""
+    soon(lab, run)
+    run.until(run.checkpoints.is_dir, "a checkpoint")
+    run.down()
+    old = run.folder.with_name(f"{run.folder.name}-disk-{number}")
+    run.checkpoints.rename(old)
+    run.checkpoints.mkdir()
+    held = checkpoint.complete(old)
+    (whole, _) = lab.undisturbed(run.world)
+    size = sum(path.stat().st_size for path in (whole.checkpoints / f"step-{whole.step():08d}").iterdir())
+    tmpfs = mounted(
+        ["-t", "tmpfs", "-o", f"size={int((len(held) + 0.6) * size) >> 10}k", "tmpfs", str(run.checkpoints)]
+    )
+    if tmpfs:
+        run.undo.callback(unmount, run.checkpoints)
+    for path in held:
+        shutil.copytree(path, run.checkpoints / path.name)
+    shutil.rmtree(old)
+    run.mark()
+    if not tmpfs:
+        lab.layer.arm("wom", run.checkpoints, errno.ENOSPC)
+    run.start()
+    moment = refused(lab, run, errno.ENOSPC)
+    if tmpfs and not mounted(["-o", "remount,size=64m", str(run.checkpoints)]):
+        raise Missed("the disk does not grow")
+    lab.layer.rest()
+    yield f"{moment}{' (tmpfs)' if tmpfs else ''}"
+    run.until(lambda: run.events("saved") or run.done, "a save after it")
+
+
+@fault(times=4)
+def disk_is_slow(lab: Lab, run: Run, number: int) -> Moments:
+    soon(lab, run)
+    run.mark()
+    lab.layer.arm("s", run.checkpoints, SLOW, delay_ms=300)
+    run.until(lambda: run.events("saved"), "a slow save")
+    lab.layer.rest()
+    if run.events("saved")[0]["written_s"] < 0.6:
+        raise Missed("the save was not slow")
+    yield "300 ms for each fsync"
+
+
+@fault(times=8)
+def shard_reads_answer_eio(lab: Lab, run: Run, number: int) -> Moments:
+    """Two reads in a row: as many as the reader tries again."""
+    step = soon(lab, run)
+    lab.layer.arm("p", lab.shards, errno.EIO, count=2)
+    run.until(lambda: lab.layer.struck == 2, "two reads")
+    lab.layer.rest()
+    yield f"step {step}"
