@@ -67,33 +67,6 @@ def train(plan: Plan, phases: Phases) -> None:
     bank = Bank(run.teachers, method.needs.teachers, run.data.image_size, world.device)
     phases.end("model")  # before the ranks connect: a missing teacher file is still one line
     lock = Lock(plan.run_dir) if world.rank == 0 else None
-<<<<<<< HEAD
-    with phases("process_group"):
-        open_process_group(world)
-        watch.control = control = Control()
-    with phases("engine"):
-        engine = Engine(method, run, world)
-        bank.shard(partial(split_over_ranks, world=world))
-        method.begin(plan.manifest.samples)
-    with phases("resume"):
-        rig = Rig(plan, engine, method, bank, control)
-        state = restore(rig).launched()
-        control.first(open_folder, plan, state)
-        unchanged = lock.check if lock is not None else lambda: None
-        saver = Saver(rig.checkpoints, control, run.checkpoint, rig.live_tensors(), unchanged)
-        guard = Guard(run.guard, engine.accumulation, world.device)
-        guard.load(state.guard)
-
-    loader = open_loader(plan, method, engine, state)
-    taught = partial(Lessons, bank, world.device, ahead=run.engine.teachers_ahead, prepare=method.prepare)
-    lessons = taught(Staging(iter(loader), world.device))  # starts the workers
-    logbook = Logbook(
-        plan.run_dir,
-        active=world.rank == 0,
-        tensorboard=run.log.tensorboard,
-        total=plan.total_steps,
-        step=state.step,
-=======
     phases.end("lock")
     open_process_group(world)
     watch.control = control = Control()
@@ -110,7 +83,6 @@ def train(plan: Plan, phases: Phases) -> None:
     unchanged = lock.check if lock is not None else lambda: None
     saver = Saver(
         rig.checkpoints, control, run.checkpoint, rig.live_tensors(), unchanged, logbook.event, alive=watch.alive
->>>>>>> main
     )
     guard = Guard(run.guard, engine.accumulation, world.device)
     guard.load(state.guard)
@@ -157,14 +129,8 @@ def train(plan: Plan, phases: Phases) -> None:
             saver.settle()
             state = roll_back(rig, guard, state)
             loader.close()
-<<<<<<< HEAD
-            loader = open_loader(plan, method, engine, state)
-            lessons = taught(Staging(iter(loader), world.device))
-            meter = Meter(world.device)
-=======
             loader, lessons = open_lessons(rig, state)
             meter.restart()
->>>>>>> main
             continue
 
         last = state.step == plan.total_steps
@@ -210,7 +176,7 @@ def open_lessons(rig: Rig, state: TrainState) -> tuple[TrainLoader, Lessons]:
         pin=device.type == "cuda",
     )
     ahead = plan.run.engine.teachers_ahead
-    return loader, Lessons(rig.bank, device, iter(loader), ahead=ahead, prepare=rig.method.prepare)
+    return loader, Lessons(rig.bank, device, Staging(iter(loader), device), ahead=ahead, prepare=rig.method.prepare)
 
 
 def tell(rig: Rig, phases: Phases, pace: Pace, meter: Meter, ledger: Ledger, state: TrainState) -> None:
