@@ -174,6 +174,7 @@ def open_lessons(rig: Rig, state: TrainState) -> tuple[TrainLoader, Lessons]:
         start_step=state.step,
         jumps=state.jumps,
         pin=device.type == "cuda",
+        device=device,
     )
     ahead = plan.run.engine.teachers_ahead
     return loader, Lessons(rig.bank, device, Staging(iter(loader), device), ahead=ahead, prepare=rig.method.prepare)
