@@ -12,6 +12,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -64,10 +65,21 @@ def _until_over(processes: Sequence[BaseProcess]) -> list[int]:
 def _become(words: Sequence[str], environment: Mapping[str, str], *printed: Path) -> None:
     """`python -m WORDS`, in this process. printed: where standard output and standard error go."""
     assert "deepspeed" in sys.modules, "tests/preloaded.py could not be imported"
+    multiprocessing.set_start_method(None, force=True)  # a fork server's children would take their workers from one
     for descriptor, path in enumerate(printed, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(environment)
     module, *arguments = words
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    code = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    from mimscale.__main__ import end_process  # not before the module that may be this one
+
+    end_process(code)  # loaders end their workers at exit, which multiprocessing leaves out
