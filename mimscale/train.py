@@ -24,6 +24,7 @@ from mimscale.contracts import Batch, Targets
 from mimscale.convert import start
 from mimscale.data.foreign import NOTE
 from mimscale.data.loader import TrainLoader
+from mimscale.data.staging import Staging
 from mimscale.engine.engine import Engine
 from mimscale.engine.frozen import split_over_ranks
 from mimscale.engine.world import close_process_group, open_process_group
@@ -174,9 +175,10 @@ def open_lessons(rig: Rig, state: TrainState) -> tuple[TrainLoader, Lessons]:
         start_step=state.step,
         jumps=state.jumps,
         pin=device.type == "cuda",
+        device=device,
     )
     ahead = plan.run.engine.teachers_ahead
-    return loader, Lessons(rig.bank, device, iter(loader), ahead=ahead, prepare=rig.method.prepare)
+    return loader, Lessons(rig.bank, device, Staging(iter(loader), device), ahead=ahead, prepare=rig.method.prepare)
 
 
 def tell(rig: Rig, phases: Phases, pace: Pace, meter: Meter, ledger: Ledger, state: TrainState) -> None:
