@@ -33,7 +33,7 @@ from tests.faults import trail
 from tests.faults.layer import Layer
 
 STEPS, EVERY = 60, 4
-LIMIT_S = 120.0  # for anything that is waited for
+LIMIT_S = 300.0  # for anything that is waited for
 Plant = Callable[[], None]
 
 
