@@ -42,9 +42,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Strict(BaseModel):
-    """A section: unknown keys are errors, values do not change after validation."""
+    """A section: unknown keys are errors, numbers are finite, values do not change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class MethodConfig(Strict):
@@ -158,6 +158,8 @@ class StudentConfig(Strict):
             raise ValueError("needs size (tiny, small, base, large, huge) or all of width, depth, heads")
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width = {self.width} must be divisible by heads = {self.heads} and by 4")
+        if int(self.width * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio = {self.mlp_ratio} of width = {self.width} is less than one channel; raise it")
         return self
 
 

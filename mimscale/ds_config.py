@@ -66,7 +66,12 @@ def load_ds_config(name: str) -> dict[str, Any]:
             raise UserError(f"{name}: unknown top-level key '{key}'{nearest(key, sorted(DS_OWNS))}")
     zero = values.get("zero_optimization", {})
     if zero.get("stage", 0) == 0 and precision_of(values) != "fp32":
-        raise UserError(f"{name}: ZeRO stage 0 in 16 bit drifts from the other stages; set zero_optimization.stage = 1")
+        raise UserError(f"{name}: ZeRO stage 0 in 16 bit drifts from the other stages; set zero_optimization.stage = 2")
+    if zero.get("stage", 0) == 1 and precision_of(values) == "bf16":
+        raise UserError(
+            f"{name}: for ZeRO stage 1 in bf16 DeepSpeed takes an optimizer whose state checkpoints do not know; "
+            f"set zero_optimization.stage = 2"
+        )
     for section, key in DS_REFUSED:
         if key in values.get(section, {}):
             raise UserError(f"{name}: {section}.{key} would switch off a check or move state that checkpoints need")

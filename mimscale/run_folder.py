@@ -7,7 +7,7 @@ damaged.jsonl     one line per sample that could not be used
 tensorboard/      the same, to look at
 checkpoints/      see resilience/checkpoint.py
 job/              what the batch scripts keep there
-lock              who writes here: resilience/lock.py
+lock, lock.held   who writes here: resilience/lock.py
 hang/             where each rank stood when the run stood still: resilience/watchdog.py
 guard.json        why the guard ended the run;  left_out.jsonl: samples that a roll-back jumped over
 stop              made by you: the run saves at its next step and stops

@@ -26,6 +26,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "shards"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that none of them is left over at the end where several run at a time."""
+    marks, rank = ("slurm", "multi", "slow"), dict[Path, int]()
+    for item in items:
+        number = next((i for i, mark in enumerate(marks) if item.get_closest_marker(mark)), len(marks))
+        rank[item.path] = min(number, rank.get(item.path, number))
+    items.sort(key=lambda item: rank[item.path])
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """With MIMSCALE_NO_SKIPS a test that was skipped fails the run: continuous integration has all that they need."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from mimscale.resilience import checkpoint
+from tests import forked
 
 KINDS = checkpoint.KINDS
 
@@ -99,9 +100,9 @@ def environment() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k not in drop}, "OMP_NUM_THREADS": "1"}
 
 
-def run(ranks: int, *words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run(count: int, *words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a module on that many ranks and wait; on failure show what it printed."""
-    done = subprocess.run(command(ranks, *words), capture_output=True, text=True, env=environment())
+    done = forked.run(count, list(map(str, words)), environment())
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
     return done

@@ -97,6 +97,7 @@ def test_what_may_change_at_a_resume(recipe: Path) -> None:
         ),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {}}}, "zero_optimization.offload_optimizer would"),
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "stage 0 in 16 bit"),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, "stage 1 in bf16"),
     ],
 )
 def test_deepspeed_files(tmp_path: Path, change: dict[str, object], line: str) -> None:
@@ -133,3 +134,18 @@ def test_batch_error_names_values_that_work() -> None:
     assert "use 984 or 1008, or" in str(error.value)
     for text in str(error.value).split("or ")[-1].removesuffix(" ranks").split(", "):
         assert 1000 % int(text) == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "fragment"),
+    [
+        ("optim.weight_decay=.inf", "optim.weight_decay = inf: input should be a finite number"),
+        ("schedule.base_lr=.nan", "schedule.base_lr = nan"),
+        ("student.mlp_ratio=0.001", "mlp_ratio = 0.001 of width = 64 is less than one channel"),
+        ("method.decoder_mlp_ratio=0.001", "decoder_mlp_ratio = 0.001 of decoder_width = 64 is less than one channel"),
+    ],
+)
+def test_numbers_that_no_network_has(override: str, fragment: str) -> None:
+    with pytest.raises(UserError, match=fragment) as error:
+        config.load("mae_tiny", [override])
+    assert "\n" not in str(error.value)

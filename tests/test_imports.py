@@ -12,12 +12,13 @@ import mimscale
 ROOT = Path(mimscale.__file__).parent
 
 # room -> rooms it may import from. A room is a folder or a single file of mimscale/. Every room may import BOTTOM.
-BOTTOM = {"errors", "by_name", "contracts", "config", "ds_config"}
+BOTTOM = {"errors", "by_name", "contracts", "config", "digest", "ds_config"}
 MAY_IMPORT = {
     "errors": set(),
     "contracts": set(),
     "by_name": set(),
     "config": {"by_name"},
+    "digest": set(),
     "ds_config": set(),
     "schedule": set(),
     "optim": set(),
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "state": set(),
     "run_folder": set(),
     "recipes": set(),
-    "convert": {"models", "methods", "data", "resilience", "run_folder"},
+    "convert": {"outbox", "models", "methods", "data", "resilience", "run_folder"},
     "evals": {"models", "methods", "data", "resilience", "convert"},
     "compositions": {"models", "methods", "masking"},
     "doctor": {"compositions", "doctor_teacher", "models", "methods", "teachers", "data", "engine", "convert"},

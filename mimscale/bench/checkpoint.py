@@ -25,16 +25,30 @@ def run(args: argparse.Namespace) -> int:
     from mimscale.bench._report import origin, table
 
     shapes = parameter_sizes(args.recipe)
-    rows = []
+    rows: list[list[str]] = []
+    starts: list[list[str]] = []
     for world in args.ranks:
         folder = Path(tempfile.mkdtemp(prefix="bench-", dir=args.folder))
         try:
-            rows.append(measure(shapes, world, folder))
+            row, start = measure(shapes, world, folder)
+            rows.append(row)
+            starts.append(start)
         finally:
             shutil.rmtree(folder)
     heads = ["ranks", "files", "GB in all", "manifest MB", "copy s", "write s", "commit s", "open s", "read share s"]
     print(f"{args.recipe}: {sum(shapes.values()) / 1e6:.0f} M parameters, fp32 master and two moments\n")
-    print(table(heads, rows))
+    print(table(heads, rows) + "\n")
+    heads = [
+        "ranks",
+        "open CPU s",
+        "sent MB",
+        "take CPU s",
+        "CPU s of all",
+        "if each opened",
+        "MB read",
+        "if each read",
+    ]
+    print(table(heads, starts))
     print(f"\n{origin()}")
     return 0
 
@@ -62,7 +76,10 @@ def cut(sizes: dict[str, int], rank: int, world: int) -> list[tuple[str, int, in
     return slices
 
 
-def measure(sizes: dict[str, int], world: int, folder: Path) -> list[str]:
+def measure(sizes: dict[str, int], world: int, folder: Path) -> tuple[list[str], list[str]]:
+    """A row of what a checkpoint costs, and one of what its manifest costs at a start."""
+    import pickle
+
     import torch
 
     from mimscale.resilience import checkpoint
@@ -90,7 +107,13 @@ def measure(sizes: dict[str, int], world: int, folder: Path) -> list[str]:
         shards.append({"file": name, "bytes": bytes_here, "sha256": digest, "fragments": rows})
     meta = {"step": 1, "shapes": {name: [count] for name, count in sizes.items()}}
     commit_s, _ = timed(lambda: checkpoint.commit(temporary, final, shards, meta))
+    cpu_s = time.process_time()
     open_s, reader = timed(lambda: checkpoint.Reader(final))
+    open_cpu_s = time.process_time() - cpu_s
+    sent = pickle.dumps(reader)
+    cpu_s = time.process_time()
+    pickle.loads(sent)
+    take_s = time.process_time() - cpu_s
 
     def read_share() -> None:
         for key, tensor in live.items():
@@ -101,7 +124,10 @@ def measure(sizes: dict[str, int], world: int, folder: Path) -> list[str]:
     gigabytes = sum(shard["bytes"] for shard in shards) / 1e9
     manifest = (final / "manifest.json").stat().st_size / 1e6
     seconds = [f"{value:.3f}" for value in (copy_s, write_s, commit_s, open_s, read_s)]
-    return [str(world), str(len(list(final.iterdir()))), f"{gigabytes:.2f}", f"{manifest:.2f}", *seconds]
+    all_s = open_cpu_s + world * take_s
+    start = [str(world), f"{open_cpu_s:.3f}", f"{len(sent) / 1e6:.2f}", f"{take_s:.4f}", f"{all_s:.2f}"]
+    start += [f"{world * open_cpu_s:.2f}", f"{manifest:.2f}", f"{world * manifest:.0f}"]
+    return [str(world), str(len(list(final.iterdir()))), f"{gigabytes:.2f}", f"{manifest:.2f}", *seconds], start
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

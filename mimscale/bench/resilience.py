@@ -1,15 +1,19 @@
-"""What guard, watchdog and comparison of ranks cost per step, and how long a save stops the training."""
+"""What watching costs per step, how long a save stops the training, and where the time of a resume goes."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the save of one rank")
     parser.add_argument("--batch", type=int, default=4, help="images of the ViT-B step that the cost is compared with")
+
+    parser.add_argument("--resume", default="mae_vit_b16", help="the recipe of the run that is resumed")
+    parser.add_argument("--folder", type=Path, help="a disk with room for its checkpoint (default: /tmp)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +33,11 @@ def run(args: argparse.Namespace) -> int:
         ["plain memcpy of the same size, s", f"{memcpy_s:.3f}"],
         ["ratio", f"{copy_s / memcpy_s:.2f}"],
     ]
-    print(table(["", "one process"], rows))
+    print(table(["", "one process"], rows) + "\n")
+    seconds, cpu_s = resuming(args.resume, args.folder)
+    rows = [[name.replace("_", " "), f"{seconds[name]:.2f}", f"{cpu_s[name]:.2f}"] for name in seconds]
+    rows.append(["until the first step is done", f"{sum(seconds.values()):.2f}", f"{sum(cpu_s.values()):.2f}"])
+    print(table([f"{args.resume} resumed, one process", "s", "CPU s"], rows))
     print(f"\n{origin()}")
     return 0
 
@@ -61,7 +69,6 @@ def vit_b_step(batch: int) -> float:
 def watching(steps: int) -> float:
     """CPU seconds per step of all that the loop calls besides the training."""
     import tempfile
-    from pathlib import Path
 
     import torch
 
@@ -99,6 +106,39 @@ def watching(steps: int) -> float:
         spent_s = time.process_time() - start_s
         watch.close()
     return spent_s / steps
+
+
+def resuming(recipe: str, folder: Path | None) -> tuple[dict[str, float], dict[str, float]]:
+    """Phase -> seconds, and CPU seconds, of the second start of a run on two images a step, as the run notes them."""
+    import json
+    import shutil
+    import subprocess
+    import sys
+    import tempfile
+
+    root = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
+
+    def module(*words: str | Path) -> None:
+        done = subprocess.run([sys.executable, "-m", *map(str, words)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(map(str, words))}: {done.stderr[-2000:]}")
+
+    try:
+        module("data_prep", "synthetic", root / "pictures")
+        module("data_prep", "folder", root / "pictures", root / "shards")
+        small = ["engine.ds_config=cpu_zero2_fp32", "engine.device=cpu", "schedule.global_batch=2", "data.workers=1"]
+        length = ["schedule.epochs=null", "schedule.steps=2", "schedule.warmup_epochs=0", "checkpoint.every=1"]
+        words = ["mimscale", "train", recipe, f"data.shards={root / 'shards'}", *small, *length]
+        module(*words, "checkpoint.keep=9", "--run-dir", root / "run")
+        (root / "run" / "done").unlink()
+        shutil.rmtree(root / "run" / "checkpoints" / "step-00000002")
+        (root / "run" / "metrics.jsonl").unlink()
+        module(*words, "checkpoint.keep=9", "--run-dir", root / "run")
+        lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+        first = next(line for line in lines if line.get("event") == "first_step")
+        return first["seconds"], first["cpu_s"]
+    finally:
+        shutil.rmtree(root)
 
 
 def blocking(gigabytes: float) -> tuple[float, float]:

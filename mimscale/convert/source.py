@@ -6,10 +6,10 @@ import argparse
 import json
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,16 +19,18 @@ from mimscale import config
 from mimscale.config import RunConfig, StudentConfig
 from mimscale.convert.names import State
 from mimscale.errors import UserError
+from mimscale.outbox import warn
 from mimscale.resilience import checkpoint
 
 METADATA = "mimscale"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A checkpoint of any kind, tensors float32. run: its resolved recipe, None for a file that does not carry one.
 
-    path: what was read; for a run folder its newest checkpoint.
+    path: what was read; for a run folder its newest checkpoint. digest: its `sha256`, of what may be gone since.
     """
 
     path: Path
@@ -36,10 +38,11 @@ class Loaded:
     run: RunConfig | None = None
     student: StudentConfig | None = None
     image_size: int | None = None
+    digest: str | None = None
 
     def sha256(self) -> str:
         """Of the file, or of a checkpoint's manifest, which names the hashes of its own files."""
-        return checkpoint.sha256(identity_file(self.path))
+        return self.digest or checkpoint.sha256(identity_file(self.path))
 
 
 def identity_file(path: Path) -> Path:
@@ -60,7 +63,28 @@ def resolve(path: Path) -> Path:
 
 def read(path: Path) -> Loaded:
     """A run folder (its newest checkpoint), a checkpoint folder, a file that `convert` wrote, or an official file."""
-    path = resolve(path)
+    return of_newest(path, _read)
+
+
+def of_newest(path: Path, work: Callable[[Path], T]) -> T:
+    """`work` on what `path` stands for; where a run that goes on removes a checkpoint meanwhile, on its newer one.
+
+    Raises UserError, also where a checkpoint folder that was named itself is removed.
+    """
+    while True:
+        found = resolve(path)
+        try:
+            return work(found)
+        except (UserError, OSError, SafetensorError) as error:
+            if found.exists():
+                raise
+            newer = resolve(path) if (path / "config.yaml").is_file() else found
+            if newer == found:
+                raise UserError(f"{found} was removed while it was read; name its run folder, or keep it") from error
+            warn(f"{found} was removed by its run while it was read; reading {newer}")
+
+
+def _read(path: Path) -> Loaded:
     if path.is_dir():
         return _read_own(path)
     return _read_safetensors(path) if path.suffix == ".safetensors" else Loaded(path, _read_pickle(path))
@@ -76,7 +100,8 @@ def run_of(folder: Path) -> RunConfig:
 
 def _read_own(folder: Path) -> Loaded:
     try:
-        return Loaded(folder, checkpoint.load_weights(folder), run_of(folder))
+        weights, digest = checkpoint.load_weights(folder), checkpoint.sha256(identity_file(folder))
+        return Loaded(folder, weights, run_of(folder), digest=digest)
     except checkpoint.CheckpointError as error:
         raise UserError(f"{error}; take an older checkpoint of the run") from None
 
@@ -103,6 +128,8 @@ def _read_pickle(path: Path) -> State:
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, pickle.UnpicklingError):  # torch's text asks to trust the file
+            reason = "it is cut short, or holds more than tensors"
         raise UserError(f"{path} cannot be read as a torch checkpoint ({reason}); get it again") from None
     for wrapper in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):

@@ -56,6 +56,11 @@ def start_from(method: Method, run: RunConfig) -> tuple[str, ...]:
     whole = run.init.part == "method"
     weights, target = (_all_of(loaded, method), method) if whole else (encoder_of(loaded.weights), method.student)
     own: State = target.state_dict()
+    if whole and loaded.run is not None and loaded.run.method.name != run.method.name:
+        raise UserError(
+            f"init.weights = {loaded.path} holds the method {loaded.run.method.name}, this run's is {run.method.name}; "
+            "set init.part = student, or take other weights"
+        )
     _same_shape(loaded, run, weights, own, "" if not whole else "student.")
     weights, spread = _one_table_per_block(weights, own)
     weights, resized = _resized(weights, own, loaded.path)

@@ -26,7 +26,7 @@ from mimscale import config, run_folder
 from mimscale.convert import check
 from mimscale.convert.names import State, same
 from mimscale.convert.registry import encoder_of
-from mimscale.convert.source import Loaded, read, resolve, run_of
+from mimscale.convert.source import Loaded, of_newest, read, run_of
 from mimscale.convert.student import student_of
 from mimscale.convert.write import identity, measured, refuse_difference, save
 from mimscale.errors import UserError
@@ -38,9 +38,12 @@ WEIGHTS = ("fp32", "buffer")
 
 def export(source: Path, out: Path) -> list[str]:
     """A checkpoint of ours -> a folder. Raises UserError."""
-    folder = resolve(source)
+    return of_newest(source, lambda folder: _export(folder, out))
+
+
+def _export(folder: Path, out: Path) -> list[str]:
     if not folder.is_dir():
-        raise UserError(f"{source} holds weights only; --to state reads a run folder or a checkpoint folder")
+        raise UserError(f"{folder} holds weights only; --to state reads a run folder or a checkpoint folder")
     run = run_of(folder)
     try:
         reader = checkpoint.Reader(folder)

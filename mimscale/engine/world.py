@@ -114,7 +114,7 @@ def open_process_group(world: World, timeout_s: float = 1800.0) -> None:
         os.environ[name] = str(value)
     if world.size == 1:  # whatever an outer launcher left behind
         os.environ["MASTER_ADDR"] = "127.0.0.1"
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     deepspeed = import_deepspeed(world.device)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(
@@ -127,7 +127,8 @@ def close_process_group() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

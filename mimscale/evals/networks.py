@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from mimscale.config import StudentConfig
-from mimscale.convert.source import identity_file
-from mimscale.convert.student import student_from
+from mimscale.convert.source import identity_file, of_newest
+from mimscale.convert.student import StudentInfo, student_from
 from mimscale.evals.features import Extractor, Pool, Student, frozen, random_like, raw_pixels
 from mimscale.models.convvit import ConvStages
 from mimscale.resilience import checkpoint
@@ -43,15 +43,17 @@ def load_networks(
         extract = frozen(vit.to(device, dtype), pools)
         return lambda images: extract(images.to(dtype))
 
+    def load(source: Path) -> tuple[Student, StudentInfo, dict[str, Any]]:
+        return *student_from(source, image_size=image_size), _checkpoint_identity(source)
+
     trained = []
     shapes: dict[tuple[type, StudentConfig, ConvStages | None, int], Student] = {}
     for path in paths:
-        source = (checkpoint.newest(path) if (path / "config.yaml").is_file() else path) or path
-        vit, info = student_from(source, image_size=image_size)
+        vit, info, identity = of_newest(path, load)
         shape = info.config.model_copy(update={"size": None, "drop_path": 0.0})
         shapes.setdefault((type(vit), shape, info.stages, info.image_size), vit)
         name = path.name if [p.name for p in paths].count(path.name) == 1 else str(path)
-        about = {"source": str(source), **_checkpoint_identity(source), "method": info.method}
+        about = {**identity, "method": info.method}
         trained.append(Network(name, info.image_size, extractor(vit), about))
     sizes = list(dict.fromkeys(size for *_, size in shapes))
     raw = [Network(f"raw pixels at {size}" if len(sizes) > 1 else "raw pixels", size, raw_pixels) for size in sizes]
@@ -71,4 +73,4 @@ def load_networks(
 def _checkpoint_identity(source: Path) -> dict[str, Any]:
     """step: None where a file does not say. sha256: of the file, or of a checkpoint's manifest, which names its own."""
     step = checkpoint.step_of(source) if source.is_dir() else None
-    return {"step": step, "sha256": checkpoint.sha256(identity_file(source))}
+    return {"source": str(source), "step": step, "sha256": checkpoint.sha256(identity_file(source))}

@@ -41,12 +41,16 @@ class MAEConfig(base.MaskedConfig):
     decoder_width: int = Field(512, ge=4)
     decoder_depth: int = Field(8, ge=1)
     decoder_heads: int = Field(16, ge=1)
+    decoder_mlp_ratio: float = Field(4.0, gt=0)
 
     @model_validator(mode="after")
     def _divisible(self) -> MAEConfig:
         if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
             rule = f"must be divisible by decoder_heads = {self.decoder_heads} and by 4"
             raise ValueError(f"decoder_width = {self.decoder_width} {rule}")
+        if int(self.decoder_width * self.decoder_mlp_ratio) < 1:
+            rule = f"of decoder_width = {self.decoder_width} is less than one channel; raise it"
+            raise ValueError(f"decoder_mlp_ratio = {self.decoder_mlp_ratio} {rule}")
         return self
 
 
@@ -103,6 +107,7 @@ class MAE(base.MaskedMethod):
             width=config.decoder_width,
             depth=config.decoder_depth,
             heads=config.decoder_heads,
+            mlp_ratio=config.decoder_mlp_ratio,
             patch=run.student.patch,
             grid=run.grid,
             prefix=self.student.prefix,

@@ -21,7 +21,7 @@ from mimscale.errors import UserError
 from mimscale.models.masking import gather_tokens, mask_of, scatter_tokens
 from mimscale.models.patches import cut
 from mimscale.models.posembed import sincos_2d
-from mimscale.models.vit import LN_EPS, Block, Linear, Sizes, drop_path_scales, run_blocks, scaled
+from mimscale.models.vit import LN_EPS, Block, Linear, Mlp, Sizes, drop_path_scales, run_blocks, scaled
 
 STAGE_EPS = 1e-5  # of every norm before the attention stage, as released; LN_EPS is that of the others
 KERNEL = 5
@@ -144,18 +144,6 @@ class StageEmbed(nn.Module):
         return F.gelu(self.norm(self.proj(x_BKhwC)))
 
 
-class ConvMlp(nn.Module):
-    """Two 1x1 convolutions with the exact (erf) GELU between them."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = WindowConv(width, hidden)
-        self.fc2 = WindowConv(hidden, width)
-
-    def forward(self, x_BKhwC: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BKhwC)))
-
-
 class ConvBlock(nn.Module):
     """x + conv2(attn(mask * conv1(norm1(x)))), then x + mlp(norm2(x)); each branch is scaled per sample by drop path.
 
@@ -169,7 +157,7 @@ class ConvBlock(nn.Module):
         self.attn = nn.Conv2d(width, width, KERNEL, padding=KERNEL // 2, groups=width)
         self.conv2 = WindowConv(width, width)
         self.norm2 = nn.LayerNorm(width, eps=STAGE_EPS)
-        self.mlp = ConvMlp(width, int(width * mlp_ratio))
+        self.mlp = Mlp(width, int(width * mlp_ratio), fc1=WindowConv, fc2=WindowConv)
 
     def forward(
         self,

@@ -25,6 +25,7 @@ class MAEDecoder(nn.Module):
         width: int,
         depth: int,
         heads: int,
+        mlp_ratio: float = 4.0,
         patch: int,
         grid: tuple[int, int],
         prefix: int = 1,
@@ -37,7 +38,7 @@ class MAEDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         nn.init.normal_(self.mask_token, std=0.02)
         self.register_buffer("pos_embed", sincos_2d(width, grid, cls=prefix == 1))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
         self.pred = Linear(width, patch * patch * 3)
 

@@ -105,21 +105,21 @@ def attended(q_BHTd: Tensor, k_BHTd: Tensor, prefix: int, bias_BHTT: Tensor | No
 
 
 class Mlp(nn.Module):
-    """[B, T, D] -> [B, T, D] through `hidden` channels and the exact (erf) GELU; fc1, fc2 decide how these start."""
+    """[..., D] -> [..., D] through `hidden` channels and the exact (erf) GELU; fc1, fc2 decide how these start."""
 
     def __init__(
         self,
         width: int,
         hidden: int,
-        fc1: Callable[[int, int], nn.Linear] = Linear,
-        fc2: Callable[[int, int], nn.Linear] = Linear,
+        fc1: Callable[[int, int], nn.Module] = Linear,
+        fc2: Callable[[int, int], nn.Module] = Linear,
     ) -> None:
         super().__init__()
         self.fc1 = fc1(width, hidden)
         self.fc2 = fc2(hidden, width)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BTD)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):

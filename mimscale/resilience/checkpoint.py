@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mimscale.digest import sha256
 from mimscale.errors import UserError
 from mimscale.resilience.hostcopy import HostCopy
 
@@ -292,15 +293,6 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     reader = Reader(checkpoint)
     kinds: Iterable[str] = ("fp32", "buffer")
     return {name: reader.full(kind, name) for kind in kinds for name in reader.names(kind)}
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import pickle
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mimscale.config import TeacherConfig
+from mimscale.digest import sha256
 from mimscale.errors import UserError
 
 FETCH = "run `mimscale doctor RECIPE --fetch` on a machine with internet and paste the lines that it prints"
@@ -112,15 +112,6 @@ def _unreachable(name: str, file: HubFile, error: Exception) -> UserError:
     )
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def verify(name: str, config: TeacherConfig, path: Path) -> str:
     """The file's sha256, compared with the configured one. Raises UserError with both."""
     found = sha256(path)
@@ -140,9 +131,10 @@ def read(name: str, path: Path) -> dict[str, Tensor]:
             state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"teachers.{name}: {path} cannot be read as plain tensors ({reason}); convert it to .safetensors"
-        ) from None
+        if isinstance(error, pickle.UnpicklingError):  # torch's text asks to trust the file
+            reason = "it is cut short, or holds more than tensors"
+        fix = "get it again" if path.suffix == ".safetensors" else "get it again, or convert it to .safetensors"
+        raise UserError(f"teachers.{name}: {path} cannot be read as plain tensors ({reason}); {fix}") from None
     for key in ("model", "state_dict", "teacher"):  # how training scripts wrap their weights
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mimscale.__main__ import main
 from mimscale.convert.source import read
 from mimscale.errors import UserError
+from mimscale.resilience import checkpoint
 from tests.convert.runs import refused, saved_run
 
 
@@ -58,3 +62,33 @@ def test_a_truncated_checkpoint(to: str, tmp_path: Path, capsys: pytest.CaptureF
     message = refused([str(folder), str(tmp_path / "out.safetensors"), "--to", to], capsys)
     assert "take an older checkpoint" in message and shard.name in message
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """keep-last-k of a run that goes on: the newer one is read; one that was named itself is one clear line."""
+    run_dir, method = saved_run(tmp_path / "run", "mae")
+    old, new = (checkpoint.step_folder(run_dir / "checkpoints", step) for step in (7, 8))
+    shutil.copytree(old, tmp_path / "kept")
+    full = checkpoint.Reader.full
+
+    def removed_meanwhile(self: checkpoint.Reader, kind: str, name: str) -> torch.Tensor:
+        if self.path == old and old.exists():
+            shutil.copytree(old, new)
+            checkpoint.remove(old)
+        return full(self, kind, name)
+
+    monkeypatch.setattr(checkpoint.Reader, "full", removed_meanwhile)
+    loaded = read(run_dir)
+    assert loaded.path == new
+    assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in method.state_dict().items())
+    assert f"{old} was removed by its run while it was read; reading {new}" in capsys.readouterr().err
+    shutil.rmtree(new)
+    shutil.copytree(tmp_path / "kept", old)
+    with pytest.raises(UserError, match="was removed while it was read; name its run folder, or keep it"):
+        read(old)
+    shutil.rmtree(new)
+    shutil.copytree(tmp_path / "kept", old)
+    main(["convert", str(run_dir), str(tmp_path / "state"), "--to", "state"])
+    assert json.loads((tmp_path / "state" / "state.json").read_text())["source"] == str(new)

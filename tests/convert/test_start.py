@@ -146,8 +146,8 @@ def test_pretraining_warm_starts_its_student_alone(tmp_path: Path) -> None:
         ("mae", {"width": 48}, "student", "change the section student"),
         ("mae", {"heads": 4}, "student", "and 2 heads, this run's student is"),
         ("simmim", {}, "student", "holds a BEiT-style ViT (SimMIM's) of width 32"),
-        ("mff", {}, "method", "does not fit this run's method: it also holds fusion."),
-        ("finetune", {}, "method", "does not fit this run's method: decoder."),
+        ("mff", {}, "method", "holds the method mff, this run's is mae; set init.part = student"),
+        ("finetune", {}, "method", "holds the method finetune, this run's is mae; set init.part"),
     ],
 )
 def test_what_does_not_fit_is_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("ds_config", ["zero2_fp16", "zero2_bf16", "zero3_fp16", "zero3_bf16"])
 def test_trains(method: str, ds_config: str, shards: Path, tmp_path: Path) -> None:
     recipe = ranks.recipe(tmp_path, shards, method, engine={"device": "cuda", "activation_checkpointing": 1})
-    ranks.train(1, recipe, tmp_path / "run", f"engine.ds_config={ds_config}")
+    words = ranks.command(
+        1, "mimscale", "train", recipe, f"engine.ds_config={ds_config}", "--run-dir", tmp_path / "run"
+    )
+    subprocess.run(words, env=ranks.environment(), check=True)
     losses = list(ranks.curve(tmp_path / "run").values())
     assert len(losses) == 12 and losses[-1] < losses[0]
 

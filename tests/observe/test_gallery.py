@@ -61,7 +61,7 @@ def test_a_slow_picture_costs_pictures_and_no_time(tmp_path: Path, monkeypatch: 
 def test_a_picture_that_fails_is_an_event_and_the_next_one_is_drawn(tmp_path: Path) -> None:
     logbook = open_logbook(tmp_path)
     logbook.show(1, View(torch.rand(2, 3, 16, 16), mask=torch.ones(2, 5)))  # five patches are no square
-    while not (tmp_path / "metrics.jsonl").read_text():
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
         time.sleep(0.01)
     logbook.show(2, view())
     logbook.close()

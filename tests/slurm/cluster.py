@@ -228,7 +228,7 @@ class Cluster:
 
 def free_ports(count: int) -> int:
     """The first of `count` consecutive free ports below the ephemeral range."""
-    for first in range(30000 + os.getpid() % 2000, 32700, count):
+    for first in range(30000 + os.getpid() * count % 2000, 32700, count):
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + count):

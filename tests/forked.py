@@ -1,0 +1,85 @@
+"""Ranks that are forked from a server which has imported torch and DeepSpeed: most of the cost of a tiny run is saved.
+
+Each is a process of its own, with its own environment, arguments and output, and runs the module as `python -m` does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from mimscale.engine.world import free_port
+
+SERVER = multiprocessing.get_context("forkserver")  # without threads, unlike the process that runs the tests
+SERVER.set_forkserver_preload(["tests.preloaded"])
+GRACE_S = 30.0  # torchrun's
+
+
+def run(ranks: int, words: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a module on that many ranks and wait. As with torchrun one that fails ends the others, and the code is 1."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        processes: list[BaseProcess] = []
+        for rank in map(str, range(ranks)):
+            place = {**group, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+            processes.append(SERVER.Process(target=_become, args=(words, {**environment, **place}, out, err)))
+        try:
+            codes = _until_over(processes)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+        code = codes[0] if ranks == 1 else int(any(codes))
+        return subprocess.CompletedProcess(
+            list(words), code, *(path.read_text(errors="replace") for path in (out, err))
+        )
+
+
+def _until_over(processes: Sequence[BaseProcess]) -> list[int]:
+    """Start them, wait for all or the first failure, and then for the rest, asked to end. Their exit codes."""
+    for process in processes:
+        process.start()
+    while any(process.exitcode is None for process in processes):
+        multiprocessing.connection.wait([process.sentinel for process in processes if process.exitcode is None])
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join(GRACE_S)
+                process.kill()
+    for process in processes:
+        process.join()
+    return [process.exitcode or 0 for process in processes]
+
+
+def _become(words: Sequence[str], environment: Mapping[str, str], *printed: Path) -> None:
+    """`python -m WORDS`, in this process. printed: where standard output and standard error go."""
+    assert "deepspeed" in sys.modules, "tests/preloaded.py could not be imported"
+    multiprocessing.set_start_method(None, force=True)  # a fork server's children would take their workers from one
+    for descriptor, path in enumerate(printed, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    module, *arguments = words
+    sys.argv = [module, *arguments]
+    code = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    from mimscale.__main__ import end_process  # not before the module that may be this one
+
+    end_process(code)  # loaders end their workers at exit, which multiprocessing leaves out

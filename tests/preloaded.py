@@ -1,0 +1,12 @@
+"""What trainers import. The server of tests/forked.py imports it once for all of them."""
+
+import importlib
+
+import timm  # noqa: F401
+import torch
+
+import mimscale.train  # noqa: F401
+from mimscale.engine.world import import_deepspeed
+
+import_deepspeed(torch.device("cpu"))
+importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # DeepSpeed imports it late, and torch's compiler
