@@ -284,7 +284,9 @@ def mounted(words: list[str]) -> bool:
 
 
 def unmount(path: Path) -> None:
-    subprocess.run(["umount", "-l", str(path)], check=True)
+    """If anything is mounted there."""
+    if os.path.ismount(path):
+        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 def import_everything() -> None:

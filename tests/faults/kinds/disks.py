@@ -69,20 +69,20 @@ def disk_full(lab: Lab, run: Run, number: int) -> Moments:
     soon(lab, run)
     run.until(run.checkpoints.is_dir, "a checkpoint")
     run.down()
-    old = run.folder.with_name(f"{run.folder.name}-disk-{number}")
-    run.checkpoints.rename(old)
+    held = run.folder.with_name(f"{run.folder.name}-held")
+    for path in checkpoint.complete(run.checkpoints):
+        shutil.copytree(path, held / path.name)
+    unmount(run.checkpoints)  # of the time before
+    shutil.rmtree(run.checkpoints)
     run.checkpoints.mkdir()
-    held = checkpoint.complete(old)
     (whole, _) = lab.undisturbed(run.world)
     size = sum(path.stat().st_size for path in (whole.checkpoints / f"step-{whole.step():08d}").iterdir())
-    tmpfs = mounted(
-        ["-t", "tmpfs", "-o", f"size={int((len(held) + 0.6) * size) >> 10}k", "tmpfs", str(run.checkpoints)]
-    )
+    room = int((len(list(held.iterdir())) + 0.6) * size)
+    tmpfs = mounted(["-t", "tmpfs", "-o", f"size={room >> 10}k", "tmpfs", str(run.checkpoints)])
     if tmpfs:
         run.undo.callback(unmount, run.checkpoints)
-    for path in held:
-        shutil.copytree(path, run.checkpoints / path.name)
-    shutil.rmtree(old)
+    shutil.copytree(held, run.checkpoints, dirs_exist_ok=True)
+    shutil.rmtree(held)
     run.mark()
     if not tmpfs:
         lab.layer.arm("wom", run.checkpoints, errno.ENOSPC)
