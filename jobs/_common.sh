@@ -164,7 +164,7 @@ rank_command() { # ARGUMENTS OF PYTHON... -> the array `command` of the caller
     export LOCAL_WORLD_SIZE=${SLURM_STEP_TASKS_PER_NODE%%(*}
     exec "$@"'
   # since SLURM 22.05 srun does not take --cpus-per-task over from sbatch
-  command=(srun --kill-on-bad-exit=1 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${in_srun[@]}"
+  command=(srun --kill-on-bad-exit=1 --wait="${SLURM_WAIT:-60}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${in_srun[@]}"
     bash -c "$task" rank "${in_task[@]}" "$MIMSCALE_PYTHON" "$@")
 }
 
@@ -179,44 +179,116 @@ ask_to_save() { # by signal, and by a file for ranks that do not listen yet
   echo "$(date '+%F %T') $1: asking the ranks to save and stop"
   : > "$MIMSCALE_STOP_FILE"
   kill -USR1 "$step" 2> /dev/null || true # srun passes it on; TERM would make it kill them
+  [ "$1" = TERM ] || limit_patience
+}
+
+limit_patience() { # ranks that are still there when most of what is left of the time limit is over will not save
+  local end seconds=240
+  [ -z "$timer" ] || return 0
+  end=$(job_field EndTime)
+  if [ -n "$end" ] && end=$(date -d "$end" +%s 2> /dev/null); then
+    seconds=$(((end - $(date +%s)) * 4 / 5))
+  fi
+  { sleep $((seconds > 1 ? seconds : 1)) && kill -USR2 $$; } &
+  timer=$!
+}
+
+job_field() { # NAME: of this job, as SLURM sees it now; empty where it does not answer
+  scontrol show job -o "$SLURM_JOB_ID" 2> /dev/null | sed -n "s/.* $1=\([^ ]*\).*/\1/p" || true
+}
+
+silent_nodes() { # those of this job's nodes on which nothing can be started any more
+  local text node silent=()
+  # to SLURM the ranks on a lost node still occupy it, hence both options
+  # shellcheck disable=SC2016  # expanded on the node
+  text=$(on_each_node 60 --overlap --mem=0 bash -c 'echo "OK NODE $SLURMD_NODENAME"' 2> /dev/null) || true
+  for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    grep -q -x "OK NODE $node" <<< "$text" || silent+=("$node")
+  done
+  echo "${silent[*]}"
+}
+
+newest_step() { # of the checkpoints; 0 without any
+  local step
+  step=$(sed -n 's/.*step-0*\([0-9]\{1,\}\).*/\1/p;T;q' "$RUN_DIR/checkpoints/latest.json" 2> /dev/null) || true
+  echo "${step:-0}"
+}
+
+allow_fewer_nodes() { # --nodes=A-B with MIN_NODES=A: a requeued job otherwise waits for as many tasks as it last had
+  [ -z "${MIN_NODES:-}" ] ||
+    scontrol update jobid="$SLURM_JOB_ID" numtasks=$((MIN_NODES * SLURM_NTASKS_PER_NODE)) 2> /dev/null || true
+}
+
+ask_for_another_turn() { # STEP WHY: SLURM puts this job back into the queue, unless that would lead nowhere
+  local saved=$1 why=$2 restart=${SLURM_RESTART_COUNT:-0} history=$RUN_DIR/job/restarts.txt last=0 pause_s gone=''
+  local again="submit again with RUN_DIR='$RUN_DIR' to go on"
+  [ ! -s "$history" ] || last=$(sed -n '$s/.* step //p' "$history")
+  echo "job $SLURM_JOB_ID restart $restart step $saved" >> "$history"
+  [ ! -e "$RUN_DIR/stop" ] || die 1 "saved at step $saved because of $RUN_DIR/stop; remove that file and $again"
+  [ "$saved" -gt "$last" ] || [ "$why" = node ] || # a node can be lost twice within a checkpoint's interval
+    die 1 "saved at step $saved, no further than the last time; not requeued; $again"
+  [ "$restart" -lt "${MAX_RESTARTS:-20}" ] ||
+    die 1 "saved at step $saved; MAX_RESTARTS=${MAX_RESTARTS:-20} are used up; $again"
+  echo "$(date '+%F %T') saved at step $saved: requeue $((restart + 1)) of at most ${MAX_RESTARTS:-20}"
+  trap 'gone=1' TERM
+  for pause_s in 5 10 20 40 0; do # the controller may just be starting anew
+    if scontrol requeue "$SLURM_JOB_ID"; then
+      allow_fewer_nodes
+      trap 'exit 1' TERM
+      [ -n "$gone" ] || { sleep 300 & wait; } # SLURM ends this shell; leaving before would end the job
+      exit 1
+    fi
+    sleep "$pause_s"
+  done
+  die 1 "saved at step $saved, but SLURM refused the requeue; $again"
 }
 
 run_with_requeue() { # ARGUMENTS OF PYTHON...: as launch; saves before the time limit and goes on in a new turn
-  local restart=${SLURM_RESTART_COUNT:-0} history=$RUN_DIR/job/restarts.txt
-  local command step='' status signalled terminated='' asked=$early_stop saved='' why='' last=0
+  local restart=${SLURM_RESTART_COUNT:-0}
+  local command step='' timer='' status signalled terminated='' overdue='' asked=$early_stop saved='' why='' lost now wait_s
   export MIMSCALE_STOP_FILE=$RUN_DIR/job/stop.$SLURM_JOB_ID.$restart
   export MIMSCALE_REQUEUE_FILE=$RUN_DIR/job/requeue.$SLURM_JOB_ID.$restart
-  rm -f "$MIMSCALE_STOP_FILE" "$MIMSCALE_REQUEUE_FILE"
+  rm -f "$RUN_DIR/job"/{stop,requeue}."$SLURM_JOB_ID".* # of older turns, too: not all of them could clean up
   trap 'ask_to_save USR1' USR1
-  trap 'terminated=1; ask_to_save TERM' TERM
+  trap 'overdue=1' USR2
+  trap 'terminated=1; allow_fewer_nodes; ask_to_save TERM' TERM # of use when SLURM requeues
   [ -z "$early_stop" ] || : > "$MIMSCALE_STOP_FILE"
 
   rank_command "$@"
   "${command[@]}" &
   step=$!
+  [ -z "$early_stop" ] || limit_patience
   while signalled='' && status=0 && { wait "$step" || status=$?; } && [ -n "$signalled" ]; do :; done
-  trap '' USR1
+  trap '' USR1 USR2
   trap - TERM
+  [ -z "$timer" ] || kill "$timer" 2> /dev/null || true
 
   [ ! -f "$MIMSCALE_REQUEUE_FILE" ] || read -r saved why < "$MIMSCALE_REQUEUE_FILE" || true
   rm -f "$MIMSCALE_STOP_FILE" "$MIMSCALE_REQUEUE_FILE" "$MIMSCALE_REQUEUE_FILE".part*
   [ -z "$terminated" ] || die 143 "ended by SLURM or by scancel; whether it runs again is SLURM's decision"
+  # Where SLURM lost sight of this node, a newer turn may run elsewhere: no step of ours in it, no requeue of it.
+  now=$(job_field Restarts)
+  [ "${now:-0}" -le "$restart" ] || die 1 "SLURM has started this job anew; restart $restart leaves"
+  if [ -n "$overdue" ] && [ -z "$saved" ]; then
+    echo "the ranks have not saved in time; going on from the newest checkpoint"
+    saved=$(newest_step)
+  fi
   # After the crash of one rank srun ends the others with TERM, on which they may still save and leave a marker.
   # A run that hung leaves one too, and always fails.
   if [ -z "$saved" ] || { [ "$status" != 0 ] && [ -z "$asked" ] && [ "$why" != hang ]; }; then
-    [ "$status" = 0 ] || die "$status" "the trainer failed (srun exit code $status); not requeued"
-    [ -e "$RUN_DIR/done" ] || die 1 "the trainer left without finishing $RUN_DIR; not requeued"
-    return 0
+    if [ "$status" = 0 ]; then
+      [ -e "$RUN_DIR/done" ] || die 1 "the trainer left without finishing $RUN_DIR; not requeued"
+      return 0
+    fi
+    # Ranks whose peers are gone crash long before SLURM calls a node lost.
+    lost=$(silent_nodes)
+    [ -n "$lost" ] || die "$status" "the trainer failed (srun exit code $status); not requeued"
+    echo "the trainer failed (srun exit code $status), and nothing can be started on $lost"
+    trap 'allow_fewer_nodes; exit 143' TERM
+    wait_s=$(scontrol show config | sed -n 's/^SlurmdTimeout *= \([0-9]*\).*/\1/p') || true
+    sleep $((${wait_s:-300} + 120)) & # SLURM ends this shell and requeues the job when it gives the node up
+    wait $!
+    saved=$(newest_step) why=node
   fi
-  [ ! -s "$history" ] || last=$(sed -n '$s/.* step //p' "$history")
-  echo "job $SLURM_JOB_ID restart $restart step $saved" >> "$history"
-  local again="submit again with RUN_DIR='$RUN_DIR' to go on"
-  [ ! -e "$RUN_DIR/stop" ] || die 1 "saved at step $saved because of $RUN_DIR/stop; remove that file and $again"
-  [ "$saved" -gt "$last" ] || die 1 "saved at step $saved, no further than the last time; not requeued; $again"
-  [ "$restart" -lt "${MAX_RESTARTS:-20}" ] ||
-    die 1 "saved at step $saved; MAX_RESTARTS=${MAX_RESTARTS:-20} are used up; $again"
-  echo "$(date '+%F %T') saved at step $saved: requeue $((restart + 1)) of at most ${MAX_RESTARTS:-20}"
-  scontrol requeue "$SLURM_JOB_ID" || die 1 "saved at step $saved, but SLURM refused the requeue; $again"
-  sleep 300 # SLURM ends this shell; leaving before would end the job
-  exit 1
+  ask_for_another_turn "$saved" "$why"
 }

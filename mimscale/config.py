@@ -39,6 +39,7 @@ STUDENT_SIZES = {  # width, depth, heads
     "huge": (1280, 32, 16),
 }
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Strict(BaseModel):
@@ -80,11 +81,14 @@ class DataConfig(Strict):
     of PixMIM and MFF, resizes the short side to image_size, reflects crop_padding pixels over each edge and takes a
     random square.
 
+    colour_jitter: most change of brightness, contrast and saturation (0.3: factors from 0.7 to 1.3), in random order,
+    computed on the device; no published recipe here has it.
+
     decoder: decides the pixels, so a run keeps the one that it was started with (see data/decode.py). Default:
-    simplejpeg where it is installed. decode_short_side: larger JPEGs are decoded at a fraction of their size, down to a
-    short side of this many pixels; 0 = off. crops: each image is decoded once for so many consecutive steps, each with
-    a crop of its own; crops count as samples. max_damaged: a run stops when more samples than this cannot be used;
-    default: one in 10,000, at least 10.
+    simplejpeg where it is installed; device: in the trainer's process, by nvJPEG on a GPU. decode_short_side:
+    larger JPEGs are decoded at a fraction of their size, down to a short side of this many pixels; 0 = off. crops:
+    each image is decoded once for so many consecutive steps, each with a crop of its own; crops count as samples.
+    max_damaged: a run stops when more samples than this cannot be used; default: one in 10,000, at least 10.
     """
 
     shards: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
@@ -97,11 +101,12 @@ class DataConfig(Strict):
     crop_padding: int = Field(4, ge=0)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     flip: float = Field(0.5, ge=0, le=1)
+    colour_jitter: tuple[NonNegative, NonNegative, NonNegative] = (0.0, 0.0, 0.0)
     workers: int = Field(8, ge=0)
     prefetch: int = Field(2, ge=1)
     streams: int = Field(256, ge=1)
     block: int = Field(8192, ge=1)
-    decoder: Literal["simplejpeg", "pillow"] = Field(default_factory=default_decoder)
+    decoder: Literal["simplejpeg", "pillow", "device"] = Field(default_factory=default_decoder)
     decode_short_side: int = Field(0, ge=0)
     crops: int = Field(1, ge=1)
     max_damaged: int | None = Field(None, ge=0)
@@ -121,6 +126,17 @@ class DataConfig(Strict):
                 raise ValueError(f"{name} = [{low}, {high}]: must rise, stay above 0 and (scale) not exceed 1")
         if self.crop_padding >= self.image_size:
             raise ValueError(f"crop_padding = {self.crop_padding}: must be below image_size = {self.image_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _fit_for_the_device(self) -> DataConfig:
+        """What workers do to whole pictures does not go with pictures that they leave undecoded."""
+        wrong = self.crop != "random_resized" or self.crops > 1 or self.decode_short_side or self.stream is not None
+        if self.decoder == "device" and wrong:
+            raise ValueError(
+                "decoder = device: only with crop=random_resized, crops=1, decode_short_side=0 and an indexed data "
+                "set; change these, or set decoder=simplejpeg"
+            )
         return self
 
     @model_validator(mode="after")

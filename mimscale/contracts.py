@@ -144,6 +144,20 @@ class Damage:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """JPEGs that are decoded on the device, in host memory.
+
+    data: uint8, one after the other.  sizes: int64 [K], bytes of each.  rows: int64 [K], of the batch.  boxes: int64
+    [K, 4], crop (top, left, height, width) in pixels.
+    """
+
+    data: Tensor
+    sizes: Tensor
+    rows: Tensor
+    boxes: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank.
 
@@ -160,6 +174,7 @@ class Batch:
     importance: uint8 [B, L], what a masking policy that learns has stored of these samples' patches; None else.
     weights: float32 [B] in evaluation, 1, or 0 for what fills a batch up and must not count; None in training.
     damage: what could not be used when this batch was made; `ids` has what was taken instead.
+    stored: with `data.decoder: device`, until these are decoded, the rows whose `images` mean nothing yet.
     """
 
     images: Tensor
@@ -174,6 +189,7 @@ class Batch:
     importance: Tensor | None = None
     weights: Tensor | None = None
     damage: tuple[Damage, ...] = ()
+    stored: Stored | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies do not block the host where the memory is pinned."""
@@ -202,3 +218,31 @@ def normalised(images_B3HW: Tensor) -> Tensor:
     """uint8 -> float32 with ImageNet's mean and deviation."""
     mean, std = imagenet_statistics(images_B3HW.device)
     return (images_B3HW.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A batch as the loader made it, and its copy on the device, normalised.
+
+    ready: when the copy is whole; None where nothing runs beside the host.
+    """
+
+    raw: Batch
+    copy: Batch
+    ready: torch.cuda.Event | None = None
+
+    def take(self) -> Batch:
+        """The copy, for work in the current stream."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.copy.images.device)
+            stream.wait_event(self.ready)
+            keep_for(stream, self.copy)
+        return self.copy
+
+
+def keep_for(stream: torch.cuda.Stream, *records: Batch | Targets) -> None:
+    """Whoever drops these tensors, their memory is not given away while the stream may still read them."""
+    for value in (value for record in records for value in vars(record).values()):
+        for tensor in value.values() if isinstance(value, Mapping) else [value]:
+            if isinstance(tensor, Tensor) and tensor.is_cuda:
+                tensor.record_stream(stream)

@@ -34,6 +34,7 @@ from mimscale.config import (
 )
 from mimscale.contracts import TeacherInfo
 from mimscale.convert import start
+from mimscale.data import on_device
 from mimscale.data.decode import explain
 from mimscale.data.foreign import open_source
 from mimscale.ds_config import load_ds_config, precision_of
@@ -123,6 +124,7 @@ def machine() -> Findings:
         found.rows.append(("CUDA devices", "none"))
     found.rows.append(("CPU", f"{os.cpu_count()} cores, {_formats(torch.device('cpu'))}"))
     found.rows.append(("pictures", explain(default_decoder())))
+    found.rows.append(("with data.decoder=device", on_device.explain()))
     job = os.environ.get("SLURM_JOB_ID")
     slurm = f"inside job {job}" if job else "here (sbatch found)" if shutil.which("sbatch") else "not here"
     found.rows.append(("SLURM", slurm))
@@ -209,7 +211,8 @@ def check_data(config: RunConfig, found: Findings) -> None:
         return
     steps = manifest.samples // config.schedule.global_batch
     shards = len(manifest.shard_paths)
-    found.rows.append(("pictures", explain(config.data.decoder)))
+    decoder = config.data.decoder
+    found.rows.append(("pictures", on_device.explain() if decoder == "device" else explain(decoder)))
     found.rows.append(("data", f"{manifest.samples} samples in {shards} shards, {steps} steps per epoch"))
     if steps == 0 and config.schedule.steps is None:
         found.problems.append(

@@ -24,6 +24,7 @@ from mimscale.contracts import Batch, Targets
 from mimscale.convert import start
 from mimscale.data.foreign import NOTE
 from mimscale.data.loader import TrainLoader
+from mimscale.data.staging import Staging
 from mimscale.engine.engine import Engine
 from mimscale.engine.frozen import split_over_ranks
 from mimscale.engine.world import close_process_group, open_process_group
@@ -105,11 +106,12 @@ def train(plan: Plan, phases: Phases) -> None:
     while state.step < plan.total_steps:
         engine.set_lr(plan.lr(state.step))
         engine.set_clip(guard.clip(run.optim.clip))
-        pace.ids = []
+        ids = list[Tensor]()
         for _ in range(engine.accumulation):
             pace.enter(WAITING)
             raw = lessons.fetch()
-            pace.ids.append(raw.ids)
+            ids.append(raw.ids)
+            pace.ids = ids  # not before there are any: who waits for data names those of the last step
             ledger.note(raw.damage)
             pace.enter(FORWARD)
             batch, targets = lessons.teach()
@@ -123,7 +125,7 @@ def train(plan: Plan, phases: Phases) -> None:
             guard.saw_norm(engine.gradient_norm())
         back = guard.look(engine.skipped, engine.loss_scale)
         if engine.skipped:
-            explain(rig, guard, state.step, pace.ids, batch, targets)
+            explain(rig, guard, state.step, ids, batch, targets)
         if back:
             saver.settle()
             state = roll_back(rig, guard, state)
@@ -173,9 +175,10 @@ def open_lessons(rig: Rig, state: TrainState) -> tuple[TrainLoader, Lessons]:
         start_step=state.step,
         jumps=state.jumps,
         pin=device.type == "cuda",
+        device=device,
     )
     ahead = plan.run.engine.teachers_ahead
-    return loader, Lessons(rig.bank, device, iter(loader), ahead=ahead, prepare=rig.method.prepare)
+    return loader, Lessons(rig.bank, device, Staging(iter(loader), device), ahead=ahead, prepare=rig.method.prepare)
 
 
 def tell(rig: Rig, phases: Phases, pace: Pace, meter: Meter, ledger: Ledger, state: TrainState) -> None:

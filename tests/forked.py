@@ -11,11 +11,11 @@ import os
 import runpy
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 from mimscale.engine.world import free_port
 
@@ -27,22 +27,30 @@ GRACE_S = 30.0  # torchrun's
 def run(ranks: int, words: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a module on that many ranks and wait. As with torchrun one that fails ends the others, and the code is 1."""
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        processes: list[BaseProcess] = []
-        for rank in map(str, range(ranks)):
-            place = {**group, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(ranks)} if ranks > 1 else {}
-            processes.append(SERVER.Process(target=_become, args=(words, {**environment, **place}, out, err)))
+    pipes = [SERVER.Pipe(duplex=False) for _ in ("stdout", "stderr")]  # a file would be cut where a test limits files
+    ends = [write for _, write in pipes]
+    processes: list[BaseProcess] = []
+    for rank in map(str, range(ranks)):
+        place = {**group, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+        processes.append(SERVER.Process(target=_become, args=(words, {**environment, **place}, *ends)))
+    with ThreadPoolExecutor(2) as pool:
+        printed = [pool.submit(_read, read) for read, _ in pipes]
         try:
             codes = _until_over(processes)
         finally:
+            for end in ends:
+                end.close()
             for process in processes:
                 if process.is_alive():
                     process.kill()
         code = codes[0] if ranks == 1 else int(any(codes))
-        return subprocess.CompletedProcess(
-            list(words), code, *(path.read_text(errors="replace") for path in (out, err))
-        )
+        return subprocess.CompletedProcess(list(words), code, *(text.result() for text in printed))
+
+
+def _read(pipe: Connection) -> str:
+    """What comes, until nobody is left who could write."""
+    with os.fdopen(os.dup(pipe.fileno()), errors="replace") as file:
+        return file.read()
 
 
 def _until_over(processes: Sequence[BaseProcess]) -> list[int]:
@@ -62,12 +70,13 @@ def _until_over(processes: Sequence[BaseProcess]) -> list[int]:
     return [process.exitcode or 0 for process in processes]
 
 
-def _become(words: Sequence[str], environment: Mapping[str, str], *printed: Path) -> None:
+def _become(words: Sequence[str], environment: Mapping[str, str], *printed: Connection) -> None:
     """`python -m WORDS`, in this process. printed: where standard output and standard error go."""
     assert "deepspeed" in sys.modules, "tests/preloaded.py could not be imported"
     multiprocessing.set_start_method(None, force=True)  # a fork server's children would take their workers from one
-    for descriptor, path in enumerate(printed, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    for descriptor, pipe in enumerate(printed, start=1):
+        os.dup2(pipe.fileno(), descriptor)
+        pipe.close()
     os.environ.clear()
     os.environ.update(environment)
     module, *arguments = words

@@ -1,14 +1,16 @@
 """Stored bytes -> RGB picture, by content: the name of the file does not matter (ImageNet has a PNG named .JPEG).
 
-Two paths, chosen by `data.decoder`. Pillow is the reference. `Fast` decodes JPEGs with simplejpeg (libjpeg-turbo, the
+Paths, chosen by `data.decoder`. Pillow is the reference. `Fast` decodes JPEGs with simplejpeg (libjpeg-turbo, the
 same pixels) and resizes with torch's antialiased uint8 kernels, which differ from Pillow's by one grey level in some
-pixels; whatever simplejpeg refuses it hands to Pillow's decoder.
+pixels; whatever simplejpeg refuses it hands to Pillow's decoder. `deferred` leaves plain JPEGs to on_device.py.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -83,7 +85,7 @@ class Picture:
 
 
 AnyPicture = Image.Image | Picture
-Decoder = Callable[[bytes], AnyPicture]
+Decoder = Callable[[bytes], Any]  # AnyPicture; or Undecoded, from `deferred`
 
 
 class Fast:
@@ -129,8 +131,34 @@ class Fast:
             return None
 
 
-def decoder(name: Literal["simplejpeg", "pillow"], short_side: int = 0) -> Decoder:
-    return Fast(short_side) if name == "simplejpeg" else decode
+@dataclass(frozen=True)
+class Undecoded:
+    """A JPEG that only the device decodes, with the size that its header tells."""
+
+    data: bytes
+    height: int
+    width: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+
+def deferred(data: bytes) -> Undecoded | Image.Image:
+    """A JPEG in colour or grey that has its end is left as it is; all else goes through `decode`. Raises BadImage."""
+    if data[:2] == b"\xff\xd8" and data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        with suppress(OSError), Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            _check_size(image.width, image.height)
+            if image.mode in ("RGB", "L"):
+                return Undecoded(data, image.height, image.width)
+    return decode(data)
+
+
+def decoder(name: Literal["simplejpeg", "pillow", "device"], short_side: int = 0) -> Decoder:
+    """What workers do with stored bytes."""
+    if name == "simplejpeg":
+        return Fast(short_side)
+    return deferred if name == "device" else decode
 
 
 def explain(name: Literal["simplejpeg", "pillow"]) -> str:

@@ -12,6 +12,7 @@ import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,17 +20,19 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mimscale.config import DataConfig
+from mimscale.config import DataConfig, default_decoder
 from mimscale.contracts import Batch, Needs
 from mimscale.data.ahead import Ahead
 from mimscale.data.foreign import Foreign, Source, StreamSamples
 from mimscale.data.manifest import Ints, Manifest
+from mimscale.data.on_device import OnDevice
 from mimscale.data.order import Jumps, Order, batch_of, rank_positions
 from mimscale.data.parcels import Pool, opened
 from mimscale.data.reader import DamagedSample
 from mimscale.data.samples import EvalSamples, TrainSamples
 from mimscale.errors import UserError
 
+CPU = torch.device("cpu")
 AHEAD = 3  # items that the trainer, its teachers and the thread that pins may hold at a time
 Running = Generator[Batch, None, None]
 _RUNNING: weakref.WeakSet[Running] = weakref.WeakSet()
@@ -38,11 +41,11 @@ _RUNNING: weakref.WeakSet[Running] = weakref.WeakSet()
 class TrainLoader:
     """Endless micro-batches of one rank from `start_step` on: global_batch / (world * micro_batch) of them per step.
 
-    jumps: see `order.batch_of`. pin: put batches into pinned memory. One iteration runs at a time: a new one starts
-    again at `start_step`. Workers end with `close()`, with the loader, or with the program. They ignore SIGINT, SIGTERM
-    and SIGUSR1, which SLURM sends to every process of a job: when to stop is the trainer's decision. Raises UserError
-    where sizes do not divide or labels are needed and missing; iterating raises DamagedSample where nothing at all can
-    be read.
+    jumps: see `order.batch_of`. pin: put batches into pinned memory. device: where `data.decoder: device` decodes.
+    One iteration runs at a time: a new one starts again at `start_step`. Workers end with `close()`, with the
+    loader, or with the program. They ignore SIGINT, SIGTERM and SIGUSR1, which SLURM sends to every process of a
+    job: when to stop is the trainer's decision. Raises UserError where sizes do not divide or labels are needed and
+    missing; iterating raises DamagedSample where nothing at all can be read.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class TrainLoader:
         start_step: int = 0,
         jumps: Jumps = (),
         pin: bool = False,
+        device: torch.device = CPU,
     ):
         if micro_batch < 1 or world < 1 or global_batch % (world * micro_batch):
             raise UserError(
@@ -70,6 +74,7 @@ class TrainLoader:
             )
         positions = Positions(global_batch, micro_batch, rank, world, start_step, data.crops, jumps)
         samples: Dataset[list[Batch]]
+        self._finish: Callable[[Batch], Batch] = lambda batch: batch
         self._ahead: Ahead | None = None
         self._look_ahead: Callable[[int], Ahead] | None = None
         if isinstance(manifest, Foreign):
@@ -77,6 +82,10 @@ class TrainLoader:
         else:
             order = Order(manifest, seed, data.streams, data.block)
             samples = TrainSamples(manifest, order, data, needs, seed, global_batch)
+            if data.decoder == "device":
+                plain = data.model_copy(update={"decoder": default_decoder()})
+                exact = TrainSamples(manifest, order, plain, replace(needs, whole_images=0), seed, global_batch)
+                self._finish = OnDevice(exact, device)
             if manifest.cache:
                 self._look_ahead = partial(Ahead, manifest, order, global_batch, rank, world)
         sampler = None if isinstance(manifest, Foreign) else positions
@@ -92,14 +101,14 @@ class TrainLoader:
         self.close()
         self._running = _run(self._open(pool=self._pool()), self._parts)
         if self._look_ahead is None:
-            return self._running
+            return map(self._finish, self._running)
         self._ahead = self._look_ahead(batch_of(self._start_step, self._jumps) // self._crops)
         return self._followed(self._running, self._ahead)
 
     def _followed(self, running: Running, ahead: Ahead) -> Iterator[Batch]:
         for number, batch in enumerate(running):
             ahead.step.value = batch_of(self._start_step + number // self._parts, self._jumps) // self._crops
-            yield batch
+            yield self._finish(batch)
 
     def close(self) -> None:
         """End the workers. Iterating again starts new ones."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mimscale.config import DataConfig
-from mimscale.contracts import Batch, Damage, Needs, Noise
-from mimscale.data import noise
-from mimscale.data.decode import AnyPicture, decode, decoder
+from mimscale.contracts import Batch, Damage, Needs, Noise, Stored
+from mimscale.data import colour, noise
+from mimscale.data.decode import AnyPicture, Undecoded, decode, decoder
 from mimscale.data.manifest import Ints, Manifest
 from mimscale.data.order import Order
 from mimscale.data.reader import Reader
@@ -43,16 +43,21 @@ class TrainSamples(Dataset[list[Batch]]):
         self.manifest, self.order, self.seed = manifest, order, seed
         self.crops = Crops(manifest.samples, data, needs, seed, global_batch)
         self.reader = Reader(manifest, decoder(data.decoder, data.decode_short_side))
+        self.exact = Reader(manifest, decode) if data.decoder == "device" else self.reader
 
     def __getitem__(self, item: tuple[Ints, Ints]) -> list[Batch]:
         at, positions = item
         ids = self.order.ids(at)
         self.manifest.read_ahead(ids)
         pictures = (
-            self.reader.load_or_substitute(sample, self.seed, *divmod(place, self.manifest.samples))
+            self._reader(place).load_or_substitute(sample, self.seed, *divmod(place, self.manifest.samples))
             for sample, place in zip(ids.tolist(), at.tolist(), strict=True)
         )
         return self.crops(positions, pictures, self.manifest)
+
+    def _reader(self, place: int) -> Reader:
+        """Where the uncut picture is wanted as well, it cannot be left undecoded."""
+        return self.exact if place % self.crops.global_batch < self.crops.needs.whole_images else self.reader
 
 
 class Crops:
@@ -62,7 +67,10 @@ class Crops:
         self.samples, self.data, self.needs, self.seed, self.global_batch = samples, data, needs, seed, global_batch
 
     def __call__(
-        self, positions: Ints, pictures: Iterator[tuple[int, AnyPicture, list[Damage]]], manifest: Manifest | None
+        self,
+        positions: Ints,
+        pictures: Iterator[tuple[int, AnyPicture | Undecoded, list[Damage]]],
+        manifest: Manifest | None,
     ) -> list[Batch]:
         """int64 [rows, B] and B pictures, with their ids and the damage met on the way -> one Batch per row.
 
@@ -74,6 +82,7 @@ class Crops:
         whole_rows = np.flatnonzero(positions[0] % self.global_batch < self.needs.whole_images)
         whole = np.empty((len(whole_rows), 3, side, side), np.uint8) if self.needs.whole_images else None
         ids, damage = np.empty(total, np.int64), list[Damage]()
+        stored = list[tuple[bytes, int, Box]]()
         for column in range(total):
             ids[column], image, found = next(pictures)
             damage += found
@@ -81,9 +90,15 @@ class Crops:
                 place = divmod(int(positions[row, column]), self.samples)
                 numbers = noise.uniform(self.seed, "crop", *place, n=CROP_NUMBERS).tolist()
                 flips[row, column] = numbers[-1] < self.data.flip
+                if isinstance(image, Undecoded):
+                    box = self._box((image.height, image.width), numbers)
+                    boxes[row, column] = fractions(box, (image.height, image.width))
+                    stored.append((image.data, column, box))
+                    continue
                 crop, boxes[row, column] = self._crop(image, numbers)
                 images[row, column] = pixels(crop, flips[row, column])
             if whole is not None and column in whole_rows:
+                assert not isinstance(image, Undecoded)
                 squeeze = squeezed(image, side, self.data.interpolation)
                 whole[whole_rows.searchsorted(column)] = pixels(squeeze)
         labels = _labels(manifest, ids) if self.needs.labels and manifest is not None else None
@@ -92,13 +107,14 @@ class Crops:
                 images=torch.from_numpy(images[row]),
                 ids=torch.from_numpy(ids),
                 positions=torch.from_numpy(np.array(positions[row])),
-                noise={name: self._noise(name, asked, positions[row]) for name, asked in self.needs.noise.items()},
+                noise=self._all_noise(positions[row]),
                 boxes=torch.from_numpy(boxes[row]),
                 flips=torch.from_numpy(flips[row]),
                 labels=labels,
                 whole=None if whole is None else torch.from_numpy(whole),
                 whole_rows=None if whole is None else torch.from_numpy(whole_rows),
                 damage=tuple(damage) if row == 0 else (),
+                stored=_stored(stored) if stored else None,
             )
             for row in range(rows)
         ]
@@ -114,13 +130,23 @@ class Crops:
             box: Box = padded_box(size, data.image_size, data.crop_padding, numbers[-3:-1])
             return padded_crop(image, box, data.crop_padding), fractions(box, size)
         size = image.height, image.width
-        box = random_box(size, data.crop_scale, data.crop_ratio, numbers)
+        box = self._box(size, numbers)
         return resized_crop(image, box, data.image_size, data.interpolation), fractions(box, size)
 
-    def _noise(self, name: str, wanted: Noise, positions: Ints) -> Tensor:
+    def _box(self, size: tuple[int, int], numbers: list[float]) -> Box:
+        return random_box(size, self.data.crop_scale, self.data.crop_ratio, numbers)
+
+    def _all_noise(self, positions: Ints) -> dict[str, Tensor]:
+        places = [divmod(int(position), self.samples) for position in positions]
+        numbers = {name: self._noise(name, asked, places) for name, asked in self.needs.noise.items()}
+        if any(self.data.colour_jitter):
+            rows = [colour.drawn(self.data.colour_jitter, self.seed, *place) for place in places]
+            numbers[colour.PURPOSE] = torch.from_numpy(np.stack(rows))
+        return numbers
+
+    def _noise(self, name: str, wanted: Noise, places: list[tuple[int, int]]) -> Tensor:
         draw = noise.uniform if wanted.kind == "uniform" else noise.exponential
         n = int(np.prod(wanted.shape))
-        places = [divmod(int(position), self.samples) for position in positions]
         rows = [draw(self.seed, f"noise/{name}", *place, n=n) for place in places]
         return torch.from_numpy(np.stack(rows).reshape(-1, *wanted.shape))
 
@@ -149,6 +175,13 @@ class EvalSamples(Dataset[list[Batch]]):
             weights=torch.from_numpy(weights),
         )
         return [batch]
+
+
+def _stored(parts: list[tuple[bytes, int, Box]]) -> Stored:
+    data, rows, boxes = zip(*parts, strict=True)
+    sizes = torch.tensor([len(part) for part in data])
+    whole = torch.from_numpy(np.frombuffer(b"".join(data), np.uint8).copy())
+    return Stored(whole, sizes, torch.tensor(rows), torch.tensor(boxes))
 
 
 def _labels(manifest: Manifest, ids: Ints) -> Tensor:

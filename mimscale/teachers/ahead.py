@@ -1,20 +1,19 @@
 """Micro-batches with what the teachers saw in them, in order or one micro-batch ahead of the student.
 
-Ahead on a GPU, copy and teachers run in a stream of their own: while the student of micro-batch i computes and waits
+Ahead on a GPU, the teachers run in a stream of their own: while the student of micro-batch i computes and waits
 for other ranks, the teachers work on i + 1. That costs the memory of one more batch and its targets.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from mimscale.contracts import Batch, Targets
+from mimscale.contracts import Batch, Staged, Targets, keep_for
 from mimscale.teachers.bank import Bank
 
 
@@ -38,14 +37,14 @@ class Lessons:
         self,
         bank: Bank,
         device: torch.device,
-        batches: Iterator[Batch],
+        batches: Iterator[Staged],
         *,
         ahead: bool,
         prepare: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
         self._bank, self._device, self._batches, self._prepare = bank, device, batches, prepare
         self._depth = 2 if ahead else 1
-        self._fetched: deque[Batch] = deque()
+        self._fetched: deque[Staged] = deque()
         self._submitted: deque[_Submitted] = deque()
         self._stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
         if self._stream is not None:
@@ -60,13 +59,13 @@ class Lessons:
             self._fetched.append(batch)
         if not self._fetched:
             raise StopIteration
-        return self._fetched[0]
+        return self._fetched[0].raw
 
     def teach(self) -> tuple[Batch, dict[str, Targets]]:
         """(the batch that `fetch` gave, normalised on the device; targets by teacher)."""
-        for raw in list(self._fetched)[len(self._submitted) :]:
-            self._submitted.append(self._submit(raw))
-        raw, now = self._fetched.popleft(), self._submitted.popleft()
+        for staged in list(self._fetched)[len(self._submitted) :]:
+            self._submitted.append(self._submit(staged))
+        raw, now = self._fetched.popleft().raw, self._submitted.popleft()
         prepared = self._prepare(raw)
         batch = now.batch
         if prepared is not raw:
@@ -74,22 +73,11 @@ class Lessons:
         if now.done is not None:
             student = torch.cuda.current_stream(self._device)
             student.wait_event(now.done)
-            for tensor in (*_tensors(now.batch), *(t for targets in now.targets.values() for t in _tensors(targets))):
-                tensor.record_stream(student)  # its memory is not given away while the student reads it
+            keep_for(student, now.batch, *now.targets.values())
         return batch, now.targets
 
-    def _submit(self, raw: Batch) -> _Submitted:
+    def _submit(self, staged: Staged) -> _Submitted:
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            batch = raw.to(self._device).normalised()
+            batch = staged.take()
             targets = self._bank(batch.images)
             return _Submitted(batch, targets, None if self._stream is None else self._stream.record_event())
-
-
-def _tensors(record: Batch | Targets) -> Iterator[Tensor]:
-    """Every tensor in a dataclass of tensors and of mappings to tensors."""
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            yield from (entry for entry in value.values() if isinstance(entry, Tensor))

@@ -15,12 +15,13 @@ from timm.models.beit import Beit as TimmBeit
 
 from mimscale.__main__ import main
 from mimscale.convert.families import simmim
+from mimscale.convert.names import same
 from mimscale.convert.student import student_from
 from mimscale.errors import UserError
 from mimscale.methods.simmim import SimMIM
 from mimscale.models.beit import Beit
 from tests import golden
-from tests.convert.runs import IMAGES, STUDENT, save_run
+from tests.convert.runs import IMAGES, STUDENT, save_run, saved_run
 from tests.golden import close, run_config
 
 
@@ -63,6 +64,22 @@ def test_run_to_official_and_back(saved: tuple[Path, SimMIM], tmp_path: Path) ->
     assert back.keys() == original.keys() and all(torch.equal(back[n], t) for n, t in original.items())
 
     student, _ = student_from(official, heads=2)  # an official file as it is
+    close(student(IMAGES).tokens, method.student(IMAGES).tokens)
+
+
+@pytest.mark.parametrize("positions", ["per_block", "relative", "absolute"])
+def test_finetuned_to_official_and_back(positions: str, tmp_path: Path) -> None:
+    folder, method = saved_run(tmp_path / "run", "finetune", beit={"positions": positions})
+    official, ours = tmp_path / "official.safetensors", tmp_path / "ours.safetensors"
+    assert main(["convert", str(folder), str(official), "--to", "official"]) == 0
+    names = {name.removeprefix("student.") for name in method.state_dict()}
+    indices = {n.replace("bias_table", "index") for n in names if n.endswith("relative_position_bias_table")}
+    assert load_file(official).keys() == names | indices
+    recipe = str(folder / "config.yaml")
+    assert main(["convert", str(official), str(ours), "--to", "mimscale", "--recipe", recipe]) == 0
+    assert same(load_file(ours), method.state_dict())
+    student, info = student_from(official, heads=2)
+    assert isinstance(student, Beit) and student.positions == positions and not info.final_norm
     close(student(IMAGES).tokens, method.student(IMAGES).tokens)
 
 

@@ -35,8 +35,10 @@ def config(shards: Path | str, **changes) -> DataConfig:
 
 
 def loader(source: Source, data: DataConfig, rank: int = 0, world: int = 1, start_step: int = 0) -> TrainLoader:
-    sizes = {"global_batch": GLOBAL, "micro_batch": GLOBAL // world, "rank": rank, "world": world}
-    return TrainLoader(source, data, NEEDS, seed=3, pin=False, jumps=(), start_step=start_step, **sizes)
+    micro, begin = GLOBAL // world, start_step
+    return TrainLoader(
+        source, data, NEEDS, seed=3, global_batch=GLOBAL, micro_batch=micro, rank=rank, world=world, start_step=begin
+    )
 
 
 def batches(data: DataConfig, steps: int, world: int = 1, start_step: int = 0) -> list[Batch]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import subprocess
+from itertools import islice
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from mimscale.config import load, method_class
-from mimscale.contracts import Batch, Noise
+from mimscale.config import DataConfig, load, method_class
+from mimscale.contracts import Batch, Needs, Noise
+from mimscale.data.loader import TrainLoader
+from mimscale.data.manifest import Manifest
+from mimscale.data.staging import Staging
 from mimscale.teachers.ahead import Lessons
 from mimscale.teachers.bank import Bank, describe
 from tests import ranks
@@ -86,7 +91,7 @@ def test_teachers_ahead_in_their_own_stream(precision: str) -> None:
     seen = []
     for ahead in (False, True):
         sums = []
-        lessons = Lessons(bank, device, iter(batches), ahead=ahead)
+        lessons = Lessons(bank, device, Staging(iter(batches), device), ahead=ahead)
         for _ in batches:
             lessons.fetch()
             batch, targets = lessons.teach()
@@ -98,3 +103,41 @@ def test_teachers_ahead_in_their_own_stream(precision: str) -> None:
         seen.append(sums)
     for plain, early in zip(*seen, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(plain, early, strict=True))
+
+
+@pytest.mark.multi
+def test_batches_are_copied_ahead_from_slots_to_the_device(shards: Path) -> None:
+    """Pinned from the workers' shared memory, copied in a stream of their own while the device is kept busy."""
+    manifest, device = Manifest.load(shards), torch.device("cuda")
+    needs = Needs(noise={"mask": Noise("uniform", (7,))})
+
+    def loader(workers: int) -> TrainLoader:
+        data = DataConfig(shards=str(shards), image_size=224, workers=workers)
+        pin = workers > 0
+        return TrainLoader(manifest, data, needs, seed=0, global_batch=16, micro_batch=16, rank=0, world=1, pin=pin)
+
+    plain = list(islice(loader(0), 12))
+    ahead = loader(2)
+    for expected, staged in zip(plain, Staging(iter(ahead), device), strict=False):
+        torch.randn(2048, 2048, device=device) @ torch.randn(2048, 2048, device=device)
+        batch = staged.take()
+        assert staged.raw.images.is_pinned() and staged.ready is not None
+        assert torch.equal(staged.raw.images, expected.images) and torch.equal(batch.ids.cpu(), expected.ids)
+        assert torch.equal(batch.images, expected.to(device).normalised().images)
+        assert torch.equal(batch.noise["mask"].cpu(), expected.noise["mask"])
+    ahead.close()
+
+
+def test_jpegs_are_decoded_on_the_device(shards: Path) -> None:
+    """nvJPEG has an inverse DCT and upsampling of its own: 30 dB on average to Pillow's pixels is asked for here."""
+    manifest, device = Manifest.load(shards), torch.device("cuda")
+
+    def first(decoder: Literal["pillow", "device"]) -> Batch:
+        data = DataConfig(shards=str(shards), image_size=64, workers=0, decoder=decoder)
+        sizes: Any = {"global_batch": 32, "micro_batch": 32, "rank": 0, "world": 1}
+        return next(iter(TrainLoader(manifest, data, Needs(), seed=0, device=device, **sizes)))
+
+    ours, plain = first("device"), first("pillow")
+    assert ours.images.is_cuda and torch.equal(ours.ids, plain.ids) and torch.equal(ours.boxes, plain.boxes)
+    error = (ours.images.cpu().float() - plain.images.float()).square().mean((1, 2, 3)).clamp(min=1e-3)
+    assert (10 * torch.log10(255**2 / error)).mean() > 30

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import resource
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +77,21 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
     book.say("hello")
     book.close()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == ""
+
+
+def test_phases_leave_no_gap_from_the_start_of_the_process() -> None:
+    code = (
+        "import time, mimscale.observe.meter as meter\n"
+        "phases = meter.Phases(); phases.end('imports'); time.sleep(0.3)\n"
+        "phases.end('sleep'); phases.end('imports')\n"
+        "print(phases.seconds['imports'], phases.seconds['sleep'], phases.cpu_s['imports'], phases.cpu_s['sleep'])"
+    )
+    start_s = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    all_s = time.monotonic() - start_s
+    imports_s, sleep_s, cpu_s, sleep_cpu_s = map(float, done.stdout.split())
+    assert sleep_s >= 0.3 and imports_s > 0 and imports_s + sleep_s <= all_s + 0.02  # the clock's tick is 10 ms
+    assert cpu_s > 0 and sleep_cpu_s < 0.3
 
 
 def test_meter_averages_over_micro_steps_and_starts_anew() -> None:

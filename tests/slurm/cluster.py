@@ -16,7 +16,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -53,6 +53,9 @@ JobRequeue=1
 MinJobAge=3600
 KillWait=5
 ReturnToService=2
+SlurmdTimeout=300
+TCPTimeout=1
+MessageTimeout=5
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} Boards=1 \
 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=16000 Gres=gpu:{gpus} State=UNKNOWN
 PreemptType=preempt/partition_prio
@@ -71,7 +74,7 @@ class Cluster:
         self.local = self.root / "local"
         self.isolated = subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode == 0
         self.config = self.root / "etc" / "slurm.conf"
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     # -------------------------------------------------------------------------------------------- start and stop
 
@@ -81,17 +84,14 @@ class Cluster:
         run, log = self.root / "run", self.root / "log"
         files = {"key-file": munge / "key", "seed-file": munge / "seed", "socket": run / "munge.sock",
                  "pid-file": run / "munged.pid", "log-file": log / "munged.log"}  # fmt: skip
-        self._daemon("munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in files.items()))
+        options = (f"--{name}={path}" for name, path in files.items())
+        self._daemon("munged", "munged", "--foreground", "--force", *options)
         self._until("munged", (run / "munge.sock").exists, 20)
-        self._daemon("slurmctld", "-D", "-i", "-f", str(self.config))
+        self._start_controller()
         for node in self.nodes:
-            slurmd = ["slurmd", "-D", "-f", str(self.config), "-N", node]
-            if self.isolated:
-                setup = 'hostname "$1"; mount --bind "$2/etc/hosts" /etc/hosts; mount --bind "$2/local.$1" "$2/local"; '
-                slurmd = ["unshare", "--uts", "--mount", "bash", "-ec", f'{setup} shift 2; exec "$@"', "node",
-                          node, str(self.root), *slurmd]  # fmt: skip
-            self._daemon(*slurmd)
-        self._until("the nodes", lambda: self._idle() == set(self.nodes), 60)
+            self._start_node(node)
+        for node in self.nodes:
+            self._until_up(node)
 
     def stop(self) -> None:
         try:
@@ -99,14 +99,14 @@ class Cluster:
                 with contextlib.suppress(TimeoutError, subprocess.TimeoutExpired):
                     self.cancel_all()
         finally:
-            for daemon in reversed(self._daemons):
+            for daemon in reversed(self._daemons.values()):
                 daemon.terminate()
                 try:
                     daemon.wait(10)
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait()
-            self._kill_leftovers()
+            _send(signal.SIGKILL, self.tasks())  # that outlived their slurmd
             shutil.rmtree(self.root, ignore_errors=True)
 
     # ----------------------------------------------------------------------------------------------------- clients
@@ -161,7 +161,77 @@ class Cluster:
         self._until(f"requeue of job {job}", lambda: self.show(job)["JobState"] == "PENDING", timeout_s)
         self._client("scontrol", "update", f"jobid={job}", "starttime=now+2")
 
+    def end_in(self, job: str, seconds: int) -> None:
+        """Shorten its time limit. SLURM looks for jobs that are over theirs every 30 s."""
+        self._client("scontrol", "update", f"jobid={job}", f"endtime=now+{seconds}")
+
+    # ------------------------------------------------------------------------------------------------------ failures
+
+    def lose(self, node: str) -> None:
+        """A power cut: the node's daemons and ranks are gone at once, and SLURM has to find out by itself."""
+        _send(signal.SIGKILL, self._daemons_of(node))  # first, or they would report the death of a rank
+        _send(signal.SIGKILL, self.tasks(node))
+        self._daemons.pop(node).wait()
+
+    def lose_daemon(self, node: str) -> None:
+        """slurmd dies, the ranks that it started live on."""
+        daemon = self._daemons.pop(node)
+        daemon.kill()
+        daemon.wait()
+
+    def back(self, node: str) -> None:
+        """After either. What is left of older jobs on the node SLURM ends when it hears of it."""
+        self._start_node(node)
+        if "DRAIN" in self._state(node) or "DOWN" in self._state(node):
+            self._client("scontrol", "update", f"nodename={node}", "state=resume")
+        self._until_up(node)
+
+    def stop_controller(self) -> None:
+        """As an administrator would; it keeps its state."""
+        daemon = self._daemons.pop("slurmctld")
+        daemon.terminate()
+        daemon.wait()
+
+    def controller_back(self) -> None:
+        self._start_controller()
+        self._until("the controller", lambda: self.run("scontrol", "ping").returncode == 0, 30)
+
+    def until_down(self, node: str) -> None:
+        """SLURM notices by itself, within seconds instead of its usual five minutes."""
+        self._set("SlurmdTimeout=300", "SlurmdTimeout=4")
+        self._until(f"{node} to be down", lambda: self._state(node).startswith("DOWN"), 60)
+
+    def declare_down(self, node: str) -> None:
+        """What SLURM does when it notices, now."""
+        self._client("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def repair(self) -> None:
+        """Everything that a test took away is there again."""
+        if "slurmctld" not in self._daemons:
+            self.controller_back()
+        for node in self.nodes:
+            if node not in self._daemons:
+                self.back(node)
+        self._set("SlurmdTimeout=4", "SlurmdTimeout=300")
+
     # ---------------------------------------------------------------------------------------------------- plumbing
+
+    def _set(self, old: str, new: str) -> None:
+        text = self.config.read_text()
+        if f"\n{old}\n" in text:
+            self.config.write_text(text.replace(f"\n{old}\n", f"\n{new}\n"))
+            self._client("scontrol", "reconfigure")
+
+    def _start_controller(self) -> None:
+        self._daemon("slurmctld", "slurmctld", "-D", "-i", "-f", str(self.config))
+
+    def _start_node(self, node: str) -> None:
+        slurmd = ["slurmd", "-D", "-f", str(self.config), "-N", node]
+        if self.isolated:
+            setup = 'hostname "$1"; mount --bind "$2/etc/hosts" /etc/hosts; mount --bind "$2/local.$1" "$2/local"; '
+            slurmd = ["unshare", "--uts", "--mount", "bash", "-ec", f'{setup} shift 2; exec "$@"', "node",
+                      node, str(self.root), *slurmd]  # fmt: skip
+        self._daemon(node, *slurmd)
 
     def _write_files(self) -> None:
         for name in ("etc", "log", "run", "state", "munge", "dev", "local", *(f"local.{n}" for n in self.nodes)):
@@ -187,24 +257,30 @@ class Cluster:
         known = Path("/etc/hosts").read_text().rstrip("\n")
         self.config.with_name("hosts").write_text("\n".join([known, *(f"127.0.0.1 {n}" for n in self.nodes), ""]))
 
-    def _daemon(self, *command: str) -> None:
-        log = (self.root / "log" / f"start.{len(self._daemons)}").open("wb")
+    def _daemon(self, name: str, *command: str) -> None:
         dies_with_us = ["setpriv", "--pdeathsig", "KILL", *command]
-        self._daemons.append(
-            subprocess.Popen(dies_with_us, env=self.environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        )
-        log.close()
+        with (self.root / "log" / f"start.{name}").open("ab") as log:
+            self._daemons[name] = subprocess.Popen(
+                dies_with_us,
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
 
     def _client(self, *command: str) -> str:
         return self.run(*command).stdout
 
-    def _idle(self) -> set[str]:
-        return set(self._client("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split())
+    def _state(self, node: str) -> str:
+        return self._client("scontrol", "show", "node", node).partition(" State=")[2].partition(" ")[0]
+
+    def _until_up(self, node: str) -> None:
+        self._until(node, lambda: self._state(node) in ("IDLE", "ALLOCATED", "MIXED", "IDLE+COMPLETING"), 60)
 
     def _until(self, what: str, condition: Callable[[], bool], timeout_s: float) -> None:
         end_s = time.monotonic() + timeout_s
         while not condition():
-            dead = [d.args for d in self._daemons if d.poll() is not None]
+            dead = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
             if dead or time.monotonic() > end_s:
                 raise TimeoutError(
                     f"{what}: {f'daemon ended: {dead}' if dead else f'not after {timeout_s} s'}\n{self._logs()}"
@@ -217,13 +293,41 @@ class Cluster:
             for path in sorted((self.root / "log").iterdir())
         )
 
-    def _kill_leftovers(self) -> None:
-        """Step daemons and tasks that outlived their slurmd: whatever was started under our configuration."""
-        mark = f"SLURM_CONF={self.config}".encode()
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if mark in (process / "environ").read_bytes().split(b"\0") and int(process.name) != os.getpid():
-                    os.kill(int(process.name), signal.SIGKILL)
+    def _daemons_of(self, node: str) -> list[int]:
+        """slurmd and the step daemons, which hide their command line and environment, but share slurmd's log."""
+        log = str(self.root / "log" / f"slurmd.{node}.log")
+        return [process for process, folder in _processes() if log in _links(folder / "fd")]
+
+    def tasks(self, node: str | None = None) -> list[int]:
+        """Whatever else was started under our configuration, on one node or anywhere."""
+        marks = {f"SLURM_CONF={self.config}".encode()}
+        if node is not None:
+            marks.add(f"SLURMD_NODENAME={node}".encode())
+        return [process for process, folder in _processes() if marks <= _environment(folder)]
+
+
+def _processes() -> Iterator[tuple[int, Path]]:
+    return ((int(path.name), path) for path in Path("/proc").glob("[0-9]*") if int(path.name) != os.getpid())
+
+
+def _links(folder: Path) -> set[str]:
+    found = set()
+    with contextlib.suppress(OSError):  # of another user, or just gone
+        for path in folder.iterdir():
+            found.add(os.readlink(path))
+    return found
+
+
+def _environment(folder: Path) -> set[bytes]:
+    with contextlib.suppress(OSError):
+        return set((folder / "environ").read_bytes().split(b"\0"))
+    return set()
+
+
+def _send(number: signal.Signals, processes: Iterable[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 def free_ports(count: int) -> int:

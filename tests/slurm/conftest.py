@@ -19,7 +19,7 @@ SMALL = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-ta
 
 PYTHON = """\
 #!/bin/sh
-case "$1" in -m) exec "{python}" -S "{stub}" "$@" ;; *) exec "{python}" "$@" ;; esac
+case "$1" in -m) PYTHONPATH="{root}" exec "{python}" -S "{stub}" "$@" ;; *) exec "{python}" "$@" ;; esac
 """
 NVIDIA_SMI = """\
 #!/bin/sh
@@ -71,20 +71,31 @@ class Site:
         found: dict[str, Any] = json.loads((self.run_dir / f"launch.{restart}.{rank}.json").read_text())
         return found
 
+    def saves(self) -> list[tuple[int, int]]:
+        """(restart, step) of each of the stub's checkpoints."""
+        lines = (self.run_dir / "saves").read_text().splitlines()
+        return [(int(restart), int(step)) for restart, step in map(str.split, lines)]
+
     def interrupt(self, job: str) -> None:
         """What SLURM does 300 s before the time limit."""
         done = self.cluster.run("scancel", "--batch", "--signal=USR1", job)
         assert done.returncode == 0, done.stderr
 
-    def until_started(self, restart: int = 0) -> None:
-        self.cluster.until("start of the ranks", (self.run_dir / f"launch.{restart}.3.json").exists)
+    def until_started(self, restart: int = 0, ranks: int = 4) -> None:
+        self.cluster.until("start of the ranks", (self.run_dir / f"launch.{restart}.{ranks - 1}.json").exists)
+
+    def until_saved(self, restart: int = 0) -> None:
+        def saved() -> bool:
+            return (self.run_dir / "saves").exists() and self.saves()[-1][0] == restart
+
+        self.cluster.until("a checkpoint", saved, timeout_s=60)
 
 
 @pytest.fixture
 def site(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
-    python = PYTHON.format(python=sys.executable, stub=Path(__file__).with_name("stub.py"))
+    python = PYTHON.format(python=sys.executable, root=JOBS.parent, stub=Path(__file__).with_name("stub.py"))
     for name, text in {"python": python, "nvidia-smi": NVIDIA_SMI}.items():
         (bin_dir / name).write_text(text)
         (bin_dir / name).chmod(0o755)
@@ -96,4 +107,5 @@ def site(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
         MIN_FREE_GB="1",
     )
     yield made
+    cluster.repair()
     cluster.cancel_all()

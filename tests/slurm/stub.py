@@ -5,8 +5,11 @@
     python stub.py -m data_prep ... DESTINATION --part I/N
     python stub.py -m data_prep finish --wait S DESTINATION ...
 
-stub.deaf_s: seconds before the signal handlers are there.  stub.crash_rank: exits 9 at its third step.
-stub.exit: leaves at once with this code.  stub.frozen: no step ever counts.
+stub.deaf_s: seconds before the signal handlers are there.  stub.deaf: never heeds a signal.
+stub.crash_rank: exits 9 when there is a file `crash`.  stub.exit: leaves at once with this code.
+stub.frozen: no step counts.
+stub.every: rank 0 saves at every so many steps.
+Rank 0 holds the run's real lock, and `saves` has a line "RESTART STEP" for each of its checkpoints.
 """
 
 from __future__ import annotations
@@ -18,41 +21,58 @@ import sys
 import time
 from pathlib import Path
 
+from mimscale.errors import Stopped, UserError
+from mimscale.resilience.lock import Lock
+
 
 def train(arguments: list[str]) -> int:
     run_dir = Path(arguments[arguments.index("--run-dir") + 1])
     pairs = (a.split("=", 1) for a in arguments if "=" in a)
     options = {key.removeprefix("stub."): value for key, value in pairs if key.startswith("stub.")}
     rank, restart = int(os.environ["RANK"]), os.environ.get("SLURM_RESTART_COUNT", "0")
-    started = {"arguments": arguments, "environment": dict(os.environ)}
+    lock = Lock(run_dir, beat_s=0.5) if rank == 0 else None
+    started = {"arguments": arguments, "environment": dict(os.environ), "pid": os.getpid()}
     (run_dir / f"launch.{restart}.{rank}.json").write_text(json.dumps(started))
     if "exit" in options:
         return int(options["exit"])
     if (run_dir / "done").exists():
         return 0
 
-    saved = run_dir / "step"
-    step = int(saved.read_text()) if saved.exists() else 0
+    def save() -> None:
+        if lock is not None:
+            lock.check()
+            (run_dir / "checkpoints").mkdir(exist_ok=True)
+            (run_dir / "checkpoints" / "latest.json").write_text(json.dumps({"folder": f"step-{step:08d}"}))
+            with (run_dir / "saves").open("a") as file:
+                file.write(f"{restart} {step}\n")
+
+    saves = run_dir / "saves"
+    step = int(saves.read_text().split()[-1]) if saves.exists() else 0
     time.sleep(float(options.get("deaf_s", "0")))
     asked: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: asked.append(number))
+        signal.signal(number, signal.SIG_IGN if "deaf" in options else lambda number, frame: asked.append(number))
     stop_file = Path(os.environ["MIMSCALE_STOP_FILE"])
     if rank == 0:
-        print(f"stub starts at step {step}", flush=True)
+        print(f"stub starts at step {step} on {os.environ['WORLD_SIZE']} ranks", flush=True)
     while step < int(options.get("steps", "5")):
         time.sleep(float(options.get("step_s", "0.02")))
         step += "frozen" not in options
-        if options.get("crash_rank") == str(rank) and step == 3:
+        if options.get("crash_rank") == str(rank) and (run_dir / "crash").exists():
             return 9
-        if asked or stop_file.exists():
+        if "every" in options and step % int(options["every"]) == 0:
+            save()
+        if asked or (stop_file.exists() and "deaf" not in options):
+            save()
             if rank == 0:
-                saved.write_text(str(step))
                 Path(os.environ["MIMSCALE_REQUEUE_FILE"]).write_text(f"{step}\n")
-            return 0
-    if rank == 0:
-        saved.write_text(str(step))
-        (run_dir / "done").write_text(f"{step}\n")
+            break
+    else:
+        save()
+        if rank == 0:
+            (run_dir / "done").write_text(f"{step}\n")
+    if lock is not None:
+        lock.release()
     return 0
 
 
@@ -71,7 +91,11 @@ def prepare(arguments: list[str]) -> int:
 def main() -> int:
     match sys.argv[1:]:
         case ["-m", "mimscale", "train", *arguments]:
-            return train(arguments)
+            try:
+                return train(arguments)
+            except (UserError, Stopped) as error:
+                print(error, file=sys.stderr)
+                return 2 if isinstance(error, UserError) else Stopped.code
         case ["-m", "mimscale", "evaluate", verb, run_dir, *arguments]:
             (Path(run_dir) / f"evaluated.{verb}").write_text(json.dumps(arguments))
             return 0

@@ -113,7 +113,7 @@ def test_signal_before_the_trainer_listens(site: Site) -> None:
     site.interrupt(job)
     site.cluster.start_now(job)
     assert "stub starts at step 0" in site.log(job)
-    assert (site.run_dir / "step").read_text() == "1"
+    assert site.saves() == [(0, 1)]
 
 
 def test_cancel_saves_and_does_not_requeue(site: Site) -> None:
@@ -122,7 +122,7 @@ def test_cancel_saves_and_does_not_requeue(site: Site) -> None:
     site.cluster.run("scancel", job)
     end = site.cluster.wait(job)
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0")
-    assert int((site.run_dir / "step").read_text()) > 0
+    assert site.saves()[-1][1] > 0
     site.cluster.until("the batch script's end", lambda: not list((site.run_dir / "job").iterdir()))
 
 
@@ -146,11 +146,13 @@ def test_signal_during_the_node_check(site: Site) -> None:
     site.cluster.until("the node check", waiting.exists)
     site.interrupt(job)
     site.cluster.start_now(job)
-    assert (site.run_dir / "step").read_text() == "1"
+    assert site.saves() == [(0, 1)]
 
 
 def test_crash_of_one_rank_ends_the_job(site: Site) -> None:
     job = site.pretrain("stub.steps=10000", "stub.step_s=0.05", "stub.crash_rank=2")
+    site.until_started()
+    (site.run_dir / "crash").touch()
     end = site.cluster.wait(job, timeout_s=40)
     assert (end["JobState"], end["Restarts"]) == ("FAILED", "0"), site.log(job)
 

@@ -11,6 +11,7 @@ import torch
 
 from mimscale.config import load
 from mimscale.contracts import Batch, Targets
+from mimscale.data.staging import Staging
 from mimscale.errors import UserError
 from mimscale.teachers.ahead import Lessons
 from mimscale.teachers.bank import Bank
@@ -32,7 +33,7 @@ def raw(number: int) -> Batch:
 
 
 def lessons(batches: Iterator[Batch], bank: Bank, **how: Any) -> Iterator[tuple[Batch, dict[str, Targets]]]:
-    taught = Lessons(bank, tiny.CPU, batches, **how)
+    taught = Lessons(bank, tiny.CPU, Staging(batches, tiny.CPU), **how)
     while True:
         try:
             raw = taught.fetch()

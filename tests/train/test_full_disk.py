@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import ranks
-from tests.train.test_guard import GUARD, events, train
+from tests.train.test_guard import GUARD, events
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 NOW = "checkpoint.patience_s=0"
+
+
+def train(count: int, folder: Path, recipe: Path, faults: dict[str, Any], *overrides: str, code: int = 0) -> str:
+    """What it prints goes through a pipe: a file would be as full as all others."""
+    planted = folder.with_suffix(".json")
+    planted.write_text(json.dumps(faults))
+    words = ranks.command(count, "tests.faulty", planted, "train", recipe, *overrides, "--run-dir", folder)
+    done = subprocess.run(words, capture_output=True, text=True, env=ranks.environment())
+    assert done.returncode == code, done.stderr[-4000:]
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +50,8 @@ def test_what_could_not_be_written_is_written_when_there_is_room(recipe: Path, a
     (back,) = events(run_dir, "rollback")
     assert (back["at"], back["to"]) == (13, 4)
     assert events(run_dir, "save_failed")[0]["at"] == 8
+    (start,) = events(run_dir, "first_step")
+    assert {"imports", "engine", "manifest", "verify", "load", "workers", "first_step"} <= start["seconds"].keys()
     left_out = [json.loads(line)["batch"] for line in (run_dir / "left_out.jsonl").read_text().splitlines()]
     assert left_out == list(range(*back["batches"]))
     assert sorted(ranks.curve(run_dir)) == list(range(5, 17)) and (run_dir / "done").exists()

@@ -69,5 +69,6 @@ def with_index(state: Mapping[str, Tensor]) -> State:
     for name, tensor in state.items():
         if name.endswith(TABLE):
             side = grid_side(tensor)
-            indices[name.replace(TABLE, INDEX)] = relative_index((side, side), torch.device("cpu"))
+            index = relative_index((side, side), torch.device("cpu"))
+            indices[name.replace(TABLE, INDEX)] = index.clone()  # a file may not hold one tensor under two names
     return {**state, **indices}

@@ -1,0 +1,113 @@
+"""Nodes, daemons and time limits that fail under a job, on a real SLURM of two nodes; a stub in the trainer's place."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.slurm.conftest import Site
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+GOING = ("stub.every=1", "stub.step_s=0.1")  # as long as it takes; a checkpoint at every step
+
+
+def starts(site: Site, job: str) -> list[tuple[int, int]]:
+    """(step, ranks) of each start."""
+    found = re.findall(r"stub starts at step (\d+) on (\d+) ranks", site.log(job))
+    return [(int(step), int(ranks)) for step, ranks in found]
+
+
+def test_a_lost_node(site: Site) -> None:
+    """SLURM notices that the node is silent, requeues, waits until there are nodes enough, and starts again."""
+    job = site.pretrain("stub.steps=10000", *GOING)
+    site.until_saved()
+    site.cluster.lose("n2")
+    site.cluster.until_down("n2")
+    site.cluster.start_now(job)
+    assert site.cluster.show(job)["Restarts"] == "1" and len(starts(site, job)) == 1
+    last = site.saves()[-1][1]
+    site.cluster.back("n2")
+    site.until_saved(restart=1)
+    assert [ranks for _, ranks in starts(site, job)] == [4, 4]
+    assert (1, last + 1) in site.saves()  # from the newest checkpoint on
+
+
+def test_ranks_that_crash_because_a_node_is_lost(site: Site) -> None:
+    """Before SLURM calls the node lost: not taken for a fault of the program. Then goes on with the other node."""
+    options, env = ["--nodes=1-2"], {"SLURM_WAIT": "1", "MIN_NODES": "1"}
+    job = site.pretrain("stub.steps=1000", *GOING, "stub.crash_rank=1", options=options, env=env)
+    site.until_saved()
+    site.cluster.lose("n2")
+    (site.run_dir / "crash").touch()
+    site.cluster.until("the search", lambda: "nothing can be started on n2\n" in site.log(job), timeout_s=60)
+    (site.run_dir / "crash").unlink()
+    site.cluster.declare_down("n2")
+    site.cluster.start_now(job)
+    site.until_saved(restart=1)
+    assert [ranks for _, ranks in starts(site, job)] == [4, 2]
+
+
+def test_ranks_that_outlive_slurms_sight(site: Site) -> None:
+    """slurmd of the head node dies alone: two turns of one job at the same time, of which the newer one counts."""
+    job = site.pretrain("stub.steps=200", *GOING, options=["--nodes=1-2"])
+    site.until_saved()
+    site.cluster.lose_daemon("n1")
+    site.cluster.declare_down("n1")
+    site.cluster.start_now(job)
+    site.cluster.run("scontrol", "update", f"jobid={job}", "numtasks=2")  # what the lost head node cannot do
+    site.until_saved(restart=1)
+    end = site.cluster.wait(job, timeout_s=90)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), site.log(job)
+    assert [ranks for _, ranks in starts(site, job)] == [4, 2]  # fewer nodes: those that there were
+    turns = [restart for restart, _ in site.saves()]
+    assert turns == sorted(turns), "the older start has written after the newer one"
+    assert "restart 0 leaves" in site.log(job)  # the older batch script
+    older = site.launch(rank=0, restart=0)["pid"]
+    site.cluster.until("the end of the older rank 0", lambda: older not in site.cluster.tasks("n1"))
+
+
+def test_slurmd_is_started_anew(site: Site) -> None:
+    job = site.pretrain("stub.steps=20", *GOING)
+    site.until_started()
+    site.cluster.lose_daemon("n2")
+    site.cluster.back("n2")
+    end = site.cluster.wait(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "0"), site.log(job)
+
+
+def test_the_controller_is_started_anew(site: Site) -> None:
+    """The job trains on; what it asks for in the meantime is asked again."""
+    job = site.pretrain("stub.steps=60", *GOING)
+    site.until_saved()
+    site.cluster.stop_controller()
+    (site.run_dir / "job" / f"stop.{job}.0").touch()  # as at a signal, which only the controller could send
+    site.cluster.until("the end of the ranks", (site.run_dir / "job" / f"requeue.{job}.0").exists)
+    site.cluster.controller_back()
+    site.cluster.start_now(job)
+    end = site.cluster.wait(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), site.log(job)
+
+
+def test_ranks_that_do_not_heed_the_signal(site: Site) -> None:
+    """Before the time limit is over the job is requeued, and goes on from its newest checkpoint."""
+    job = site.pretrain("stub.deaf=1", "stub.steps=70", *GOING)
+    site.until_saved()
+    site.cluster.end_in(job, 5)
+    site.interrupt(job)
+    site.cluster.start_now(job)
+    end = site.cluster.wait(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), site.log(job)
+    assert "have not saved in time" in site.log(job)
+
+
+def test_the_time_limit_without_a_signal(site: Site) -> None:
+    """SLURM kills the ranks, after which a person goes on from the newest checkpoint."""
+    job = site.pretrain("stub.deaf=1", "stub.steps=1000", *GOING)
+    site.until_saved()
+    site.cluster.end_in(job, 1)
+    assert site.cluster.wait(job)["JobState"] == "TIMEOUT"
+    last = site.saves()[-1][1]
+    job = site.pretrain(f"stub.steps={last + 3}", *GOING)
+    assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.log(job)
+    assert starts(site, job) == [(last, 4)]
