@@ -67,7 +67,7 @@ def read_only_mount(lab: Lab, run: Run, number: int) -> Moments:
 def disk_full(lab: Lab, run: Run, number: int) -> Moments:
     """A tmpfs that lacks room for one more checkpoint and then grows, where that is permitted."""
     soon(lab, run)
-    run.until(run.checkpoints.is_dir, "a checkpoint")
+    run.until(lambda: checkpoint.complete(run.checkpoints), "a checkpoint")
     run.down()
     held = run.folder.with_name(f"{run.folder.name}-held")
     for path in checkpoint.complete(run.checkpoints):
