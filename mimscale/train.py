@@ -107,11 +107,12 @@ def train(plan: Plan, phases: Phases) -> None:
     while state.step < plan.total_steps:
         engine.set_lr(plan.lr(state.step))
         engine.set_clip(guard.clip(run.optim.clip))
-        pace.ids = []
+        ids = list[Tensor]()
         for _ in range(engine.accumulation):
             pace.enter(WAITING)
             raw = lessons.fetch()
-            pace.ids.append(raw.ids)
+            ids.append(raw.ids)
+            pace.ids = ids  # not before there are any: who waits for data names those of the last step
             ledger.note(raw.damage)
             pace.enter(FORWARD)
             batch, targets = lessons.teach()
@@ -125,7 +126,7 @@ def train(plan: Plan, phases: Phases) -> None:
             guard.saw_norm(engine.gradient_norm())
         back = guard.look(engine.skipped, engine.loss_scale)
         if engine.skipped:
-            explain(rig, guard, state.step, pace.ids, batch, targets)
+            explain(rig, guard, state.step, ids, batch, targets)
         if back:
             saver.settle()
             state = roll_back(rig, guard, state)
