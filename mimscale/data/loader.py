@@ -11,6 +11,7 @@ import math
 import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -238,7 +239,8 @@ def _drain(loader: DataLoader[list[Batch]], parts: int) -> Running:
         raise DamagedSample(str(error).rstrip().rpartition("DamagedSample: ")[2]) from None
     finally:
         if loader.num_workers:
-            items._shutdown_workers()
+            with suppress(RuntimeError):  # a worker was killed: nobody waits for its batches any more
+                items._shutdown_workers()
             for worker in items._workers:
                 if worker.is_alive():
                     worker.kill()
