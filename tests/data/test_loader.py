@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -372,3 +372,16 @@ def test_workers_outlive_the_signals_of_a_job_and_not_their_trainer(shards: Path
     script.kill()
     script.communicate()
     assert gone(workers, 20)
+
+
+@pytest.mark.multi
+def test_a_worker_killed_at_the_end_harms_nothing(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the out-of-memory killer may do, while the run already closes its loader."""
+
+    def doomed(worker: int) -> None:
+        multiprocessing.util.Finalize(None, os.kill, (os.getpid(), signal.SIGKILL), exitpriority=0)
+
+    monkeypatch.setattr("mimscale.data.loader._ignore_signals", doomed)
+    running = loader(manifest, config(manifest, workers=2))
+    next(iter(running))
+    running.close()

@@ -50,15 +50,16 @@ static int verdict(char op, int folder, const char *name)
         return 0;
     if (folder >= 0 && name[0] != '/') {
         snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
-        ssize_t length = readlink(link, path, PATH_MAX);
-        if (length < 0)
+        ssize_t end = readlink(link, path, PATH_MAX);
+        if (end < 0)
             return 0;
-        path[length] = 0;
+        path[end] = 0;
         if (name[0])
             strcat(path, "/");
     }
     strncat(path, name, PATH_MAX - 2);
-    if (strncmp(path, page->under, strlen(page->under)))
+    size_t length = strlen(page->under);
+    if (strncmp(path, page->under, length) || (path[length] && path[length] != '/'))
         return 0;
     int64_t at = __sync_fetch_and_add(&page->seen, 1);
     if (at < TRACE)

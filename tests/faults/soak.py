@@ -94,7 +94,7 @@ class Soak:
 
     def next_run(self) -> bool:
         """Strike one run as often as there is room, and judge it. False when no faults are left."""
-        if self._alone and (len(self._alone) > self._runs % 5 * len(self._queue) or not self._queue):
+        if self._alone:
             self._strike_alone(self._alone.pop())
         elif self._queue or self._last:
             self._strike_often()
@@ -156,7 +156,7 @@ class Soak:
             run.close()
         bad = [row.kind.name for row in self.rows if row.run is outcome and not row.good]
         if bad:
-            print(f"{outcome.name} FAILS: {bad}, {outcome.failure}; see {run.folder}", flush=True)
+            print(f"{outcome.name} FAILS: {bad}, {outcome.failure}\n{run.log.read_text()[-3000:]}", flush=True)
         else:
             shutil.rmtree(run.folder)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from mimscale.data.samples import TrainSamples
 from tests.faults.kinds._kind import Moments, fault, soon
 from tests.faults.lab import Lab, Missed, Run
 from tests.faults.layer import KILL
@@ -64,9 +67,17 @@ def kill_loader_worker(lab: Lab, run: Run, number: int) -> Moments:
 @fault(times=4, worlds=(1,))
 def worker_out_of_memory(lab: Lab, run: Run, number: int) -> Moments:
     """The kernel's own killer, by a memory limit of the worker's control group where one may be made."""
+    run.down()
+    wish = run.folder.with_name(f"{run.folder.name}-{number}.hungry")
+    run.plant = partial(plant_hunger, wish)
+    run.mark()
+    run.start()
+    run.until(run.steps, "a step")
+    run.plant = lambda: None
     step = soon(lab, run)
     (worker,) = run.workers()
     group = _starved_group(worker)
+    wish.touch()
     if group is None:
         run.kill(which=[worker])
     run.end()
@@ -79,6 +90,17 @@ def worker_out_of_memory(lab: Lab, run: Run, number: int) -> Moments:
     if run.done or not run.said("DataLoader worker"):
         raise Missed("the loss of a worker ended nothing")
     yield f"step {step}, {'by SIGKILL as the kernel would' if group is None else 'by the kernel'}"
+
+
+def plant_hunger(wish: Path) -> None:
+    """A worker takes 64 MiB for its next batch once the file is there."""
+    make = TrainSamples.__getitem__
+
+    def hungry(self: TrainSamples, item: Any) -> Any:
+        self.eaten = b"\1" * (64 << 20 if wish.exists() else 0)  # type: ignore[attr-defined]
+        return make(self, item)
+
+    TrainSamples.__getitem__ = hungry  # type: ignore[method-assign]
 
 
 def _starved_group(pid: int) -> Path | None:

@@ -94,11 +94,11 @@ def clock_jumps(lab: Lab, run: Run, number: int) -> Moments:
     try:
         run.mark()
         lab.layer.shift_clock(seconds)
-        run.until(lambda: run.events("saved"), "a save")
-        saved_s = run.events("saved")[-1]["time"]
+        run.until(
+            lambda: any(abs(event["time"] - time.time() - seconds) < 3600 for event in run.events("saved")),
+            "a save under the wrong time",
+        )
         run.down()
         yield f"step {step}, {seconds // 3600:+d} h"
-        if abs(saved_s - time.time() - seconds) > 3600:
-            raise Missed("the clock was right")
     finally:
         lab.layer.shift_clock(0)
