@@ -97,6 +97,7 @@ def test_the_controller_is_started_anew(site: Site) -> None:
 def test_ranks_that_do_not_heed_the_signal(site: Site) -> None:
     """Of a real time limit: before it is over the job is requeued, and goes on from its newest checkpoint."""
     job = site.pretrain("stub.deaf=1", "stub.steps=10000", *GOING, options=["--time=1", "--signal=B:USR1@30"])
+    site.until_saved()
     site.cluster.start_now(job, timeout_s=90)
     assert "have not saved in time" in site.log(job)
     last = site.saves()[-1][1]
