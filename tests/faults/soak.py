@@ -82,14 +82,9 @@ class Soak:
 
     def __init__(self, bench: Lab, planned: Sequence[Task]) -> None:
         self.lab, self.rows, self._runs = bench, list[Row](), 0
-        self._queue, self._last, self._alone = (
-            [task for task in planned if test(task[0])]
-            for test in (
-                lambda kind: not kind.takes and not kind.last,
-                lambda kind: kind.last,
-                lambda kind: kind.takes,
-            )
-        )
+        self._alone = [task for task in planned if task[0].takes]
+        self._last = [task for task in planned if task[0].last]
+        self._queue = [task for task in planned if not task[0].takes and not task[0].last]
         bench.random.shuffle(self._queue)
 
     def next_run(self) -> bool:
@@ -115,9 +110,9 @@ class Soak:
     def _strike_often(self) -> None:
         world = (self._queue or self._last)[0][2]
         run, outcome = self._new(world)
+        run.start()
+        run.until_step(1)
         try:
-            run.start()
-            run.until_step(1)
             while run.step() < STEPS - ROOM and (task := _next(self._queue, world)) is not None:
                 self._strike(task, run, outcome)
                 run.recover()  # if it went wrong
@@ -132,6 +127,7 @@ class Soak:
         row = Row(kind, outcome)
         self.rows.append(row)
         fault = kind.strike(self.lab, run, number)
+        run.mark()
         try:
             row.moment = next(fault)
             row.back_s, row.redone = run.recover()
