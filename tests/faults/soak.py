@@ -154,7 +154,7 @@ class Soak:
         if bad:
             print(f"{outcome.name} FAILS: {bad}, {outcome.failure}\n{run.log.read_text()[-3000:]}", flush=True)
         else:
-            shutil.rmtree(run.folder)
+            shutil.rmtree(run.folder, ignore_errors=True)
 
 
 def _next(queue: list[Task], world: int) -> Task | None:

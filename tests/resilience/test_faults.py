@@ -42,7 +42,9 @@ def test_some_faults(tmp_path: Path) -> None:
         replace(GOOD, same=False),
         replace(GOOD, same_samples=False),
         replace(GOOD, failure="the run does not go on"),
-        *(replace(GOOD, samples=replace(NOTHING, **{name: 1})) for name in ("lost", "repeated", "replaced")),
+        replace(GOOD, samples=replace(NOTHING, lost=1)),
+        replace(GOOD, samples=replace(NOTHING, repeated=1)),
+        replace(GOOD, samples=replace(NOTHING, replaced=1)),
     ],
 )
 def test_a_row_that_fails_is_shown(outcome: soak.Outcome) -> None:
