@@ -53,12 +53,16 @@ class OnDevice:
         parts = list(stored.data.split(stored.sizes.tolist()))
         try:
             return list(self._decode(parts, self.device))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # one of them: it says not which
             return [self._alone(part) for part in parts]
 
     def _alone(self, part: Tensor) -> Tensor | None:
         try:
             return self._decode([part], self.device)[0]
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             return None
 
