@@ -6,9 +6,7 @@ import argparse
 import gc
 import os
 import platform
-import shlex
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -210,8 +208,10 @@ def failures(rows: Sequence[Row]) -> str:
     return "\n".join(["", "What failed:", "", *lines, ""]) if lines else ""
 
 
-def text(rows: Sequence[Row], words: str) -> str:
+def text(rows: Sequence[Row], args: argparse.Namespace) -> str:
     """The whole page."""
+    words = "--quick" if args.quick else f"--faults {args.faults}"
+    words += f" --seed {args.seed}{f' --only {args.only}' if args.only else ''}"
     runs = len({row.run.name for row in rows})
     bad = sum(not row.good for row in rows)
     torch, deepspeed = metadata.version("torch"), metadata.version("deepspeed")
@@ -256,7 +256,7 @@ def main() -> int:
     gc.freeze()  # forks then share these pages
     while soak.next_run():
         if args.out:
-            args.out.write_text(text(soak.rows, shlex.join(sys.argv[1:])))
+            args.out.write_text(text(soak.rows, args))
     bad = [row for row in soak.rows if not row.good]
     print(report(soak.rows), failures(soak.rows))
     print(f"{len(soak.rows)} faults, {len(bad)} of them not as promised, {time.monotonic() - start_s:.0f} s")

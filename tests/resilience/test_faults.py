@@ -74,3 +74,10 @@ def test_samples_are_counted(tmp_path: Path) -> None:
     checkpoint.commit(root / ".tmp", root / "step-00000003", [shard], meta)
     found = trail.samples(tmp_path / "run", tmp_path / "shards", 3)
     assert (found.lost, found.unnamed, found.repeated, found.replaced) == (1, 1, 1, 1)
+
+
+def test_the_readme_says_what_the_soak_said() -> None:
+    """A line of the generated table; `python -m tests.faults --faults 200 --out tests/FAULTS.md` makes a new one."""
+    page, readme = (Path(__file__).parents[2] / name for name in ("tests/FAULTS.md", "README.md"))
+    said = next(line for line in page.read_text().splitlines() if " faults in " in line)
+    assert said.rstrip(".") in readme.read_text()
