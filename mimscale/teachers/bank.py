@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ class Bank:
             teacher, self._identities[name] = load(name, configs[name], default_image_size, home)
             self.teachers[name] = self._calls[name] = teacher
         self._sharded = [name for name in needs if configs[name].shard]
+        self._compiled = any(configs[name].compile for name in needs)
         self._precisions = {name: configs[name].precision for name in needs}
         self._image_size, self._device = default_image_size, device
 
@@ -119,7 +121,8 @@ class Bank:
         noise = torch.Generator().manual_seed(0)
         sides = (1, 8, self._image_size)
         pictures = [F.interpolate(torch.randn(1, 3, s, s, generator=noise), (sides[-1], sides[-1])) for s in sides]
-        with torch.compiler.set_stance("force_eager"):  # a second size of batch would make compiled blocks slower
+        # compiled blocks would be slower for all time if they had seen a second size of batch
+        with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
             targets = self(torch.cat(pictures).to(self._device))
         for name, seen in targets.items():
             fault, precision = fault_of(seen), self._precisions[name]
