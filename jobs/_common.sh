@@ -244,7 +244,7 @@ ask_for_another_turn() { # STEP WHY: SLURM puts this job back into the queue, un
   die 1 "saved at step $saved, but SLURM refused the requeue; $again"
 }
 
-renumber_steps() { # two empty steps in every other turn, instead of the last turn's trainer and search for nodes
+renumber_steps() { # two empty steps in every other turn, where the one before had its trainer and its silent_nodes
   # SLURM counts each turn's steps from 0, and what a node did not answer it repeats for a minute and more: an order to
   # end ranks of the last turn would reach those of this one under the same number.
   [ $((${SLURM_RESTART_COUNT:-0} % 2)) = 0 ] || { on_each_node 60 true; on_each_node 60 true; } || true
