@@ -426,6 +426,7 @@ class RunConfig(Strict):
             "data.cache",
         )
         flat = dict(_flatten(self.dump()))
+        flat["teachers"] = list(self.teachers)  # in this order: masks follow the first that has a class token
         return {key: value for key, value in flat.items() if not key.startswith(free) and not key.endswith(".weights")}
 
 

@@ -73,6 +73,7 @@ def train(plan: Plan, phases: Phases) -> None:
     phases.end("process_group")
     engine = Engine(method, run, world)
     bank.shard(partial(split_over_ranks, world=world))
+    bank.check()
     method.begin(plan.manifest.samples)
     phases.end("engine")
     outbox = Outbox()

@@ -80,6 +80,9 @@ def test_what_may_change_at_a_resume(recipe: Path) -> None:
     assert config.load(str(recipe), free).shaping() == run.shaping()
     for override in ("seed=1", "data.image_size=64", "method.masking.ratio=0.5", "schedule.steps=13", "optim.clip=1"):
         assert config.load(str(recipe), [override]).shaping() != run.shaping(), override
+    values = config.load("maskalign_clip_dinov2_vit_b16").dump()
+    reordered = {**values, "teachers": dict(reversed(values["teachers"].items()))}  # masks follow the first
+    assert config.validate(reordered, "test").shaping() != config.validate(values, "test").shaping()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from mimscale.errors import UserError
+
 SIDE, BATCH = 224, 64
 
 
@@ -24,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.pictures < 4 * BATCH:
+        raise UserError(f"--pictures {args.pictures}: at least {4 * BATCH}; three batches of {BATCH} are not timed")
+    if args.rounds < 1 or args.workers < 0:
+        raise UserError(f"--rounds {args.rounds} must be at least 1, --workers {args.workers} at least 0")
     import torch
 
     from mimscale.bench import _report

@@ -19,6 +19,7 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm"}  # of members that are pictures
@@ -145,11 +146,13 @@ class Undecoded:
 
 
 def deferred(data: bytes) -> Undecoded | Image.Image:
-    """A JPEG in colour or grey that has its end is left as it is; all else goes through `decode`. Raises BadImage."""
+    """A plain upright JPEG that has its end is left as it is; all else goes through `decode`. Raises BadImage."""
     if data[:2] == b"\xff\xd8" and data.rstrip(b"\0").endswith(b"\xff\xd9"):
-        with suppress(OSError), Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        # what is wrong with it is for `decode` to say
+        with suppress(Exception), Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             _check_size(image.width, image.height)
-            if image.mode in ("RGB", "L"):
+            upright = image.getexif().get(Base.Orientation, 1) == 1  # TorchCodec would turn it
+            if image.mode in ("RGB", "L") and upright:
                 return Undecoded(data, image.height, image.width)
     return decode(data)
 

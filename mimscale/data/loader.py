@@ -74,6 +74,7 @@ class TrainLoader:
             )
         positions = Positions(global_batch, micro_batch, rank, world, start_step, data.crops, jumps)
         samples: Dataset[list[Batch]]
+        stored = 0  # bytes a picture that the workers hand on
         self._finish: Callable[[Batch], Batch] = lambda batch: batch
         self._ahead: Ahead | None = None
         self._look_ahead: Callable[[int], Ahead] | None = None
@@ -83,6 +84,7 @@ class TrainLoader:
             order = Order(manifest, seed, data.streams, data.block)
             samples = TrainSamples(manifest, order, data, needs, seed, global_batch)
             if data.decoder == "device":
+                stored = 2 * sum(shard.bytes for shard in manifest.file.shards) // manifest.samples
                 plain = data.model_copy(update={"decoder": default_decoder()})
                 exact = TrainSamples(manifest, order, plain, replace(needs, whole_images=0), seed, global_batch)
                 self._finish = OnDevice(exact, device)
@@ -92,7 +94,7 @@ class TrainLoader:
         self._open = partial(_data_loader, samples, sampler, workers=data.workers, prefetch=data.prefetch, pin=pin)
         self._parts = global_batch // (world * micro_batch)
         held = AHEAD + (self._parts if data.crops > 1 else 0)
-        slots, size = data.workers * data.prefetch + held, item_bytes(data, needs, micro_batch)
+        slots, size = data.workers * data.prefetch + held, item_bytes(data, needs, micro_batch, stored)
         self._pool = partial(Pool, slots, size) if data.workers else lambda: None
         self._start_step, self._crops, self._jumps = start_step, data.crops, jumps
         self._running: Running | None = None
@@ -184,11 +186,15 @@ class Positions:
         return rank_positions(batch, self.global_batch, self.rank, self.world).reshape(-1, self.micro_batch)
 
 
-def item_bytes(data: DataConfig, needs: Needs, micro_batch: int) -> int:
-    """What the tensors of one item, a micro-batch for each of `data.crops` steps, take up at most."""
+def item_bytes(data: DataConfig, needs: Needs, micro_batch: int, stored: int = 0) -> int:
+    """What the tensors of one item, a micro-batch for each of `data.crops` steps, take up at most.
+
+    stored: bytes of JPEG in it, a picture on average.
+    """
     picture = 3 * data.image_size**2
     drawn = sum(4 * math.prod(noise.shape) for noise in needs.noise.values())
-    others = 64 + drawn + (picture if needs.whole_images else 0)  # ids, positions, boxes, flips, labels and places
+    small = 128  # ids, positions, boxes, flips, labels, places, colour, and what comes with JPEGs
+    others = small + drawn + stored + (picture if needs.whole_images else 0)
     return data.crops * (micro_batch * (picture + others) + 4096)
 
 

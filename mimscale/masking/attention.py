@@ -35,8 +35,8 @@ def attentive_order(importance_BU: Tensor, exponential_noise_BU: Tensor) -> Tens
 class Attention(Masking):
     """Salient units are likelier to be seen, never certain to. A unit's importance is the sum of its patches'.
 
-    Attention that is not a number counts as none, so that an image whose row a 16-bit teacher overflowed is drawn
-    uniformly.
+    Attention that is not a number counts as none, so that the rare image whose row a 16-bit teacher overflowed is drawn
+    uniformly; a teacher without sound attention is refused before the first step (`teachers.bank.Bank.check`).
     """
 
     Config = AttentionConfig

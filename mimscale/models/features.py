@@ -136,7 +136,7 @@ def check_features(config: FeatureConfig, teachers: Mapping[str, TeacherInfo], r
     if not targets:
         raise UserError("method.targets: every teacher has weight 0, so there is nothing to learn; raise one")
     for name, target in targets.items():
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
             raise UserError(
                 f"teachers.{name}: modules of the student's heads are named after it; take letters, digits, _ and -, "
                 "and no name that torch uses for itself"

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mimscale.config import TeacherConfig
 from mimscale.contracts import Targets, TeacherInfo, TeacherNeeds
 from mimscale.errors import UserError
 from mimscale.teachers import quantise, weights
-from mimscale.teachers.base import DTYPES, Teacher, check_needs
+from mimscale.teachers.base import DTYPES, Teacher, check_needs, fault_of
 
 
 def adapter(library: str) -> Any:
@@ -100,11 +102,35 @@ class Bank:
             teacher, self._identities[name] = load(name, configs[name], default_image_size, home)
             self.teachers[name] = self._calls[name] = teacher
         self._sharded = [name for name in needs if configs[name].shard]
+        self._compiled = any(configs[name].compile for name in needs)
+        self._precisions = {name: configs[name].precision for name in needs}
+        self._image_size, self._device = default_image_size, device
 
     def shard(self, split: Callable[[Teacher], Callable[[Tensor, TeacherNeeds], Targets]]) -> None:
         """Collective: split the teachers that ask for it over the ranks. `split` returns what is called instead."""
         for name in self._sharded:
             self._calls[name] = split(self.teachers[name])
+
+    def check(self) -> None:
+        """Refuse teachers that make no numbers of a flat, a smooth and a noisy picture. Collective. Raises UserError.
+
+        Every rank looks at the same pictures, so all of them refuse.
+        """
+        if not self.teachers:
+            return
+        noise = torch.Generator().manual_seed(0)
+        sides = (1, 8, self._image_size)
+        pictures = [F.interpolate(torch.randn(1, 3, s, s, generator=noise), (sides[-1], sides[-1])) for s in sides]
+        # compiled blocks would be slower for all time if they had seen a second size of batch
+        with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
+            targets = self(torch.cat(pictures).to(self._device))
+        for name, seen in targets.items():
+            fault, precision = fault_of(seen), self._precisions[name]
+            if fault is not None:
+                fix = "" if precision in ("fp32", "bf16") else "use bf16, or "
+                raise UserError(
+                    f"teachers.{name}.precision = {precision}: {fault} for a made-up picture; {fix}take other weights"
+                )
 
     def __call__(self, images: Tensor) -> dict[str, Targets]:
         """float32 ImageNet-normalised [B, 3, H, W] on the bank's device -> teacher's name -> what was asked of it."""

@@ -154,6 +154,20 @@ def cls_attention(query: Tensor, keys: Tensor) -> Tensor:
     return (query.float() @ keys.float().transpose(-1, -2)).softmax(-1).mean(1).squeeze(1)
 
 
+def fault_of(targets: Targets) -> str | None:
+    """What makes targets useless, None where they are not. Waits for the device."""
+    for part, levels in (("patch", targets.levels), ("class", targets.cls)):
+        for level, tokens in levels.items():
+            if not tokens.isfinite().all():
+                return f"the {part} tokens of block {level} are not finite"
+    attention_BL = targets.cls_attention
+    if attention_BL is not None and not attention_BL.isfinite().all():
+        return "the CLS attention is not finite"
+    if attention_BL is not None and not (attention_BL > 0).any(dim=1).all():
+        return "the CLS attention is zero on every patch"
+    return None
+
+
 def check_needs(info: TeacherInfo, needs: TeacherNeeds) -> None:
     """Refuse what this teacher cannot give. Raises UserError."""
     for level in needs.levels:

@@ -18,3 +18,9 @@ def test_order(capsys: pytest.CaptureFixture[str]) -> None:
 def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "memory", "--samples", "1e5", "--batches", "3"]) == 0
     assert "worker, after 3 batches" in capsys.readouterr().out
+
+
+def test_too_few_pictures_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "data", "--pictures", "128"]) == 2
+    assert "--pictures 128: at least 256" in capsys.readouterr().err
+    assert main(["bench", "data", "--rounds", "0"]) == 2

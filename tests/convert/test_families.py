@@ -92,6 +92,15 @@ def test_several_teachers_have_no_official_names() -> None:
         maskalign.to_official(both, golden.maskalign_run({**golden.load("maskalign_default_dev").config}))
 
 
+@pytest.mark.parametrize("levels", ["mid1", [0, 1]])
+def test_a_mixing_of_unknown_height_has_no_official_name(levels: str | list[int]) -> None:
+    """The teacher of the golden is deeper than its level 1."""
+    g = golden.load("maskalign_sum_mlp_dev")
+    weights = maskalign.from_official(g.part("state"), {"clip": (0, 1)}).weights
+    with pytest.raises(UserError, match="with fusion = sum: .* use --to timm"):
+        maskalign.to_official(weights, golden.maskalign_run({**g.config, "loss_weights": levels}))
+
+
 def official_file(path: Path, file: str) -> tuple[golden.Golden, dict[str, Tensor]]:
     g = golden.load(file)
     torch.save({"model": g.part("state")}, path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mimscale.config import DataConfig
 from mimscale.contracts import Batch, Needs
@@ -17,9 +18,25 @@ from mimscale.data import on_device, reader
 from mimscale.data.decode import BadImage, Undecoded, decode, deferred
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
+from mimscale.errors import UserError
 from tests.data.test_decode import SOURCE, encoded, psnr
 
 NEEDS = Needs(labels=True, whole_images=3)
+
+
+def turned(orientation: int) -> bytes:
+    """A JPEG that asks to be shown turned, which TorchCodec does and training must not."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return encoded(SOURCE, exif=exif)
+
+
+def bomb(side: int) -> bytes:
+    """A small JPEG whose header tells of a huge one; beyond a limit of its own Pillow raises what is no OSError."""
+    data = bytearray(encoded(SOURCE))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", side, side)
+    return bytes(data)
 
 
 def batches(manifest: Manifest, decoder: str, workers: int = 0, steps: int = 4) -> list[Batch]:
@@ -53,7 +70,7 @@ def test_workers_hand_the_bytes_on(manifest: Manifest) -> None:
         assert_close(ours, plain)
 
 
-@pytest.mark.parametrize("odd", [encoded(SOURCE.convert("CMYK")), encoded(SOURCE, "PNG")])
+@pytest.mark.parametrize("odd", [encoded(SOURCE.convert("CMYK")), encoded(SOURCE, "PNG"), turned(6), turned(3)])
 def test_odd_pictures_are_decoded_by_the_exact_path(odd: bytes) -> None:
     found = deferred(odd)
     assert isinstance(found, Image.Image) and np.array_equal(np.asarray(found), np.asarray(decode(odd)))
@@ -64,7 +81,7 @@ def test_plain_jpegs_are_left_as_they_are(data: bytes) -> None:
     assert deferred(data) == Undecoded(data, SOURCE.height, SOURCE.width)
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xd8", encoded(SOURCE)[:-400], b"no picture"])
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8", encoded(SOURCE)[:-400], b"no picture", bomb(30_000)])
 def test_damage_is_seen_by_the_worker(data: bytes) -> None:
     with pytest.raises(BadImage):
         deferred(data)
@@ -89,6 +106,25 @@ def test_damage_is_replaced_and_listed_as_ever(
         assert_close(ours, plain)
     damage = [one for ours, _ in made for one in ours.damage]
     assert [one.sample for one in damage] == [sample] and damage[0].key == manifest.key(sample)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where nothing decodes on CUDA")
+def test_a_device_that_decodes_nothing_is_refused() -> None:
+    on_device.check(torch.device("cpu"))
+    with pytest.raises(UserError, match="data.decoder = device: .* decodes no JPEG on cuda") as caught:
+        on_device.check(torch.device("cuda"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_without_memory_is_no_damage(manifest: Manifest) -> None:
+    def decode_nothing(parts: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        raise RuntimeError("CUDA out of memory")
+
+    data = DataConfig(shards=str(manifest.folder), image_size=64, workers=0, decoder="device")
+    loader = TrainLoader(manifest, data, Needs(), seed=1, global_batch=4, micro_batch=4, rank=0, world=1)
+    loader._finish._decode = decode_nothing  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(iter(loader))
 
 
 def without_tables(data: bytes) -> bytes:

@@ -7,8 +7,9 @@ import multiprocessing
 import os
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +104,20 @@ def test_the_size_is_enough(manifest: Manifest) -> None:
     three = list(islice(loader, 3))
     pool = Pool(1, item_bytes(data, needs, 8))
     assert isinstance(pool.pack(three), Parcel)
+
+
+@pytest.mark.parametrize(("decoder", "whole"), [("simplejpeg", 1024), ("device", 0)])
+def test_the_size_is_enough_for_what_comes_with_pictures(
+    manifest: Manifest, decoder: Literal["simplejpeg", "device"], whole: int
+) -> None:
+    """It outweighs small ones; JPEGs that are not decoded yet lie in the slot as well."""
+    data = DataConfig(
+        shards=str(manifest.folder), image_size=8, workers=1, decoder=decoder, colour_jitter=(0.4, 0.4, 0.4)
+    )
+    needs = Needs(labels=True, whole_images=whole)
+    loader = TrainLoader(manifest, data, needs, seed=0, global_batch=1024, micro_batch=1024, rank=0, world=1)
+    (samples, _), pool, at = loader._open.args, loader._pool(), np.arange(1024)
+    assert pool is not None and isinstance(pool.pack(samples[at, at[None]]), Parcel)
 
 
 def _work(pool: Pool, results: Any) -> None:

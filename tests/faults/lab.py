@@ -64,7 +64,7 @@ class Run:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         words = ["train", str(self.recipe), *self.overrides, "--run-dir", str(self.folder)]
-        self.pids = []
+        self.pids, self.statuses = [], {}
         for rank in range(self.world):
             pid = os.fork()
             if pid == 0:
@@ -96,9 +96,10 @@ class Run:
         Guard.look = paced  # type: ignore[method-assign, assignment]
 
     def kill(self, number: int = signal.SIGKILL, which: list[int] | None = None) -> None:
-        for pid in which or self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+        for pid in self.pids if which is None else which:
+            if pid not in self.statuses:  # its number may be somebody else's by now
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def alive(self) -> bool:
         """Whether any rank is; collects those that have ended."""
@@ -113,7 +114,7 @@ class Run:
         end_s = time.monotonic() + patience_s
         while self.alive() and time.monotonic() < end_s:
             time.sleep(0.01)
-        self.kill(which=[pid for pid in self.pids if pid not in self.statuses])
+        self.kill()
         while self.alive():
             time.sleep(0.01)
 
@@ -284,8 +285,8 @@ def mounted(words: list[str]) -> bool:
 
 
 def unmount(path: Path) -> None:
-    """If anything is mounted there."""
-    if os.path.ismount(path):
+    """What was mounted there last, if anything. os.path.ismount does not see a bind mount."""
+    if str(path) in (line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()):
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 

@@ -6,9 +6,7 @@ import argparse
 import gc
 import os
 import platform
-import shlex
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -82,14 +80,9 @@ class Soak:
 
     def __init__(self, bench: Lab, planned: Sequence[Task]) -> None:
         self.lab, self.rows, self._runs = bench, list[Row](), 0
-        self._queue, self._last, self._alone = (
-            [task for task in planned if test(task[0])]
-            for test in (
-                lambda kind: not kind.takes and not kind.last,
-                lambda kind: kind.last,
-                lambda kind: kind.takes,
-            )
-        )
+        self._alone = [task for task in planned if task[0].takes]
+        self._last = [task for task in planned if task[0].last]
+        self._queue = [task for task in planned if not task[0].takes and not task[0].last]
         bench.random.shuffle(self._queue)
 
     def next_run(self) -> bool:
@@ -115,9 +108,9 @@ class Soak:
     def _strike_often(self) -> None:
         world = (self._queue or self._last)[0][2]
         run, outcome = self._new(world)
+        run.start()
+        run.until_step(1)
         try:
-            run.start()
-            run.until_step(1)
             while run.step() < STEPS - ROOM and (task := _next(self._queue, world)) is not None:
                 self._strike(task, run, outcome)
                 run.recover()  # if it went wrong
@@ -132,6 +125,7 @@ class Soak:
         row = Row(kind, outcome)
         self.rows.append(row)
         fault = kind.strike(self.lab, run, number)
+        run.mark()
         try:
             row.moment = next(fault)
             row.back_s, row.redone = run.recover()
@@ -158,7 +152,7 @@ class Soak:
         if bad:
             print(f"{outcome.name} FAILS: {bad}, {outcome.failure}\n{run.log.read_text()[-3000:]}", flush=True)
         else:
-            shutil.rmtree(run.folder)
+            shutil.rmtree(run.folder, ignore_errors=True)
 
 
 def _next(queue: list[Task], world: int) -> Task | None:
@@ -214,8 +208,10 @@ def failures(rows: Sequence[Row]) -> str:
     return "\n".join(["", "What failed:", "", *lines, ""]) if lines else ""
 
 
-def text(rows: Sequence[Row], words: str) -> str:
+def text(rows: Sequence[Row], args: argparse.Namespace) -> str:
     """The whole page."""
+    words = "--quick" if args.quick else f"--faults {args.faults}"
+    words += f" --seed {args.seed}{f' --only {args.only}' if args.only else ''}"
     runs = len({row.run.name for row in rows})
     bad = sum(not row.good for row in rows)
     torch, deepspeed = metadata.version("torch"), metadata.version("deepspeed")
@@ -260,7 +256,7 @@ def main() -> int:
     gc.freeze()  # forks then share these pages
     while soak.next_run():
         if args.out:
-            args.out.write_text(text(soak.rows, shlex.join(sys.argv[1:])))
+            args.out.write_text(text(soak.rows, args))
     bad = [row for row in soak.rows if not row.good]
     print(report(soak.rows), failures(soak.rows))
     print(f"{len(soak.rows)} faults, {len(bad)} of them not as promised, {time.monotonic() - start_s:.0f} s")

@@ -49,6 +49,11 @@ def test_label_smoothing_and_head() -> None:
     assert method.needs.labels and not method.needs.noise and not method.needs.teachers
 
 
+def test_refuses_two_kinds_of_encoder() -> None:
+    with pytest.raises(UserError, match="method.stages and method.beit are two kinds of encoder; set one"):
+        Finetune(run_config({"name": "finetune", "classes": 5, "beit": {}, "stages": {}}, TINY), {})
+
+
 def test_refuses_a_teacher() -> None:
     from tests.methods.test_maskalign import INFO
 

@@ -342,6 +342,7 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
         ((), {"targets": {"clip": {"wieght": 1}}}, "unknown key method.targets.clip.wieght; did you mean 'weight'"),
         (({"name": "clip.b"},), {}, "teachers.clip.b: modules of the student's heads are named after it"),
         (({"name": "half"},), {}, "teachers.half: modules of the student's heads are named after it"),
+        (({"name": "training"},), {}, "teachers.training: modules of the student's heads are named after it"),
         ((), {"pixel_weight": 0.0}, "method.pixel_weight = 0.0"),
         ((), {"fusion": {"kind": "sum", "levels": [3]}}, r"method.fusion.levels = \[3\] must rise and lie in 0 to 2"),
         ((), {"fusion": {"kind": "sum", "levels": [1, 0]}}, "must rise"),

@@ -71,6 +71,7 @@ def test_compiled_blocks_compute_the_same(precision: str) -> None:
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
     plain, compiled = (tiny.bank(config.model_copy(update={"compile": flag}), 32) for flag in (False, True))
+    compiled.check()  # of another size, and it compiles nothing
     ours, reference = compiled(tiny.images(2, 32))["t"], plain(tiny.images(2, 32))["t"]
     assert ours.cls_attention is not None and reference.cls_attention is not None
     assert graphs["unique_graphs"] == (1 if precision == "fp32" else 2)  # not one per block
@@ -228,6 +229,24 @@ def test_weights_that_are_not_finite(value: float, precision: str, dino: Path, t
     with pytest.raises(UserError, match=f"'blocks.1.attn.qkv.weight' is not finite in {precision}; ") as error:
         tiny.bank(tiny.timm_config(DINO, tmp_path / "w.safetensors", precision=precision), 32)
     assert "\n" not in str(error.value)
+
+
+def test_a_teacher_that_makes_no_numbers(dino: Path, tmp_path: Path) -> None:
+    """Finite weights that overflow in 16 bit; the same ones are sound in fp32."""
+    state = load_file(dino)
+    state["patch_embed.proj.weight"] *= 2e4
+    save_file(state, tmp_path / "w.safetensors")
+    tiny.bank(tiny.timm_config(DINO, tmp_path / "w.safetensors"), 32).check()
+    broken = tiny.bank(tiny.timm_config(DINO, tmp_path / "w.safetensors", precision="fp16"), 32)
+    with pytest.raises(
+        UserError, match="precision = fp16: the patch tokens of block 0 are not finite .* use bf16"
+    ) as e:
+        broken.check()
+    assert "\n" not in str(e.value)
+
+
+def test_no_teacher_is_sound() -> None:
+    Bank({}, {}, 32, tiny.CPU).check()
 
 
 # ------------------------------------------------------------------------------------------------ the hub's cache

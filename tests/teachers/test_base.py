@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD, TeacherNeeds
-from mimscale.teachers.base import cls_attention
+from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD, Targets, TeacherNeeds
+from mimscale.teachers.base import cls_attention, fault_of
 from tests.teachers import tiny
 
 CLIP = "vit_base_patch16_clip_quickgelu_224"
@@ -157,3 +157,24 @@ def test_one_block_is_enough_for_attention() -> None:
 def test_norm_eps_reaches_every_layer_norm() -> None:
     teacher = tiny.bank(tiny.timm_config(DINO, None, random=True, norm_eps=1e-12), 32).teachers["t"]
     assert {m.eps for m in teacher.modules() if isinstance(m, nn.LayerNorm)} == {1e-12}
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ([0.1, 0.0, 0.2], None),
+        ([0.0, 0.0, 0.0], "the CLS attention is zero on every patch"),
+        ([0.1, float("nan"), 0.2], "the CLS attention is not finite"),
+    ],
+)
+def test_faults_of_attention(row: list[float], fault: str | None) -> None:
+    assert fault_of(Targets({}, {}, torch.tensor([[0.5, 0.3, 0.1], row]))) == fault
+
+
+def test_faults_of_tokens() -> None:
+    tokens, cls = torch.ones(2, 4, 3), torch.ones(2, 3)
+    assert fault_of(Targets({1: tokens}, {1: cls})) is None
+    cls[1, 0] = float("inf")
+    assert fault_of(Targets({1: tokens}, {1: cls})) == "the class tokens of block 1 are not finite"
+    tokens[0, 0] = float("nan")
+    assert fault_of(Targets({1: tokens}, {1: cls})) == "the patch tokens of block 1 are not finite"

@@ -67,7 +67,15 @@ def to_official(weights: Mapping[str, Tensor], run: RunConfig) -> Mapped:
         raise UserError(
             f"{' and '.join(sorted(teachers))} have no official names, the release has one teacher; use --to timm"
         )
-    heads = below(f"alignment.{teachers.pop()}.", weights)
+    teacher = teachers.pop()
+    own = method.targets.get(teacher)
+    rule = method.levels if own is None or own.levels is None else own.levels
+    if method.fusion == "sum" and (not isinstance(rule, str) or rule.startswith("mid")):
+        raise UserError(
+            f"method.levels = {rule} with fusion = sum: the official mixing has a row for each level up to the "
+            "teacher's last, and the weights do not tell which that is; use --to timm"
+        )
+    heads = below(f"alignment.{teacher}.", weights)
     state = below("student.", weights)
     width = state["cls_token"].shape[-1]
     state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}

@@ -113,10 +113,10 @@ def whole_run_folder_full(lab: Lab, run: Run, number: int) -> Moments:
 def disk_is_slow(lab: Lab, run: Run, number: int) -> Moments:
     soon(lab, run)
     run.mark()
-    lab.layer.arm("s", run.checkpoints, SLOW, delay_ms=300)
+    lab.layer.arm("ws", run.checkpoints, SLOW, delay_ms=200)
     run.until(lambda: any(event["written_s"] > 0.6 for event in run.events("saved")), "a slow save")
     lab.layer.rest()
-    yield "300 ms for each fsync"
+    yield "200 ms for each write and fsync"
 
 
 @fault(times=8)

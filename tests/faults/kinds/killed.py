@@ -130,7 +130,6 @@ def _killed_in(group: Path) -> bool:
 @fault(times=MOMENTS, worlds=(1,))
 def kill_inside_a_save(lab: Lab, run: Run, number: int) -> Moments:
     """At evenly spaced places among the file operations of a save: half a write is on disk, a rename is not done."""
-    run.mark()
     run.until(lambda: run.events("saved"), "a save")  # so that the next operation is the first of the next save
     at = number % MOMENTS * len(lab.save_ops) // MOMENTS
     lab.layer.arm("owsmru", run.checkpoints, KILL, skip=at)

@@ -16,7 +16,6 @@ SKIPPED = "its step is skipped"
 def planted(run: Run, event: str, **faults: Any) -> Moments:
     """In every start: a bad batch is bad again when it comes again."""
     run.plant = partial(plant, faults, 16)
-    run.mark()
     run.start()
     run.until(lambda: run.events(event), "its effect")
     yield f"step {run.events(event)[-1]['at']}"
@@ -55,7 +54,6 @@ def corrupted_shard_in_mid_run(lab: Lab, run: Run, number: int) -> Moments:
     shards = run.folder.with_name(f"{run.folder.name}-shards")
     shutil.copytree(lab.shards, shards)
     run.overrides = (f"data.shards={shards}", "data.max_damaged=80")
-    run.mark()
     run.start()
     run.until(run.steps, "a step")
     victim = lab.random.choice(sorted(shards.glob("*.tar")))

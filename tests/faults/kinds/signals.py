@@ -49,7 +49,6 @@ def usr1_at_start_up(lab: Lab, run: Run, number: int) -> Moments:
 
 @fault(times=6)
 def usr1_inside_a_save(lab: Lab, run: Run, number: int) -> Moments:
-    run.mark()
     lab.layer.arm("s", run.checkpoints, SLOW, delay_ms=200)
     run.until(lambda: lab.layer.struck, "a save")
     run.kill(signal.SIGUSR1)
