@@ -22,7 +22,7 @@ from mimscale.data.order import Order, batch_of, jumped, rank_positions
 from mimscale.engine.engine import Engine
 from mimscale.errors import Stopped, UserError
 from mimscale.methods.base import Method
-from mimscale.observe.logbook import Logbook
+from mimscale.observe.logbook import Logbook, finite
 from mimscale.observe.meter import Phases
 from mimscale.outbox import Outbox, warn
 from mimscale.prepare import Plan
@@ -188,7 +188,7 @@ def explain(
         layer = activations.suspect(activations.largest(sizes), guard.usual)
     keys = keys_of(rig.plan.manifest, suspected) if rig.control.rank == 0 else []
     guard.incidents.append(
-        {"at": step, **cause, "row": guard.streak, "loss_scale": scale, "layer": layer, "keys": keys}
+        finite({"at": step, **cause, "row": guard.streak, "loss_scale": scale, "layer": layer, "keys": keys})
     )
     rig.logbook.event("skipped", **guard.incidents[-1])
     rig.logbook.say(
@@ -242,7 +242,8 @@ def give_up(rig: Rig, guard: Guard, state: TrainState) -> None:
 
 def settle_outbox(rig: Rig) -> None:
     """Rank 0, before the run ends: try for a last while to write what waits, and say what could not be written."""
-    left = rig.outbox.flush(rig.plan.run.checkpoint.patience_s)
+    run = rig.plan.run
+    left = rig.outbox.flush(min(run.checkpoint.patience_s, run.watchdog.stall_s / 2 or math.inf))  # it is no hang
     if left:
         warn(f"could not be written: {'; '.join(left)}")
 

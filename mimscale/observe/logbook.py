@@ -10,7 +10,7 @@ import atexit
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,8 @@ class Logbook:
     def _write(self, values: dict[str, Any]) -> None:
         if not self._active:
             return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._outbox.append(
-            self._run_dir / "metrics.jsonl", json.dumps({**finite, "time": round(time.time(), 3)}) + "\n"
-        )
+        line = json.dumps({**finite(values), "time": round(time.time(), 3)})
+        self._outbox.append(self._run_dir / "metrics.jsonl", line + "\n")
 
     def _on_board(self, work: Callable[[SummaryWriter], None]) -> None:
         if self._board is not None:
@@ -118,6 +116,11 @@ class Logbook:
         except OSError as error:
             self._board = None
             warn(f"tensorboard: {error}; left out until the next start, metrics.jsonl has the numbers")
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """None in place of what JSON has no number for."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _duration(seconds: float) -> str:
