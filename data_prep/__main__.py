@@ -29,12 +29,20 @@ from mimscale.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 damage found, 2 bad input, 130 interrupted."""
+    """Exit code: 0 done, 1 damage found, 2 bad input or a full disk, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except UserError as error:
         print(f"data_prep: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk above all
+        where = f" ('{error.filename}')" if error.filename else ""
+        print(
+            f"data_prep: {error.strerror or error}{where}; repair that, and the same command continues where this one "
+            "stopped",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("data_prep: interrupted; the same command continues where this one stopped", file=sys.stderr)

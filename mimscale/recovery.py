@@ -22,7 +22,7 @@ from mimscale.data.order import Order, batch_of, jumped, rank_positions
 from mimscale.engine.engine import Engine
 from mimscale.errors import Stopped, UserError
 from mimscale.methods.base import Method
-from mimscale.observe.logbook import Logbook
+from mimscale.observe.logbook import Logbook, finite
 from mimscale.observe.meter import Phases
 from mimscale.outbox import Outbox, warn
 from mimscale.prepare import Plan
@@ -172,21 +172,23 @@ def explain(
 ) -> None:
     """Log why the last step was skipped, which samples are suspected and, once it is serious, which layer.
 
-    Suspected are those of the micro-batches whose loss is bad; where none is, those of the whole step.
+    Suspected are those of the micro-batches whose loss is bad; where none is, those of the whole step, but nobody while
+    it may be fp16's loss scale that finds its size.
     ids: of each of the step's micro-batches on this rank. batch, targets: the last of these.
     """
     scale, cause = rig.engine.loss_scale, guard.cause()
     bad = set(cause.pop("bad_micro_steps"))
     of_ranks = rig.control.gather([(int(i), micro in bad) for micro, part in enumerate(ids) for i in part])
     samples = [sample for of_rank in of_ranks for sample in of_rank]
-    suspected = [sample for sample, is_bad in samples if is_bad] or [sample for sample, _ in samples]
-    layer = None
+    suspected, layer = [sample for sample, is_bad in samples if is_bad], None
+    if not suspected and (scale is None or guard.serious(scale)):
+        suspected = [sample for sample, _ in samples]
     if guard.serious(scale):
         sizes = rig.control.gather(activations.magnitudes(rig.method, partial(rig.method, batch, targets)))
         layer = activations.suspect(activations.largest(sizes), guard.usual)
     keys = keys_of(rig.plan.manifest, suspected) if rig.control.rank == 0 else []
     guard.incidents.append(
-        {"at": step, **cause, "row": guard.streak, "loss_scale": scale, "layer": layer, "keys": keys}
+        finite({"at": step, **cause, "row": guard.streak, "loss_scale": scale, "layer": layer, "keys": keys})
     )
     rig.logbook.event("skipped", **guard.incidents[-1])
     rig.logbook.say(
@@ -227,7 +229,7 @@ def roll_back(rig: Rig, guard: Guard, state: TrainState) -> TrainState:
 def give_up(rig: Rig, guard: Guard, state: TrainState) -> None:
     """Raise Stopped, with a report in the run folder."""
     worst = next((i for i in reversed(guard.incidents) if i["layer"]), guard.incidents[-1])
-    report = {"step": state.step, "rollbacks": state.rollbacks, "incidents": guard.incidents[-100:]}
+    report = {"step": state.step, "rollbacks": state.rollbacks, "incidents": list(guard.incidents)}
     if rig.control.rank == 0:
         rig.outbox.replace(rig.plan.run_dir / "guard.json", json.dumps(report, indent=1) + "\n")
     rig.control.first(settle_outbox, rig)
@@ -240,7 +242,8 @@ def give_up(rig: Rig, guard: Guard, state: TrainState) -> None:
 
 def settle_outbox(rig: Rig) -> None:
     """Rank 0, before the run ends: try for a last while to write what waits, and say what could not be written."""
-    left = rig.outbox.flush(rig.plan.run.checkpoint.patience_s)
+    run = rig.plan.run
+    left = rig.outbox.flush(min(run.checkpoint.patience_s, run.watchdog.stall_s / 2 or math.inf))  # it is no hang
     if left:
         warn(f"could not be written: {'; '.join(left)}")
 

@@ -6,10 +6,11 @@ start.
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,14 @@ class Logbook:
                 console=self.console,
             )
             self._progress.start()
+            atexit.register(self._progress.stop)  # also where a run fails: the terminal gets its cursor back
             self._task = self._progress.add_task("train", total=total, completed=step, line="")
         self._total = total
         self._clock = (step, time.monotonic())
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
-        with suppress(OSError):  # it may go to a file
+        with suppress(OSError, SystemExit):  # it may go to a file; for a pipe that nobody reads, rich would end the run
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def event(self, name: str, **values: Any) -> None:
@@ -99,10 +101,8 @@ class Logbook:
     def _write(self, values: dict[str, Any]) -> None:
         if not self._active:
             return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._outbox.append(
-            self._run_dir / "metrics.jsonl", json.dumps({**finite, "time": round(time.time(), 3)}) + "\n"
-        )
+        line = json.dumps({**finite(values), "time": round(time.time(), 3)})
+        self._outbox.append(self._run_dir / "metrics.jsonl", line + "\n")
 
     def _on_board(self, work: Callable[[SummaryWriter], None]) -> None:
         if self._board is not None:
@@ -116,6 +116,11 @@ class Logbook:
         except OSError as error:
             self._board = None
             warn(f"tensorboard: {error}; left out until the next start, metrics.jsonl has the numbers")
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """None in place of what JSON has no number for."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,6 +72,22 @@ def test_off_unless_asked_for(manifest: Manifest) -> None:
         assert not torch.allclose(finished(coloured).images, plain.normalised().images, atol=0.1)
         still = torch.tensor([[1.0, 1, 1, 2, 0, 1]]).expand(4, 6)
         assert torch.allclose(jittered(plain.images.float() / 255, still), plain.images.float() / 255, atol=1e-6)
+
+
+def test_colours_follow_positions(manifest: Manifest) -> None:
+    """On one rank or two, whole batches or micro-batches, and from any step on."""
+    data = DataConfig(shards=str(manifest.folder), image_size=32, workers=0, colour_jitter=STRENGTHS)
+
+    def drawn_for(rank: int, world: int, micro_batch: int, start: int) -> dict[int, list[float]]:
+        sizes: Any = {"global_batch": 8, "micro_batch": micro_batch, "rank": rank, "world": world, "start_step": start}
+        loader = TrainLoader(manifest, data, Needs(), seed=0, **sizes)
+        made = list(islice(loader, (12 - start) * 8 // world // micro_batch))  # into the second epoch
+        rows = [zip(b.positions.tolist(), b.noise[PURPOSE].tolist(), strict=True) for b in made]
+        return dict(pair for row in rows for pair in row)
+
+    whole = drawn_for(0, 1, 8, 0)
+    assert drawn_for(0, 2, 2, 0) | drawn_for(1, 2, 2, 0) == whole and len(set(map(tuple, whole.values()))) == 96
+    assert drawn_for(0, 1, 4, 9) == {position: row for position, row in whole.items() if position >= 72}
 
 
 def test_a_negative_strength_is_refused() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import tarfile
@@ -282,3 +283,20 @@ def test_sidecars_are_not_believed_blindly(pictures: Path, tmp_path: Path) -> No
     (folder / "shard-000004.json").write_text(json.dumps({**sidecar, "plan": "other"}))
     assert unfinished(plan, folder) == [1, 2, 3, 4]
     assert finished(folder, 0, plan.hash) is not None
+
+
+def test_a_full_disk_is_one_line(
+    pictures: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files may not become longer than a shard needs; with room, the same command goes on."""
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    command = ("folder", pictures, tmp_path / "out", "--shard-samples", 7)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, allowed[1]))
+    try:
+        code = run(*command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and line.startswith("data_prep: File too large") and "the same command continues" in line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+    assert run(*command) == 0 and files(tmp_path / "out") == files(made)
