@@ -80,7 +80,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(site: Site) -> None:
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "2"), site.log(job)
     assert [ranks for ranks, _ in launches(site)] == [4, 4, 4]
     first, second, third = (step for _, step in launches(site))
-    assert 0 == first < second < third < 200 and third % 10 == 0
+    assert 0 == first < second < third < 120 and third % 10 == 0
     assert (site.run_dir / "done").read_text() == (site.folder / "plain" / "done").read_text()
 
     weights = []
