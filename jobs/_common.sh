@@ -238,12 +238,20 @@ ask_for_another_turn() { # STEP WHY: SLURM puts this job back into the queue, un
       [ -n "$gone" ] || { sleep 300 & wait; } # SLURM ends this shell; leaving before would end the job
       exit 1
     fi
+    [ "$pause_s" = 0 ] || echo "the requeue failed; trying again in $pause_s s"
     sleep "$pause_s"
   done
   die 1 "saved at step $saved, but SLURM refused the requeue; $again"
 }
 
+renumber_steps() { # two empty steps in every other turn, where the one before had its trainer and its silent_nodes
+  # SLURM counts each turn's steps from 0, and what a node did not answer it repeats for a minute and more: an order to
+  # end ranks of the last turn would reach those of this one under the same number.
+  [ $((${SLURM_RESTART_COUNT:-0} % 2)) = 0 ] || { on_each_node 60 true; on_each_node 60 true; } || true
+}
+
 run_with_requeue() { # ARGUMENTS OF PYTHON...: as launch; saves before the time limit and goes on in a new turn
+  renumber_steps
   local restart=${SLURM_RESTART_COUNT:-0}
   local command step='' timer='' status signalled terminated='' overdue='' asked=$early_stop saved='' why='' lost now wait_s
   export MIMSCALE_STOP_FILE=$RUN_DIR/job/stop.$SLURM_JOB_ID.$restart

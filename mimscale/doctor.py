@@ -213,6 +213,9 @@ def check_data(config: RunConfig, found: Findings) -> None:
     shards = len(manifest.shard_paths)
     decoder = config.data.decoder
     found.rows.append(("pictures", on_device.explain() if decoder == "device" else explain(decoder)))
+    if decoder == "device":
+        cuda = torch.cuda.is_available() and config.engine.device != "cpu"
+        found.attempt(lambda: on_device.check(torch.device("cuda" if cuda else "cpu")))
     found.rows.append(("data", f"{manifest.samples} samples in {shards} shards, {steps} steps per epoch"))
     if steps == 0 and config.schedule.steps is None:
         found.problems.append(

@@ -67,10 +67,11 @@ def load_ds_config(name: str) -> dict[str, Any]:
     zero = values.get("zero_optimization", {})
     if zero.get("stage", 0) == 0 and precision_of(values) != "fp32":
         raise UserError(f"{name}: ZeRO stage 0 in 16 bit drifts from the other stages; set zero_optimization.stage = 2")
-    if zero.get("stage", 0) == 1 and precision_of(values) == "bf16":
+    sums = values.get("data_types", {}).get("grad_accum_dtype")
+    if zero.get("stage", 0) == 1 and precision_of(values) == "bf16" and sums not in (None, "bf16", "bfloat16"):
         raise UserError(
-            f"{name}: for ZeRO stage 1 in bf16 DeepSpeed takes an optimizer whose state checkpoints do not know; "
-            f"set zero_optimization.stage = 2"
+            f"{name}: in bf16 with data_types.grad_accum_dtype = {sums} DeepSpeed's optimizer for ZeRO stage 1 lets "
+            f"bad gradients through; remove that key, or set zero_optimization.stage = 2"
         )
     for section, key in DS_REFUSED:
         if key in values.get(section, {}):

@@ -10,6 +10,7 @@ from mimscale import run_folder, schedule
 from mimscale.config import RunConfig, method_class, solve_batch
 from mimscale.contracts import TeacherInfo
 from mimscale.convert import start
+from mimscale.data import on_device
 from mimscale.data.foreign import Source, open_source
 from mimscale.ds_config import load_ds_config, precision_of
 from mimscale.engine.world import World, check_precision, from_environment
@@ -51,6 +52,8 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
             check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
             check_quantised(name, teacher.precision, world.device)
     method_class(run.method.name).check(run, teachers)
+    if run.data.decoder == "device":
+        on_device.check(world.device)
 
     stored = run_folder.existing_run(run_dir)
     parent = None

@@ -172,15 +172,17 @@ def explain(
 ) -> None:
     """Log why the last step was skipped, which samples are suspected and, once it is serious, which layer.
 
-    Suspected are those of the micro-batches whose loss is bad; where none is, those of the whole step.
+    Suspected are those of the micro-batches whose loss is bad; where none is, those of the whole step, but nobody while
+    it may be fp16's loss scale that finds its size.
     ids: of each of the step's micro-batches on this rank. batch, targets: the last of these.
     """
     scale, cause = rig.engine.loss_scale, guard.cause()
     bad = set(cause.pop("bad_micro_steps"))
     of_ranks = rig.control.gather([(int(i), micro in bad) for micro, part in enumerate(ids) for i in part])
     samples = [sample for of_rank in of_ranks for sample in of_rank]
-    suspected = [sample for sample, is_bad in samples if is_bad] or [sample for sample, _ in samples]
-    layer = None
+    suspected, layer = [sample for sample, is_bad in samples if is_bad], None
+    if not suspected and (scale is None or guard.serious(scale)):
+        suspected = [sample for sample, _ in samples]
     if guard.serious(scale):
         sizes = rig.control.gather(activations.magnitudes(rig.method, partial(rig.method, batch, targets)))
         layer = activations.suspect(activations.largest(sizes), guard.usual)
@@ -227,7 +229,7 @@ def roll_back(rig: Rig, guard: Guard, state: TrainState) -> TrainState:
 def give_up(rig: Rig, guard: Guard, state: TrainState) -> None:
     """Raise Stopped, with a report in the run folder."""
     worst = next((i for i in reversed(guard.incidents) if i["layer"]), guard.incidents[-1])
-    report = {"step": state.step, "rollbacks": state.rollbacks, "incidents": guard.incidents[-100:]}
+    report = {"step": state.step, "rollbacks": state.rollbacks, "incidents": list(guard.incidents)}
     if rig.control.rank == 0:
         rig.outbox.replace(rig.plan.run_dir / "guard.json", json.dumps(report, indent=1) + "\n")
     rig.control.first(settle_outbox, rig)

@@ -129,11 +129,12 @@ def train(plan: Plan, phases: Phases) -> None:
             explain(rig, guard, state.step, ids, batch, targets)
         if back:
             saver.settle()
-            state = roll_back(rig, guard, state)
-            loader.close()
-            loader, lessons = open_lessons(rig, state)
-            meter.restart()
-            continue
+            reached, state = state.step, roll_back(rig, guard, state)
+            if state.step < reached:
+                loader.close()
+                loader, lessons = open_lessons(rig, state)
+                meter.restart()
+                continue
 
         last = state.step == plan.total_steps
         tell(rig, phases, pace, meter, ledger, state)

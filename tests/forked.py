@@ -12,7 +12,7 @@ import runpy
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -24,8 +24,16 @@ SERVER.set_forkserver_preload(["tests.preloaded"])
 GRACE_S = 30.0  # torchrun's
 
 
-def run(ranks: int, words: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a module on that many ranks and wait. As with torchrun one that fails ends the others, and the code is 1."""
+def run(
+    ranks: int,
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    meanwhile: Callable[[list[int]], None] = lambda pids: None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a module on that many ranks and wait. As with torchrun one that fails ends the others, and the code is 1.
+
+    meanwhile: called once, when all are started, with their process ids.
+    """
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     pipes = [SERVER.Pipe(duplex=False) for _ in ("stdout", "stderr")]  # a file would be cut where a test limits files
     ends = [write for _, write in pipes]
@@ -36,12 +44,15 @@ def run(ranks: int, words: Sequence[str], environment: Mapping[str, str]) -> sub
     with ThreadPoolExecutor(2) as pool:
         printed = [pool.submit(_read, read) for read, _ in pipes]
         try:
+            for process in processes:
+                process.start()
+            meanwhile([process.pid or 0 for process in processes])
             codes = _until_over(processes)
         finally:
             for end in ends:
                 end.close()
             for process in processes:
-                if process.is_alive():
+                if process.pid is not None and process.is_alive():
                     process.kill()
         code = codes[0] if ranks == 1 else int(any(codes))
         return subprocess.CompletedProcess(list(words), code, *(text.result() for text in printed))
@@ -54,9 +65,7 @@ def _read(pipe: Connection) -> str:
 
 
 def _until_over(processes: Sequence[BaseProcess]) -> list[int]:
-    """Start them, wait for all or the first failure, and then for the rest, asked to end. Their exit codes."""
-    for process in processes:
-        process.start()
+    """Wait for all or the first failure, and then for the rest, asked to end. Their exit codes."""
     while any(process.exitcode is None for process in processes):
         multiprocessing.connection.wait([process.sentinel for process in processes if process.exitcode is None])
         if any(process.exitcode for process in processes):

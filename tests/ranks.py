@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,11 @@ def environment() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k not in drop}, "OMP_NUM_THREADS": "1"}
 
 
-def run(count: int, *words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a module on that many ranks and wait; on failure show what it printed."""
-    done = forked.run(count, list(map(str, words)), environment())
+def run(
+    count: int, *words: str | Path, check: bool = True, meanwhile: Callable[[list[int]], None] = lambda pids: None
+) -> subprocess.CompletedProcess[str]:
+    """Run a module on that many ranks and wait; on failure show what it printed. meanwhile: gets their process ids."""
+    done = forked.run(count, list(map(str, words)), environment(), meanwhile)
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
     return done
@@ -114,23 +116,22 @@ def train(ranks: int, recipe: Path, run_dir: Path, *overrides: str) -> None:
 
 def train_until(
     step: int, ranks: int, recipe: Path, run_dir: Path, number: signal.Signals, overrides: Sequence[str] = ()
-) -> int:
-    """Start a run, signal its ranks once it has logged `step`, and return the exit code."""
-    words = command(ranks, "mimscale", "train", recipe, *overrides, "--run-dir", run_dir)
-    with subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while len(curve(run_dir)) < step:
-            assert process.poll() is None, "the run ended before the signal"
-            time.sleep(0.05)
-        for pid in trainers(process.pid):
+) -> None:
+    """Start a run, signal its ranks once it has logged `step`, and wait until they have left with 0."""
+
+    def strike(pids: list[int]) -> None:
+        until(lambda: len(curve(run_dir)) >= step, pids)
+        for pid in pids:
             os.kill(pid, number)
-        return process.wait()
+
+    run(ranks, "mimscale", "train", recipe, *overrides, "--run-dir", run_dir, meanwhile=strike)
 
 
-def trainers(pid: int) -> list[int]:
-    """Rank processes below a launcher (or the plain process itself)."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    ranks = [int(child) for child in children if b"mimscale" in Path(f"/proc/{child}/cmdline").read_bytes()]
-    return ranks if len(ranks) > 1 else [pid]
+def until(what: Callable[[], object], pids: Sequence[int]) -> None:
+    """Wait for something that a run of these processes does."""
+    while not what():
+        assert all(Path(f"/proc/{pid}").exists() for pid in pids), "the run has ended"
+        time.sleep(0.05)
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:

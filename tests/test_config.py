@@ -100,7 +100,10 @@ def test_what_may_change_at_a_resume(recipe: Path) -> None:
         ),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {}}}, "zero_optimization.offload_optimizer would"),
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "stage 0 in 16 bit"),
-        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, "stage 1 in bf16"),
+        (
+            {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+            "in bf16 with data_types.grad_accum_dtype = fp32 DeepSpeed's optimizer for ZeRO stage 1 lets",
+        ),
     ],
 )
 def test_deepspeed_files(tmp_path: Path, change: dict[str, object], line: str) -> None:

@@ -8,6 +8,7 @@ is made anew by the exact path, with its retries and substitutes; so damage is m
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -15,11 +16,14 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimscale.config import default_decoder
 from mimscale.contracts import Batch, Stored
 from mimscale.data.samples import TrainSamples
+from mimscale.errors import UserError
 
 Jpegs = Callable[[list[Tensor], torch.device], list[Tensor]]
 
@@ -51,19 +55,18 @@ class OnDevice:
     def _pictures(self, stored: Stored) -> list[Tensor | None]:
         """uint8 [3, H, W] each; None for what cannot be decoded."""
         parts = list(stored.data.split(stored.sizes.tolist()))
-        try:
-            return list(self._decode(parts, self.device))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # one of them: it says not which
-            return [self._alone(part) for part in parts]
+        together = self._tried(parts)
+        if together is None:
+            return [None if (one := self._tried([part])) is None else one[0] for part in parts]
+        return [*together]
 
-    def _alone(self, part: Tensor) -> Tensor | None:
+    def _tried(self, parts: list[Tensor]) -> list[Tensor] | None:
+        """None where one of them is refused; it is not said which."""
         try:
-            return self._decode([part], self.device)[0]
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
+            return self._decode(parts, self.device)
+        except RuntimeError as error:
+            if "out of memory" in str(error):  # no fault of theirs
+                raise
             return None
 
     def _resized(self, crop: Tensor) -> Tensor:
@@ -96,6 +99,21 @@ def library() -> tuple[Jpegs, str]:
 
         return lambda parts, device: by_torchvision(parts, ImageReadMode.RGB, device), _named("torchvision")
     return lambda parts, device: decode_jpeg(parts, mode="RGB", device=device), _named("torchcodec")
+
+
+def check(device: torch.device) -> None:
+    """Raises UserError where nothing can be decoded there: every picture would quietly take the exact path."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    decode, name = library()
+    try:
+        decode([torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)], device)
+    except Exception as error:  # whatever a build without the right libraries raises
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"data.decoder = device: {name} decodes no JPEG on {device} ({reason}); install torchcodec >= 0.16 for "
+            f"CUDA, or start a run with data.decoder={default_decoder()}"
+        ) from None
 
 
 def explain() -> str:

@@ -6,6 +6,7 @@ start.
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import time
@@ -50,13 +51,14 @@ class Logbook:
                 console=self.console,
             )
             self._progress.start()
+            atexit.register(self._progress.stop)  # also where a run fails: the terminal gets its cursor back
             self._task = self._progress.add_task("train", total=total, completed=step, line="")
         self._total = total
         self._clock = (step, time.monotonic())
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
-        with suppress(OSError):  # it may go to a file
+        with suppress(OSError, SystemExit):  # it may go to a file; for a pipe that nobody reads, rich would end the run
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def event(self, name: str, **values: Any) -> None:

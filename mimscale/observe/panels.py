@@ -34,7 +34,7 @@ def tiles(view: View, samples: int = SAMPLES) -> dict[str, Tensor]:
             predicted = view.reconstruction[:samples].float() * (hidden - dark)
             rows["reconstruction"] = images * (1 - hidden) + predicted + DARK * dark
     if view.attention is not None:
-        attention = view.attention[:samples].float()
+        attention = view.attention[:samples].float().nan_to_num(posinf=0)  # a 16-bit teacher's row may overflow
         share = _to_pixels(attention / attention.amax(dim=1, keepdim=True).clamp_min(1e-12), images.shape[-1])
         rows["attention"] = 0.35 * images + 0.65 * heat(share)
     if view.features is not None:
@@ -68,7 +68,7 @@ def components(features_BLD: Tensor) -> Tensor:
 
     Each runs from its 2nd to its 98th percentile. Its sign, which is arbitrary, makes the largest loading positive.
     """
-    tokens_ND = features_BLD.flatten(0, 1).double().nan_to_num()
+    tokens_ND = features_BLD.flatten(0, 1).double().nan_to_num(posinf=0, neginf=0)
     tokens_ND = tokens_ND - tokens_ND.mean(dim=0)
     directions_D3 = torch.linalg.eigh(tokens_ND.T @ tokens_ND).eigenvectors[:, -3:].flip(1)
     largest = directions_D3.gather(0, directions_D3.abs().argmax(dim=0, keepdim=True))

@@ -21,6 +21,7 @@ number of ranks, up to rounding, and part of every checkpoint.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ class Guard:
         self._seen: list[Tensor] = []  # this rank's losses of the step under way, or of the last one
         self._judged: Tensor | None = None  # the step's loss over all ranks, and the limit it had
         self.streak = 0
-        self.incidents: list[dict[str, Any]] = []  # skipped steps of this launch
+        self.incidents = deque[dict[str, Any]](maxlen=100)  # the last skipped steps of this launch
         self.usual: dict[str, float] = {}  # size of each layer's output when all was well
 
     # ----------------------------------------------------------------------------------------------- inside the step

@@ -18,6 +18,7 @@ from mimscale.data import on_device, reader
 from mimscale.data.decode import BadImage, Undecoded, decode, deferred
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
+from mimscale.errors import UserError
 from tests.data.test_decode import SOURCE, encoded, psnr
 
 NEEDS = Needs(labels=True, whole_images=3)
@@ -107,14 +108,22 @@ def test_damage_is_replaced_and_listed_as_ever(
     assert [one.sample for one in damage] == [sample] and damage[0].key == manifest.key(sample)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where nothing decodes on CUDA")
+def test_a_device_that_decodes_nothing_is_refused() -> None:
+    on_device.check(torch.device("cpu"))
+    with pytest.raises(UserError, match="data.decoder = device: .* decodes no JPEG on cuda") as caught:
+        on_device.check(torch.device("cuda"))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_device_without_memory_is_no_damage(manifest: Manifest) -> None:
     def decode_nothing(parts: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-        raise torch.OutOfMemoryError("full")
+        raise RuntimeError("CUDA out of memory")
 
     data = DataConfig(shards=str(manifest.folder), image_size=64, workers=0, decoder="device")
     loader = TrainLoader(manifest, data, Needs(), seed=1, global_batch=4, micro_batch=4, rank=0, world=1)
     loader._finish._decode = decode_nothing  # type: ignore[attr-defined]
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match="out of memory"):
         next(iter(loader))
 
 

@@ -29,12 +29,13 @@ CPU_CONFIGS = [f"cpu_zero{s}_fp32" for s in range(4)] + [f"cpu_zero{s}_{p}" for 
 
 
 def all_configs(recipe: str) -> list[str]:
-    """With ZeRO-1 in fp16, which has no file of its own; ZeRO-0 in 16 bit and ZeRO-1 in bf16 are refused."""
-    values = load_ds_config("cpu_zero2_fp16")
-    values["zero_optimization"]["stage"] = 1
-    path = Path(recipe).with_name(f"zero1_fp16_{world.rank}.json")
-    path.write_text(json.dumps(values))
-    return [*CPU_CONFIGS, str(path)]
+    """With ZeRO-1 in 16 bit, which has no files of its own; ZeRO-0 in 16 bit is refused."""
+    paths = [Path(recipe).with_name(f"zero1_{precision}_{world.rank}.json") for precision in ("fp16", "bf16")]
+    for path, precision in zip(paths, ("fp16", "bf16"), strict=True):
+        values = {**load_ds_config(f"cpu_zero2_{precision}"), "data_types": {}}
+        values["zero_optimization"]["stage"] = 1
+        path.write_text(json.dumps(values))
+    return [*CPU_CONFIGS, *map(str, paths)]
 
 
 def engines(recipe: str, names: list[str]) -> Iterator[tuple[str, Engine, Iterator[Batch], RunConfig]]:

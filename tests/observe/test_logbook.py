@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,21 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
     book.say("hello")
     book.close()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == ""
+
+
+def test_a_pipe_that_nobody_reads_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `mimscale train ... 2>&1 | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    with (tmp_path / "out").open("w") as out, suppress(BrokenPipeError), os.fdopen(write, "w") as unread:
+        monkeypatch.setattr("sys.stdout", out)  # where rich redirects it
+        monkeypatch.setattr("sys.stderr", unread)
+        book = Logbook(tmp_path, Outbox(), active=True)
+        book.begin(total=2, step=0, tensorboard=False)
+        for step in (1, 2):
+            book.step(step, {"loss": 1.0})
+        book.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_phases_leave_no_gap_from_the_start_of_the_process() -> None:

@@ -37,6 +37,16 @@ def test_attention_is_brightest_where_it_is_strongest() -> None:
     assert torch.equal(patches, patches.sort().values) and patches.unique().numel() == 4
 
 
+def test_attention_that_is_not_finite_is_dark() -> None:
+    attention = torch.tensor([[torch.nan] * 4, [1.0, torch.inf, 3, 4], [1.0, 0, 3, 4]])
+    rows = tiles(View(torch.zeros(3, 3, 8, 8), attention=attention))["attention"]
+    nothing, finite = (
+        tiles(View(torch.zeros(1, 3, 8, 8), attention=row))["attention"][0]
+        for row in (torch.zeros(1, 4), torch.tensor([[1.0, 0, 3, 4]]))
+    )
+    assert torch.equal(rows[0], nothing) and torch.equal(rows[1], finite) and torch.equal(rows[2], finite)
+
+
 def test_heat_ends_at_its_first_and_last_colour() -> None:
     ends = heat(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)) * 255
     assert ends[0].flatten().tolist() == [0, 0, 4] and ends[1].flatten().round().tolist() == [252, 255, 164]
@@ -77,7 +87,8 @@ def test_components_tell_groups_of_patches_apart() -> None:
     spread = max(float((colours[groups == group][:, :2] - centres[group]).abs().max()) for group in range(3))
     assert torch.pdist(centres).min() > 0.5 > 0.05 > spread
     assert torch.equal(components(features), colours)
-    assert components(torch.full((1, 4, 8), torch.nan)).isfinite().all()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        assert components(torch.full((1, 4, 8), value)).isfinite().all()
 
 
 def test_features_are_one_colour_per_patch() -> None:

@@ -106,7 +106,8 @@ class Cluster:
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait()
-            _send(signal.SIGKILL, self.tasks())  # that outlived their slurmd
+            outlived = [process for node in self.nodes for process in self._daemons_of(node)]
+            _send(signal.SIGKILL, [*outlived, *self.tasks()])
             shutil.rmtree(self.root, ignore_errors=True)
 
     # ----------------------------------------------------------------------------------------------------- clients

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ def cluster() -> Iterator[Cluster]:
     if missing:
         pytest.skip(f"{', '.join(missing)} not on this machine; tests/run.sh installs SLURM where it may")
     cluster = Cluster()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # jobs do not end with us
     try:
         cluster.start()
         yield cluster

@@ -7,7 +7,7 @@
 
 stub.deaf_s: seconds before the signal handlers are there.  stub.deaf: never heeds a signal.
 stub.crash_rank: exits 9 when there is a file `crash`.  stub.exit: leaves at once with this code.
-stub.frozen: no step counts.
+stub.frozen: no step counts.  stub.hang_at: saves at this step of the first start and ends as the watchdog does.
 stub.every: rank 0 saves at every so many steps.
 Rank 0 holds the run's real lock, and `saves` has a line "RESTART STEP" for each of its checkpoints.
 """
@@ -60,6 +60,12 @@ def train(arguments: list[str]) -> int:
         step += "frozen" not in options
         if options.get("crash_rank") == str(rank) and (run_dir / "crash").exists():
             return 9
+        if options.get("hang_at") == str(step) and restart == "0":
+            save()
+            if rank == 0:
+                Path(os.environ["MIMSCALE_REQUEUE_FILE"]).write_text(f"{step} hang\n")
+            time.sleep(1)
+            return 75
         if "every" in options and step % int(options["every"]) == 0:
             save()
         if asked or (stop_file.exists() and "deaf" not in options):

@@ -157,6 +157,15 @@ def test_crash_of_one_rank_ends_the_job(site: Site) -> None:
     assert (end["JobState"], end["Restarts"]) == ("FAILED", "0"), site.log(job)
 
 
+def test_a_hang_is_requeued(site: Site) -> None:
+    """The watchdog ends the ranks with a failure, but after a marker."""
+    job = site.pretrain("stub.hang_at=3")
+    site.cluster.start_now(job)
+    end = site.cluster.wait(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), site.log(job)
+    assert "stub starts at step 3" in site.log(job)
+
+
 def test_bad_input_to_the_trainer_is_not_requeued(site: Site) -> None:
     end = site.cluster.wait(site.pretrain("stub.exit=2"))
     assert (end["JobState"], end["Restarts"]) == ("FAILED", "0")

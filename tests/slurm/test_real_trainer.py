@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from mimscale.resilience.checkpoint import load_weights, newest
+from mimscale.resilience.checkpoint import load_weights, newest, newest_step
 from tests.slurm.conftest import JOBS, Site
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.multi]
@@ -21,16 +22,24 @@ def real_python(site: Site) -> None:
     site.write_env(MIMSCALE_PYTHON=sys.executable, SITE_LOCAL_DIR=str(site.cluster.local), MIN_FREE_GB="1")
 
 
-def pretrain(site: Site, shards: Path, run_dir: Path) -> str:
+def pretrain(site: Site, shards: Path, run_dir: Path, *trainer: str, options: Sequence[str] = (), **env: str) -> str:
     site.run_dir = run_dir
     real_python(site)
     return site.pretrain(
-        "engine.ds_config=cpu_zero2_bf16", "engine.device=cpu", env={"RECIPE": str(TINY), "SHARDS": str(shards)}
+        *("engine.ds_config=cpu_zero2_bf16", "engine.device=cpu", *trainer),
+        options=options,
+        env={"RECIPE": str(TINY), "SHARDS": str(shards), **env},
     )
 
 
-def launches(site: Site) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (site.run_dir / "launches.jsonl").read_text().splitlines()]
+def launches(site: Site) -> list[tuple[int, int]]:
+    """(ranks, first step) of each start."""
+    lines = map(json.loads, (site.run_dir / "launches.jsonl").read_text().splitlines())
+    return [(line["ranks"], line["step"]) for line in lines]
+
+
+def until_saved(site: Site, after: int = 0) -> None:
+    site.cluster.until("a checkpoint", lambda: newest_step(site.run_dir) > after, timeout_s=400)
 
 
 def prepare(site: Site, seed: int) -> Path:
@@ -48,20 +57,30 @@ def prepare(site: Site, seed: int) -> Path:
 
 
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(site: Site) -> None:
-    """Preparation, pre-training with and without a requeue, evaluation."""
+    """Preparation, pre-training with and without a time limit and a lost node, evaluation."""
     shards, other = prepare(site, seed=0), prepare(site, seed=1)
     plain = pretrain(site, shards, site.folder / "plain")
     assert site.cluster.wait(plain, timeout_s=400)["JobState"] == "COMPLETED", site.log(plain)
-    assert [(line["ranks"], line["step"]) for line in launches(site)] == [(4, 0)]
+    assert launches(site) == [(4, 0)]
 
-    job = pretrain(site, shards, site.folder / "interrupted")
-    site.cluster.until("the first step", (site.run_dir / "metrics.jsonl").exists, timeout_s=400)
+    # srun ends ranks that run on for longer than this after another has left: not below what leaving takes
+    job = pretrain(site, shards, site.folder / "interrupted", "checkpoint.every=10", SLURM_WAIT="15")
+    until_saved(site)
     site.interrupt(job)
     site.cluster.start_now(job, timeout_s=120)
+    site.cluster.until("the second start", lambda: len(launches(site)) == 2, timeout_s=400)
+    until_saved(site, after=launches(site)[1][1])
+    site.cluster.lose("n2")
+    # the other ranks crash on it long before SLURM misses the node; the job waits until it does
+    site.cluster.until("the search", lambda: "nothing can be started on n2\n" in site.log(job), timeout_s=200)
+    site.cluster.declare_down("n2")
+    site.cluster.back("n2")
+    site.cluster.start_now(job, timeout_s=120)
     end = site.cluster.wait(job, timeout_s=400)
-    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), site.log(job)
-    first, second = launches(site)
-    assert first["step"] == 0 and isinstance(second["step"], int) and 0 < second["step"] < 200, second["step"]
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "2"), site.log(job)
+    assert [ranks for ranks, _ in launches(site)] == [4, 4, 4]
+    first, second, third = (step for _, step in launches(site))
+    assert 0 == first < second < third < 200 and third % 10 == 0
     assert (site.run_dir / "done").read_text() == (site.folder / "plain" / "done").read_text()
 
     weights = []
@@ -78,6 +97,23 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(site: Site) -> None:
     assert {"knn", "linear"} <= {path.stem.split("-")[0] for path in (site.run_dir / "eval").iterdir()}
 
 
+def test_fewer_nodes_than_before(site: Site, shards: Path) -> None:
+    """The run goes on with the nodes that are left: the batch is solved anew, no step is missing."""
+    changes = ("schedule.steps=40", "checkpoint.every=5")
+    job = pretrain(site, shards, site.folder / "run", *changes, options=["--nodes=1-2"], MIN_NODES="1")
+    until_saved(site)
+    site.cluster.lose("n2")
+    site.cluster.declare_down("n2")  # before the other ranks have told that they crash
+    site.cluster.start_now(job)
+    end = site.cluster.wait(job, timeout_s=400)
+    assert (end["JobState"], end["NodeList"]) == ("COMPLETED", "n1"), site.log(job)
+    (ranks, _), (fewer, step) = launches(site)
+    assert (ranks, fewer) == (4, 2) and 0 < step < 40
+    assert "batch 8 = 2 x 1 x 4" in site.log(job) and "batch 8 = 2 x 2 x 2" in site.log(job)
+    lines = map(json.loads, (site.run_dir / "metrics.jsonl").read_text().splitlines())
+    assert {line["step"] for line in lines if "step" in line} == set(range(1, 41))
+
+
 def test_a_bare_srun_is_one_run(site: Site, shards: Path) -> None:
     """Without jobs/: the tasks of a step find each other by SLURM's own variables."""
     run_dir = site.folder / "bare"
@@ -90,7 +126,8 @@ def test_a_bare_srun_is_one_run(site: Site, shards: Path) -> None:
 
 
 def test_bad_input_is_told_and_not_requeued(site: Site, tmp_path: Path) -> None:
-    job = pretrain(site, tmp_path / "nowhere", site.folder / "run")
+    one_rank_each = ["--ntasks-per-node=1", "--gpus-per-node=1"]
+    job = pretrain(site, tmp_path / "nowhere", site.folder / "run", options=one_rank_each)
     end = site.cluster.wait(job, timeout_s=200)
     assert (end["JobState"], end["Restarts"]) == ("FAILED", "0")
     assert "nowhere" in site.log(job)

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests import ranks
-from tests.train.test_guard import GUARD, events
+from tests.train.test_guard import GUARD, events, train
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 NOW = "checkpoint.patience_s=0"
-
-
-def train(count: int, folder: Path, recipe: Path, faults: dict[str, Any], *overrides: str, code: int = 0) -> str:
-    """What it prints goes through a pipe: a file would be as full as all others."""
-    planted = folder.with_suffix(".json")
-    planted.write_text(json.dumps(faults))
-    words = ranks.command(count, "tests.faulty", planted, "train", recipe, *overrides, "--run-dir", folder)
-    done = subprocess.run(words, capture_output=True, text=True, env=ranks.environment())
-    assert done.returncode == code, done.stderr[-4000:]
-    return done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,16 @@ def test_a_run_that_cannot_be_saved_ends_with_a_report(ds_config: str, shards: P
         assert (run_dir / "done").exists() and all(loss < 2 for loss in ranks.curve(run_dir).values())
 
 
+def test_a_last_step_that_is_bad_is_saved_where_there_is_nothing_to_go_back_to(shards: Path, tmp_path: Path) -> None:
+    """In fp16: its scale may be to blame for gradients that are not finite, so no sample is suspected at once."""
+    recipe = ranks.recipe(tmp_path, shards, guard=GUARD, schedule={"steps": 6}, checkpoint={"every": 0})
+    run_dir, bad = tmp_path / "run", {"gradients": [0], "images": {3: None, 4: None, 5: None}}
+    train(1, run_dir, recipe, bad, "engine.ds_config=cpu_zero2_fp16")
+    assert [len(skip["keys"]) for skip in events(run_dir, "skipped")] == [0, 16, 16, 16]
+    assert events(run_dir, "rollback")[0]["why"].startswith("there is no checkpoint")
+    assert ranks.meta(run_dir)["state"]["rollbacks"] == 1 and (run_dir / "done").read_text() == "6\n"
+
+
 def test_a_bad_teacher_and_bad_gradients_are_skipped(shards: Path, tmp_path: Path) -> None:
     recipe = ranks.recipe(tmp_path, shards, "maskalign")
     run_dir = tmp_path / "run"

@@ -6,10 +6,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,20 +18,16 @@ from mimscale.resilience.watchdog import EXIT_CODE
 from tests import ranks
 
 
-@contextmanager
-def running(count: int, run_dir: Path, *words: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """A run that hangs for good once it does: the limits bound how long a slow machine may take, not how fast it is."""
-    limits = ["watchdog.stall_s=10", "watchdog.startup_s=600", "--run-dir", str(run_dir)]
-    environment = {**ranks.environment(), "MIMSCALE_REQUEUE_FILE": str(run_dir) + ".again"}
-    with subprocess.Popen(ranks.command(count, *words, *limits), env=environment, text=True) as process:
-        yield process
-        process.kill()
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MIMSCALE_REQUEUE_FILE", str(tmp_path / "again"))
+    return tmp_path / "run"
 
 
-def until(what: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    while not what():
-        assert process.poll() is None
-        time.sleep(0.05)
+def hang(count: int, run_dir: Path, meanwhile: Callable[[list[int]], None], *words: str | Path) -> int:
+    """The exit code of a run that hangs for good: the limits bound how long a slow machine may take, not how fast."""
+    limits = ("watchdog.stall_s=10", "watchdog.startup_s=600", "--run-dir", run_dir)
+    return ranks.run(count, *words, *limits, check=False, meanwhile=meanwhile).returncode
 
 
 def children(pid: int) -> list[int]:
@@ -44,10 +38,6 @@ def cmdline(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-
-
 def told(run_dir: Path, rank: int) -> str:
     return (run_dir / "hang" / f"rank-{rank}.txt").read_text()
 
@@ -56,56 +46,59 @@ def assert_waits_for_data(run_dir: Path) -> None:
     text = told(run_dir, 0)
     assert "in phase 'waiting for data'" in text and "Thread" in text and "train.py" in text
     assert "last samples: [" in text and "last samples: []" not in text
-    assert Path(f"{run_dir}.again").read_text().split()[1] == "hang"
+    assert (run_dir.parent / "again").read_text().split()[1] == "hang"
 
 
 @pytest.mark.multi
 @pytest.mark.slow
-def test_a_hung_worker(shards: Path, tmp_path: Path) -> None:
-    recipe, run_dir = ranks.recipe(tmp_path, shards, schedule={"steps": 4000}), tmp_path / "run"
-    with running(1, run_dir, "mimscale", "train", recipe, "data.workers=1") as process:
-        until(lambda: len(ranks.curve(run_dir)) >= 3, process)
-        (worker,) = [child for child in children(process.pid) if b"multiprocessing" not in cmdline(child)]
+def test_a_hung_worker(shards: Path, tmp_path: Path, run_dir: Path) -> None:
+    recipe = ranks.recipe(tmp_path, shards, schedule={"steps": 4000})
+
+    def stop_the_worker(pids: list[int]) -> None:
+        ranks.until(lambda: len(ranks.curve(run_dir)) >= 3, pids)
+        (worker,) = [child for child in children(pids[0]) if b"resource_tracker" not in cmdline(child)]
         os.kill(worker, signal.SIGSTOP)
-        try:
-            assert process.wait(600) == EXIT_CODE
-        finally:
-            os.kill(worker, signal.SIGKILL)
+        while Path(f"/proc/{pids[0]}").exists():
+            time.sleep(0.05)
+        os.kill(worker, signal.SIGKILL)  # nobody else does, and it holds the pipes that the run prints into
+
+    assert hang(1, run_dir, stop_the_worker, "mimscale", "train", recipe, "data.workers=1") == EXIT_CODE
     assert_waits_for_data(run_dir)
 
 
 @pytest.mark.multi
 @pytest.mark.slow
-def test_a_file_read_that_never_returns(shards: Path, tmp_path: Path) -> None:
+def test_a_file_read_that_never_returns(shards: Path, tmp_path: Path, run_dir: Path) -> None:
     """The shards that the run has open turn to noise; opened anew, as damage makes it do, they are mute."""
-    copy = tmp_path / "shards"
-    shutil.copytree(shards, copy)
-    recipe, run_dir = ranks.recipe(tmp_path, copy, schedule={"steps": 4000}), tmp_path / "run"
-    with running(1, run_dir, "mimscale", "train", recipe, "data.workers=0") as process:
-        until(lambda: len(ranks.curve(run_dir)) >= 6, process)
+    copy = Path(shutil.copytree(shards, tmp_path / "shards"))
+    recipe = ranks.recipe(tmp_path, copy, schedule={"steps": 4000})
+
+    def mute_the_shards(pids: list[int]) -> None:
+        ranks.until(lambda: len(ranks.curve(run_dir)) >= 6, pids)
         for path in sorted(copy.glob("*.tar")):
             with path.open("r+b") as file:
                 path.unlink()
                 os.mkfifo(path)  # nobody ever writes to it
                 file.write(bytes(1 << 20))
-        assert process.wait(600) == EXIT_CODE
+
+    assert hang(1, run_dir, mute_the_shards, "mimscale", "train", recipe, "data.workers=0") == EXIT_CODE
     assert_waits_for_data(run_dir)
     assert "in __init__" in told(run_dir, 0) and "shards.py" in told(run_dir, 0)
 
 
 @pytest.mark.multi
 @pytest.mark.slow
-def test_a_hung_rank_ends_the_run_and_it_goes_on_afterwards(shards: Path, tmp_path: Path) -> None:
-    recipe, run_dir = ranks.recipe(tmp_path, shards), tmp_path / "run"
-    faults = tmp_path / "faults.json"
+def test_a_hung_rank_ends_the_run_and_it_goes_on_afterwards(shards: Path, tmp_path: Path, run_dir: Path) -> None:
+    recipe, faults = ranks.recipe(tmp_path, shards), tmp_path / "faults.json"
     faults.write_text(json.dumps({"stops": [9], "rank": 1}))
-    with running(2, run_dir, "tests.faulty", faults, "train", recipe) as process:
-        until((run_dir / "hang" / "rank-0.txt").exists, process)
-        for rank in filter(stopped, children(process.pid)):  # the launcher would take 30 s for it
-            os.kill(rank, signal.SIGKILL)
-        assert process.wait(600) != 0
+
+    def kill_the_hung_rank(pids: list[int]) -> None:
+        ranks.until((run_dir / "hang" / "rank-0.txt").exists, pids)
+        os.kill(pids[1], signal.SIGKILL)  # a launcher would, after a while
+
+    assert hang(2, run_dir, kill_the_hung_rank, "tests.faulty", faults, "train", recipe) != 0
     assert "after step" in told(run_dir, 0) and " (number " in told(run_dir, 0)
-    step, why = Path(f"{run_dir}.again").read_text().split()
+    step, why = (tmp_path / "again").read_text().split()
     assert why == "hang" and int(step) == checkpoint.newest_step(run_dir)
     ranks.train(2, recipe, run_dir)
     assert (run_dir / "done").read_text() == "12\n"
