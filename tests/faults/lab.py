@@ -207,7 +207,7 @@ class Run:
         return back_s, max(0, last - self.launches()[-1]["step"]) if back_s else 0
 
     def finish(self) -> None:
-        """To its last step."""
+        """To its last step. Raises Missed where the last start does not end with exit code 0."""
         while not self.done:
             self.recover()
             end_s = time.monotonic() + LIMIT_S + STEPS
@@ -215,6 +215,9 @@ class Run:
                 if time.monotonic() > end_s:
                     raise Missed("the run does not end")
                 time.sleep(0.02)
+        self.end(patience_s=60.0)
+        if any(self.statuses.values()):
+            raise Missed(f"the run is done and ended with {self.statuses}")
 
     def close(self) -> None:
         self.down()
