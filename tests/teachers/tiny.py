@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ OPEN_CLIP = {"width": 32, "layers": 3, "head_width": 8}
 ALL = TeacherNeeds(levels=(0, 1, 2), cls_attention=True)
 
 
-def shaken(model: Any, seed: int = 0) -> Any:
-    """The same module with every weight moved, in evaluation mode."""
+def shaken(make: Callable[[], Any], seed: int = 0) -> Any:
+    """A module, the same at every call, with every weight moved off its initial value; in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -31,7 +35,7 @@ def shaken(model: Any, seed: int = 0) -> Any:
 
 
 def timm_model(name: str, size: int, **options: Any) -> Any:
-    return shaken(timm.create_model(name, img_size=size, num_classes=0, **{**TIMM, **options}))
+    return shaken(lambda: timm.create_model(name, img_size=size, num_classes=0, **{**TIMM, **options}))
 
 
 def open_clip_model(name: str, size: int, **options: Any) -> Any:
@@ -40,7 +44,7 @@ def open_clip_model(name: str, size: int, **options: Any) -> Any:
     assert facts is not None
     vision = {**facts["vision_cfg"], **OPEN_CLIP, **options, "image_size": size}
     text = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
-    return shaken(open_clip.create_model(name, vision_cfg=vision, text_cfg=text))
+    return shaken(lambda: open_clip.create_model(name, vision_cfg=vision, text_cfg=text))
 
 
 def saved(module: nn.Module, path: Path) -> Path:
