@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mimscale.run_folder import git_commit
+from mimscale.checkpoint.run_folder import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = os.environ.get("DEMO_DEVICE", "cpu")

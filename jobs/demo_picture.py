@@ -9,14 +9,15 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from mimscale.config import load, method_class
-from mimscale.contracts import Batch, View
+from mimscale.checkpoint import format as checkpoint
+from mimscale.config.recipes import load_recipe
+from mimscale.config.run import method_class
 from mimscale.data import noise
 from mimscale.data.loader import eval_batches
 from mimscale.data.manifest import Manifest
-from mimscale.observe.panels import tiles
-from mimscale.resilience import checkpoint
-from mimscale.teachers.bank import Bank, describe
+from mimscale.monitoring.panels import tiles
+from mimscale.teachers.ensemble import TeacherEnsemble, describe
+from mimscale.types import Batch, View
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -33,17 +34,17 @@ def one_of_each_class(shards: Path) -> Batch:
 
 def look(run_dir: Path, batch: Batch) -> View:
     """What a trained method shows of these pictures, on the CPU."""
-    run, newest = load(str(run_dir / "config.yaml")), checkpoint.newest(run_dir)
+    run, newest = load_recipe(str(run_dir / "config.yaml")), checkpoint.newest(run_dir)
     assert newest is not None
     teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
     method = method_class(run.method.name)(run, teachers)
     method.load_state_dict(checkpoint.load_weights(newest))
-    bank = Bank(run.teachers, method.needs.teachers, run.data.image_size, torch.device("cpu"))
+    ensemble = TeacherEnsemble(run.teachers, method.needs.teachers, run.data.image_size, torch.device("cpu"))
     mask = method.needs.noise["mask"]
     draw = noise.uniform if mask.kind == "uniform" else noise.exponential
     numbers = draw(0, "demo picture", n=len(batch.ids) * mask.shape[0]).reshape(-1, *mask.shape)
     with torch.no_grad():
-        view = method.eval().view(replace(batch, noise={"mask": torch.from_numpy(numbers)}), bank(batch.images))
+        view = method.eval().view(replace(batch, noise={"mask": torch.from_numpy(numbers)}), ensemble(batch.images))
     assert view is not None
     return view
 

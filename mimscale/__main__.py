@@ -14,10 +14,10 @@ from mimscale import __version__
 from mimscale.errors import Stopped, UserError
 
 VERBS = {
-    "train": ("mimscale.train", "pre-train a student; resumes what the run folder holds"),
+    "train": ("mimscale.training.cli", "pre-train a student; resumes what the run folder holds"),
     "evaluate": ("mimscale.evals.cli", "kNN and linear accuracy of frozen features"),
     "convert": ("mimscale.convert.cli", "official checkpoints <-> ours <-> timm, each with an equality check"),
-    "doctor": ("mimscale.doctor", "check this machine, a recipe, its data and its teachers"),
+    "doctor": ("mimscale.doctor.cli", "check this machine, a recipe, its data and its teachers"),
     "bench": ("mimscale.bench", "measurements behind the documentation's tables"),
 }
 

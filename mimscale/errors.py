@@ -1,9 +1,11 @@
-"""The exceptions that a user is meant to read. Both carry one line."""
+"""What a user is meant to read: two exceptions, each with one line, and warnings."""
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 
 class UserError(ValueError):
@@ -20,3 +22,9 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """The end of a refusal: the known word that may have been meant, else all of them."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean '{close[0]}'?" if close else f"; choose one of {', '.join(known)}"
+
+
+def warn(text: str) -> None:
+    """A line on stderr, which may lie on the same full disk."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

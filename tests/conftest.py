@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from data_prep.__main__ import main as data_prep
 from mimscale.data.synthetic import make_image_folder
-from mimscale.engine.world import EMULATE_FP16
+from mimscale.distributed.world import EMULATE_FP16
 
 settings.register_profile("mimscale", deadline=None)  # machines are shared: no time is asserted
 settings.load_profile("mimscale")

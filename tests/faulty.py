@@ -24,19 +24,19 @@ from typing import Any
 import torch
 
 from mimscale.__main__ import end_process, main
-from mimscale.config import load
-from mimscale.contracts import Batch
-from mimscale.engine.engine import Engine
-from mimscale.resilience.hostcopy import HostCopy
-from mimscale.teachers.bank import Bank
+from mimscale.checkpoint.host_buffer import HostBuffer
+from mimscale.config.recipes import load_recipe
+from mimscale.engine.deepspeed_engine import Engine
+from mimscale.teachers.ensemble import TeacherEnsemble
+from mimscale.types import Batch
 
 
 def plant(faults: dict[str, Any], global_batch: int) -> None:
     """Wrap what the loop calls."""
     now: list[int] = [0]
-    normalised, step, teach = Batch.normalised, Engine.micro_step, Bank.__call__
+    normalised, step, teach = Batch.normalised, Engine.micro_step, TeacherEnsemble.__call__
     here = faults.get("rank", int(os.environ.get("RANK", "0"))) == int(os.environ.get("RANK", "0"))
-    limit, write = resource.getrlimit(resource.RLIMIT_FSIZE)[1], HostCopy.write
+    limit, write = resource.getrlimit(resource.RLIMIT_FSIZE)[1], HostBuffer.write
     images = {int(k): math.nan if v is None else v for k, v in faults.get("images", {}).items()}
 
     def bad_images(self: Batch) -> Batch:
@@ -55,24 +55,24 @@ def plant(faults: dict[str, Any], global_batch: int) -> None:
         planted = here and now[0] in faults.get("gradients", ())
         return step(self, batch, targets, lambda loss: judge(loss) * math.inf if planted else judge(loss))
 
-    def bad_teacher(self: Bank, pictures: torch.Tensor) -> Any:
+    def bad_teacher(self: TeacherEnsemble, pictures: torch.Tensor) -> Any:
         broken = here and now[0] in faults.get("teacher", ())
         return teach(self, pictures * math.nan if broken else pictures)
 
-    def slow_write(self: HostCopy, path: Path) -> tuple[int, str]:
+    def slow_write(self: HostBuffer, path: Path) -> tuple[int, str]:
         end_s = time.monotonic() + faults.get("slow_save_s", 0) * here
         while time.monotonic() < end_s:
             self.written += 1
             time.sleep(0.1)
         return write(self, path)
 
-    HostCopy.write = slow_write  # type: ignore[method-assign]
+    HostBuffer.write = slow_write  # type: ignore[method-assign]
     Batch.normalised = bad_images  # type: ignore[method-assign]
     Engine.micro_step = bad_gradients  # type: ignore[method-assign, assignment]
-    Bank.__call__ = bad_teacher  # type: ignore[method-assign, assignment]
+    TeacherEnsemble.__call__ = bad_teacher  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":
     words = sys.argv[2:]
-    plant(json.loads(Path(sys.argv[1]).read_text()), load(words[1]).schedule.global_batch)
+    plant(json.loads(Path(sys.argv[1]).read_text()), load_recipe(words[1]).schedule.global_batch)
     end_process(main(words))

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-from mimscale.engine.world import free_port
+from mimscale.distributed.world import free_port
 
 SERVER = multiprocessing.get_context("forkserver")  # without threads, unlike the process that runs the tests
 SERVER.set_forkserver_preload(["tests.preloaded"])
@@ -98,6 +98,6 @@ def _become(words: Sequence[str], environment: Mapping[str, str], *printed: Conn
     except BaseException:
         traceback.print_exc()
         code = 1
-    from mimscale.__main__ import end_process  # not before the module that may be this one
+    from mimscale.__main__ import end_process
 
     end_process(code)  # loaders end their workers at exit, which multiprocessing leaves out

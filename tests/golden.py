@@ -1,6 +1,6 @@
 """Numbers computed by the official programs, to compare with. Read from $MIMSCALE_GOLDENS, else tests/goldens/.
 
-A golden run is a method built by our code with the stored weights, mapped by `mimscale.convert.families`.
+A golden run is a method built by our code with the stored weights, mapped by `mimscale.convert.formats`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mimscale import config
-from mimscale.config import RunConfig
-from mimscale.contracts import Batch, Targets, TeacherInfo
-from mimscale.convert.families import maskalign
+from mimscale.config.recipes import validate
+from mimscale.config.run import RunConfig
+from mimscale.convert.formats import maskalign
 from mimscale.convert.whole import levels_of
 from mimscale.methods.mae import MAE
 from mimscale.methods.maskalign import MaskAlign
+from mimscale.types import Batch, Targets, TeacherInfo
 
 ACTIVATION = 1e-5  # absolute
 LOSS = 1e-6  # relative
@@ -124,7 +124,7 @@ def run_config(method: dict[str, Any], student: dict[str, Any], image_size: int 
         "method": method,
         "schedule": {"global_batch": 2, "steps": 4, "base_lr": 1e-3},
     }
-    return config.validate({**values, **sections}, source="test")
+    return validate({**values, **sections}, source="test")
 
 
 def batch_of(images: Tensor, **noise: Tensor) -> Batch:

@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from mimscale.config import method_names, recipe_names
+from mimscale.config.recipes import recipe_names
+from mimscale.config.run import method_names
 
 ROOT = Path(__file__).parent.parent
 MEASURED = Path(__file__).parent / "measured.json"

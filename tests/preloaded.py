@@ -5,8 +5,8 @@ import importlib
 import timm  # noqa: F401
 import torch
 
-import mimscale.train  # noqa: F401
-from mimscale.engine.world import import_deepspeed
+import mimscale.training.loop  # noqa: F401
+from mimscale.engine.deepspeed_runtime import import_deepspeed
 
 import_deepspeed(torch.device("cpu"))
 importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # DeepSpeed imports it late, and torch's compiler

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from mimscale.resilience import checkpoint
+from mimscale.checkpoint import format as checkpoint
 from tests import forked
 
 KINDS = checkpoint.KINDS

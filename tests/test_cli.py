@@ -106,7 +106,7 @@ def test_installed_package_works_from_any_folder(tmp_path: Path) -> None:
     assert not any(name.startswith("tests/") for name in names)
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     code = (
-        "import mimscale.config as c, mimscale.ds_config as d, sys; assert 'site' in c.__file__, c.__file__;"
+        "import mimscale.config.run as c, mimscale.config.deepspeed as d, sys; assert 'site' in c.__file__, c.__file__;"
         "c.load('maskalign_vit_h14'); d.load_ds_config('zero3_bf16'); print(c.recipe_names())"
     )
     environment = {**ranks.environment(), "PYTHONPATH": str(tmp_path / "site")}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mimscale.config import load
+from mimscale.config.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,6 +111,6 @@ def test_a_change_of_no_network_is_refused(tmp_path: Path, capsys: pytest.Captur
 
 def test_the_recipes_of_all_students_are_valid() -> None:
     demo = module()
-    methods = {name: load(recipe, changes).method.name for name, (_, recipe, changes) in demo.EXTRAS.items()}
+    methods = {name: load_recipe(recipe, changes).method.name for name, (_, recipe, changes) in demo.EXTRAS.items()}
     assert methods == {"mff": "mff", "amt": "mae", "convmae": "convmae", "mrmae": "mrmae", "mrmae_convmae": "mrmae"}
     assert demo.rows(False).keys() < demo.rows(True).keys() and demo.rows(True).keys() >= methods.keys()

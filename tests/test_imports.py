@@ -11,126 +11,92 @@ import mimscale
 
 ROOT = Path(mimscale.__file__).parent
 
-# room -> rooms it may import from. A room is a folder or a single file of mimscale/. Every room may import BOTTOM.
-BOTTOM = {"errors", "by_name", "contracts", "config", "digest", "ds_config"}
-MAY_IMPORT = {
-    "errors": set(),
-    "contracts": set(),
-    "by_name": set(),
-    "config": {"by_name"},
-    "digest": set(),
-    "ds_config": set(),
-    "schedule": set(),
-    "optim": set(),
-    "models": set(),
-    "masking": {"models"},
-    "methods": {"models", "masking"},
-    "teachers": set(),
-    "data": set(),
-    "resilience": {"outbox"},
-    "outbox": set(),
-    "observe": {"outbox"},
-    "engine": {"optim"},
-    "state": set(),
-    "run_folder": set(),
-    "recipes": set(),
-    "convert": {"outbox", "models", "methods", "data", "resilience", "run_folder"},
-    "evals": {"models", "methods", "data", "resilience", "convert"},
-    "compositions": {"models", "methods", "masking"},
-    "doctor": {"compositions", "doctor_teacher", "models", "methods", "teachers", "data", "engine", "convert"},
-    "doctor_teacher": {"models", "methods", "teachers", "data"},
-    "bench": {"models", "methods", "masking", "teachers", "data", "resilience", "observe", "engine", "optim"},
-    "prepare": {
-        "outbox",
-        "observe",
-        "convert",
-        "methods",
-        "teachers",
-        "data",
-        "resilience",
-        "engine",
-        "run_folder",
-        "schedule",
-    },
-    "recovery": {
-        "outbox",
-        "prepare",
-        "methods",
-        "teachers",
-        "data",
-        "resilience",
-        "observe",
-        "engine",
-        "run_folder",
-        "state",
-    },
-    "train": {
-        "outbox",
-        "prepare",
-        "recovery",
-        "models",
-        "methods",
-        "teachers",
-        "data",
-        "resilience",
-        "observe",
-        "convert",
-        "engine",
-        "state",
-        "run_folder",
-        "schedule",
-        "optim",
-    },
-    "__main__": {"train", "evals", "convert", "doctor", "bench"},
-    "__init__": set(),
-}
+# Packages from the bottom up. One may import those of a lower level, and of its own level those that stand before the
+# colon in BESIDE. The light `config.py` of each package belongs to the level of `config`.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("types", "files"),
+    ("config", "recipes"),
+    ("data", "models", "teachers", "optim", "distributed"),
+    ("masking", "checkpoint"),
+    ("methods", "engine", "fault_tolerance"),
+    ("monitoring",),
+    ("convert",),
+    ("evals", "training"),
+    ("doctor", "bench"),
+    ("__init__",),
+    ("__main__",),
+)
+BESIDE: dict[str, set[str]] = {"config": {"recipes"}}
+LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 
 
-def room(path: Path) -> str:
-    relative = path.relative_to(ROOT)
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+def package_of(parts: tuple[str, ...]) -> str:
+    """The package that a module below mimscale counts for."""
+    return "config" if parts[1:] == ("config",) else parts[0]
 
 
 def imported(path: Path) -> set[str]:
-    """Rooms of this package, and outside packages, that a file imports anywhere in it."""
+    """Modules of this package, and outside packages, that a file imports anywhere in it."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            module = node.module or ""
-            names |= {f"{module}.{a.name}" for a in node.names} if module == "mimscale" else {module}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def test_arrows_point_down() -> None:
+def module_parts(name: str) -> tuple[str, ...]:
+    """`mimscale.data.config.DataConfig` -> ("data", "config"): the module, without what is taken from it."""
+    parts = tuple(name.split("."))[1:]
+    while parts and not ((ROOT.joinpath(*parts)).is_dir() or ROOT.joinpath(*parts).with_suffix(".py").is_file()):
+        parts = parts[:-1]
+    return parts
+
+
+def parts_of(path: Path) -> tuple[str, ...]:
+    return path.relative_to(ROOT).with_suffix("").parts
+
+
+def test_imports_go_down() -> None:
     wrong = []
     for path in sorted(ROOT.rglob("*.py")):
-        here = room(path)
-        assert here in MAY_IMPORT, f"{path}: room '{here}' is not in the map of this test"
-        allowed = (
-            MAY_IMPORT[here]
-            | ({here} if (ROOT / here).is_dir() else set())
-            | (BOTTOM if here not in BOTTOM else {"errors"})
-        )
+        here = package_of(parts_of(path))
+        assert here in LEVEL, f"{path}: the package '{here}' has no level in this test"
         for name in imported(path):
-            parts = name.split(".")
-            if parts[0] == "mimscale" and len(parts) > 1 and parts[1] not in allowed and parts[1] != "__version__":
-                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
-            if parts[0] == "deepspeed" and here != "engine":
+            if name.startswith("deepspeed") and here != "engine":
                 wrong.append(f"{path.relative_to(ROOT)} imports deepspeed")
-    assert not wrong, "\n".join(wrong)
+            there = package_of(parts) if name.startswith("mimscale.") and (parts := module_parts(name)) else None
+            if there in (None, here) or there in BESIDE.get(here, ()):
+                continue
+            if LEVEL[there] >= LEVEL[here]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, "\n".join(sorted(wrong))
 
 
-def test_everything_but_the_engine_imports_without_deepspeed() -> None:
-    files = [p for p in ROOT.rglob("*.py") if room(p) not in {"engine", "prepare", "recovery", "train", "__main__"}]
-    names = sorted(
-        ".".join(("mimscale", *p.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for p in files
-    )
+def test_four_files_at_the_root() -> None:
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "types.py", "errors.py"}
+
+
+def test_only_the_engine_and_the_loop_need_deepspeed() -> None:
+    files = [p for p in ROOT.rglob("*.py") if package_of(parts_of(p)) not in {"engine", "training", "__main__"}]
+    names = sorted(".".join(("mimscale", *parts_of(p))).removesuffix(".__init__") for p in files)
     code = (
         "import sys, importlib; sys.modules['deepspeed'] = None\n"
         f"for name in {names!r}: importlib.import_module(name)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_configs_are_light() -> None:
+    """Reading a recipe does not wait for torch."""
+    names = sorted(".".join(("mimscale", *parts_of(p))) for p in ROOT.rglob("config.py"))
+    code = (
+        "import sys, importlib\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "import mimscale.config.base, mimscale.config.registry; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -46,10 +46,10 @@ def costs(recipe: str, batch: int, rounds: int, overrides: Sequence[str] = ()) -
     """Rows of the first table: the step, each part that AMT adds, and their sum."""
     import torch
 
-    from mimscale.config import load
+    from mimscale.config.recipes import load_recipe
 
     torch.set_num_threads(1)
-    run = load(recipe, [f"schedule.global_batch={batch}", "method.masking.warmup_epochs=0", *overrides])
+    run = load_recipe(recipe, [f"schedule.global_batch={batch}", "method.masking.warmup_epochs=0", *overrides])
     refresh = run.dump()["method"]["masking"]["refresh"]
     parts = {**_step_parts(run, batch, refresh), **_loader_parts(run, batch, refresh)}
     seconds: dict[str, list[float]] = {name: [] for name in parts}
@@ -72,12 +72,12 @@ Part = tuple[Callable[[], Any], float]  # the work for one batch, and for which 
 def _step_parts(run: Any, batch: int, refresh: float) -> dict[str, Part]:
     import torch
 
-    from mimscale.config import method_class
-    from mimscale.contracts import Batch, normalised
+    from mimscale.config.run import method_class
+    from mimscale.types import Batch, normalised
 
     torch.manual_seed(0)
     method = method_class(run.method.name)(run, {})
-    method.begin(100_000)
+    method.before_run(100_000)
     policy, side = method.masking, run.data.image_size
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-4)
     noise = {name: torch.rand(batch, *n.shape).clamp_min(1e-6) for name, n in method.needs.noise.items()}
@@ -89,8 +89,8 @@ def _step_parts(run: Any, batch: int, refresh: float) -> dict[str, Part]:
         noise=noise,
         boxes=torch.rand(batch, 4) / 2,
         flips=torch.rand(batch) < 0.5,
-        whole=pixels[:0],
-        whole_rows=torch.arange(0),
+        uncropped=pixels[:0],
+        uncropped_rows=torch.arange(0),
     )
     ready = method.prepare(host).normalised()
 
@@ -115,10 +115,10 @@ def _step_parts(run: Any, batch: int, refresh: float) -> dict[str, Part]:
 
 def _loader_parts(run: Any, batch: int, refresh: float) -> dict[str, Part]:
     from data_prep.__main__ import main as data_prep
-    from mimscale.contracts import Needs
     from mimscale.data.loader import TrainLoader
     from mimscale.data.manifest import Manifest
     from mimscale.data.synthetic import make_image_folder
+    from mimscale.types import Needs
 
     with tempfile.TemporaryDirectory() as folder:
         make_image_folder(Path(folder) / "images", classes=1, per_class=batch, side=400)
@@ -128,7 +128,7 @@ def _loader_parts(run: Any, batch: int, refresh: float) -> dict[str, Part]:
         data = run.data.model_copy(update={"shards": manifest.folder, "workers": 0})
 
         def batches(whole: int) -> Any:
-            needs = Needs(whole_images=whole)
+            needs = Needs(uncropped_images=whole)
             one_rank = TrainLoader(
                 manifest, data, needs, seed=0, global_batch=batch, micro_batch=batch, rank=0, world=1
             )
@@ -161,7 +161,7 @@ def _grown_bytes(samples: int, width: int, world: int) -> int:
     import numpy as np
     import torch
 
-    from mimscale.masking._table import Table
+    from mimscale.masking._amt_table import Table
 
     torch.set_num_threads(1)
     before = _peak_bytes()

@@ -57,9 +57,10 @@ def parameter_sizes(recipe: str) -> dict[str, int]:
     """Name -> number of elements, without allocating any."""
     import torch
 
-    from mimscale.config import load, method_class
+    from mimscale.config.recipes import load_recipe
+    from mimscale.config.run import method_class
 
-    config = load(recipe)
+    config = load_recipe(recipe)
     with torch.device("meta"):
         method = method_class(config.method.name)(config, {})
     return {name: parameter.numel() for name, parameter in method.named_parameters()}
@@ -82,15 +83,15 @@ def measure(sizes: dict[str, int], world: int, folder: Path) -> tuple[list[str],
 
     import torch
 
-    from mimscale.resilience import checkpoint
-    from mimscale.resilience.hostcopy import HostCopy
+    from mimscale.checkpoint import format as checkpoint
+    from mimscale.checkpoint.host_buffer import HostBuffer
 
     live = {
         f"{kind}|{name}|{start}": torch.full((length,), 0.5)
         for name, start, length in cut(sizes, 0, world)
         for kind in checkpoint.KINDS
     }
-    copy = HostCopy(live)
+    copy = HostBuffer(live)
     copy_s, _ = timed(lambda: copy.fill(live))
     temporary, final = folder / ".tmp-step-00000001", checkpoint.step_folder(folder, 1)
     temporary.mkdir()

@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from mimscale.bench import _report
+    from mimscale.bench._images import write_folder
     from mimscale.bench._peers import PEERS
-    from mimscale.bench._pictures import write_folder
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as base:
@@ -124,10 +124,10 @@ def _read(shards: Path) -> float:
 
 
 def _ours(shards: Path, decoder: Any, workers: int) -> float:
-    from mimscale.config import DataConfig
-    from mimscale.contracts import Needs, Noise
+    from mimscale.data.config import DataConfig
     from mimscale.data.loader import TrainLoader
     from mimscale.data.manifest import Manifest
+    from mimscale.types import Needs, Noise
 
     manifest = Manifest.load(shards)
     data = DataConfig(shards=str(shards), image_size=SIDE, workers=workers, decoder=decoder)

@@ -74,11 +74,11 @@ def _index(root: Path, samples: int) -> list[list[str]]:
 
 def _soak(root: Path, batches: int) -> list[list[str]]:
     from mimscale.bench.data import _family, _shards
-    from mimscale.config import DataConfig
-    from mimscale.contracts import Needs
+    from mimscale.data.config import DataConfig
     from mimscale.data.loader import TrainLoader
     from mimscale.data.manifest import Manifest
     from mimscale.data.synthetic import make_image_folder
+    from mimscale.types import Needs
 
     make_image_folder(root / "pictures", classes=10, per_class=30, side=48)
     manifest = Manifest.load(_shards(root))

@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimscale.contracts import Masks
 from mimscale.convert import reference, timm_export
-from mimscale.convert.families import mae, simmim
+from mimscale.convert.formats import mae, simmim
 from mimscale.convert.names import State
 from mimscale.convert.student import Student
 from mimscale.methods.base import Method
 from mimscale.models.beit import Beit
 from mimscale.models.convvit import ConvViT
 from mimscale.models.decoder import MAEDecoder
-from mimscale.models.masking import in_raster_order
 from mimscale.models.patches import assemble
 from mimscale.models.pixel_head import PixelHead
+from mimscale.models.token_selection import in_raster_order
 from mimscale.models.vit import LN_EPS
+from mimscale.types import Masks
 
 LIMIT = 1e-4  # of the largest output, fp32: the two programs sum in another order
 INPUT = "standard normal numbers of torch.Generator().manual_seed(0), fp32 on the CPU"

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mimscale import config
-from mimscale.convert import check, state, timm_export
+from mimscale.config.recipes import load_recipe
+from mimscale.convert import check, full_state, timm_export
 from mimscale.convert.names import State, same
 from mimscale.convert.registry import encoder_of, families, of_run, of_state
 from mimscale.convert.source import Loaded, read
@@ -26,7 +26,7 @@ back into a run folder"""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="run folder, checkpoint folder, or a file (.pth, .safetensors)")
     parser.add_argument("out", type=Path, help="file or folder to write; it must not exist")
-    kinds = (*TARGETS, *state.TARGETS, "official", *families())
+    kinds = (*TARGETS, *full_state.TARGETS, "official", *families())
     parser.add_argument("--to", required=True, choices=kinds, metavar="WHAT", help=TO % ", ".join(families()))
     parser.add_argument("--recipe", help="with --to mimscale: the recipe that a whole official file belongs to")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of --recipe")
@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.out, report_path(args.out)):
         if path.exists():
             raise UserError(f"{path} exists; choose another name")
-    if args.to in state.TARGETS:
-        lines = state.TARGETS[args.to](args.source, args.out)
+    if args.to in full_state.TARGETS:
+        lines = full_state.TARGETS[args.to](args.source, args.out)
     else:
         lines = TARGETS.get(args.to, _to_official)(args, read(args.source))
     print(*lines, f"wrote {args.out}", sep="\n")
@@ -97,7 +97,7 @@ def _to_ours(args: argparse.Namespace, loaded: Loaded) -> list[str]:
 
 
 def _whole_to_ours(args: argparse.Namespace, loaded: Loaded) -> list[str]:
-    recipe = config.load(args.recipe, args.set)
+    recipe = load_recipe(args.recipe, args.set)
     method, notes = method_from(loaded, recipe)
 
     def compare(part: Path, back: State) -> check.Differences:

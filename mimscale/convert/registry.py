@@ -14,7 +14,7 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-from mimscale.config import RunConfig
+from mimscale.config.run import RunConfig
 from mimscale.convert.names import Levels, Mapped, State, below
 from mimscale.errors import UserError
 
@@ -44,9 +44,9 @@ class Family(Protocol):
 @lru_cache
 def families() -> dict[str, Family]:
     """Name -> family."""
-    files = (entry.name for entry in resources.files("mimscale.convert.families").iterdir())
+    files = (entry.name for entry in resources.files("mimscale.convert.formats").iterdir())
     names = sorted(name[:-3] for name in files if name.endswith(".py") and not name.startswith("_"))
-    return {name: cast(Family, importlib.import_module(f"mimscale.convert.families.{name}")) for name in names}
+    return {name: cast(Family, importlib.import_module(f"mimscale.convert.formats.{name}")) for name in names}
 
 
 def of_state(state: Mapping[str, Tensor]) -> str | None:

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mimscale import config
-from mimscale.config import RunConfig, StudentConfig
+from mimscale.checkpoint import format as checkpoint
+from mimscale.config.recipes import load_recipe, validate
+from mimscale.config.run import RunConfig
 from mimscale.convert.names import State
-from mimscale.errors import UserError
-from mimscale.outbox import warn
-from mimscale.resilience import checkpoint
+from mimscale.errors import UserError, warn
+from mimscale.models.config import StudentConfig
 
 METADATA = "mimscale"
 T = TypeVar("T")
@@ -95,7 +95,7 @@ def run_of(folder: Path) -> RunConfig:
     path = folder.resolve().parent.parent / "config.yaml"
     if not path.is_file():
         raise UserError(f"{path} is missing; a checkpoint is read inside its run folder")
-    return config.load(str(path))
+    return load_recipe(str(path))
 
 
 def _read_own(folder: Path) -> Loaded:
@@ -114,7 +114,7 @@ def _read_safetensors(path: Path) -> Loaded:
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); get it again") from None
     if "run" in carried:
-        return Loaded(path, weights, config.validate(carried["run"], source=str(path)))
+        return Loaded(path, weights, validate(carried["run"], source=str(path)))
     if "student" in carried:
         student = StudentConfig.model_validate(carried["student"])
         return Loaded(path, weights, None, student, carried["image_size"])

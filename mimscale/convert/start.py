@@ -12,16 +12,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mimscale.config import RunConfig
-from mimscale.convert.families.simmim import REL_POS_TABLE, TABLE
+from mimscale.checkpoint import format as checkpoint
+from mimscale.config.run import RunConfig
+from mimscale.convert.formats.simmim import REL_POS_TABLE, TABLE
 from mimscale.convert.names import State
 from mimscale.convert.registry import encoder_of, families, of_state
 from mimscale.convert.source import Loaded, identity_file, read, resolve
 from mimscale.convert.whole import levels_of
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
-from mimscale.models import posembed
-from mimscale.resilience import checkpoint
+from mimscale.models import pos_embed
 
 OPTIONAL = ("norm.", "mask_token", "stage1_output_decode.", "stage2_output_decode.")
 """What one method's student has and another's has not: the last norm, SimMIM's token, ConvMAE's fusion."""
@@ -157,6 +157,6 @@ def _resized(weights: State, own: State, path: Path) -> tuple[State, tuple[str, 
         before, after = (math.isqrt(table.shape[1] - prefix) for table in (old, new))
         if before**2 + prefix != old.shape[1]:
             continue
-        weights[name] = posembed.resize(old, (before, before), (after, after), prefix)
+        weights[name] = pos_embed.resize(old, (before, before), (after, after), prefix)
         notes.append(f"{name} resized from {before}x{before} to {after}x{after} patches")
     return weights, tuple(notes)

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mimscale.config import STUDENT_SIZES, StudentConfig
-from mimscale.convert.families.simmim import REL_POS_TABLE, TABLE, grid_side, relative_table
+from mimscale.convert.formats.simmim import REL_POS_TABLE, TABLE, grid_side, relative_table
 from mimscale.convert.registry import encoder_of
 from mimscale.convert.source import Loaded, read
 from mimscale.errors import UserError
-from mimscale.models import posembed
+from mimscale.models import pos_embed
 from mimscale.models.beit import LAYER_SCALE, Beit, Positions
+from mimscale.models.config import STUDENT_SIZES, StudentConfig
 from mimscale.models.convvit import ConvStages, ConvViT, stages_of
 from mimscale.models.vit import ViT
 
@@ -72,7 +72,7 @@ def student_of(
     if relative and new != side:
         raise UserError(f"{path} has relative positions, which are not resized; take image size {side * student.patch}")
     if not relative:
-        table = posembed.resize(encoder["pos_embed"], (side, side), (new, new), int("cls_token" in encoder))
+        table = pos_embed.resize(encoder["pos_embed"], (side, side), (new, new), int("cls_token" in encoder))
         encoder = {**encoder, "pos_embed": table}
     final_norm = "norm.weight" in encoder
     vit: Student

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimscale.config import STUDENT_SIZES
-from mimscale.convert.families.finetune import HEAD
-from mimscale.convert.families.simmim import INDEX
+from mimscale.convert.formats.finetune import HEAD
+from mimscale.convert.formats.simmim import INDEX
 from mimscale.convert.names import State
 from mimscale.convert.student import Student
 from mimscale.models.beit import Beit
+from mimscale.models.config import STUDENT_SIZES
 
 NAMED_SIZE, NAMED_PATCH = 224, 16  # what timm's names stand for; H is named with patch 14
 HUGE_PATCH = 14

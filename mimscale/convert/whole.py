@@ -6,15 +6,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from mimscale import config
-from mimscale.config import RunConfig
-from mimscale.contracts import TeacherInfo
+from mimscale.config.run import RunConfig, method_class
 from mimscale.convert.names import Levels, Mapped
 from mimscale.convert.registry import families, of_state
 from mimscale.convert.source import Loaded
 from mimscale.convert.student import load
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
+from mimscale.types import TeacherInfo
 
 MASKALIGN = "maskalign"
 
@@ -36,7 +35,7 @@ def method_from(loaded: Loaded, run: RunConfig) -> tuple[Method, tuple[str, ...]
     )
     if (MASKALIGN in family.METHODS) != (run.method.name == MASKALIGN):  # without its heads no teacher is known
         raise another
-    method: Method = config.method_class(run.method.name)(run, _teachers_in(state, run))
+    method: Method = method_class(run.method.name)(run, _teachers_in(state, run))
     if not family.fits(method.state_dict()):
         raise another
     mapped: Mapped = family.from_official(state, levels_of(method))

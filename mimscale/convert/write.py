@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mimscale import __version__
+from mimscale.checkpoint import format as checkpoint
 from mimscale.convert.check import INPUT, LIMIT, Differences
 from mimscale.convert.names import State, same
 from mimscale.convert.source import METADATA, Loaded, read
 from mimscale.errors import UserError
-from mimscale.resilience import checkpoint
 
 Check = Callable[[Path, State], Differences]
 """The written file and its tensors, read back -> what differs by how much."""

@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mimscale.config import DataConfig, default_decoder
-from mimscale.contracts import Batch, Needs
-from mimscale.data.ahead import Ahead
-from mimscale.data.foreign import Foreign, Source, StreamSamples
+from mimscale.data.config import DataConfig, default_decoder
+from mimscale.data.device_decode import DeviceDecoder
 from mimscale.data.manifest import Ints, Manifest
-from mimscale.data.on_device import OnDevice
 from mimscale.data.order import Jumps, Order, batch_of, rank_positions
-from mimscale.data.parcels import Pool, opened
-from mimscale.data.reader import DamagedSample
+from mimscale.data.sample_reader import DamagedSample
 from mimscale.data.samples import EvalSamples, TrainSamples
+from mimscale.data.shard_prefetch import ShardPrefetcher
+from mimscale.data.shm_pool import SharedMemoryPool, opened
+from mimscale.data.wds_stream import Source, StreamSamples, WebDatasetStream
 from mimscale.errors import UserError
+from mimscale.types import Batch, Needs
 
 CPU = torch.device("cpu")
 AHEAD = 3  # items that the trainer, its teachers and the thread that pins may hold at a time
@@ -76,9 +76,9 @@ class TrainLoader:
         samples: Dataset[list[Batch]]
         stored = 0  # bytes a picture that the workers hand on
         self._finish: Callable[[Batch], Batch] = lambda batch: batch
-        self._ahead: Ahead | None = None
-        self._look_ahead: Callable[[int], Ahead] | None = None
-        if isinstance(manifest, Foreign):
+        self._ahead: ShardPrefetcher | None = None
+        self._look_ahead: Callable[[int], ShardPrefetcher] | None = None
+        if isinstance(manifest, WebDatasetStream):
             samples = StreamSamples(manifest, data, needs, seed, global_batch, positions, rank, world)
         else:
             order = Order(manifest, seed, data.streams, data.block)
@@ -86,16 +86,16 @@ class TrainLoader:
             if data.decoder == "device":
                 stored = 2 * sum(shard.bytes for shard in manifest.file.shards) // manifest.samples
                 plain = data.model_copy(update={"decoder": default_decoder()})
-                exact = TrainSamples(manifest, order, plain, replace(needs, whole_images=0), seed, global_batch)
-                self._finish = OnDevice(exact, device)
+                exact = TrainSamples(manifest, order, plain, replace(needs, uncropped_images=0), seed, global_batch)
+                self._finish = DeviceDecoder(exact, device)
             if manifest.cache:
-                self._look_ahead = partial(Ahead, manifest, order, global_batch, rank, world)
-        sampler = None if isinstance(manifest, Foreign) else positions
+                self._look_ahead = partial(ShardPrefetcher, manifest, order, global_batch, rank, world)
+        sampler = None if isinstance(manifest, WebDatasetStream) else positions
         self._open = partial(_data_loader, samples, sampler, workers=data.workers, prefetch=data.prefetch, pin=pin)
         self._parts = global_batch // (world * micro_batch)
         held = AHEAD + (self._parts if data.crops > 1 else 0)
         slots, size = data.workers * data.prefetch + held, item_bytes(data, needs, micro_batch, stored)
-        self._pool = partial(Pool, slots, size) if data.workers else lambda: None
+        self._pool = partial(SharedMemoryPool, slots, size) if data.workers else lambda: None
         self._start_step, self._crops, self._jumps = start_step, data.crops, jumps
         self._running: Running | None = None
 
@@ -107,7 +107,7 @@ class TrainLoader:
         self._ahead = self._look_ahead(batch_of(self._start_step, self._jumps) // self._crops)
         return self._followed(self._running, self._ahead)
 
-    def _followed(self, running: Running, ahead: Ahead) -> Iterator[Batch]:
+    def _followed(self, running: Running, ahead: ShardPrefetcher) -> Iterator[Batch]:
         for number, batch in enumerate(running):
             ahead.step.value = batch_of(self._start_step + number // self._parts, self._jumps) // self._crops
             yield self._finish(batch)
@@ -194,12 +194,18 @@ def item_bytes(data: DataConfig, needs: Needs, micro_batch: int, stored: int = 0
     picture = 3 * data.image_size**2
     drawn = sum(4 * math.prod(noise.shape) for noise in needs.noise.values())
     small = 128  # ids, positions, boxes, flips, labels, places, colour, and what comes with JPEGs
-    others = small + drawn + stored + (picture if needs.whole_images else 0)
+    others = small + drawn + stored + (picture if needs.uncropped_images else 0)
     return data.crops * (micro_batch * (picture + others) + 4096)
 
 
 def _data_loader(
-    samples: Dataset[list[Batch]], sampler: Any, *, workers: int, prefetch: int, pin: bool, pool: Pool | None
+    samples: Dataset[list[Batch]],
+    sampler: Any,
+    *,
+    workers: int,
+    prefetch: int,
+    pin: bool,
+    pool: SharedMemoryPool | None,
 ) -> DataLoader[list[Batch]]:
     return DataLoader(
         samples,

@@ -33,8 +33,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mimscale.data.cache import CHUNK, Cache
-from mimscale.data.shards import ShardFiles, cache_key
+from mimscale.data.shard_cache import CHUNK, Cache
+from mimscale.data.shard_files import ShardFiles, cache_key
 from mimscale.data.storage import Storage, is_remote, patiently, storage
 from mimscale.errors import UserError
 

@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mimscale.config import DataConfig
-from mimscale.contracts import Batch, Damage, Needs, Noise, Stored
-from mimscale.data import colour, noise
+from mimscale.data import color_jitter, noise
+from mimscale.data.config import DataConfig
 from mimscale.data.decode import AnyPicture, Undecoded, decode, decoder
 from mimscale.data.manifest import Ints, Manifest
 from mimscale.data.order import Order
-from mimscale.data.reader import Reader
+from mimscale.data.sample_reader import Reader
 from mimscale.data.transforms import (
     CROP_NUMBERS,
     Box,
@@ -30,6 +29,7 @@ from mimscale.data.transforms import (
     resized_crop,
     squeezed,
 )
+from mimscale.types import Batch, Damage, EncodedImages, Needs, Noise
 
 
 class TrainSamples(Dataset[list[Batch]]):
@@ -57,7 +57,7 @@ class TrainSamples(Dataset[list[Batch]]):
 
     def _reader(self, place: int) -> Reader:
         """Where the uncut picture is wanted as well, it cannot be left undecoded."""
-        return self.exact if place % self.crops.global_batch < self.crops.needs.whole_images else self.reader
+        return self.exact if place % self.crops.global_batch < self.crops.needs.uncropped_images else self.reader
 
 
 class Crops:
@@ -79,8 +79,8 @@ class Crops:
         side, (rows, total) = self.data.image_size, positions.shape
         images = np.empty((rows, total, 3, side, side), np.uint8)
         boxes, flips = np.empty((rows, total, 4), np.float32), np.empty((rows, total), np.bool_)
-        whole_rows = np.flatnonzero(positions[0] % self.global_batch < self.needs.whole_images)
-        whole = np.empty((len(whole_rows), 3, side, side), np.uint8) if self.needs.whole_images else None
+        uncropped_rows = np.flatnonzero(positions[0] % self.global_batch < self.needs.uncropped_images)
+        whole = np.empty((len(uncropped_rows), 3, side, side), np.uint8) if self.needs.uncropped_images else None
         ids, damage = np.empty(total, np.int64), list[Damage]()
         stored = list[tuple[bytes, int, Box]]()
         for column in range(total):
@@ -97,10 +97,10 @@ class Crops:
                     continue
                 crop, boxes[row, column] = self._crop(image, numbers)
                 images[row, column] = pixels(crop, flips[row, column])
-            if whole is not None and column in whole_rows:
+            if whole is not None and column in uncropped_rows:
                 assert not isinstance(image, Undecoded)
                 squeeze = squeezed(image, side, self.data.interpolation)
-                whole[whole_rows.searchsorted(column)] = pixels(squeeze)
+                whole[uncropped_rows.searchsorted(column)] = pixels(squeeze)
         labels = _labels(manifest, ids) if self.needs.labels and manifest is not None else None
         return [
             Batch(
@@ -111,8 +111,8 @@ class Crops:
                 boxes=torch.from_numpy(boxes[row]),
                 flips=torch.from_numpy(flips[row]),
                 labels=labels,
-                whole=None if whole is None else torch.from_numpy(whole),
-                whole_rows=None if whole is None else torch.from_numpy(whole_rows),
+                uncropped=None if whole is None else torch.from_numpy(whole),
+                uncropped_rows=None if whole is None else torch.from_numpy(uncropped_rows),
                 damage=tuple(damage) if row == 0 else (),
                 stored=_stored(stored) if stored else None,
             )
@@ -140,8 +140,8 @@ class Crops:
         places = [divmod(int(position), self.samples) for position in positions]
         numbers = {name: self._noise(name, asked, places) for name, asked in self.needs.noise.items()}
         if any(self.data.colour_jitter):
-            rows = [colour.drawn(self.data.colour_jitter, self.seed, *place) for place in places]
-            numbers[colour.PURPOSE] = torch.from_numpy(np.stack(rows))
+            rows = [color_jitter.drawn(self.data.colour_jitter, self.seed, *place) for place in places]
+            numbers[color_jitter.PURPOSE] = torch.from_numpy(np.stack(rows))
         return numbers
 
     def _noise(self, name: str, wanted: Noise, places: list[tuple[int, int]]) -> Tensor:
@@ -177,11 +177,11 @@ class EvalSamples(Dataset[list[Batch]]):
         return [batch]
 
 
-def _stored(parts: list[tuple[bytes, int, Box]]) -> Stored:
+def _stored(parts: list[tuple[bytes, int, Box]]) -> EncodedImages:
     data, rows, boxes = zip(*parts, strict=True)
     sizes = torch.tensor([len(part) for part in data])
     whole = torch.from_numpy(np.frombuffer(b"".join(data), np.uint8).copy())
-    return Stored(whole, sizes, torch.tensor(rows), torch.tensor(boxes))
+    return EncodedImages(whole, sizes, torch.tensor(rows), torch.tensor(boxes))
 
 
 def _labels(manifest: Manifest, ids: Ints) -> Tensor:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from mimscale.checkpoint import format as checkpoint
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
 from mimscale.evals import linear
@@ -23,7 +24,6 @@ from mimscale.evals.knn import TEMPERATURE, K, Neighbours
 from mimscale.evals.metrics import top1
 from mimscale.evals.networks import load_networks
 from mimscale.evals.report import table, write
-from mimscale.resilience import checkpoint
 
 PACKAGES = ("mimscale", "torch", "torchmetrics", "scikit-learn", "numpy", "pillow")
 Key = tuple[str, str]  # network, pool

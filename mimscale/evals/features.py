@@ -16,7 +16,7 @@ from mimscale.models.beit import Beit
 from mimscale.models.convvit import ConvViT
 from mimscale.models.vit import LN_EPS, ViT
 
-Pool = Literal["mean", "cls"]
+SharedMemoryPool = Literal["mean", "cls"]
 Student = ViT | Beit | ConvViT
 Extractor = Callable[[Tensor], dict[str, Tensor]]
 """float32 ImageNet-normalised images [B, 3, H, W] -> pool -> float32 features [B, D]."""
@@ -25,7 +25,7 @@ PIXELS = "pixels"
 PIXEL_SIDE = 32  # larger pictures are averaged down to it: 3,072 numbers per picture
 
 
-def frozen(vit: Student, pools: Sequence[Pool]) -> Extractor:
+def frozen(vit: Student, pools: Sequence[SharedMemoryPool]) -> Extractor:
     """Tokens after the last norm, in the type of the network's parameters, pooled.
 
     mean: of the patch tokens; cls: the class token. A student without a last norm (MaskAlign trains none) gets one of

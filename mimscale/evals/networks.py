@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from mimscale.config import StudentConfig
+from mimscale.checkpoint import format as checkpoint
 from mimscale.convert.source import identity_file, of_newest
 from mimscale.convert.student import StudentInfo, student_from
-from mimscale.evals.features import Extractor, Pool, Student, frozen, random_like, raw_pixels
+from mimscale.evals.features import Extractor, SharedMemoryPool, Student, frozen, random_like, raw_pixels
+from mimscale.models.config import StudentConfig
 from mimscale.models.convvit import ConvStages
-from mimscale.resilience import checkpoint
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Network:
 def load_networks(
     paths: Sequence[Path],
     *,
-    pools: Sequence[Pool],
+    pools: Sequence[SharedMemoryPool],
     image_size: int | None,
     seed: int,
     device: torch.device,

@@ -26,14 +26,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mimscale.config import Fraction, RunConfig
-from mimscale.contracts import Batch, Masks, Needs, Noise, Targets, TeacherInfo, normalised
+from mimscale.config.base import Fraction
+from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
-from mimscale.masking._table import Ints, Table
+from mimscale.masking._amt_importance import as_bytes, from_bytes, importance_of, through_crop, through_released_crop
+from mimscale.masking._amt_table import Ints, Table
 from mimscale.masking.attention import attentive_order
 from mimscale.masking.base import Counts, Masking, MaskingConfig, check_unit
 from mimscale.masking.random import Random
-from mimscale.models.importance import as_bytes, from_bytes, importance_of, through_crop, through_released_crop
+from mimscale.types import Batch, Masks, Needs, Noise, Targets, TeacherInfo, normalised
 
 UNKNOWN = 255  # what every patch starts with: the release's ones
 
@@ -104,30 +105,30 @@ class AMT(Masking):
         self.global_batch, self.image_size = run.schedule.global_batch, run.data.image_size
         self.needs = Needs(
             noise={"mask": Noise("exponential", (self.count.units,))},
-            whole_images=max(1, round(config.refresh * self.global_batch)),
+            uncropped_images=max(1, round(config.refresh * self.global_batch)),
         )
         self.samples = 0
         self.table: Table | None = None
         self._step = -1
         self._whole: list[Whole] = []
 
-    def begin(self, samples: int, student: nn.Module) -> None:
+    def before_run(self, samples: int, student: nn.Module) -> None:
         self.samples = samples
         self.table = Table(samples, math.prod(self.grid), UNKNOWN, next(student.parameters()).device)
 
     def prepare(self, batch: Batch) -> Batch:
-        assert self.table is not None and batch.whole is not None and batch.whole_rows is not None
+        assert self.table is not None and batch.uncropped is not None and batch.uncropped_rows is not None
         positions = batch.positions.numpy()
         step = int(positions[0]) // self.global_batch
         if step != self._step:  # what a step that was given up has left
             self._step, self._whole = step, []
         place = np.full_like(positions, -1)
-        place[batch.whole_rows.numpy()] = positions[batch.whole_rows.numpy()]
+        place[batch.uncropped_rows.numpy()] = positions[batch.uncropped_rows.numpy()]
         ids, places = self.table.gather(np.stack([batch.ids.numpy(), place])).swapaxes(0, 1)
         whole_ids = [theirs[at >= 0] for theirs, at in zip(ids, places, strict=True)]
-        self._whole.append(Whole(whole_ids, [at[at >= 0] for at in places], batch.whole))
+        self._whole.append(Whole(whole_ids, [at[at >= 0] for at in places], batch.uncropped))
         warm = step * self.global_batch >= self.config.warmup_epochs * self.samples
-        return replace(batch, whole=None, importance=self.table.read(ids) if warm else None)
+        return replace(batch, uncropped=None, importance=self.table.read(ids) if warm else None)
 
     def choose(self, batch: Batch, targets: Mapping[str, Targets]) -> Masks:
         """Before the end of the warm-up the masks are those that `random` would draw of the same noise."""

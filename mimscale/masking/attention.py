@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimscale.config import RunConfig
-from mimscale.contracts import Batch, Masks, Needs, Noise, Targets, TeacherInfo, TeacherNeeds
+from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
 from mimscale.masking.base import Masking, MaskingConfig
-from mimscale.models.features import check_grid
+from mimscale.models.feature_targets import check_grid
+from mimscale.types import Batch, Masks, Needs, Noise, Targets, TeacherInfo, TeacherNeeds
 
 SMALLEST_IMPORTANCE = 1e-30  # in float32: a patch without attention is drawn last, and still in the order of the noise
 
@@ -36,7 +36,7 @@ class Attention(Masking):
     """Salient units are likelier to be seen, never certain to. A unit's importance is the sum of its patches'.
 
     Attention that is not a number counts as none, so that the rare image whose row a 16-bit teacher overflowed is drawn
-    uniformly; a teacher without sound attention is refused before the first step (`teachers.bank.Bank.check`).
+    uniformly; a teacher without sound attention is refused before the first step (`teachers.ensemble.Bank.check`).
     """
 
     Config = AttentionConfig

@@ -14,9 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mimscale.config import Fraction, RunConfig, Strict
-from mimscale.contracts import Batch, Masks, Needs, Targets, TeacherInfo, TeacherNeeds
+from mimscale.config.base import Fraction, Strict
+from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
+from mimscale.types import Batch, Masks, Needs, Targets, TeacherInfo, TeacherNeeds
 
 
 class MaskingConfig(Strict):
@@ -99,7 +100,7 @@ class Masking:
         rows, columns = self.unit_grid
         return values_BL.float().unflatten(1, (rows, factor, columns, factor)).sum(dim=(2, 4)).flatten(1)
 
-    def begin(self, samples: int, student: nn.Module) -> None:
+    def before_run(self, samples: int, student: nn.Module) -> None:
         """Called once on every rank, before anything is restored. samples: of the data set. May communicate."""
 
     def prepare(self, batch: Batch) -> Batch:

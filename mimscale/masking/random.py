@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimscale.config import RunConfig
-from mimscale.contracts import Batch, Masks, Needs, Noise, Targets, TeacherInfo
+from mimscale.config.run import RunConfig
 from mimscale.masking.base import Masking, MaskingConfig
+from mimscale.types import Batch, Masks, Needs, Noise, Targets, TeacherInfo
 
 
 def random_order(noise_BU: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mimscale.config import RunConfig
-from mimscale.contracts import Batch, Masks, Needs, Targets, TeacherInfo
+from mimscale.config.run import RunConfig
 from mimscale.masking.attention import Attention, AttentionConfig
+from mimscale.types import Batch, Masks, Needs, Targets, TeacherInfo
 
 
 class TopK(Attention):

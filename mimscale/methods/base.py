@@ -1,4 +1,4 @@
-"""What a method is: masking, student, heads and loss in one module. See `mimscale.contracts` for what goes in.
+"""What a method is: masking, student, heads and loss in one module. See `mimscale.types` for what goes in.
 
 A method is one file in this folder that defines one `Method`; it is found by the file's name. Adding one needs its
 file, a test and a recipe, and no edit anywhere else.
@@ -14,16 +14,16 @@ import torch
 from pydantic import SerializeAsAny, field_validator
 from torch import Tensor, nn
 
-from mimscale.by_name import class_in, section_by_name
-from mimscale.config import MethodConfig, RunConfig
-from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo, TeacherNeeds, View
+from mimscale.config.registry import MethodConfig, class_in, section_by_name
+from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
 from mimscale.masking.base import Masking, MaskingConfig, keeps
 from mimscale.models.beit import Beit
 from mimscale.models.convvit import ConvViT
-from mimscale.models.masking import Raster
 from mimscale.models.patches import unnormalised
+from mimscale.models.token_selection import Raster
 from mimscale.models.vit import ViT
+from mimscale.types import Batch, Needs, Noise, Targets, TeacherInfo, TeacherNeeds, View
 
 
 class Method(nn.Module):
@@ -66,7 +66,7 @@ class Method(nn.Module):
         return None
 
     @torch.no_grad()
-    def look(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
+    def visualise(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
         """All that there is to see: `view`, and the student's tokens of the whole images.
 
         Every rank calls it at the same step, because ZeRO-3 gathers parameters in it.
@@ -75,7 +75,7 @@ class Method(nn.Module):
         student: Any = self.student
         return replace(seen, features=student(batch.images).tokens[:, student.prefix :])
 
-    def begin(self, samples: int) -> None:
+    def before_run(self, samples: int) -> None:
         """Called once on every rank, when they are connected and before anything is restored, with the size of the
         data set.
         """
@@ -189,8 +189,8 @@ class MaskedMethod(Method):
             attention=self.masking.weights(batch, targets),
         )
 
-    def begin(self, samples: int) -> None:
-        self.masking.begin(samples, self.student)
+    def before_run(self, samples: int) -> None:
+        self.masking.before_run(samples, self.student)
 
     def prepare(self, batch: Batch) -> Batch:
         return self.masking.prepare(batch)

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-from mimscale.config import RunConfig
-from mimscale.contracts import TeacherInfo
+from mimscale.config.run import RunConfig
 from mimscale.methods import mae
 from mimscale.models.convvit import ConvStages, ConvViT, check_stages
+from mimscale.types import TeacherInfo
 
 
 class ConvMAEConfig(mae.MAEConfig):

@@ -15,14 +15,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mimscale.config import Fraction, MethodConfig, RunConfig, Strict
-from mimscale.contracts import Batch, Needs, Noise, Targets, TeacherInfo
+from mimscale.config.base import Fraction, Strict
+from mimscale.config.registry import MethodConfig
+from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
 from mimscale.methods import base
 from mimscale.models.beit import LAYER_SCALE, Beit, Positions
 from mimscale.models.convvit import ConvStages, ConvViT, check_stages
 from mimscale.models.layer_order import convvit_layer_of, vit_layer_of
 from mimscale.models.vit import LN_EPS, ViT
+from mimscale.types import Batch, Needs, Noise, Targets, TeacherInfo
 
 
 class BeitConfig(Strict):

@@ -13,17 +13,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mimscale.config import RunConfig
-from mimscale.contracts import Batch, Targets, TeacherInfo, View
+from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
 from mimscale.methods import base
 from mimscale.models.convvit import ConvViT, ConvViTOutput
 from mimscale.models.decoder import MAEDecoder
 from mimscale.models.fusion import FusionConfig, check_fusion, combined, make_fusion
-from mimscale.models.masking import Raster, in_raster_order
 from mimscale.models.patches import unnormalised
 from mimscale.models.targets import images_of_pixels, low_pass, low_pass_disc, pixel_target
+from mimscale.models.token_selection import Raster, in_raster_order
 from mimscale.models.vit import ViT, ViTOutput
+from mimscale.types import Batch, Targets, TeacherInfo, View
 
 TOKENS = {"student.cls_token", "decoder.mask_token"}  # decayed by MAE itself, exempt in OpenMMLab's methods
 

@@ -15,15 +15,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mimscale.config import RunConfig
-from mimscale.contracts import Batch, Targets, TeacherInfo, TeacherNeeds, View
+from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
 from mimscale.methods import base
-from mimscale.models.features import FeatureConfig, Levels, check_features, feature_targets
+from mimscale.models.feature_targets import FeatureConfig, Levels, check_features, feature_targets
 from mimscale.models.heads import AdaptorPosition, Alignment, Fusion
-from mimscale.models.masking import in_raster_order
 from mimscale.models.targets import FeatureLoss, feature_loss
+from mimscale.models.token_selection import in_raster_order
 from mimscale.models.vit import ViT
+from mimscale.types import Batch, Targets, TeacherInfo, TeacherNeeds, View
 
 
 class MaskAlignConfig(FeatureConfig, base.MaskedConfig):

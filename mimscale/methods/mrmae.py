@@ -19,17 +19,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mimscale.config import RunConfig
-from mimscale.contracts import Batch, Targets, TeacherInfo, TeacherNeeds
+from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
 from mimscale.methods import base, mae
 from mimscale.models.convvit import ConvStages, ConvViT, check_stages
-from mimscale.models.features import FeatureConfig, check_features, feature_targets
+from mimscale.models.feature_targets import FeatureConfig, check_features, feature_targets
 from mimscale.models.fusion import FusionConfig
 from mimscale.models.heads import make_adaptor
-from mimscale.models.masking import in_raster_order
 from mimscale.models.targets import FeatureLoss, feature_loss
+from mimscale.models.token_selection import in_raster_order
 from mimscale.models.vit import LN_EPS, ViT
+from mimscale.types import Batch, Targets, TeacherInfo, TeacherNeeds
 
 
 class MimicFusion(FusionConfig):

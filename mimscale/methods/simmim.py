@@ -13,14 +13,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mimscale.config import RunConfig
-from mimscale.contracts import Batch, Targets, TeacherInfo, View
+from mimscale.config.run import RunConfig
 from mimscale.methods import base
 from mimscale.models.beit import LAYER_SCALE, Beit, Positions
 from mimscale.models.fusion import FusionConfig, check_fusion, combined, make_fusion
-from mimscale.models.masking import Raster, in_raster_order
 from mimscale.models.patches import assemble, cut, unnormalised
 from mimscale.models.pixel_head import PixelHead
+from mimscale.models.token_selection import Raster, in_raster_order
+from mimscale.types import Batch, Targets, TeacherInfo, View
 
 LOSS_EPS = 1e-5
 

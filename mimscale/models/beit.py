@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimscale.config import StudentConfig
-from mimscale.models.masking import gather_tokens
+from mimscale.models.config import StudentConfig
 from mimscale.models.patches import cut
-from mimscale.models.relpos import RelativePositionBias, bias_of, index_among, table_rows
+from mimscale.models.rel_pos_bias import RelativePositionBias, bias_of, index_among, table_rows
+from mimscale.models.token_selection import gather_tokens
 from mimscale.models.vit import (
     LN_EPS,
     Mlp,

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mimscale.config import Strict, StudentConfig
+from mimscale.config.base import Strict
 from mimscale.errors import UserError
-from mimscale.models.masking import gather_tokens, mask_of, scatter_tokens
+from mimscale.models.config import StudentConfig
 from mimscale.models.patches import cut
-from mimscale.models.posembed import sincos_2d
+from mimscale.models.pos_embed import sincos_2d
+from mimscale.models.token_selection import gather_tokens, mask_of, scatter_tokens
 from mimscale.models.vit import LN_EPS, Block, Linear, Mlp, Sizes, drop_path_scales, run_blocks, scaled
 
 STAGE_EPS = 1e-5  # of every norm before the attention stage, as released; LN_EPS is that of the others

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mimscale.models.masking import Raster, gather_tokens
-from mimscale.models.posembed import sincos_2d
+from mimscale.models.pos_embed import sincos_2d
+from mimscale.models.token_selection import Raster, gather_tokens
 from mimscale.models.vit import LN_EPS, Block, Linear, run_blocks
 
 

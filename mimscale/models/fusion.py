@@ -9,7 +9,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from mimscale.config import Strict
+from mimscale.config.base import Strict
 from mimscale.errors import UserError
 from mimscale.models.vit import Linear
 

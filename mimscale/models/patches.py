@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mimscale.contracts import imagenet_statistics
+from mimscale.types import imagenet_statistics
 
 
 def cut(images_BCHW: Tensor, patch: int) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimscale.contracts import imagenet_statistics
 from mimscale.models.patches import assemble, cut, from_pixels_last, pixels_last
+from mimscale.types import imagenet_statistics
 
 FeatureNorm = Literal["whiten", "none", "l2"]
 FeatureLoss = Literal["smoothl1", "l2", "l1", "cosine"]

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mimscale.config import StudentConfig
-from mimscale.models.masking import gather_tokens
+from mimscale.models.config import StudentConfig
 from mimscale.models.patches import cut
-from mimscale.models.posembed import sincos_2d
+from mimscale.models.pos_embed import sincos_2d
+from mimscale.models.token_selection import gather_tokens
 
 LN_EPS = 1e-6
 

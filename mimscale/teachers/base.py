@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimscale.config import TeacherConfig
-from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD, Targets, TeacherInfo, TeacherNeeds
 from mimscale.errors import UserError
+from mimscale.teachers.config import TeacherConfig
+from mimscale.types import IMAGENET_MEAN, IMAGENET_STD, Targets, TeacherInfo, TeacherNeeds
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,9 +13,9 @@ from open_clip.model import resize_pos_embed
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from mimscale.config import TeacherConfig
 from mimscale.errors import UserError
 from mimscale.teachers.base import Teacher, info_of, one_line, project
+from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.weights import OPEN_CLIP_FILE, HubFile
 
 _UNREAD = ("ln_post", "proj", "attn_pool", "attn_pool_contrastive")  # of the tower; targets are the raw residual stream

@@ -17,10 +17,10 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from mimscale.config import TeacherConfig
 from mimscale.errors import UserError
 from mimscale.teachers import huggingface
 from mimscale.teachers.base import Teacher, info_of, one_line, project
+from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.weights import TIMM_FILE, HubFile
 
 _UNREAD = ("norm", "fc_norm", "attn_pool", "head")  # of the tower; targets are the raw residual stream

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mimscale.config import TeacherConfig
-from mimscale.digest import sha256
 from mimscale.errors import UserError
+from mimscale.files.hashing import sha256
+from mimscale.teachers.config import TeacherConfig
 
 FETCH = "run `mimscale doctor RECIPE --fetch` on a machine with internet and paste the lines that it prints"
 

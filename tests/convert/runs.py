@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from mimscale import run_folder
 from mimscale.__main__ import main
-from mimscale.config import RunConfig
-from mimscale.contracts import TeacherInfo
+from mimscale.checkpoint import format as checkpoint
+from mimscale.checkpoint import run_folder
+from mimscale.config.run import RunConfig
 from mimscale.methods.base import Method
 from mimscale.methods.finetune import Finetune
 from mimscale.methods.mae import MAE
@@ -19,7 +19,7 @@ from mimscale.methods.maskalign import MaskAlign
 from mimscale.methods.mff import MFF
 from mimscale.methods.pixmim import PixMIM
 from mimscale.methods.simmim import SimMIM
-from mimscale.resilience import checkpoint
+from mimscale.types import TeacherInfo
 from tests.golden import run_config
 
 STUDENT = {"width": 32, "depth": 3, "heads": 2}

@@ -12,17 +12,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mimscale import config, run_folder
 from mimscale.__main__ import main
+from mimscale.checkpoint import format as checkpoint
+from mimscale.checkpoint import run_folder
+from mimscale.config.recipes import validate
 from mimscale.convert import check, timm_export
-from mimscale.convert.families import mae
+from mimscale.convert.formats import mae
 from mimscale.convert.names import same
 from mimscale.convert.source import METADATA, read
 from mimscale.convert.student import student_from
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE
-from mimscale.models import posembed
-from mimscale.resilience import checkpoint
+from mimscale.models import pos_embed
 from tests import golden
 from tests.convert.runs import IMAGES, build, refused, save_run, saved_run
 from tests.golden import batch_of, close
@@ -156,7 +157,7 @@ def test_official_maskalign_file_under_a_recipe_with_another_teacher_for_the_mas
     values["method"] |= {"targets": {"dino": {"weight": 0}}}
     values["method"]["masking"]["teacher"] = "dino"
     values["teachers"] = {name: {"library": "timm", "model": "vit_tiny_patch16_224", "random": True} for name in order}
-    run_folder.create(tmp_path / "recipe", config.validate(values, source="test"))
+    run_folder.create(tmp_path / "recipe", validate(values, source="test"))
     torch.save({"model": g.part("state")}, tmp_path / "official.pth")
     words = ["--to", "mimscale", "--recipe", str(tmp_path / "recipe" / "config.yaml")]
     assert main(["convert", str(tmp_path / "official.pth"), str(tmp_path / "ours.safetensors"), *words]) == 0
@@ -185,7 +186,7 @@ def test_student_of_an_openmmlab_file(tmp_path: Path) -> None:
     assert (info.config.width, info.config.depth, info.image_size) == (64, 3, 64)
     ids_keep = g["noise"].argsort(dim=1)[:, :4]
     close(student(g["image"], ids_keep).tokens, g["latent"])
-    ours = posembed.sincos_2d(64, (4, 4))
+    ours = pos_embed.sincos_2d(64, (4, 4))
     swapped = torch.cat([ours[..., 32:], ours[..., :32]], dim=-1)
     close(student.state_dict()["pos_embed"], swapped)
     assert not torch.allclose(ours, swapped)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mimscale import run_folder
 from mimscale.__main__ import main
-from mimscale.config import RunConfig
-from mimscale.convert.families import convmae, finetune
+from mimscale.checkpoint import run_folder
+from mimscale.config.run import RunConfig
+from mimscale.convert.formats import convmae, finetune
 from mimscale.convert.student import student_from
 from mimscale.errors import UserError
 from mimscale.evals.features import frozen, random_like

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mimscale import run_folder
 from mimscale.__main__ import main
-from mimscale.config import RunConfig
-from mimscale.convert.families import maskalign, openmmlab
+from mimscale.checkpoint import run_folder
+from mimscale.config.run import RunConfig
+from mimscale.convert.formats import maskalign, openmmlab
 from mimscale.convert.names import same
 from mimscale.convert.registry import encoder_of, families, of_state
 from mimscale.convert.student import student_from

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm.models.beit import Beit as TimmBeit
 
 from mimscale.__main__ import main
-from mimscale.convert.families import simmim
+from mimscale.convert.formats import simmim
 from mimscale.convert.names import same
 from mimscale.convert.student import student_from
 from mimscale.errors import UserError

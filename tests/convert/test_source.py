@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from mimscale.__main__ import main
+from mimscale.checkpoint import format as checkpoint
 from mimscale.convert.source import read
 from mimscale.errors import UserError
-from mimscale.resilience import checkpoint
 from tests.convert.runs import refused, saved_run
 
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimscale.config import RunConfig
+from mimscale.checkpoint import format as checkpoint
+from mimscale.config.run import RunConfig
 from mimscale.convert import start
-from mimscale.convert.families import mae, simmim
+from mimscale.convert.formats import mae, simmim
 from mimscale.convert.source import identity_file, resolve
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
@@ -20,8 +21,7 @@ from mimscale.methods.finetune import Finetune
 from mimscale.methods.mae import MAE
 from mimscale.methods.mff import MFF
 from mimscale.methods.simmim import SimMIM
-from mimscale.models import posembed
-from mimscale.resilience import checkpoint
+from mimscale.models import pos_embed
 from tests import golden
 from tests.convert.runs import IMAGES, METHODS, STUDENT, save_run, saved_run
 from tests.golden import batch_of, close, run_config
@@ -70,7 +70,7 @@ def test_positions_are_resized_as_in_the_official_fine_tuning(tmp_path: Path) ->
     folder, source = saved_run(tmp_path / "run", "mae")
     method, notes, _ = started(Finetune, FINETUNE, folder, size=96)
     assert isinstance(method, Finetune)
-    table = posembed.resize(source.student.get_buffer("pos_embed"), (4, 4), (6, 6))
+    table = pos_embed.resize(source.student.get_buffer("pos_embed"), (4, 4), (6, 6))
     assert torch.equal(method.student.get_parameter("pos_embed"), table)
     assert "pos_embed resized from 4x4 to 6x6 patches" in notes
 

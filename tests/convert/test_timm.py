@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from mimscale.__main__ import main
-from mimscale.config import STUDENT_SIZES, StudentConfig
 from mimscale.convert import timm_export
 from mimscale.convert.check import random_input
 from mimscale.methods.finetune import Finetune
 from mimscale.methods.mae import MAE
 from mimscale.models.beit import Beit
+from mimscale.models.config import STUDENT_SIZES, StudentConfig
 from mimscale.models.vit import ViT
 from tests.convert.runs import IMAGES, METHODS, build, save_run, saved_run
 from tests.golden import close, run_config

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from mimscale.__main__ import main
+from mimscale.checkpoint import format as checkpoint
 from mimscale.convert.names import same
-from mimscale.resilience import checkpoint
 from tests import ranks
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
@@ -25,7 +25,7 @@ def train_all(runs: Mapping[Path, list[str]]) -> str:
     """Several runs in one start of two processes; what they printed."""
     listed = next(iter(runs)).parent / "runs.json"
     listed.write_text(json.dumps([[*words, "--run-dir", str(run_dir)] for run_dir, words in runs.items()]))
-    done = ranks.run(2, "tests.train.several", listed)
+    done = ranks.run(2, "tests.training.several", listed)
     return done.stdout + done.stderr
 
 

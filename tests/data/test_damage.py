@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mimscale.config import DataConfig
-from mimscale.contracts import Batch, Damage, Needs
-from mimscale.data import reader as module
+from mimscale.data import sample_reader as module
+from mimscale.data.config import DataConfig
 from mimscale.data.decode import MAX_PIXELS
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
-from mimscale.data.reader import DamagedSample, substitutes
-from mimscale.observe.ledger import Ledger, default_limit
-from mimscale.outbox import Outbox
+from mimscale.data.sample_reader import DamagedSample, substitutes
+from mimscale.fault_tolerance.retrying_writer import RetryingWriter
+from mimscale.monitoring.damage_log import DamageLog, default_limit
+from mimscale.types import Batch, Damage, Needs
 
 SEED, GLOBAL, STEPS = 5, 20, 4  # of 80 samples: exactly one epoch
 
@@ -175,32 +175,32 @@ def damage(sample: int) -> Damage:
 
 def test_the_ledger_counts_each_sample_once_over_ranks_and_launches(tmp_path: Path) -> None:
     path = tmp_path / "damaged.jsonl"
-    ledger, other = Ledger(path, 2, Outbox()), Ledger(path, 2)
-    ledger.note([damage(4), damage(1), damage(4)])
-    other.note([damage(1)])
-    parts = [ledger.take(), other.take()]
-    assert [d.sample for d in ledger.settle(parts)] == [1, 4] == [d.sample for d in other.settle(parts)]
-    ledger.note([damage(4)])
-    assert ledger.settle([ledger.take()]) == [] and (ledger.total, ledger.full) == (2, False)
+    damage_log, other = DamageLog(path, 2, RetryingWriter()), DamageLog(path, 2)
+    damage_log.add([damage(4), damage(1), damage(4)])
+    other.add([damage(1)])
+    parts = [damage_log.take(), other.take()]
+    assert [d.sample for d in damage_log.merge(parts)] == [1, 4] == [d.sample for d in other.merge(parts)]
+    damage_log.add([damage(4)])
+    assert damage_log.merge([damage_log.take()]) == [] and (damage_log.total, damage_log.full) == (2, False)
     with path.open("a") as file:
         file.write('{"sample": 7, "sha')  # a run that was killed here
-    later = Ledger(path, 2, Outbox())
+    later = DamageLog(path, 2, RetryingWriter())
     assert later.total == 2
-    later.settle([[damage(9)]])
+    later.merge([[damage(9)]])
     assert later.full and "3 samples cannot be used, data.max_damaged allows 2" in later.verdict()
     assert "\n" not in later.verdict() and "key1 (why)" in later.verdict()
-    assert Ledger(path, 5).total == 3
+    assert DamageLog(path, 5).total == 3
 
 
 def test_a_disk_that_refuses_delays_the_list_and_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "damaged.jsonl"
-    outbox = Outbox()
-    ledger = Ledger(path, 5, outbox)
+    writer = RetryingWriter()
+    damage_log = DamageLog(path, 5, writer)
     path.mkdir()  # any file that cannot be written
-    assert [d.sample for d in ledger.settle([[damage(3)]])] == [3]
+    assert [d.sample for d in damage_log.merge([[damage(3)]])] == [3]
     path.rmdir()
-    assert outbox.flush() == []
-    assert Ledger(path, 5).total == 1 and ledger.settle([[]]) == []
+    assert writer.flush() == []
+    assert DamageLog(path, 5).total == 1 and damage_log.merge([[]]) == []
     assert len(path.read_text().splitlines()) == 1
 
 

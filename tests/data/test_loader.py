@@ -19,15 +19,15 @@ import pytest
 import torch
 from PIL import Image
 
-from mimscale.config import DataConfig
-from mimscale.contracts import Batch, Needs, Noise
-from mimscale.data import reader as module
+from mimscale.data import sample_reader as module
+from mimscale.data.config import DataConfig
 from mimscale.data.decode import decode, decoder
 from mimscale.data.loader import TrainLoader, eval_batches
 from mimscale.data.manifest import Manifest
-from mimscale.data.reader import DamagedSample, Reader
+from mimscale.data.sample_reader import DamagedSample, Reader
 from mimscale.data.transforms import pixels, resized, resized_crop
 from mimscale.errors import Stopped, UserError
+from mimscale.types import Batch, Needs, Noise
 
 NEEDS = Needs(
     noise={"mask": Noise("uniform", (3, 4)), "jitter": Noise("uniform", (3, 4)), "wait": Noise("exponential", (5,))},
@@ -139,11 +139,13 @@ def test_whole_images_belong_to_positions(manifest: Manifest, world: int, micro:
     """The first 5 of each 24 positions bring the uncut picture as well, whoever holds them; the rest stays as it is."""
     found, plain = {}, by_position(islice(loader(manifest), 2))
     for rank in range(world):
-        part = loader(manifest, needs=replace(NEEDS, whole_images=5), micro_batch=micro, rank=rank, world=world)
+        part = loader(manifest, needs=replace(NEEDS, uncropped_images=5), micro_batch=micro, rank=rank, world=world)
         for batch in islice(part, 2 * GLOBAL // (world * micro)):
-            assert batch.whole is not None and batch.whole_rows is not None
-            assert batch.whole.shape == (len(batch.whole_rows), 3, 32, 32) and batch.whole.dtype == torch.uint8
-            for picture, row in zip(batch.whole, batch.whole_rows.tolist(), strict=True):
+            assert batch.uncropped is not None and batch.uncropped_rows is not None
+            assert (
+                batch.uncropped.shape == (len(batch.uncropped_rows), 3, 32, 32) and batch.uncropped.dtype == torch.uint8
+            )
+            for picture, row in zip(batch.uncropped, batch.uncropped_rows.tolist(), strict=True):
                 source = decoder(config(manifest).decoder)(manifest.read(int(batch.ids[row])))
                 expected = source.resize((32, 32), Image.Resampling.BICUBIC)
                 assert np.array_equal(picture.numpy(), pixels(expected))
@@ -320,8 +322,8 @@ SCRIPT = """
 import os, sys, time
 from itertools import islice
 from pathlib import Path
-from mimscale.config import DataConfig
-from mimscale.contracts import Needs
+from mimscale.data.config import DataConfig
+from mimscale.types import Needs
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
 

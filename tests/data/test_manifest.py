@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mimscale.data import shards as shards_module
+from mimscale.data import shard_files as shards_module
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
 

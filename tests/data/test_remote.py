@@ -16,19 +16,19 @@ import pytest
 import torch
 
 from data_prep.existing import index_shards
-from mimscale.config import DataConfig
-from mimscale.contracts import Batch, Needs
-from mimscale.data import reader as reader_module
+from mimscale.data import sample_reader as reader_module
 from mimscale.data import storage as storage_module
-from mimscale.data.ahead import upcoming, within
-from mimscale.data.cache import Cache
+from mimscale.data.config import DataConfig
 from mimscale.data.decode import decode
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
 from mimscale.data.order import Order, rank_positions
-from mimscale.data.reader import Reader
+from mimscale.data.sample_reader import Reader
+from mimscale.data.shard_cache import Cache
+from mimscale.data.shard_prefetch import upcoming, within
 from mimscale.data.storage import storage
 from mimscale.errors import UserError
+from mimscale.types import Batch, Needs
 from tests.data.servers import Web, bucket
 
 GIB = 1 << 30

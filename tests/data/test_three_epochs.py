@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mimscale.config import DataConfig
-from mimscale.contracts import Needs
+from mimscale.data.config import DataConfig
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
+from mimscale.types import Needs
 
 GLOBAL, STEPS = 8, 30  # of 80 samples: three epochs
 STOP = int(np.random.default_rng().integers(1, STEPS))  # a resume must work from anywhere

@@ -14,16 +14,19 @@ import torch
 import torch.distributed as dist
 
 from mimscale.__main__ import end_process
-from mimscale.config import GuardConfig, RunConfig, load, method_class
-from mimscale.contracts import Batch
+from mimscale.config.deepspeed import load_ds_config
+from mimscale.config.recipes import load_recipe
+from mimscale.config.run import RunConfig, method_class
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
-from mimscale.ds_config import load_ds_config
-from mimscale.engine.engine import Engine
-from mimscale.engine.layout import MOMENTS, Layout, LayoutError
-from mimscale.engine.world import close_process_group, from_environment, open_process_group
+from mimscale.distributed.world import close_process_group, from_environment
+from mimscale.engine.deepspeed_engine import Engine
+from mimscale.engine.deepspeed_runtime import open_process_group
+from mimscale.engine.zero_layout import MOMENTS, Layout, LayoutError
 from mimscale.errors import UserError
-from mimscale.resilience.guard import Guard
+from mimscale.fault_tolerance.config import GuardConfig
+from mimscale.fault_tolerance.step_guard import StepGuard
+from mimscale.types import Batch
 
 CPU_CONFIGS = [f"cpu_zero{s}_fp32" for s in range(4)] + [f"cpu_zero{s}_{p}" for s in (2, 3) for p in ("fp16", "bf16")]
 
@@ -40,7 +43,7 @@ def all_configs(recipe: str) -> list[str]:
 
 def engines(recipe: str, names: list[str]) -> Iterator[tuple[str, Engine, Iterator[Batch], RunConfig]]:
     for name in names:
-        run = load(recipe, [f"engine.ds_config={name}"])
+        run = load_recipe(recipe, [f"engine.ds_config={name}"])
         torch.manual_seed(0)
         engine = Engine(method_class("mae")(run, {}), run, world)
         loader = TrainLoader(
@@ -121,19 +124,19 @@ def guarded(recipe: str) -> None:
         dist.all_reduce(total)
         assert abs(float(total.sqrt()) / (0.1 * 1e-3) - 1) < 0.02, f"{name}: moments of norm {float(total.sqrt())}"
         engine.set_clip(0.0)
-        guard = Guard(config, 1, torch.device("cpu"))
+        guard = StepGuard(config, 1, torch.device("cpu"))
         for _ in range(2):
-            engine.micro_step(next(batches), {}, guard.judge)
+            engine.micro_step(next(batches), {}, guard.check_loss)
         before, good = engine.tensors(), next(batches)
         for value, why in ((math.nan, "not finite"), (30.0, "above its limit")):
             skips = engine.skipped_steps
             factor = value if world.rank else 1.0
-            engine.micro_step(good, {}, lambda loss: guard.judge(loss * factor))  # noqa: B023
+            engine.micro_step(good, {}, lambda loss: guard.check_loss(loss * factor))  # noqa: B023
             after = engine.tensors()
             assert all(torch.equal(before[key], after[key]) for key in before), f"{name}: {why}: weights moved"
             assert engine.skipped and engine.skipped_steps == skips + 1, f"{name}: {why}: not skipped"
             assert why in guard.cause()["why"], f"{name}: {guard.cause()}"
-        engine.micro_step(good, {}, guard.judge)
+        engine.micro_step(good, {}, guard.check_loss)
         moved = engine.tensors()
         assert not all(torch.equal(before[key], moved[key]) for key in before), f"{name}: stuck"
 
@@ -165,7 +168,7 @@ def planted_faults(recipe: str) -> None:
         del engine._ds.micro_steps
         expect(LayoutError, lambda: Layout(engine._ds), f"{name}: a release that counts elsewhere")  # noqa: B023
         engine._ds.micro_steps = steps
-    run = load(recipe)
+    run = load_recipe(recipe)
     method = method_class("mae")(run, {})
     method.scale = torch.nn.Parameter(torch.tensor(1.0))
     expect(UserError, lambda: Engine(method, run, world), "a 0-dimensional parameter")

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mimscale.config import EngineConfig
-from mimscale.engine.engine import Engine
-from mimscale.engine.world import close_process_group, from_environment, open_process_group
-from mimscale.schedule import lr
+from mimscale.distributed.world import close_process_group, from_environment
+from mimscale.engine.config import EngineConfig
+from mimscale.engine.deepspeed_engine import Engine
+from mimscale.engine.deepspeed_runtime import open_process_group
+from mimscale.optim.lr_schedule import lr
 from tests import golden
 from tests.methods import training_golden
 from tests.methods.training_golden import TrainingGolden

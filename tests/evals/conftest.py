@@ -9,9 +9,10 @@ import yaml
 from data_prep.folder import read_folder
 from data_prep.plan import Plan
 from data_prep.write import unfinished, write
-from mimscale.config import RunConfig, method_class, validate
+from mimscale.checkpoint import format as checkpoint
+from mimscale.config.recipes import validate
+from mimscale.config.run import RunConfig, method_class
 from mimscale.data.synthetic import make_image_folder
-from mimscale.resilience import checkpoint
 
 
 def shards(pictures: Path, out: Path, labelled: bool = True) -> Path:

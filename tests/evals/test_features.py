@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mimscale.config import StudentConfig
 from mimscale.data.manifest import Manifest
 from mimscale.evals.features import frozen, random_like, raw_pixels, stream
 from mimscale.evals.knn import knn
 from mimscale.models.beit import Beit
+from mimscale.models.config import StudentConfig
 from mimscale.models.vit import LN_EPS, ViT
 
 SMALL = StudentConfig(width=32, depth=2, heads=2, patch=8)

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-import mimscale.engine.engine
-import mimscale.train  # noqa: F401
+import mimscale.engine.deepspeed_engine
+import mimscale.training.loop  # noqa: F401
 from data_prep.__main__ import main as data_prep
 from mimscale.__main__ import end_process, main
 from mimscale.data.synthetic import make_image_folder
-from mimscale.engine.world import import_deepspeed
-from mimscale.resilience.guard import Guard
+from mimscale.engine.deepspeed_runtime import import_deepspeed
+from mimscale.fault_tolerance.step_guard import StepGuard
 from tests import ranks
 from tests.faults import trail
 from tests.faults.layer import Layer
@@ -87,13 +87,13 @@ class Run:
             self.pids.append(pid)
 
     def _plant_pace(self) -> None:
-        look, pace_s = Guard.look, self.pace_s
+        look, pace_s = StepGuard.update, self.pace_s
 
-        def paced(self: Guard, *values: Any) -> bool:
+        def paced(self: StepGuard, *values: Any) -> bool:
             time.sleep(pace_s)
             return look(self, *values)
 
-        Guard.look = paced  # type: ignore[method-assign, assignment]
+        StepGuard.update = paced  # type: ignore[method-assign, assignment]
 
     def kill(self, number: int = signal.SIGKILL, which: list[int] | None = None) -> None:
         for pid in self.pids if which is None else which:

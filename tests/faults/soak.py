@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mimscale.bench._report import commit, processor, table
-from mimscale.engine.world import EMULATE_FP16
+from mimscale.distributed.world import EMULATE_FP16
 from tests.faults import lab, trail
 from tests.faults.kinds import KINDS, Kind
 from tests.faults.lab import EVERY, STEPS, Lab, Run

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mimscale.train
+import mimscale.training.loop
 from mimscale.data.manifest import Manifest
 from mimscale.data.order import Order, batch_of
-from mimscale.engine.engine import Engine
-from mimscale.resilience.guard import Guard
-from mimscale.state import TrainState
+from mimscale.engine.deepspeed_engine import Engine
+from mimscale.fault_tolerance.step_guard import StepGuard
+from mimscale.training.state import TrainState
 from tests import ranks
 
 Step = list[tuple[int, int]]  # (position in the endless sequence, sample id) of a step's samples
@@ -29,23 +29,23 @@ def plant() -> None:
     saved: list[Step] = []  # of all ranks, up to the last checkpoint
     since: list[Step] = []  # of this rank, after it
     under_way: Step = []
-    micro_step, look, load = Engine.micro_step, Guard.look, TrainState.load
-    describe_state = mimscale.train.describe_state
+    micro_step, look, load = Engine.micro_step, StepGuard.update, TrainState.load
+    describe_state = mimscale.training.loop.describe_state
 
     def noted(self: Engine, batch: Any, *rest: Any) -> Any:
         under_way.extend(zip(batch.positions.tolist(), batch.ids.tolist(), strict=True))
         return micro_step(self, batch, *rest)
 
-    def ended(self: Guard, skipped: bool, loss_scale: float | None) -> bool:
+    def ended(self: StepGuard, skipped: bool, loss_scale: float | None) -> bool:
         since.append([] if skipped else under_way.copy())
         under_way.clear()
         return look(self, skipped, loss_scale)
 
-    def described(rig: Any, state: TrainState) -> dict[str, Any]:
-        for steps in zip(*rig.control.gather(since), strict=True):
+    def described(context: Any, state: TrainState) -> dict[str, Any]:
+        for steps in zip(*context.control.gather(since), strict=True):
             saved.append([sample for of_rank in steps for sample in of_rank])
         since.clear()
-        meta = describe_state(rig, state)
+        meta = describe_state(context, state)
         return {**meta, "state": {**meta["state"], "trail": saved.copy()}}
 
     def loaded(values: Mapping[str, Any]) -> TrainState:
@@ -54,9 +54,9 @@ def plant() -> None:
         return load({key: value for key, value in values.items() if key != "trail"})
 
     Engine.micro_step = noted  # type: ignore[method-assign, assignment]
-    Guard.look = ended  # type: ignore[method-assign]
+    StepGuard.update = ended  # type: ignore[method-assign]
     TrainState.load = loaded  # type: ignore[method-assign]
-    mimscale.train.describe_state = described
+    mimscale.training.loop.describe_state = described
 
 
 @dataclass(frozen=True)

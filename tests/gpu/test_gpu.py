@@ -10,13 +10,15 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from mimscale.config import DataConfig, load, method_class
-from mimscale.contracts import Batch, Needs, Noise
+from mimscale.config.recipes import load_recipe
+from mimscale.config.run import method_class
+from mimscale.data.config import DataConfig
+from mimscale.data.device_prefetch import DevicePrefetcher
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
-from mimscale.data.staging import Staging
-from mimscale.teachers.ahead import Lessons
-from mimscale.teachers.bank import Bank, describe
+from mimscale.teachers.ensemble import TeacherEnsemble, describe
+from mimscale.teachers.prefetcher import TeacherPrefetcher
+from mimscale.types import Batch, Needs, Noise
 from tests import ranks
 from tests.teachers import tiny
 
@@ -42,11 +44,11 @@ def drawn(noise: Noise, batch: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["mae", "maskalign"])
 def test_forward_and_backward_never_wait_for_the_device(name: str, tmp_path: Path) -> None:
-    run = load(str(ranks.recipe(tmp_path, tmp_path, name, engine={"device": "cuda"})))
+    run = load_recipe(str(ranks.recipe(tmp_path, tmp_path, name, engine={"device": "cuda"})))
     device = torch.device("cuda")
     teachers = {key: describe(key, teacher, 32) for key, teacher in run.teachers.items()}
     method = method_class(name)(run, teachers).to(device)
-    bank = Bank(run.teachers, method.needs.teachers, 32, device)
+    ensemble = TeacherEnsemble(run.teachers, method.needs.teachers, 32, device)
     batch = Batch(
         images=torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8),
         ids=torch.arange(4),
@@ -58,7 +60,7 @@ def test_forward_and_backward_never_wait_for_the_device(name: str, tmp_path: Pat
 
     def step(on_device: Batch) -> None:
         normalised = on_device.normalised()
-        method(normalised, bank(normalised.images))["loss"].backward()
+        method(normalised, ensemble(normalised.images))["loss"].backward()
 
     pinned = batch.pin_memory()
     step(pinned.to(device))  # constants are made and kernels chosen here
@@ -76,7 +78,7 @@ def test_teachers_ahead_in_their_own_stream(precision: str) -> None:
     device = torch.device("cuda")
     config = tiny.timm_config("vit_base_patch16_dinov3", None, random=True, precision=precision,
                               options={"embed_dim": 128, "depth": 3, "num_heads": 4})  # fmt: skip
-    bank = Bank({"t": config}, {"t": tiny.ALL}, 64, device)
+    ensemble = TeacherEnsemble({"t": config}, {"t": tiny.ALL}, 64, device)
     batches = [
         Batch(
             images=torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8),
@@ -91,10 +93,10 @@ def test_teachers_ahead_in_their_own_stream(precision: str) -> None:
     seen = []
     for ahead in (False, True):
         sums = []
-        lessons = Lessons(bank, device, Staging(iter(batches), device), ahead=ahead)
+        prefetcher = TeacherPrefetcher(ensemble, device, DevicePrefetcher(iter(batches), device), ahead=ahead)
         for _ in batches:
-            lessons.fetch()
-            batch, targets = lessons.teach()
+            prefetcher.next_batch()
+            batch, targets = prefetcher.targets()
             for _ in range(4):
                 torch.randn(512, 512, device=device) @ torch.randn(512, 512, device=device)
             attention = targets["t"].cls_attention
@@ -118,11 +120,11 @@ def test_batches_are_copied_ahead_from_slots_to_the_device(shards: Path) -> None
 
     plain = list(islice(loader(0), 12))
     ahead = loader(2)
-    for expected, staged in zip(plain, Staging(iter(ahead), device), strict=False):
+    for expected, prefetched in zip(plain, DevicePrefetcher(iter(ahead), device), strict=False):
         torch.randn(2048, 2048, device=device) @ torch.randn(2048, 2048, device=device)
-        batch = staged.take()
-        assert staged.raw.images.is_pinned() and staged.ready is not None
-        assert torch.equal(staged.raw.images, expected.images) and torch.equal(batch.ids.cpu(), expected.ids)
+        batch = prefetched.take()
+        assert prefetched.raw.images.is_pinned() and prefetched.ready is not None
+        assert torch.equal(prefetched.raw.images, expected.images) and torch.equal(batch.ids.cpu(), expected.ids)
         assert torch.equal(batch.images, expected.to(device).normalised().images)
         assert torch.equal(batch.noise["mask"].cpu(), expected.noise["mask"])
     ahead.close()

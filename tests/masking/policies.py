@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import torch
 
-from mimscale.contracts import Batch, Targets, TeacherInfo
 from mimscale.masking.base import Masking
 from mimscale.methods.base import MaskedConfig, masking_class
+from mimscale.types import Batch, Targets, TeacherInfo
 from tests.golden import batch_of, run_config
 
 

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimscale import config
-from mimscale.config import method_class
-from mimscale.contracts import Batch, Masks, Targets, TeacherInfo, normalised
-from mimscale.convert.families import mae as official_mae
-from mimscale.convert.families import simmim as official_simmim
+from mimscale.config.recipes import load_recipe, recipe_names
+from mimscale.config.run import RunConfig, method_class
+from mimscale.convert.formats import mae as official_mae
+from mimscale.convert.formats import simmim as official_simmim
 from mimscale.errors import UserError
+from mimscale.masking._amt_importance import as_bytes, importance_of, through_crop
 from mimscale.masking.amt import AMT, UNKNOWN
 from mimscale.masking.attention import attentive_order
 from mimscale.methods.mae import MAE
 from mimscale.methods.simmim import SimMIM
-from mimscale.models.importance import as_bytes, importance_of, through_crop
 from mimscale.models.patches import assemble
+from mimscale.types import Batch, Masks, Targets, TeacherInfo, normalised
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
 
@@ -39,7 +39,7 @@ class Given(AMT):
         return self.draw(self.importance, batch.noise["mask"])
 
 
-def given(method: Any, run: config.RunConfig, importance_BU: Tensor) -> None:
+def given(method: Any, run: RunConfig, importance_BU: Tensor) -> None:
     policy = Given(run.method.masking, run, {})  # type: ignore[attr-defined]
     policy.importance = importance_BU
     method.masking = policy
@@ -155,7 +155,7 @@ def small(masking: dict[str, Any] | None = None, **sections: Any) -> MAE:
     method = MAE(
         run_config({"name": "mae", "masking": {**AMT_HALF, **(masking or {})}, **decoder}, STUDENT, **sections), {}
     )
-    method.begin(10)
+    method.before_run(10)
     return method
 
 
@@ -180,13 +180,13 @@ def batch_at(first: int, count: int = 2) -> Batch:
     generator = torch.Generator().manual_seed(first)
     images = torch.randn(count, 3, 64, 64, generator=generator)
     positions = torch.arange(first, first + count)
-    whole_rows = torch.nonzero(positions % 2 == 0).flatten()
+    uncropped_rows = torch.nonzero(positions % 2 == 0).flatten()
     return replace(
         batch_of(images, mask=torch.empty(count, 16).exponential_(generator=generator)),
         ids=3 * positions % 10,
         positions=positions,
-        whole=torch.randint(0, 256, (len(whole_rows), 3, 64, 64), generator=generator, dtype=torch.uint8),
-        whole_rows=whole_rows,
+        uncropped=torch.randint(0, 256, (len(uncropped_rows), 3, 64, 64), generator=generator, dtype=torch.uint8),
+        uncropped_rows=uncropped_rows,
     )
 
 
@@ -234,8 +234,8 @@ def test_whole_images_of_the_current_student_fill_the_table() -> None:
     batch = batch_at(0)
     step(method, 0)
     with torch.no_grad():
-        assert batch.whole is not None
-        attention = method.student(normalised(batch.whole), attention=True).attention
+        assert batch.uncropped is not None
+        attention = method.student(normalised(batch.uncropped), attention=True).attention
     assert torch.equal(rows(method)[0], as_bytes(importance_of(attention))[0])
     assert (rows(method)[1:] == UNKNOWN).all()
     with torch.no_grad():
@@ -251,7 +251,7 @@ def test_a_batch_brings_the_rows_of_its_samples_through_their_crops() -> None:
         step(method, first)
     batch = method.prepare(batch_at(6, 4))
     assert batch.importance is not None and torch.equal(batch.importance, rows(method)[batch.ids])
-    assert batch.whole is None  # it stays in host memory until the step is done
+    assert batch.uncropped is None  # it stays in host memory until the step is done
     boxed = replace(batch, boxes=torch.rand(4, 4) * 0.5, flips=torch.tensor([True, False, True, False]))
     weights = policy(method).weights(boxed, {})
     assert weights is not None
@@ -294,7 +294,7 @@ def test_every_method_trains_with_it(name: str, dtype: torch.dtype) -> None:
     run = run_config(section, STUDENT)
     taught = name in ("mrmae", "maskalign")
     method = method_class(name)(run, {"tiny": TEACHER} if taught else {}).to(dtype)
-    method.begin(10)
+    method.before_run(10)
     features = {1: torch.randn(2, 16, 48)}
     targets = {"tiny": Targets(features, {1: torch.randn(2, 48)})} if taught else {}
     batch = step(method, 0)
@@ -363,6 +363,6 @@ def test_bad_input(masking: dict[str, Any], words: str) -> None:
 
 
 def test_no_recipe_sets_compat() -> None:
-    chosen = [config.load(name).dump()["method"].get("masking") or {} for name in config.recipe_names()]
+    chosen = [load_recipe(name).dump()["method"].get("masking") or {} for name in recipe_names()]
     found = [section for section in chosen if section.get("policy") == "amt"]
     assert len(found) >= 2 and all(section["compat"] is None for section in found)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mimscale.contracts import TeacherInfo
 from mimscale.errors import UserError
 from mimscale.masking.attention import attentive_order
-from mimscale.models.masking import gather_tokens
+from mimscale.models.token_selection import gather_tokens
+from mimscale.types import TeacherInfo
 from tests import golden
 from tests.masking.policies import attended, batch, policy, teacher
 

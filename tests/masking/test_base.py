@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mimscale.by_name import names_in
+from mimscale.config.registry import names_in
 from mimscale.errors import UserError
 from mimscale.masking.base import patches_of
 from tests.golden import batch_of

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mimscale.masking.random import random_order
-from mimscale.models.masking import gather_tokens, in_raster_order
+from mimscale.models.token_selection import gather_tokens, in_raster_order
 from tests import golden
 from tests.masking.policies import batch, policy
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimscale.convert.families import convmae, finetune
+from mimscale.convert.formats import convmae, finetune
 from mimscale.errors import UserError
 from mimscale.methods.convmae import ConvMAE
 from mimscale.methods.finetune import Finetune
 from mimscale.models.convvit import ConvViT, to_map
-from mimscale.models.masking import in_raster_order, mask_of
-from mimscale.optim import parameter_groups
+from mimscale.models.token_selection import in_raster_order, mask_of
+from mimscale.optim.param_groups import parameter_groups
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
 

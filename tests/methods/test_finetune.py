@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mimscale.convert.families.finetune import from_official
+from mimscale.convert.formats.finetune import from_official
 from mimscale.errors import UserError
 from mimscale.methods.finetune import Finetune
 from tests import golden

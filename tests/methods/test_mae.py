@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD
-from mimscale.convert.families.mae import from_official
+from mimscale.convert.formats.mae import from_official
 from mimscale.errors import UserError
 from mimscale.methods.mae import MAE, masked_patch_loss
-from mimscale.models.masking import in_raster_order, mask_of
 from mimscale.models.patches import assemble, cut, from_pixels_last
+from mimscale.models.token_selection import in_raster_order, mask_of
 from mimscale.models.vit import ViT
+from mimscale.types import IMAGENET_MEAN, IMAGENET_STD
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from mimscale.contracts import Targets, TeacherInfo
-from mimscale.convert.families.maskalign import from_official
+from mimscale.convert.formats.maskalign import from_official
 from mimscale.convert.whole import levels_of
 from mimscale.errors import UserError
 from mimscale.methods.maskalign import MaskAlign
 from mimscale.models.heads import Alignment
-from mimscale.models.masking import mask_of
+from mimscale.models.token_selection import mask_of
+from mimscale.types import Targets, TeacherInfo
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimscale.convert.families import openmmlab
+from mimscale.convert.formats import openmmlab
 from mimscale.errors import UserError
 from mimscale.methods.mae import MAE
 from mimscale.methods.mff import MFF
 from mimscale.models.fusion import LevelFusion
-from mimscale.models.masking import in_raster_order, mask_of
 from mimscale.models.targets import low_pass
-from mimscale.optim import is_decayed
+from mimscale.models.token_selection import in_raster_order, mask_of
+from mimscale.optim.param_groups import is_decayed
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
 

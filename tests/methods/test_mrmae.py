@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimscale.contracts import Targets, TeacherInfo
-from mimscale.convert.families.mae import from_official
+from mimscale.convert.formats.mae import from_official
 from mimscale.errors import UserError
 from mimscale.methods.mff import MFF
 from mimscale.methods.mrmae import MRMAE
-from mimscale.models.masking import gather_tokens, mask_of
 from mimscale.models.patches import assemble, cut
+from mimscale.models.token_selection import gather_tokens, mask_of
+from mimscale.types import Targets, TeacherInfo
 from tests import golden
 from tests.golden import batch_of, close, run_config
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mimscale.contracts import imagenet_statistics
-from mimscale.convert.families import openmmlab
+from mimscale.convert.formats import openmmlab
 from mimscale.errors import UserError
 from mimscale.methods.mae import MAE
 from mimscale.methods.pixmim import PixMIM
-from mimscale.models.masking import in_raster_order, mask_of
 from mimscale.models.patches import assemble, cut
 from mimscale.models.targets import low_pass, low_pass_disc
-from mimscale.optim import is_decayed
+from mimscale.models.token_selection import in_raster_order, mask_of
+from mimscale.optim.param_groups import is_decayed
+from mimscale.types import imagenet_statistics
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimscale.contracts import TeacherInfo
-from mimscale.convert.families.simmim import from_official
+from mimscale.convert.formats.simmim import from_official
 from mimscale.errors import UserError
 from mimscale.methods.simmim import SimMIM, masked_pixel_loss
-from mimscale.models.masking import gather_tokens, in_raster_order
 from mimscale.models.patches import assemble, cut, unnormalised
-from mimscale.models.relpos import index_among
-from mimscale.optim import parameter_groups
+from mimscale.models.rel_pos_bias import index_among
+from mimscale.models.token_selection import gather_tokens, in_raster_order
+from mimscale.optim.param_groups import parameter_groups
+from mimscale.types import TeacherInfo
 from tests import golden
 from tests.golden import Golden, batch_of, close, gradient_close, run_config
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimscale.config import method_class
-from mimscale.contracts import Batch, Masks, Targets, TeacherInfo
+from mimscale.config.run import method_class
 from mimscale.masking.random import Random
 from mimscale.methods.base import MaskedMethod
 from mimscale.models.patches import assemble, cut
+from mimscale.types import Batch, Masks, Targets, TeacherInfo
 from tests import golden
 from tests.golden import batch_of, run_config
 from tests.ranks import DECODER

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimscale.config import method_class
-from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD, Targets, TeacherInfo
+from mimscale.config.run import method_class
 from mimscale.methods.base import MaskedMethod
+from mimscale.types import IMAGENET_MEAN, IMAGENET_STD, Targets, TeacherInfo
 from tests.golden import GRADIENT, batch_of, run_config
 
 Weights = dict[str, Tensor]

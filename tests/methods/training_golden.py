@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimscale.config import RunConfig
-from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD, Batch, Targets
-from mimscale.convert.families import mae as mae_names
-from mimscale.convert.families import maskalign as maskalign_names
+from mimscale.config.run import RunConfig
+from mimscale.convert.formats import mae as mae_names
+from mimscale.convert.formats import maskalign as maskalign_names
 from mimscale.convert.whole import levels_of
 from mimscale.methods.base import Method
+from mimscale.types import IMAGENET_MEAN, IMAGENET_STD, Batch, Targets
 from tests import golden
 from tests.golden import batch_of
 

@@ -8,9 +8,9 @@ from timm.models.beit import Beit as TimmBeit
 from timm.models.beit import gen_relative_position_index
 from torch import nn
 
-from mimscale.config import StudentConfig
 from mimscale.models.beit import Beit, Block, Positions
-from mimscale.models.relpos import RelativePositionBias, index_among, relative_index, table_rows
+from mimscale.models.config import StudentConfig
+from mimscale.models.rel_pos_bias import RelativePositionBias, index_among, relative_index, table_rows
 
 CPU = torch.device("cpu")
 

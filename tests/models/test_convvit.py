@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mimscale.config import StudentConfig
+from mimscale.models.config import StudentConfig
 from mimscale.models.convvit import ConvBlock, ConvStages, ConvViT, to_map, to_windows
-from mimscale.models.masking import mask_of
 from mimscale.models.patches import assemble, cut
+from mimscale.models.token_selection import mask_of
 from tests import golden
 from tests.golden import close, gradient_close
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimscale.contracts import imagenet_statistics
 from mimscale.models.targets import images_of_pixels, low_pass, low_pass_disc, pixel_target
+from mimscale.types import imagenet_statistics
 from tests import golden
 from tests.golden import close
 

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mimscale.config import StudentConfig
+from mimscale.models.config import StudentConfig
 from mimscale.models.vit import ViT, drop_path_scales
 from tests.golden import close
 

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from mimscale.errors import Stopped, UserError
-from mimscale.resilience.lock import Lock
+from mimscale.fault_tolerance.run_lock import RunLock
 
 
 def train(arguments: list[str]) -> int:
@@ -30,7 +30,7 @@ def train(arguments: list[str]) -> int:
     pairs = (a.split("=", 1) for a in arguments if "=" in a)
     options = {key.removeprefix("stub."): value for key, value in pairs if key.startswith("stub.")}
     rank, restart = int(os.environ["RANK"]), os.environ.get("SLURM_RESTART_COUNT", "0")
-    lock = Lock(run_dir, beat_s=0.5) if rank == 0 else None
+    lock = RunLock(run_dir, beat_s=0.5) if rank == 0 else None
     started = {"arguments": arguments, "environment": dict(os.environ), "pid": os.getpid()}
     (run_dir / f"launch.{restart}.{rank}.json").write_text(json.dumps(started))
     if "exit" in options:

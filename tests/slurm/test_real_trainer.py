@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mimscale.resilience.checkpoint import load_weights, newest, newest_step
+from mimscale.checkpoint.format import load_weights, newest, newest_step
 from tests.slurm.conftest import JOBS, Site
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.multi]

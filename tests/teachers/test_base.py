@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimscale.contracts import IMAGENET_MEAN, IMAGENET_STD, Targets, TeacherNeeds
 from mimscale.teachers.base import cls_attention, fault_of
+from mimscale.types import IMAGENET_MEAN, IMAGENET_STD, Targets, TeacherNeeds
 from tests.teachers import tiny
 
 CLIP = "vit_base_patch16_clip_quickgelu_224"
@@ -33,7 +33,7 @@ def clip_config(weights: Path, **changes: Any) -> Any:
 
 
 def test_preprocess_is_undoing_imagenet_and_applying_clip(clip: Path) -> None:
-    teacher = tiny.bank(clip_config(clip), 32).teachers["t"]
+    teacher = tiny.ensemble(clip_config(clip), 32).teachers["t"]
     pixels = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     ours = teacher.preprocess(((pixels - column(IMAGENET_MEAN)) / column(IMAGENET_STD)).float())
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -41,7 +41,7 @@ def test_preprocess_is_undoing_imagenet_and_applying_clip(clip: Path) -> None:
 
 
 def test_same_statistics_leave_the_pixels_untouched() -> None:
-    teacher = tiny.bank(tiny.timm_config(DINO, None, random=True), 32).teachers["t"]
+    teacher = tiny.ensemble(tiny.timm_config(DINO, None, random=True), 32).teachers["t"]
     images = tiny.images(2, 32)
     assert torch.equal(teacher.preprocess(images), images)
 
@@ -49,14 +49,14 @@ def test_same_statistics_leave_the_pixels_untouched() -> None:
 def test_own_statistics_replace_the_library_s(clip: Path) -> None:
     config = clip_config(clip, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     images = tiny.images(2, 32)
-    assert torch.equal(tiny.bank(config, 32).teachers["t"].preprocess(images), images)
+    assert torch.equal(tiny.ensemble(config, 32).teachers["t"].preprocess(images), images)
 
 
 def test_resize_is_bicubic_without_antialiasing() -> None:
     config = tiny.timm_config(DINO, None, random=True, image_size=32)
     images = tiny.images(1, 48)
     expected = F.interpolate(images, size=(32, 32), mode="bicubic", align_corners=False, antialias=False)
-    assert torch.equal(tiny.bank(config, 48).teachers["t"].preprocess(images), expected)
+    assert torch.equal(tiny.ensemble(config, 48).teachers["t"].preprocess(images), expected)
 
 
 def test_attention_row_by_hand() -> None:
@@ -79,7 +79,7 @@ def runs_of(teacher: Any, needs: TeacherNeeds) -> list[int]:
 
 
 def test_only_what_is_asked_is_kept_and_run(clip: Path) -> None:
-    teacher = tiny.bank(clip_config(clip), 32).teachers["t"]
+    teacher = tiny.ensemble(clip_config(clip), 32).teachers["t"]
     assert runs_of(teacher, TeacherNeeds(levels=(0,))) == [0]
     assert runs_of(teacher, TeacherNeeds(levels=(0, 2))) == [0, 1, 2]
     assert runs_of(teacher, TeacherNeeds(levels=(1,), cls_attention=True)) == [0, 1]  # the row needs block 2's input
@@ -88,7 +88,7 @@ def test_only_what_is_asked_is_kept_and_run(clip: Path) -> None:
 
 
 def test_targets_carry_no_gradient_but_a_loss_on_them_does(clip: Path) -> None:
-    targets = tiny.bank(clip_config(clip), 32)(tiny.images(2, 32))["t"]
+    targets = tiny.ensemble(clip_config(clip), 32)(tiny.images(2, 32))["t"]
     student = torch.zeros_like(targets.levels[2], requires_grad=True)
     assert not targets.levels[2].requires_grad
     (F.smooth_l1_loss(student, targets.levels[2]) * targets.cls_attention.sum()).backward()  # type: ignore[union-attr]
@@ -96,7 +96,7 @@ def test_targets_carry_no_gradient_but_a_loss_on_them_does(clip: Path) -> None:
 
 
 def test_teacher_is_frozen_and_stays_in_evaluation_mode(clip: Path) -> None:
-    teacher = tiny.bank(clip_config(clip), 32).teachers["t"]
+    teacher = tiny.ensemble(clip_config(clip), 32).teachers["t"]
     teacher.train()
     assert not teacher.training and not any(m.training for m in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -104,8 +104,8 @@ def test_teacher_is_frozen_and_stays_in_evaluation_mode(clip: Path) -> None:
 
 @pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.03), ("fp16", 0.004)])
 def test_low_precision_is_close_and_cast_once(clip: Path, precision: str, limit: float) -> None:
-    exact = tiny.bank(clip_config(clip), 32)(tiny.images(2, 32))["t"]
-    low_bank = tiny.bank(clip_config(clip, precision=precision), 32)
+    exact = tiny.ensemble(clip_config(clip), 32)(tiny.images(2, 32))["t"]
+    low_bank = tiny.ensemble(clip_config(clip, precision=precision), 32)
     low = low_bank(tiny.images(2, 32))["t"]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert {p.dtype for p in low_bank.teachers["t"].parameters()} == {dtype}
@@ -137,7 +137,7 @@ class Shapes(TorchDispatchMode):
 
 
 def test_no_attention_matrix_is_allocated(clip: Path) -> None:
-    teacher = tiny.bank(clip_config(clip), 32).teachers["t"]
+    teacher = tiny.ensemble(clip_config(clip), 32).teachers["t"]
     with Shapes() as fused:
         teacher(tiny.images(2, 32), tiny.ALL)
     assert not fused.square(17)
@@ -150,12 +150,12 @@ def test_no_attention_matrix_is_allocated(clip: Path) -> None:
 
 def test_one_block_is_enough_for_attention() -> None:
     config = tiny.timm_config(DINO, None, random=True, options={**tiny.TIMM, "depth": 1})
-    targets = tiny.bank(config, 32, TeacherNeeds(cls_attention=True))(tiny.images(2, 32))["t"]
+    targets = tiny.ensemble(config, 32, TeacherNeeds(cls_attention=True))(tiny.images(2, 32))["t"]
     assert targets.cls_attention is not None and targets.cls_attention.shape == (2, 4)
 
 
 def test_norm_eps_reaches_every_layer_norm() -> None:
-    teacher = tiny.bank(tiny.timm_config(DINO, None, random=True, norm_eps=1e-12), 32).teachers["t"]
+    teacher = tiny.ensemble(tiny.timm_config(DINO, None, random=True, norm_eps=1e-12), 32).teachers["t"]
     assert {m.eps for m in teacher.modules() if isinstance(m, nn.LayerNorm)} == {1e-12}
 
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mimscale.contracts import Targets, TeacherNeeds
-from mimscale.teachers.bank import Bank
+from mimscale.teachers.ensemble import TeacherEnsemble
 from mimscale.teachers.huggingface import from_huggingface_clip
+from mimscale.types import Targets, TeacherNeeds
 from tests import golden
 from tests.teachers import tiny
 
@@ -34,7 +34,7 @@ TO_OPEN_CLIP = {
 }
 
 
-def timm_bank(g: golden.Golden, weights: dict[str, Tensor], folder: Path) -> Bank:
+def timm_bank(g: golden.Golden, weights: dict[str, Tensor], folder: Path) -> TeacherEnsemble:
     """The golden's teacher as a custom-size timm model that reads the official names."""
     c = {"teacher_depth": g.config.get("depth"), "teacher_patch": 16, "teacher_mlp": 2 * g.config["teacher_dim"]}
     c |= g.config
@@ -55,7 +55,7 @@ def timm_bank(g: golden.Golden, weights: dict[str, Tensor], folder: Path) -> Ban
         norm_eps=1e-12 if dino else None,  # CLIP's 1e-5 is the model's own
         image_size=196 if c["teacher_patch"] == 14 else None,
     )
-    return tiny.bank(config, c["img"], TeacherNeeds(tuple(range(c["teacher_depth"])), cls_attention=True))
+    return tiny.ensemble(config, c["img"], TeacherNeeds(tuple(range(c["teacher_depth"])), cls_attention=True))
 
 
 def check(targets: Targets, g: golden.Golden) -> None:
@@ -71,11 +71,11 @@ def check(targets: Targets, g: golden.Golden) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_timm_equals_official(case: str, tmp_path: Path) -> None:
     g = golden.load(case)
-    bank = timm_bank(g, g.part("state"), tmp_path)
+    ensemble = timm_bank(g, g.part("state"), tmp_path)
     images = g["input/images"]
     if "teacher/pixel_values" in g.tensors:
-        golden.close(bank.teachers["t"].preprocess(images), g["teacher/pixel_values"], 1e-6)
-    check(bank(images)["t"], g)
+        golden.close(ensemble.teachers["t"].preprocess(images), g["teacher/pixel_values"], 1e-6)
+    check(ensemble(images)["t"], g)
 
 
 @pytest.mark.parametrize("case", CLIP_CASES)
@@ -99,14 +99,14 @@ def test_open_clip_equals_official(case: str, tmp_path: Path) -> None:
     config = tiny.open_clip_config("ViT-B-16-quickgelu", tmp_path / "w.safetensors", options=options,
                                    image_size=196 if c["teacher_patch"] == 14 else None)  # fmt: skip
     needs = TeacherNeeds(tuple(range(c["teacher_depth"])), cls_attention=True)
-    check(tiny.bank(config, c["img"], needs)(g["input/images"])["t"], g)
+    check(tiny.ensemble(config, c["img"], needs)(g["input/images"])["t"], g)
 
 
 def test_kept_patches_of_official_training_follow_from_our_attention(tmp_path: Path) -> None:
     g = golden.load("maskalign_train_dev")
-    bank = timm_bank(g, g.part("state0"), tmp_path)
+    ensemble = timm_bank(g, g.part("state0"), tmp_path)
     for step in range(g.config["steps"]):
-        importance = bank(g[f"step{step}/images"])["t"].cls_attention
+        importance = ensemble(g[f"step{step}/images"])["t"].cls_attention
         ids = g[f"step{step}/ids_keep"]
         assert importance is not None
         drawn = (importance / g[f"step{step}/exponential_noise"]).topk(ids.shape[1]).indices
@@ -116,9 +116,9 @@ def test_kept_patches_of_official_training_follow_from_our_attention(tmp_path: P
 def test_dino_at_timm_s_own_eps_is_off(tmp_path: Path) -> None:
     """The constant matters: without norm_eps the comparison above fails."""
     g = golden.load("maskalign_dino_attn_dev")
-    bank = timm_bank(g, g.part("state"), tmp_path)
-    for module in bank.teachers["t"].modules():
+    ensemble = timm_bank(g, g.part("state"), tmp_path)
+    for module in ensemble.teachers["t"].modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-6
     with pytest.raises(AssertionError):
-        check(bank(g["input/images"])["t"], g)
+        check(ensemble(g["input/images"])["t"], g)

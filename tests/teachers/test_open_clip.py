@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mimscale.contracts import TeacherNeeds
 from mimscale.errors import UserError
-from mimscale.teachers.bank import describe, skeleton
+from mimscale.teachers.ensemble import describe, skeleton
+from mimscale.types import TeacherNeeds
 from tests.teachers import tiny
 
 
@@ -35,10 +35,10 @@ def block_inputs(visual: Any, pixels: Tensor) -> list[Tensor]:
 def test_equals_open_clip(name: str, tmp_path: Path) -> None:
     size = 56 if "14" in name else 64
     model = tiny.open_clip_model(name, size)
-    bank = tiny.bank(tiny.open_clip_config(name, tiny.saved(model, tmp_path / "w.safetensors")), size)
+    ensemble = tiny.ensemble(tiny.open_clip_config(name, tiny.saved(model, tmp_path / "w.safetensors")), size)
     images = tiny.images(2, size)
-    targets = bank(images)["t"]
-    states = block_inputs(model.visual, bank.teachers["t"].preprocess(images))
+    targets = ensemble(images)["t"]
+    states = block_inputs(model.visual, ensemble.teachers["t"].preprocess(images))
     for level in range(3):
         tokens = states[level + 1]
         torch.testing.assert_close(targets.levels[level], tokens[:, 1:], atol=1e-5, rtol=1e-5)
@@ -48,14 +48,14 @@ def test_equals_open_clip(name: str, tmp_path: Path) -> None:
     normed = last.ln_1(states[2])
     _, matrix = last.attn(normed, normed, normed, need_weights=True, average_attn_weights=True)
     torch.testing.assert_close(targets.cls_attention, matrix[:, 0, 1:], atol=1e-6, rtol=0)
-    assert bank.teachers["t"].info == describe("t", tiny.open_clip_config(name, None), size)
+    assert ensemble.teachers["t"].info == describe("t", tiny.open_clip_config(name, None), size)
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.03), ("fp16", 0.004)])
 def test_low_precision_is_close(precision: str, limit: float, tmp_path: Path) -> None:
     path = tiny.saved(tiny.open_clip_model("ViT-B-16", 64), tmp_path / "w.safetensors")
-    banks = [tiny.bank(tiny.open_clip_config("ViT-B-16", path, precision=p), 64) for p in ("fp32", precision)]
-    exact, low = (bank(tiny.images(2, 64))["t"] for bank in banks)
+    banks = [tiny.ensemble(tiny.open_clip_config("ViT-B-16", path, precision=p), 64) for p in ("fp32", precision)]
+    exact, low = (ensemble(tiny.images(2, 64))["t"] for ensemble in banks)
     assert exact.cls_attention is not None and low.cls_attention is not None
     for ours, reference in ((low.levels[2], exact.levels[2]), (low.cls_attention, exact.cls_attention)):
         assert 0 < float((ours.float() - reference).norm() / reference.norm()) < limit
@@ -66,14 +66,14 @@ def test_a_file_of_the_image_tower_alone(tmp_path: Path) -> None:
     whole = tiny.saved(model, tmp_path / "whole.safetensors")
     alone = tiny.saved(model.visual, tmp_path / "alone.safetensors")
     images = tiny.images(1, 64)
-    outputs = [tiny.bank(tiny.open_clip_config("ViT-B-16", path), 64)(images)["t"] for path in (whole, alone)]
+    outputs = [tiny.ensemble(tiny.open_clip_config("ViT-B-16", path), 64)(images)["t"] for path in (whole, alone)]
     assert torch.equal(outputs[0].levels[2], outputs[1].levels[2])
 
 
 def test_another_grid_resamples_the_positions(tmp_path: Path) -> None:
     model = tiny.open_clip_model("ViT-B-16", 96)
     config = tiny.open_clip_config("ViT-B-16", tiny.saved(model, tmp_path / "w.safetensors"), image_size=64)
-    ours = tiny.bank(config, 96).teachers["t"].tower.state_dict()["positional_embedding"]
+    ours = tiny.ensemble(config, 96).teachers["t"].tower.state_dict()["positional_embedding"]
     table = model.visual.positional_embedding.detach()
     grid = table[1:].T.unflatten(1, (6, 6)).unsqueeze(0)
     expected = F.interpolate(grid, size=(4, 4), mode="bicubic", align_corners=False, antialias=False)
@@ -118,4 +118,4 @@ def test_refusals(model: str, changes: dict[str, Any], line: str) -> None:
 
 def test_neither_weights_nor_tag_names_the_tags() -> None:
     with pytest.raises(UserError, match="neither weights nor pretrained; open_clip's tags for ViT-B-16 are openai"):
-        tiny.bank(tiny.open_clip_config("ViT-B-16", None), 64, TeacherNeeds())
+        tiny.ensemble(tiny.open_clip_config("ViT-B-16", None), 64, TeacherNeeds())

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimscale.config import TeacherConfig
-from mimscale.contracts import TeacherNeeds
 from mimscale.errors import UserError
 from mimscale.teachers import quantise
-from mimscale.teachers.bank import Bank, describe
+from mimscale.teachers.config import TeacherConfig
+from mimscale.teachers.ensemble import TeacherEnsemble, describe
+from mimscale.types import TeacherNeeds
 from tests.teachers import tiny
 
 needs_torchao = pytest.mark.skipif(bool(quantise.unavailable()), reason="torchao does not fit this torch")
@@ -43,7 +43,7 @@ def error(ours: Tensor, reference: Tensor) -> float:
 @pytest.mark.parametrize("name", [DINO, "vit_base_patch16_dinov3", "eva02_base_patch14_224", "ViT-B-16"])
 def test_targets_stay_near(name: str, precision: str, limit: float, tmp_path: Path) -> None:
     size, config = family(name, tmp_path)
-    exact, bf16, low = (tiny.bank(config(p), size)(tiny.images(4, size))["t"] for p in ("fp32", "bf16", precision))
+    exact, bf16, low = (tiny.ensemble(config(p), size)(tiny.images(4, size))["t"] for p in ("fp32", "bf16", precision))
     assert exact.cls_attention is not None and low.cls_attention is not None
     assert low.levels[2].dtype == torch.bfloat16 and low.cls_attention.dtype == torch.float32
     assert error(low.levels[2], bf16.levels[2]) > 0  # quantised; whether that or bf16 rounds more depends on the model
@@ -55,7 +55,7 @@ def test_targets_stay_near(name: str, precision: str, limit: float, tmp_path: Pa
 @pytest.mark.parametrize("precision", DTYPE)
 def test_what_is_quantised_and_what_stays(precision: str, tmp_path: Path) -> None:
     size, config = family(DINO, tmp_path)
-    teacher = tiny.bank(config(precision), size).teachers["t"]
+    teacher = tiny.ensemble(config(precision), size).teachers["t"]
     eight = {name for name, p in teacher.named_parameters() if hasattr(p, "qdata")}
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     expected = {f"tower.blocks.{i}.{layer}.weight" for i in range(3) for layer in layers}
@@ -70,9 +70,9 @@ def test_what_is_quantised_and_what_stays(precision: str, tmp_path: Path) -> Non
 def test_row_of_the_first_block_is_that_of_bf16(tmp_path: Path) -> None:
     """With one block nothing before the row is quantised."""
     config = tiny.timm_config(DINO, None, random=True, precision="fp8", options={**tiny.TIMM, "depth": 1})
-    banks = [Bank({"t": c}, {"t": TeacherNeeds(cls_attention=True)}, 64, tiny.CPU)
+    banks = [TeacherEnsemble({"t": c}, {"t": TeacherNeeds(cls_attention=True)}, 64, tiny.CPU)
              for c in (config, config.model_copy(update={"precision": "bf16"}))]  # fmt: skip
-    ours, reference = (bank(tiny.images(2, 64))["t"].cls_attention for bank in banks)
+    ours, reference = (ensemble(tiny.images(2, 64))["t"].cls_attention for ensemble in banks)
     assert ours is not None and reference is not None and torch.equal(ours, reference)
 
 
@@ -80,8 +80,8 @@ def test_row_of_the_first_block_is_that_of_bf16(tmp_path: Path) -> None:
 def test_fp8_is_one_scale_per_row_and_per_token(tmp_path: Path) -> None:
     """Against the definition: largest magnitude of each row at 448 (scale from bf16), e4m3, multiplied exactly."""
     size, config = family(DINO, tmp_path)
-    plain = tiny.bank(config("bf16"), size).teachers["t"].blocks[0].mlp.fc1  # type: ignore[union-attr]
-    low = tiny.bank(config("fp8"), size).teachers["t"].blocks[0].mlp.fc1  # type: ignore[union-attr]
+    plain = tiny.ensemble(config("bf16"), size).teachers["t"].blocks[0].mlp.fc1  # type: ignore[union-attr]
+    low = tiny.ensemble(config("fp8"), size).teachers["t"].blocks[0].mlp.fc1  # type: ignore[union-attr]
     tokens = torch.randn(2, 5, 32).bfloat16()
 
     def rounded(values: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def test_fp8_is_one_scale_per_row_and_per_token(tmp_path: Path) -> None:
 def test_sides_that_gpus_cannot_multiply_stay(tmp_path: Path) -> None:
     config = tiny.timm_config("eva02_base_patch14_224", None, random=True, precision="int8")
     assert 8 * 32 // 3 % 16
-    assert not any("mlp" in name for name, p in tiny.bank(config, 56).teachers["t"].named_parameters()
+    assert not any("mlp" in name for name, p in tiny.ensemble(config, 56).teachers["t"].named_parameters()
                    if hasattr(p, "qdata"))  # fmt: skip
 
 

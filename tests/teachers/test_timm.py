@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mimscale.contracts import TeacherNeeds
 from mimscale.errors import UserError
-from mimscale.teachers.bank import describe, skeleton
+from mimscale.teachers.ensemble import describe, skeleton
+from mimscale.types import TeacherNeeds
 from tests import golden
 from tests.teachers import tiny
 
@@ -59,10 +59,10 @@ def test_equals_timm(name: str, size: int, options: dict[str, Any], tmp_path: Pa
     config = tiny.timm_config(name, path, options={**tiny.TIMM, **options})
     info = describe("t", config, size)
     needs = TeacherNeeds(levels=(0, 1, 2), cls_attention=info.has_cls)
-    bank = tiny.bank(config, size, needs)
+    ensemble = tiny.ensemble(config, size, needs)
     images = tiny.images(2, size)
-    targets = bank(images)["t"]
-    pixels = bank.teachers["t"].preprocess(images)
+    targets = ensemble(images)["t"]
+    pixels = ensemble.teachers["t"].preprocess(images)
 
     intermediates = model.forward_intermediates(
         pixels, output_fmt="NLC", return_prefix_tokens=info.has_cls, intermediates_only=True
@@ -86,7 +86,7 @@ def test_equals_timm(name: str, size: int, options: dict[str, Any], tmp_path: Pa
 def test_another_grid_resamples_the_positions(tmp_path: Path) -> None:
     model = tiny.timm_model("vit_base_patch16_224.dino", 96)
     config = tiny.timm_config("vit_base_patch16_224.dino", tiny.saved(model, tmp_path / "w.safetensors"), image_size=64)
-    ours = tiny.bank(config, 96).teachers["t"].tower.state_dict()["pos_embed"]
+    ours = tiny.ensemble(config, 96).teachers["t"].tower.state_dict()["pos_embed"]
     table = model.pos_embed.detach()
     grid = table[:, 1:].transpose(1, 2).unflatten(2, (6, 6))
     expected = F.interpolate(grid, size=(4, 4), mode="bicubic", align_corners=False, antialias=False)
@@ -101,14 +101,14 @@ def test_clip_l14_positions_equal_the_official_resize(tmp_path: Path) -> None:
     model.pos_embed.data[0, 1:] = official["input/patch_positions_16x16"]
     config = tiny.timm_config("vit_base_patch16_clip_quickgelu_224", tiny.saved(model, tmp_path / "w.safetensors"),
                               image_size=196, options=options)  # fmt: skip
-    teacher = tiny.bank(config, 224).teachers["t"]
+    teacher = tiny.ensemble(config, 224).teachers["t"]
     assert teacher.info.grid == (14, 14)
     golden.close(teacher.tower.state_dict()["pos_embed"][0, 1:], official["output/patch_positions_14x14"])
 
 
 def test_patch_14_meets_a_patch_16_student_at_196_px() -> None:
     config = tiny.timm_config("vit_base_patch14_reg4_dinov2", None, random=True, image_size=196)
-    targets = tiny.bank(config, 224)(tiny.images(1, 224))["t"]
+    targets = tiny.ensemble(config, 224)(tiny.images(1, 224))["t"]
     assert targets.levels[2].shape == (1, 14 * 14, 32) and targets.cls_attention is not None
     assert targets.cls_attention.shape == (1, 14 * 14)
 
@@ -120,18 +120,18 @@ def test_rotary_positions_follow_the_grid(tmp_path: Path) -> None:
     model = tiny.timm_model("vit_base_patch16_dinov3", 64)
     model.load_state_dict(load_file(path))
     images = tiny.images(2, 96)
-    bank = tiny.bank(tiny.timm_config("vit_base_patch16_dinov3", path, image_size=64), 96)
+    ensemble = tiny.ensemble(tiny.timm_config("vit_base_patch16_dinov3", path, image_size=64), 96)
     expected = model.forward_intermediates(
-        bank.teachers["t"].preprocess(images), output_fmt="NLC", intermediates_only=True
+        ensemble.teachers["t"].preprocess(images), output_fmt="NLC", intermediates_only=True
     )
-    torch.testing.assert_close(bank(images)["t"].levels[2], expected[2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ensemble(images)["t"].levels[2], expected[2], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_dinov3", "eva02_base_patch14_224"])
 def test_angles_stay_exact_in_low_precision(name: str, tmp_path: Path) -> None:
     size = ROTARY[name]
     path = tiny.saved(tiny.timm_model(name, size), tmp_path / "w.safetensors")
-    exact, low = (tiny.bank(tiny.timm_config(name, path, precision=p), size) for p in ("fp32", "bf16"))
+    exact, low = (tiny.ensemble(tiny.timm_config(name, path, precision=p), size) for p in ("fp32", "bf16"))
     assert isinstance(low.teachers["t"].angles, Tensor) and low.teachers["t"].angles.dtype == torch.float32
     targets, near = exact(tiny.images(2, size))["t"], low(tiny.images(2, size))["t"]
     assert targets.cls_attention is not None and near.cls_attention is not None
@@ -142,15 +142,15 @@ def test_angles_stay_exact_in_low_precision(name: str, tmp_path: Path) -> None:
 def test_random_rotary_teacher_draws_from_its_name_alone() -> None:
     before = torch.get_rng_state()
     config = tiny.timm_config("vit_base_patch16_dinov3", None, random=True)
-    first, again = tiny.bank(config, 64), tiny.bank(config, 64)
+    first, again = tiny.ensemble(config, 64), tiny.ensemble(config, 64)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first(tiny.images(1, 64))["t"].levels[2], again(tiny.images(1, 64))["t"].levels[2])
 
 
 def test_activation_replaces_the_model_s() -> None:
-    exact = tiny.bank(tiny.timm_config("vit_base_patch16_clip_224", None, random=True), 32)
-    quick = tiny.bank(tiny.timm_config("vit_base_patch16_clip_224", None, random=True, activation="quickgelu"), 32)
-    named = tiny.bank(tiny.timm_config("vit_base_patch16_clip_quickgelu_224", None, random=True), 32)
+    exact = tiny.ensemble(tiny.timm_config("vit_base_patch16_clip_224", None, random=True), 32)
+    quick = tiny.ensemble(tiny.timm_config("vit_base_patch16_clip_224", None, random=True, activation="quickgelu"), 32)
+    named = tiny.ensemble(tiny.timm_config("vit_base_patch16_clip_quickgelu_224", None, random=True), 32)
     images = tiny.images(1, 32)
     outputs = [teacher(images)["t"].levels[2] for teacher in (exact, quick, named)]
     assert torch.equal(outputs[1], outputs[2]) and not torch.equal(outputs[0], outputs[1])

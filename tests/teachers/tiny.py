@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mimscale.config import TeacherConfig
-from mimscale.contracts import TeacherNeeds
-from mimscale.teachers.bank import Bank
+from mimscale.teachers.config import TeacherConfig
+from mimscale.teachers.ensemble import TeacherEnsemble
+from mimscale.types import TeacherNeeds
 
 CPU = torch.device("cpu")
 TIMM = {"embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -72,8 +72,8 @@ def open_clip_config(name: str, weights: Path | None, **changes: Any) -> Teacher
     return timm_config(name, weights, **{**values, **changes})
 
 
-def bank(config: TeacherConfig, size: int, needs: TeacherNeeds = ALL) -> Bank:
-    return Bank({"t": config}, {"t": needs}, size, CPU)
+def ensemble(config: TeacherConfig, size: int, needs: TeacherNeeds = ALL) -> TeacherEnsemble:
+    return TeacherEnsemble({"t": config}, {"t": needs}, size, CPU)
 
 
 def images(count: int, size: int, seed: int = 1) -> Tensor:

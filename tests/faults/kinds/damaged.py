@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from mimscale.resilience import checkpoint
+from mimscale.checkpoint import format as checkpoint
 from tests.faults.kinds._kind import Moments, fault, soon
 from tests.faults.lab import Lab, Missed, Run
 

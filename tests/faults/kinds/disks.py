@@ -6,7 +6,7 @@ import errno
 import shutil
 import time
 
-from mimscale.resilience import checkpoint
+from mimscale.checkpoint import format as checkpoint
 from tests.faults.kinds._kind import Moments, fault, soon
 from tests.faults.lab import Lab, Missed, Run, mounted, unmount
 from tests.faults.layer import CHANGES, SLOW

@@ -1,0 +1,113 @@
+"""One run, whole: every section of a recipe in one model, strict and typed.
+
+Each package owns the model of its own section, in its `config.py`. The section under `method:` is validated by the
+method's own model, found by its name (`mimscale.config.registry`), so adding a method edits nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import Field, SerializeAsAny, model_validator
+
+from mimscale.checkpoint.config import CheckpointConfig
+from mimscale.config.base import Strict
+from mimscale.config.registry import MethodConfig, class_in, names_in, section_by_name
+from mimscale.data.config import DataConfig
+from mimscale.engine.config import EngineConfig
+from mimscale.fault_tolerance.config import GuardConfig, WatchdogConfig
+from mimscale.models.config import StudentConfig
+from mimscale.monitoring.config import LogConfig
+from mimscale.optim.config import OptimConfig, ScheduleConfig
+from mimscale.teachers.config import TeacherConfig
+from mimscale.training.config import InitConfig
+
+
+class RunConfig(Strict):
+    """One run, whole. Sections that shape the result are in `fingerprint`; the others may change at a resume."""
+
+    seed: int = 0
+    data: DataConfig
+    student: StudentConfig
+    init: InitConfig | None = None
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    method: SerializeAsAny[MethodConfig]
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_by_name(cls, values: Any) -> Any:
+        section = values.get("method") if isinstance(values, Mapping) else None
+        if isinstance(section, Mapping):
+            return {**values, "method": section_by_name("mimscale.methods", section, "method.name")}
+        return values
+
+    @model_validator(mode="after")
+    def _grid(self) -> RunConfig:
+        if self.data.image_size % self.student.patch:
+            raise ValueError(
+                f"data.image_size = {self.data.image_size} is not a multiple of student.patch = {self.student.patch}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_stream_gathers(self) -> RunConfig:
+        split = next((name for name, teacher in self.teachers.items() if teacher.shard), None)
+        if split is not None and self.engine.teachers_ahead:
+            raise ValueError(
+                f"engine.teachers_ahead = true with teachers.{split}.shard = true: a split teacher gathers in the "
+                f"student's stream; set one of them to false"
+            )
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the student's patch tokens."""
+        side = self.data.image_size // self.student.patch
+        return side, side
+
+    def dump(self) -> dict[str, Any]:
+        """Plain JSON-able values, complete: what is written into the run folder."""
+        return self.model_dump(mode="json")
+
+    def shaping(self) -> dict[str, Any]:
+        """The flat `section.key` values that decide the result; a resume refuses a change in any of them."""
+        free = (
+            "engine.",
+            "checkpoint.",
+            "guard.",
+            "watchdog.",
+            "log.",
+            "data.workers",
+            "data.prefetch",
+            "data.shards",
+            "data.max_damaged",
+            "data.cache",
+        )
+        flat = dict(_flatten(self.dump()))
+        flat["teachers"] = list(self.teachers)  # in this order: masks follow the first that has a class token
+        return {key: value for key, value in flat.items() if not key.startswith(free) and not key.endswith(".weights")}
+
+
+def method_names() -> list[str]:
+    return names_in("mimscale.methods")
+
+
+def method_class(name: str) -> Any:
+    """The Method that the file mimscale/methods/<name>.py defines."""
+    return class_in("mimscale.methods", name, "method.name")
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

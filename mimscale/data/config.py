@@ -1,0 +1,106 @@
+"""The section `data` of a recipe: where the images are and how they are cropped."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from mimscale.config.base import NonNegative, Strict
+
+
+def default_decoder() -> Literal["simplejpeg", "pillow"]:
+    return "simplejpeg" if find_spec("simplejpeg") else "pillow"
+
+
+class StreamConfig(Strict):
+    """samples: how many pictures the shards hold, about; it is the length of an epoch, since a stream has no end.
+
+    buffer: stored pictures among which each worker shuffles, in host memory.
+    """
+
+    samples: int = Field(ge=1)
+    buffer: int = Field(1000, ge=1)
+
+
+class DataConfig(Strict):
+    """Where the images are and how they are cut.
+
+    shards: a folder that holds manifest.json, or its address: http(s)://, s3://, gs://. Or `wds:` and WebDataset shards
+    that have no index (wds:/data/part-{000..127}.tar, several joined by ::), which are streamed: not exact, see
+    docs/data.md; then, and only then, `stream` is wanted.
+    cache: a folder on each node's own disk for whole shards that are needed next, at most cache_gib of them; an address
+    needs one, a slow shared file system may profit.
+
+    crop: random_resized takes a part of random area (crop_scale) and aspect (crop_ratio). padded, the conservative crop
+    of PixMIM and MFF, resizes the short side to image_size, reflects crop_padding pixels over each edge and takes a
+    random square.
+
+    colour_jitter: most change of brightness, contrast and saturation (0.3: factors from 0.7 to 1.3), in random order,
+    computed on the device; no published recipe here has it.
+
+    decoder: decides the pixels, so a run keeps the one that it was started with (see data/decode.py). Default:
+    simplejpeg where it is installed; device: in the trainer's process, by nvJPEG on a GPU. decode_short_side:
+    larger JPEGs are decoded at a fraction of their size, down to a short side of this many pixels; 0 = off. crops:
+    each image is decoded once for so many consecutive steps, each with a crop of its own; crops count as samples.
+    max_damaged: a run stops when more samples than this cannot be used; default: one in 10,000, at least 10.
+    """
+
+    shards: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+    cache: Path | None = None
+    cache_gib: float = Field(200.0, gt=0)
+    image_size: int = Field(224, ge=8)
+    crop: Literal["random_resized", "padded"] = "random_resized"
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_padding: int = Field(4, ge=0)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    flip: float = Field(0.5, ge=0, le=1)
+    colour_jitter: tuple[NonNegative, NonNegative, NonNegative] = (0.0, 0.0, 0.0)
+    workers: int = Field(8, ge=0)
+    prefetch: int = Field(2, ge=1)
+    streams: int = Field(256, ge=1)
+    block: int = Field(8192, ge=1)
+    decoder: Literal["simplejpeg", "pillow", "device"] = Field(default_factory=default_decoder)
+    decode_short_side: int = Field(0, ge=0)
+    crops: int = Field(1, ge=1)
+    max_damaged: int | None = Field(None, ge=0)
+    stream: StreamConfig | None = None
+
+    @field_validator("decoder")
+    @classmethod
+    def _installed(cls, value: str) -> str:
+        if value == "simplejpeg" and default_decoder() != value:
+            raise ValueError("the package is not installed; pip install simplejpeg, or start a run with pillow")
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> DataConfig:
+        for name, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
+            if not 0 < low <= high or (name == "crop_scale" and high > 1):
+                raise ValueError(f"{name} = [{low}, {high}]: must rise, stay above 0 and (scale) not exceed 1")
+        if self.crop_padding >= self.image_size:
+            raise ValueError(f"crop_padding = {self.crop_padding}: must be below image_size = {self.image_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _fit_for_the_device(self) -> DataConfig:
+        """What workers do to whole pictures does not go with pictures that they leave undecoded."""
+        wrong = self.crop != "random_resized" or self.crops > 1 or self.decode_short_side or self.stream is not None
+        if self.decoder == "device" and wrong:
+            raise ValueError(
+                "decoder = device: only with crop=random_resized, crops=1, decode_short_side=0 and an indexed data "
+                "set; change these, or set decoder=simplejpeg"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _streamed_or_not(self) -> DataConfig:
+        if (self.stream is not None) != self.shards.startswith("wds:"):
+            fix = "set data.stream.samples to how many pictures there are" if self.stream is None else "set stream=null"
+            raise ValueError(f"shards = {self.shards}: stream is for wds: and wds: needs it; {fix}")
+        if self.stream is not None and self.cache is not None:
+            raise ValueError(f"cache = {self.cache} with {self.shards}: a stream keeps no copies; set cache=null")
+        return self

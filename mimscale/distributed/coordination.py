@@ -1,0 +1,127 @@
+"""Host-side agreement between ranks, on a gloo group of its own: never waits for the accelerator.
+
+Flags, error texts and barriers go through here; tensors of the training never do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mimscale.errors import UserError
+
+T = TypeVar("T")
+
+
+class Coordinator:
+    """The control plane of a run. Without an initialised process group it is that of a single rank."""
+
+    def __init__(self, timeout_s: float = 1800.0) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self._group: Any = None
+        if self.world > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._pending: tuple[torch.Tensor, Any] | None = None
+        self._calls = 0
+        self.last = "none"  # for whoever asks where this rank stands
+
+    def gather(self, item: T) -> list[T]:
+        """The item of every rank, in rank order, on every rank."""
+        self._called("gather")
+        if self.world == 1:
+            return [item]
+        items: list[Any] = [None] * self.world
+        dist.all_gather_object(items, item, group=self._group)
+        return items
+
+    def broadcast(self, item: T) -> T:
+        """Rank 0's item, on every rank."""
+        self._called("broadcast")
+        if self.world == 1:
+            return item
+        items = [item]
+        dist.broadcast_object_list(items, src=0, group=self._group)
+        return items[0]
+
+    def gather_bytes(self, item: bytes) -> list[bytes]:
+        """As `gather` for items of one length on all ranks, without pickling."""
+        self._called("gather_bytes")
+        if self.world == 1:
+            return [item]
+        mine = torch.frombuffer(bytearray(item), dtype=torch.uint8)
+        items = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(items, mine, group=self._group)
+        return [bytes(each.numpy()) for each in items]
+
+    def barrier(self) -> None:
+        self._called("barrier")
+        if self.world > 1:
+            dist.barrier(group=self._group)
+
+    def on_all_ranks(self, work: Callable[..., T], *args: Any) -> T:
+        """Run `work`, which must not communicate, on every rank; if it fails on any, raise on all with the texts.
+
+        Without this a rank that fails alone would leave the others waiting in their next collective.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = work(*args)
+        except Exception as error:
+            failure = error
+        texts = self.gather(None if failure is None else f"rank {self.rank}: {type(failure).__name__}: {failure}")
+        failed = [text for text in texts if text]
+        if failure is not None and (self.world == 1 or len(failed) == self.world):
+            raise failure
+        if failed:
+            raise RuntimeError("; ".join(failed[:3])) from failure
+        return result  # type: ignore[return-value]
+
+    def on_rank0(self, work: Callable[..., T], *args: Any) -> T:
+        """Run `work` on rank 0 only and give its result to all; if it fails there, raise on all. The others wait."""
+        result: T | None = None
+        failure: Exception | None = None
+        if self.rank == 0:
+            try:
+                result = work(*args)
+            except Exception as error:
+                failure = error
+        kind = UserError if isinstance(failure, UserError) else RuntimeError
+        text = None if failure is None else f"rank 0: {type(failure).__name__}: {failure}"
+        result, kind, text = self.broadcast((result, kind, text))
+        if failure is not None:
+            raise failure
+        if text is not None:
+            raise kind(text)
+        return result  # type: ignore[return-value]
+
+    def agree(self, *numbers: int) -> list[int]:
+        """The largest of each number over the ranks, as they were at the PREVIOUS call; at first all of them 0.
+
+        The reduction started here runs beside the step and is read at the next call, so no rank waits for it.
+        """
+        self._called("agree")
+        if self.world == 1:
+            return [int(number) for number in numbers]
+        answer = self.finish_pending() or [0] * len(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        self._pending = (tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group, async_op=True))
+        return answer
+
+    def finish_pending(self) -> list[int] | None:
+        """Wait for the reduction under way, if any, and return its answer."""
+        if self._pending is None:
+            return None
+        tensor, work = self._pending
+        self._pending = None
+        work.wait()
+        return tensor.tolist()
+
+    def _called(self, name: str) -> None:
+        self._calls += 1
+        self.last = f"{name} (number {self._calls})"

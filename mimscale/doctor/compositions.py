@@ -1,0 +1,81 @@
+"""Which method goes with which masking policy and fusion: every pair is asked of the checks that a run passes first.
+
+`mimscale doctor --compositions` prints it; docs/compositions.md is what it printed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+from mimscale.config.recipes import validate
+from mimscale.config.registry import names_in
+from mimscale.config.run import method_class, method_names
+from mimscale.errors import UserError
+from mimscale.methods.base import MaskedConfig
+from mimscale.models.fusion import FusionConfig
+from mimscale.types import TeacherInfo
+
+DEPTH, SIZE = 12, 64
+NO_CLASS_TOKEN = TeacherInfo("t", dim=24, depth=DEPTH + 1, grid=(4, 4), image_size=SIZE, has_cls=False)
+OTHER_DEPTH = replace(NO_CLASS_TOKEN, has_cls=True)
+TEACHERS = {  # from nothing to the teacher that asks the least of a method
+    "yes": {},
+    "teacher": {"t": NO_CLASS_TOKEN},
+    "teacher with class token": {"t": OTHER_DEPTH},
+    "teacher with class token, as deep": {"t": replace(OTHER_DEPTH, depth=DEPTH)},
+}
+
+
+def methods() -> list[str]:
+    """Those that mask."""
+    return [name for name in method_names() if issubclass(method_class(name).Config, MaskedConfig)]
+
+
+def fusions(method: str) -> list[tuple[str, dict[str, Any]]]:
+    """The fusions that a method offers: (what it is called, its section)."""
+    field: Any = method_class(method).Config.model_fields["fusion"]
+    if not isinstance(field.default, FusionConfig):
+        return [(kind, {"fusion": kind}) for kind in get_args(field.annotation)]
+    options = type(field.default).model_fields
+    found = []
+    for kind in get_args(options["kind"].annotation):
+        for feeds in get_args(options["feeds"].annotation) if "feeds" in options and kind != "none" else [None]:
+            section = {"kind": kind, "levels": [] if kind == "none" else [0, DEPTH - 1]}
+            section |= {"feeds": feeds} if feeds else {}
+            found.append((f"{kind}, feeds {feeds}" if feeds else kind, {"fusion": section}))
+    return found
+
+
+def answer(method: str, policy: str, section: dict[str, Any]) -> tuple[str, list[str]]:
+    """The first of `TEACHERS` with which the checks pass, else no; and why they refused those before."""
+    values = {
+        "data": {"shards": "shards", "image_size": SIZE},
+        "student": {"width": 32, "depth": DEPTH, "heads": 2},
+        "method": {"name": method, "masking": {"policy": policy}, **section},
+        "schedule": {"global_batch": 1024, "epochs": 400, "base_lr": 1e-3},
+    }
+    reasons: list[str] = []
+    for text, teachers in TEACHERS.items():
+        try:
+            method_class(method).check(validate(values, source=method), teachers)
+            return text, reasons
+        except UserError as error:
+            reasons.append(str(error))
+    return "no", reasons
+
+
+def table() -> str:
+    """Markdown: a row for each method and fusion, a column for each policy; below it the reasons of refusals."""
+    policies = names_in("mimscale.masking")
+    rows = [f"| method | fusion | {' | '.join(policies)} |", f"| --- | --- |{' --- |' * len(policies)}"]
+    known: dict[str, int] = {}
+    for method in methods():
+        for fusion, section in fusions(method):
+            cells = []
+            for policy in policies:
+                text, reasons = answer(method, policy, section)
+                marks = [str(known.setdefault(reason, len(known) + 1)) for reason in dict.fromkeys(reasons)]
+                cells.append(f"{text} ({', '.join(marks)})" if marks else text)
+            rows.append(f"| {method} | {fusion} | {' | '.join(cells)} |")
+    return "\n".join([*rows, "", *(f"{number}. {reason}" for reason, number in known.items())])

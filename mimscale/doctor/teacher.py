@@ -1,0 +1,215 @@
+"""`mimscale doctor [RECIPE] --teacher NAME`: what a teacher is, and what low precision does to its targets.
+
+NAME is a section of the recipe's `teachers`, or without a recipe a model of timm or open_clip. Works offline: where the
+weights are not on this machine, they are drawn at random and every table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvf
+
+from mimscale.config.recipes import load_recipe
+from mimscale.config.run import RunConfig, method_class
+from mimscale.data.decode import BadImage, decode
+from mimscale.errors import UserError
+from mimscale.teachers import quantise, weights
+from mimscale.teachers.config import TeacherConfig
+from mimscale.teachers.ensemble import TeacherEnsemble, adapter, describe
+from mimscale.teachers.fidelity import cosine, relative_error, top_overlap
+from mimscale.types import Targets, TeacherInfo, TeacherNeeds, imagenet_statistics
+
+LIBRARIES: tuple[Literal["timm", "open_clip"], ...] = ("timm", "open_clip")
+PRECISIONS = get_args(TeacherConfig.model_fields["precision"].annotation)
+SHARE = 0.3  # of the patches that MaskAlign's student sees
+CROPS = 2  # per picture
+STUDENT_PATCHES = (14, 16)
+STUDENT_SIZES = (192, 196, 224, 256)
+KEY = "teacher"  # of a teacher that no recipe names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--teacher", metavar="NAME", help="measure a teacher: the recipe's name of it, or a model")
+    parser.add_argument("--weights", type=Path, help="with --teacher and no recipe: its file")
+    parser.add_argument("--image-size", type=int, help="with --teacher and no recipe: pixels (default 224)")
+    parser.add_argument(
+        "--levels", help="with --teacher: blocks to compare, from 0, as in 5,11 (default: what is read)"
+    )
+    parser.add_argument("--images", type=Path, nargs="+", help="with --teacher: pictures (default: two photographs)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts and the tables. Raises UserError."""
+    if args.recipe is None:
+        name, config, size, needs = KEY, unnamed(args.teacher, args.weights), args.image_size or 224, TeacherNeeds()
+    else:
+        if args.weights or args.image_size:
+            raise UserError("--weights and --image-size are for a teacher without a recipe; override the recipe's keys")
+        config_of_run = load_recipe(args.recipe, args.overrides)
+        name, size = args.teacher, config_of_run.data.image_size
+        config, needs = named(config_of_run, name)
+    if args.levels is None and not needs.levels:
+        needs = TeacherNeeds((describe(name, config, size).depth - 1,))
+    config, origin = with_weights_or_random(name, config)
+    info = describe(name, config, size)
+    if args.levels is not None:
+        needs = TeacherNeeds(parse_levels(args.levels, info), needs.cls_attention)
+    needs = TeacherNeeds(needs.levels, info.has_cls)
+    images, shown = pictures(args.images, size)
+    grid = f"{info.grid[0]}x{info.grid[1]} patches at {info.image_size} px"
+    cls = "with class token" if info.has_cls else "no class token, so no attention masking"
+    print(f"{config.library} {config.model}: {info.dim} wide, {info.depth} blocks, {grid}, {cls}")
+    print(f"weights: {origin}")
+    print(f"images: {shown}")
+    show_precisions(name, config, needs, size, images)
+    show_grids(info)
+    return 0
+
+
+def unnamed(model: str, file: Path | None) -> TeacherConfig:
+    """The configuration of a model that timm or open_clip knows: MODEL or MODEL.TAG. Raises UserError."""
+    base, _, tag = model.partition(".")
+    for library in LIBRARIES:
+        if base in adapter(library).models():
+            pretrained = tag or None
+            return TeacherConfig(library=library, model=base, pretrained=pretrained, weights=file)
+    known = [name for library in LIBRARIES for name in adapter(library).models()]
+    near = ", ".join(difflib.get_close_matches(base, known, n=3))
+    fix = f"did you mean {near}?" if near else "give MODEL or MODEL.TAG, or a recipe and its name of the teacher"
+    raise UserError(f"--teacher {model}: neither timm nor open_clip has it; {fix}")
+
+
+def named(config: RunConfig, name: str) -> tuple[TeacherConfig, TeacherNeeds]:
+    """A teacher of a run, and what the run's method reads of it. Raises UserError."""
+    if name not in config.teachers:
+        have = ", ".join(config.teachers) or "none"
+        raise UserError(f"--teacher {name}: the recipe's teachers are {have}; choose one, or leave the recipe out")
+    infos = {key: describe(key, teacher, config.data.image_size) for key, teacher in config.teachers.items()}
+    with torch.device("meta"):
+        method: Any = method_class(config.method.name)(config, infos)
+    return config.teachers[name], method.needs.teachers.get(name, TeacherNeeds())
+
+
+def with_weights_or_random(name: str, config: TeacherConfig) -> tuple[TeacherConfig, str]:
+    """The configuration that can be loaded here, and where its weights come from. Raises UserError."""
+    if config.random:
+        return config, "random initialisation, as the recipe says"
+    hub = partial(adapter(config.library).hub_file, name, config)
+    try:
+        path = weights.locate(name, config, hub, may_download=False)
+        return config.model_copy(update={"weights": path}), str(path)
+    except UserError as error:
+        if config.weights is not None:
+            raise
+        drawn = config.model_copy(update={"random": True, "sha256": None})
+        return drawn, f"RANDOM INITIALISATION, so these errors are not those of the trained teacher ({error})"
+
+
+def parse_levels(text: str, info: TeacherInfo) -> tuple[int, ...]:
+    """ "5,11" -> (5, 11), ascending. Raises UserError."""
+    try:
+        levels = tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        raise UserError(f"--levels {text}: give numbers from 0 to {info.depth - 1}, as in 5,{info.depth - 1}") from None
+    if not 0 <= levels[0] <= levels[-1] < info.depth:
+        raise UserError(f"--levels {text}: {info.name} has blocks 0 to {info.depth - 1}")
+    return levels
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def pictures(paths: Sequence[Path] | None, size: int) -> tuple[Tensor, str]:
+    """(float32 ImageNet-normalised [B, 3, S, S], what they are): left and right square of each. Raises UserError."""
+    if paths is None:
+        from sklearn.datasets import load_sample_images
+
+        whole = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images]
+        what = "two photographs of scikit-learn"
+    else:
+        whole = [_read(path) for path in paths]
+        what = f"{len(paths)} of yours"
+    crops = [tvf.resize(crop, [size, size], antialias=True) for image in whole for crop in _squares(image)]
+    mean, std = imagenet_statistics(torch.device("cpu"))
+    return (torch.stack(crops).float() / 255 - mean) / std, f"{what}, {CROPS} crops of each"
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        return tvf.pil_to_tensor(decode(path.read_bytes()))
+    except (OSError, BadImage) as error:
+        raise UserError(f"--images {path}: {error}; give files of pictures") from None
+
+
+def _squares(image: Tensor) -> list[Tensor]:
+    """The squares at both ends of the longer side, uint8 [3, s, s]."""
+    side = min(image.shape[-2:])
+    return [image[:, :side, :side], image[:, -side:, -side:]]
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def show_precisions(name: str, config: TeacherConfig, needs: TeacherNeeds, size: int, images: Tensor) -> None:
+    """Each precision against fp32: relative error and cosine of each level, top-30 % overlap of the CLS attention."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def targets(precision: str) -> Targets:
+        quantise.check(name, precision, device)
+        own = config.model_copy(update={"precision": precision})
+        return TeacherEnsemble({name: own}, {name: needs}, size, device)(images.to(device))[name]
+
+    reference = targets("fp32")
+    label = "random initialisation" if config.random else "trained weights"
+    table = Table(title=f"against fp32, {len(images)} images, {label}, on {device.type}", title_justify="left")
+    overlap = (f"top-{SHARE:.0%} overlap",) if needs.cls_attention else ()
+    for column in ("precision", "level", "error", "cosine", "smallest", *overlap):
+        table.add_column(column)
+    refused = []
+    for precision in PRECISIONS:
+        if precision == "fp32":
+            continue
+        try:
+            ours = targets(precision)
+        except UserError as error:
+            refused.append(str(error))
+            continue
+        for number, level in enumerate(needs.levels):
+            table.add_row(precision if number == 0 else "", *_row(ours, reference, level, first=number == 0))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print("error: L2 norm of the difference / of the reference, patch tokens of the raw residual stream")
+    print(*refused, sep="\n", end="\n" if refused else "")
+
+
+def _row(ours: Targets, reference: Targets, level: int, first: bool) -> list[str]:
+    theirs = reference.levels[level]
+    mean, low = cosine(ours.levels[level], theirs)
+    row = [str(level), f"{relative_error(ours.levels[level], theirs):.2g}", f"{mean:.6f}", f"{low:.6f}"]
+    if first and ours.cls_attention is not None and reference.cls_attention is not None:
+        row.append(f"{top_overlap(ours.cls_attention, reference.cls_attention, SHARE):.3f}")
+    return row
+
+
+def show_grids(info: TeacherInfo) -> None:
+    """Which image_size of the teacher gives the grid of a student."""
+    patch = info.image_size // info.grid[0]
+    table = Table(title=f"image_size of this patch-{patch} teacher, by student", title_justify="left")
+    table.add_column("student")
+    for size in STUDENT_SIZES:
+        table.add_column(f"{size} px")
+    for student in STUDENT_PATCHES:
+        sizes = (f"{size // student * patch} ({size // student}x{size // student})" if size % student == 0 else "-"
+                 for size in STUDENT_SIZES)  # fmt: skip
+        table.add_row(f"patch {student}", *sizes)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -1,0 +1,77 @@
+"""What the training loop asks of an engine. Two fulfil it: DeepSpeed's, and plain PyTorch's, the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mimscale.types import Batch, Targets
+
+
+def unchanged(loss: Tensor) -> Tensor:
+    return loss
+
+
+class Engine(Protocol):
+    """A method and its optimiser, on one device of each rank. Every call is collective.
+
+    Micro-batch and accumulation were solved before (`mimscale.training.micro_batch`): after `accumulation` calls of
+    `forward_backward` comes one of `step`.
+    """
+
+    def forward_backward(
+        self, batch: Batch, targets: Mapping[str, Targets], check_loss: Callable[[Tensor], Tensor] = unchanged
+    ) -> dict[str, Tensor]:
+        """One micro-batch. Gradients are summed over the micro-batches of a step and averaged over the ranks.
+
+        check_loss: called between forward and backward; what it returns goes backward in place of the loss.
+        Returns what the method's `forward` returned, detached 0-dim tensors on the device.
+        """
+
+    def step(self, lr: float, clip: float) -> bool:
+        """The optimiser's step: all ranks, or none. Returns whether it was skipped.
+
+        A step whose gradients hold inf or NaN anywhere leaves weights, moments and moving average alone.
+        lr: peak group's learning rate; groups with layer decay take their share of it. clip: largest global L2 norm of
+        the gradients, to which larger ones are scaled down; 0 = off.
+        """
+
+    def gradient_norm(self) -> float:
+        """Global L2 norm of the last step's gradients before clipping. Reads from the device."""
+
+    @property
+    def loss_scale(self) -> float | None:
+        """fp16's dynamic loss scale; None where there is none."""
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped since the run began, over all launches."""
+
+    def parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """(name, whole value in forward precision) of the method's parameters whose names start with `prefix`.
+
+        One at a time, because ZeRO-3 gathers each; the value is valid until the next. Every rank must take all.
+        """
+
+    def fragments(self) -> dict[str, Tensor]:
+        """This rank's part of a checkpoint: "kind|name|start" -> live 1-D tensor, see `mimscale.checkpoint.format`."""
+
+    def describe(self) -> dict[str, Any]:
+        """The engine's part of a checkpoint's manifest: shapes, parameter groups, counters, loss scale."""
+
+    def load(self, reader: Any) -> None:
+        """Continue from a checkpoint (`checkpoint.format.Reader`), whatever engine, ZeRO stage and ranks wrote it.
+
+        Local, so that a failure can be agreed on before `finish_load`. Raises UserError where it does not fit.
+        """
+
+    def load_weights(self, reader: Any) -> None:
+        """The same for a new run that starts from another's weights: the optimiser's state stays empty. Local."""
+
+    def finish_load(self, reader: Any, *, counters: bool = True) -> None:
+        """After `load` or `load_weights` on every rank. counters: take the step counts and the loss scale too."""
+
+    def close(self) -> None:
+        """Free what the engine holds. Process groups stay."""

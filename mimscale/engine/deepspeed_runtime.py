@@ -1,0 +1,43 @@
+"""DeepSpeed as a library: imported with its accelerator settled, and its process group."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from mimscale.distributed.world import EMULATE_FP16, World, free_port
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed with its accelerator settled, and without its shared-memory op.
+
+    That op is compiled at start-up on a CPU (a minute or two) and serves only an all-reduce for inference. With
+    EMULATE_FP16 in the environment DeepSpeed also accepts fp16 on a CPU without native fp16 arithmetic, where torch
+    computes it, slowly: enough to test the path of the loss scaler anywhere.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu" and os.environ.get(EMULATE_FP16):
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+    return deepspeed
+
+
+def open_process_group(world: World, timeout_s: float = 1800.0) -> None:
+    """nccl on GPUs, gloo on CPUs. A plain process becomes a group of one."""
+    for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
+        os.environ[name] = str(value)
+    if world.size == 1:  # whatever an outer launcher left behind
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ["MASTER_PORT"] = str(free_port())
+    deepspeed = import_deepspeed(world.device)
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
+    )

@@ -1,0 +1,171 @@
+"""One writer per run folder: who holds it, whether that one still lives, and how an older generation notices its end.
+
+SLURM can start a job again while ranks of its former turn still run on a node it has lost sight of. So a claim is a
+*generation*: the job and its restart count. Three rules, none of which reads a clock of another host:
+
+1. A POSIX lock on RUN/lock.held proves on one host who lives. Between hosts it proves nothing: some file systems do not
+   pass it on, and an NFS server may keep it for a node that is gone.
+2. A later restart of the same job may always take over: SLURM has given the older one up. Anyone else may only when the
+   holder left, or is proven dead: by rule 1 on the same host, else because its beat in RUN/lock stood still while we
+   watched for `WATCHED` beats.
+3. The holder reads the claim again at every beat and before every rename or removal of a checkpoint. Once another name
+   stands in it, the older generation writes nothing more and ends.
+
+RUN/lock is opened anew for each look, because a network file system promises fresh content only then; closing a file
+drops the POSIX locks on it, so these are on a file of their own.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from mimscale.errors import Stopped, UserError, warn
+
+BEAT_S = 10.0
+WATCHED = 6  # beats without which a holder on another host counts as dead
+_BEAT_AT = 2048  # the claim lies before it, the beat counter behind
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+_GARBAGE = {"job": None, "host": "an unknown host", "pid": "unknown", "token": "garbage"}
+
+
+class RunLock:
+    """The claim of this process, rank 0 of its run, on a run folder. Raises UserError where somebody else holds it."""
+
+    def __init__(self, run_dir: Path, beat_s: float = BEAT_S) -> None:
+        self.path = run_dir / "lock"
+        self._beat_s, self._beats = beat_s, 0
+        self._claim: dict[str, Any] = {
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            "host": platform.node(),
+            "boot": _boot(),
+            "pid": os.getpid(),
+            "token": uuid.uuid4().hex,
+        }
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._held = os.open(run_dir / "lock.held", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._locked = self._lock()
+            self._settle_with(self._read())
+            self._write_claim()
+        except OSError as error:
+            raise UserError(
+                f"{run_dir} cannot be written ({error.strerror}); name a folder of yours on a disk"
+            ) from None
+        self._left, self._mutex = threading.Event(), threading.Lock()
+        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise Stopped if a later generation has taken the folder over. Called before anything in it is replaced.
+
+        Raises OSError where the claim cannot be read now.
+        """
+        owner = self._read()
+        if owner == _GARBAGE:
+            raise OSError(errno.EIO, "cannot be read", str(self.path))
+        if owner.get("token") != self._claim["token"]:
+            raise Stopped(f"{self.path.parent} was taken over by {_named(owner)}; this older start writes no more")
+
+    def release(self) -> None:
+        """Leave the folder to whoever comes next."""
+        self._left.set()
+        with self._mutex:
+            try:
+                if self._read().get("token") == self._claim["token"]:
+                    os.truncate(self.path, 0)
+            except OSError as error:
+                warn(f"{self.path}: {error.strerror}; who starts next on another host has to watch it for a while")
+            os.close(self._held)
+
+    # ------------------------------------------------------------------------------------------------------ claiming
+
+    def _settle_with(self, owner: dict[str, Any]) -> None:
+        """Return when this process may write its name; else raise UserError."""
+        if not owner:
+            return
+        mine = self._claim
+        if owner["job"] is not None and owner["job"] == mine["job"] and owner["restart"] < mine["restart"]:
+            warn(f"{self.path}: taking over from {_named(owner)}, an earlier start of this job")
+            return
+        here = (owner["host"], owner.get("boot")) == (mine["host"], mine["boot"])
+        if not (self._locked if here and self._locked is not None else self._stands_still(owner)):
+            raise UserError(
+                f"{self.path.parent} is in use by {_named(owner)}; wait for it, end it, or name another --run-dir"
+            )
+
+    def _stands_still(self, owner: dict[str, Any]) -> bool:
+        watched_s = WATCHED * self._beat_s
+        warn(f"{self.path}: watching for {watched_s:g} s whether {_named(owner)} still lives")
+        for _ in range(WATCHED):
+            time.sleep(self._beat_s)
+            if self._read() != owner:
+                return False
+        warn(f"{self.path}: {_named(owner)} gave no sign of life for {watched_s:g} s; taking over")
+        return True
+
+    def _lock(self) -> bool | None:
+        """Take the POSIX lock. True: taken. False: somebody holds it. None: this file system has none."""
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            return None if error.errno in _UNSUPPORTED else False
+
+    def _read(self) -> dict[str, Any]:
+        """The claim and its beat; {} where nobody holds the folder."""
+        for _ in range(3):
+            try:
+                text = self.path.read_bytes()
+            except FileNotFoundError:
+                return {}
+            try:
+                return {**json.loads(text[:_BEAT_AT]), "beat": text[_BEAT_AT:]} if text.strip() else {}
+            except ValueError:  # caught between two pages of a slow file system
+                time.sleep(0.05)
+        return _GARBAGE
+
+    def _write_claim(self) -> None:
+        self._write(json.dumps(self._claim).encode().ljust(_BEAT_AT), 0)
+
+    def _write(self, content: bytes, at: int) -> None:
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(file, content, at)
+        finally:
+            os.close(file)
+
+    def _beat(self) -> None:
+        while not self._left.wait(self._beat_s):
+            with self._mutex:
+                if self._left.is_set():
+                    return
+                try:
+                    self.check()
+                    self._locked = self._locked or self._lock()  # a successor gets it when the older one is gone
+                    self._beats += 1
+                    self._write(b"%020d" % self._beats, _BEAT_AT)  # not the claim: it may just have changed
+                except OSError:  # a full or frozen disk: the next beat may get through
+                    continue
+                except Stopped as stopped:
+                    warn(str(stopped))
+                    os._exit(Stopped.code)
+
+
+def _boot() -> str | None:
+    """Tells this start of this machine's kernel from all others; two machines may have the same name."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else None
+
+
+def _named(owner: dict[str, Any]) -> str:
+    job = f"job {owner['job']} restart {owner['restart']}, " if owner.get("job") else ""
+    return f"{job}process {owner.get('pid')} on {owner.get('host')}"

@@ -1,0 +1,87 @@
+"""Sums over a log window. Device scalars are added on the device and read only when the window ends."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ThroughputMeter:
+    """Means of the method's scalars over ranks and micro-steps, and where the time went.
+
+    waited_s: tells the seconds that this rank has waited for data so far.
+    """
+
+    def __init__(self, device: torch.device, waited_s: Callable[[], float] = lambda: 0.0) -> None:
+        self._device, self._waited_s = device, waited_s
+        self.restart()
+
+    def restart(self) -> None:
+        """A new window, without reading the one before."""
+        self._sums: dict[str, Tensor] = {}
+        self._micro_steps = 0
+        self._images = 0
+        self._start_s, self._waited_before_s = time.perf_counter(), self._waited_s()
+
+    def add(self, scalars: Mapping[str, Tensor], images: int) -> None:
+        """scalars: 0-dim tensors of one micro-step of this rank. images: over all ranks."""
+        for name, value in scalars.items():
+            self._sums[name] = self._sums[name] + value.float() if name in self._sums else value.float()
+        self._micro_steps += 1
+        self._images += images
+
+    def read(self) -> dict[str, float]:
+        """Means and rates of the window that ends here; starts the next one. Collective; synchronises the device.
+
+        data_wait (share of the time) and memory_gib are those of the rank where they are largest.
+        """
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names]) if names else torch.zeros(0, device=self._device)
+        ranks = 1
+        if dist.is_initialized():
+            ranks = dist.get_world_size()
+            dist.all_reduce(sums)
+        means = dict(zip(names, (sums / max(1, ranks * self._micro_steps)).tolist(), strict=True))
+        elapsed_s = time.perf_counter() - self._start_s
+        waited = (self._waited_s() - self._waited_before_s) / elapsed_s
+        worst = torch.tensor([waited, peak_memory_bytes(self._device) / 2**30], device=self._device)
+        if dist.is_initialized():
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+        wait, memory = worst.tolist()
+        rates = {"images_per_s": self._images / elapsed_s, "data_wait": wait, "memory_gib": memory}
+        self.restart()
+        return {**means, **rates}
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest allocation so far: of the GPU, or on a CPU the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class StartupTimer:
+    """What the time until the first step goes into, from the start of the process, in order and without a gap.
+
+    seconds, cpu_s: phase -> time that passed, and time of this process's threads in it.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.cpu_s: dict[str, float] = {}
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        self._wall_s, self._cpu_s = ticks / os.sysconf("SC_CLK_TCK"), 0.0  # since the machine started
+
+    def end(self, name: str) -> None:
+        """What was done since the last call, or since the process started, was this phase, or more of it."""
+        wall_s, cpu_s = time.clock_gettime(time.CLOCK_BOOTTIME), time.process_time()
+        for taken, spent_s in ((self.seconds, wall_s - self._wall_s), (self.cpu_s, cpu_s - self._cpu_s)):
+            taken[name] = round(taken.get(name, 0.0) + spent_s, 3)
+        self._wall_s, self._cpu_s = wall_s, cpu_s

@@ -1,0 +1,130 @@
+"""What a run tells: `metrics.jsonl`, TensorBoard and a progress line. Rank 0 only; silent elsewhere.
+
+A disk that refuses never ends the run: lines wait in memory until it takes them, TensorBoard is left out until the next
+start.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from mimscale.errors import warn
+from mimscale.fault_tolerance.retrying_writer import RetryingWriter
+from mimscale.monitoring.panel_writer import PanelWriter
+from mimscale.types import View
+
+
+class RunLogger:
+    """Append-only. Steps that are redone after a resume appear twice in metrics.jsonl; the later line counts."""
+
+    def __init__(self, run_dir: Path, writer: RetryingWriter, *, active: bool) -> None:
+        self.console = Console(stderr=True, quiet=not active)
+        self._active, self._writer, self._run_dir = active, writer, run_dir
+        self._board: SummaryWriter | None = None
+        self._panel_writer: PanelWriter | None = None
+        self._progress: Progress | None = None
+
+    def start(self, *, total: int, step: int, tensorboard: bool) -> None:
+        """Before the first `step`; it starts threads."""
+        if self._active and tensorboard:
+            with self._board_may_fail():
+                self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step)
+        if self._active and self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[line]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._progress.start()
+            atexit.register(self._progress.stop)  # also where a run fails: the terminal gets its cursor back
+            self._task = self._progress.add_task("train", total=total, completed=step, line="")
+        self._total = total
+        self._clock = (step, time.monotonic())
+
+    def print(self, text: str) -> None:
+        """A line for the person who watches."""
+        with suppress(OSError, SystemExit):  # it may go to a file; for a pipe that nobody reads, rich would end the run
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def log_event(self, name: str, **values: Any) -> None:
+        """Something that happened once: a start, a save, a preemption."""
+        self._write({"event": name, **values})
+
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        """One log line."""
+        self._write({"step": step, **metrics})
+        for name, value in metrics.items():
+            self._on_board(lambda board, name=name, value=value: board.add_scalar(name, value, step))  # type: ignore[misc]
+        line = "  ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "lr", "images_per_s") if name in metrics)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, line=line)
+        elif self._active:
+            first, start_s = self._clock
+            eta_s = (time.monotonic() - start_s) / max(1, step - first) * (self._total - step)
+            self.print(f"step {step}/{self._total}  {line}  ETA {_duration(eta_s)}")
+
+    def add_panel(self, step: int, view: View) -> None:
+        """A panel for TensorBoard, drawn in a thread (see `PanelWriter`). Its tensors must not change later."""
+        if self._board is not None:
+            if self._panel_writer is None:
+                self._panel_writer = PanelWriter(self._publish, self._not_drawn)
+            self._panel_writer.show(step, view)
+
+    def _publish(self, step: int, panel_3HW: Tensor) -> None:
+        self._on_board(lambda board: board.add_image("view", panel_3HW, step))
+
+    def _not_drawn(self, step: int, error: Exception) -> None:
+        self.log_event("picture_failed", at=step, error=f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        if self._panel_writer is not None:
+            self._panel_writer.close()
+        if self._progress is not None:
+            self._progress.stop()
+        self._on_board(SummaryWriter.close)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if not self._active:
+            return
+        line = json.dumps({**finite(values), "time": round(time.time(), 3)})
+        self._writer.append(self._run_dir / "metrics.jsonl", line + "\n")
+
+    def _on_board(self, work: Callable[[SummaryWriter], None]) -> None:
+        if self._board is not None:
+            with self._board_may_fail():
+                work(self._board)
+
+    @contextmanager
+    def _board_may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            warn(f"tensorboard: {error}; left out until the next start, metrics.jsonl has the numbers")
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """None in place of what JSON has no number for."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,64 @@
+"""The sections `optim` and `schedule` of a recipe."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mimscale.config.base import Fraction, Strict
+
+
+class OptimConfig(Strict):
+    """AdamW. clip: global gradient norm, 0 = off. layer_decay: 1 = off."""
+
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    clip: float = Field(0.0, ge=0)
+
+
+class ScheduleConfig(Strict):
+    """How the learning rate moves; the peak is base_lr x global_batch / lr_batch. The curves are in schedule.py.
+
+    kind: cosine is MAE's; timm_cosine and multistep (x gamma at each epoch of `milestones`) are SimMIM's.
+    warmup_lr, min_lr: where the warm-up starts and the cosine ends, absolute.
+    Give `epochs` (steps per epoch = floor(samples / global_batch)) or, for a short run, `steps`.
+    """
+
+    kind: Literal["cosine", "timm_cosine", "multistep"] = "cosine"
+    global_batch: int = Field(ge=1)
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, ge=1)
+    warmup_epochs: float = Field(0.0, ge=0)
+    base_lr: float = Field(gt=0)
+    lr_batch: int = Field(256, ge=1)
+    warmup_lr: float = Field(0.0, ge=0)
+    min_lr: float = Field(0.0, ge=0)
+    milestones: tuple[float, ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> ScheduleConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("needs exactly one of epochs and steps; set the other to null")
+        if self.epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs = {self.warmup_epochs} must be below epochs = {self.epochs}")
+        return self
+
+    @model_validator(mode="after")
+    def _milestones_fit(self) -> ScheduleConfig:
+        given = f"milestones = {list(self.milestones)}"
+        if bool(self.milestones) != (self.kind == "multistep"):
+            raise ValueError(f"{given} with kind = {self.kind}: multistep needs some, the cosines have none")
+        if list(self.milestones) != sorted(self.milestones) or min(self.milestones, default=inf) < self.warmup_epochs:
+            raise ValueError(f"{given}: must rise and not lie inside the warm-up of {self.warmup_epochs:g} epochs")
+        if self.kind == "multistep" and self.min_lr:
+            raise ValueError(f"min_lr = {self.min_lr} with kind = multistep: only a cosine has a floor; remove it")
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        return self.base_lr * self.global_batch / self.lr_batch

@@ -1,0 +1,30 @@
+"""`mimscale train RECIPE`: parse, check, train."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mimscale.config.recipes import load_recipe, recipe_names
+from mimscale.monitoring.metrics import StartupTimer
+from mimscale.training.loop import train
+from mimscale.training.setup import prepare
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help=f"a recipe ({', '.join(recipe_names())}) or a path to a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    parser.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/RECIPE); resumes what it holds")
+    parser.add_argument("--fork", type=Path, metavar="NEW", help="start a new run in NEW from --run-dir's weights")
+
+
+def run(args: argparse.Namespace) -> int:
+    startup = StartupTimer()
+    startup.end("imports")
+    config = load_recipe(args.recipe, args.overrides)
+    run_dir = args.run_dir or Path("runs") / Path(args.recipe).stem
+    plan = prepare(config, run_dir, args.fork, tuple(sys.argv))
+    startup.end("checks")
+    train(plan, startup)
+    return 0

@@ -1,0 +1,229 @@
+"""Every recipe loads, says what it should reach and cost, and builds the published model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import resources
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from mimscale.config.deepspeed import load_ds_config
+from mimscale.config.recipes import load_recipe, recipe_names
+from mimscale.config.run import RunConfig, method_class
+from mimscale.methods.base import Method
+from mimscale.methods.mae import MAE, MAEConfig
+from mimscale.optim.lr_schedule import lr_of
+from mimscale.teachers.ensemble import describe
+from mimscale.training.micro_batch import solve_micro_batch
+from mimscale.types import Noise, TeacherInfo, TeacherNeeds
+
+CLIP_B = TeacherInfo("clip", dim=768, depth=12, grid=(14, 14), image_size=224, has_cls=True)
+CLIP_L_196 = TeacherInfo("clip", dim=1024, depth=24, grid=(14, 14), image_size=196, has_cls=True)
+CLIP_L_224 = TeacherInfo("clip", dim=1024, depth=24, grid=(16, 16), image_size=224, has_cls=True)
+
+MAE_MILLIONS = {"mae_vit_b16": 111.9, "mae_vit_l16": 329.5, "mae_vit_h14": 657.1}  # the official models
+MASKALIGN = {
+    "maskalign_vit_b16": (CLIP_B, "vit_base_patch16_224"),
+    "maskalign_amt_vit_b16": (CLIP_B, "vit_base_patch16_224"),
+    "maskalign_vit_l16": (CLIP_L_196, "vit_large_patch16_224"),
+    "maskalign_vit_l16_clip_b16": (CLIP_B, "vit_large_patch16_224"),
+    "maskalign_vit_h14": (CLIP_L_224, "vit_huge_patch14_224"),
+    "maskalign_vit_h16": (CLIP_L_196, "vit_huge_patch14_224"),
+}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_loads_and_has_a_header(name: str) -> None:
+    run = load_recipe(name)
+    load_ds_config(run.engine.ds_config)
+    text = resources.files("mimscale.recipes").joinpath(f"{name}.yaml").read_text()
+    header = text[: text.index("\ndata:")]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert all(word in header for word in ("Source:", "Expected result:", "Expected cost:"))
+
+
+PUBLISHED = [n for n in recipe_names() if not n.startswith("demo_") and not n.endswith("_tiny")]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_batch_divides_over_8_to_512_gpus(name: str) -> None:
+    run = load_recipe(name)
+    for world in (8, 64, 256, 512):
+        micro, accumulation = solve_micro_batch(run.schedule.global_batch, world, run.engine.max_micro_batch)
+        assert micro * accumulation * world == run.schedule.global_batch and micro <= run.engine.max_micro_batch
+
+
+VARIANTS = {  # recipe -> (the one that it follows, the only differences)
+    "mae_vit_b16_1600ep": ("mae_vit_b16", {"schedule.epochs": 1600}),
+    "mae_vit_l16_1600ep": ("mae_vit_l16", {"schedule.epochs": 1600}),
+    "mae_vit_h14_1600ep": ("mae_vit_h14", {"schedule.epochs": 1600}),
+    "mae_vit_b16_batch1024": ("mae_vit_b16", {"schedule.global_batch": 1024}),
+    "mae_vit_l16_batch1024": ("mae_vit_l16", {"schedule.global_batch": 1024}),
+    "mff_vit_b16_300ep": ("mff_vit_b16", {"schedule.epochs": 300}),
+    "pixmim_vit_b16_300ep": ("pixmim_vit_b16", {"schedule.epochs": 300}),
+    "convmae_b_200ep": ("convmae_b", {"schedule.epochs": 200}),
+    "mrmae_convmae_b_200ep": ("mrmae_convmae_b", {"schedule.epochs": 200}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_differs_in_nothing_else(name: str) -> None:
+    base, changes = VARIANTS[name]
+    assert load_recipe(name).dump() == load_recipe(base, [f"{key}={value}" for key, value in changes.items()]).dump()
+
+
+def built(name: str, teachers: dict[str, TeacherInfo]) -> tuple[RunConfig, Method, int]:
+    """The recipe, its method without memory, and how many numbers its state holds."""
+    run = load_recipe(name)
+    with torch.device("meta"):
+        method = method_class(run.method.name)(run, teachers)
+    return run, method, sum(tensor.numel() for tensor in method.state_dict().values())
+
+
+@pytest.mark.parametrize("name", MAE_MILLIONS)
+def test_mae(name: str) -> None:
+    run, _, count = built(name, {})
+    assert count / 1e6 == pytest.approx(MAE_MILLIONS[name], abs=0.05)
+    assert run.schedule.peak_lr == pytest.approx(2.4e-3)
+
+
+@pytest.mark.parametrize(("name", "levels"), [("mff_vit_b16", 6), ("mff_vit_s16", 4), ("pixmim_vit_b16", 1)])
+def test_relatives_of_mae(name: str, levels: int) -> None:
+    """MAE's size, and for each level but the last a linear layer; one logit per level."""
+    run, method, count = built(name, {})
+    values = run.method.model_dump() | {"name": "mae"}
+    with torch.device("meta"):
+        kept = {key: values[key] for key in MAEConfig.model_fields if key != "fusion"}
+        mae = MAE(run.model_copy(update={"method": MAEConfig(**kept)}), {})
+    width = run.student.width
+    fusion = (levels - 1) * (width * width + width) + levels if levels > 1 else 0
+    assert count == sum(tensor.numel() for tensor in mae.state_dict().values()) + fusion
+    assert run.schedule.peak_lr == pytest.approx(2.4e-3)
+    assert (run.data.crop, run.data.interpolation) == ("padded", "bilinear")
+    assert method.no_weight_decay() == {"student.cls_token", "decoder.mask_token"}
+
+
+@pytest.mark.parametrize(
+    ("name", "teachers", "trained"),
+    [
+        ("convmae_b", {}, 114.79),  # the official model
+        ("mrmae_vit_b16", {"clip": CLIP_B}, 111.66 + 0.59),  # MAE's and the head
+        ("mrmae_mff_vit_b16", {"clip": CLIP_B}, 111.66 + 0.59 + 5 * 0.59),  # and MFF's projections
+        ("mrmae_convmae_b", {"clip": CLIP_B}, 114.79 + 0.59),
+    ],
+)
+def test_convmae_and_mrmae(name: str, teachers: dict[str, TeacherInfo], trained: float) -> None:
+    run, method, _ = built(name, teachers)
+    assert sum(p.numel() for p in method.parameters()) / 1e6 == pytest.approx(trained, abs=0.01)
+    assert run.teachers.keys() == method.needs.teachers.keys()
+    assert run.schedule.peak_lr == pytest.approx(1.5e-4 * run.schedule.global_batch / 256)
+
+
+@pytest.mark.parametrize("name", MASKALIGN)
+def test_maskalign(name: str) -> None:
+    """timm's ViT without its last norm, five linear adaptors and the mixing rows of five levels."""
+    info, timm_name = MASKALIGN[name]
+    run, method, count = built(name, {"clip": info})
+    with torch.device("meta"):
+        reference = timm.create_model(timm_name, num_classes=0, patch_size=run.student.patch)
+    width, depth = run.student.width, run.student.depth
+    vit = sum(p.numel() for p in reference.parameters()) - 2 * width
+    assert count == vit + 5 * (width * info.dim + info.dim) + 5 * depth
+    assert run.schedule.peak_lr == pytest.approx(6e-4)
+    assert run.teachers.keys() == method.needs.teachers.keys()
+
+
+def test_maskalign_with_two_teachers() -> None:
+    """The real teachers' grids meet the student's; a second mixing and five more adaptors, nothing else."""
+    run = load_recipe("maskalign_clip_dinov2_vit_b16")
+    teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
+    _, method, count = built("maskalign_clip_dinov2_vit_b16", teachers)
+    assert count == built("maskalign_vit_b16", {"clip": CLIP_B})[2] + 5 * (768 * 768 + 768) + 5 * 12
+    assert {name: (info.grid, info.image_size) for name, info in teachers.items()} == {
+        "clip": ((14, 14), 224),
+        "dinov2": ((14, 14), 196),
+    }
+    assert [name for name, needs in method.needs.teachers.items() if needs.cls_attention] == ["clip"]
+
+
+def test_simmim() -> None:
+    """timm's BEiT-B with one shared bias table, a mask token and a linear head; the released rates."""
+    run, method, count = built("simmim_vit_b16", {})
+    options: dict[str, Any] = {
+        "use_abs_pos_emb": False,
+        "use_shared_rel_pos_bias": True,
+        "init_values": 0.1,
+        "global_pool": "token",
+    }
+    with torch.device("meta"):
+        reference = timm.models.beit.Beit(num_classes=0, **options)
+    assert count == sum(p.numel() for p in reference.parameters()) + 768 + (768 * 768 + 768)
+    assert {name: noise.shape for name, noise in method.needs.noise.items()} == {"mask": (49,), "drop_path": (12, 2)}
+    steps = 1_281_167 // 2048
+    rates = [lr_of(run.schedule, step, steps, 800 * steps) for step in (0, 1, 10 * steps + 1, 700 * steps + 1)]
+    assert rates == pytest.approx([2e-6, 2e-6, 4e-4, 4e-5])
+
+
+FINETUNED = {  # recipe -> (timm's network, peak rate, layer decay)
+    "finetune_mae_vit_b16": ("vit_base_patch16_224", 2e-3, 0.65),
+    "finetune_mae_vit_l16": ("vit_large_patch16_224", 4e-3, 0.75),
+    "finetune_mae_vit_h14": ("vit_huge_patch14_224", 4e-3, 0.75),
+    "finetune_maskalign_vit_b16": ("vit_base_patch16_224", 1.2e-3, 0.55),
+    "finetune_maskalign_vit_l16": ("vit_large_patch16_224", 1.2e-3, 0.75),
+}
+
+
+@pytest.mark.parametrize("name", FINETUNED)
+def test_finetuning(name: str) -> None:
+    timm_name, peak, layer_decay = FINETUNED[name]
+    run, method, count = built(name, {})
+    with torch.device("meta"):
+        reference = timm.create_model(timm_name, global_pool="avg", num_classes=1000)
+    assert count == sum(p.numel() for p in reference.parameters())
+    assert (run.schedule.peak_lr, run.optim.layer_decay) == (pytest.approx(peak), layer_decay)
+    assert {method.layer_of(parameter) for parameter, _ in method.named_parameters()} == set(
+        range(run.student.depth + 2)
+    )
+
+
+def test_finetuning_of_simmim() -> None:
+    """timm's BEiT-B with a table of relative positions in each block; the released rates."""
+    run, method, count = built("finetune_simmim_vit_b16", {})
+    options: dict[str, Any] = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1}
+    with torch.device("meta"):
+        reference = timm.models.beit.Beit(num_classes=1000, global_pool="avg", **options)
+    assert count == sum(p.numel() for p in reference.parameters())
+    assert (run.schedule.peak_lr, run.optim.layer_decay) == (pytest.approx(5e-3), 0.65)
+    assert {method.layer_of(name) for name, _ in method.named_parameters()} == set(range(14))
+
+
+def test_finetuning_of_convmae() -> None:
+    """The official encoder without its fusion, and the head."""
+    run, method, _ = built("finetune_convmae_b", {})
+    assert run.schedule.peak_lr == pytest.approx(2e-3)
+    assert run.method.stages == load_recipe("convmae_b").method.stages  # type: ignore[attr-defined]
+    pretrained = built("convmae_b", {})[1]
+    encoder = {n for n, _ in pretrained.student.named_parameters() if not n.startswith(("norm", "stage"))}
+    assert encoder <= {n for n, _ in method.student.named_parameters()}
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("finetune_")])
+def test_finetuning_starts_from_a_recipe_of_this_package(name: str) -> None:
+    start = load_recipe(name).init
+    assert start is not None and start.weights.parent.name == "runs" and start.weights.name in PUBLISHED
+    pretraining = load_recipe(start.weights.name)
+    assert pretraining.student.model_dump(exclude={"drop_path"}) == load_recipe(name).student.model_dump(
+        exclude={"drop_path"}
+    )
+
+
+def test_pixmim_with_attentive_masks() -> None:
+    """PixMIM's network; the teacher chooses patches and nothing else of it is read."""
+    dino = replace(CLIP_B, name="dino")
+    run, method, count = built("pixmim_attention_vit_b16", {"dino": dino})
+    assert count == built("pixmim_vit_b16", {})[2]
+    assert method.needs.teachers == {"dino": TeacherNeeds(cls_attention=True)} and run.teachers.keys() == {"dino"}
+    assert method.needs.noise["mask"] == Noise("exponential", (196,))

@@ -1,0 +1,197 @@
+"""Shards without an index: streamed whole, dealt out to ranks and workers, never through a shell or a pickle."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimscale.config.recipes import load_recipe, validate
+from mimscale.data.config import DataConfig
+from mimscale.data.loader import TrainLoader
+from mimscale.data.manifest import Manifest
+from mimscale.data.sample_reader import DamagedSample
+from mimscale.data.wds_stream import Source, WebDatasetStream, open_source
+from mimscale.errors import UserError
+from mimscale.training.setup import prepare
+from mimscale.types import Batch, Needs, Noise
+from tests import ranks
+from tests.data.servers import Web
+
+NEEDS = Needs(noise={"mask": Noise("uniform", (4,))})
+GLOBAL = 16  # of 80 samples in 5 shards
+
+
+def config(shards: Path | str, **changes) -> DataConfig:
+    values = {"image_size": 16, "workers": 0, "stream": {"samples": 80, "buffer": 8}, **changes}
+    return DataConfig(shards=str(shards), **values)
+
+
+def loader(source: Source, data: DataConfig, rank: int = 0, world: int = 1, start_step: int = 0) -> TrainLoader:
+    micro, begin = GLOBAL // world, start_step
+    return TrainLoader(
+        source, data, NEEDS, seed=3, global_batch=GLOBAL, micro_batch=micro, rank=rank, world=world, start_step=begin
+    )
+
+
+def batches(data: DataConfig, steps: int, world: int = 1, start_step: int = 0) -> list[Batch]:
+    found = []
+    for rank in range(world):
+        part = loader(WebDatasetStream(data, world), data, rank, world, start_step)
+        found += list(islice(part, steps))
+        part.close()
+    return found
+
+
+def ids(found: list[Batch]) -> list[int]:
+    return torch.cat([batch.ids for batch in found]).tolist()
+
+
+def every(shards: Path) -> str:
+    return f"wds:{shards}/shard-{{000000..000004}}.tar"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_pass_over_all_shards_has_every_picture_once_and_the_next_another_order(shards: Path, world: int) -> None:
+    """One reader per rank sees its shards whole before it starts over; a buffer's worth of pictures hangs over."""
+    found = batches(config(every(shards), stream={"samples": 80, "buffer": 1}), 5 if world == 1 else 2, world)
+    assert len(set(ids(found))) == len(ids(found)) == (80 if world == 1 else 32)
+    again = batches(config(every(shards), stream={"samples": 80, "buffer": 1}), 10)
+    assert ids(again[:5]) != ids(again[5:]) and sorted(ids(again[:5])) == sorted(ids(again[5:]))
+
+
+def test_positions_noise_and_crops_are_those_of_any_run(shards: Path) -> None:
+    (batch,) = batches(config(every(shards)), 1, start_step=2)
+    data = DataConfig(shards=str(shards), image_size=16, workers=0)
+    exact = next(iter(loader(Manifest.load(shards), data, start_step=2)))
+    assert torch.equal(batch.positions, exact.positions) and torch.equal(batch.flips, exact.flips)
+    assert torch.equal(batch.noise["mask"], exact.noise["mask"]) and batch.images.shape == (GLOBAL, 3, 16, 16)
+
+
+@pytest.mark.multi
+def test_workers_take_turns_with_the_positions(shards: Path) -> None:
+    found = batches(config(every(shards), workers=2), 4)
+    assert torch.cat([batch.positions for batch in found]).tolist() == list(range(4 * GLOBAL))
+    assert len(set(ids(found))) > 2 * GLOBAL
+
+
+def test_a_resume_and_a_seed_start_the_shards_in_another_order(shards: Path) -> None:
+    first, later = (ids(batches(config(every(shards)), 1, start_step=step)) for step in (0, 7))
+    assert first != later and first == ids(batches(config(every(shards)), 1))
+
+
+def shard_of(path: Path, members: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return f"wds:{path}"
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was decoded",))
+
+
+def test_no_pickle_is_decoded_and_other_members_are_left_alone(shards: Path, tmp_path: Path) -> None:
+    picture = Manifest.load(shards).read(0)
+    bad = pickle.dumps(Bomb())
+    address = shard_of(tmp_path / "a.tar", {"x/1.jpg": picture, "x/1.pyd": bad, "x/1.pkl": bad, "x/1.pth": bad})
+    (batch,) = batches(config(address), 1)
+    assert len(set(batch.ids.tolist())) == 1 and not batch.damage
+
+
+def test_damage_is_put_down_and_passed_over(shards: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    picture = Manifest.load(shards).read(0)
+    shard_of(copy / "shard-000000.tar", {"a.jpg": b"no picture", "b.txt": b"text", "c.jpg": picture})
+    whole = (copy / "shard-000001.tar").read_bytes()
+    (copy / "shard-000001.tar").write_bytes(whole[: len(whole) // 2 + 700])
+    found = batches(config(every(copy)), 5)
+    damage = {(d.shard, d.key): d.reason for batch in found for d in batch.damage}
+    assert "not a picture" in damage["shard-000000.tar", "a"] and "no picture" in damage["shard-000000.tar", "b"]
+    assert "cut short" in damage["shard-000001.tar", ""]
+    assert all(len(batch.ids) == GLOBAL for batch in found)
+
+
+def test_nothing_usable_ends_the_stream(tmp_path: Path) -> None:
+    with pytest.raises(DamagedSample, match="nothing in the shards of wds:.* can be used: a.tar: a"):
+        batches(config(shard_of(tmp_path / "a.tar", {"a.jpg": b"no picture"})), 1)
+    with pytest.raises(DamagedSample, match="they are empty"):
+        batches(config(shard_of(tmp_path / "b.tar", {})), 1)
+
+
+@pytest.fixture
+def web(shards: Path) -> Iterator[Web]:
+    server = Web(shards)
+    yield server
+    server.stop()
+
+
+def test_a_web_server(shards: Path, web: Web) -> None:
+    address = f"wds:{web.place}/shard-{{000000..000004}}.tar"
+    assert ids(batches(config(address), 3)) == ids(batches(config(every(shards)), 3))
+
+
+@pytest.mark.parametrize(
+    ("address", "world", "line"),
+    [
+        ("wds:pipe:cat {0}/shard-000000.tar", 1, "no shell is run for data"),
+        ("wds:{0}/nowhere.tar", 1, "nowhere.tar' cannot be opened"),
+        ("wds:ftp://host/a.tar", 1, "'ftp://' cannot be read"),
+        ("wds:{0}/shard-{{000000.tar", 1, "write part-"),
+        ("wds:{0}/shard-{{000000..000004}}.tar", 6, "5 shards of .* are too few for 6 ranks x 1 workers"),
+    ],
+)
+def test_bad_addresses_are_one_line(shards: Path, address: str, world: int, line: str) -> None:
+    with pytest.raises(UserError, match=line) as caught:
+        open_source(config(address.format(shards)), world)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"shards": "wds:a.tar"}, "set data.stream.samples"),
+        ({"shards": "/folder", "stream": {"samples": 1}}, "set stream=null"),
+        ({"shards": "wds:a.tar", "stream": {"samples": 1}, "cache": "/tmp"}, "set cache=null"),
+    ],
+)
+def test_contradictions_are_refused(data: dict[str, object], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        validate({**load_recipe("mae_tiny").dump(), "data": data}, "test")
+
+
+def test_labels_and_stable_ids_are_refused(shards: Path, tmp_path: Path) -> None:
+    data = config(every(shards))
+    with pytest.raises(UserError, match="needs labels"):
+        TrainLoader(
+            WebDatasetStream(data), data, Needs(labels=True), seed=0, global_batch=8, micro_batch=8, rank=0, world=1
+        )
+    with pytest.raises(UserError, match="stream, for training only"):
+        Manifest.load(every(shards))
+    words = [f"data.shards={every(shards)}", "data.stream.samples=80", "data.workers=0", "method.masking.policy=amt"]
+    recipe = ranks.recipe(tmp_path, shards, "mae")
+    with pytest.raises(UserError, match="amt keeps numbers for each sample"):
+        prepare(load_recipe(str(recipe), words), tmp_path / "run", None, ())
+
+
+@pytest.mark.slow
+def test_training_says_that_it_is_not_exact_and_resumes(shards: Path, tmp_path: Path) -> None:
+    data = {"shards": every(shards), "stream": {"samples": 80}, "workers": 0}
+    recipe = ranks.recipe(tmp_path, shards, "mae", data=data)
+    ranks.train(1, recipe, tmp_path / "run")
+    ranks.cut_back(tmp_path / "run", tmp_path / "again", step=8)
+    words = ranks.command(1, "mimscale", "train", recipe, "--run-dir", tmp_path / "again")
+    done = subprocess.run(words, env=ranks.environment(), capture_output=True, text=True, check=True)
+    assert "streamed without an index, which is not exact" in done.stdout + done.stderr
+    assert list(ranks.curve(tmp_path / "again")) == list(range(1, 13))

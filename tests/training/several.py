@@ -1,0 +1,20 @@
+"""Several training runs one after another in the same processes:  torchrun -m tests.training.several RUNS.json
+
+RUNS.json: a list of argument lists of `mimscale train`. Starting processes is most of the cost of a tiny run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from mimscale.__main__ import end_process, main
+from mimscale.distributed.world import close_process_group
+from mimscale.training import loop
+
+if __name__ == "__main__":
+    loop.close_process_group = lambda: None  # DeepSpeed holds on to the first group, so all runs share it
+    code = max(main(["train", *words]) for words in json.loads(Path(sys.argv[1]).read_text()))
+    close_process_group()
+    end_process(code)
