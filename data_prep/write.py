@@ -105,7 +105,7 @@ def write_shard(folder: Path, number: int, items: list[Item], labelled: bool, pl
     another process writes the same shard: each takes the other's unfinished file for a leftover.
     """
     path = shard_path(folder, number)
-    for leftover in folder.glob(f".{path.stem}.*.tmp"):
+    for leftover in folder.glob(f".{path.stem}.*.tmp*"):
         leftover.unlink(missing_ok=True)
     digest, length, contents = hashlib.sha256(), 0, Contents()
     try:

@@ -146,7 +146,7 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
             remove(path)
     for path in root.glob(".*-step-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in root.glob(".latest.json.*.tmp"):
+    for path in root.glob(".latest.json.*.tmp*"):
         path.unlink(missing_ok=True)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -107,13 +108,18 @@ def sync(path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """A hidden name beside `path` that no other writer takes: .NAME.HOST.PID.RANDOM.tmp"""
-    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    """A hidden name beside `path` that no other writer takes: .NAME.HOST.PID.RANDOM.tmp.SUFFIX
+
+    Libraries tell the type of a file by its suffix, so that is kept.
+    """
+    owner = f"{os.uname().nodename}.{os.getpid()}.{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{owner}.tmp{path.suffix}")
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files in `folder` whose writer was a process of this host that is no more."""
-    for path in folder.glob(".*.tmp"):
-        name, _, process = path.stem.rpartition(".")[0].rpartition(".")
-        if name.endswith(f".{os.uname().nodename}") and process.isdecimal() and not os.path.exists(f"/proc/{process}"):
+    ours = re.compile(rf"\..+\.{re.escape(os.uname().nodename)}\.(\d+)\.[0-9a-f]{{8}}\.tmp(\.[^.]+)?")
+    for path in folder.glob(".*.tmp*"):
+        match = ours.fullmatch(path.name)
+        if match and not os.path.exists(f"/proc/{match[1]}"):
             path.unlink(missing_ok=True)

@@ -143,7 +143,7 @@ def test_concurrent_writers_leave_one_whole_file(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_leaves_is_removed_later(tmp_path: Path) -> None:
-    path = tmp_path / "file"
+    path = tmp_path / "file.json"
     atomic_write(path, b"old")
     code = (
         "import sys, time; from pathlib import Path; from mimscale.files.atomic import atomic_stream\n"
@@ -158,7 +158,7 @@ def test_what_a_killed_writer_leaves_is_removed_later(tmp_path: Path) -> None:
     assert path.read_bytes() == b"old" and len(os.listdir(tmp_path)) == 2
     mine = temporary_path(path)
     mine.touch()
-    elsewhere = tmp_path / f".file.elsewhere.{process.pid}.0a1b2c3d.tmp"
+    elsewhere = tmp_path / f".file.json.elsewhere.{process.pid}.0a1b2c3d.tmp.json"
     elsewhere.touch()
     remove_leftovers(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"file", mine.name, elsewhere.name}
+    assert {p.name for p in tmp_path.iterdir()} == {"file.json", mine.name, elsewhere.name}
