@@ -20,7 +20,6 @@ from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.checkpoint.async_writer import AsyncCheckpointWriter
 from mimscale.config.run import method_class
-from mimscale.convert import start
 from mimscale.data.device_prefetch import DevicePrefetcher
 from mimscale.data.loader import TrainLoader
 from mimscale.data.wds_stream import NOTE
@@ -44,6 +43,7 @@ from mimscale.monitoring.phase_timer import BACKWARD, BETWEEN, FORWARD, SAVING, 
 from mimscale.monitoring.run_logger import RunLogger
 from mimscale.teachers.ensemble import TeacherEnsemble
 from mimscale.teachers.prefetcher import TeacherPrefetcher
+from mimscale.training import init_weights
 from mimscale.training.recovery import TrainContext, describe_state, explain, flush_writes, restore, roll_back
 from mimscale.training.setup import Plan, open_damage_log
 from mimscale.training.state import TrainState
@@ -63,7 +63,7 @@ def train(plan: Plan, startup: StartupTimer) -> None:
     preemption = Preemption(stop_files=run_folder.stop_files(plan.run_dir))
     torch.manual_seed(run.seed)
     method: Method = method_class(run.method.name)(run, plan.teachers)
-    started = start.start_from(method, run) if plan.fresh and run.init is not None else ()
+    started = init_weights.load_into(method, run) if plan.fresh and run.init is not None else ()
     ensemble = TeacherEnsemble(run.teachers, method.needs.teachers, run.data.image_size, world.device)
     startup.end("model")  # before the ranks connect: a missing teacher file is still one line
     lock = RunLock(plan.run_dir) if world.rank == 0 else None
