@@ -121,12 +121,14 @@ def load_newest(
     return None
 
 
-def opened(path: Path, control: Coordinator, done: Callable[[str], None]) -> tuple[checkpoint.Reader | None, str]:
+def opened(
+    path: Path, control: Coordinator, done: Callable[[str], None]
+) -> tuple[checkpoint.CheckpointReader | None, str]:
     """A reader of a checkpoint all of whose files were checked, else None and what is damaged in it. Collective.
 
     Rank 0 reads the manifest and looks at the files' sizes for all; each rank reads its share of the files.
     """
-    reader, damage = control.on_rank0(looked_twice, checkpoint.Reader, path)
+    reader, damage = control.on_rank0(looked_twice, checkpoint.CheckpointReader, path)
     done("manifest")
     if reader is not None:
         _, mine = control.on_all_ranks(looked_twice, reader.verify, control.rank, control.world)
@@ -157,7 +159,7 @@ def unless_refused(work: Callable[..., None], *args: Any) -> None:
         warn(f"{error}; left as it is")
 
 
-def refuse_other_inputs(reader: checkpoint.Reader, plan: Plan, ensemble: TeacherEnsemble) -> None:
+def refuse_other_inputs(reader: checkpoint.CheckpointReader, plan: Plan, ensemble: TeacherEnsemble) -> None:
     """The images and the teachers are inputs like the recipe, but are known only by their content."""
     if reader.meta["data"] != plan.manifest.fingerprint:
         raise UserError(f"data.shards = {plan.run.data.shards} holds other samples than {reader.path} was trained on")
