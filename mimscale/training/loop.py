@@ -26,8 +26,8 @@ from mimscale.data.loader import TrainLoader
 from mimscale.data.wds_stream import NOTE
 from mimscale.distributed.coordination import Coordinator
 from mimscale.distributed.world import close_process_group
-from mimscale.engine.deepspeed_engine import Engine
-from mimscale.engine.deepspeed_runtime import open_process_group
+from mimscale.engine.base import Engine
+from mimscale.engine.factory import make_engine, open_process_group
 from mimscale.engine.sharded_module import split_over_ranks
 from mimscale.errors import Stopped
 from mimscale.fault_tolerance import activations
@@ -68,10 +68,12 @@ def train(plan: Plan, startup: StartupTimer) -> None:
     startup.end("model")  # before the ranks connect: a missing teacher file is still one line
     lock = RunLock(plan.run_dir) if world.rank == 0 else None
     startup.end("lock")
-    open_process_group(world)
+    open_process_group(world, run.engine)
     watch.control = control = Coordinator()
     startup.end("process_group")
-    engine = Engine(method, run, world)
+    engine = make_engine(
+        method, run, world, micro_batch=plan.micro_batch, accumulation=plan.accumulation, ds_config=plan.ds_config
+    )
     ensemble.shard(partial(split_over_ranks, world=world))
     ensemble.check()
     method.before_run(plan.manifest.samples)
@@ -91,7 +93,7 @@ def train(plan: Plan, startup: StartupTimer) -> None:
         logger.log_event,
         alive=watch.alive,
     )
-    guard = StepGuard(run.guard, engine.accumulation, world.device)
+    guard = StepGuard(run.guard, plan.accumulation, world.device)
     guard.load(state.guard)
     startup.end("buffers")
 
@@ -111,10 +113,8 @@ def train(plan: Plan, startup: StartupTimer) -> None:
         return guard.check_loss(loss)
 
     while state.step < plan.total_steps:
-        engine.set_lr(plan.lr(state.step))
-        engine.set_clip(guard.clip(run.optim.clip))
         ids = list[Tensor]()
-        for _ in range(engine.accumulation):
+        for _ in range(plan.accumulation):
             timer.enter(WAITING)
             raw = prefetcher.next_batch()
             ids.append(raw.ids)
@@ -122,7 +122,8 @@ def train(plan: Plan, startup: StartupTimer) -> None:
             damage_log.add(raw.damage)
             timer.enter(FORWARD)
             batch, targets = prefetcher.targets()
-            throughput.add(engine.micro_step(batch, targets, judge), images=len(batch.ids) * world.size)
+            throughput.add(engine.forward_backward(batch, targets, judge), images=len(batch.ids) * world.size)
+        skipped = engine.step(plan.lr(state.step), guard.clip(run.optim.clip))
         method.after_step(batch)
         state = state.advanced(run.schedule.global_batch, timer.lap())
         watch.beat(state.step)
@@ -130,8 +131,8 @@ def train(plan: Plan, startup: StartupTimer) -> None:
 
         if guard.reads_norm_at(state.step):
             guard.observe_norm(engine.gradient_norm())
-        back = guard.update(engine.skipped, engine.loss_scale)
-        if engine.skipped:
+        back = guard.update(skipped, engine.loss_scale)
+        if skipped:
             explain(context, guard, state.step, ids, batch, targets)
         if back:
             saver.wait_for_writes()
@@ -177,7 +178,7 @@ def open_prefetcher(context: TrainContext, state: TrainState) -> tuple[TrainLoad
         context.method.needs,
         seed=plan.run.seed,
         global_batch=plan.run.schedule.global_batch,
-        micro_batch=context.engine.micro_batch,
+        micro_batch=plan.micro_batch,
         rank=plan.world.rank,
         world=plan.world.size,
         start_step=state.step,
@@ -296,10 +297,11 @@ def open_folder(context: TrainContext, state: TrainState) -> None:
 
 
 def describe_run(plan: Plan, engine: Engine, state: TrainState) -> str:
-    run, parameters = plan.run, sum(math.prod(shape) for shape in engine.layout.shapes().values())
+    run, described = plan.run, engine.describe()
+    parameters = sum(math.prod(described["shapes"][n]) for group in described["groups"] for n in group["names"])
     return (
         f"{run.method.name}: {parameters / 1e6:.1f} M parameters, {run.engine.ds_config}, {plan.world.size} ranks on "
-        f"{plan.world.device.type}, batch {run.schedule.global_batch} = {engine.micro_batch} x {engine.accumulation} x "
+        f"{plan.world.device.type}, batch {run.schedule.global_batch} = {plan.micro_batch} x {plan.accumulation} x "
         f"{plan.world.size}, peak lr {run.schedule.peak_lr:.3g}, {plan.manifest.samples} images, "
         f"step {state.step} of {plan.total_steps}, folder {plan.run_dir}"
         + ("" if run.data.stream is None else f"\n{NOTE}")

@@ -20,7 +20,7 @@ from mimscale.checkpoint import format as checkpoint
 from mimscale.data.order import Order, batch_of, jumped, rank_positions
 from mimscale.data.wds_stream import Source, WebDatasetStream
 from mimscale.distributed.coordination import Coordinator
-from mimscale.engine.deepspeed_engine import Engine
+from mimscale.engine.base import Engine
 from mimscale.errors import Stopped, UserError, warn
 from mimscale.fault_tolerance import activations
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
@@ -54,7 +54,7 @@ class TrainContext:
 
     def live_tensors(self) -> dict[str, Tensor]:
         """This rank's part of a checkpoint: masters and moments, and what the method learned between steps."""
-        return {**self.engine.live_tensors(), **self.method.live_tensors()}
+        return {**self.engine.fragments(), **self.method.live_tensors()}
 
 
 def describe_state(context: TrainContext, state: TrainState) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def describe_state(context: TrainContext, state: TrainState) -> dict[str, Any]:
         "data": context.plan.manifest.fingerprint,
         "teachers": context.ensemble.identities(),
         "method": context.method.extra_state(),
-        **context.engine.meta(),
+        **context.engine.describe(),
     }
 
 

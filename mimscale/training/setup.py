@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
@@ -14,6 +15,7 @@ from mimscale.convert import start
 from mimscale.data import device_decode
 from mimscale.data.wds_stream import Source, open_source
 from mimscale.distributed.world import World, check_precision, from_environment
+from mimscale.engine.factory import check_backend
 from mimscale.errors import UserError
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.monitoring.damage_log import DamageLog, default_limit
@@ -37,6 +39,9 @@ class Plan:
     teachers: Mapping[str, TeacherInfo]
     steps_per_epoch: int
     total_steps: int
+    micro_batch: int  # images per rank and forward pass
+    accumulation: int  # forward passes per optimiser step
+    ds_config: Mapping[str, Any]
     command: tuple[str, ...]
 
     def lr(self, step: int) -> float:
@@ -46,8 +51,10 @@ class Plan:
 def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:
     """Every check, before a process group is opened. Raises UserError."""
     world = from_environment(run.engine.device)
-    check_precision(world.device, precision_of(load_ds_config(run.engine.ds_config)))
-    solve_micro_batch(run.schedule.global_batch, world.size, run.engine.max_micro_batch)
+    ds_config = load_ds_config(run.engine.ds_config)
+    check_precision(world.device, precision_of(ds_config))
+    check_backend(run.engine, ds_config)
+    batch = solve_micro_batch(run.schedule.global_batch, world.size, run.engine.max_micro_batch)
     teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
     for name, teacher in run.teachers.items():
         if world.device.type == "cuda" or teacher.shard:
@@ -90,7 +97,8 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
             f"the run has {total} steps and a warm-up of schedule.warmup_epochs = {run.schedule.warmup_epochs} "
             f"({run.schedule.warmup_epochs * steps_per_epoch:g} steps); lengthen the one or shorten the other"
         )
-    return Plan(run, run_dir, parent, fresh, world, manifest, teachers, steps_per_epoch, total, command)
+    lengths = (steps_per_epoch, total, *batch)
+    return Plan(run, run_dir, parent, fresh, world, manifest, teachers, *lengths, ds_config, command)
 
 
 def open_damage_log(run: RunConfig, run_dir: Path, manifest: Source, writer: RetryingWriter | None = None) -> DamageLog:
