@@ -69,7 +69,7 @@ def plant(faults: dict[str, Any], global_batch: int) -> None:
     HostBuffer.write = slow_write  # type: ignore[method-assign]
     Batch.normalised = bad_images  # type: ignore[method-assign]
     DeepSpeedEngine.forward_backward = bad_gradients  # type: ignore[method-assign, assignment]
-    TeacherEnsemble.__call__ = bad_teacher  # type: ignore[method-assign, assignment]
+    TeacherEnsemble.__call__ = bad_teacher  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
