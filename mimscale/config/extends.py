@@ -8,9 +8,10 @@ merged before overrides, defaults and validation, so a key that nobody knows sta
    (`method: {targets: {clip: null}}`). Elsewhere it is a value like any other.
 3. What the base says about something that the recipe exchanges does not carry over (`DEPENDENTS`). Another
    `method.name`, `method.masking.policy`, `method.fusion.kind`, or `library` or `model` of a teacher replaces that
-   section whole. `schedule.epochs` takes the place of `steps` and the reverse; another `schedule.kind` drops
-   `milestones`, `gamma` and `min_lr`; `student.size` drops `width`, `depth` and `heads`; other `data.shards` drop
-   `data.stream`; other `weights` drop their `sha256`.
+   section whole. `schedule.epochs` takes the place of `steps` and the reverse, `student.size` that of `width`, `depth`
+   and `heads`, `width` that of `size`. Another `schedule.kind` drops `milestones`, `gamma` and `min_lr`, another
+   `data.crop` drops `crop_scale`, `crop_ratio` and `crop_padding`, other `data.shards` drop `data.stream`, and other
+   `weights` drop their `sha256`.
 
 Teachers keep the base's order, new ones follow. A value that is the base's own may be repeated.
 """
@@ -25,8 +26,8 @@ from mimscale.errors import UserError
 WHOLE = ("*",)  # all keys of the section
 # Section -> key -> keys of the base in that section that do not fit another value of the key.
 DEPENDENTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "data": {"shards": ("stream",)},
-    "student": {"size": ("width", "depth", "heads")},
+    "data": {"shards": ("stream",), "crop": ("crop_scale", "crop_ratio", "crop_padding")},
+    "student": {"size": ("width", "depth", "heads"), "width": ("size",)},
     "init": {"weights": ("sha256",)},
     "teachers.*": {"library": WHOLE, "model": WHOLE, "weights": ("sha256",)},
     "method": {"name": WHOLE},
