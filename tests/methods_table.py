@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,17 @@ def rows() -> list[str]:
     return [*method_names(), *POLICIES]
 
 
+@cache
+def method_section(recipe: str) -> dict[str, Any]:
+    section: dict[str, Any] = read_recipe(recipe)[0]["method"]
+    return section
+
+
 def recipes_of(name: str) -> list[str]:
     """Recipes of a method or policy, without the tiny ones and the demo's."""
     found = []
     for recipe in recipe_names():
-        section = read_recipe(recipe)[0]["method"]
+        section = method_section(recipe)
         policy = section.get("masking", {}).get("policy")
         if name == (policy if policy in POLICIES else section["name"]):
             found.append(recipe)

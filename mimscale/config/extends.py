@@ -1,7 +1,9 @@
-"""`extends: BASE` in a recipe: it then holds only what differs from BASE. One level: BASE itself extends nothing.
+"""`extends: BASE` in a recipe: it then holds only what differs from BASE.
 
-BASE is the name of a recipe of this package, or a path to a YAML file relative to the file that names it. The two are
-merged before overrides, defaults and validation, so a key that nobody knows stays an error in either. The rule:
+BASE is the name of a recipe of this package, or a path to a YAML file relative to the file that names it. One level: a
+base file extends nothing, and the recipes of this package extend only such of their kind as extend nothing; a file of
+one's own may extend any of them by name. The two are merged before overrides, defaults and validation, so a key that
+nobody knows stays an error in either. The rule:
 
 1. Sections, and mappings in them, are merged key by key. Any other value, a list too, replaces the base's.
 2. `null` removes where things have names: a section (`init: null`), a teacher (`teachers: {clip: null}`) or its target

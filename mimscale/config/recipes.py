@@ -41,7 +41,8 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 def read_recipe(recipe: str) -> tuple[dict[str, Any], str | None]:
     """A recipe's values with those of its base merged in, before overrides and defaults, and what it extends.
 
-    Raises UserError for a file or a base that cannot be read, and for a base that extends something itself.
+    A file may extend any recipe of this package by its name, or a whole file; a recipe of this package extends a whole
+    one of its kind. Raises UserError where that does not hold, and for what cannot be read.
     """
     own = _read_yaml(recipe)
     if "extends" not in own:
@@ -52,15 +53,22 @@ def read_recipe(recipe: str) -> tuple[dict[str, Any], str | None]:
     if not isinstance(base, str):
         raise UserError(f"{recipe}: extends = {base!r}: must be the name of a recipe or a path that ends in .yaml")
     try:
-        values = _read_yaml(str(Path(recipe).parent / base) if _is_file(base) else base)
-        if "extends" in values:
-            raise UserError(
-                f"it extends {values['extends']} itself, and one level is all there is; extend a recipe that extends "
-                f"nothing (`mimscale train {base} --show` prints this one whole)"
-            )
-        return merged(values, own), base
+        return merged(_base_values(recipe, base), own), base
     except UserError as error:
         raise UserError(f"{recipe}: extends = {base}: {error}") from None
+
+
+def _base_values(recipe: str, base: str) -> dict[str, Any]:
+    if _is_file(recipe) and not _is_file(base):
+        return read_recipe(base)[0]
+    path = str(Path(recipe).parent / base) if _is_file(base) else base
+    values = _read_yaml(path)
+    if "extends" in values:
+        raise UserError(
+            f"it extends {values['extends']} itself; a base is the name of a recipe of this package or a whole file, "
+            f"such as `mimscale train {path} --show` prints"
+        )
+    return values
 
 
 def validate(values: Mapping[str, Any], source: str) -> RunConfig:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mimscale.config.extends import merged
-from mimscale.config.recipes import load_recipe, read_recipe
+from mimscale.config.recipes import load_recipe, read_recipe, recipe_names
 from mimscale.errors import UserError
 from tests import ranks
 
@@ -152,6 +152,26 @@ def test_bases_are_names_and_relative_paths(folder: Path, monkeypatch: pytest.Mo
     assert read_recipe(str(folder / "own.yaml"))[1] == "mae_vit_b16" and read_recipe("mae_vit_b16")[1] is None
 
 
+def test_a_file_may_extend_any_recipe_of_the_package(folder: Path) -> None:
+    """mae_vit_l16 extends mae_vit_b16."""
+    assert read_recipe("mae_vit_l16")[1] == "mae_vit_b16"
+    own = write(folder / "own.yaml", {"extends": "mae_vit_l16", "schedule": {"epochs": 3, "warmup_epochs": 1}})
+    assert load_recipe(own) == load_recipe("mae_vit_l16", ["schedule.epochs=3", "schedule.warmup_epochs=1"])
+
+
+def test_recipes_of_the_package_extend_whole_ones() -> None:
+    for name in recipe_names():
+        base = read_recipe(name)[1]
+        assert base is None or (base in recipe_names() and read_recipe(base)[1] is None), name
+
+
+def test_the_example_in_the_docs(folder: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    (folder / "own.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    changes = ["data.shards=/data/imagenet", "teachers.clip.weights=/local/clip_vit_l14.safetensors"]
+    assert load_recipe(str(folder / "own.yaml")) == load_recipe("maskalign_vit_l16", [*changes, "schedule.epochs=400"])
+
+
 def test_overrides_come_last(folder: Path) -> None:
     own = write(folder / "own.yaml", {"extends": "base.yaml", "schedule": {"steps": 13}})
     assert load_recipe(own, ["schedule.steps=14", "optim.clip=2"]).schedule.steps == 14
@@ -185,8 +205,11 @@ def test_a_run_folder_can_be_extended(folder: Path) -> None:
         ({"extends": "nothing_like_it"}, "is unknown; `mimscale recipes` lists them, a path ends in .yaml"),
         ({"extends": "none.yaml"}, "none.yaml' cannot be read: No such file"),
         ({"extends": "list.yaml"}, "list.yaml' must be a mapping of sections, found list"),
-        ({"extends": "child.yaml"}, "extends = child.yaml: it extends base.yaml itself, and one level is all there is"),
-        ({"extends": "mae_vit_l16"}, "extends = mae_vit_l16: it extends mae_vit_b16 itself"),
+        (
+            {"extends": "child.yaml"},
+            "extends = child.yaml: it extends base.yaml itself; a base is the name of a recipe",
+        ),
+        ({"extends": "grandchild.yaml"}, "extends = grandchild.yaml: it extends mae_vit_b16 itself"),
         ({"extends": "own.yaml"}, "extends = own.yaml: it extends own.yaml itself"),
         ({"extends": "circle.yaml"}, "extends = circle.yaml: it extends own.yaml itself"),
         ({"extends": 3}, "own.yaml: extends = 3: must be the name of a recipe or a path that ends in .yaml"),
@@ -211,6 +234,7 @@ def test_one_line(folder: Path, own: dict[str, Any], line: str) -> None:
     base = yaml.safe_load((folder / "base.yaml").read_text())
     write(folder / "list.yaml", [1])
     write(folder / "child.yaml", {"extends": "base.yaml"})
+    write(folder / "grandchild.yaml", {"extends": "mae_vit_b16"})
     write(folder / "circle.yaml", {"extends": "own.yaml"})
     write(folder / "wrong.yaml", {**base, "optim": {"clp": 1}})
     with pytest.raises(UserError) as error:
