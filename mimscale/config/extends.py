@@ -9,11 +9,11 @@ nobody knows stays an error in either. The rule:
 2. `null` removes where things have names: a section (`init: null`), a teacher (`teachers: {clip: null}`) or its target
    (`method: {targets: {clip: null}}`). Elsewhere it is a value like any other.
 3. What the base says about something that the recipe exchanges does not carry over (`DEPENDENTS`). Another
-   `method.name`, `method.masking.policy`, `method.fusion.kind`, or `library` or `model` of a teacher replaces that
-   section whole. `schedule.epochs` takes the place of `steps` and the reverse, `student.size` that of `width`, `depth`
-   and `heads`, `width` that of `size`. Another `schedule.kind` drops `milestones`, `gamma` and `min_lr`, another
-   `data.crop` drops `crop_scale`, `crop_ratio` and `crop_padding`, other `data.shards` drop `data.stream`, and other
-   `weights` drop their `sha256`.
+   `method.name`, `method.masking.policy`, `method.fusion.kind` or `optim.name`, or another `library` or `model` of a
+   teacher, replaces that section whole. `schedule.epochs` takes the place of `steps` and the reverse, `student.size`
+   that of `width`, `depth` and `heads`, `width` that of `size`. Another `schedule.kind` drops `milestones`, `gamma` and
+   `min_lr`, another `data.crop` drops `crop_scale`, `crop_ratio` and `crop_padding`, other `data.shards` drop
+   `data.stream`, and other `weights` drop their `sha256`.
 
 Teachers keep the base's order, new ones follow. A value that is the base's own may be repeated.
 """
@@ -35,8 +35,11 @@ DEPENDENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "method": {"name": WHOLE},
     "method.masking": {"policy": WHOLE},
     "method.fusion": {"kind": WHOLE},
+    "optim": {"name": WHOLE},
     "schedule": {"epochs": ("steps",), "steps": ("epochs",), "kind": ("milestones", "gamma", "min_lr")},
 }
+# What a recipe means that does not say. The defaults of masking and fusion are each method's own, so any is another.
+UNSAID = {"data": {"crop": "random_resized"}, "optim": {"name": "adamw"}, "schedule": {"kind": "cosine"}}
 NAMED = ((), ("teachers",), ("method", "targets"))  # mappings from names to things: the recipe itself, and two in it
 
 
@@ -65,6 +68,6 @@ def _exchanged(base: Mapping[str, Any], own: Mapping[str, Any], place: tuple[str
     section = "teachers.*" if place[:-1] == ("teachers",) else ".".join(place)
     gone: set[str] = set()
     for key, dependents in DEPENDENTS.get(section, {}).items():
-        if own.get(key) is not None and own[key] != base.get(key):
+        if own.get(key) is not None and own[key] != base.get(key, UNSAID.get(section, {}).get(key)):
             gone |= set(base) if dependents == WHOLE else set(dependents)
     return gone

@@ -11,7 +11,7 @@ SLURM can start a job again while ranks of its former turn still run on a node i
 3. The holder reads the claim again at every beat and before every rename or removal of a checkpoint. Once another name
    stands in it, the older generation writes nothing more and ends.
 
-RUN/lock is opened anew for each look, because a network file system promises fresh content only then; closing a file
+RUN/lock is opened anew for each check, because a network file system promises fresh content only then; closing a file
 drops the POSIX locks on it, so these are on a file of their own.
 """
 
@@ -161,7 +161,7 @@ class RunLock:
 
 
 def _boot() -> str | None:
-    """Tells this start of this machine's kernel from all others; two machines may have the same name."""
+    """Distinguishes this start of this machine's kernel from all others; two machines may have the same name."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else None
 

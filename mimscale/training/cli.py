@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     # here, because a recipe that is only shown does not wait for DeepSpeed
     from mimscale.monitoring.metrics import StartupTimer
     from mimscale.training.loop import train
-    from mimscale.training.setup import prepare
+    from mimscale.training.plan import prepare
 
     startup = StartupTimer()
     startup.end("imports")

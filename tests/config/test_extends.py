@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mimscale.config.extends import merged
+from mimscale.config.extends import UNSAID, merged
 from mimscale.config.recipes import load_recipe, read_recipe, recipe_names
 from mimscale.errors import UserError
 from tests import ranks
@@ -67,6 +67,20 @@ DINO = {"library": "timm", "model": "dino"}
             {"method": {"fusion": {"kind": "none"}}},
             {"method": {"fusion": {"kind": "none"}}},
         ),
+        (
+            {"optim": {"betas": [0.9, 0.95], "clip": 5.0}},
+            {"optim": {"name": "lars"}},
+            {"optim": {"name": "lars"}},
+        ),
+        (  # the default, written out
+            {"optim": {"clip": 5.0}, "schedule": {"min_lr": 1e-5}, "data": {"crop_scale": [0.5, 1.0]}},
+            {"optim": {"name": "adamw"}, "schedule": {"kind": "cosine"}, "data": {"crop": "random_resized"}},
+            {
+                "optim": {"name": "adamw", "clip": 5.0},
+                "schedule": {"kind": "cosine", "min_lr": 1e-5},
+                "data": {"crop": "random_resized", "crop_scale": [0.5, 1.0]},
+            },
+        ),
         ({"teachers": {"clip": CLIP}}, {"teachers": {"clip": DINO}}, {"teachers": {"clip": DINO}}),
         (
             {"teachers": {"clip": CLIP}},
@@ -119,6 +133,13 @@ def test_rule(base: dict[str, Any], own: dict[str, Any], wanted: dict[str, Any])
     assert merged(base, own) == wanted
     assert (base, own) == before
     assert merged(base, copy.deepcopy(base)) == base  # the base's own values may be repeated
+
+
+def test_what_a_recipe_means_that_does_not_say() -> None:
+    values = load_recipe("mae_vit_b16").dump()
+    for section, defaults in UNSAID.items():
+        assert not read_recipe("mae_vit_b16")[0][section].keys() & defaults.keys()
+        assert {key: values[section][key] for key in defaults} == defaults
 
 
 def test_order_of_teachers() -> None:
