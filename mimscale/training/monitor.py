@@ -99,8 +99,6 @@ class Monitor:
         run.logger.close()
         run.coordinator.finish_pending()
         run.coordinator.on_rank0(flush_writes, run)
-        if failure is not None:
-            raise Stopped(failure)
         run.inputs.close()
         run.coordinator.barrier()
         run.engine.close()
@@ -108,6 +106,8 @@ class Monitor:
         run.watchdog.close()
         if run.lock is not None:
             run.lock.release()
+        if failure is not None:  # the same on all ranks
+            raise Stopped(failure)
 
     # ---------------------------------------------------------------------------------------------- parts of a step
 
