@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimscale.config.deepspeed import load_ds_config
 from mimscale.config.run import RunConfig
 from mimscale.distributed.world import World
 from mimscale.engine.deepspeed_runtime import import_deepspeed
 from mimscale.engine.zero_layout import MOMENTS, Layout, refuse_unfit
 from mimscale.errors import UserError
 from mimscale.optim.param_groups import parameter_groups
-from mimscale.training.micro_batch import solve_micro_batch
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -43,26 +41,32 @@ class GuardedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-class Engine:
+class DeepSpeedEngine:
     """Thin: the loop above it holds the policy, DeepSpeed below it the mechanics.
 
     micro_batch, accumulation: solved from the recipe's global batch and the world size. skipped: whether the last step
     left the weights alone, because its gradients were not finite.
     """
 
-    def __init__(self, method: Any, run: RunConfig, world: World) -> None:
+    def __init__(
+        self,
+        method: Any,
+        run: RunConfig,
+        world: World,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        ds_config: Mapping[str, Any],
+    ) -> None:
         refuse_unfit(method)
-        self.world, self.skipped = world, False
-        self.micro_batch, self.accumulation = solve_micro_batch(
-            run.schedule.global_batch, world.size, run.engine.max_micro_batch
-        )
-        values = load_ds_config(run.engine.ds_config)
+        self.world = world
+        values = ds_config
         stage = values.get("zero_optimization", {}).get("stage", 0)
-        ds_config = {
+        full_config = {
             **values,
             "train_batch_size": run.schedule.global_batch,
-            "train_micro_batch_size_per_gpu": self.micro_batch,
-            "gradient_accumulation_steps": self.accumulation,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
             "gradient_clipping": run.optim.clip if stage else 0.0,  # always written: DeepSpeed's default is not off
             "steps_per_print": 10**12,
             "timers": {"throughput": {"enabled": False}},  # it would synchronise the device twice in every micro-step
@@ -87,7 +91,7 @@ class Engine:
             self._optimizer.clip = run.optim.clip
         deepspeed = import_deepspeed(world.device)
         self._ds, *_ = deepspeed.initialize(
-            model=method, optimizer=self._optimizer, config=ds_config, dist_init_required=False
+            model=method, optimizer=self._optimizer, config=full_config, dist_init_required=False
         )
         self.layout = Layout(self._ds)
 
@@ -107,19 +111,24 @@ class Engine:
         else:
             self._ds.optimizer.clip_grad = norm
 
-    def micro_step(
-        self, batch: Any, targets: Any, judge: Callable[[Tensor], Tensor] = lambda loss: loss
+    def forward_backward(
+        self, batch: Any, targets: Any, check_loss: Callable[[Tensor], Tensor] = lambda loss: loss
     ) -> dict[str, Tensor]:
-        """Forward, backward, and at the end of an accumulation window the step. Returns detached scalars.
-
-        judge: called between forward and backward; what it returns goes backward in place of the loss.
-        """
         outputs: Mapping[str, Tensor] = self._ds(batch, targets)
-        self._ds.backward(judge(outputs["loss"]))
+        self._ds.backward(check_loss(outputs["loss"]))
+        if not self._ds.is_gradient_accumulation_boundary():
+            self._ds.step()
+        return {name: value.detach() for name, value in outputs.items()}
+
+    def step(self, lr: float, clip: float) -> bool:
+        self.set_lr(lr)
+        self.set_clip(clip)
         skipped_before = self.skipped_steps
         self._ds.step()
-        self.skipped = self.skipped_steps > skipped_before
-        return {name: value.detach() for name, value in outputs.items()}
+        return self.skipped_steps > skipped_before
+
+    def parameters(self, prefix: str = "") -> Any:
+        raise AttributeError("see the engine's rewrite")
 
     @property
     def skipped_steps(self) -> int:
@@ -141,7 +150,7 @@ class Engine:
 
     # -------------------------------------------------------------------------------- what a checkpoint holds of it
 
-    def live_tensors(self) -> dict[str, Tensor]:
+    def fragments(self) -> dict[str, Tensor]:
         """This rank's fragments "kind|name|start", 1-D, where the optimizer has them; rank 0 adds the buffers."""
         live = {
             f"{kind}|{f.name}|{f.start}": self.layout.view(f, kind).detach()
@@ -156,9 +165,9 @@ class Engine:
 
     def tensors(self) -> dict[str, Tensor]:
         """The same as host copies."""
-        return {key: tensor.to("cpu", copy=True) for key, tensor in self.live_tensors().items()}
+        return {key: tensor.to("cpu", copy=True) for key, tensor in self.fragments().items()}
 
-    def meta(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """The manifest's part of the engine: shapes, group hyper-parameters by parameter name, counters, scaler."""
         return {
             "shapes": {**self.layout.shapes(), **{n: list(b.shape) for n, b in self.module.named_buffers()}},
@@ -184,7 +193,7 @@ class Engine:
         self._fill(reader, ("fp32",))
 
     def _fill(self, reader: Any, kinds: tuple[str, ...]) -> None:
-        theirs, ours = reader.meta["shapes"], self.meta()["shapes"]
+        theirs, ours = reader.meta["shapes"], self.describe()["shapes"]
         if theirs != ours:
             different = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n))
             raise UserError(
