@@ -219,8 +219,8 @@ def text(rows: Sequence[Row], args: argparse.Namespace) -> str:
 
 {len(rows)} faults in {runs} runs, {bad} with a wrong result.
 
-Every run is a real training of {STEPS} steps that saves every {EVERY} steps (ZeRO-2, fp32, CPU, 1 or 2 ranks). The suite
-injects one fault after another and restarts the run, as SLURM or its owner would.
+Every run is a real training of {STEPS} steps that saves every {EVERY} steps (ZeRO-2, fp32, CPU, 1 or 2 ranks). The
+suite injects one fault after another and restarts the run, as SLURM or its owner would.
 
 - *injected*: the fault happened and had an effect, of those planned. *finished*: the run reached its last step.
 - *bit-identical*: weights, moments, counters and the samples of every step equal those of an undisturbed run. A fault
