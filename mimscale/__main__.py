@@ -17,6 +17,7 @@ VERBS = {
     "train": ("mimscale.training.cli", "pre-train a student; resumes what the run folder holds"),
     "evaluate": ("mimscale.evals.cli", "kNN and linear accuracy of frozen features"),
     "convert": ("mimscale.convert.cli", "official checkpoints <-> ours <-> timm, each with an equality check"),
+    "reconstruct": ("mimscale.api.cli", "draw what a pre-trained method paints where patches are masked"),
     "doctor": ("mimscale.doctor.cli", "check this machine, a recipe, its data and its teachers"),
     "bench": ("mimscale.bench", "measurements behind the documentation's tables"),
 }

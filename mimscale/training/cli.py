@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from mimscale.config.recipes import load_recipe, recipe_names
+from mimscale.distributed.world import close_process_group
 from mimscale.monitoring.metrics import StartupTimer
 from mimscale.training.loop import train
 from mimscale.training.plan import prepare
@@ -26,5 +28,8 @@ def run(args: argparse.Namespace) -> int:
     run_dir = args.run_dir or Path("runs") / Path(args.recipe).stem
     plan = prepare(config, run_dir, args.fork, tuple(sys.argv))
     startup.end("checks")
-    train(plan, startup)
+    closing = ExitStack()
+    train(plan, startup, closing)
+    close_process_group()
+    closing.close()
     return 0
