@@ -42,6 +42,7 @@ from torch import Tensor
 
 from mimscale.checkpoint.host_buffer import HostBuffer
 from mimscale.errors import UserError
+from mimscale.files.atomic import atomic_write, rename
 from mimscale.files.hashing import sha256
 
 FORMAT = 3
@@ -119,16 +120,13 @@ def commit(temporary: Path, final: Path, shards: list[dict[str, Any]], meta: Map
     rows = ",\n".join(json.dumps(shard) for shard in shards)  # one by one: the training thread gets its turn between
     text = f'{json.dumps({"format": FORMAT, **meta})[:-1]}, "shards": [\n{rows}\n]}}'.encode()
     digest = hashlib.sha256(text).hexdigest()
-    _write(temporary / "manifest.json", text)
-    _write(temporary / "COMPLETE", digest.encode())
-    _fsync(temporary)
+    atomic_write(temporary / "manifest.json", text)
+    atomic_write(temporary / "COMPLETE", digest.encode())
     if final.exists():  # nobody resumed from it, or its step would not be reached again
         set_aside(final)
-    os.rename(temporary, final)
-    _fsync(final.parent)
-    part = final.with_name(".latest.part")
-    _write(part, json.dumps({"folder": final.name, "manifest_sha256": digest}).encode())
-    os.replace(part, final.with_name("latest.json"))
+    rename(temporary, final)
+    latest = json.dumps({"folder": final.name, "manifest_sha256": digest})
+    atomic_write(final.with_name("latest.json"), latest.encode())
 
 
 def set_aside(path: Path) -> None:
@@ -148,6 +146,8 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
             remove(path)
     for path in root.glob(".*-step-*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in root.glob(".latest.json.*.tmp*"):
+        path.unlink(missing_ok=True)
 
 
 def forget_after(root: Path, step: int) -> None:
@@ -289,28 +289,17 @@ def _manifest(path: Path) -> dict[str, Any]:
     return meta
 
 
-def load_weights(checkpoint: Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """The method's state dict: fp32 parameters and buffers, whole. ema: the student's parameters averaged.
+def load_weights(checkpoint: Path, ema: bool = False) -> dict[str, Tensor]:
+    """The method's state dict: fp32 parameters and buffers, whole.
 
-    Raises CheckpointError, and UserError where there is no average.
+    ema: the student's parameters are those of its exponential moving average, everything else is as trained. Raises
+    UserError where the checkpoint has none, CheckpointError where it is damaged.
     """
     reader = Reader(checkpoint)
-    kinds: Iterable[str] = ("fp32", "buffer", *(("ema",) if ema else ()))
-    if ema and "ema" not in reader.kinds():
-        raise UserError(f"{checkpoint} holds no moving average; its recipe has no section ema, so leave out --ema")
-    return {name: reader.full(kind, name) for kind in kinds for name in reader.names(kind)}
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    averaged = set(reader.names("ema")) if ema else set()
+    if ema and not averaged:
+        raise UserError(f"{checkpoint} has no moving average (kind ema); leave --ema out")
+    trained: Iterable[str] = ("fp32", "buffer")
+    return {
+        name: reader.full("ema" if name in averaged else kind, name) for kind in trained for name in reader.names(kind)
+    }
