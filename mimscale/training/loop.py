@@ -23,7 +23,7 @@ from mimscale.config.run import method_class
 from mimscale.convert import start
 from mimscale.data.device_prefetch import DevicePrefetcher
 from mimscale.data.loader import TrainLoader
-from mimscale.data.wds_stream import NOTE
+from mimscale.data.wds_stream import NOT_EXACT
 from mimscale.distributed.coordination import Coordinator
 from mimscale.distributed.world import close_process_group
 from mimscale.engine.deepspeed_engine import Engine
@@ -302,5 +302,5 @@ def describe_run(plan: Plan, engine: Engine, state: TrainState) -> str:
         f"{plan.world.device.type}, batch {run.schedule.global_batch} = {engine.micro_batch} x {engine.accumulation} x "
         f"{plan.world.size}, peak lr {run.schedule.peak_lr:.3g}, {plan.manifest.samples} images, "
         f"step {state.step} of {plan.total_steps}, folder {plan.run_dir}"
-        + ("" if run.data.stream is None else f"\n{NOTE}")
+        + ("" if run.data.stream is None else f"\n{NOT_EXACT}")
     )
