@@ -7,7 +7,6 @@ files yet.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mimscale.data.manifest import MANIFEST, Shard, save_manifest
 from mimscale.errors import UserError
+from mimscale.files.atomic import remove_leftovers
 
 PLAN = "plan.json"
 POLL_S = 2.0
@@ -75,12 +75,12 @@ def write_manifest(folder: Path, wait_s: float = 0.0) -> list[int]:
     deadline = time.monotonic() + wait_s
     while True:
         if (folder / MANIFEST).exists():
-            _remove_leftovers(folder)
+            remove_leftovers(folder)
             return []
         found = {n: sidecar for n in range(plan.shards) if (sidecar := read_sidecar(folder, n, plan.plan))}
         if len(found) == plan.shards:
             _save(folder, plan, found)
-            _remove_leftovers(folder)
+            remove_leftovers(folder)
             return []
         if time.monotonic() >= deadline:
             return sorted(set(range(plan.shards)) - found.keys())
@@ -96,14 +96,6 @@ def read_plan(folder: Path) -> PlanFile:
         ) from None
     except (OSError, ValidationError):
         raise UserError(f"'{folder / PLAN}' cannot be read; delete the folder and start again") from None
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of dead processes of this node; `write_atomic` says how they are named."""
-    for path in folder.glob(".*.tmp"):
-        name, _, process = path.stem.rpartition(".")
-        if name.endswith(f".{os.uname().nodename}") and process.isdecimal() and not os.path.exists(f"/proc/{process}"):
-            path.unlink(missing_ok=True)
 
 
 def _save(folder: Path, plan: PlanFile, sidecars: dict[int, Sidecar]) -> None:

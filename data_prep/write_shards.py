@@ -26,8 +26,8 @@ from data_prep.plan import Item, Plan
 from data_prep.tar import BLOCK, RECORD, padded_size
 from data_prep.write_manifest import PLAN, PlanFile, Sidecar, read_plan, read_sidecar, shard_path, write_manifest
 from mimscale.data.decode import BadImage
-from mimscale.data.manifest import write_atomic
 from mimscale.errors import UserError
+from mimscale.files.atomic import atomic_stream, atomic_write
 
 ESTIMATE_IMAGES = 500  # number of images that `estimate` processes
 
@@ -49,7 +49,7 @@ def reserve_folder(folder: Path, plan: Plan) -> None:
             others = [name for name in os.listdir(folder) if not name.startswith(f".{PLAN}")]
             if others and not (folder / PLAN).exists():  # another part may have reserved it just now
                 raise UserError(f"destination '{folder}' already holds '{others[0]}'; choose an empty or new folder")
-            write_atomic(folder / PLAN, (mine.model_dump_json(indent=1) + "\n").encode())
+            atomic_write(folder / PLAN, (mine.model_dump_json(indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"destination '{folder}' cannot be used: {error}") from None
     found = read_plan(folder)
@@ -111,23 +111,16 @@ def write_shard(
     removes the unfinished file of the other as a leftover.
     """
     path = shard_path(folder, number)
-    for leftover in folder.glob(f".{path.stem}.*.tmp"):
+    for leftover in folder.glob(f".{path.stem}.*.tmp*"):
         leftover.unlink(missing_ok=True)
-    temporary = folder / f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp"
     digest, length, contents = hashlib.sha256(), 0, Contents()
     try:
-        with open(temporary, "wb", buffering=1 << 20) as file, open_reader() as read:
+        with atomic_stream(path, buffering=1 << 20) as file, open_reader() as read:
             for piece in shard_bytes(items, read, labelled, options, contents):
                 digest.update(piece)
                 length += file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except FileNotFoundError:
         raise UserError(f"'{path}' is being written by another process too; run only one of them") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     sidecar = Sidecar(
         plan=plan_hash,
         count=len(contents.offsets),
@@ -139,7 +132,7 @@ def write_shard(
         left_out=contents.left_out,
         changed=dict(contents.changed),
     )
-    write_atomic(path.with_suffix(".json"), (sidecar.model_dump_json() + "\n").encode())
+    atomic_write(path.with_suffix(".json"), (sidecar.model_dump_json() + "\n").encode())
     return sidecar
 
 

@@ -15,13 +15,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module, resources
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mimscale.config.recipes import recipe_names
+from mimscale.config.recipes import read_recipe, recipe_names
 from mimscale.config.run import method_names
 
 ROOT = Path(__file__).parent.parent
@@ -69,11 +68,17 @@ def rows() -> list[str]:
     return [*method_names(), *POLICIES]
 
 
+@cache
+def method_section(recipe: str) -> dict[str, Any]:
+    section: dict[str, Any] = read_recipe(recipe)[0]["method"]
+    return section
+
+
 def recipes_of(name: str) -> list[str]:
     """Recipes of a method or policy, without the tiny ones and the demo's."""
     found = []
     for recipe in recipe_names():
-        section = yaml.safe_load(resources.files("mimscale.recipes").joinpath(f"{recipe}.yaml").read_text())["method"]
+        section = method_section(recipe)
         policy = section.get("masking", {}).get("policy")
         if name == (policy if policy in POLICIES else section["name"]):
             found.append(recipe)

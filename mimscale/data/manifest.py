@@ -37,6 +37,7 @@ from mimscale.data.shard_cache import CHUNK, Cache
 from mimscale.data.shard_files import ShardFiles, cache_key
 from mimscale.data.storage import Storage, is_remote, storage, with_retries
 from mimscale.errors import UserError
+from mimscale.files.atomic import atomic_write
 
 MANIFEST, INDEX, LABELS = "manifest.json", "index.npy", "labels.npy"
 MAX_REQUESTS = 16  # concurrent requests to a remote store
@@ -281,8 +282,8 @@ def _download_index(location: str, cache: Cache | None) -> Path:
                 content = _download(origin, name)
                 if hashlib.sha256(content).hexdigest() != names[name]:
                     raise OSError(f"the checksum of {name} is not the manifest's")
-                write_atomic(folder / name, content)
-        write_atomic(folder / MANIFEST, data)
+                atomic_write(folder / name, content)
+        atomic_write(folder / MANIFEST, data)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"data set '{location}' cannot be opened: {error}; check that it is complete and that you may read it"
@@ -306,16 +307,6 @@ def _open_mapped(path: Path, shape: tuple[int, ...]) -> Ints:
     return array.view(np.ndarray)  # indexing a plain array is faster than indexing a memmap
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """The file appears complete or not at all, also after a power failure."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def save_manifest(
     folder: Path,
     *,
@@ -335,7 +326,7 @@ def save_manifest(
         if array is not None:
             data = _npy(array)
             checksums[name] = hashlib.sha256(data).hexdigest()
-            write_atomic(folder / name, data)
+            atomic_write(folder / name, data)
     file = ManifestFile(
         samples=len(index),
         labelled=labels is not None,
@@ -348,7 +339,7 @@ def save_manifest(
         left_out=dict(left_out or {}),
         changed=dict(changed or {}),
     )
-    write_atomic(folder / MANIFEST, (file.model_dump_json(indent=1) + "\n").encode())
+    atomic_write(folder / MANIFEST, (file.model_dump_json(indent=1) + "\n").encode())
 
 
 def _npy(array: Ints) -> bytes:

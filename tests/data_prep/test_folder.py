@@ -28,6 +28,8 @@ from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
 
+KILLED, NEVER = 9, 10**6
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -155,37 +157,42 @@ def test_two_parts_at_once(images: Path, made: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "out") == files(made)
 
 
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("moment", range(0, 90, 5))
-def test_interrupted_and_continued(images: Path, made: Path, tmp_path: Path, moment: int, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("moment", [*range(0, 90, 5), NEVER])
+def test_interrupted_and_continued(images: Path, made: Path, tmp_path: Path, moment: int) -> None:
     """The process ends at a file-system call, without any clean-up."""
     folder = tmp_path / "out"
     plan = Plan(read_folder(images, labelled=True), seed=0, shard_mb=256, shard_samples=7)
+    child = os.fork()
+    if child == 0:
+        try:
+            end_at_call(moment)
+            write(plan, folder, unfinished(plan, folder))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WEXITSTATUS(status) == (0 if moment == NEVER else KILLED)
+    assert moment != NEVER or (folder / "manifest.json").exists()
+    assert run("folder", images, folder, "--shard-samples", 7) == 0
+    assert files(folder) == files(made)
+
+
+def end_at_call(moment: int) -> None:
+    """End this process at call number `moment` of those that rename, sync or read."""
     calls = 0
 
-    def killing(function):
+    def ending(function):
         def call(*arguments, **options):
             nonlocal calls
             calls += 1
             if calls > moment:
-                raise Killed
+                os._exit(KILLED)
             return function(*arguments, **options)
 
         return call
 
-    with monkeypatch.context() as patch:
-        for name in ("replace", "fsync", "pread"):
-            patch.setattr(os, name, killing(getattr(os, name)))
-        patch.setattr(Path, "unlink", lambda *a, **k: None)
-        try:
-            write(plan, folder, unfinished(plan, folder))
-        except Killed:
-            assert not (folder / "manifest.json").exists()
-    assert run("folder", images, folder, "--shard-samples", 7) == 0
-    assert files(folder) == files(made)
+    for name in ("replace", "fsync", "pread"):
+        setattr(os, name, ending(getattr(os, name)))
 
 
 @pytest.mark.multi
