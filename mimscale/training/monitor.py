@@ -10,7 +10,7 @@ from functools import partial
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.checkpoint.async_writer import AsyncCheckpointWriter
-from mimscale.data.wds_stream import NOTE
+from mimscale.data.wds_stream import NOT_EXACT
 from mimscale.errors import Stopped
 from mimscale.fault_tolerance import activations
 from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_marker, there
@@ -224,5 +224,5 @@ def describe_run(run: TrainContext, state: TrainState) -> str:
         f"{plan.world.size} ranks on {plan.world.device.type}, batch {config.schedule.global_batch} = "
         f"{plan.micro_batch} x {plan.accumulation} x {plan.world.size}, peak lr {config.schedule.peak_lr:.3g}, "
         f"{plan.manifest.samples} images, step {state.step} of {plan.total_steps}, folder {plan.run_dir}"
-        + ("" if config.data.stream is None else f"\n{NOTE}")
+        + ("" if config.data.stream is None else f"\n{NOT_EXACT}")
     )
