@@ -289,16 +289,20 @@ def _manifest(path: Path) -> dict[str, Any]:
     return meta
 
 
-def load_weights(checkpoint: Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """The method's state dict: fp32 parameters and buffers, whole. ema: the student's parameters averaged.
+def load_weights(checkpoint: Path, ema: bool = False) -> dict[str, Tensor]:
+    """The method's state dict: fp32 parameters and buffers, whole.
 
-    Raises CheckpointError, and UserError where there is no average.
+    ema: the student's parameters are those of its exponential moving average, everything else is as trained. Raises
+    UserError where the checkpoint has none, CheckpointError where it is damaged.
     """
     reader = Reader(checkpoint)
-    kinds: Iterable[str] = ("fp32", "buffer", *(("ema",) if ema else ()))
-    if ema and "ema" not in reader.kinds():
-        raise UserError(f"{checkpoint} holds no moving average; its recipe has no section ema, so leave out --ema")
-    return {name: reader.full(kind, name) for kind in kinds for name in reader.names(kind)}
+    averaged = set(reader.names("ema")) if ema else set()
+    if ema and not averaged:
+        raise UserError(f"{checkpoint} has no moving average (kind ema); leave --ema out")
+    trained: Iterable[str] = ("fp32", "buffer")
+    return {
+        name: reader.full("ema" if name in averaged else kind, name) for kind in trained for name in reader.names(kind)
+    }
 
 
 def _write(path: Path, content: bytes) -> None:
