@@ -1,4 +1,4 @@
-"""What the rooms of this package hand to each other: noise, batches, targets, and what a method asks for.
+"""What the packages hand to each other: noise, batches, targets, and what a method asks for.
 
 Nothing here computes. Data fills a `Batch`, a teacher fills `Targets`, a masking policy fills `Masks`, a method states
 its `Needs`; none of them imports the others.
@@ -226,7 +226,7 @@ class StepInfo:
 
     step: how many were taken or skipped, with this one.  total: of the run.
     skipped: whether the weights were left alone, because the loss or a gradient was not finite, or the loss spiked.
-    loss: fp32 scalar on the device, mean over this rank's micro-batches.
+    scalars: what the method returned for each micro-batch of this rank, fp32 0-dim tensors on the device.
     batch, targets: the last micro-batch of this rank, on the device.
     parameters: name prefix -> (name, whole value) of the method's parameters as the next forward pass will use them;
         every rank must take all of them, see `mimscale.engine.base.Engine.parameters`.
@@ -235,10 +235,15 @@ class StepInfo:
     step: int
     total: int
     skipped: bool
-    loss: Tensor
+    scalars: tuple[Mapping[str, Tensor], ...]
     batch: Batch
     targets: Mapping[str, Targets]
     parameters: Callable[[str], Iterator[tuple[str, Tensor]]]
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean over this rank's micro-batches, fp32 scalar on the device."""
+        return torch.stack([scalars["loss"] for scalars in self.scalars]).mean()
 
 
 @dataclass(frozen=True)

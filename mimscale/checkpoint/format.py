@@ -4,7 +4,7 @@
         shard-00000-of-00008.safetensors ...   one per rank that wrote
         manifest.json                          every file's size and sha256, every fragment's place, the train state
         COMPLETE                               the sha256 of manifest.json; written last
-    <run>/checkpoints/latest.json              names the newest; for people and scripts, a resume looks for itself
+    <run>/checkpoints/latest.json              names the newest; for people and scripts; a resume lists the folder
 
 A *fragment* is a contiguous run of one flattened named parameter, for one kind of number:
     fp32      the master weight, float32
@@ -158,7 +158,7 @@ def forget_after(root: Path, step: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; half-deleted it must not look complete."""
+    """Delete a checkpoint; a half-deleted one must not seem complete."""
     doomed = path.with_name(f".old-{path.name}-{time.time_ns():x}")
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -34,7 +34,7 @@ from mimscale.masking._amt_table import Ints, Table
 from mimscale.masking.attention import attentive_order
 from mimscale.masking.base import Counts, Masking, MaskingConfig, check_unit
 from mimscale.masking.random import Random
-from mimscale.types import Batch, Masks, Needs, Noise, Targets, TeacherInfo, normalised
+from mimscale.types import Batch, Masks, Needs, Noise, StepInfo, Targets, TeacherInfo, normalised
 
 UNKNOWN = 255  # what every patch starts with: the release's ones
 
@@ -151,7 +151,7 @@ class AMT(Masking):
         return through_crop(stored, *box)
 
     @torch.no_grad()
-    def after_step(self, batch: Batch, student: nn.Module) -> None:
+    def after_step(self, info: StepInfo, student: nn.Module) -> None:
         """Look at the step's whole images with the student as it is now.
 
         All ranks pass equally many through it, padded with blank ones: ZeRO-3 gathers parameters in each pass. A row
@@ -166,7 +166,7 @@ class AMT(Masking):
             return
         images = torch.cat([part.images for part in whole]).to(self.table.rows.device, non_blocking=True)
         padded = torch.cat([images, images.new_zeros(total - len(images), *images.shape[1:])])
-        passes = [student(normalised(part), attention=True).attention for part in padded.split(len(batch.ids))]
+        passes = [student(normalised(part), attention=True).attention for part in padded.split(len(info.batch.ids))]
         importance = importance_of(torch.cat(passes)[: len(images)])
         valid = importance.isfinite().all(dim=1)
         self.table.write(ids, places, as_bytes(importance.nan_to_num()), valid)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mimscale.config.base import Fraction, Strict
 from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
-from mimscale.types import Batch, Masks, Needs, Targets, TeacherInfo, TeacherNeeds
+from mimscale.types import Batch, Masks, Needs, StepInfo, Targets, TeacherInfo, TeacherNeeds
 
 
 class MaskingConfig(Strict):
@@ -107,7 +107,7 @@ class Masking:
         """Every micro-batch in host memory, before it goes to the device; with what `choose` will want. Collective."""
         return batch
 
-    def after_step(self, batch: Batch, student: nn.Module) -> None:
+    def after_step(self, info: StepInfo, student: nn.Module) -> None:
         """Called once after each optimiser step, on every rank, with the last micro-batch. May communicate."""
 
     def live_tensors(self) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from mimscale.models.convvit import ConvViT
 from mimscale.models.patches import unnormalised
 from mimscale.models.token_selection import Raster
 from mimscale.models.vit import ViT
-from mimscale.types import Batch, Needs, Noise, Targets, TeacherInfo, TeacherNeeds, View
+from mimscale.types import Batch, Needs, Noise, StepInfo, Targets, TeacherInfo, TeacherNeeds, View
 
 
 class Method(nn.Module):
@@ -84,7 +84,7 @@ class Method(nn.Module):
         """Called with every micro-batch while it is in host memory, for what a method learned of its samples."""
         return batch
 
-    def after_step(self, batch: Batch) -> None:
+    def after_step(self, info: StepInfo) -> None:
         """Called once after each optimiser step, for what a method learns between steps."""
 
     def live_tensors(self) -> dict[str, Tensor]:
@@ -195,8 +195,8 @@ class MaskedMethod(Method):
     def prepare(self, batch: Batch) -> Batch:
         return self.masking.prepare(batch)
 
-    def after_step(self, batch: Batch) -> None:
-        self.masking.after_step(batch, self.student)
+    def after_step(self, info: StepInfo) -> None:
+        self.masking.after_step(info, self.student)
 
     def live_tensors(self) -> dict[str, Tensor]:
         return self.masking.live_tensors()

@@ -9,7 +9,7 @@ from pathlib import Path
 from mimscale.config.recipes import load_recipe, recipe_names
 from mimscale.monitoring.metrics import StartupTimer
 from mimscale.training.loop import train
-from mimscale.training.setup import prepare
+from mimscale.training.plan import prepare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from mimscale.__main__ import end_process, main
 from mimscale.distributed.world import close_process_group
-from mimscale.training import loop
+from mimscale.training import monitor
 
 if __name__ == "__main__":
-    loop.close_process_group = lambda: None  # DeepSpeed holds on to the first group, so all runs share it
+    monitor.close_process_group = lambda: None  # DeepSpeed holds on to the first group, so all runs share it
     code = max(main(["train", *words]) for words in json.loads(Path(sys.argv[1]).read_text()))
     close_process_group()
     end_process(code)
