@@ -36,7 +36,7 @@ _USED: dict[int, tuple[str, ...]] = {  # besides what `_map` reads
 
 
 class LayoutError(RuntimeError):
-    """The installed DeepSpeed does not keep its state where this file looks for it."""
+    """The installed DeepSpeed keeps its state elsewhere than this file expects."""
 
 
 @dataclass(frozen=True, eq=False)
