@@ -10,6 +10,8 @@ flat(parameter)[start : start + length]:
     stage 0     the leaf is the parameter; replicated, so rank (index mod world) writes it
     stage 1, 2  one leaf per group: the group's parameters concatenated, padded, and cut into equal pieces
     stage 3     one leaf per sub-group: this rank's equal slice of each parameter, padded per parameter
+
+The optimiser's state and the student's moving average are kept per leaf, in the leaf's shape, so the same offsets hold.
 """
 
 from __future__ import annotations
