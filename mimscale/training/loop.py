@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -47,7 +47,7 @@ from mimscale.teachers.prefetcher import TeacherPrefetcher
 from mimscale.training.recovery import TrainContext, describe_state, explain, flush_writes, restore, roll_back
 from mimscale.training.setup import Plan, open_damage_log
 from mimscale.training.state import TrainState
-from mimscale.types import Batch, Targets
+from mimscale.types import Batch, StepInfo, Targets
 
 
 def train(plan: Plan, startup: StartupTimer) -> None:
@@ -113,7 +113,7 @@ def train(plan: Plan, startup: StartupTimer) -> None:
     while state.step < plan.total_steps:
         engine.set_lr(plan.lr(state.step))
         engine.set_clip(guard.clip(run.optim.clip))
-        ids = list[Tensor]()
+        ids, losses = list[Tensor](), list[Tensor]()
         for _ in range(engine.accumulation):
             timer.enter(WAITING)
             raw = prefetcher.next_batch()
@@ -122,8 +122,12 @@ def train(plan: Plan, startup: StartupTimer) -> None:
             damage_log.add(raw.damage)
             timer.enter(FORWARD)
             batch, targets = prefetcher.targets()
-            throughput.add(engine.micro_step(batch, targets, judge), images=len(batch.ids) * world.size)
-        method.after_step(batch)
+            scalars = engine.micro_step(batch, targets, judge)
+            losses.append(scalars["loss"])
+            throughput.add(scalars, images=len(batch.ids) * world.size)
+        loss = torch.stack(losses).mean()
+        info = StepInfo(state.step + 1, plan.total_steps, engine.skipped, loss, batch, targets, no_parameters)
+        method.after_step(info)
         state = state.advanced(run.schedule.global_batch, timer.lap())
         watch.beat(state.step)
         timer.enter(BETWEEN)
@@ -166,6 +170,10 @@ def train(plan: Plan, startup: StartupTimer) -> None:
     watch.close()
     if lock is not None:
         lock.release()
+
+
+def no_parameters(prefix: str) -> Iterator[tuple[str, Tensor]]:
+    raise NotImplementedError("the engine does not offer whole parameters yet")
 
 
 def open_prefetcher(context: TrainContext, state: TrainState) -> tuple[TrainLoader, TeacherPrefetcher]:

@@ -54,7 +54,7 @@ class TrainContext:
 
     def live_tensors(self) -> dict[str, Tensor]:
         """This rank's part of a checkpoint: masters and moments, and what the method learned between steps."""
-        return {**self.engine.live_tensors(), **self.method.live_tensors()}
+        return {**self.engine.live_tensors(), **self.method.fragments()}
 
 
 def describe_state(context: TrainContext, state: TrainState) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def load_newest(
         refuse_other_inputs(reader, context.plan, context.ensemble)
         control.on_all_ranks(context.engine.load, reader)
         context.engine.finish_load(reader)
-        control.on_all_ranks(reader.fill, context.method.live_tensors())
+        control.on_all_ranks(reader.fill, context.method.fragments())
         context.method.load_extra_state(reader.meta["method"])
         done("load")
         state = TrainState.load(reader.meta["state"])

@@ -181,7 +181,7 @@ def test_labels_and_stable_ids_are_refused(shards: Path, tmp_path: Path) -> None
         Manifest.load(every(shards))
     words = [f"data.shards={every(shards)}", "data.stream.samples=80", "data.workers=0", "method.masking.policy=amt"]
     recipe = ranks.recipe(tmp_path, shards, "mae")
-    with pytest.raises(UserError, match="amt keeps numbers for each sample"):
+    with pytest.raises(UserError, match="amt stores importance per sample"):
         prepare(load_recipe(str(recipe), words), tmp_path / "run", None, ())
 
 
