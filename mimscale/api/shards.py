@@ -88,7 +88,9 @@ class Shards:
             raise UserError(f"size = {size}: a batch has at least one image")
         stored = self._manifest.labels
         if labels and (stored is None or stored.min() < 0):
-            raise UserError(f"{self._manifest.location} has samples without labels; leave labels out, or set it to False")
+            raise UserError(
+                f"{self._manifest.location} has samples without labels; leave labels out, or set it to False"
+            )
         if workers is None:
             workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         batches = eval_batches(self._manifest, image_size, batch=size, workers=workers, crop_pct=crop_pct)
