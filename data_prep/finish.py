@@ -6,7 +6,6 @@ matters on network file systems, where two writers that end at the same moment m
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mimscale.data.manifest import MANIFEST, Shard, save_manifest
 from mimscale.errors import UserError
+from mimscale.files.atomic import remove_leftovers
 
 PLAN = "plan.json"
 POLL_S = 2.0
@@ -73,12 +73,12 @@ def finish(folder: Path, wait_s: float = 0.0) -> list[int]:
     deadline = time.monotonic() + wait_s
     while True:
         if (folder / MANIFEST).exists():
-            _sweep(folder)
+            remove_leftovers(folder)
             return []
         found = {number: sidecar for number in range(plan.shards) if (sidecar := finished(folder, number, plan.plan))}
         if len(found) == plan.shards:
             _save(folder, plan, found)
-            _sweep(folder)
+            remove_leftovers(folder)
             return []
         if time.monotonic() >= deadline:
             return sorted(set(range(plan.shards)) - found.keys())
@@ -92,14 +92,6 @@ def read_plan(folder: Path) -> PlanFile:
         raise UserError(f"'{folder}' has no {PLAN}, so nothing was begun there; is it the right folder?") from None
     except (OSError, ValidationError):
         raise UserError(f"'{folder / PLAN}' cannot be read; delete the folder and start again") from None
-
-
-def _sweep(folder: Path) -> None:
-    """Take away what killed processes of this node left behind; see the names in `write_atomic`."""
-    for path in folder.glob(".*.tmp"):
-        name, _, process = path.stem.rpartition(".")
-        if name.endswith(f".{os.uname().nodename}") and process.isdecimal() and not os.path.exists(f"/proc/{process}"):
-            path.unlink(missing_ok=True)
 
 
 def _save(folder: Path, plan: PlanFile, sidecars: dict[int, Sidecar]) -> None:

@@ -26,8 +26,8 @@ from data_prep.plan import Item, Plan
 from data_prep.read import Read, reader
 from data_prep.tar import BLOCK, RECORD, padded
 from mimscale.data.decode import BadImage
-from mimscale.data.manifest import write_atomic
 from mimscale.errors import UserError
+from mimscale.files.atomic import atomic_stream, atomic_write
 
 TRIED = 500  # pictures from which the time is estimated
 
@@ -49,7 +49,7 @@ def open_folder(folder: Path, plan: Plan) -> None:
             others = [name for name in os.listdir(folder) if not name.startswith(f".{PLAN}")]
             if others and not (folder / PLAN).exists():  # another part may just have claimed it
                 raise UserError(f"destination '{folder}' already holds '{others[0]}'; choose an empty or new folder")
-            write_atomic(folder / PLAN, (mine.model_dump_json(indent=1) + "\n").encode())
+            atomic_write(folder / PLAN, (mine.model_dump_json(indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"destination '{folder}' cannot be used: {error}") from None
     found = read_plan(folder)
@@ -105,23 +105,16 @@ def write_shard(folder: Path, number: int, items: list[Item], labelled: bool, pl
     another process writes the same shard: each takes the other's unfinished file for a leftover.
     """
     path = shard_path(folder, number)
-    for leftover in folder.glob(f".{path.stem}.*.tmp"):
+    for leftover in folder.glob(f".{path.stem}.*.tmp*"):
         leftover.unlink(missing_ok=True)
-    temporary = folder / f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp"
     digest, length, contents = hashlib.sha256(), 0, Contents()
     try:
-        with open(temporary, "wb", buffering=1 << 20) as file, reader() as read:
+        with atomic_stream(path, buffering=1 << 20) as file, reader() as read:
             for piece in shard_bytes(items, read, labelled, how, contents):
                 digest.update(piece)
                 length += file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except FileNotFoundError:
         raise UserError(f"'{path}' is being written by another process too; let one of them go on") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     sidecar = Sidecar(
         plan=plan_hash,
         count=len(contents.offsets),
@@ -133,7 +126,7 @@ def write_shard(folder: Path, number: int, items: list[Item], labelled: bool, pl
         left_out=contents.left_out,
         changed=dict(contents.changed),
     )
-    write_atomic(path.with_suffix(".json"), (sidecar.model_dump_json() + "\n").encode())
+    atomic_write(path.with_suffix(".json"), (sidecar.model_dump_json() + "\n").encode())
     return sidecar
 
 

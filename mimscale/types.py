@@ -1,4 +1,4 @@
-"""What the rooms of this package hand to each other: noise, batches, targets, and what a method asks for.
+"""What the packages hand to each other: noise, batches, targets, and what a method asks for.
 
 Nothing here computes. Data fills a `Batch`, a teacher fills `Targets`, a masking policy fills `Masks`, a method states
 its `Needs`; none of them imports the others.

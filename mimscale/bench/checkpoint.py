@@ -24,19 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from mimscale.bench._report import origin, table
 
-    shapes = parameter_sizes(args.recipe)
+    shapes, kinds = parameter_sizes(args.recipe), kinds_of(args.recipe)
     rows: list[list[str]] = []
     starts: list[list[str]] = []
     for world in args.ranks:
         folder = Path(tempfile.mkdtemp(prefix="bench-", dir=args.folder))
         try:
-            row, start = measure(shapes, world, folder)
+            row, start = measure(shapes, kinds, world, folder)
             rows.append(row)
             starts.append(start)
         finally:
             shutil.rmtree(folder)
     heads = ["ranks", "files", "GB in all", "manifest MB", "copy s", "write s", "commit s", "open s", "read share s"]
-    print(f"{args.recipe}: {sum(shapes.values()) / 1e6:.0f} M parameters, fp32 master and two moments\n")
+    print(f"{args.recipe}: {sum(shapes.values()) / 1e6:.0f} M parameters, of each {', '.join(kinds)} in float32\n")
     print(table(heads, rows) + "\n")
     heads = [
         "ranks",
@@ -66,6 +66,14 @@ def parameter_sizes(recipe: str) -> dict[str, int]:
     return {name: parameter.numel() for name, parameter in method.named_parameters()}
 
 
+def kinds_of(recipe: str) -> tuple[str, ...]:
+    """What a checkpoint keeps of each parameter, all float32."""
+    from mimscale.config.recipes import load_recipe
+    from mimscale.optim.optimizers.base import optimizer_class
+
+    return ("fp32", *optimizer_class(load_recipe(recipe).optim.name).STATES)
+
+
 def cut(sizes: dict[str, int], rank: int, world: int) -> list[tuple[str, int, int]]:
     """(name, start, length) of a rank's equal slice of each parameter, as ZeRO-3 has them."""
     slices = []
@@ -77,7 +85,7 @@ def cut(sizes: dict[str, int], rank: int, world: int) -> list[tuple[str, int, in
     return slices
 
 
-def measure(sizes: dict[str, int], world: int, folder: Path) -> tuple[list[str], list[str]]:
+def measure(sizes: dict[str, int], kinds: tuple[str, ...], world: int, folder: Path) -> tuple[list[str], list[str]]:
     """A row of what a checkpoint costs, and one of what its manifest costs at a start."""
     import pickle
 
@@ -89,7 +97,7 @@ def measure(sizes: dict[str, int], world: int, folder: Path) -> tuple[list[str],
     live = {
         f"{kind}|{name}|{start}": torch.full((length,), 0.5)
         for name, start, length in cut(sizes, 0, world)
-        for kind in checkpoint.KINDS
+        for kind in kinds
     }
     copy = HostBuffer(live)
     copy_s, _ = timed(lambda: copy.fill(live))
@@ -99,9 +107,9 @@ def measure(sizes: dict[str, int], world: int, folder: Path) -> tuple[list[str],
     shards: list[dict[str, Any]] = []
     for rank in range(world):
         pieces = cut(sizes, rank, world)
-        rows = [[list(checkpoint.KINDS), *piece] for piece in pieces]
+        rows = [[list(kinds), *piece] for piece in pieces]
         name = checkpoint.shard_name(rank, world)
-        bytes_here = size if rank == 0 else 12 * sum(length for _, _, length in pieces)
+        bytes_here = size if rank == 0 else 4 * len(kinds) * sum(length for _, _, length in pieces)
         if rank:
             with (temporary / name).open("wb") as file:
                 file.truncate(bytes_here)

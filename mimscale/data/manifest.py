@@ -37,6 +37,7 @@ from mimscale.data.shard_cache import CHUNK, Cache
 from mimscale.data.shard_files import ShardFiles, cache_key
 from mimscale.data.storage import Storage, is_remote, patiently, storage
 from mimscale.errors import UserError
+from mimscale.files.atomic import atomic_write
 
 MANIFEST, INDEX, LABELS = "manifest.json", "index.npy", "labels.npy"
 LOOKS = 16  # requests at a time to a remote store
@@ -280,8 +281,8 @@ def _fetched(place: str, cache: Cache | None) -> Path:
                 content = _whole_file(origin, name)
                 if hashlib.sha256(content).hexdigest() != names[name]:
                     raise OSError(f"the checksum of {name} is not the manifest's")
-                write_atomic(folder / name, content)
-        write_atomic(folder / MANIFEST, data)
+                atomic_write(folder / name, content)
+        atomic_write(folder / MANIFEST, data)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"data set '{place}' cannot be opened: {error}; is it complete, and may you read it?") from None
     return folder
@@ -303,16 +304,6 @@ def _map(path: Path, shape: tuple[int, ...]) -> Ints:
     return array.view(np.ndarray)  # a plain array over the same mapping is faster to index
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """The file appears whole or not at all, also after a power failure."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def save_manifest(
     folder: Path,
     *,
@@ -332,7 +323,7 @@ def save_manifest(
         if array is not None:
             data = _npy(array)
             checksums[name] = hashlib.sha256(data).hexdigest()
-            write_atomic(folder / name, data)
+            atomic_write(folder / name, data)
     file = ManifestFile(
         samples=len(index),
         labelled=labels is not None,
@@ -345,7 +336,7 @@ def save_manifest(
         left_out=dict(left_out or {}),
         changed=dict(changed or {}),
     )
-    write_atomic(folder / MANIFEST, (file.model_dump_json(indent=1) + "\n").encode())
+    atomic_write(folder / MANIFEST, (file.model_dump_json(indent=1) + "\n").encode())
 
 
 def _npy(array: Ints) -> bytes:

@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from mimscale.data.config import DataConfig
 from mimscale.data.storage import patiently
 from mimscale.errors import UserError
+from mimscale.files.atomic import atomic_stream, atomic_write, remove_leftovers
 
 Read = Callable[[int, int], bytes]  # (offset, size)
 CHUNK = 8 << 20
@@ -52,7 +54,7 @@ class Cache:
 
     def want(self, keys: Iterable[str]) -> None:
         """What this process needs; replaces what it said before."""
-        self._write(self.folder / "wanted" / str(os.getpid()), json.dumps(sorted(keys)).encode())
+        atomic_write(self.folder / "wanted" / str(os.getpid()), json.dumps(sorted(keys)).encode())
 
     def fetch(self, key: str, size: int, sha256: str | None, read: Read) -> bool:
         """Get a shard unless it is there, or there is no room, or another process is getting it. True: it is there.
@@ -70,14 +72,12 @@ class Cache:
             if not self._claimed(temporary, size):
                 return False
             try:
-                _copy(temporary, size, sha256, read)
-                os.replace(temporary, self.path(key))
+                with atomic_stream(self.path(key), temporary) as file:
+                    _copy(file, size, sha256, read)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     return False
                 raise
-            finally:
-                temporary.unlink(missing_ok=True)
             return True
 
     def drop(self, key: str) -> None:
@@ -89,6 +89,7 @@ class Cache:
         for path in (self.folder / "shards").glob(".*.tmp"):
             if not _alive(path.name.split(".")[-2]):
                 path.unlink(missing_ok=True)
+        remove_leftovers(self.folder / "wanted")
         self._wanted()
 
     def _wanted(self) -> set[str]:
@@ -139,21 +140,13 @@ class Cache:
                 return
             yield True
 
-    def _write(self, path: Path, data: bytes) -> None:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
 
-
-def _copy(path: Path, size: int, sha256: str | None, read: Read) -> None:
+def _copy(file: BinaryIO, size: int, sha256: str | None, read: Read) -> None:
     digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for offset in range(0, size, CHUNK):
-            chunk = patiently(partial(whole, read, offset, min(CHUNK, size - offset)))
-            digest.update(chunk)
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    for offset in range(0, size, CHUNK):
+        chunk = patiently(partial(whole, read, offset, min(CHUNK, size - offset)))
+        digest.update(chunk)
+        file.write(chunk)
     if sha256 is not None and digest.hexdigest() != sha256:
         raise OSError(f"sha256 {digest.hexdigest()}, not {sha256}: it is damaged, or another shard")
 

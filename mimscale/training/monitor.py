@@ -1,4 +1,4 @@
-"""Everything that a run does besides training: watch the ranks, judge the step, log, draw, save, roll back and stop."""
+"""Everything that a run does besides training: watch the ranks, check the step, log, draw, save, roll back and stop."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Monitor:
         if info.step % GC_EVERY == 0:
             gc.collect()
 
-        rolled_back = self._judge_step(state, info)
+        rolled_back = self._check_step(state, info)
         if rolled_back is not None:
             state = rolled_back
             if state.step < info.step:
@@ -99,8 +99,6 @@ class Monitor:
         run.logger.close()
         run.coordinator.finish_pending()
         run.coordinator.on_rank0(flush_writes, run)
-        if failure is not None:
-            raise Stopped(failure)
         run.inputs.close()
         run.coordinator.barrier()
         run.engine.close()
@@ -108,10 +106,12 @@ class Monitor:
         run.watchdog.close()
         if run.lock is not None:
             run.lock.release()
+        if failure is not None:  # the same on all ranks
+            raise Stopped(failure)
 
     # ---------------------------------------------------------------------------------------------- parts of a step
 
-    def _judge_step(self, state: TrainState, info: StepInfo) -> TrainState | None:
+    def _check_step(self, state: TrainState, info: StepInfo) -> TrainState | None:
         """Explain a skipped step. After a row of them: the state of an older checkpoint, else None."""
         run = self._run
         if run.guard.reads_norm_at(info.step):

@@ -15,6 +15,7 @@ from mimscale.convert import start
 from mimscale.data import device_decode
 from mimscale.data.wds_stream import Source, open_source
 from mimscale.distributed.world import World, check_precision, from_environment
+from mimscale.engine.factory import check_backend
 from mimscale.errors import UserError
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.monitoring.damage_log import DamageLog, default_limit
@@ -58,6 +59,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     world = from_environment(config.engine.device)
     ds_config = load_ds_config(config.engine.ds_config)
     check_precision(world.device, precision_of(ds_config))
+    check_backend(config.engine, ds_config)
     batch = config.schedule.global_batch
     micro_batch, accumulation = solve_micro_batch(batch, world.size, config.engine.max_micro_batch)
     teachers = {name: describe(name, teacher, config.data.image_size) for name, teacher in config.teachers.items()}

@@ -10,8 +10,7 @@ from mimscale.checkpoint import run_folder
 from mimscale.config.run import method_class
 from mimscale.convert import start
 from mimscale.distributed.coordination import Coordinator
-from mimscale.engine.deepspeed_engine import DeepSpeedEngine
-from mimscale.engine.deepspeed_runtime import open_process_group
+from mimscale.engine.factory import make_engine, open_process_group
 from mimscale.engine.sharded_module import split_over_ranks
 from mimscale.fault_tolerance.preemption import Preemption
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
@@ -44,11 +43,11 @@ def build(plan: Plan, startup: StartupTimer) -> TrainContext:
 
     lock = RunLock(plan.run_dir) if world.rank == 0 else None
     startup.end("lock")
-    open_process_group(world)
+    open_process_group(world, config.engine)
     watchdog.coordinator = coordinator = Coordinator()
     startup.end("process_group")
 
-    engine = DeepSpeedEngine(
+    engine = make_engine(
         method,
         config,
         world,

@@ -102,7 +102,7 @@ def test_leftovers_of_dead_processes_of_this_node_are_taken_away(plan: Plan, tmp
     gone = subprocess.Popen(["true"])
     gone.wait()
     owners = (f"{node}.{gone.pid}", f"{node}.{os.getppid()}", "elsewhere.1")
-    names = [f".manifest.json.{owner}.tmp" for owner in owners]
+    names = [f".manifest.json.{owner}.0a1b2c3d.tmp.json" for owner in owners]
     for name in names:
         (out / name).write_text("half")
     assert main(["finish", str(out)]) == 0

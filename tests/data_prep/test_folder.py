@@ -28,6 +28,8 @@ from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
 
+KILLED, NEVER = 9, 10**6
+
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -155,39 +157,42 @@ def test_two_parts_at_once(pictures: Path, made: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "out") == files(made)
 
 
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("moment", range(0, 90, 5))
-def test_interrupted_anywhere_and_continued(
-    pictures: Path, made: Path, tmp_path: Path, moment: int, monkeypatch, capsys
-) -> None:
-    """The process stops dead at a file-system call: nothing after it happens, no clean-up either."""
+@pytest.mark.parametrize("moment", [*range(0, 90, 5), NEVER])
+def test_interrupted_anywhere_and_continued(pictures: Path, made: Path, tmp_path: Path, moment: int) -> None:
+    """The process ends at a file-system call: nothing after it happens, no clean-up either."""
     folder = tmp_path / "out"
     plan = Plan(read_folder(pictures, labelled=True), seed=0, shard_mb=256, shard_samples=7)
+    child = os.fork()
+    if child == 0:
+        try:
+            end_at_call(moment)
+            write(plan, folder, unfinished(plan, folder))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WEXITSTATUS(status) == (0 if moment == NEVER else KILLED)
+    assert moment != NEVER or (folder / "manifest.json").exists()
+    assert run("folder", pictures, folder, "--shard-samples", 7) == 0
+    assert files(folder) == files(made)
+
+
+def end_at_call(moment: int) -> None:
+    """End this process at the call of that number which renames, syncs or reads."""
     calls = 0
 
-    def dying(function):
+    def ending(function):
         def call(*arguments, **options):
             nonlocal calls
             calls += 1
             if calls > moment:
-                raise Killed
+                os._exit(KILLED)
             return function(*arguments, **options)
 
         return call
 
-    with monkeypatch.context() as patch:
-        for name in ("replace", "fsync", "pread"):
-            patch.setattr(os, name, dying(getattr(os, name)))
-        patch.setattr(Path, "unlink", lambda *a, **k: None)
-        try:
-            write(plan, folder, unfinished(plan, folder))
-        except Killed:
-            assert not (folder / "manifest.json").exists()
-    assert run("folder", pictures, folder, "--shard-samples", 7) == 0
-    assert files(folder) == files(made)
+    for name in ("replace", "fsync", "pread"):
+        setattr(os, name, ending(getattr(os, name)))
 
 
 @pytest.mark.multi

@@ -86,7 +86,7 @@ class Soak:
         bench.random.shuffle(self._queue)
 
     def next_run(self) -> bool:
-        """Strike one run as often as there is room, and judge it. False when no faults are left."""
+        """Strike one run as often as there is room, and check it. False when no faults are left."""
         if self._alone:
             self._strike_alone(self._alone.pop())
         elif self._queue or self._last:

@@ -25,7 +25,7 @@ def ddp(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> tuple[Path, d
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_loss_curve_equals_ddp(stage: int, ddp: tuple[Path, dict[str, list[float]]], tmp_path: Path) -> None:
     recipe, reference = ddp
-    watched = ["log.panels=5", "log.tensorboard=true"]  # looking at a run must not change it
+    watched = ["log.panels=5", "log.tensorboard=true"]  # drawing panels must not change a run
     ranks.train(2, recipe, tmp_path / "run", f"engine.ds_config=cpu_zero{stage}_fp32", *watched)
     assert list(ranks.curve(tmp_path / "run").values()) == pytest.approx(reference["loss"], abs=1e-6)
     assert list(ranks.curve(tmp_path / "run", "grad_norm").values()) == pytest.approx(reference["norm"], rel=1e-5)
