@@ -16,12 +16,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mimscale.config.recipes import load_recipe, recipe_names
+from mimscale.config.recipes import read_recipe, recipe_names
 from mimscale.config.run import method_names
 
 ROOT = Path(__file__).parent.parent
@@ -72,15 +72,15 @@ def rows() -> list[str]:
     return [*method_names(), *POLICIES]
 
 
-@lru_cache
+@cache
 def recipes_by_row() -> dict[str, list[str]]:
     """Method or policy -> its recipes, without the tiny ones and the demo's."""
     found: dict[str, list[str]] = {}
     for recipe in recipe_names():
         if not (recipe.startswith("demo_") or recipe.endswith("_tiny")):
-            method: Any = load_recipe(recipe).method
-            policy = getattr(getattr(method, "masking", None), "policy", None)
-            found.setdefault(policy if policy in POLICIES else method.name, []).append(recipe)
+            section = read_recipe(recipe)[0]["method"]
+            policy = section.get("masking", {}).get("policy")
+            found.setdefault(policy if policy in POLICIES else section["name"], []).append(recipe)
     return found
 
 

@@ -13,7 +13,7 @@ import pytest
 import mimscale
 from tests.test_imports import LEVELS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 GUIDES = (
     "README.md",
     "CONTRIBUTING.md",
