@@ -24,7 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("monitoring",),
     ("convert",),
     ("evals", "training"),
-    ("doctor", "bench"),
+    ("doctor", "bench", "api"),
     ("__init__",),
     ("__main__",),
 )

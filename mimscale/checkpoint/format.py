@@ -4,13 +4,14 @@
         shard-00000-of-00008.safetensors ...   one per rank that wrote
         manifest.json                          every file's size and sha256, every fragment's place, the train state
         COMPLETE                               the sha256 of manifest.json; written last
-    <run>/checkpoints/latest.json              names the newest; for people and scripts, a resume looks for itself
+    <run>/checkpoints/latest.json              names the newest; for people and scripts; a resume lists the folder
 
 A *fragment* is a contiguous run of one flattened named parameter, for one kind of number:
-    fp32, exp_avg, exp_avg_sq   the master weight and Adam's moments, always float32
-    buffer                      a module buffer, whole, in its own dtype
-    ema                         the exponential moving average of a student's parameter, float32; not in every run
-    table                       what a method learned between steps, cut over the ranks, in its own dtype
+    fp32      the master weight, float32
+    buffer    a module buffer, whole, in its own dtype
+    ema       the moving average of a master weight, float32, where the run keeps one
+    table     what a method learned between steps, cut over the ranks, in its own dtype
+    others    the optimiser's state, float32, under its own names: AdamW's exp_avg and exp_avg_sq
 and is stored as the 1-D tensor "kind|name|start". Nothing about stages, groups, padding or ranks is in the key, so any
 run can read what any other wrote: it copies the overlapping pieces. 16-bit weights are not stored; they are the
 rounded masters. All is data: safetensors and JSON, no pickle.
@@ -44,8 +45,7 @@ from mimscale.errors import UserError
 from mimscale.files.atomic import atomic_write, rename
 from mimscale.files.hashing import sha256
 
-FORMAT = 2
-KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+FORMAT = 3
 _SHARD = re.compile(r"shard-\d+-of-\d+\.safetensors")
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -150,7 +150,7 @@ def forget_after(root: Path, step: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; half-deleted it must not look complete."""
+    """Delete a checkpoint; a half-deleted one must not seem complete."""
     doomed = path.with_name(f".old-{path.name}-{time.time_ns():x}")
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -4,7 +4,7 @@ config.yaml       the resolved recipe
 launches.jsonl    one line per start: command, versions, commit, ranks
 metrics.jsonl     one line per log step
 damaged.jsonl     one line per sample that could not be used
-tensorboard/      the same, to look at
+tensorboard/      the same as curves and panels
 checkpoints/      see format.py
 job/              what the batch scripts keep there
 lock, lock.held   who writes here: fault_tolerance/run_lock.py
@@ -56,9 +56,9 @@ def existing_run(run_dir: Path) -> RunConfig | None:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file; name a folder")
     ours = ("job", "lock", "hang", "slurm-", ".config.yaml.")  # of batch scripts, and of a start that was killed
-    foreign = sorted(p.name for p in run_dir.iterdir() if not p.name.startswith(ours)) if run_dir.is_dir() else []
-    if foreign:
-        raise UserError(f"--run-dir {run_dir} holds something that is not a run ({foreign[0]}); name an empty folder")
+    others = sorted(p.name for p in run_dir.iterdir() if not p.name.startswith(ours)) if run_dir.is_dir() else []
+    if others:
+        raise UserError(f"--run-dir {run_dir} holds something that is not a run ({others[0]}); name an empty folder")
     return None
 
 

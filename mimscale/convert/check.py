@@ -19,9 +19,9 @@ from mimscale.methods.base import Method
 from mimscale.models.beit import Beit
 from mimscale.models.convvit import ConvViT
 from mimscale.models.decoder import MAEDecoder
-from mimscale.models.patches import assemble
+from mimscale.models.patches import unpatchify
 from mimscale.models.pixel_head import PixelHead
-from mimscale.models.token_selection import in_raster_order
+from mimscale.models.token_selection import raster_order
 from mimscale.models.vit import LN_EPS
 from mimscale.types import Masks
 
@@ -76,13 +76,13 @@ def method_differences(method: Method, weights: Mapping[str, Tensor]) -> Differe
         visible = max(1, patches // 4)
         latent = random_input(1, decoder.prefix + visible, width)
         order = random_input(1, patches).argsort(dim=1)
-        raster = in_raster_order(Masks(order[:, :visible], order[:, visible:]))
+        raster = raster_order(Masks(order[:, :visible], order[:, visible:]))
         heads = decoder.blocks[0].attn.heads  # type: ignore[union-attr]
         parts = {n: t for n, t in weights.items() if n.startswith("decoder.")}
-        theirs = reference.mae_decoder(mae.to_official(parts).weights, latent, raster.places, int(heads))  # type: ignore[arg-type]
+        theirs = reference.mae_decoder(mae.to_official(parts).weights, latent, raster.ids_restore, int(heads))  # type: ignore[arg-type]
         found["decoder"] = relative_difference(decoder.eval()(latent, raster), theirs)
     if isinstance(head, PixelHead) and isinstance(student, Beit):
         tokens = random_input(1, patches, width)
         theirs = reference.simmim_head(simmim.to_official(weights).weights, tokens, student.grid, student.config.patch)
-        found["head"] = relative_difference(assemble(head(tokens), student.grid), theirs)
+        found["head"] = relative_difference(unpatchify(head(tokens), student.grid), theirs)
     return found

@@ -106,7 +106,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     manifest = path / "manifest.json"
     text = manifest.read_text()
     manifest.write_text('{"format": 99}')
-    with pytest.raises(UserError, match="format 99; this version of mimscale reads 2"):
+    with pytest.raises(UserError, match="format 99; this version of mimscale reads 3"):
         CheckpointReader(path)
     manifest.write_text("{")
     with pytest.raises(CheckpointError, match="manifest.json is not a manifest"):

@@ -8,7 +8,7 @@ import yaml
 
 from data_prep.folder import read_folder
 from data_prep.plan import Plan
-from data_prep.write import unfinished, write
+from data_prep.write_shards import unfinished, write
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.recipes import validate
 from mimscale.config.run import RunConfig, method_class
