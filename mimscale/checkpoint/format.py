@@ -9,6 +9,7 @@
 A *fragment* is a contiguous run of one flattened named parameter, for one kind of number:
     fp32, exp_avg, exp_avg_sq   the master weight and Adam's moments, always float32
     buffer                      a module buffer, whole, in its own dtype
+    ema                         the exponential moving average of a student's parameter, float32; not in every run
     table                       what a method learned between steps, cut over the ranks, in its own dtype
 and is stored as the 1-D tensor "kind|name|start". Nothing about stages, groups, padding or ranks is in the key, so any
 run can read what any other wrote: it copies the overlapping pieces. 16-bit weights are not stored; they are the
@@ -288,11 +289,20 @@ def _manifest(path: Path) -> dict[str, Any]:
     return meta
 
 
-def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The method's state dict: fp32 parameters and buffers, whole."""
+def load_weights(checkpoint: Path, ema: bool = False) -> dict[str, Tensor]:
+    """The method's state dict: fp32 parameters and buffers, whole.
+
+    ema: the student's parameters are those of its exponential moving average, everything else is as trained. Raises
+    UserError where the checkpoint has none, CheckpointError where it is damaged.
+    """
     reader = Reader(checkpoint)
-    kinds: Iterable[str] = ("fp32", "buffer")
-    return {name: reader.full(kind, name) for kind in kinds for name in reader.names(kind)}
+    averaged = set(reader.names("ema")) if ema else set()
+    if ema and not averaged:
+        raise UserError(f"{checkpoint} has no moving average (kind ema); leave --ema out")
+    trained: Iterable[str] = ("fp32", "buffer")
+    return {
+        name: reader.full("ema" if name in averaged else kind, name) for kind in trained for name in reader.names(kind)
+    }
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="with --to mimscale: the recipe that a whole official file belongs to")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of --recipe")
     parser.add_argument("--heads", type=int, help="attention heads of an official file of an unusual size")
+    parser.add_argument("--ema", action="store_true", help="the exponential moving average of the student's weights")
     parser.add_argument("--with-head", action="store_true", help="with --to timm: a classifier's head too")
 
 
@@ -39,9 +40,11 @@ def run(args: argparse.Namespace) -> int:
         if path.exists():
             raise UserError(f"{path} exists; choose another name")
     if args.to in full_state.TARGETS:
+        if args.ema:
+            raise UserError(f"--ema: --to {args.to} keeps trained weights and moving average; leave --ema out")
         lines = full_state.TARGETS[args.to](args.source, args.out)
     else:
-        lines = TARGETS.get(args.to, _to_official)(args, read(args.source))
+        lines = TARGETS.get(args.to, _to_official)(args, read(args.source, args.ema))
     print(*lines, f"wrote {args.out}", sep="\n")
     return 0
 

@@ -31,6 +31,7 @@ class Loaded:
     """A checkpoint of any kind, tensors float32. run: its resolved recipe, None for a file that does not carry one.
 
     path: what was read; for a run folder its newest checkpoint. digest: its `sha256`, of what may be gone since.
+    ema: the student's parameters are those of its exponential moving average.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Loaded:
     student: StudentConfig | None = None
     image_size: int | None = None
     digest: str | None = None
+    ema: bool = False
 
     def sha256(self) -> str:
         """Of the file, or of a checkpoint's manifest, which names the hashes of its own files."""
@@ -61,9 +63,13 @@ def resolve(path: Path) -> Path:
     return path
 
 
-def read(path: Path) -> Loaded:
-    """A run folder (its newest checkpoint), a checkpoint folder, a file that `convert` wrote, or an official file."""
-    return of_newest(path, _read)
+def read(path: Path, ema: bool = False) -> Loaded:
+    """A run folder (its newest checkpoint), a checkpoint folder, a file that `convert` wrote, or an official file.
+
+    ema: read the student's exponential moving average in place of its trained parameters. Raises UserError, also where
+    there is none.
+    """
+    return of_newest(path, lambda found: _read(found, ema))
 
 
 def of_newest(path: Path, work: Callable[[Path], T]) -> T:
@@ -84,9 +90,11 @@ def of_newest(path: Path, work: Callable[[Path], T]) -> T:
             warn(f"{found} was removed by its run while it was read; reading {newer}")
 
 
-def _read(path: Path) -> Loaded:
+def _read(path: Path, ema: bool) -> Loaded:
     if path.is_dir():
-        return _read_own(path)
+        return _read_own(path, ema)
+    if ema:
+        raise UserError(f"{path} is a file of weights and has no moving average (kind ema); leave --ema out")
     return _read_safetensors(path) if path.suffix == ".safetensors" else Loaded(path, _read_pickle(path))
 
 
@@ -98,10 +106,10 @@ def run_of(folder: Path) -> RunConfig:
     return load_recipe(str(path))
 
 
-def _read_own(folder: Path) -> Loaded:
+def _read_own(folder: Path, ema: bool) -> Loaded:
     try:
-        weights, digest = checkpoint.load_weights(folder), checkpoint.sha256(identity_file(folder))
-        return Loaded(folder, weights, run_of(folder), digest=digest)
+        weights, digest = checkpoint.load_weights(folder, ema), checkpoint.sha256(identity_file(folder))
+        return Loaded(folder, weights, run_of(folder), digest=digest, ema=ema)
     except checkpoint.CheckpointError as error:
         raise UserError(f"{error}; take an older checkpoint of the run") from None
 

@@ -37,13 +37,15 @@ class StudentInfo:
     stages: ConvStages | None = None
 
 
-def student_from(path: Path, *, image_size: int | None = None, heads: int | None = None) -> tuple[Student, StudentInfo]:
+def student_from(
+    path: Path, *, image_size: int | None = None, heads: int | None = None, ema: bool = False
+) -> tuple[Student, StudentInfo]:
     """The student of any checkpoint that `read` understands, and what is known of it.
 
     image_size: resize the positions to another input. heads: needed for an official file of an unusual size, because
-    weights do not tell. Raises UserError.
+    weights do not tell. ema: its exponential moving average. Raises UserError.
     """
-    return student_of(read(path), image_size=image_size, heads=heads)
+    return student_of(read(path, ema), image_size=image_size, heads=heads)
 
 
 def student_of(

@@ -80,7 +80,8 @@ def refuse_difference(found: Differences, out: Path) -> None:
 
 
 def identity(source: Loaded) -> dict[str, Any]:
-    return {"source": str(source.path), "source_sha256": source.sha256(), "mimscale": __version__}
+    found = {"source": str(source.path), "source_sha256": source.sha256(), "mimscale": __version__}
+    return {**found, "ema": True} if source.ema else found
 
 
 def measured(found: Differences) -> dict[str, Any]:
