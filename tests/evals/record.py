@@ -28,8 +28,8 @@ from mimscale.evals import metrics
 from tests.evals.conftest import save_run, small_run
 
 SETTINGS = {
-    "defaults": ("knn", "linear --shots 1 --draws 2"),
-    "others": ("knn --k 7 --temperature 0.2", "linear --shots 5 --draws 3"),
+    "defaults": ("knn", "linear", "fewshot --shots 1 --draws 2"),
+    "others": ("knn --k 7 --temperature 0.2", "linear", "fewshot --shots 5 --draws 3"),
 }
 METRICS = ("knn", "linear", "l2", "few_shot", "few_shot_sd", "few_shot_draws")
 
