@@ -40,7 +40,7 @@ class Knn(StreamingProtocol):
     def check(cls, config: KnnConfig, train: Manifest, val: Manifest) -> None:
         if config.k > train.samples:
             raise UserError(
-                f"--k {config.k} is more than the {train.samples} training samples of {train.place}; lower it"
+                f"--k {config.k} is more than the {train.samples} training samples of {train.location}; lower it"
             )
 
     def start(self, val: Features) -> None:
