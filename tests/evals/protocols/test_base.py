@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +126,20 @@ def test_a_new_file_is_a_protocol(
     assert "warning: mae, cls: features do not matter" in captured.err
     assert main(["evaluate", "majority", *words, "--min-samples", "few"]) == 2
     assert "--min-samples few: input should be a valid integer" in capsys.readouterr().err
+
+
+def test_the_example_of_the_documentation_runs(
+    data: tuple[Path, Path], run_dir: Path, folder: Path, tmp_path: Path
+) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (folder / "mean.py").write_text(code)
+    words = [str(run_dir), "--train", str(data[0]), "--val", str(data[1]), "--workers", "0", "--device", "cpu"]
+    for metric in ("cosine", "l2"):
+        out = tmp_path / f"{metric}.json"
+        assert main(["evaluate", "mean", *words, "--metric", metric, "--out", str(out)]) == 0
+        raw = json.loads(out.read_text())["rows"][0]
+        assert raw["network"] == "raw pixels" and raw["mean"] > 100 / 3  # the class decides the hue
 
 
 def test_a_protocol_may_take_tokens_in_pieces_and_no_labels(run_dir: Path, folder: Path, tmp_path: Path) -> None:
