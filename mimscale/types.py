@@ -75,8 +75,8 @@ class Needs:
 class Masks(NamedTuple):
     """Which patches a student sees and which are predicted; places in the grid, in raster order, from 0.
 
-    visible: int64 [B, K], in the order in which the student sees them.  masked: int64 [B, M].  A patch in neither was
-    thrown away: nothing sees or predicts it.
+    visible: int64 [B, K], in the order in which the student sees them.  masked: int64 [B, M].  A patch in neither is
+    dropped: it is neither seen nor predicted.
     """
 
     visible: Tensor
@@ -122,14 +122,14 @@ class View:
     """What a method can show of a micro-batch to whoever watches a run; absent parts are None.
 
     images, reconstruction: float32 [B, 3, H, W] in 0..1.  mask: [B, L], 1 = masked.  attention: [B, L], any scale.
-    thrown: [B, L], 1 = neither seen nor predicted.  features: [B, L, D], the student's tokens of the whole images.
+    dropped: [B, L], 1 = neither seen nor predicted.  features: [B, L, D], the student's tokens of the whole images.
     """
 
     images: Tensor
     mask: Tensor | None = None
     reconstruction: Tensor | None = None
     attention: Tensor | None = None
-    thrown: Tensor | None = None
+    dropped: Tensor | None = None
     features: Tensor | None = None
 
 

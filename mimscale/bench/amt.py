@@ -159,11 +159,11 @@ def _grown_bytes(samples: int, width: int, world: int) -> int:
     import numpy as np
     import torch
 
-    from mimscale.masking._amt_table import Table
+    from mimscale.masking._amt_table import ImportanceTable
 
     torch.set_num_threads(1)
     before = _peak_bytes()
-    rows = Table(samples, width, 255, torch.device("cpu"), rank=0, world=world)
+    rows = ImportanceTable(samples, width, 255, torch.device("cpu"), rank=0, world=world)
     random = np.random.default_rng(0)
     for number in range(50):
         ids = random.integers(0, math.floor(samples / world), (1, 64))  # rows that this rank has

@@ -185,7 +185,7 @@ def test_methods_that_need_labels_or_stable_ids_are_refused(shards: Path, tmp_pa
         "method.masking.policy=amt",
     ]
     recipe = ranks.recipe(tmp_path, shards, "mae")
-    with pytest.raises(UserError, match="amt keeps numbers for each sample"):
+    with pytest.raises(UserError, match="amt stores importance per sample"):
         prepare(load_recipe(str(recipe), words), tmp_path / "run", None, ())
 
 

@@ -122,6 +122,7 @@ def test_cancel_saves_and_does_not_requeue(site: Site) -> None:
     site.cluster.run("scancel", job)
     end = site.cluster.wait(job)
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0")
+    site.until_saved()  # SLURM sets the state before the ranks have ended
     assert site.saves()[-1][1] > 0
     site.cluster.until("the batch script's end", lambda: not list((site.run_dir / "job").iterdir()))
 
