@@ -64,7 +64,8 @@ def train(plan: Plan, startup: StartupTimer) -> None:
     torch.manual_seed(run.seed)
     method: Method = method_class(run.method.name)(run, plan.teachers)
     started = start.start_from(method, run) if plan.fresh and run.init is not None else ()
-    ensemble = TeacherEnsemble(run.teachers, method.needs.teachers, run.data.image_size, world.device)
+    needs, image_size = method.needs.teachers, run.data.image_size
+    ensemble = TeacherEnsemble(run.teachers, plan.skeletons, needs, image_size, world.device)
     startup.end("model")  # before the ranks connect: a missing teacher file is still one line
     lock = RunLock(plan.run_dir) if world.rank == 0 else None
     startup.end("lock")

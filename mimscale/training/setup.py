@@ -18,7 +18,8 @@ from mimscale.errors import UserError
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.monitoring.damage_log import DamageLog, default_limit
 from mimscale.optim import lr_schedule
-from mimscale.teachers.ensemble import describe
+from mimscale.teachers.base import Teacher
+from mimscale.teachers.ensemble import build_skeletons, describe
 from mimscale.teachers.quantise import check as check_quantised
 from mimscale.training.micro_batch import solve_micro_batch
 from mimscale.types import TeacherInfo
@@ -34,10 +35,14 @@ class Plan:
     fresh: bool  # whether there is no checkpoint of this run to go on from
     world: World
     manifest: Source
-    teachers: Mapping[str, TeacherInfo]
+    skeletons: Mapping[str, Teacher]  # every teacher on the meta device, for TeacherEnsemble
     steps_per_epoch: int
     total_steps: int
     command: tuple[str, ...]
+
+    @property
+    def teachers(self) -> dict[str, TeacherInfo]:
+        return describe(self.skeletons)
 
     def lr(self, step: int) -> float:
         return lr_schedule.lr_of(self.run.schedule, step, self.steps_per_epoch, self.total_steps)
@@ -48,12 +53,12 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
     world = from_environment(run.engine.device)
     check_precision(world.device, precision_of(load_ds_config(run.engine.ds_config)))
     solve_micro_batch(run.schedule.global_batch, world.size, run.engine.max_micro_batch)
-    teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
+    skeletons = build_skeletons(run.teachers, run.data.image_size)
     for name, teacher in run.teachers.items():
         if world.device.type == "cuda" or teacher.shard:
             check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
             check_quantised(name, teacher.precision, world.device)
-    method_class(run.method.name).check(run, teachers)
+    method_class(run.method.name).check(run, describe(skeletons))
     if run.data.decoder == "device":
         device_decode.check(world.device)
 
@@ -90,7 +95,7 @@ def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
             f"the run has {total} steps and a warm-up of schedule.warmup_epochs = {run.schedule.warmup_epochs} "
             f"({run.schedule.warmup_epochs * steps_per_epoch:g} steps); lengthen the one or shorten the other"
         )
-    return Plan(run, run_dir, parent, fresh, world, manifest, teachers, steps_per_epoch, total, command)
+    return Plan(run, run_dir, parent, fresh, world, manifest, skeletons, steps_per_epoch, total, command)
 
 
 def open_damage_log(run: RunConfig, run_dir: Path, manifest: Source, writer: RetryingWriter | None = None) -> DamageLog:
