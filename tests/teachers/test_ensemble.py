@@ -55,13 +55,13 @@ def test_teachers_with_equal_input_share_their_pixels() -> None:
 
     configs = {"a": of(DINO), "b": of("deit3_small_patch16_224"), "c": of(SIGLIP), "d": of(DINO, image_size=64)}
     ensemble = tiny.ensemble_of(configs, dict.fromkeys(configs, TeacherNeeds(levels=(0,))), 32)
-    seen: dict[str, torch.Tensor] = {}
+    inputs_of: dict[str, torch.Tensor] = {}
     for name, teacher in ensemble.teachers.items():
-        teacher.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0]}))
+        teacher.register_forward_pre_hook(lambda module, inputs, name=name: inputs_of.update({name: inputs[0]}))
     ensemble(tiny.images(1, 32))
-    assert seen["a"] is seen["b"] and len({tensor.data_ptr() for tensor in seen.values()}) == 3
+    assert inputs_of["a"] is inputs_of["b"] and len({tensor.data_ptr() for tensor in inputs_of.values()}) == 3
     for name, teacher in ensemble.teachers.items():
-        assert torch.equal(seen[name], teacher.preprocess(tiny.images(1, 32)))
+        assert torch.equal(inputs_of[name], teacher.preprocess(tiny.images(1, 32)))
 
 
 @pytest.mark.slow
@@ -233,8 +233,8 @@ def test_weights_that_are_not_finite(value: float, precision: str, dino: Path, t
     assert "\n" not in str(error.value)
 
 
-def test_a_teacher_that_makes_no_numbers(dino: Path, tmp_path: Path) -> None:
-    """Finite weights that overflow in 16 bit; the same ones are sound in fp32."""
+def test_a_teacher_whose_targets_are_not_finite(dino: Path, tmp_path: Path) -> None:
+    """Finite weights that overflow in 16 bit; the same ones are finite in fp32."""
     state = load_file(dino)
     state["patch_embed.proj.weight"] *= 2e4
     save_file(state, tmp_path / "w.safetensors")
@@ -247,7 +247,7 @@ def test_a_teacher_that_makes_no_numbers(dino: Path, tmp_path: Path) -> None:
     assert "\n" not in str(e.value)
 
 
-def test_no_teacher_is_sound() -> None:
+def test_no_teacher_passes_the_check() -> None:
     tiny.ensemble_of({}, {}, 32).check()
 
 

@@ -19,15 +19,15 @@ from tests.teachers import tiny
 
 def block_inputs(visual: Any, pixels: Tensor) -> list[Tensor]:
     """What goes into each block and what leaves the last, [B, N, D], by open_clip's own forward."""
-    seen: list[Tensor] = []
+    caught: list[Tensor] = []
     blocks = visual.transformer.resblocks
-    handles = [b.register_forward_pre_hook(lambda m, a, k: seen.append((a or (k["q_x"],))[0]), with_kwargs=True)
+    handles = [b.register_forward_pre_hook(lambda m, a, k: caught.append((a or (k["q_x"],))[0]), with_kwargs=True)
                for b in blocks]  # fmt: skip
-    handles.append(blocks[-1].register_forward_hook(lambda m, i, output: seen.append(output)))
+    handles.append(blocks[-1].register_forward_hook(lambda m, i, output: caught.append(output)))
     visual(pixels)
     for handle in handles:
         handle.remove()
-    return [x if blocks[0].attn.batch_first else x.transpose(0, 1) for x in seen]
+    return [x if blocks[0].attn.batch_first else x.transpose(0, 1) for x in caught]
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-16-quickgelu", "ViT-L-14"])

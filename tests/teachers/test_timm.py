@@ -37,13 +37,13 @@ ROTARY = {
 
 def full_attention(model: Any, pixels: Tensor) -> Tensor:
     """[B, H, N, N] of the last block, from timm's unfused path."""
-    seen: list[Tensor] = []
+    caught: list[Tensor] = []
     attention = model.blocks[-1].attn
     attention.fused_attn = False
-    handle = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    handle = attention.attn_drop.register_forward_hook(lambda module, inputs, output: caught.append(output))
     model.forward_features(pixels)
     handle.remove()
-    return seen[0]
+    return caught[0]
 
 
 CASES = [(name, size, {"qk_norm": norm}) for name, size in SIZES.items() for norm in (False, True)]
