@@ -22,7 +22,7 @@ from tests import forked
 
 DECODER = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4}
 STAGES = {"patches": [2, 2, 2], "widths": [8, 16], "depths": [1, 1]}
-AMT = {"policy": "amt", "ratio": 0.45, "throw": 0.4, "warmup_epochs": 0.4, "refresh": 0.3}  # uniform for two steps
+AMT = {"policy": "amt", "ratio": 0.45, "drop_ratio": 0.4, "warmup_epochs": 0.4, "refresh": 0.3}  # uniform for two steps
 METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
     "mae": {"norm_pix_loss": True, **DECODER},
     "maskalign": {"levels": "top2", "fusion": "linear"},
@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
     "pixmim": {"low_pass_radius": 8, **DECODER},
     "simmim": {"masking": {"unit": 16}},
     "amt": {"name": "mae", "masking": AMT, **DECODER},
-    "amt_simmim": {"name": "simmim", "masking": {**AMT, "ratio": 0.25, "throw": 0.25, "unit": 16}},
+    "amt_simmim": {"name": "simmim", "masking": {**AMT, "ratio": 0.25, "drop_ratio": 0.25, "unit": 16}},
     "convmae": {"stages": STAGES, **DECODER},
     "mrmae": {"fusion": {"kind": "mff", "levels": [0, 2]}, **DECODER},
     "finetune_beit": {"name": "finetune", "classes": 4, "beit": {}, "head_std": 0.02},

@@ -16,6 +16,7 @@ and is stored as the 1-D tensor "kind|name|start". Nothing about stages, groups,
 run can read what any other wrote: it copies the overlapping pieces. 16-bit weights are not stored; they are the
 rounded masters. All is data: safetensors and JSON, no pickle.
 
+Training writes checkpoints with async_writer.py, which calls `commit` here; this file defines the format and reads it.
 A folder gets its final name by an atomic rename after every file in it is on disk, so a folder that is there is whole
 as far as the writer could see; `Reader` checks the manifest and the sizes, `verify` the sha256 of every file.
 """
@@ -40,7 +41,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mimscale.checkpoint.host_buffer import HostBuffer
 from mimscale.errors import UserError
 from mimscale.files.atomic import atomic_write, rename
 from mimscale.files.hashing import sha256
@@ -105,14 +105,6 @@ def fragments(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
         kind, name, start = key.split("|")
         rows.setdefault((name, int(start), tensor.numel()), []).append(kind)
     return [[kinds, name, start, length] for (name, start, length), kinds in rows.items()]
-
-
-def write_shard(folder: Path, tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, Any]:
-    """Write one rank's fragments and return its entry in the manifest. A run uses `AsyncCheckpointWriter`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = shard_name(rank, world)
-    size, digest = HostBuffer(tensors).fill(tensors).write(folder / name)
-    return {"file": name, "bytes": size, "sha256": digest, "fragments": fragments(tensors)}
 
 
 def commit(temporary: Path, final: Path, shards: list[dict[str, Any]], meta: Mapping[str, Any]) -> None:

@@ -92,7 +92,7 @@ def method_groups(method: Any, optim: OptimConfig) -> list[dict[str, Any]]:
 
 
 def refuse_unfit(method: nn.Module) -> None:
-    """What no checkpoint and no ZeRO stage can carry. Raises UserError: a mistake in the method."""
+    """Raises UserError for a parameter that ZeRO or checkpoints cannot carry, which is a mistake in the method."""
     for name, parameter in method.named_parameters():
         if not parameter.requires_grad:
             raise UserError(f"parameter {name} is frozen; make it a buffer, or keep it outside the method")
@@ -101,7 +101,7 @@ def refuse_unfit(method: nn.Module) -> None:
 
 
 def refuse_other_parameters(reader: Any, described: Mapping[str, Any]) -> None:
-    """Where a checkpoint holds other parameters or shapes than this engine. described: by `Engine.describe`."""
+    """Raises UserError where a checkpoint's parameters are not this engine's. described: by `Engine.describe`."""
     theirs, ours = reader.meta["shapes"], described["shapes"]
     if theirs != ours:
         different = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n))
@@ -112,6 +112,6 @@ def refuse_other_parameters(reader: Any, described: Mapping[str, Any]) -> None:
 
 
 def refuse_other_groups(reader: Any, described: Mapping[str, Any]) -> None:
-    """Where a checkpoint's parameters learn at other rates or decay otherwise."""
+    """Raises UserError where a checkpoint's weight decay or learning-rate scales are not this engine's."""
     if reader.meta["groups"] != described["groups"]:
         raise UserError(f"{reader.path}: parameter groups (decay, lr scale) differ from this run's; use --fork")

@@ -10,6 +10,8 @@ flat(parameter)[start : start + length]:
     stage 0     the leaf is the parameter; replicated, so rank (index mod world) writes it
     stage 1, 2  one leaf per group: the group's parameters concatenated, padded, and cut into equal pieces
     stage 3     one leaf per sub-group: this rank's equal slice of each parameter, padded per parameter
+
+The optimiser's state and the student's moving average are kept per leaf, in the leaf's shape, so the same offsets hold.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _USED: dict[int, tuple[str, ...]] = {  # besides what `_map` reads
 
 
 class LayoutError(RuntimeError):
-    """The installed DeepSpeed does not keep its state where this file looks for it."""
+    """The installed DeepSpeed keeps its state elsewhere than this file expects."""
 
 
 @dataclass(frozen=True, eq=False)

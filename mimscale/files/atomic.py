@@ -117,9 +117,12 @@ def temporary_path(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files in `folder` whose writer was a process of this host that is no more."""
+    """Remove the temporary files and folders in `folder` whose writer was a process of this host that is no more."""
     ours = re.compile(rf"\..+\.{re.escape(os.uname().nodename)}\.(\d+)\.[0-9a-f]{{8}}\.tmp(\.[^.]+)?")
     for path in folder.glob(".*.tmp*"):
         match = ours.fullmatch(path.name)
         if match and not os.path.exists(f"/proc/{match[1]}"):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mimscale.types import View
 
-GREY, DARK = 0.5, 0.125  # where a patch is masked, where it is thrown away
+GREY, DARK = 0.5, 0.125  # where a patch is masked, where it is dropped
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # dark to bright, equally spaced
 SAMPLES = 8  # columns of a panel
 GAP, SMALLEST = 2, 64  # pixels between tiles; smaller tiles are enlarged
@@ -19,7 +19,7 @@ GAP, SMALLEST = 2, 64  # pixels between tiles; smaller tiles are enlarged
 def tiles(view: View, samples: int = SAMPLES) -> dict[str, Tensor]:
     """What the view holds, as uint8 images [samples, 3, H, W] in host memory.
 
-    input, then where there are any: masked (grey; thrown patches dark); reconstruction (predicted where masked, true
+    input, then where there are any: masked (grey; dropped patches dark); reconstruction (predicted where masked, true
     elsewhere); attention (share of the strongest patch, dark to bright, over the darkened image); features (their
     three strongest components as red, green and blue). Patches lie on a square grid.
     """
@@ -27,7 +27,9 @@ def tiles(view: View, samples: int = SAMPLES) -> dict[str, Tensor]:
     rows = {"input": images}
     if view.mask is not None:
         hidden = _to_pixels(view.mask[:samples], images.shape[-1])
-        dark = torch.zeros_like(hidden) if view.thrown is None else _to_pixels(view.thrown[:samples], images.shape[-1])
+        dark = (
+            torch.zeros_like(hidden) if view.dropped is None else _to_pixels(view.dropped[:samples], images.shape[-1])
+        )
         hidden = torch.maximum(hidden, dark)
         rows["masked"] = images * (1 - hidden) + GREY * hidden + (DARK - GREY) * dark
         if view.reconstruction is not None:

@@ -31,11 +31,12 @@ class MovingAverage:
     @torch.no_grad()
     def restart(self) -> None:
         """Begin anew at the present weights."""
-        torch._foreach_copy_(self._averages, self._weights)
+        for average, weights in zip(self._averages, self._weights, strict=True):
+            average.copy_(weights)
 
     @torch.no_grad()
     def update(self) -> None:
         """After a step that changed the weights."""
-        if self._averages:
+        if self._averages:  # a rank may hold no piece of the student
             torch._foreach_mul_(self._averages, self._decay)
             torch._foreach_add_(self._averages, self._weights, alpha=1 - self._decay)

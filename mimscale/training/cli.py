@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
@@ -26,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
         print(yaml.safe_dump(load_recipe(args.recipe, args.overrides).dump(), sort_keys=False), end="")
         return 0
     # here, because a recipe that is only shown does not wait for DeepSpeed
+    from mimscale.distributed import world
     from mimscale.monitoring.metrics import StartupTimer
     from mimscale.training.loop import train
     from mimscale.training.plan import prepare
@@ -36,5 +38,8 @@ def run(args: argparse.Namespace) -> int:
     run_dir = args.run_dir or Path("runs") / Path(args.recipe).stem
     plan = prepare(config, run_dir, args.fork, tuple(sys.argv))
     startup.end("checks")
-    train(plan, startup)
+    closing = ExitStack()
+    train(plan, startup, closing)
+    world.close_process_group()
+    closing.close()
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from mimscale.training.plan import Plan
 class TrainContext:
     """What is trained: method, teachers, engine, inputs. What watches it: the rest.
 
-    lock: on rank 0. init_notes: a line for each thing that `init.weights` filled, resized or left.
+    lock: on rank 0. closing: what is ended after the run. init_notes: a line for each thing that `init.weights` filled,
+    resized or left.
     """
 
     plan: Plan
@@ -46,6 +48,7 @@ class TrainContext:
     watchdog: Watchdog
     preemption: Preemption
     lock: RunLock | None
+    closing: ExitStack
     parameter_count: int
     init_notes: tuple[str, ...] = ()
 
@@ -55,7 +58,7 @@ class TrainContext:
 
     def fragments(self) -> dict[str, Tensor]:
         """This rank's part of a checkpoint: weights, optimiser state, and what the method learned between steps."""
-        return {**self.engine.fragments(), **self.method.live_tensors()}
+        return {**self.engine.fragments(), **self.method.fragments()}
 
     def check_loss(self, loss: Tensor) -> Tensor:
         """Between forward and backward: the loss, or NaN where the step must not reach the weights. Collective."""

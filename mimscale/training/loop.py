@@ -7,6 +7,7 @@ function of the step alone, whatever the number of ranks or workers and however 
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 
 from mimscale.monitoring.metrics import StartupTimer
 from mimscale.training import recovery, setup
@@ -16,13 +17,17 @@ from mimscale.training.plan import Plan
 from mimscale.types import StepInfo
 
 
-def train(plan: Plan, startup: StartupTimer) -> None:
-    """Run to the last step, or to the step at which a signal asks to stop. Saves at either."""
+def train(plan: Plan, startup: StartupTimer, closing: ExitStack) -> None:
+    """Run to the last step, or to the step at which a signal asks to stop. Saves at either.
+
+    closing: gets what is to be ended afterwards: watchdog, lock, workers. A process that ends because the run failed
+    leaves it alone, so that it stays watched. The process group stays open for another run in this process.
+    """
     if (plan.run_dir / "done").exists():
         if plan.world.rank == 0:
             print(f"{plan.run_dir} is finished; nothing to do", file=sys.stderr)
         return
-    run = setup.build(plan, startup)
+    run = setup.build(plan, startup, closing)
     state = recovery.restore(run).launched()
     monitor = Monitor(run, state)
     while state.step < plan.total_steps and not monitor.stopped:

@@ -10,8 +10,7 @@ from functools import partial
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.checkpoint.async_writer import AsyncCheckpointWriter
-from mimscale.data.wds_stream import NOTE
-from mimscale.distributed.world import close_process_group
+from mimscale.data.wds_stream import NOT_EXACT
 from mimscale.errors import Stopped
 from mimscale.fault_tolerance import activations
 from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_marker, there
@@ -60,6 +59,8 @@ class Monitor:
         run.startup.end("workers")
         self._throughput = ThroughputMeter(plan.world.device, waited_s=lambda: run.timer.seconds[WAITING])
         gc.collect()
+        run.closing.callback(gc.enable)
+        run.closing.callback(gc.unfreeze)
         gc.freeze()
         gc.disable()
         run.timer.lap()
@@ -88,13 +89,11 @@ class Monitor:
         return state
 
     def finish(self, state: TrainState) -> None:
-        """Wait for the last save, write `done` or a wish to run again, and free everything.
+        """Wait for the last save, write `done` or a wish to run again, and free the engine.
 
         Raises Stopped where the last step could not be saved, or too many samples are damaged.
         """
         run = self._run
-        gc.enable()
-        gc.unfreeze()
         failure = self._say_how_it_ended(state, saved=bool(self._checkpoints.wait_for_writes()))
         run.logger.close()
         run.coordinator.finish_pending()
@@ -102,10 +101,6 @@ class Monitor:
         run.inputs.close()
         run.coordinator.barrier()
         run.engine.close()
-        close_process_group()
-        run.watchdog.close()
-        if run.lock is not None:
-            run.lock.release()
         if failure is not None:  # the same on all ranks
             raise Stopped(failure)
 
@@ -229,5 +224,5 @@ def describe_run(run: TrainContext, state: TrainState) -> str:
         f"{plan.world.size} ranks on {plan.world.device.type}, batch {config.schedule.global_batch} = "
         f"{plan.micro_batch} x {plan.accumulation} x {plan.world.size}, peak lr {config.schedule.peak_lr:.3g}, "
         f"{plan.manifest.samples} images, step {state.step} of {plan.total_steps}, folder {plan.run_dir}"
-        + ("" if config.data.stream is None else f"\n{NOTE}")
+        + ("" if config.data.stream is None else f"\n{NOT_EXACT}")
     )

@@ -11,7 +11,6 @@ from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig, method_class
-from mimscale.convert import start
 from mimscale.data import device_decode
 from mimscale.data.wds_stream import Source, open_source
 from mimscale.distributed.world import World, check_precision, from_environment
@@ -22,6 +21,7 @@ from mimscale.monitoring.damage_log import DamageLog, default_limit
 from mimscale.optim import lr_schedule
 from mimscale.teachers.ensemble import describe
 from mimscale.teachers.quantise import check as check_quantised
+from mimscale.training import init_weights
 from mimscale.training.micro_batch import solve_micro_batch
 from mimscale.types import TeacherInfo
 
@@ -81,7 +81,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
             raise UserError(f"--fork starts from {run_dir} and init.weights from {config.init.weights}; set init=null")
         run_dir, stored = fork, run_folder.existing_run(fork)
     fresh = not checkpoint.steps(run_dir / "checkpoints") and not checkpoint.damaged(run_dir / "checkpoints")
-    config = start.pinned(config, stored, resumes=not fresh)
+    config = init_weights.with_sha256(config, stored, resumes=not fresh)
     if stored is not None:
         run_folder.refuse_changes(stored, config, run_dir)
     if run_folder.stop_wish(run_dir).exists():

@@ -73,7 +73,7 @@ def load_newest(
         refuse_other_inputs(reader, run.plan, run.teachers)
         coordinator.on_all_ranks(run.engine.load, reader)
         run.engine.finish_load(reader)
-        coordinator.on_all_ranks(reader.fill, run.method.live_tensors())
+        coordinator.on_all_ranks(reader.fill, run.method.fragments())
         run.method.load_extra_state(reader.meta["method"])
         done("load")
         state = TrainState.load(reader.meta["state"])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 
 from mimscale.checkpoint import run_folder
 from mimscale.config.run import method_class
-from mimscale.convert import start
 from mimscale.distributed.coordination import Coordinator
 from mimscale.engine.factory import make_engine, open_process_group
 from mimscale.engine.sharded_module import split_over_ranks
@@ -22,26 +22,33 @@ from mimscale.monitoring.metrics import StartupTimer
 from mimscale.monitoring.phase_timer import PhaseTimer
 from mimscale.monitoring.run_logger import RunLogger
 from mimscale.teachers.ensemble import TeacherEnsemble
+from mimscale.training import init_weights
 from mimscale.training.context import TrainContext
 from mimscale.training.inputs import TrainInputs
 from mimscale.training.plan import Plan, open_damage_log
 
 
-def build(plan: Plan, startup: StartupTimer) -> TrainContext:
-    """Method, teachers, engine, inputs, and what watches them. Collective from the process group on."""
+def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext:
+    """Method, teachers, engine, inputs, and what watches them. Collective from the process group on.
+
+    closing: gets what is to be ended after the run.
+    """
     config, world = plan.config, plan.world
     timer = PhaseTimer(world.device)
     watchdog = Watchdog(plan.run_dir, world.rank, config.watchdog, timer)
+    closing.callback(watchdog.close)
     preemption = Preemption(stop_files=run_folder.stop_files(plan.run_dir))
 
     torch.manual_seed(config.seed)
     method: Method = method_class(config.method.name)(config, plan.teachers)
-    init_notes = start.start_from(method, config) if plan.fresh and config.init is not None else ()
+    init_notes = init_weights.load_into(method, config) if plan.fresh and config.init is not None else ()
     teachers = TeacherEnsemble(config.teachers, method.needs.teachers, config.data.image_size, world.device)
     parameter_count = sum(parameter.numel() for parameter in method.parameters())
     startup.end("model")
 
     lock = RunLock(plan.run_dir) if world.rank == 0 else None
+    if lock is not None:
+        closing.callback(lock.release)
     startup.end("lock")
     open_process_group(world, config.engine)
     watchdog.coordinator = coordinator = Coordinator()
@@ -62,12 +69,14 @@ def build(plan: Plan, startup: StartupTimer) -> TrainContext:
 
     writer = RetryingWriter()
     damage_log = open_damage_log(config, plan.run_dir, plan.manifest, writer if world.rank == 0 else None)
+    inputs = TrainInputs(plan, method, teachers, timer, damage_log)
+    closing.callback(inputs.close)
     return TrainContext(
         plan=plan,
         method=method,
         teachers=teachers,
         engine=engine,
-        inputs=TrainInputs(plan, method, teachers, timer, damage_log),
+        inputs=inputs,
         guard=StepGuard(config.guard, plan.accumulation, world.device),
         coordinator=coordinator,
         logger=RunLogger(plan.run_dir, writer, active=world.rank == 0),
@@ -78,6 +87,7 @@ def build(plan: Plan, startup: StartupTimer) -> TrainContext:
         watchdog=watchdog,
         preemption=preemption,
         lock=lock,
+        closing=closing,
         parameter_count=parameter_count,
         init_notes=init_notes,
     )

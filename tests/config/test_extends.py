@@ -49,8 +49,8 @@ DINO = {"library": "timm", "model": "dino"}
         ),
         (
             {"method": {"name": "mae", "masking": {"policy": "random", "ratio": 0.6, "unit": 32}}},
-            {"method": {"masking": {"policy": "amt", "throw": 0.4}}},
-            {"method": {"name": "mae", "masking": {"policy": "amt", "throw": 0.4}}},
+            {"method": {"masking": {"policy": "amt", "refresh": 0.1}}},
+            {"method": {"name": "mae", "masking": {"policy": "amt", "refresh": 0.1}}},
         ),
         (
             {"method": {"masking": {"policy": "random", "ratio": 0.6, "unit": 32}}},

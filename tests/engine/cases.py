@@ -22,9 +22,10 @@ from mimscale.config.run import RunConfig, method_class
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
 from mimscale.distributed.world import close_process_group, from_environment
-from mimscale.engine.base import unchanged
+from mimscale.engine.base import Engine, unchanged
 from mimscale.engine.deepspeed_engine import DeepSpeedEngine
 from mimscale.engine.deepspeed_runtime import open_process_group
+from mimscale.engine.factory import make_engine
 from mimscale.engine.zero_layout import Layout, LayoutError
 from mimscale.errors import UserError
 from mimscale.fault_tolerance.config import GuardConfig
@@ -33,6 +34,8 @@ from mimscale.optim.optimizers.adamw import AdamW
 from mimscale.types import Batch
 
 CPU_CONFIGS = [f"cpu_zero{s}_fp32" for s in range(4)] + [f"cpu_zero{s}_{p}" for s in (2, 3) for p in ("fp16", "bf16")]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH = {f"torch {p}": ["engine.backend=torch", f"engine.ds_config=cpu_zero2_{p}"] for p in ("fp32", "bf16")}
 
 
 def all_configs(recipe: str) -> list[str]:
@@ -42,43 +45,42 @@ def all_configs(recipe: str) -> list[str]:
         values = {**load_ds_config(f"cpu_zero2_{precision}"), "data_types": {}}
         values["zero_optimization"]["stage"] = 1
         path.write_text(json.dumps(values))
-    return [*CPU_CONFIGS, *map(str, paths)]
+    return [*CPU_CONFIGS, *map(str, paths), *TORCH]
 
 
-def build(run: RunConfig, method: Any = None) -> DeepSpeedEngine:
+def build(run: RunConfig, method: Any = None) -> Any:
     torch.manual_seed(0)
     method = method_class(run.method.name)(run, {}) if method is None else method
     ds_config = load_ds_config(run.engine.ds_config)
-    return DeepSpeedEngine(method, run, world, micro_batch=8, accumulation=1, ds_config=ds_config)
+    return make_engine(method, run, world, micro_batch=8, accumulation=1, ds_config=ds_config)
 
 
-def engines(recipe: str, names: list[str]) -> Iterator[tuple[str, DeepSpeedEngine, Iterator[Batch], RunConfig]]:
+def engines(recipe: str, names: list[str]) -> Iterator[tuple[str, Any, Iterator[Batch]]]:
+    """names: of ds_configs/, or TORCH."""
     for name in names:
-        run = load_recipe(recipe, [f"engine.ds_config={name}"])
+        run = load_recipe(recipe, TORCH.get(name, [f"engine.ds_config={name}"]))
         engine = build(run)
         loader = TrainLoader(
             Manifest.load(run.data.shards),
             run.data.model_copy(update={"workers": 0}),
-            engine._ds.module.needs,
+            method_class(run.method.name)(run, {}).needs,
             seed=0,
             global_batch=16,
             micro_batch=8,
             rank=world.rank,
             world=world.size,
         )
-        yield name, engine, (batch.normalised() for batch in loader), run
+        yield name, engine, (batch.normalised() for batch in loader)
         engine.close()
 
 
-def train(
-    engine: DeepSpeedEngine, batch: Batch, check_loss: Callable[[Tensor], Tensor] = unchanged, clip: float = 0.0
-) -> bool:
+def train(engine: Engine, batch: Batch, check_loss: Callable[[Tensor], Tensor] = unchanged, clip: float = 0.0) -> bool:
     """One step; whether it was skipped."""
     engine.forward_backward(batch, {}, check_loss)
     return engine.step(1e-3, clip)
 
 
-def copies(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+def copies(engine: Engine) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in engine.fragments().items()}
 
 
@@ -86,7 +88,7 @@ def oracle(recipe: str) -> None:
     """Our fragments equal what DeepSpeed's public, collective functions say, before and after steps."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    for name, engine, batches, _ in engines(recipe, [c for c in CPU_CONFIGS if "zero0" not in c]):
+    for name, engine, batches in engines(recipe, [c for c in CPU_CONFIGS if "zero0" not in c]):
         for _ in range(2):
             train(engine, next(batches))
         for parameter_name, parameter in engine.layout.parameters.items():
@@ -107,7 +109,7 @@ def no_synchronise(recipe: str) -> None:
 
     calls = []
     get_accelerator().synchronize = lambda *_: calls.append(1)
-    for name, engine, batches, _ in engines(recipe, CPU_CONFIGS):
+    for name, engine, batches in engines(recipe, CPU_CONFIGS):
         gc.collect()  # the engine before this one waits when it goes, and so does building one
         calls.clear()
         for _ in range(4):
@@ -117,7 +119,7 @@ def no_synchronise(recipe: str) -> None:
 
 def nonfinite(recipe: str) -> None:
     """A step whose gradients are not finite on ONE rank changes nothing on any, and is counted; the next one trains."""
-    for name, engine, batches, _ in engines(recipe, all_configs(recipe)):
+    for name, engine, batches in engines(recipe, all_configs(recipe)):
         assert not train(engine, next(batches))
         before = copies(engine)
         good = next(batches)
@@ -126,10 +128,13 @@ def nonfinite(recipe: str) -> None:
         after = copies(engine)
         assert all(torch.equal(before[key], after[key]) for key in before), f"{name}: weights or moments moved"
         assert engine.skipped_steps == 1, f"{name}: {engine.skipped_steps} skips counted"
-        engine.layout.check()
+        if isinstance(engine, DeepSpeedEngine):
+            engine.layout.check()
         assert not train(engine, next(batches))
         moved = copies(engine)
-        assert not all(torch.equal(after[key], moved[key]) for key in after), f"{name}: stuck"
+        for kind in ("fp32|student.", "ema|student."):
+            same = [torch.equal(after[key], moved[key]) for key in after if key.startswith(kind)]
+            assert same and not all(same), f"{name}: {kind} stuck"
         assert all(bool(t.isfinite().all()) for t in moved.values()), f"{name}: not finite"
         assert engine.skipped_steps == 1
 
@@ -137,7 +142,7 @@ def nonfinite(recipe: str) -> None:
 def guarded(recipe: str) -> None:
     """A loss that is not finite or spikes on ONE rank changes nothing on any; a gradient is limited inside its step."""
     config = GuardConfig(warmup=2, loss_spike=2.0, grad_spike=0.0)
-    for name, engine, batches, _ in engines(recipe, all_configs(recipe)):
+    for name, engine, batches in engines(recipe, all_configs(recipe)):
         train(engine, next(batches), clip=1e-3)
         squares = sum(float(t.square().sum()) for k, t in copies(engine).items() if k.startswith("exp_avg|"))
         total = torch.tensor(squares)
@@ -160,9 +165,45 @@ def guarded(recipe: str) -> None:
         assert not all(torch.equal(before[key], moved[key]) for key in before), f"{name}: stuck"
 
 
+def whole_parameters(recipe: str) -> None:
+    """`parameters` gives the rounded masters, whole and by prefix, and disturbs nothing."""
+    for name, engine, batches in engines(recipe, [*CPU_CONFIGS, *TORCH]):
+        first, second, third = (next(batches) for _ in range(3))
+        train(engine, first)
+        pieces: list[Any] = [None] * world.size
+        dist.all_gather_object(pieces, copies(engine))
+        shapes, masters = engine.describe()["shapes"], dict[str, Tensor]()
+        for key, piece in sorted((item for of_rank in pieces for item in of_rank.items()), key=lambda i: order(i[0])):
+            if key.startswith("fp32|"):
+                parameter = key.split("|")[1]
+                masters[parameter] = torch.cat((masters.get(parameter, piece[:0]), piece))
+        seen = {n: (p.clone(), p.dtype) for n, p in engine.parameters()}
+        assert list(seen) == [n for n in shapes if n in masters], f"{name}: names"
+        for parameter, (value, dtype) in seen.items():
+            expected = masters[parameter].view(shapes[parameter]).to(dtype)
+            assert torch.equal(value, expected), f"{name}: {parameter}"
+        assert {dtype for _, dtype in seen.values()} == {DTYPES.get(name.split("_")[-1], torch.float32)}, name
+        heads = [n for n, _ in engine.parameters("student.blocks.0.")]
+        assert heads and all(n.startswith("student.blocks.0.") for n in heads)
+        train(engine, second)
+        list(engine.parameters())
+        train(engine, third)
+        disturbed = copies(engine)
+        for _, again, _ in engines(recipe, [name]):
+            for batch in (first, second, third):
+                train(again, batch)
+            undisturbed = copies(again)
+        assert all(torch.equal(disturbed[key], undisturbed[key]) for key in disturbed), f"{name}: disturbed"
+
+
+def order(key: str) -> tuple[str, str, int]:
+    kind, name, start = key.split("|")
+    return kind, name, int(start)
+
+
 def planted_faults(recipe: str) -> None:
     """The map's self-test notices weights that differ from their masters, and a step counter that ran away."""
-    for name, engine, _, _ in engines(recipe, ["cpu_zero1_fp32", "cpu_zero2_bf16", "cpu_zero3_fp16"]):
+    for name, engine, _ in engines(recipe, ["cpu_zero1_fp32", "cpu_zero2_bf16", "cpu_zero3_fp16"]):
         engine.layout.check()
         first = engine.layout.fragments[0]
         if world.rank == 1:
@@ -204,7 +245,7 @@ def expect(kind: type[Exception], work: Callable[[], object], what: str) -> None
 if __name__ == "__main__":
     world = from_environment("cpu")
     open_process_group(world)
-    cases = (oracle, nonfinite, guarded, planted_faults, no_synchronise)
+    cases = (oracle, nonfinite, guarded, whole_parameters, planted_faults, no_synchronise)
     {case.__name__: case for case in cases}[sys.argv[2]](sys.argv[1])
     dist.barrier()
     close_process_group()

@@ -65,9 +65,9 @@ def test_images_alone_and_fewer_samples() -> None:
     assert panel(View(torch.rand(3, 3, 70, 70)), samples=2).shape == (3, 70, 2 * 70 + GAP)
 
 
-def test_thrown_patches_are_dark() -> None:
+def test_dropped_patches_are_dark() -> None:
     v = view()
-    rows = tiles(replace(v, mask=torch.tensor([[1.0, 1, 0, 0]] * 2), thrown=torch.tensor([[0, 1.0, 0, 0]] * 2)))
+    rows = tiles(replace(v, mask=torch.tensor([[1.0, 1, 0, 0]] * 2), dropped=torch.tensor([[0, 1.0, 0, 0]] * 2)))
     grey, dark = round(255 * GREY), round(255 * DARK)
     for name, value in (("masked", grey), ("reconstruction", 0)):
         assert rows[name][:, :, :4, :4].unique().tolist() == [value]

@@ -6,6 +6,7 @@ import gc
 import math
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,26 +34,21 @@ Open = Callable[..., tuple[TrainContext, Monitor, TrainState]]
 @pytest.fixture
 def start(tmp_path: Path, shards: Path) -> Iterator[Open]:
     """Build a run of 12 steps that saves every 4, and its monitor. Everything is closed after the test."""
-    handlers, runs = {number: signal.getsignal(number) for number in SIGNALS}, list[TrainContext]()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    closing = ExitStack()
 
     def build(**sections: dict[str, Any]) -> tuple[TrainContext, Monitor, TrainState]:
         sections["engine"] = {"backend": "torch", "ds_config": "cpu_zero0_fp32", **sections.get("engine", {})}
         path = ranks.recipe(tmp_path, shards, **sections)
         plan = prepare(load_recipe(str(path)), tmp_path / "run", None, ("test",))
-        run = setup.build(plan, StartupTimer())
-        runs.append(run)
+        run = setup.build(plan, StartupTimer(), closing)
         state = recovery.restore(run).launched()
         return run, Monitor(run, state), state
 
     yield build
-    for run in runs:
-        run.inputs.close()
-        run.watchdog.close()
-        if run.lock is not None:
-            run.lock.release()
+    closing.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    gc.enable()
 
 
 def advance(run: TrainContext, monitor: Monitor, state: TrainState, steps: int) -> TrainState:
@@ -172,6 +168,7 @@ def test_python_collects_garbage_only_at_set_steps(start: Open) -> None:
     assert not gc.isenabled()
     state = advance(run, monitor, state, 12)
     monitor.finish(state)
+    run.closing.close()
     assert gc.isenabled()
 
 
@@ -182,6 +179,7 @@ def test_a_finished_state_resumes_as_it_was(start: Open) -> None:
     run.preemption.reason = "SIGUSR1"
     state = advance(run, monitor, state, 1)
     monitor.finish(state)
+    run.closing.close()
     again, _, resumed = start()
     assert resumed == replace(state, launches=2, guard=resumed.guard)
     assert kept.keys() == weights(again).keys()

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mimscale.__main__ import main
 from mimscale.checkpoint import format as checkpoint
-from mimscale.convert.source import read
+from mimscale.convert.read import read
 from mimscale.errors import UserError
 from tests.convert.runs import refused, saved_run
 

@@ -1,8 +1,7 @@
-"""The samples of a WebDataset shard, found by its headers alone.
+"""Finds the samples of a WebDataset shard from its tar headers.
 
-Members that follow each other and share a key are one sample. As in webdataset, the key is the path up to the first dot
-of the file's name, and the rest is the extension. Only the picture and the label are looked at; no other member is
-read, whatever it is.
+Consecutive members with the same key are one sample. As in webdataset, the key is the path up to the first dot of the
+file name, and the rest is the extension. Only the header of the image and the label are read, and no other member.
 """
 
 from __future__ import annotations
@@ -16,44 +15,44 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.pictures import SIGNATURE_BYTES, sniff
+from data_prep.images import SIGNATURE_BYTES, sniff
 from data_prep.tar import Member, members
 from mimscale.data.decode import EXTENSIONS
 from mimscale.data.manifest import Ints
 from mimscale.errors import UserError
 
-MAX_LABEL = 1 << 16  # bytes of the member that holds it
+MAX_LABEL_BYTES = 1 << 16  # of the member that holds the label
 
 
-class Found(NamedTuple):
-    """places: int64 [n, 2], offset and size of each picture. labels: int64 [n] or None. left_out: key -> reason."""
+class ShardContents(NamedTuple):
+    """spans: int64 [n, 2], offset and size of each image. labels: int64 [n] or None. left_out: key -> reason."""
 
-    places: Ints
+    spans: Ints
     labels: Ints | None
     left_out: dict[str, str]
 
 
-def find_samples(fd: int, path: Path, image: str | None, label: str | None) -> Found:
+def scan_shard(fd: int, path: Path, image: str | None, label: str | None) -> ShardContents:
     """All samples of the shard that is open as `fd`; `path` is for messages.
 
-    image: extension of the picture; None = whichever of the usual ones there is. label: extension of a member with a
-    number as text, or json:KEY for a number inside of a json member; None = no labels. Raises UserError.
+    image: extension of the image; None = any extension of an image format. label: extension of a member that holds the
+    class index as text, or json:KEY for a number in a json member; None = no labels. Raises UserError.
     """
-    places: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     labels: list[int] = []
     left_out: dict[str, str] = {}
     for key, sample in _samples(fd, path):
-        picture = _picture(key, sample, path, image)
-        if picture is None:
-            left_out[key] = "no picture"
-        elif sniff(picture.start[:SIGNATURE_BYTES]) is None:
-            left_out[key] = "not a picture"
+        member = _image_member(key, sample, path, image)
+        if member is None:
+            left_out[key] = "no image"
+        elif sniff(member.start[:SIGNATURE_BYTES]) is None:
+            left_out[key] = "not an image"
         else:
-            places.append((picture.offset, picture.size))
+            spans.append((member.offset, member.size))
             if label is not None:
                 labels.append(_label(fd, key, sample, path, label))
-    return Found(
-        np.array(places, dtype=np.int64).reshape(-1, 2),
+    return ShardContents(
+        np.array(spans, dtype=np.int64).reshape(-1, 2),
         None if label is None else np.array(labels, dtype=np.int64),
         left_out,
     )
@@ -70,13 +69,13 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _picture(key: str, sample: dict[str, Member], path: Path, image: str | None) -> Member | None:
+def _image_member(key: str, sample: dict[str, Member], path: Path, image: str | None) -> Member | None:
     if image is not None:
         return sample.get(image)
-    pictures = [extension for extension in sample if extension in EXTENSIONS]
-    if len(pictures) > 1:
-        raise UserError(f"sample '{key}' of '{path}' has pictures {', '.join(pictures)}; choose with --image EXTENSION")
-    return sample[pictures[0]] if pictures else None
+    images = [extension for extension in sample if extension in EXTENSIONS]
+    if len(images) > 1:
+        raise UserError(f"sample '{key}' of '{path}' has images {', '.join(images)}; choose with --image EXTENSION")
+    return sample[images[0]] if images else None
 
 
 def _label(fd: int, key: str, sample: dict[str, Member], path: Path, label: str) -> int:
@@ -84,7 +83,7 @@ def _label(fd: int, key: str, sample: dict[str, Member], path: Path, label: str)
     member = sample.get(extension)
     if member is None:
         raise UserError(f"sample '{key}' of '{path}' has no label .{extension}; see --label, or --label none")
-    if member.size > MAX_LABEL:
+    if member.size > MAX_LABEL_BYTES:
         raise UserError(f"sample '{key}' of '{path}': its label .{extension} has {member.size:,} bytes; see --label")
     text = member.start if len(member.start) == member.size else os.pread(fd, member.size, member.offset)
     try:

@@ -1,4 +1,4 @@
-"""A policy may throw patches away: no network sees them and no loss reads them, in every method."""
+"""Patches that a masking policy drops have no effect on the loss of any method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from mimscale.config.run import method_class
 from mimscale.masking.random import Random
 from mimscale.methods.base import MaskedMethod
-from mimscale.models.patches import assemble, cut
+from mimscale.models.patches import patchify, unpatchify
 from mimscale.types import Batch, Masks, Targets, TeacherInfo
 from tests import golden
 from tests.golden import batch_of, run_config
@@ -29,8 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-class Throwing(Random):
-    """MAE's order: twelve are seen, the next eight predicted, the last sixteen thrown."""
+class Dropping(Random):
+    """In MAE's order: the first twelve patches are visible, the next eight masked, the last sixteen dropped."""
 
     def choose(self, batch: Batch, targets: Any) -> Masks:
         order = batch.noise["mask"].argsort(dim=1)
@@ -43,7 +43,7 @@ def build(name: str) -> tuple[MaskedMethod, dict[str, Targets]]:
     run = run_config(section, {"width": 32, "depth": 3, "heads": 4}, 96)
     teachers = {"clip": CLIP} if name in ("mrmae", "maskalign") else {}
     method = method_class(name)(run, teachers)
-    method.masking = Throwing(run.method.masking, run, teachers)  # type: ignore[attr-defined]
+    method.masking = Dropping(run.method.masking, run, teachers)  # type: ignore[attr-defined]
     generator = torch.Generator().manual_seed(5)
     levels = {level: torch.randn(3, 36, 24, generator=generator) for level in range(3)}
     cls = {level: torch.randn(3, 24, generator=generator) for level in range(3)}
@@ -56,7 +56,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_thrown_patches_have_no_effect(name: str) -> None:
+def test_dropped_patches_have_no_effect(name: str) -> None:
     method, targets = build(name)
     images, noise = inputs()
     order = noise.argsort(dim=1)
@@ -67,16 +67,18 @@ def test_thrown_patches_have_no_effect(name: str) -> None:
     def changed(ids: Tensor) -> Tensor:
         shift = torch.zeros(3, 36).scatter(1, ids, 1.0)[:, :, None, None, None]
         scribble = torch.randn(3, 36, 3, 16, 16, generator=torch.Generator().manual_seed(6))
-        return method(batch_of(assemble(cut(images, 16) + shift * scribble, (6, 6)), mask=noise), targets)["loss"]
+        return method(batch_of(unpatchify(patchify(images, 16) + shift * scribble, (6, 6)), mask=noise), targets)[
+            "loss"
+        ]
 
     assert torch.equal(changed(order[:, 20:]), loss)
     assert not torch.equal(changed(order[:, :12]), loss)
     assert torch.equal(changed(order[:, 12:20]), loss) == (name == "maskalign")  # which predicts nothing masked
 
-    swapped = noise.scatter(1, order[:, 20:], noise.gather(1, order[:, 20:].flip(1)))  # thrown in another order
+    swapped = noise.scatter(1, order[:, 20:], noise.gather(1, order[:, 20:].flip(1)))  # dropped in another order
     assert torch.equal(method(batch_of(images, mask=swapped), targets)["loss"], loss)
     view = method.view(batch_of(images, mask=noise), targets)
     assert view is not None and view.mask is not None
     assert torch.equal(view.mask, torch.zeros(3, 36).scatter(1, order[:, 12:20], 1.0))
-    assert view.thrown is not None and torch.equal(view.thrown, torch.zeros(3, 36).scatter(1, order[:, 20:], 1.0))
+    assert view.dropped is not None and torch.equal(view.dropped, torch.zeros(3, 36).scatter(1, order[:, 20:], 1.0))
     assert view.reconstruction is None or view.reconstruction.shape == images.shape

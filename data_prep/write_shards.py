@@ -1,8 +1,8 @@
-"""Carries a plan out: shard by shard, restartable, in any number of processes on any number of nodes.
+"""Writes the shards of a plan, with any number of processes on any number of nodes; can be interrupted and repeated.
 
-A shard is written under a temporary name, synced and renamed; then its sidecar (shard-000000.json) says what it is. A
-shard is finished if its sidecar bears the hash of the plan and the file has the length that the sidecar says. The same
-plan gives the same bytes.
+A shard is written under a temporary name, synced and renamed; then its sidecar (shard-000000.json) is written. A shard
+is finished if its sidecar has the hash of the plan and the file has the length that the sidecar gives. The same plan
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.finish import PLAN, PlanFile, Sidecar, finish, finished, read_plan, shard_path
-from data_prep.pictures import Pictures, stored
+from data_prep.images import ImageOptions, process_image
+from data_prep.item_reader import Read, open_reader
 from data_prep.plan import Item, Plan
-from data_prep.read import Read, reader
-from data_prep.tar import BLOCK, RECORD, padded
+from data_prep.tar import BLOCK, RECORD, padded_size
+from data_prep.write_manifest import PLAN, PlanFile, Sidecar, read_plan, read_sidecar, shard_path, write_manifest
 from mimscale.data.decode import BadImage
 from mimscale.errors import UserError
 from mimscale.files.atomic import atomic_stream, atomic_write
 
-TRIED = 500  # pictures from which the time is estimated
+ESTIMATE_IMAGES = 500  # number of images that `estimate` processes
 
 
-def open_folder(folder: Path, plan: Plan) -> None:
-    """Claim the destination for this plan. Raises UserError if it holds anything else."""
+def reserve_folder(folder: Path, plan: Plan) -> None:
+    """Reserve the destination for this plan. Raises UserError if it holds anything else."""
     source = plan.source
     mine = PlanFile(
         plan=plan.hash,
@@ -47,7 +47,7 @@ def open_folder(folder: Path, plan: Plan) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / PLAN).exists():
             others = [name for name in os.listdir(folder) if not name.startswith(f".{PLAN}")]
-            if others and not (folder / PLAN).exists():  # another part may just have claimed it
+            if others and not (folder / PLAN).exists():  # another part may have reserved it just now
                 raise UserError(f"destination '{folder}' already holds '{others[0]}'; choose an empty or new folder")
             atomic_write(folder / PLAN, (mine.model_dump_json(indent=1) + "\n").encode())
     except OSError as error:
@@ -63,7 +63,7 @@ def open_folder(folder: Path, plan: Plan) -> None:
 
 @dataclass
 class Contents:
-    """What went into a shard; grows while `shard_bytes` runs."""
+    """Contents of a shard; filled while `shard_bytes` runs."""
 
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -72,16 +72,18 @@ class Contents:
     changed: Counter[str] = field(default_factory=Counter)
 
 
-def shard_bytes(items: list[Item], read: Read, labelled: bool, how: Pictures, contents: Contents) -> Iterator[bytes]:
-    """A shard, piece by piece. Nothing in it depends on when, where or by whom it is written."""
+def shard_bytes(
+    items: list[Item], read: Read, labelled: bool, options: ImageOptions, contents: Contents
+) -> Iterator[bytes]:
+    """The bytes of a shard, in pieces. They do not depend on the time, the process or the machine."""
     length = 0
     for item in items:
         try:
-            picture = stored(read(item), how)
+            image = process_image(read(item), options)
         except BadImage as error:
             contents.left_out[item.key] = str(error)
             continue
-        members = {picture.extension: picture.data}
+        members = {image.extension: image.data}
         if labelled:
             members["cls"] = str(item.label).encode()
             contents.labels.append(item.label)
@@ -90,31 +92,35 @@ def shard_bytes(items: list[Item], read: Read, labelled: bool, how: Pictures, co
             info.size = len(data)
             yield info.tobuf(tarfile.USTAR_FORMAT)
             yield data
-            yield bytes(padded(info.size) - info.size)
-            if extension == picture.extension:
+            yield bytes(padded_size(info.size) - info.size)
+            if extension == image.extension:
                 contents.offsets.append(length + BLOCK)
                 contents.sizes.append(info.size)
-            length += BLOCK + padded(info.size)
-        if picture.change:
-            contents.changed[picture.change] += 1
-    yield bytes(padded(length + 2 * BLOCK, RECORD) - length)
+            length += BLOCK + padded_size(info.size)
+        if image.change:
+            contents.changed[image.change] += 1
+    yield bytes(padded_size(length + 2 * BLOCK, RECORD) - length)
 
 
-def write_shard(folder: Path, number: int, items: list[Item], labelled: bool, plan_hash: str, how: Pictures) -> Sidecar:
-    """Write one shard and its sidecar. Raises UserError if a source file cannot be read or has changed, and where
-    another process writes the same shard: each takes the other's unfinished file for a leftover.
+def write_shard(
+    folder: Path, number: int, items: list[Item], labelled: bool, plan_hash: str, options: ImageOptions
+) -> Sidecar:
+    """Write one shard and its sidecar.
+
+    Raises UserError if a source file cannot be read or has changed, or if another process writes the same shard: each
+    removes the unfinished file of the other as a leftover.
     """
     path = shard_path(folder, number)
     for leftover in folder.glob(f".{path.stem}.*.tmp*"):
         leftover.unlink(missing_ok=True)
     digest, length, contents = hashlib.sha256(), 0, Contents()
     try:
-        with atomic_stream(path, buffering=1 << 20) as file, reader() as read:
-            for piece in shard_bytes(items, read, labelled, how, contents):
+        with atomic_stream(path, buffering=1 << 20) as file, open_reader() as read:
+            for piece in shard_bytes(items, read, labelled, options, contents):
                 digest.update(piece)
                 length += file.write(piece)
     except FileNotFoundError:
-        raise UserError(f"'{path}' is being written by another process too; let one of them go on") from None
+        raise UserError(f"'{path}' is being written by another process too; run only one of them") from None
     sidecar = Sidecar(
         plan=plan_hash,
         count=len(contents.offsets),
@@ -131,10 +137,13 @@ def write_shard(folder: Path, number: int, items: list[Item], labelled: bool, pl
 
 
 def unfinished(plan: Plan, folder: Path, part: tuple[int, int] = (0, 1)) -> list[int]:
-    """The shards with number % part[1] == part[0] that are still to be written. Opens the folder; raises UserError."""
-    open_folder(folder, plan)
+    """The numbers n of shards with n % part[1] == part[0] that are not written yet. Reserves the folder.
+
+    Raises UserError.
+    """
+    reserve_folder(folder, plan)
     mine = range(part[0], plan.shards, part[1])
-    todo = [number for number in mine if finished(folder, number, plan.hash) is None]
+    todo = [number for number in mine if read_sidecar(folder, number, plan.hash) is None]
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} shards were already written; skipped", file=sys.stderr)
     return todo
@@ -143,18 +152,18 @@ def unfinished(plan: Plan, folder: Path, part: tuple[int, int] = (0, 1)) -> list
 def write(
     plan: Plan, folder: Path, todo: list[int], *, jobs: int = 1, done: Callable[[int], None] = lambda samples: None
 ) -> list[int]:
-    """Write the shards of `todo`, and, if then all of the plan are finished, the manifest.
+    """Write the shards of `todo`, and the manifest if all shards of the plan are finished then.
 
-    done: called after each shard with the number of its samples. Returns the shards that are still missing.
+    done: called after each shard with its number of samples. Returns the numbers of the shards that are still missing.
     """
-    arguments = ((folder, number, plan.shard(number), plan.labelled, plan.hash, plan.pictures) for number in todo)
+    arguments = ((folder, number, plan.shard(number), plan.labelled, plan.hash, plan.images) for number in todo)
     if jobs == 1 or len(todo) < 2:
         for argument in arguments:
             write_shard(*argument)
             done(len(argument[2]))
     else:
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=spawn, initializer=_die_with_parent) as pool:
+        with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=spawn, initializer=_exit_with_parent) as pool:
             futures = {pool.submit(write_shard, *argument): len(argument[2]) for argument in arguments}
             try:
                 for future in as_completed(futures):
@@ -163,25 +172,26 @@ def write(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    return finish(folder)
+    return write_manifest(folder)
 
 
 def estimate(plan: Plan, jobs: int) -> tuple[int, float]:
-    """(pictures tried, seconds that `jobs` processes need to read and make all shards, without writing them).
+    """(number of images processed, estimated seconds for `jobs` processes to make all shards, without writing them).
 
     Raises UserError as `write_shard` does.
     """
-    tried = plan.items[:: max(1, len(plan.items) // TRIED)][:TRIED]
+    items = plan.items[:: max(1, len(plan.items) // ESTIMATE_IMAGES)][:ESTIMATE_IMAGES]
     start = time.perf_counter()
-    with reader() as read:
+    with open_reader() as read:
         digest = hashlib.sha256()
-        for piece in shard_bytes(tried, read, plan.labelled, plan.pictures, Contents()):
+        for piece in shard_bytes(items, read, plan.labelled, plan.images, Contents()):
             digest.update(piece)
-    return len(tried), (time.perf_counter() - start) * len(plan.items) / len(tried) / min(jobs, plan.shards)
+    seconds = (time.perf_counter() - start) * len(plan.items) / len(items) / min(jobs, plan.shards)
+    return len(items), seconds
 
 
-def _die_with_parent() -> None:
-    """A killed run must not leave writers behind that a restart would race with."""
+def _exit_with_parent() -> None:
+    """Ends this worker with its parent: otherwise a restarted run would race with the workers of a killed one."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,4 +1,4 @@
-"""Reading a checkpoint of any kind into named tensors, on one CPU, without the cluster that wrote it."""
+"""Reading a checkpoint of any kind into named tensors, on one CPU and without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint of any kind, tensors float32. run: its resolved recipe, None for a file that does not carry one.
+    """The float32 tensors of a checkpoint and what is known of them.
 
-    path: what was read; for a run folder its newest checkpoint. digest: its `sha256`, of what may be gone since.
-    ema: the student's parameters are those of its exponential moving average.
+    path: what was read; of a run folder its newest checkpoint. run: the resolved recipe. student, image_size: of a file
+    that holds a student alone. All three are None where the file does not say. digest: the `sha256`, where the
+    checkpoint may have been removed since. ema: the student's parameters are those of its exponential moving average.
     """
 
     path: Path
@@ -43,11 +44,12 @@ class Loaded:
     ema: bool = False
 
     def sha256(self) -> str:
-        """Of the file, or of a checkpoint's manifest, which names the hashes of its own files."""
+        """Hexadecimal sha256 of the file, or of a checkpoint's manifest, which holds the hashes of its shards."""
         return self.digest or checkpoint.sha256(identity_file(self.path))
 
 
 def identity_file(path: Path) -> Path:
+    """The file whose sha256 identifies a checkpoint folder or file."""
     return path / "manifest.json" if path.is_dir() else path
 
 
@@ -64,18 +66,18 @@ def resolve(path: Path) -> Path:
 
 
 def read(path: Path, ema: bool = False) -> Loaded:
-    """A run folder (its newest checkpoint), a checkpoint folder, a file that `convert` wrote, or an official file.
+    """Read a run folder (its newest checkpoint), a checkpoint folder, a file that `convert` wrote, or an official file.
 
     ema: read the student's exponential moving average in place of its trained parameters. Raises UserError, also where
     there is none.
     """
-    return of_newest(path, lambda found: _read(found, ema))
+    return with_newest(path, lambda found: _read(found, ema))
 
 
-def of_newest(path: Path, work: Callable[[Path], T]) -> T:
-    """`work` on what `path` stands for; where a run that goes on removes a checkpoint meanwhile, on its newer one.
+def with_newest(path: Path, work: Callable[[Path], T]) -> T:
+    """Call `work` with what `resolve` finds. Where a live run prunes that checkpoint meanwhile, call it with the next.
 
-    Raises UserError, also where a checkpoint folder that was named itself is removed.
+    Raises UserError, also where `path` is itself a checkpoint folder and is removed.
     """
     while True:
         found = resolve(path)
@@ -99,7 +101,7 @@ def _read(path: Path, ema: bool) -> Loaded:
 
 
 def run_of(folder: Path) -> RunConfig:
-    """The recipe of the run that a checkpoint folder lies in. Raises UserError."""
+    """The recipe of the run that a checkpoint folder belongs to. Raises UserError."""
     path = folder.resolve().parent.parent / "config.yaml"
     if not path.is_file():
         raise UserError(f"{path} is missing; a checkpoint is read inside its run folder")
@@ -130,7 +132,7 @@ def _read_safetensors(path: Path) -> Loaded:
 
 
 def _read_pickle(path: Path) -> State:
-    """A torch file, without running code that may be in it; training files also hold their command line or config."""
+    """A torch file, without running code that may be in it. Training files also hold an argparse or yacs object."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -139,7 +141,7 @@ def _read_pickle(path: Path) -> State:
         if isinstance(error, pickle.UnpicklingError):  # torch's text asks to trust the file
             reason = "it is cut short, or holds more than tensors"
         raise UserError(f"{path} cannot be read as a torch checkpoint ({reason}); get it again") from None
-    for wrapper in ("model", "state_dict"):
+    for wrapper in ("model", "state_dict"):  # of MAE and timm, of OpenMMLab
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     tensors = {n: t for n, t in content.items() if isinstance(t, Tensor)} if isinstance(content, Mapping) else {}

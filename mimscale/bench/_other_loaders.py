@@ -1,6 +1,7 @@
-"""How others read the same pictures: Pillow, torchvision's transforms, float tensors, each as its documentation shows.
+"""Other data loaders on the same images: Pillow, torchvision's transforms, float tensors, as in their documentation.
 
-Every function takes the folder of pictures and a folder of its own, and returns a data set for torch's DataLoader.
+Every function returns a data set for torch's DataLoader. images: an image folder; shards: the same images as WebDataset
+shards; own: an empty folder in which the function may write the images in another format; side: pixels of a crop.
 """
 
 from __future__ import annotations
@@ -27,57 +28,57 @@ def transform(side: int) -> Callable[[Image.Image], torch.Tensor]:
     )
 
 
-def image_folder(pictures: Path, own: Path, shards: Path, side: int) -> Any:
+def image_folder(images: Path, own: Path, shards: Path, side: int) -> Any:
     from torchvision.datasets import ImageFolder
 
-    return ImageFolder(str(pictures), transform(side))
+    return ImageFolder(str(images), transform(side))
 
 
-def webdataset(pictures: Path, own: Path, shards: Path, side: int) -> Any:
+def webdataset(images: Path, own: Path, shards: Path, side: int) -> Any:
     from webdataset import WebDataset
 
     urls = [str(path) for path in sorted(shards.glob("*.tar"))]
-    change = transform(side)
+    augment = transform(side)
     data = WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(500).decode("pilrgb")
-    return data.to_tuple("jpg", "cls").map_tuple(change, int)
+    return data.to_tuple("jpg", "cls").map_tuple(augment, int)
 
 
-def mosaic(pictures: Path, own: Path, shards: Path, side: int) -> Any:
+def mosaic(images: Path, own: Path, shards: Path, side: int) -> Any:
     from streaming import MDSWriter, StreamingDataset
 
     with MDSWriter(out=str(own), columns={"image": "jpeg", "label": "int"}) as out:
-        for path, label in _files(pictures):
+        for path, label in _files(images):
             out.write({"image": Image.open(path), "label": label})
-    change = transform(side)
+    augment = transform(side)
 
     class Data(StreamingDataset):
         def __getitem__(self, at: Any) -> Any:
             sample = super().__getitem__(at)
-            return change(sample["image"].convert("RGB")), sample["label"]
+            return augment(sample["image"].convert("RGB")), sample["label"]
 
     return Data(local=str(own), shuffle=True, batch_size=64)
 
 
-def litdata(pictures: Path, own: Path, shards: Path, side: int) -> Any:
+def litdata(images: Path, own: Path, shards: Path, side: int) -> Any:
     from litdata import StreamingDataset
     from litdata.streaming.writer import BinaryWriter
 
     writer = BinaryWriter(str(own), chunk_bytes="64MB")
-    for number, (path, label) in enumerate(_files(pictures)):
+    for number, (path, label) in enumerate(_files(images)):
         writer[number] = {"image": Image.open(path), "label": label}
     writer.done()
     writer.merge()
-    change = transform(side)
+    augment = transform(side)
 
     class Data(StreamingDataset):
         def __getitem__(self, at: Any) -> Any:
             sample = super().__getitem__(at)
-            return change(_pillow(sample["image"])), sample["label"]
+            return augment(_pillow(sample["image"])), sample["label"]
 
     return Data(str(own), shuffle=True)
 
 
-PEERS = {
+OTHER_LOADERS = {
     "webdataset": webdataset,
     "torchvision ImageFolder": image_folder,
     "MosaicML Streaming": mosaic,
@@ -86,11 +87,11 @@ PEERS = {
 
 
 def _pillow(image: Any) -> Image.Image:
-    """litdata hands out tensors or pictures, by what it was given."""
+    """litdata returns tensors or Pillow images, depending on what was written."""
     from torchvision.transforms.v2.functional import to_pil_image
 
     return image.convert("RGB") if isinstance(image, Image.Image) else to_pil_image(image)
 
 
-def _files(pictures: Path) -> list[tuple[Path, int]]:
-    return [(path, int(path.parent.name[-2:])) for path in sorted(pictures.rglob("*.jpg"))]
+def _files(images: Path) -> list[tuple[Path, int]]:
+    return [(path, int(path.parent.name[-2:])) for path in sorted(images.rglob("*.jpg"))]

@@ -1,4 +1,4 @@
-"""What becomes of one picture on its way into a shard: its bytes as they are, unless asked otherwise."""
+"""How one image is stored in a shard: unchanged, or transcoded or resized if the options ask for it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from PIL import Image, features
 
 from mimscale.data.decode import FORMATS, BadImage, decode
 
-MAX_BYTES = 1 << 28  # of one picture
-SIGNATURES = {  # extension -> start of the file; "." = any byte
+MAX_BYTES = 1 << 28  # of one encoded image
+SIGNATURES = {  # extension -> first bytes of the file; "." = any byte
     "jpg": (b"\xff\xd8\xff",),
     "png": (b"\x89PNG\r\n\x1a\n",),
     "webp": (b"RIFF....WEBP",),
@@ -25,13 +25,13 @@ SIGNATURE_BYTES = 12
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """How pictures are stored.
+class ImageOptions:
+    """How images are stored.
 
-    check: decode each one, and leave out what cannot be decoded.
-    transcode: whatever is not an RGB or grey JPEG (CMYK, a PNG named .JPEG) becomes an RGB JPEG.
-    short_side: larger pictures are resized to it, in pixels; 0 = off.
-    quality: of the JPEGs that these two make.
+    check: decode each image, and leave out those that cannot be decoded.
+    transcode: all but RGB and grey JPEGs (CMYK, a PNG named .JPEG) become RGB JPEGs.
+    short_side: images with a longer short side are resized to this many pixels; 0 = off.
+    quality: of the JPEGs that these two options write.
     """
 
     check: bool = True
@@ -40,17 +40,18 @@ class Pictures:
     quality: int = 95
 
     @property
-    def changing(self) -> bool:
+    def may_encode(self) -> bool:
+        """Whether an image may be encoded again."""
         return self.transcode or self.short_side > 0
 
     def options(self) -> dict[str, Any]:
-        """For plan and manifest. What changes pixels also names who does it: other releases make other bytes."""
+        """For plan and manifest. With the versions of the encoder if it is used: other versions write other bytes."""
         jpeg = f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
-        return {**asdict(self), "encoder": jpeg if self.changing else None}
+        return {**asdict(self), "encoder": jpeg if self.may_encode else None}
 
 
-class Stored(NamedTuple):
-    """extension: what the bytes are. change: "", "transcoded" or "resized"."""
+class StoredImage(NamedTuple):
+    """extension: format of the bytes. change: "", "transcoded" or "resized"."""
 
     extension: str
     data: bytes
@@ -58,7 +59,7 @@ class Stored(NamedTuple):
 
 
 def sniff(start: bytes) -> str | None:
-    """The extension that a file's first bytes call for; None if it is no picture that the loader decodes."""
+    """The extension that fits the first bytes of a file; None if it is not an image that the loader decodes."""
     for extension, signatures in SIGNATURES.items():
         for signature in signatures:
             if len(start) >= len(signature) and all(
@@ -68,34 +69,34 @@ def sniff(start: bytes) -> str | None:
     return None
 
 
-def stored(data: bytes, how: Pictures) -> Stored:
-    """Raises BadImage for what is to be left out."""
+def process_image(data: bytes, options: ImageOptions) -> StoredImage:
+    """The bytes to store. Raises BadImage for an image that is to be left out."""
     extension = sniff(data[:SIGNATURE_BYTES])
     if extension is None:
-        raise BadImage("not a picture")
+        raise BadImage("not an image")
     if len(data) > MAX_BYTES:
         raise BadImage(f"{len(data):,} bytes, more than {MAX_BYTES:,}")
-    change = _wanted_change(data, how) if how.changing else ""
+    change = _needed_change(data, options) if options.may_encode else ""
     if not change:
-        if how.check:
+        if options.check:
             decode(data)
-        return Stored(extension, data, "")
+        return StoredImage(extension, data, "")
     image = decode(data)
     if change == "resized":
-        scale = how.short_side / min(image.size)
-        size = [max(how.short_side, round(side * scale)) for side in image.size]
+        scale = options.short_side / min(image.size)
+        size = [max(options.short_side, round(side * scale)) for side in image.size]
         image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=how.quality)
-    return Stored("jpg", buffer.getvalue(), change)
+    image.save(buffer, "JPEG", quality=options.quality)
+    return StoredImage("jpg", buffer.getvalue(), change)
 
 
-def _wanted_change(data: bytes, how: Pictures) -> str:
+def _needed_change(data: bytes, options: ImageOptions) -> str:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
-            if how.short_side and min(image.size) > how.short_side:
+            if options.short_side and min(image.size) > options.short_side:
                 return "resized"
             plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-            return "transcoded" if how.transcode and not plain else ""
+            return "transcoded" if options.transcode and not plain else ""
     except Exception as error:  # see decode
         raise BadImage(f"{type(error).__name__}: {error}") from error

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor
 
 from mimscale.__main__ import main
 from mimscale.checkpoint import run_folder
 from mimscale.config.run import RunConfig
-from mimscale.convert.formats import maskalign, openmmlab
+from mimscale.convert.formats import maskalign, openmmlab, timm
+from mimscale.convert.formats.base import encoder_of, format_of, formats
 from mimscale.convert.names import same
-from mimscale.convert.registry import encoder_of, families, of_state
-from mimscale.convert.student import student_from
+from mimscale.convert.networks import is_whole_model, student_from
 from mimscale.errors import UserError
 from tests import golden
 from tests.convert.runs import METHODS, build
@@ -25,7 +27,7 @@ from tests.golden import close, mae_run, run_config
 STATES = {
     "mae_dev": "mae",
     "amt_mae_dev": "mae",
-    "amt_update_mask_dev": "mae",
+    "amt_update_mask_dev": "timm",  # without a decoder
     "maskmr_mae_dev": "mae",
     "simmim_dev": "simmim",
     "simmim_ape": "simmim",
@@ -44,10 +46,10 @@ STATES = {
 
 
 @pytest.mark.parametrize("file", STATES)
-def test_every_official_state_is_of_one_family(file: str) -> None:
+def test_every_official_state_has_one_format(file: str) -> None:
     state = golden.load(file).part("state")
-    assert [name for name, family in families().items() if family.recognises(state)] == [STATES[file]]
-    assert of_state(state) == STATES[file]
+    assert [name for name, names in formats().items() if names.recognises(state)] == [STATES[file]]
+    assert format_of(state) == STATES[file]
     encoder = encoder_of(state)
     assert encoder and not [name for name in encoder if name.startswith(("student.", "encoder.", "backbone."))]
 
@@ -55,8 +57,8 @@ def test_every_official_state_is_of_one_family(file: str) -> None:
 @pytest.mark.parametrize("file", [f for f, name in STATES.items() if name in ("mae", "simmim", "convmae", "finetune")])
 def test_names_there_and_back(file: str) -> None:
     """Every name and every value, SimMIM's index of its bias table included."""
-    state, family = golden.load(file).part("state"), families()[STATES[file]]
-    again = family.to_official(family.from_official(state).weights, run_config(*METHODS["mae"][1:], {"size": "tiny"}))
+    state, names = golden.load(file).part("state"), formats()[STATES[file]]
+    again = names.to_official(names.from_official(state).weights, run_config(*METHODS["mae"][1:], {"size": "tiny"}))
     assert again.weights.keys() == state.keys()
     assert all(again.weights[n].dtype == t.dtype and torch.equal(again.weights[n], t) for n, t in state.items())
 
@@ -153,8 +155,20 @@ def test_convmae_has_no_timm_class_and_is_compared_with_a_second_network(tmp_pat
     close(student(g["input/images"], g["mask/ids_keep"]).tokens, g["latent"])
 
 
+@pytest.mark.parametrize("file", ["mae_dev", "simmim_dev"])
+def test_an_encoder_alone_has_timms_names(file: str) -> None:
+    """As timm publishes MAE's and BEiT's; there is no decoder that would tell the method."""
+    alone = encoder_of(golden.load(file).part("state"))
+    assert [name for name, names in formats().items() if names.recognises(alone)] == ["timm"]
+    assert not is_whole_model(alone) and same(encoder_of(alone), alone)
+    ours = timm.from_official(alone).weights
+    assert timm.fits(ours) and encoder_of(timm.to_official(ours).weights).items() >= alone.items()
+    network: Any = TimmViT(embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    assert format_of(network.state_dict()) == "timm" and same(encoder_of(network.state_dict()), network.state_dict())
+
+
 def test_our_names_are_no_official_ones() -> None:
     for name in METHODS:
         weights = build(name)[0].state_dict()
-        assert of_state(weights) is None
-        assert any(family.fits(weights) for family in families().values())
+        assert format_of(weights) is None
+        assert any(names.fits(weights) for names in formats().values())

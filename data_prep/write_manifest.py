@@ -1,7 +1,8 @@
-"""From the sidecars of finished shards to the manifest, which says that a data set is complete.
+"""Writes the manifest of a data set from the sidecars of its finished shards. A manifest means that it is complete.
 
-Every writer tries this when it is done, and any later call may do it again: it needs nothing but the destination. That
-matters on network file systems, where two writers that end at the same moment may each not yet see the other's files.
+Every writer tries this when it is done, and it may be repeated at any later time, because it needs only the destination
+folder. On network file systems that is necessary: two writers that end at the same moment may not see each other's
+files yet.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ POLL_S = 2.0
 
 
 class PlanFile(BaseModel):
-    """plan.json: what claims a destination. description: of the source."""
+    """plan.json, which reserves a destination for one plan. plan: its hash. description: of the source."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,7 +36,7 @@ class PlanFile(BaseModel):
 
 
 class Sidecar(BaseModel):
-    """shard-000000.json. offsets, sizes: of the pictures. left_out: key -> reason. changed: how -> pictures."""
+    """shard-000000.json. offsets, sizes: of the images. left_out: key -> reason. changed: how -> number of images."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,8 +55,8 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:06d}.tar"
 
 
-def finished(folder: Path, number: int, plan_hash: str) -> Sidecar | None:
-    """What the sidecar says, if the shard is whole and of this plan."""
+def read_sidecar(folder: Path, number: int, plan_hash: str) -> Sidecar | None:
+    """The sidecar of a shard; None unless the shard is complete and belongs to this plan."""
     path = shard_path(folder, number)
     try:
         sidecar = Sidecar.model_validate_json(path.with_suffix(".json").read_bytes())
@@ -64,10 +65,11 @@ def finished(folder: Path, number: int, plan_hash: str) -> Sidecar | None:
         return None
 
 
-def finish(folder: Path, wait_s: float = 0.0) -> list[int]:
-    """Write the manifest if all shards are finished; else the numbers of those that are missing.
+def write_manifest(folder: Path, wait_s: float = 0.0) -> list[int]:
+    """Write the manifest if all shards are finished. Returns the numbers of the missing shards, [] if there are none.
 
-    wait_s: how long to look again, for a file system that shows other nodes' files late. Raises UserError.
+    wait_s: how long to poll for missing shards, for file systems that show the files of other nodes late. Raises
+    UserError.
     """
     plan = read_plan(folder)
     deadline = time.monotonic() + wait_s
@@ -75,7 +77,7 @@ def finish(folder: Path, wait_s: float = 0.0) -> list[int]:
         if (folder / MANIFEST).exists():
             remove_leftovers(folder)
             return []
-        found = {number: sidecar for number in range(plan.shards) if (sidecar := finished(folder, number, plan.plan))}
+        found = {n: sidecar for n in range(plan.shards) if (sidecar := read_sidecar(folder, n, plan.plan))}
         if len(found) == plan.shards:
             _save(folder, plan, found)
             remove_leftovers(folder)
@@ -89,28 +91,30 @@ def read_plan(folder: Path) -> PlanFile:
     try:
         return PlanFile.model_validate_json((folder / PLAN).read_bytes())
     except FileNotFoundError:
-        raise UserError(f"'{folder}' has no {PLAN}, so nothing was begun there; is it the right folder?") from None
+        raise UserError(
+            f"'{folder}' has no {PLAN}, so no conversion was started there; give the folder of one"
+        ) from None
     except (OSError, ValidationError):
         raise UserError(f"'{folder / PLAN}' cannot be read; delete the folder and start again") from None
 
 
 def _save(folder: Path, plan: PlanFile, sidecars: dict[int, Sidecar]) -> None:
-    whole = {number: sidecar for number, sidecar in sorted(sidecars.items()) if sidecar.count}
-    if not whole:
-        raise UserError(f"none of the {plan.samples:,} pictures for '{folder}' can be decoded; see its shard-*.json")
+    shards = {number: sidecar for number, sidecar in sorted(sidecars.items()) if sidecar.count}
+    if not shards:
+        raise UserError(f"none of the {plan.samples:,} images for '{folder}' can be decoded; see its shard-*.json")
     left_out: dict[str, str] = {}
     changed: dict[str, int] = {}
     for sidecar in sidecars.values():
         left_out |= sidecar.left_out
         for how, count in sidecar.changed.items():
             changed[how] = changed.get(how, 0) + count
-    index = np.concatenate([np.array([s.offsets, s.sizes], dtype=np.int64).T for s in whole.values()])
-    labels = np.array([label for s in whole.values() for label in s.labels or ()], dtype=np.int64)
+    index = np.concatenate([np.array([s.offsets, s.sizes], dtype=np.int64).T for s in shards.values()])
+    labels = np.array([label for s in shards.values() for label in s.labels or ()], dtype=np.int64)
     save_manifest(
         folder,
         shards=[
             Shard(name=shard_path(folder, number).name, count=s.count, bytes=s.bytes, sha256=s.sha256)
-            for number, s in whole.items()
+            for number, s in shards.items()
         ],
         index=index,
         labels=labels if plan.classes is not None else None,

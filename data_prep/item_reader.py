@@ -1,4 +1,4 @@
-"""The bytes of a source's pictures: whole files, places inside of archives, rows of parquet files."""
+"""Reads the encoded images of a source: from files, members of archives or rows of parquet files."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from data_prep.plan import Item
 from mimscale.errors import UserError
 
 Read = Callable[[Item], bytes]
-COLUMN = "::"  # between a parquet file and its column
+COLUMN = "::"  # separates the path of a parquet file from the name of the column
 
 
 @contextmanager
-def reader() -> Iterator[Read]:
-    """Gives a function item -> bytes that keeps the last file open: a big archive is opened once.
+def open_reader() -> Iterator[Read]:
+    """A function item -> bytes that keeps the last file open, so that a large archive is current once.
 
-    The function raises UserError where a source cannot be read or has changed since it was listed.
+    The function raises UserError if a source cannot be read or has changed since it was listed.
     """
-    opened: tuple[str, int] | None = None
-    rows = _Rows()
+    current: tuple[str, int] | None = None
+    rows = _ParquetReader()
 
     def read(item: Item) -> bytes:
-        nonlocal opened
+        nonlocal current
         if f".parquet{COLUMN}" in item.path:
             return rows.read(item)
         try:
-            if opened is None or opened[0] != item.path:
-                if opened is not None:
-                    os.close(opened[1])
-                    opened = None
-                opened = item.path, os.open(item.path, os.O_RDONLY)
-            data = os.pread(opened[1], item.size, item.offset)
-            grown = item.offset == 0 and os.fstat(opened[1]).st_size != item.size
+            if current is None or current[0] != item.path:
+                if current is not None:
+                    os.close(current[1])
+                    current = None
+                current = item.path, os.open(item.path, os.O_RDONLY)
+            data = os.pread(current[1], item.size, item.offset)
+            grown = item.offset == 0 and os.fstat(current[1]).st_size != item.size
         except OSError as error:
             raise UserError(f"source file '{item.path}' cannot be read: {error.strerror}") from None
         if len(data) != item.size or grown:
@@ -45,15 +45,15 @@ def reader() -> Iterator[Read]:
     try:
         yield read
     finally:
-        if opened is not None:
-            os.close(opened[1])
+        if current is not None:
+            os.close(current[1])
 
 
-class _Rows:
-    """Rows of parquet files. Keeps every row group that it met: those of one shard."""
+class _ParquetReader:
+    """Reads rows of parquet files. Keeps every row group that it has read, which are those of one shard."""
 
     def __init__(self) -> None:
-        self._files: dict[str, tuple[Any, list[int]]] = {}  # the file, and the first row of each group
+        self._files: dict[str, tuple[Any, list[int]]] = {}  # (file, first row of each group)
         self._groups: dict[tuple[str, int], Any] = {}
 
     def read(self, item: Item) -> bytes:

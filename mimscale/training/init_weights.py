@@ -1,7 +1,7 @@
-"""A run that starts from weights instead of a random initialisation: fine-tuning, or pre-training gone on with.
+"""`init.weights`: start a run from weights instead of a random initialisation, for fine-tuning or further pre-training.
 
-The file is named by `init.weights` and known by its sha256, which stands in the run's configuration and so in each of
-its checkpoints. It is read at the first start only; a resume needs it no more.
+The file's sha256 is stored in the run's configuration, and so in each checkpoint. The file is read at the first start
+only; a resume does not need it.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from torch import Tensor
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.run import RunConfig
-from mimscale.convert.formats.simmim import REL_POS_TABLE, TABLE
+from mimscale.convert.formats.base import encoder_of, format_of, formats
+from mimscale.convert.formats.timm import SHARED_TABLE, TABLE
 from mimscale.convert.names import State
-from mimscale.convert.registry import encoder_of, families, of_state
-from mimscale.convert.source import Loaded, identity_file, read, resolve
-from mimscale.convert.whole import levels_of
+from mimscale.convert.networks import levels_of
+from mimscale.convert.read import Loaded, identity_file, read, resolve
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
 from mimscale.models import pos_embed
 
 OPTIONAL = ("norm.", "mask_token", "stage1_output_decode.", "stage2_output_decode.")
-"""What one method's student has and another's has not: the last norm, SimMIM's token, ConvMAE's fusion."""
+"""Tensors that the student of one method has and that of another lacks: last norm, SimMIM's token, ConvMAE's fusion."""
 
 
-def pinned(run: RunConfig, stored: RunConfig | None, *, resumes: bool) -> RunConfig:
-    """The run with the sha256 of its starting weights. Raises UserError where the file is missing or another.
+def with_sha256(run: RunConfig, stored: RunConfig | None, *, resumes: bool) -> RunConfig:
+    """The run's configuration with the sha256 of its starting weights.
 
-    stored: the configuration in the run folder. resumes: whether there is a checkpoint to go on from, so that the file
-    is not needed. Of a checkpoint it is the manifest's sha256, which names those of its files.
+    stored: the configuration in the run folder. resumes: there is a checkpoint to continue from, so the file is not
+    read. A checkpoint folder has the sha256 of its manifest, which holds those of its shards. Raises UserError where
+    the file is missing or is not the one whose hash is known.
     """
     if run.init is None:
         return run
@@ -45,8 +46,8 @@ def pinned(run: RunConfig, stored: RunConfig | None, *, resumes: bool) -> RunCon
     return run.model_copy(update={"init": run.init.model_copy(update={"sha256": known})})
 
 
-def start_from(method: Method, run: RunConfig) -> tuple[str, ...]:
-    """Fill a new method from `init.weights`; one line for each thing that was resized, left or not used.
+def load_into(method: Method, run: RunConfig) -> tuple[str, ...]:
+    """Load `init.weights` into a new method. Returns a line for each thing that was resized, is missing or is unused.
 
     Position tables are resized bicubically where the grids differ (He et al. 2022, fine-tuning). Raises UserError with
     one line where the weights are of another shape or kind.
@@ -92,17 +93,17 @@ def start_from(method: Method, run: RunConfig) -> tuple[str, ...]:
 
 
 def _all_of(loaded: Loaded, method: Method) -> State:
-    """Everything in a checkpoint, under our names."""
+    """All tensors of a checkpoint, under our names."""
     if loaded.run is not None:
         return loaded.weights
-    family = of_state(loaded.weights)
-    if family is None:
-        raise UserError(f"init.weights = {loaded.path} has the names of none of {', '.join(families())}")
-    return families()[family].from_official(loaded.weights, levels_of(method)).weights
+    name = format_of(loaded.weights)
+    if name is None:
+        raise UserError(f"init.weights = {loaded.path} has none of the known name formats ({', '.join(formats())})")
+    return formats()[name].from_official(loaded.weights, levels_of(method)).weights
 
 
 def _same_shape(loaded: Loaded, run: RunConfig, weights: State, own: State, prefix: str) -> None:
-    """Refuse another kind or size of student, said in the recipe's terms. Raises UserError."""
+    """Raises UserError for another kind or size of student, in the terms of the recipe."""
     theirs, ours = (_describe(state, prefix) for state in (weights, own))
     known = loaded.run.student if loaded.run is not None else loaded.student
     if known is not None and theirs == ours and known.heads != run.student.heads:
@@ -115,7 +116,7 @@ def _same_shape(loaded: Loaded, run: RunConfig, weights: State, own: State, pref
 
 
 def _describe(state: Mapping[str, Tensor], prefix: str) -> str:
-    """A student by what its tensors tell."""
+    """Kind and sizes of a student, as far as its tensors tell."""
     convolutional = f"{prefix}patch_embed1.proj.weight" in state
     blocks = f"{prefix}blocks3." if convolutional else f"{prefix}blocks."
     if f"{blocks}0.mlp.fc1.weight" not in state:
@@ -132,8 +133,8 @@ def _describe(state: Mapping[str, Tensor], prefix: str) -> str:
 
 
 def _one_table_per_block(weights: State, own: State) -> tuple[State, tuple[str, ...]]:
-    """SimMIM's shared table of relative positions as the start of each block's own, as in the official fine-tuning."""
-    shared = next((name for name in weights if name.endswith(REL_POS_TABLE) and name not in own), None)
+    """Copy SimMIM's shared table of relative positions into each block's own, as the official fine-tuning does."""
+    shared = next((name for name in weights if name.endswith(SHARED_TABLE) and name not in own), None)
     tables = [name for name in own if name.endswith(f"attn.{TABLE}") and name not in weights]
     if shared is None or not tables:
         return weights, ()
@@ -143,7 +144,7 @@ def _one_table_per_block(weights: State, own: State) -> tuple[State, tuple[str, 
 
 
 def _resized(weights: State, own: State, path: Path) -> tuple[State, tuple[str, ...]]:
-    """Position tables of another grid, resized."""
+    """Resize position tables of another grid."""
     weights, notes = dict(weights), []
     for name in [name for name in weights if name.endswith(("pos_embed", TABLE)) and name in own]:
         old, new = weights[name], own[name]

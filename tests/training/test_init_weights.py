@@ -12,9 +12,8 @@ from torch import Tensor
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.run import RunConfig
-from mimscale.convert import start
 from mimscale.convert.formats import mae, simmim
-from mimscale.convert.source import identity_file, resolve
+from mimscale.convert.read import identity_file, resolve
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
 from mimscale.methods.finetune import Finetune
@@ -22,6 +21,7 @@ from mimscale.methods.mae import MAE
 from mimscale.methods.mff import MFF
 from mimscale.methods.simmim import SimMIM
 from mimscale.models import pos_embed
+from mimscale.training import init_weights
 from tests import golden
 from tests.convert.runs import IMAGES, METHODS, STUDENT, save_run, saved_run
 from tests.golden import batch_of, close, run_config
@@ -37,7 +37,7 @@ def started(
     sections = {"init": {"weights": str(path), "part": part}}
     run = run_config(section, {**STUDENT, **student}, size, **sections)
     method = kind(run, {})
-    return method, start.start_from(method, run), run
+    return method, init_weights.load_into(method, run), run
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
@@ -163,13 +163,13 @@ def test_weights_are_known_by_their_hash(tmp_path: Path) -> None:
     folder, _ = saved_run(tmp_path / "run", "mae")
     digest = checkpoint.sha256(identity_file(resolve(folder)))
     plain = run_config(FINETUNE, STUDENT, init={"weights": str(folder)})
-    first = start.pinned(plain, None, resumes=False)
+    first = init_weights.with_sha256(plain, None, resumes=False)
     assert first.init is not None and first.init.sha256 == digest
     moved = plain.model_copy(update={"init": plain.init.model_copy(update={"weights": tmp_path / "gone"})})  # type: ignore[union-attr]
-    again = start.pinned(moved, first, resumes=True)  # the file is not looked at
+    again = init_weights.with_sha256(moved, first, resumes=True)  # the file is not looked at
     assert again.init is not None and again.init.sha256 == digest and again.shaping() == first.shaping()
     wrong = run_config(FINETUNE, STUDENT, init={"weights": str(folder), "sha256": "0" * 64})
     with pytest.raises(UserError, match=f"init.sha256 = {'0' * 64}, but .* has {digest}"):
-        start.pinned(wrong, None, resumes=False)
+        init_weights.with_sha256(wrong, None, resumes=False)
     with pytest.raises(UserError, match="neither a run folder, nor a checkpoint folder, nor a file"):
-        start.pinned(moved, first, resumes=False)
+        init_weights.with_sha256(moved, first, resumes=False)
