@@ -27,7 +27,7 @@ def timm_folder(folder: Path, **options: Any) -> tuple[Path, Any]:
     """A model as timm saves it, and the model."""
     model = timm_model("vit_tiny_patch16_224", 32, patch_size=8, **options)
     arguments = {"img_size": 32, "patch_size": 8, **TIMM, **options}
-    save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
+    save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
     return folder, model
 
 
@@ -61,7 +61,7 @@ def test_a_timm_folder_with_a_classifier_and_a_pickle(tmp_path: Path) -> None:
     """As `save_for_hf` writes it when it is told nothing; the older config.json has one level."""
     model = timm_model("vit_tiny_patch16_224", 32, patch_size=8)
     model.reset_classifier(7)
-    save_for_hf(model, tmp_path / "model", model_args={"img_size": 32, "patch_size": 8, **TIMM})
+    save_for_hf(model, str(tmp_path / "model"), model_args={"img_size": 32, "patch_size": 8, **TIMM})
     assert (tmp_path / "model" / "pytorch_model.bin").is_file()
     expected = model.forward_features(IMAGES)[:, 1:]
     assert torch.equal(mimscale.load_encoder(tmp_path / "model")(IMAGES).tokens, expected)
@@ -176,5 +176,5 @@ def test_what_timm_cannot_load_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "architecture": "vit_of_the_future"}))
     assert "timm cannot load it (Unknown model (vit_of_the_future))" in refused(folder)
     convnet = timm.create_model("resnet10t", num_classes=0)
-    save_for_hf(convnet, tmp_path / "convnet", safe_serialization=True)
+    save_for_hf(convnet, str(tmp_path / "convnet"), safe_serialization=True)
     assert "holds a ResNet, which has no patch tokens" in refused(tmp_path / "convnet")

@@ -23,7 +23,7 @@ from tests.ranks import STAGES
 
 SIDE, PATCH, GRID = 64, 8, 8
 IMAGES = torch.randint(256, (3, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-TEACHER = {"library": "timm", "model": "vit_tiny_patch16_224"}
+TEACHER: dict[str, Any] = {"library": "timm", "model": "vit_tiny_patch16_224"}
 TEACHER |= {"options": {"embed_dim": 24, "depth": 3, "num_heads": 2, "patch_size": PATCH}}
 AMT = {"policy": "amt", "ratio": 0.45, "throw": 0.4}
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -125,7 +125,7 @@ def test_an_official_file_needs_its_recipe(tmp_path: Path) -> None:
         (ours, {"ema": True}, "has no moving average"),
     ):
         with pytest.raises(mimscale.UserError, match=text):
-            mimscale.reconstruct(path, IMAGES, **options)  # type: ignore[arg-type]
+            mimscale.reconstruct(path, IMAGES, **options)
 
 
 @pytest.mark.parametrize("name", ["maskalign", "finetune"])

@@ -87,7 +87,7 @@ def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
         (4, {"workers": -1}, "workers = -1"),
     ):
         with pytest.raises(mimscale.UserError, match=text):
-            data.batches(size, **options)  # type: ignore[arg-type]
+            data.batches(size, **options)
 
 
 def test_a_damaged_sample_stops_the_iteration(shards: Path, tmp_path: Path) -> None:
