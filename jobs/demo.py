@@ -42,7 +42,7 @@ EXTRAS = {  # with --all: network -> (title, recipe, changes)
     "amt": (
         "MAE, masked by AMT",
         "demo_mae",
-        ("method.masking={policy: amt, ratio: 0.45, throw: 0.3, warmup_epochs: 10, refresh: 0.1}",),
+        ("method.masking={policy: amt, ratio: 0.45, drop_ratio: 0.3, warmup_epochs: 10, refresh: 0.1}",),
     ),
     "convmae": ("ConvMAE", "demo_mae", ("method.name=convmae", f"method.stages={STAGES}", "student.depth=3")),
     "mrmae": ("MR-MAE", "demo_mrmae", ()),

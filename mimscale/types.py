@@ -1,4 +1,4 @@
-"""What the rooms of this package hand to each other: noise, batches, targets, and what a method asks for.
+"""What the packages hand to each other: noise, batches, targets, and what a method asks for.
 
 Nothing here computes. Data fills a `Batch`, a teacher fills `Targets`, a masking policy fills `Masks`, a method states
 its `Needs`; none of them imports the others.
@@ -75,8 +75,8 @@ class Needs:
 class Masks(NamedTuple):
     """Which patches a student sees and which are predicted; places in the grid, in raster order, from 0.
 
-    visible: int64 [B, K], in the order in which the student sees them.  masked: int64 [B, M].  A patch in neither was
-    thrown away: nothing sees or predicts it.
+    visible: int64 [B, K], in the order in which the student sees them.  masked: int64 [B, M].  A patch in neither is
+    dropped: it is neither seen nor predicted.
     """
 
     visible: Tensor
@@ -122,14 +122,14 @@ class View:
     """What a method can show of a micro-batch to whoever watches a run; absent parts are None.
 
     images, reconstruction: float32 [B, 3, H, W] in 0..1.  mask: [B, L], 1 = masked.  attention: [B, L], any scale.
-    thrown: [B, L], 1 = neither seen nor predicted.  features: [B, L, D], the student's tokens of the whole images.
+    dropped: [B, L], 1 = neither seen nor predicted.  features: [B, L, D], the student's tokens of the whole images.
     """
 
     images: Tensor
     mask: Tensor | None = None
     reconstruction: Tensor | None = None
     attention: Tensor | None = None
-    thrown: Tensor | None = None
+    dropped: Tensor | None = None
     features: Tensor | None = None
 
 
@@ -145,10 +145,10 @@ class Damage:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """JPEGs that are decoded on the device, in host memory.
+    """JPEGs, in host memory, that will be decoded on the device.
 
-    data: uint8, one after the other.  sizes: int64 [K], bytes of each.  rows: int64 [K], of the batch.  boxes: int64
-    [K, 4], crop (top, left, height, width) in pixels.
+    data: uint8, K JPEGs concatenated.  sizes: int64 [K], bytes of each.  rows: int64 [K], row in the batch.
+    boxes: int64 [K, 4], crop (top, left, height, width) in pixels.
     """
 
     data: Tensor
@@ -174,7 +174,7 @@ class Batch:
     importance: uint8 [B, L], what a masking policy that learns has stored of these samples' patches; None else.
     weights: float32 [B] in evaluation, 1, or 0 for what fills a batch up and must not count; None in training.
     damage: what could not be used when this batch was made; `ids` has what was taken instead.
-    stored: with `data.decoder: device`, until these are decoded, the rows whose `images` mean nothing yet.
+    encoded: with `data.decoder: device`, the JPEGs of rows that are not decoded yet; `images` is undefined in these.
     """
 
     images: Tensor
@@ -189,7 +189,7 @@ class Batch:
     importance: Tensor | None = None
     weights: Tensor | None = None
     damage: tuple[Damage, ...] = ()
-    stored: EncodedImages | None = None
+    encoded: EncodedImages | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies do not block the host where the memory is pinned."""

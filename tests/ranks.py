@@ -20,12 +20,9 @@ from torch import Tensor
 from mimscale.checkpoint import format as checkpoint
 from tests import forked
 
-KINDS = checkpoint.KINDS
-
-
 DECODER = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4}
 STAGES = {"patches": [2, 2, 2], "widths": [8, 16], "depths": [1, 1]}
-AMT = {"policy": "amt", "ratio": 0.45, "throw": 0.4, "warmup_epochs": 0.4, "refresh": 0.3}  # uniform for two steps
+AMT = {"policy": "amt", "ratio": 0.45, "drop_ratio": 0.4, "warmup_epochs": 0.4, "refresh": 0.3}  # uniform for two steps
 METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
     "mae": {"norm_pix_loss": True, **DECODER},
     "maskalign": {"levels": "top2", "fusion": "linear"},
@@ -33,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
     "pixmim": {"low_pass_radius": 8, **DECODER},
     "simmim": {"masking": {"unit": 16}},
     "amt": {"name": "mae", "masking": AMT, **DECODER},
-    "amt_simmim": {"name": "simmim", "masking": {**AMT, "ratio": 0.25, "throw": 0.25, "unit": 16}},
+    "amt_simmim": {"name": "simmim", "masking": {**AMT, "ratio": 0.25, "drop_ratio": 0.25, "unit": 16}},
     "convmae": {"stages": STAGES, **DECODER},
     "mrmae": {"fusion": {"kind": "mff", "levels": [0, 2]}, **DECODER},
     "finetune_beit": {"name": "finetune", "classes": 4, "beit": {}, "head_std": 0.02},
@@ -149,9 +146,7 @@ def tensors(run_dir: Path) -> dict[str, Tensor]:
     path = checkpoint.newest(run_dir)
     assert path is not None, f"{run_dir} has no checkpoint"
     reader = checkpoint.Reader(path)
-    return {
-        f"{kind}|{name}": reader.full(kind, name) for kind in (*KINDS, "buffer", "table") for name in reader.names(kind)
-    }
+    return {f"{kind}|{name}": reader.full(kind, name) for kind in reader.kinds() for name in reader.names(kind)}
 
 
 def meta(run_dir: Path) -> dict[str, Any]:
@@ -168,7 +163,7 @@ def difference(a: Path, b: Path) -> float:
 
 
 def identical(a: Path, b: Path) -> bool:
-    """Weights, moments, buffers, Adam's step, counters and scaler, to the bit."""
+    """Weights, moments, buffers, the optimiser's step, counters and scaler, to the bit."""
     ours, theirs = tensors(a), tensors(b)
     same = ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     return same and meta(a)["engine"] == meta(b)["engine"]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mimscale.data.transforms import centre_crop, pixels
+from mimscale.data.transforms import center_crop, to_pixels
 from mimscale.errors import UserError
 
 CROP_PCT = 0.875  # of `mimscale evaluate`
@@ -55,8 +55,8 @@ def _cropped(images: Sequence[Image.Image], image_size: int) -> Tensor:
     if wrong is not None or not len(images):
         what = "is empty" if wrong is None else f"holds a {type(wrong).__name__}"
         raise UserError(f"the list of images {what}; give Pillow images, or a tensor [B, 3, H, W]")
-    crops = [centre_crop(image.convert("RGB"), image_size, CROP_PCT)[0] for image in images]
-    return torch.from_numpy(np.stack([pixels(crop) for crop in crops]))
+    crops = [center_crop(image.convert("RGB"), image_size, CROP_PCT)[0] for image in images]
+    return torch.from_numpy(np.stack([to_pixels(crop) for crop in crops]))
 
 
 def _normalised(images_B3HW: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:

@@ -129,7 +129,7 @@ def _with_uniform_masks(
     counts = masking_class(cast(MaskedConfig, config.method)).counts(section, config)
     ratio = mask_ratio or 1 - (counts.visible + 0.5) / counts.units  # half a unit: whichever way a policy rounds
     known = {name: skeleton(name, one, config.data.image_size).info for name, one in config.teachers.items()}
-    read = kind.reads(config, known)
+    read = kind.teacher_needs(config, known)
     values = config.dump()
     values["teachers"] = {name: one for name, one in values["teachers"].items() if name in read}
     values["method"]["masking"] = {"policy": "random", "ratio": ratio, "unit": section.unit}

@@ -57,7 +57,7 @@ class Shards:
 
     def __repr__(self) -> str:
         classes = "no classes" if self.classes is None else f"{len(self.classes)} classes"
-        return f"Shards({self._manifest.place!r}, {len(self):,} samples, {classes})"
+        return f"Shards({self._manifest.location!r}, {len(self):,} samples, {classes})"
 
     def batches(
         self,
@@ -88,7 +88,9 @@ class Shards:
                 raise UserError(f"{name} = {value} must be {least} or more")
         stored = self._manifest.labels
         if labels and (stored is None or stored.min() < 0):
-            raise UserError(f"{self._manifest.place} has samples without labels; leave labels out, or set it to False")
+            raise UserError(
+                f"{self._manifest.location} has samples without labels; leave labels out, or set it to False"
+            )
         if workers is None:
             workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         batches = eval_batches(self._manifest, image_size, batch=size, workers=workers, crop_pct=crop_pct)

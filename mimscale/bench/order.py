@@ -1,4 +1,4 @@
-"""The order of samples at scale: time to seek, memory, and how many shards a node touches"""
+"""The order of samples at scale: time to find a position, memory, and number of shards that a node reads"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """One process plays single ranks: nothing in the order knows of the others."""
+    """One process computes the positions of single ranks, which do not depend on other ranks."""
     import numpy as np
 
     from mimscale.bench import _report
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     shards = max(1, round(args.samples / args.shard_samples))
     counts = np.full(shards, args.shard_samples, dtype=np.int64)
-    idle = _resident_mib()
+    before = _resident_mib()
     order = Order(counts, seed=0, streams=args.streams, block=args.block)
     steps = order.samples // args.global_batch
     rng = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         for later in range(1, 65):
             fresh.ids(positions(step + later, rank))
         next_us.append(1e6 * (time.process_time() - start_s) / (64 * len(positions(step, rank))))
-    grown = _resident_mib() - idle
+    grown = _resident_mib() - before
 
     node = range(args.ranks_per_node)
     streams = np.unique(np.concatenate([positions(0, rank) for rank in node]) % order.streams)

@@ -73,7 +73,7 @@ class AsyncCheckpointWriter:
         self._fragments = everyone if coordinator.rank == 0 else []  # at 512 ranks of ZeRO-3 some 100 MB
         self._job: _Job | None = None
         self._number = 0  # saves begun; the same on all ranks, like all that `agree_to_stop` decides by
-        self._written = self._settled = 0  # this rank's last shard on disk or given up; rank 0's last save dealt with
+        self._written = self._handled = 0  # this rank's last shard on disk or given up; rank 0's last save dealt with
         self._tries = 0
 
     # ---------------------------------------------------------------------------------------------- the loop's calls
@@ -103,12 +103,12 @@ class AsyncCheckpointWriter:
 
         The one agreement of a step carries the loop's flag too: returns whether any rank had raised it a step ago.
         """
-        settled = self._settled if self._coordinator.rank == 0 else _NEVER
-        asked, *least = self._coordinator.agree(raised, -self._written, -settled)
-        job, (written, settled) = self._job, (-number for number in least)
+        handled = self._handled if self._coordinator.rank == 0 else _NEVER
+        asked, *least = self._coordinator.agree(raised, -self._written, -handled)
+        job, (written, handled) = self._job, (-number for number in least)
         if job is not None and not job.ready and written >= self._number:
             self._gather(job)
-        if job is not None and settled >= self._number:
+        if job is not None and handled >= self._number:
             self._finish(job)
         return bool(asked)
 
@@ -211,11 +211,11 @@ class AsyncCheckpointWriter:
             self._patiently(job, tidy)
         else:
             self._drop(job)
-        self._settled = self._number
+        self._handled = self._number
 
     def _drop(self, job: _Job) -> None:
         shutil.rmtree(job.temporary, ignore_errors=True)
-        self._settled = self._number
+        self._handled = self._number
 
     def _patiently(self, job: _Job, attempt: Callable[[], None]) -> None:
         """Try until it succeeds or `patience_s` is over. What went wrong ends up in `job.failure`."""

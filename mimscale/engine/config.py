@@ -10,14 +10,17 @@ from mimscale.config.base import Strict
 
 
 class EngineConfig(Strict):
-    """ds_config: a name in ds_configs/ (`zero2_fp16`) or a path to a JSON file of your own.
+    """backend: deepspeed, or torch: plain DistributedDataParallel in fp32 or bf16, without ZeRO; needs no DeepSpeed.
 
+    ds_config: a name in ds_configs/ (`zero2_fp16`) or a path to a JSON file of your own. With `backend: torch` only its
+        precision is used.
     max_micro_batch: images per rank and forward pass at most; accumulation is solved from it and the world size.
     activation_checkpointing: 0 off, k = recompute every k-th block.
     teachers_ahead: the teachers run one micro-batch ahead of the student, on a GPU in a stream of their own, so that
         they compute while the student waits for other ranks; costs the memory of one more micro-batch and its targets.
     """
 
+    backend: Literal["deepspeed", "torch"] = "deepspeed"
     ds_config: str = "zero2_bf16"
     max_micro_batch: int = Field(64, ge=1)
     activation_checkpointing: int = Field(0, ge=0)

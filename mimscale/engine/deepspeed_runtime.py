@@ -1,4 +1,4 @@
-"""DeepSpeed as a library: imported with its accelerator settled, and its process group."""
+"""DeepSpeed as a library: imported with its accelerator chosen, and its process group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mimscale.distributed.world import EMULATE_FP16, World, free_port
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed with its accelerator settled, and without its shared-memory op.
+    """DeepSpeed with its accelerator chosen, and without its shared-memory op.
 
     That op is compiled at start-up on a CPU (a minute or two) and serves only an all-reduce for inference. With
     EMULATE_FP16 in the environment DeepSpeed also accepts fp16 on a CPU without native fp16 arithmetic, where torch

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from mimscale.checkpoint import format as checkpoint
-from mimscale.convert.source import identity_file, of_newest
-from mimscale.convert.student import StudentInfo, student_from
+from mimscale.convert.networks import StudentInfo, student_from
+from mimscale.convert.read import identity_file, with_newest
 from mimscale.evals.features import Extractor, SharedMemoryPool, Student, frozen, random_like, raw_pixels
 from mimscale.models.config import StudentConfig
 from mimscale.models.convvit import ConvStages
@@ -49,7 +49,7 @@ def load_networks(
     trained = []
     shapes: dict[tuple[type, StudentConfig, ConvStages | None, int], Student] = {}
     for path in paths:
-        vit, info, identity = of_newest(path, load)
+        vit, info, identity = with_newest(path, load)
         shape = info.config.model_copy(update={"size": None, "drop_path": 0.0})
         shapes.setdefault((type(vit), shape, info.stages, info.image_size), vit)
         name = path.name if [p.name for p in paths].count(path.name) == 1 else str(path)

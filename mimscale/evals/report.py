@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.table import Table
 
+from mimscale.files.atomic import atomic_write
+
 
 def write(report: Mapping[str, Any], out: Path) -> None:
     """Whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    part.write_text(json.dumps(report, indent=1) + "\n")
-    part.replace(out)
+    atomic_write(out, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def table(report: Mapping[str, Any]) -> Table:

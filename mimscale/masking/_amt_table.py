@@ -1,8 +1,8 @@
-"""A table with one row of bytes per sample of the data set, cut over the ranks and read and written by sample.
+"""AMT's table of patch importance: one row of bytes per sample of the data set, split over the ranks.
 
-Rank r of W holds the rows [N r / W, N (r + 1) / W) on its device. Which sample stands in whose batch is known to
-every rank after one small exchange between hosts (`Table.gather`); so the sizes of what follows are known everywhere,
-the rows travel by one all-to-all on the training's own network, and nothing is read back from a device.
+Rank r of W holds the rows [N r / W, N (r + 1) / W) on its device. A small exchange between hosts (`gather`) tells every
+rank which samples are in which rank's batch. So every rank knows all message sizes, the rows travel in one all-to-all
+on the network of the training, and nothing is copied from a device to the host.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch import Tensor
 Ints = NDArray[np.int64]
 
 
-class Table:
-    """uint8 [samples, width], `fill` at first; `rows` are this rank's, from `first` on.
+class ImportanceTable:
+    """uint8 [samples, width], initially `fill`. rows: this rank's part, [n, width]. first: the sample of its first row.
 
-    rank, world: of the process group by default; others only measure memory. Collective where there are several ranks.
+    width: patches per sample. rank, world: of the process group by default; given, the table never communicates (to
+    measure memory). Collective if there are several ranks.
     """
 
     def __init__(
@@ -43,56 +44,59 @@ class Table:
         self.rows = torch.full(
             (int(self._bounds[self.rank + 1]) - self.first, width), fill, dtype=torch.uint8, device=device
         )
-        self._hosts: Any = None
+        self._host_group: Any = None
         if connected and self.world > 1:
-            self._hosts = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+            self._host_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
 
     def gather(self, values: Ints) -> Ints:
-        """An array of one shape on every rank -> [W, ...] on every rank. Between hosts."""
-        if self._hosts is None:
+        """All-gather between hosts: an array of the same shape on every rank -> [W, ...] on every rank."""
+        if self._host_group is None:
             return values[None]
-        everyone = torch.empty((self.world, *values.shape), dtype=torch.int64)
-        dist.all_gather(list(everyone.unbind(0)), torch.from_numpy(values), group=self._hosts)
-        return everyone.numpy()
+        gathered = torch.empty((self.world, *values.shape), dtype=torch.int64)
+        dist.all_gather(list(gathered.unbind(0)), torch.from_numpy(values), group=self._host_group)
+        return gathered.numpy()
 
     def read(self, ids_WB: Ints) -> Tensor:
         """Sample ids of every rank -> the rows of this rank's samples, uint8 [B, width]. Collective."""
-        owners = self._owner(ids_WB)
-        here = owners == self.rank
-        answers = self.rows[self._index(ids_WB[here] - self.first)]
-        order = np.argsort(owners[self.rank], kind="stable")
-        received = self._exchange(answers, here.sum(axis=1), np.bincount(owners[self.rank], minlength=self.world))
+        owners_WB = self._owner(ids_WB)
+        here_WB = owners_WB == self.rank
+        requested = self.rows[self._index(ids_WB[here_WB] - self.first)]
+        order = np.argsort(owners_WB[self.rank], kind="stable")
+        counts = np.bincount(owners_WB[self.rank], minlength=self.world)
+        received = self._exchange(requested, here_WB.sum(axis=1), counts)
         return received[self._index(np.argsort(order))]
 
-    def write(self, ids: list[Ints], places: list[Ints], rows_FX: Tensor, valid_F: Tensor) -> None:
-        """Put new rows at the samples `ids` of every rank; this rank brings uint8 [F, width]. Collective.
+    def write(self, ids: list[Ints], positions: list[Ints], rows_FX: Tensor, valid_F: Tensor) -> None:
+        """Write rows: ids and positions have one array per rank; this rank brings the rows uint8 [F, width].
+        Collective.
 
-        places: of each, in any order that all ranks share; of several rows for one sample the last in it counts. Rows
-        that are not valid (bool [F]) leave what is there.
+        positions: of each row, ordered and the same on all ranks; of several rows for one sample the one with the
+        highest position is written. Rows that are not valid (bool [F]) leave the table unchanged.
         """
-        owners = [self._owner(theirs) for theirs in ids]
+        owners = [self._owner(rank_ids) for rank_ids in ids]
         order = np.argsort(owners[self.rank], kind="stable")
         packed = torch.cat([rows_FX, valid_F[:, None].to(torch.uint8)], dim=1)[self._index(order)]
         mine = [owner == self.rank for owner in owners]
         counts = np.array([int(here.sum()) for here in mine])
         received = self._exchange(packed, np.bincount(owners[self.rank], minlength=self.world), counts)
-        samples, at = (np.concatenate([a[here] for a, here in zip(each, mine, strict=True)]) for each in (ids, places))
+        samples, at = (np.concatenate([a[here] for a, here in zip(x, mine, strict=True)]) for x in (ids, positions))
         latest = np.argsort(at)[::-1]
         samples, kept = np.unique(samples[latest], return_index=True)
         target, received = self._index(samples - self.first), received[self._index(latest[kept])]
         self.rows[target] = torch.where(received[:, -1:].bool(), received[:, :-1], self.rows[target])
 
     def _owner(self, ids: Ints) -> Ints:
+        """The rank that holds each sample's row."""
         return np.searchsorted(self._bounds, ids, side="right") - 1
 
-    def _index(self, places: Ints) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(places)).to(self.rows.device, non_blocking=True)
+    def _index(self, indices: Ints) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(indices)).to(self.rows.device, non_blocking=True)
 
     def _exchange(self, rows: Tensor, sent: Ints, received: Ints) -> Tensor:
-        """Rows in the order of their receivers -> rows in the order of their senders. sent, received: [W] counts."""
-        if self._hosts is None:
+        """All-to-all: rows ordered by receiver -> rows ordered by sender. sent, received: [W], numbers of rows."""
+        if self._host_group is None:
             return rows
-        group = None if rows.is_cuda else self._hosts
+        group = None if rows.is_cuda else self._host_group
         answer = rows.new_empty((int(received.sum()), rows.shape[1]))
         dist.all_to_all_single(answer, rows.contiguous(), received.tolist(), sent.tolist(), group=group)
         return answer

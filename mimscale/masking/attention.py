@@ -1,4 +1,6 @@
-"""Attentive masks: patches are kept in proportion to a teacher's CLS attention (MaskAlign, Xue et al. 2023)."""
+"""Attentive masking: visible patches are drawn in proportion to a teacher's CLS attention (MaskAlign, Xue et al.
+2023).
+"""
 
 from __future__ import annotations
 
@@ -14,35 +16,35 @@ from mimscale.masking.base import Masking, MaskingConfig
 from mimscale.models.feature_targets import check_grid
 from mimscale.types import Batch, Masks, Needs, Noise, Targets, TeacherInfo, TeacherNeeds
 
-SMALLEST_IMPORTANCE = 1e-30  # in float32: a patch without attention is drawn last, and still in the order of the noise
+SMALLEST_IMPORTANCE = 1e-30  # in float32: patches without attention are drawn last, in the order of their noise
 
 
 class AttentionConfig(MaskingConfig):
-    """teacher: whose attention; null: the first teacher with a class token."""
+    """teacher: its attention is used; null: the first teacher with a class token."""
 
     teacher: str | None = None
 
 
 def attentive_order(importance_BU: Tensor, exponential_noise_BU: Tensor) -> Tensor:
-    """int64 [B, U]: all units drawn without replacement with probability proportional to importance.
+    """int64 [B, U]: all units, drawn without replacement with probability proportional to importance.
 
-    The largest importance / noise first, for unit-rate exponential noise: the draw that torch.multinomial makes of it.
+    Sorted by importance / noise, largest first, for unit-rate exponential noise: what torch.multinomial does.
     """
     scores = importance_BU.float().clamp_min(SMALLEST_IMPORTANCE) / exponential_noise_BU.float()
     return torch.argsort(scores, dim=1, descending=True, stable=True)
 
 
 class Attention(Masking):
-    """Salient units are likelier to be seen, never certain to. A unit's importance is the sum of its patches'.
+    """Units with more attention are more likely to be visible. A unit's importance is the sum over its patches.
 
-    Attention that is not a number counts as none, so that the rare image whose row a 16-bit teacher overflowed is drawn
-    uniformly; a teacher without sound attention is refused before the first step (`teachers.ensemble.Bank.check`).
+    Attention that is NaN counts as 0, so the rare image on which a 16-bit teacher overflows gets a uniform mask; a
+    teacher without valid attention is refused before the first step (`teachers.ensemble.TeacherEnsemble.check`).
     """
 
     Config = AttentionConfig
 
     @classmethod
-    def reads(cls, config: Any, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
+    def teacher_needs(cls, config: Any, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
         return {_teacher(config, teachers): TeacherNeeds(cls_attention=True)}
 
     @classmethod
@@ -57,15 +59,15 @@ class Attention(Masking):
         self.needs |= Needs(noise={"mask": Noise("exponential", (self.count.units,))})
 
     def choose(self, batch: Batch, targets: Mapping[str, Targets]) -> Masks:
-        return self.split(attentive_order(self.importance(targets), batch.noise["mask"]))
+        return self.split(attentive_order(self.unit_importance(targets), batch.noise["mask"]))
 
-    def importance(self, targets: Mapping[str, Targets]) -> Tensor:
+    def unit_importance(self, targets: Mapping[str, Targets]) -> Tensor:
         """float32 [B, U]."""
         attention_BL = targets[self.teacher].cls_attention
         assert attention_BL is not None
         return self.unit_sums(attention_BL.nan_to_num())
 
-    def weights(self, batch: Batch, targets: Mapping[str, Targets]) -> Tensor | None:
+    def importance(self, batch: Batch, targets: Mapping[str, Targets]) -> Tensor | None:
         return targets[self.teacher].cls_attention
 
 
@@ -79,7 +81,7 @@ def _teacher(config: AttentionConfig, teachers: Mapping[str, TeacherInfo]) -> st
         )
     if config.teacher is not None and config.teacher not in able:
         raise UserError(
-            f"method.masking.teacher = {config.teacher} is no teacher with a class token; choose one of "
+            f"method.masking.teacher = {config.teacher} is not a teacher with a class token; choose one of "
             f"{', '.join(able)}"
         )
     return config.teacher or able[0]

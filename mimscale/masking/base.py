@@ -1,7 +1,7 @@
-"""What a masking policy is: it says which patches a student sees, which are predicted, and which nobody needs.
+"""The base class of masking policies. A policy decides which patches are visible, which masked and which dropped.
 
-A policy is one file in this folder that defines one `Masking`; it is found by the file's name. Adding one needs its
-file and a test, and no edit anywhere else. A recipe chooses it with `method.masking: {policy: NAME, ...}`.
+A policy is one file in this package that defines one `Masking`; it is found by the file's name. A recipe chooses it
+with `method.masking: {policy: NAME, ...}`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mimscale.types import Batch, Masks, Needs, StepInfo, Targets, TeacherInfo, 
 
 
 class MaskingConfig(Strict):
-    """ratio: share of the patches that is masked. unit: side in pixels of the squares that are masked as one; null:
-    one patch. Each method has its own ratio and unit, which hold where the recipe gives none.
+    """ratio: share of the patches that is masked. unit: side in pixels of the squares that are masked as a whole; null:
+    one patch. Each method has a default ratio and unit.
     """
 
     policy: str
@@ -31,7 +31,7 @@ class MaskingConfig(Strict):
 
 
 class Counts(NamedTuple):
-    """Numbers of units: visible, masked, and all that there are. factor: patches per side of a unit."""
+    """Numbers of units: visible, masked, and in all (the rest is dropped). factor: patches per side of a unit."""
 
     visible: int
     masked: int
@@ -40,9 +40,9 @@ class Counts(NamedTuple):
 
 
 class Masking:
-    """Base class. A subclass sets `Config`, `needs` and `choose`, and may learn between steps.
+    """Base class. A subclass sets `Config` and `needs` and implements `choose`; the hooks at the end are optional.
 
-    It is no module: what it learns is none of the optimiser's business.
+    Not an nn.Module: it has no parameters for the optimiser.
     """
 
     Config: ClassVar[type[MaskingConfig]] = MaskingConfig
@@ -50,8 +50,8 @@ class Masking:
 
     @classmethod
     def counts(cls, config: Any, run: RunConfig) -> Counts:
-        """How a ratio is rounded. In patches, as MAE and MaskAlign do: floor(L x (1 - ratio)) are visible (196 at 0.7:
-        58). In units, as SimMIM does: ceil(U x ratio) are masked (49 at 0.6: 30).
+        """Rounds the ratio. In patches as in MAE and MaskAlign: floor(L x (1 - ratio)) are visible (196 at 0.7: 58). In
+        units as in SimMIM: ceil(U x ratio) are masked (49 at 0.6: 30).
         """
         factor = 1 if config.unit is None else config.unit // run.student.patch
         units = (run.grid[0] // factor) * (run.grid[1] // factor)
@@ -59,41 +59,43 @@ class Masking:
         return Counts(visible, units - visible, units, factor)
 
     @classmethod
-    def reads(cls, config: Any, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
-        """What the policy reads of teachers."""
+    def teacher_needs(cls, config: Any, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
+        """Teacher -> the targets that the policy uses."""
         return {}
 
     @classmethod
     def check(cls, config: Any, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
-        """Refuse what cannot work with a UserError, before anything is built."""
+        """Refuse a configuration that cannot work, before anything is built. Raises UserError."""
         check_unit(config, run)
         counts = cls.counts(config, run)
         if counts.visible < 1:
-            raise UserError(f"{keeps(config, counts)}; lower it, so that at least one is seen")
+            raise UserError(f"{describe_ratio(config, counts)}; lower it, so that at least one is visible")
 
     def __init__(self, config: Any, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         self.config = config
         self.count = self.counts(config, run)
         self.grid = run.grid
         self.unit_grid = (run.grid[0] // self.count.factor, run.grid[1] // self.count.factor)
-        self.needs = Needs(teachers=self.reads(config, teachers))
+        self.needs = Needs(teachers=self.teacher_needs(config, teachers))
 
     def choose(self, batch: Batch, targets: Mapping[str, Targets]) -> Masks:
-        """batch: images normalised. targets: of the teachers in `needs`. Draws nothing: noise comes in the batch."""
+        """batch: images normalised. targets: of the teachers in `needs`. Draws no random numbers: noise is in the
+        batch.
+        """
         raise NotImplementedError
 
-    def weights(self, batch: Batch, targets: Mapping[str, Targets]) -> Tensor | None:
-        """What decides, [B, L] at any scale, for pictures; None where it is chance alone."""
+    def importance(self, batch: Batch, targets: Mapping[str, Targets]) -> Tensor | None:
+        """Importance of the patches that the masks depend on, [B, L] at any scale; None if masks are uniform."""
         return None
 
     def split(self, order_BU: Tensor) -> Masks:
-        """An order of all units, int64 [B, U]: the first are visible, the next masked."""
+        """A permutation of all units, int64 [B, U]: the first are visible, the next masked, the rest dropped."""
         visible, masked, _, factor = self.count
         parts = order_BU[:, :visible], order_BU[:, visible : visible + masked]
         return Masks(*(patches_of(ids, self.unit_grid, factor) for ids in parts))
 
     def unit_sums(self, values_BL: Tensor) -> Tensor:
-        """One number per patch [B, L] -> the sum over each unit, float32 [B, U]."""
+        """Values of patches [B, L] -> their sum over each unit, float32 [B, U]."""
         factor = self.count.factor
         if factor == 1:
             return values_BL.float()
@@ -101,29 +103,29 @@ class Masking:
         return values_BL.float().unflatten(1, (rows, factor, columns, factor)).sum(dim=(2, 4)).flatten(1)
 
     def before_run(self, samples: int, student: nn.Module) -> None:
-        """Called once on every rank, before anything is restored. samples: of the data set. May communicate."""
+        """Called once on every rank, before a checkpoint is loaded. samples: in the data set. May communicate."""
 
     def prepare(self, batch: Batch) -> Batch:
-        """Every micro-batch in host memory, before it goes to the device; with what `choose` will want. Collective."""
+        """Called with every micro-batch in host memory; may add what `choose` needs. On every rank; may communicate."""
         return batch
 
     def after_step(self, info: StepInfo, student: nn.Module) -> None:
-        """Called once after each optimiser step, on every rank, with the last micro-batch. May communicate."""
+        """Called on every rank after each optimiser step, also after a skipped one. May communicate."""
 
-    def live_tensors(self) -> dict[str, Tensor]:
-        """What must be in the checkpoint besides `extra_state`: "table|name|start" -> 1-D, this rank's part."""
+    def fragments(self) -> dict[str, Tensor]:
+        """Tensors for the checkpoint: "table|name|start" -> 1-D, this rank's part. A resume fills them."""
         return {}
 
     def extra_state(self) -> dict[str, Any]:
-        """What must be in the checkpoint: JSON-able values."""
+        """JSON-able values for the checkpoint."""
         return {}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `extra_state` gave; {} where the checkpoint has none."""
+        """Restore what `extra_state` returned; {} if the checkpoint has none."""
 
 
 def check_unit(config: MaskingConfig, run: RunConfig) -> None:
-    """Refuse units that are not whole patches or do not tile the image; nothing can be counted before."""
+    """Refuse units that are not a multiple of the patch or do not tile the image. Call before `counts`."""
     patch, size = run.student.patch, run.data.image_size
     if config.unit is not None and (config.unit % patch or size % config.unit):
         raise UserError(
@@ -132,14 +134,14 @@ def check_unit(config: MaskingConfig, run: RunConfig) -> None:
         )
 
 
-def keeps(config: MaskingConfig, counts: Counts) -> str:
-    """The beginning of a refusal."""
+def describe_ratio(config: MaskingConfig, counts: Counts) -> str:
+    """The beginning of an error message about the ratio."""
     what = "patches" if config.unit is None else f"units of {config.unit} px"
-    return f"method.masking.ratio = {config.ratio} keeps {counts.visible} of {counts.units} {what}"
+    return f"method.masking.ratio = {config.ratio} leaves {counts.visible} of {counts.units} {what} visible"
 
 
 def patches_of(units_BN: Tensor, unit_grid: tuple[int, int], factor: int) -> Tensor:
-    """Units int64 [B, N] -> their patches int64 [B, N * factor**2]; both counted in raster order.
+    """Units int64 [B, N] -> their patches int64 [B, N * factor**2]; both numbered in raster order.
 
     unit_grid: rows and columns of units, each of factor x factor patches.
     """

@@ -1,4 +1,4 @@
-"""Uniform masks: MAE's by patches (He et al. 2022, sec. 3), SimMIM's by units (Xie et al. 2022, sec. 3.2)."""
+"""Uniform masks: of patches as in MAE (He et al. 2022, sec. 3), of units as in SimMIM (Xie et al. 2022, sec. 3.2)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def random_order(noise_BU: Tensor) -> Tensor:
 
 
 class Random(Masking):
-    """By patches, the first of the permutation are visible; by units, the first are masked. As released."""
+    """Of patches the first of the permutation are visible, of units the first are masked, as released."""
 
     Config = MaskingConfig
 

@@ -1,4 +1,4 @@
-"""The patches of largest CLS attention are kept: the same ones in every epoch, up to the crop."""
+"""The patches with the highest CLS attention of a teacher are visible: the same in every epoch, up to the crop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mimscale.types import Batch, Masks, Needs, Targets, TeacherInfo
 
 
 class TopK(Attention):
-    """Units in the order of their importance; equal ones in raster order. Draws no noise."""
+    """Units sorted by importance, ties in raster order. Needs no noise."""
 
     Config = AttentionConfig
 
@@ -20,4 +20,4 @@ class TopK(Attention):
         self.needs = Needs(teachers=self.needs.teachers)
 
     def choose(self, batch: Batch, targets: Mapping[str, Targets]) -> Masks:
-        return self.split(self.importance(targets).argsort(dim=1, descending=True, stable=True))
+        return self.split(self.unit_importance(targets).argsort(dim=1, descending=True, stable=True))

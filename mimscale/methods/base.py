@@ -1,7 +1,7 @@
-"""What a method is: masking, student, heads and loss in one module. See `mimscale.types` for what goes in.
+"""The base classes of methods. A method is one nn.Module: masking, student, heads and loss; inputs: `mimscale.types`.
 
-A method is one file in this folder that defines one `Method`; it is found by the file's name. Adding one needs its
-file, a test and a recipe, and no edit anywhere else.
+A method is one file in this package that defines one `Method`; it is found by the file's name. Adding one needs its
+file, a test and a recipe.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from mimscale.config.registry import MethodConfig, class_in, section_by_name
 from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
-from mimscale.masking.base import Masking, MaskingConfig, keeps
+from mimscale.masking.base import Masking, MaskingConfig, describe_ratio
 from mimscale.models.beit import Beit
 from mimscale.models.convvit import ConvViT
 from mimscale.models.patches import unnormalised
-from mimscale.models.token_selection import Raster
+from mimscale.models.token_selection import RasterOrder
 from mimscale.models.vit import ViT
 from mimscale.types import Batch, Needs, Noise, StepInfo, Targets, TeacherInfo, TeacherNeeds, View
 
@@ -29,9 +29,9 @@ from mimscale.types import Batch, Needs, Noise, StepInfo, Targets, TeacherInfo, 
 class Method(nn.Module):
     """Base class. A subclass sets `Config` and `needs`, and returns a scalar fp32 "loss" from `forward`.
 
-    Rules that ZeRO depends on: every parameter gets a gradient in every step, no parameter is 0-dimensional, a
-    parameter is used only inside the forward of the module that owns it, and nothing draws random numbers in `forward`.
-    The backbone is the attribute `student`, whose state dict has the names of timm's VisionTransformer or Beit.
+    Rules that ZeRO needs: every parameter gets a gradient in every step, no parameter is 0-dimensional, a parameter is
+    used only in the forward pass of the module that owns it, and `forward` draws no random numbers.
+    The encoder is the attribute `student`; its state dict has the names of timm's VisionTransformer or Beit.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -40,7 +40,9 @@ class Method(nn.Module):
 
     @classmethod
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
-        """Refuse what cannot work (grids, depths, missing teachers) with a UserError, before anything is built."""
+        """Refuse a configuration that cannot work (grids, depths, missing teachers), before anything is built. Raises
+        UserError.
+        """
 
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__()
@@ -49,68 +51,68 @@ class Method(nn.Module):
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
         """batch: images normalised, on the device. targets: one entry per teacher in `needs.teachers`.
 
-        Returns {"loss": fp32 scalar, and any other named fp32 scalars for the log}.
+        Returns {"loss": fp32 scalar, and other named fp32 scalars for the log}.
         """
         raise NotImplementedError
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are exempt from weight decay besides biases and 1-D tensors."""
+        """Names of parameters without weight decay, besides biases and 1-D tensors."""
         return set()
 
     def layer_of(self, name: str) -> int | None:
-        """0-based layer of a parameter for layer-wise lr decay (0 = embeddings); None: the method has no such order."""
+        """0-based layer of a parameter for layer-wise lr decay (0 = embeddings); None: not supported by the method."""
         return None
 
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View | None:
-        """What the method itself shows of this batch; no gradient."""
+        """What the method can show of this batch; no gradient. None: nothing."""
         return None
 
     @torch.no_grad()
     def visualise(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
-        """All that there is to see: `view`, and the student's tokens of the whole images.
+        """`view`, and the student's patch tokens of the unmasked images.
 
-        Every rank calls it at the same step, because ZeRO-3 gathers parameters in it.
+        Call it on every rank at the same step, because ZeRO-3 gathers parameters in it.
         """
-        seen = self.view(batch, targets) or View(unnormalised(batch.images))
+        view = self.view(batch, targets) or View(unnormalised(batch.images))
         student: Any = self.student
-        return replace(seen, features=student(batch.images).tokens[:, student.prefix :])
+        return replace(view, features=student(batch.images).tokens[:, student.prefix :])
 
     def before_run(self, samples: int) -> None:
-        """Called once on every rank, when they are connected and before anything is restored, with the size of the
+        """Called once on every rank, after the process group is open and before a checkpoint is loaded. samples: in the
         data set.
         """
 
     def prepare(self, batch: Batch) -> Batch:
-        """Called with every micro-batch while it is in host memory, for what a method learned of its samples."""
+        """Called on every rank with every micro-batch in host memory; may add to it what `forward` needs."""
         return batch
 
     def after_step(self, info: StepInfo) -> None:
-        """Called once after each optimiser step, for what a method learns between steps."""
+        """Called on every rank after each optimiser step, also after a skipped one (`info.skipped`)."""
 
-    def live_tensors(self) -> dict[str, Tensor]:
-        """What a method learned between steps, for the checkpoint: "table|name|start" -> 1-D, this rank's part of what
-        is cut over the ranks. A resume fills these tensors.
+    def fragments(self) -> dict[str, Tensor]:
+        """Tensors for the checkpoint besides parameters and buffers: "table|name|start" -> 1-D, this rank's part of a
+        tensor that is split over the ranks (`mimscale.engine.base.Engine.fragments`). A resume fills them.
         """
         return {}
 
     def extra_state(self) -> dict[str, Any]:
-        """What must be in the checkpoint besides parameters and buffers: JSON-able values."""
+        """JSON-able values for the checkpoint."""
         return {}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `extra_state` gave."""
+        """Restore what `extra_state` returned."""
 
 
 AnyMasking = SerializeAsAny[MaskingConfig]
 
 
 def masking_default(policy: str, ratio: float, unit: int | None = None) -> Any:
-    """A method's own masking; each value fills in where a recipe gives none."""
+    """A method's default masking; the values hold unless a recipe sets them."""
     return {"policy": policy, "ratio": ratio, "unit": unit}
 
 
 class MaskedConfig(MethodConfig):
-    """Base of the sections of methods that mask. masking: which patches are seen (`mimscale.masking`, by `policy`)."""
+    """Base of the configurations of methods that mask. masking: a policy of `mimscale.masking` and its settings."""
 
     masking: AnyMasking = masking_default("random", 0.75)
 
@@ -126,16 +128,16 @@ class MaskedConfig(MethodConfig):
 
 
 def masking_class(config: MaskedConfig) -> type[Masking]:
-    """The policy that a method's section chooses."""
+    """The class of the masking policy."""
     policy: type[Masking] = class_in("mimscale.masking", config.masking.policy, "method.masking.policy")
     return policy
 
 
 class MaskedMethod(Method):
-    """Base of the methods whose `student` does not see all patches: `masking` chooses them.
+    """Base of the methods that mask; `masking` is their policy.
 
-    A subclass builds its student in `make_student` and says in `reads` what its loss reads of teachers; the rest of
-    `needs` follows. predicts_masked: whether it needs at least one masked patch.
+    A subclass builds its encoder in `make_student` and names in `teacher_needs` the targets that its loss uses; the
+    rest of `needs` follows. predicts_masked: whether the loss needs at least one masked patch.
     """
 
     Config = MaskedConfig
@@ -143,26 +145,28 @@ class MaskedMethod(Method):
     student: ViT | Beit | ConvViT
 
     @classmethod
-    def reads(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
-        """What the loss reads of teachers."""
+    def teacher_needs(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
+        """Teacher -> the targets that the loss uses."""
         return {}
 
     @classmethod
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
-        """Refuse a policy that does not fit, and teachers that nobody reads. A subclass checks its own first."""
+        """Refuse a policy that does not fit, and teachers that are not used. A subclass first checks its own
+        settings.
+        """
         config = cast(MaskedConfig, run.method)
         policy, section = masking_class(config), config.masking
         policy.check(section, run, teachers)
         counts = policy.counts(section, run)
         if cls.predicts_masked and counts.masked < 1:
             raise UserError(
-                f"{keeps(section, counts)}; raise it, so that at least one is masked: {config.name} needs it"
+                f"{describe_ratio(section, counts)}; raise it, so that at least one is masked: {config.name} needs it"
             )
-        read = {**cls.reads(run, teachers), **policy.reads(section, teachers)}
+        used = {**cls.teacher_needs(run, teachers), **policy.teacher_needs(section, teachers)}
         for name in teachers:
-            if name not in read:
+            if name not in used:
                 raise UserError(
-                    f"teachers.{name}: neither {config.name} nor masking by {section.policy} reads it; remove it"
+                    f"teachers.{name}: neither {config.name} nor the masking policy {section.policy} uses it; remove it"
                 )
 
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
@@ -171,22 +175,29 @@ class MaskedMethod(Method):
         self.student = self.make_student(run)
         self.masking = masking_class(config)(config.masking, run, teachers)
         noise = {"drop_path": Noise("uniform", (self.student.depth, 2))} if run.student.drop_path else {}
-        self.needs = Needs(noise=noise, teachers=self.reads(run, teachers)) | self.masking.needs
+        self.needs = Needs(noise=noise, teachers=self.teacher_needs(run, teachers)) | self.masking.needs
 
     def make_student(self, run: RunConfig) -> Any:
+        """Build the encoder."""
         raise NotImplementedError
 
-    def seen(
-        self, batch: Batch, targets: Mapping[str, Targets], raster: Raster, reconstruction_B3HW: Tensor | None = None
+    def make_view(
+        self,
+        batch: Batch,
+        targets: Mapping[str, Targets],
+        raster: RasterOrder,
+        reconstruction_B3HW: Tensor | None = None,
     ) -> View:
-        """The images, the mask and the attention that chose it, and every patch as predicted, in 0..1, if it is."""
+        """A view of the images, the mask, the importance that it was drawn by, and the reconstruction (in 0..1), if
+        any.
+        """
         patches = self.student.patches
         return View(
             unnormalised(batch.images),
-            mask=raster.spread(raster.mask, patches),
-            thrown=raster.thrown(patches),
+            mask=raster.scatter(raster.mask, patches),
+            dropped=raster.dropped(patches),
             reconstruction=reconstruction_B3HW,
-            attention=self.masking.weights(batch, targets),
+            attention=self.masking.importance(batch, targets),
         )
 
     def before_run(self, samples: int) -> None:
@@ -198,8 +209,8 @@ class MaskedMethod(Method):
     def after_step(self, info: StepInfo) -> None:
         self.masking.after_step(info, self.student)
 
-    def live_tensors(self) -> dict[str, Tensor]:
-        return self.masking.live_tensors()
+    def fragments(self) -> dict[str, Tensor]:
+        return self.masking.fragments()
 
     def extra_state(self) -> dict[str, Any]:
         return {"masking": self.masking.extra_state()}
@@ -209,5 +220,5 @@ class MaskedMethod(Method):
 
 
 def without_drop_path(batch: Batch) -> Batch:
-    """The batch as a picture wants it: the same masks, every branch of the network on."""
+    """The batch without the noise of drop path, for a view: the same masks, no branch dropped."""
     return replace(batch, noise={purpose: noise for purpose, noise in batch.noise.items() if purpose != "drop_path"})

@@ -1,10 +1,10 @@
 """ConvMAE (MCMAE): MAE whose encoder starts with masked convolutions (Gao et al., NeurIPS 2022, arXiv 2205.03892).
 
-The mask is drawn on the grid of the attention stage, as MAE draws it, and holds for whole windows of the convolution
-stages (block-wise masking). Both stages are added to the last block's output before the encoder's norm (multi-scale
-fusion); fine-tuning drops that. Decoder, target and loss are MAE's.
+The mask is drawn on the grid of the attention stage, as in MAE, and masks whole windows of the convolution stages
+(block-wise masking). The outputs of both stages are added to the last block's output before the encoder's norm
+(multi-scale fusion), except in fine-tuning. Decoder, target and loss are MAE's.
 
-Differences to the release: grids follow from the image and patch sizes, stages 1 and 2 compute visible windows only
+Differences from the release: grids follow from the image and patch sizes, stages 1 and 2 compute visible windows only
 (`stages.skip_masked`, same numbers up to rounding), and the class token is an option.
 """
 
@@ -20,13 +20,13 @@ from mimscale.types import TeacherInfo
 
 
 class ConvMAEConfig(mae.MAEConfig):
-    """MAE's, and stages: the convolution stages. The section `student` is the attention stage (base: 11 blocks)."""
+    """As MAE's. stages: the convolution stages. The section `student` is the attention stage (base: 11 blocks)."""
 
     stages: ConvStages = ConvStages()
 
 
 class ConvMAE(mae.MAE):
-    """`student` is a ConvViT; all else is MAE."""
+    """MAE with a ConvViT as `student`."""
 
     Config = ConvMAEConfig
 
@@ -37,4 +37,4 @@ class ConvMAE(mae.MAE):
 
     def make_student(self, run: RunConfig) -> ConvViT:
         stages = cast(ConvMAEConfig, run.method).stages
-        return ConvViT(run.student, stages, run.data.image_size, checkpoint_every=run.engine.activation_checkpointing)
+        return ConvViT(run.student, stages, run.data.image_size, recompute_every=run.engine.activation_checkpointing)

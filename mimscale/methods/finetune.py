@@ -1,9 +1,9 @@
-"""Fine-tuning: supervised classification of whole images (He et al. 2022, arXiv 2111.06377, app. A.1).
+"""Fine-tuning: supervised classification of unmasked images (He et al. 2022, arXiv 2111.06377, app. A.1).
 
-A plain ViT, ConvMAE's encoder or SimMIM's; cross-entropy with label smoothing. Positions are learned here. A teacher is
-trained in the same way.
+The encoder is a plain ViT, ConvMAE's or SimMIM's; cross-entropy with label smoothing. Position embeddings are learned.
+The demo trains its teacher with this method.
 
-Differences to the release: no mixup, cutmix, RandAugment and random erasing, which its published accuracies need.
+Differences from the release: no mixup, cutmix, RandAugment and random erasing, which its published accuracies need.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from mimscale.types import Batch, Needs, Noise, Targets, TeacherInfo
 
 
 class BeitConfig(Strict):
-    """SimMIM's ViT. positions: a relative bias in each block, which starts as a copy of the one that all shared in
-    pre-training, as released; that one itself (relative); or a learned table. layer_scale: its start, null for none.
+    """SimMIM's ViT. positions: a relative bias per block, initialised with a copy of the bias that all blocks shared in
+    pre-training, as released (per_block); the shared bias (relative); or a learned table (absolute). layer_scale:
+    initial value, null: none.
     """
 
     positions: Positions = "per_block"
@@ -37,9 +38,9 @@ class BeitConfig(Strict):
 
 
 class FinetuneConfig(MethodConfig):
-    """pool: mean of the patch tokens and a fresh LayerNorm, or the class token after the encoder's own last norm.
+    """pool: mean of the patch tokens and a new LayerNorm, or the class token after the encoder's final norm.
 
-    stages: ConvMAE's convolution stages before the ViT, without the fusion of pre-training. beit: SimMIM's kind of ViT.
+    stages: ConvMAE's convolution stages before the ViT, without the fusion of pre-training. beit: SimMIM's ViT.
     Neither: a plain ViT.
     """
 
@@ -52,7 +53,7 @@ class FinetuneConfig(MethodConfig):
 
 
 class Classifier(nn.Linear):
-    """[B, D] -> [B, classes]; truncated-normal weight, zero bias."""
+    """[B, D] -> [B, classes]; truncated-normal weight with this std, zero bias."""
 
     def __init__(self, width: int, classes: int, std: float) -> None:
         super().__init__(width, classes)
@@ -61,7 +62,7 @@ class Classifier(nn.Linear):
 
 
 class Finetune(base.Method):
-    """`student`, then `fc_norm` (pool = mean only) and `head`, under timm's names (ConvMAE's with stages)."""
+    """`student`, `fc_norm` (only if pool = mean) and `head`, with timm's names (ConvMAE's if `stages` is set)."""
 
     Config = FinetuneConfig
     student: ViT | ConvViT | Beit
@@ -69,7 +70,7 @@ class Finetune(base.Method):
     @classmethod
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         if teachers:
-            raise UserError(f"teachers.{next(iter(teachers))}: finetune reads no teacher; remove the section teachers")
+            raise UserError(f"teachers.{next(iter(teachers))}: finetune uses no teacher; remove the section teachers")
         config = cast(FinetuneConfig, run.method)
         if config.stages is not None and config.beit is not None:
             raise UserError("method.stages and method.beit are two kinds of encoder; set one of them to null")
@@ -89,14 +90,14 @@ class Finetune(base.Method):
         self.needs = Needs(noise=noise, labels=True)
 
     def features(self, images_B3HW: Tensor, drop_noise: Tensor | None = None) -> Tensor:
-        """What enters the head: [B, D]."""
+        """Input of the head: [B, D]."""
         tokens = self.student(images_B3HW, drop_noise=drop_noise).tokens
         return self.fc_norm(
             tokens[:, self.student.prefix :].mean(dim=1) if self.config.pool == "mean" else tokens[:, 0]
         )
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
-        """Scalars: loss, and top1, the share of the micro-batch that is classified right."""
+        """Scalars: loss, and top1, the accuracy on the micro-batch."""
         assert batch.labels is not None
         logits = self.head(self.features(batch.images, batch.noise.get("drop_path"))).float()
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)
@@ -115,10 +116,10 @@ def _student(run: RunConfig, config: FinetuneConfig, final_norm: bool) -> ViT | 
     if config.beit is not None:
         positions, scale = config.beit.positions, config.beit.layer_scale
         return Beit(
-            run.student, size, positions=positions, layer_scale=scale, final_norm=final_norm, checkpoint_every=every
+            run.student, size, positions=positions, layer_scale=scale, final_norm=final_norm, recompute_every=every
         )
     if stages is None:
-        return ViT(run.student, size, final_norm=final_norm, learned_pos=True, checkpoint_every=every)
+        return ViT(run.student, size, final_norm=final_norm, learned_pos=True, recompute_every=every)
     return ConvViT(
         run.student,
         stages,
@@ -126,5 +127,5 @@ def _student(run: RunConfig, config: FinetuneConfig, final_norm: bool) -> ViT | 
         fusion=False,
         final_norm=final_norm,
         learned_pos=True,
-        checkpoint_every=every,
+        recompute_every=every,
     )

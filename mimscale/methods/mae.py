@@ -1,7 +1,7 @@
 """MAE: masked autoencoders (He et al., CVPR 2022, arXiv 2111.06377).
 
-Differences to the release: none in masks, network, target, loss, weight decay and learning rates. Drop path in the
-encoder and a low-pass target are options that it lacks.
+Differences from the release: none in masks, network, target, loss, weight decay and learning rates. Added options: drop
+path in the encoder, a low-pass target.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from mimscale.errors import UserError
 from mimscale.methods import base
 from mimscale.models.convvit import ConvViT, ConvViTOutput
 from mimscale.models.decoder import MAEDecoder
-from mimscale.models.fusion import FusionConfig, check_fusion, combined, make_fusion
+from mimscale.models.fusion import FusionConfig, check_fusion, fuse, make_fusion
 from mimscale.models.patches import unnormalised
-from mimscale.models.targets import images_of_pixels, low_pass, low_pass_disc, pixel_target
-from mimscale.models.token_selection import Raster, in_raster_order
+from mimscale.models.targets import images_from_pixels, low_pass, low_pass_disc, pixel_target
+from mimscale.models.token_selection import RasterOrder, raster_order
 from mimscale.models.vit import ViT, ViTOutput
 from mimscale.types import Batch, Targets, TeacherInfo, View
 
-TOKENS = {"student.cls_token", "decoder.mask_token"}  # decayed by MAE itself, exempt in OpenMMLab's methods
+TOKENS = {"student.cls_token", "decoder.mask_token"}  # with weight decay in MAE, without in OpenMMLab's methods
 
 
 class MAEConfig(base.MaskedConfig):
-    """norm_pix_loss: normalise the pixels of each target patch (the published ImageNet recipes do).
+    """norm_pix_loss: normalise the pixels of each target patch, as in the published ImageNet recipes.
 
-    low_pass_radius: regress the image's low frequencies, up to so many cycles per side (PixMIM); null: the image as is.
-    fusion: what the decoder reads of the encoder: its last block, or several combined (MFF).
+    low_pass_radius: regress the image's low frequencies, up to this many cycles per side (PixMIM); null: the unfiltered
+    image. fusion: the decoder's input: the last block of the encoder, or several blocks fused (MFF).
     """
 
     norm_pix_loss: bool = True
@@ -55,8 +55,8 @@ class MAEConfig(base.MaskedConfig):
 
 
 class Encoded(NamedTuple):
-    """latent: [B, prefix + K, D], what the decoder reads of the visible patches. fused: the same shape, what else reads
-    the encoder. scalars: for the log, weight_<block> or weight_stages, the share of each level of a fusion.
+    """latent: [B, prefix + K, D], input of the decoder. fused: the same shape, input of other heads (MR-MAE's).
+    scalars: for the log, weight_<block> or weight_stages, the weight of each fused level.
     """
 
     latent: Tensor
@@ -65,10 +65,12 @@ class Encoded(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """pred: [B, S, p*p*3] of the patches of `raster`, in the parameters' type. scalars: for the log."""
+    """pred: [B, S, p*p*3], predicted pixels of the patches in `raster`, in the parameters' dtype. scalars: for the
+    log.
+    """
 
     pred: Tensor
-    raster: Raster
+    raster: RasterOrder
     scalars: dict[str, Tensor]
 
 
@@ -79,7 +81,7 @@ def masked_patch_loss(pred_BSP: Tensor, target_BSP: Tensor, mask_BS: Tensor) -> 
 
 
 class MAE(base.MaskedMethod):
-    """`student` sees the visible patches, `decoder` predicts those and the masked; the loss reads the masked."""
+    """`student` encodes the visible patches, `decoder` predicts visible and masked ones; the loss is on the masked."""
 
     Config = MAEConfig
     student: ViT | ConvViT
@@ -111,13 +113,13 @@ class MAE(base.MaskedMethod):
             patch=run.student.patch,
             grid=run.grid,
             prefix=self.student.prefix,
-            checkpoint_every=run.engine.activation_checkpointing,
+            recompute_every=run.engine.activation_checkpointing,
         )
         self.fusion = make_fusion(config.fusion, run.student.width, isinstance(self.student, ConvViT))
 
     def make_student(self, run: RunConfig) -> ViT | ConvViT:
-        """The encoder; with `prefix` tokens before those of the patches."""
-        return ViT(run.student, run.data.image_size, checkpoint_every=run.engine.activation_checkpointing)
+        """Build the encoder."""
+        return ViT(run.student, run.data.image_size, recompute_every=run.engine.activation_checkpointing)
 
     def target_images(self, images_B3HW: Tensor) -> Tensor:
         """The images whose pixels are regressed."""
@@ -131,48 +133,48 @@ class MAE(base.MaskedMethod):
         )
 
     def encode(self, batch: Batch, visible_BK: Tensor) -> Encoded:
-        """The student's features of the visible patches, of its last block or fused, after its last norm."""
-        seen, levels = (batch.images, visible_BK, batch.noise.get("drop_path")), self.config.fusion.levels
+        """Features of the visible patches: of the last block or fused, after the final norm."""
+        inputs, levels = (batch.images, visible_BK, batch.noise.get("drop_path")), self.config.fusion.levels
         if self.fusion is None:
-            tokens = self.student(*seen).tokens
+            tokens = self.student(*inputs).tokens
             return Encoded(tokens, tokens, {})
-        mixed, scalars = self.mixed(self.student(*seen, levels, apply_norm=False))
-        fused = self.student.norm(mixed)
+        tokens, scalars = self.fuse_levels(self.student(*inputs, levels, apply_norm=False))
+        fused = self.student.norm(tokens)
         return Encoded(fused, fused, scalars)
 
-    def mixed(self, out: ViTOutput | ConvViTOutput) -> tuple[Tensor, dict[str, Tensor]]:
-        """The levels of the fusion combined, [B, prefix + K, D], without a norm, and their shares."""
+    def fuse_levels(self, out: ViTOutput | ConvViTOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """(fused levels [B, prefix + K, D] before any norm, their weights for the log)."""
         assert self.fusion is not None
         levels = {str(level): out.levels[level] for level in self.config.fusion.levels}
-        if isinstance(out, ConvViTOutput) and out.early is not None:
-            levels = {"stages": out.early, **levels}
-        return combined(self.fusion, levels)
+        if isinstance(out, ConvViTOutput) and out.stage_outputs is not None:
+            levels = {"stages": out.stage_outputs, **levels}
+        return fuse(self.fusion, levels)
 
     def predict(self, batch: Batch, targets: Mapping[str, Targets]) -> Prediction:
-        """Encode the visible patches and predict the pixels of all but the thrown."""
+        """Encode the visible patches and predict the pixels of the visible and the masked ones."""
         masks = self.masking.choose(batch, targets)
-        raster = in_raster_order(masks)
+        raster = raster_order(masks)
         encoded = self.encode(batch, masks.visible)
         return Prediction(self.decoder(encoded.latent, raster), raster, encoded.scalars)
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
         pred, raster, scalars = self.predict(batch, targets)
-        return {"loss": masked_patch_loss(pred, raster.of(self.target(batch.images)), raster.mask), **scalars}
+        return {"loss": masked_patch_loss(pred, raster.gather(self.target(batch.images)), raster.mask), **scalars}
 
-    def images_of(self, pred_BLP: Tensor, images_B3HW: Tensor) -> Tensor:
-        """Predictions of all patches as float32 images [B, 3, H, W] in 0..1 (values outside are cut).
+    def reconstruct(self, pred_BLP: Tensor, images_B3HW: Tensor) -> Tensor:
+        """Predictions of all patches -> float32 images [B, 3, H, W], clamped to 0..1.
 
-        With norm_pix_loss a patch is predicted only up to its mean and contrast: these are taken from the image that is
-        regressed, so colour and brightness of a patch are not the model's achievement.
+        With norm_pix_loss the prediction holds no mean and contrast of a patch; these are taken from the target image.
+        So the colour and brightness of a patch say nothing about the model.
         """
-        known = self.target_images(images_B3HW)
+        target = self.target_images(images_B3HW)
         return unnormalised(
-            images_of_pixels(pred_BLP, known, self.student.config.patch, normalised=self.config.norm_pix_loss)
+            images_from_pixels(pred_BLP, target, self.student.config.patch, normalised=self.config.norm_pix_loss)
         )
 
     @torch.no_grad()
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
-        """The images, the mask, every patch as predicted (see `images_of`), and the attention that chose the mask."""
+        """Images, mask, importance and reconstruction (see `reconstruct`)."""
         pred, raster, _ = self.predict(base.without_drop_path(batch), targets)
-        reconstruction = self.images_of(raster.spread(pred, self.student.patches), batch.images)
-        return self.seen(batch, targets, raster, reconstruction)
+        reconstruction = self.reconstruct(raster.scatter(pred, self.student.patches), batch.images)
+        return self.make_view(batch, targets, raster, reconstruction)

@@ -1,10 +1,10 @@
 """MaskAlign: a masked student aligned with frozen teachers (Xue et al., CVPR 2023, arXiv 2211.08887).
 
-Differences to the release: only adaptors and mixing rows of supervised levels are built, and no last norm of the
-student, because the others never get a gradient and ZeRO would pay for them; the teacher is outside the checkpoint and
-runs in 16 bit, and there may be several, each with a mixing and adaptors of its own; target_norm = bn is refused,
-because its loss would depend on the number of ranks; combinations of depths that end in an index error there are
-refused with the choice that works (fusion = sum).
+Differences from the release: adaptors and mixing rows exist for supervised levels only, and the student has no final
+norm, because the others never get a gradient and would still cost memory and communication; the teacher is not in the
+checkpoint and runs in 16 bit, and there may be several, each with its own mixing and adaptors; target_norm = bn is
+refused, because its loss would depend on the number of ranks; combinations of depths that end in an index error there
+are refused with the choice that works (fusion = sum).
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ from mimscale.methods import base
 from mimscale.models.feature_targets import FeatureConfig, Levels, check_features, feature_targets
 from mimscale.models.heads import AdaptorPosition, Alignment, Fusion
 from mimscale.models.targets import FeatureLoss, feature_loss
-from mimscale.models.token_selection import in_raster_order
+from mimscale.models.token_selection import raster_order
 from mimscale.models.vit import ViT
 from mimscale.types import Batch, Targets, TeacherInfo, TeacherNeeds, View
 
 
 class MaskAlignConfig(FeatureConfig, base.MaskedConfig):
-    """Defaults are the published recipe. The official flag is named where ours differs.
+    """Defaults are the published recipe. The official flag is in parentheses if its name differs.
 
     masking: 0.7, in proportion to a teacher's CLS attention (mask_type).
-    fusion: trained mixing of student levels that starts at identity + 0.01 (linear) or at 1/N (sum, the only one for
-    unequal depths), or level i to level i (simple) (fusion_type).
-    adaptor: its official flag is head_type. adaptor_position: after the mixing, one for each supervised teacher level,
-    as released; or before it, one for each student block, as the paper's figure draws it: another function, with more
-    parameters.
-    levels: weight of each teacher level in the loss (loss_weights). cls_target: false is ours, for teachers without a
-    class token. targets: what differs between several teachers (ours; the release has one).
+    fusion: learned mixing of student levels, initialised with identity + 0.01 (linear) or 1/N (sum, the only choice for
+        unequal depths); or student level i to teacher level i (simple) (fusion_type).
+    adaptor: (head_type).
+    adaptor_position: after the mixing, one for each supervised teacher level, as released. Experimental: before it, one
+        for each student block, as in the paper's figure, which is another function with more parameters. No official
+        numbers exist for it and no run at full size was made; tests compare it with a second implementation and train
+        it at small size.
+    levels: weight of each teacher level in the loss (loss_weights).
+    cls_target: false is ours, for teachers without a class token.
+    targets: other values for single teachers (ours; the release has one teacher).
     """
 
     masking: base.AnyMasking = base.masking_default("attention", 0.7)
@@ -48,14 +51,14 @@ class MaskAlignConfig(FeatureConfig, base.MaskedConfig):
 
 
 class MaskAlign(base.MaskedMethod):
-    """`student` (no final norm: nothing would train it) sees the kept patches, `alignment` predicts the teachers."""
+    """`student` (without a final norm) encodes the visible patches, `alignment` predicts the teachers' features."""
 
     Config = MaskAlignConfig
     predicts_masked = False
     student: ViT
 
     @classmethod
-    def reads(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
+    def teacher_needs(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
         targets = feature_targets(cast(MaskAlignConfig, run.method), teachers)
         return {name: target.needs for name, target in targets.items()}
 
@@ -79,8 +82,8 @@ class MaskAlign(base.MaskedMethod):
             )
         if config.fusion == "simple" and config.adaptor_position == "before":
             raise UserError(
-                "method.adaptor_position = before with fusion = simple: nothing is mixed, so there is no before; set "
-                "adaptor_position = after, which is the same function"
+                "method.adaptor_position = before with fusion = simple: without mixing both positions are the same "
+                "function; set adaptor_position = after"
             )
         super().check(run, teachers)
 
@@ -105,31 +108,31 @@ class MaskAlign(base.MaskedMethod):
 
     def make_student(self, run: RunConfig) -> ViT:
         size, every = run.data.image_size, run.engine.activation_checkpointing
-        return ViT(run.student, size, final_norm=False, checkpoint_every=every)
+        return ViT(run.student, size, final_norm=False, recompute_every=every)
 
     @property
     def student_levels(self) -> list[int]:
-        """Blocks whose output is read."""
+        """Student blocks whose output is used."""
         return sorted({level for head in self.alignment.values() for level in cast(Alignment, head).student_levels})
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
-        """Scalars: loss, and level_<teacher>_<i> for each supervised level before its weights."""
+        """Scalars: loss, and level_<teacher>_<i>, the unweighted loss of each supervised level."""
         visible = self.masking.choose(batch, targets).visible
         out = self.student(batch.images, visible, batch.noise.get("drop_path"), self.student_levels)
         losses, weighted = {}, []
         for name, target in self.targets.items():
             predictions = self.alignment[name](out.levels)
             for (level, share), pred in zip(target.shares.items(), predictions, strict=True):
-                wanted = target.of(targets[name], level, visible)
-                loss = feature_loss(pred if target.cls else pred[:, self.student.prefix :], wanted, self.config.loss)
+                features = target.features(targets[name], level, visible)
+                loss = feature_loss(pred if target.cls else pred[:, self.student.prefix :], features, self.config.loss)
                 losses[f"level_{name}_{level}"] = loss.detach()
                 weighted.append(target.weight * share * loss)
         return {"loss": torch.stack(weighted).sum(), **losses}
 
     @torch.no_grad()
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
-        """The images, the mask, and the attention that chose it."""
-        return self.seen(batch, targets, in_raster_order(self.masking.choose(batch, targets)))
+        """Images, mask and importance."""
+        return self.make_view(batch, targets, raster_order(self.masking.choose(batch, targets)))
 
     def no_weight_decay(self) -> set[str]:
         return {f"alignment.{name}.mixing" for name in self.targets} if self.config.fusion != "simple" else set()

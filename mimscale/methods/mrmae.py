@@ -1,13 +1,14 @@
-"""MR-MAE: mimic a teacher on the visible patches, rebuild pixels on the masked ones (arXiv 2303.05475, IJCV 2023).
+"""MR-MAE: teacher features on the visible patches, pixels on the masked ones (arXiv 2303.05475, IJCV 2023).
 
-A re-implementation from the paper; the authors' code is not public, so no run of this file reproduces theirs. Certain
-from the abstract: two losses on disjoint patches, features of a frozen CLIP or DINO teacher for the visible quarter,
-read from the encoder before the decoder, and MAE's pixels for the masked rest. With `stages` the encoder is ConvMAE's
-(MR-MCMAE, called ConvMAE-v2 by its authors, with a class token). Everything else is our reading, see `MRMAEConfig`.
+A re-implementation from the paper. The authors' code is not public, so nobody has shown that it reproduces theirs.
+Certain from the abstract: two losses on disjoint patches, features of a frozen CLIP or DINO teacher for the visible
+quarter, predicted from the encoder's output, and MAE's pixels for the masked rest. With `stages` the encoder is
+ConvMAE's (MR-MCMAE, called ConvMAE-v2 by its authors, with a class token). The rest is our interpretation, see
+`MRMAEConfig`.
 
-Differences to the authors' code: unknown. The pixel branch with uniform masks is MAE's and the draw of focused
-mimicking is MaskAlign's, both held to official numbers; teacher, target, head, loss and weights of the mimic branch
-are our reading.
+Differences from the authors' code: unknown. The pixel branch with uniform masks is MAE's and the masks of focused
+mimicking are MaskAlign's, both compared with official numbers; teacher, target, head, loss and weights of the mimic
+branch are our interpretation.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from mimscale.models.feature_targets import FeatureConfig, check_features, featu
 from mimscale.models.fusion import FusionConfig
 from mimscale.models.heads import make_adaptor
 from mimscale.models.targets import FeatureLoss, feature_loss
-from mimscale.models.token_selection import in_raster_order
+from mimscale.models.token_selection import raster_order
 from mimscale.models.vit import LN_EPS, ViT
 from mimscale.types import Batch, Targets, TeacherInfo, TeacherNeeds
 
 
 class MimicFusion(FusionConfig):
-    """feeds: the mimic heads alone, after a norm of their own, while the decoder reads the last block; or both of them,
-    after the encoder's last norm: MFF under two losses.
+    """feeds: mimic: the fused levels, after a norm of their own, are the input of the mimic heads, and the decoder gets
+    the last block; both: they are the input of heads and decoder, after the encoder's final norm.
     """
 
     feeds: Literal["mimic", "both"] = "mimic"
@@ -45,13 +46,13 @@ class MimicFusion(FusionConfig):
 
 
 class MRMAEConfig(FeatureConfig, mae.MAEConfig):
-    """Every default below is our reading, not a published setting; MAE's decoder and mask ratio are inherited.
+    """Every default below is our interpretation, not a published setting; decoder and mask ratio are MAE's.
 
     stages: convolution stages before the ViT; null: a plain ViT.
-    masking: focused mimicking, the visible patches are drawn in proportion to a teacher's CLS attention.
-    fusion: multi-layer fusion, none; without, the mimic heads read what the decoder reads.
-    levels: the raw outputs of a teacher's blocks that are mimicked, each with an adaptor of its own; the last alone.
-    targets: weights and levels of single teachers; every weight 1. pixel_weight: of the pixels.
+    masking: focused mimicking: the visible patches are drawn in proportion to a teacher's CLS attention.
+    fusion: multi-layer fusion for the mimic heads; none: their input is the decoder's.
+    levels: of the teacher, each with its own adaptor; the last by default.
+    targets: weight (1 by default) and levels of single teachers. pixel_weight: weight of the pixel loss.
     """
 
     stages: ConvStages | None = None
@@ -62,15 +63,15 @@ class MRMAEConfig(FeatureConfig, mae.MAEConfig):
 
 
 class MRMAE(mae.MAE):
-    """`student` and `decoder` are MAE's or ConvMAE's; `mimic` holds a head per teacher and level; both losses reach the
-    student. After pre-training decoder, heads and fusion are dropped.
+    """`student` and `decoder` are MAE's or ConvMAE's; `mimic` holds a head per teacher and level; both losses train the
+    student. After pre-training decoder, heads and fusion are discarded.
     """
 
     Config = MRMAEConfig
     config: MRMAEConfig
 
     @classmethod
-    def reads(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
+    def teacher_needs(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherNeeds]:
         targets = feature_targets(cast(MRMAEConfig, run.method), teachers)
         return {name: target.needs for name, target in targets.items()}
 
@@ -102,35 +103,35 @@ class MRMAE(mae.MAE):
         stages = cast(MRMAEConfig, run.method).stages
         if stages is None:
             return super().make_student(run)
-        return ConvViT(run.student, stages, run.data.image_size, checkpoint_every=run.engine.activation_checkpointing)
+        return ConvViT(run.student, stages, run.data.image_size, recompute_every=run.engine.activation_checkpointing)
 
     def encode(self, batch: Batch, visible_BK: Tensor) -> mae.Encoded:
         if self.fusion_norm is None:
             return super().encode(batch, visible_BK)
         levels = self.config.fusion.levels
         out = self.student(batch.images, visible_BK, batch.noise.get("drop_path"), levels)
-        mixed, scalars = self.mixed(out)
-        return mae.Encoded(out.tokens, self.fusion_norm(mixed), scalars)
+        fused, scalars = self.fuse_levels(out)
+        return mae.Encoded(out.tokens, self.fusion_norm(fused), scalars)
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
-        """Scalars: loss, before their weights pixel and mimic_<teacher>, and the shares of fused levels."""
+        """Scalars: loss, the unweighted losses pixel and mimic_<teacher>, and the weights of fused levels."""
         masks = self.masking.choose(batch, targets)
-        raster = in_raster_order(masks)
+        raster = raster_order(masks)
         latent, fused, scalars = self.encode(batch, masks.visible)
         pred = self.decoder(latent, raster)
-        pixel = mae.masked_patch_loss(pred, raster.of(self.target(batch.images)), raster.mask)
-        mimic = {name: self._mimicked(name, fused, targets[name], masks.visible) for name in self.targets}
+        pixel = mae.masked_patch_loss(pred, raster.gather(self.target(batch.images)), raster.mask)
+        mimic = {name: self._mimic_loss(name, fused, targets[name], masks.visible) for name in self.targets}
         weighted = [self.targets[name].weight * loss for name, loss in mimic.items()]
         loss = torch.stack([self.config.pixel_weight * pixel, *weighted]).sum()
-        mimicked = {f"mimic_{name}": value.detach() for name, value in mimic.items()}
-        return {"loss": loss, "pixel": pixel.detach(), **mimicked, **scalars}
+        logged = {f"mimic_{name}": value.detach() for name, value in mimic.items()}
+        return {"loss": loss, "pixel": pixel.detach(), **logged, **scalars}
 
-    def _mimicked(self, name: str, fused_BTD: Tensor, seen: Targets, visible_BK: Tensor) -> Tensor:
-        """The mean over one teacher's levels, by their shares."""
+    def _mimic_loss(self, name: str, fused_BTD: Tensor, targets: Targets, visible_BK: Tensor) -> Tensor:
+        """Weighted mean over the levels of one teacher."""
         target, heads = self.targets[name], cast(nn.ModuleDict, self.mimic[name])
         tokens = fused_BTD if target.cls else fused_BTD[:, self.student.prefix :]
-        losses = [
-            share * feature_loss(heads[str(level)](tokens), target.of(seen, level, visible_BK), self.config.mimic_loss)
-            for level, share in target.shares.items()
-        ]
+        losses = []
+        for level, share in target.shares.items():
+            features = target.features(targets, level, visible_BK)
+            losses.append(share * feature_loss(heads[str(level)](tokens), features, self.config.mimic_loss))
         return torch.stack(losses).sum()

@@ -1,7 +1,7 @@
 """SimMIM: mask tokens in the encoder, a linear head, raw pixels (Xie et al., CVPR 2022, arXiv 2111.09886).
 
-Differences to the release: the ViT only, not the Swin; the learning rate is the configured one under gradient
-accumulation as well, where theirs is multiplied by the number of accumulation steps.
+Differences from the release: the ViT only, not the Swin; gradient accumulation does not change the learning rate, in
+the release it is multiplied by the number of accumulation steps.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from mimscale.config.run import RunConfig
 from mimscale.methods import base
 from mimscale.models.beit import LAYER_SCALE, Beit, Positions
-from mimscale.models.fusion import FusionConfig, check_fusion, combined, make_fusion
-from mimscale.models.patches import assemble, cut, unnormalised
+from mimscale.models.fusion import FusionConfig, check_fusion, fuse, make_fusion
+from mimscale.models.patches import patchify, unnormalised, unpatchify
 from mimscale.models.pixel_head import PixelHead
-from mimscale.models.token_selection import Raster, in_raster_order
+from mimscale.models.token_selection import RasterOrder, raster_order
 from mimscale.types import Batch, Targets, TeacherInfo, View
 
 LOSS_EPS = 1e-5
@@ -28,8 +28,9 @@ LOSS_EPS = 1e-5
 class SimMIMConfig(base.MaskedConfig):
     """masking: 0.6 of the squares of 32 pixels, uniform, as released.
 
-    fusion: what the head reads: the last block, or several combined (ours).
-    positions: one relative bias for all blocks, or a learned table. layer_scale: its start, null for none.
+    fusion: the head's input: the last block, or several blocks fused (ours).
+    positions: a relative bias shared by all blocks, one per block, or a learned table. layer_scale: initial value,
+        null: none.
     """
 
     masking: base.AnyMasking = base.masking_default("random", 0.6, unit=32)
@@ -39,10 +40,12 @@ class SimMIMConfig(base.MaskedConfig):
 
 
 class Prediction(NamedTuple):
-    """pred: [B, S, 3, p, p] of the patches of `raster`, in the parameters' type. scalars: for the log."""
+    """pred: [B, S, 3, p, p], predicted pixels of the patches in `raster`, in the parameters' dtype. scalars: for the
+    log.
+    """
 
     pred: Tensor
-    raster: Raster
+    raster: RasterOrder
     scalars: dict[str, Tensor]
 
 
@@ -57,9 +60,7 @@ def masked_pixel_loss(pred_BSCpp: Tensor, target_BSCpp: Tensor, mask_BS: Tensor)
 
 
 class SimMIM(base.MaskedMethod):
-    """`student` sees all patches but the thrown, the masked ones as mask tokens; `head` predicts pixels; the loss reads
-    the masked.
-    """
+    """`student` encodes visible patches and mask tokens, `head` predicts pixels; the loss is on the masked patches."""
 
     Config = SimMIMConfig
     student: Beit
@@ -83,35 +84,35 @@ class SimMIM(base.MaskedMethod):
             positions=config.positions,
             layer_scale=config.layer_scale,
             mask_token=True,
-            checkpoint_every=run.engine.activation_checkpointing,
+            recompute_every=run.engine.activation_checkpointing,
         )
 
     def predict(self, batch: Batch, targets: Mapping[str, Targets]) -> Prediction:
-        """Predict the pixels of all patches but the thrown."""
-        raster = in_raster_order(self.masking.choose(batch, targets))
+        """Predict the pixels of the visible and the masked patches."""
+        raster = raster_order(self.masking.choose(batch, targets))
         patches = self.student.patches
         ids = None if raster.ids.shape[1] == patches else raster.ids
-        mask = raster.spread(raster.mask, patches)
-        seen, levels = (batch.images, mask, batch.noise.get("drop_path"), ids), self.config.fusion.levels
-        tokens, out_levels, _ = self.student(*seen, levels, apply_norm=self.fusion is None)
+        mask = raster.scatter(raster.mask, patches)
+        inputs, levels = (batch.images, mask, batch.noise.get("drop_path"), ids), self.config.fusion.levels
+        tokens, out_levels, _ = self.student(*inputs, levels, apply_norm=self.fusion is None)
         scalars: dict[str, Tensor] = {}
         if self.fusion is not None:
-            tokens, scalars = combined(self.fusion, {str(level): out_levels[level] for level in levels})
+            tokens, scalars = fuse(self.fusion, {str(level): out_levels[level] for level in levels})
             tokens = self.student.norm(tokens)
         return Prediction(self.head(tokens[:, 1:]), raster, scalars)
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
         pred, raster, scalars = self.predict(batch, targets)
-        target = raster.of(cut(batch.images, self.student.config.patch))
+        target = raster.gather(patchify(batch.images, self.student.config.patch))
         return {"loss": masked_pixel_loss(pred, target, raster.mask), **scalars}
 
     @torch.no_grad()
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
-        """The images, the mask, every patch as predicted, and the attention that chose the mask."""
+        """Images, mask, importance and reconstruction."""
         pred, raster, _ = self.predict(base.without_drop_path(batch), targets)
-        reconstruction = assemble(raster.spread(pred, self.student.patches), self.student.grid)
-        return self.seen(batch, targets, raster, unnormalised(reconstruction))
+        reconstruction = unpatchify(raster.scatter(pred, self.student.patches), self.student.grid)
+        return self.make_view(batch, targets, raster, unnormalised(reconstruction))
 
     def no_weight_decay(self) -> set[str]:
-        """The mask token and the table of the relative bias are decayed, as released."""
+        """As released: the mask token and the relative position biases have weight decay."""
         return {"student.cls_token", "student.pos_embed"}

@@ -1,8 +1,8 @@
 """BEiT's Vision Transformer, as SimMIM pre-trains it; its state dict has the names of timm's Beit.
 
-Beside the plain ViT: q and v have a bias and k has none, each branch has a trained scale per channel (layer scale),
-and positions are a relative bias, that all blocks share or one in each, or learned. The network sees masked patches as
-mask tokens.
+Differences from the plain ViT: q and v have a bias and k has none; each branch has a learned scale per channel (layer
+scale); positions are a relative bias, shared by all blocks or one per block, or a learned table. Masked patches enter
+the network as mask tokens.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimscale.models.config import StudentConfig
-from mimscale.models.patches import cut
+from mimscale.models.patches import patchify
 from mimscale.models.rel_pos_bias import RelativePositionBias, bias_of, index_among, table_rows
 from mimscale.models.token_selection import gather_tokens
 from mimscale.models.vit import (
     LN_EPS,
+    Encoder,
     Mlp,
     PatchEmbed,
     PatchProjection,
-    Sizes,
     ViTOutput,
-    attended,
+    drop_path,
     drop_path_scales,
+    patch_attention,
     run_blocks,
-    scaled,
 )
 
 Positions = Literal["relative", "per_block", "absolute"]
@@ -38,23 +38,23 @@ INIT_STD = 0.02
 LAYER_SCALE = 0.1
 
 
-def cut_normal_(tensor: Tensor, std: float = INIT_STD) -> Tensor:
-    """Normal, redrawn outside one deviation: SimMIM cuts where others cut at two or more."""
+def trunc_normal_(tensor: Tensor, std: float = INIT_STD) -> Tensor:
+    """Normal distribution truncated at one standard deviation, as in SimMIM; others truncate at two or more."""
     return nn.init.trunc_normal_(tensor, std=std, a=-std, b=std)
 
 
 class Linear(nn.Linear):
-    """SimMIM's initialisation, in the constructor for the sake of zero.Init."""
+    """nn.Linear with SimMIM's initialisation, done in the constructor because of zero.Init (see `vit.Linear`)."""
 
     def __init__(self, width: int, out: int, *, bias: bool = True, std: float = INIT_STD) -> None:
         super().__init__(width, out, bias=bias)
-        cut_normal_(self.weight, std)
+        trunc_normal_(self.weight, std)
         if bias:
             nn.init.zeros_(self.bias)
 
 
 class ProjectionQKV(Linear):
-    """The bias comes from outside, because its parts are parameters of the attention (BEiT's names)."""
+    """The bias is an argument, because its parts are parameters of the attention module (BEiT's names)."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 3 * width, bias=False)
@@ -63,20 +63,21 @@ class ProjectionQKV(Linear):
         return F.linear(input, self.weight, bias)
 
 
-class CutNormalProjection(PatchProjection):
+class TruncNormalProjection(PatchProjection):
     """The patch embedding with SimMIM's initialisation."""
 
     def __init__(self, width: int, patch: int) -> None:
         super().__init__(width, patch)
-        cut_normal_(self.weight)
+        trunc_normal_(self.weight)
         assert self.bias is not None
         nn.init.zeros_(self.bias)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention [B, T, D] -> [B, T, D]; scale head_dim^-0.5. out_std: of the output projection.
+    """Multi-head self-attention [B, T, D] -> [B, T, D]; scale head_dim^-0.5. out_std: initial std of the output
+    projection.
 
-    grid: given, this attention has a table of relative positions of its own.
+    grid: if given, this module owns a table of relative position biases for it.
     """
 
     relative_position_bias_table: nn.Parameter | None
@@ -92,8 +93,8 @@ class Attention(nn.Module):
         self.register_parameter("relative_position_bias_table", table)
 
     def forward(self, x_BTD: Tensor, positions: Tensor | None = None, prefix: int | None = None) -> Tensor:
-        """positions: what is added to the scaled scores, [1 or B, heads, T, T]; with a table of its own the rows of it,
-        int64 [1 or B, T, T]. prefix: given, the answer is `attended` instead.
+        """positions: bias to add to the scaled scores, [1 or B, heads, T, T]; if the module owns a table, rows of that
+        table, int64 [1 or B, T, T]. prefix: if given, return `patch_attention` instead of the output.
         """
         bias_BHTT = positions
         if self.relative_position_bias_table is not None and positions is not None:
@@ -101,16 +102,16 @@ class Attention(nn.Module):
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         q, k, v = self.qkv(x_BTD, qkv_bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if prefix is not None:
-            return attended(q, k, prefix, bias_BHTT)
+            return patch_attention(q, k, prefix, bias_BHTT)
         bias = None if bias_BHTT is None else bias_BHTT.to(q.dtype)
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """x + gamma_1 attention(norm1(x)), then x + gamma_2 mlp(norm2(x)); drop path scales each branch per sample.
+    """x + gamma_1 attn(norm1(x)), then x + gamma_2 mlp(norm2(x)), with drop path per sample on each branch.
 
-    layer: 1-based; the last matrices of its branches start smaller by sqrt(2 layer). layer_scale: gamma's start, None
-    for none. grid: as for `Attention`.
+    layer: 1-based index; the last matrix of each branch starts with std divided by sqrt(2 layer). layer_scale: initial
+    gamma, None: no gamma. grid: see `Attention`.
     """
 
     gamma_1: nn.Parameter | None
@@ -132,22 +133,22 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LN_EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio), fc1=Linear, fc2=partial(Linear, std=out_std))
         for name in ("gamma_1", "gamma_2"):
-            start = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
-            self.register_parameter(name, start)
+            gamma = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
+            self.register_parameter(name, gamma)
 
     def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        mixed = self.attn(self.norm1(x_BTD), positions)
-        x_BTD = x_BTD + scaled(mixed if self.gamma_1 is None else self.gamma_1 * mixed, scales_B2, 0)
-        widened = self.mlp(self.norm2(x_BTD))
-        return x_BTD + scaled(widened if self.gamma_2 is None else self.gamma_2 * widened, scales_B2, 1)
+        branch = self.attn(self.norm1(x_BTD), positions)
+        x_BTD = x_BTD + drop_path(branch if self.gamma_1 is None else self.gamma_1 * branch, scales_B2, 0)
+        branch = self.mlp(self.norm2(x_BTD))
+        return x_BTD + drop_path(branch if self.gamma_2 is None else self.gamma_2 * branch, scales_B2, 1)
 
 
-class Beit(Sizes):
-    """positions: a relative bias shared by all blocks, one in each block, or a learned table. layer_scale: its start,
-    None for none.
+class Beit(Encoder):
+    """positions: a relative bias shared by all blocks, one per block, or a learned table. layer_scale: initial value,
+    None: no layer scale.
 
-    mask_token: whether there is one; without, the network sees whole images only. final_norm: whether the last
-    LayerNorm exists. checkpoint_every: recompute every k-th block in the backward pass, 0 = none.
+    mask_token: create one; without it no patch can be masked. final_norm: end with a LayerNorm. recompute_every:
+    recompute every k-th block in the backward pass (activation checkpointing), 0 = none.
     """
 
     mask_token: nn.Parameter | None
@@ -162,7 +163,7 @@ class Beit(Sizes):
         layer_scale: float | None = LAYER_SCALE,
         mask_token: bool = False,
         final_norm: bool = True,
-        checkpoint_every: int = 0,
+        recompute_every: int = 0,
     ) -> None:
         super().__init__()
         side, width = image_size // config.patch, config.width
@@ -170,24 +171,24 @@ class Beit(Sizes):
         self.grid = (side, side)
         self.positions: Positions = positions
         self.layer_scale = layer_scale
-        self.checkpoint_every = checkpoint_every
-        self.patch_embed = PatchEmbed(width, config.patch, CutNormalProjection)
-        self.cls_token = nn.Parameter(cut_normal_(torch.zeros(1, 1, width)))
-        mask = nn.Parameter(cut_normal_(torch.zeros(1, 1, width))) if mask_token else None
+        self.recompute_every = recompute_every
+        self.patch_embed = PatchEmbed(width, config.patch, TruncNormalProjection)
+        self.cls_token = nn.Parameter(trunc_normal_(torch.zeros(1, 1, width)))
+        mask = nn.Parameter(trunc_normal_(torch.zeros(1, 1, width))) if mask_token else None
         self.register_parameter("mask_token", mask)
         absolute = positions == "absolute"
-        table = nn.Parameter(cut_normal_(torch.zeros(1, 1 + self.patches, width))) if absolute else None
+        table = nn.Parameter(trunc_normal_(torch.zeros(1, 1 + self.patches, width))) if absolute else None
         self.register_parameter("pos_embed", table)
         self.rel_pos_bias = RelativePositionBias(self.grid, config.heads) if positions == "relative" else None
-        own = self.grid if positions == "per_block" else None
+        table_grid = self.grid if positions == "per_block" else None
         self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.mlp_ratio, layer, layer_scale, own)
+            Block(width, config.heads, config.mlp_ratio, layer, layer_scale, table_grid)
             for layer in range(1, config.depth + 1)
         )
         self.norm = nn.LayerNorm(width, eps=LN_EPS) if final_norm else nn.Identity()
 
     def untrained(self) -> Beit:
-        """A network of the same shape, with a last norm, at a fresh initialisation."""
+        """A newly initialised network of the same shape, with a final norm."""
         size = self.grid[0] * self.config.patch
         return Beit(self.config, size, positions=self.positions, layer_scale=self.layer_scale)
 
@@ -201,15 +202,15 @@ class Beit(Sizes):
         apply_norm: bool = True,
         attention: bool = False,
     ) -> ViTOutput:
-        """images: normalised, any float type. mask: [B, L] in raster order, 1 = seen as a mask token. drop_noise:
-        uniform [B, depth, 2]; None drops nothing. ids_keep: int64 [B, K], the patches, masked or not, that go through
-        the blocks, each with its own position; None: all in raster order. levels: blocks to return raw. attention:
-        return the last block's as well.
+        """images: normalised, any float type. mask: [B, L] in raster order, 1 = replaced by the mask token. drop_noise:
+        uniform [B, depth, 2]; None: nothing is dropped. ids_keep: int64 [B, K], the patches, masked or not, that enter
+        the blocks; None: all, in raster order. levels: blocks whose output is returned. attention: return the attention
+        of the last block.
 
-        Returns tokens [B, 1+K, D] in the parameters' type: after the final norm where there is one, and raw without
-        apply_norm, for a method that calls `norm` on something else.
+        Returns tokens [B, 1+K, D] in the parameters' dtype. apply_norm: false skips the final norm, for a method that
+        applies `norm` to something else.
         """
-        patches = cut(images_B3HW, self.config.patch)
+        patches = patchify(images_B3HW, self.config.patch)
         tokens = self.patch_embed(patches if ids_keep is None else gather_tokens(patches, ids_keep))
         if mask_BL is not None:
             assert self.mask_token is not None, "built without a mask token"
@@ -227,5 +228,5 @@ class Beit(Sizes):
             extra = (index if self.rel_pos_bias is None else self.rel_pos_bias(index),)
         scales = None if drop_noise is None else drop_path_scales(drop_noise, self.config.drop_path)
         prefix = self.prefix if attention else None
-        out = run_blocks(self.blocks, x_BTD, scales, self.checkpoint_every, levels, extra, prefix)
+        out = run_blocks(self.blocks, x_BTD, scales, self.recompute_every, levels, extra, prefix)
         return out._replace(tokens=self.norm(out.tokens) if apply_norm else out.tokens)

@@ -19,7 +19,9 @@ STUDENT_SIZES = {  # width, depth, heads
 
 
 class StudentConfig(Strict):
-    """A plain ViT. `size` names width, depth and heads; for other shapes leave it out and give all three."""
+    """The encoder that is trained, a plain ViT by default. size: sets width, depth and heads; without it give all
+    three.
+    """
 
     size: Literal["tiny", "small", "base", "large", "huge"] | None = None
     width: int = Field(0, ge=0)

@@ -1,8 +1,8 @@
 """ConvMAE's encoder: two stages of masked convolution, then attention (Gao et al., NeurIPS 2022, arXiv 2205.03892).
 
-The stages live in windows: the pixels of one patch of the attention grid, channels last, [B, K, h, w, C]. Strided
-embeddings, 1x1 convolutions and norms never look out of a window, so they run on whichever windows are given: all, or
-the visible ones only. One operator looks over the edge, the depth-wise convolution; it runs on the whole map, where
+The stages work on windows: the pixels of one patch of the attention grid, channels last, [B, K, h, w, C]. The receptive
+field of strided embeddings, 1x1 convolutions and norms stays inside a window, so they run on any subset of windows:
+all, or the visible ones. The depth-wise convolution reads neighbouring windows; it runs on the whole map, in which
 masked windows are zero. Names in the state dict are the official ones.
 """
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from mimscale.config.base import Strict
 from mimscale.errors import UserError
 from mimscale.models.config import StudentConfig
-from mimscale.models.patches import cut
+from mimscale.models.patches import patchify
 from mimscale.models.pos_embed import sincos_2d
 from mimscale.models.token_selection import gather_tokens, mask_of, scatter_tokens
-from mimscale.models.vit import LN_EPS, Block, Linear, Mlp, Sizes, drop_path_scales, run_blocks, scaled
+from mimscale.models.vit import LN_EPS, Block, Encoder, Linear, Mlp, drop_path, drop_path_scales, run_blocks
 
-STAGE_EPS = 1e-5  # of every norm before the attention stage, as released; LN_EPS is that of the others
+STAGE_EPS = 1e-5  # LayerNorm eps before the attention stage, as released; LN_EPS from there on
 KERNEL = 5
 
 Count = Annotated[int, Field(ge=1)]
@@ -34,10 +34,10 @@ Ratio = Annotated[float, Field(gt=0)]
 class ConvStages(Strict):
     """The convolution stages before a ViT, base size by default; the ViT itself is the section `student`.
 
-    patches: downsampling before stage 1, stage 2 and attention; their product is student.patch. skip_masked: compute
-    visible windows only; false computes all and multiplies by the mask, as released: more work, and the same numbers up
-    to rounding.
-    class_token: one in the attention stage; ConvMAE has none, ConvMAE-v2 has.
+    patches: downsampling before stage 1, stage 2 and attention; their product is student.patch.
+    skip_masked: compute visible windows only. false: compute all and multiply by the mask, as released, which costs
+        more and gives the same numbers up to rounding.
+    class_token: add one in the attention stage; ConvMAE has none, ConvMAE-v2 has one.
     """
 
     patches: tuple[Count, Count, Count] = (4, 2, 2)
@@ -56,12 +56,12 @@ class ConvStages(Strict):
 
     @property
     def patch(self) -> int:
-        """Pixels per side of a window."""
+        """Side of a window in pixels."""
         return self.patches[0] * self.patches[1] * self.patches[2]
 
 
 def stages_of(encoder: Mapping[str, Tensor]) -> ConvStages:
-    """The stages that a state dict under the official names belongs to."""
+    """Read the shape of the stages from a state dict with the official names."""
     embeds = [encoder[f"patch_embed{stage}.proj.weight"].shape for stage in (1, 2, 3)]
     hidden = [encoder[f"blocks{stage}.0.mlp.fc1.weight"].shape for stage in (1, 2)]
     first, second = ({name.split(".")[1] for name in encoder if name.startswith(f"blocks{stage}.")} for stage in (1, 2))
@@ -84,22 +84,23 @@ def check_stages(stages: ConvStages, student: StudentConfig) -> None:
 
 
 class ConvViTOutput(NamedTuple):
-    """tokens: [B, (1+)K, D], class token first where there is one. levels: attention block -> raw output, same shape.
+    """tokens: [B, (1+)K, D], class token first if there is one. levels: attention block -> its output, the same shape.
 
-    early: [B, (1+)K, D], what multi-scale fusion adds to the last block's output (nothing to the class token); None
-    without fusion. attention: the last block's, where asked, as `models.vit.attended` gives it.
+    stage_outputs: [B, (1+)K, D], sum of both convolution stages, which multi-scale fusion adds to the last block's
+    output (zero at the class token); None without fusion. attention: of the last block if requested: the result of
+    `models.vit.patch_attention`.
     """
 
     tokens: Tensor
     levels: dict[int, Tensor]
-    early: Tensor | None
+    stage_outputs: Tensor | None
     attention: Tensor | None = None
 
 
 def to_map(windows_BKhwC: Tensor, grid: tuple[int, int], ids_keep_BK: Tensor | None = None) -> Tensor:
-    """Windows at their places in the map [B, C, rows * h, columns * w]; zero where no window is given.
+    """Windows -> map [B, C, rows * h, columns * w]; zero where no window is given.
 
-    ids_keep: place of each window; None: all places, in raster order.
+    ids_keep: index of each window in the grid; None: all windows, in raster order.
     """
     if ids_keep_BK is not None:
         windows_BKhwC = scatter_tokens(windows_BKhwC, ids_keep_BK, grid[0] * grid[1])
@@ -108,16 +109,16 @@ def to_map(windows_BKhwC: Tensor, grid: tuple[int, int], ids_keep_BK: Tensor | N
 
 
 def to_windows(map_BCHW: Tensor, grid: tuple[int, int], ids_keep_BK: Tensor | None = None) -> Tensor:
-    """The inverse of `to_map`: windows [B, K, h, w, C] at `ids_keep`, or all in raster order."""
+    """The inverse of `to_map`: windows [B, K, h, w, C] at `ids_keep`; None: all, in raster order."""
     tiles = map_BCHW.permute(0, 2, 3, 1).unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1))
     windows = tiles.permute(0, 1, 3, 2, 4, 5).flatten(1, 2)
     return windows if ids_keep_BK is None else gather_tokens(windows, ids_keep_BK)
 
 
 class WindowConv(nn.Conv2d):
-    """A convolution whose stride is its kernel: that in the state dict, a matrix product in the forward.
+    """A convolution whose stride equals its kernel size, computed as a matrix product.
 
-    PyTorch's default initialisation, as released; `xavier` initialises the weight as the matrix that it is.
+    PyTorch's default initialisation, as released; `xavier`: Xavier-uniform, the weight seen as a matrix.
     """
 
     def __init__(self, in_width: int, width: int, size: int = 1, xavier: bool = False) -> None:
@@ -126,7 +127,7 @@ class WindowConv(nn.Conv2d):
             nn.init.xavier_uniform_(self.weight.view(width, -1))
 
     def forward(self, x_BKhwC: Tensor) -> Tensor:
-        """Windows [B, K, h, w, C] of any float type -> [B, K, h / size, w / size, width] in the type of the weight."""
+        """Windows [B, K, h, w, C] of any float type -> [B, K, h / size, w / size, width] in the weight's dtype."""
         size, x = self.kernel_size[0], x_BKhwC
         if size > 1:
             x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size)).transpose(3, 4).flatten(4)
@@ -146,9 +147,9 @@ class StageEmbed(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """x + conv2(attn(mask * conv1(norm1(x)))), then x + mlp(norm2(x)); each branch is scaled per sample by drop path.
+    """x + conv2(attn(mask * conv1(norm1(x)))), then x + mlp(norm2(x)), with drop path per sample on each branch.
 
-    attn is a depth-wise 5x5 convolution. Neither the residual path nor the MLP is masked.
+    attn is a depth-wise 5x5 convolution. The residual path and the MLP are not masked.
     """
 
     def __init__(self, width: int, mlp_ratio: float = 4.0) -> None:
@@ -168,21 +169,22 @@ class ConvBlock(nn.Module):
         ids_keep_BK: Tensor | None = None,
         visible_BL: Tensor | None = None,
     ) -> Tensor:
-        """Windows -> windows. ids_keep: the places of the windows given, all others are masked. visible: all windows
-        are given, 1 = visible. With neither, nothing is masked."""
-        mixed = self.conv1(self.norm1(x_BKhwC))
+        """Windows -> windows. ids_keep: indices of the given windows; all others are masked. visible: all windows are
+        given, 1 = visible. Neither: nothing is masked."""
+        branch = self.conv1(self.norm1(x_BKhwC))
         if visible_BL is not None:
-            mixed = mixed * visible_BL[:, :, None, None, None].to(mixed.dtype)
-        mixed = to_windows(self.attn(to_map(mixed, grid, ids_keep_BK)), grid, ids_keep_BK)
-        x_BKhwC = x_BKhwC + scaled(self.conv2(mixed), scales_B2, 0)
-        return x_BKhwC + scaled(self.mlp(self.norm2(x_BKhwC)), scales_B2, 1)
+            branch = branch * visible_BL[:, :, None, None, None].to(branch.dtype)
+        branch = to_windows(self.attn(to_map(branch, grid, ids_keep_BK)), grid, ids_keep_BK)
+        x_BKhwC = x_BKhwC + drop_path(self.conv2(branch), scales_B2, 0)
+        return x_BKhwC + drop_path(self.mlp(self.norm2(x_BKhwC)), scales_B2, 1)
 
 
-class ConvViT(Sizes):
+class ConvViT(Encoder):
     """Convolution stages 1 and 2, then the ViT of `config` as stage 3.
 
-    fusion: add both stages to the last block's output before the norm (pre-training; fine-tuning drops it).
-    final_norm, learned_pos, checkpoint_every: as in `models.vit.ViT`.
+    fusion: multi-scale fusion: add the outputs of stages 1 and 2 to the last block's output before the norm (in
+    pre-training; fine-tuning has none).
+    final_norm, learned_pos, recompute_every: see `models.vit.ViT`.
     """
 
     pos_embed: Tensor
@@ -197,7 +199,7 @@ class ConvViT(Sizes):
         fusion: bool = True,
         final_norm: bool = True,
         learned_pos: bool = False,
-        checkpoint_every: int = 0,
+        recompute_every: int = 0,
     ) -> None:
         super().__init__()
         side = image_size // stages.patch
@@ -206,7 +208,7 @@ class ConvViT(Sizes):
         self.config = config
         self.stages = stages
         self.grid = (side, side)
-        self.checkpoint_every = checkpoint_every
+        self.recompute_every = recompute_every
         self.patch_embed1 = StageEmbed(3, first, stages.patches[0])
         self.patch_embed2 = StageEmbed(first, second, stages.patches[1])
         self.patch_embed3 = StageEmbed(second, width, stages.patches[2], xavier=True)
@@ -236,7 +238,7 @@ class ConvViT(Sizes):
         return int(self.stages.class_token)
 
     def untrained(self) -> ConvViT:
-        """A network of the same shape, with a last norm, at a fresh initialisation."""
+        """A newly initialised network of the same shape, with a final norm."""
         fusion = self.stage1_output_decode is not None
         return ConvViT(self.config, self.stages, self.grid[0] * self.stages.patch, fusion=fusion)
 
@@ -249,41 +251,43 @@ class ConvViT(Sizes):
         apply_norm: bool = True,
         attention: bool = False,
     ) -> ConvViTOutput:
-        """images: normalised, any float type. ids_keep: int64 [B, K], the visible patches in the order to be seen; None
-        sees all in raster order. drop_noise: uniform [B, depth, 2]; None drops nothing; the rate rises over all three
-        stages. levels: attention blocks to return raw. attention: return the last block's as well.
+        """images: normalised, any float type. ids_keep: int64 [B, K], the visible patches, in the order of the tokens;
+        None: all, in raster order. drop_noise: uniform [B, depth, 2], the rate rises over all three stages; None:
+        nothing is dropped. levels: attention blocks whose output is returned. attention: return the attention of the
+        last block.
 
-        Returns tokens in the parameters' type: after the final norm where there is one, and raw without apply_norm, for
-        a method that calls `norm` on something else.
+        Returns tokens in the parameters' dtype. apply_norm: false skips the final norm, for a method that applies
+        `norm` to something else.
         """
-        windows, given, visible = cut(images_B3HW, self.stages.patch), ids_keep, None
+        windows, given, visible = patchify(images_B3HW, self.stages.patch), ids_keep, None
         if ids_keep is not None and not self.stages.skip_masked:
             given, visible = None, 1 - mask_of(ids_keep, self.patches)
         if given is not None:
             windows = gather_tokens(windows, given)
-        one, two, three = self._scales(drop_noise)
-        every, masks = self.checkpoint_every, (self.grid, given, visible)
-        first = run_blocks(self.blocks1, self.patch_embed1(windows.permute(0, 1, 3, 4, 2)), one, every, (), masks)
-        second = run_blocks(self.blocks2, self.patch_embed2(first.tokens), two, every, (), masks)
+        scales1, scales2, scales3 = self._scales(drop_noise)
+        every, masks = self.recompute_every, (self.grid, given, visible)
+        first = run_blocks(self.blocks1, self.patch_embed1(windows.permute(0, 1, 3, 4, 2)), scales1, every, (), masks)
+        second = run_blocks(self.blocks2, self.patch_embed2(first.tokens), scales2, every, (), masks)
         tokens = self.patch_embed4(self.patch_embed3(second.tokens).flatten(2))
-        early = None
+        stage_outputs = None
         if self.stage1_output_decode is not None and self.stage2_output_decode is not None:
-            early = (self.stage1_output_decode(first.tokens) + self.stage2_output_decode(second.tokens)).flatten(2)
+            decoded = self.stage1_output_decode(first.tokens), self.stage2_output_decode(second.tokens)
+            stage_outputs = (decoded[0] + decoded[1]).flatten(2)
         if visible is not None and ids_keep is not None:
             tokens = gather_tokens(tokens, ids_keep)
-            early = None if early is None else gather_tokens(early, ids_keep)
+            stage_outputs = None if stage_outputs is None else gather_tokens(stage_outputs, ids_keep)
 
         positions = self.pos_embed[0, self.prefix :]
         x = (tokens + (positions[None] if ids_keep is None else positions[ids_keep])).to(tokens.dtype)
         if self.cls_token is not None:
             cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
             x = torch.cat([cls.to(x.dtype), x], dim=1)
-        out = run_blocks(self.blocks3, x, three, every, levels, (), self.prefix if attention else None)
+        out = run_blocks(self.blocks3, x, scales3, every, levels, (), self.prefix if attention else None)
         tokens = out.tokens
-        if early is not None:
-            early = F.pad(early, (0, 0, self.prefix, 0))
-            tokens = tokens + early
-        return ConvViTOutput(self.norm(tokens) if apply_norm else tokens, out.levels, early, out.attention)
+        if stage_outputs is not None:
+            stage_outputs = F.pad(stage_outputs, (0, 0, self.prefix, 0))
+            tokens = tokens + stage_outputs
+        return ConvViTOutput(self.norm(tokens) if apply_norm else tokens, out.levels, stage_outputs, out.attention)
 
     def _scales(self, drop_noise_BN2: Tensor | None) -> tuple[Tensor | None, ...]:
         """Drop-path factors of the three stages."""

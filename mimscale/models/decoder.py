@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from mimscale.models.pos_embed import sincos_2d
-from mimscale.models.token_selection import Raster, gather_tokens
+from mimscale.models.token_selection import RasterOrder, gather_tokens
 from mimscale.models.vit import LN_EPS, Block, Linear, run_blocks
 
 
 class MAEDecoder(nn.Module):
-    """width, depth, heads of the decoder; `patch` fixes the length p*p*3 of a predicted patch.
+    """in_width: of the encoder. width, depth, heads, mlp_ratio: of the decoder. patch: side of a patch in pixels.
 
-    prefix: tokens of the latent before its patch tokens: 1, the class token, or 0.
+    prefix: number of tokens before the patch tokens: 1 with a class token, else 0. recompute_every: see `vit.ViT`.
     """
 
     pos_embed: Tensor
@@ -29,11 +29,11 @@ class MAEDecoder(nn.Module):
         patch: int,
         grid: tuple[int, int],
         prefix: int = 1,
-        checkpoint_every: int = 0,
+        recompute_every: int = 0,
     ) -> None:
         super().__init__()
         self.prefix = prefix
-        self.checkpoint_every = checkpoint_every
+        self.recompute_every = recompute_every
         self.embed = Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         nn.init.normal_(self.mask_token, std=0.02)
@@ -42,17 +42,19 @@ class MAEDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
         self.pred = Linear(width, patch * patch * 3)
 
-    def forward(self, latent_BTD: Tensor, raster: Raster) -> Tensor:
-        """latent [B, prefix + K, D] of the visible patches -> predictions [B, S, p*p*3] of the patches of `raster`."""
+    def forward(self, latent_BTD: Tensor, raster: RasterOrder) -> Tensor:
+        """Features of the visible patches, [B, prefix + K, D] -> predicted pixels of the patches in `raster`, in its
+        order: [B, S, p*p*3].
+        """
         x = self.embed(latent_BTD)
-        first, patches = x[:, : self.prefix], x[:, self.prefix :]
-        masked = raster.places.shape[1] - patches.shape[1]
-        shuffled = torch.cat([patches, self.mask_token.expand(len(x), masked, -1)], dim=1)
-        x = torch.cat([first, gather_tokens(shuffled, raster.places)], dim=1)
+        prefix, visible = x[:, : self.prefix], x[:, self.prefix :]
+        masked = raster.ids_restore.shape[1] - visible.shape[1]
+        shuffled = torch.cat([visible, self.mask_token.expand(len(x), masked, -1)], dim=1)
+        x = torch.cat([prefix, gather_tokens(shuffled, raster.ids_restore)], dim=1)
         positions = self.pos_embed
         if x.shape[1] < positions.shape[1]:
             positions = self.pos_embed[0, self.prefix :][raster.ids]
             positions = torch.cat([self.pos_embed[:, : self.prefix].expand(len(x), -1, -1), positions], dim=1)
         x = (x + positions).to(x.dtype)
-        x = run_blocks(self.blocks, x, None, self.checkpoint_every).tokens
+        x = run_blocks(self.blocks, x, None, self.recompute_every).tokens
         return self.pred(self.norm(x[:, self.prefix :]))

@@ -1,4 +1,4 @@
-"""Features of teachers as targets: whose, of which levels, at the patches that a student sees, normalised per token."""
+"""Teacher features as targets: which teachers, which levels, selected at the visible patches, normalised per token."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ TargetNorm = Annotated[FeatureNorm, BeforeValidator(_no_batch_statistics)]
 
 
 class TargetConfig(Strict):
-    """What one teacher's target has of its own; null: what the method's section says for all.
+    """Settings of one teacher's target; null: the value of the method's section.
 
-    weight: of its loss; 0: its features are not read, and it may still choose the masks.
+    weight: of its loss; 0: its features are not used, but its attention may choose the masks.
     """
 
     weight: float = Field(1.0, ge=0)
@@ -54,12 +54,11 @@ class TargetConfig(Strict):
 
 
 class FeatureConfig(MethodConfig):
-    """What the sections of methods that predict features have in common; `targets` has the exceptions, by teacher.
+    """Common settings of methods that predict features. targets: other values for single teachers, by name.
 
-    adaptor: from the student's width to the teacher's (mlp_norm is MaskAlign's mlp2). levels: of the teacher, by a rule
-    that weighs them (`models.heads.level_weights`), or a list of blocks, from 0, that weigh alike. target_norm:
-    LayerNorm without affine (whiten), unit length (l2) or as they are, per token. cls_target: predict the class token
-    as well.
+    adaptor: from the student's width to the teacher's (mlp_norm is MaskAlign's mlp2). levels: of the teacher, as a rule
+    (`models.heads.level_weights`) or a list of 0-based blocks with equal weights. target_norm: LayerNorm without affine
+    (whiten), unit length (l2) or none, per token. cls_target: predict the class token as well.
     """
 
     adaptor: Adaptor = "linear"
@@ -70,9 +69,8 @@ class FeatureConfig(MethodConfig):
 
 
 class FeatureTarget(NamedTuple):
-    """What a loss reads of one teacher. weight: of its loss. shares: level -> its part of that loss, not 0; sum 1.
-
-    dim: channels. cls: whether the class token is a target.
+    """What a loss uses of one teacher. dim: channels. weight: of its loss. shares: level -> its part of that loss,
+    above 0; sum 1. cls: whether the class token is a target.
     """
 
     dim: int
@@ -85,16 +83,18 @@ class FeatureTarget(NamedTuple):
     def needs(self) -> TeacherNeeds:
         return TeacherNeeds(levels=tuple(self.shares))
 
-    def of(self, seen: Targets, level: int, visible_BK: Tensor) -> Tensor:
+    def features(self, targets: Targets, level: int, visible_BK: Tensor) -> Tensor:
         """One level's features at the visible patches, class token first if it is a target: float32 [B, (1+)K, C]."""
-        features = gather_tokens(seen.levels[level], visible_BK)
+        features = gather_tokens(targets.levels[level], visible_BK)
         if self.cls:
-            features = torch.cat([seen.cls[level][:, None], features], dim=1)
+            features = torch.cat([targets.cls[level][:, None], features], dim=1)
         return normalise_features(features, self.norm)
 
 
 def feature_targets(config: FeatureConfig, teachers: Mapping[str, TeacherInfo]) -> dict[str, FeatureTarget]:
-    """Of every teacher whose features are read, in the order of `teachers`. Raises UserError for levels."""
+    """The target of every teacher whose features are used, in the order of `teachers`. Raises UserError for bad
+    levels.
+    """
     found = {}
     for name, info in teachers.items():
         own = config.targets.get(name, TargetConfig())
@@ -118,7 +118,7 @@ def _shares(config: FeatureConfig, own: TargetConfig, name: str, depth: int) -> 
 
 
 def check_grid(name: str, info: TeacherInfo, run: RunConfig) -> None:
-    """Refuse a teacher whose patch tokens do not stand where the student's do. Raises UserError."""
+    """Refuse a teacher whose grid of patches differs from the student's. Raises UserError."""
     if info.grid != run.grid:
         raise UserError(
             f"teachers.{name} has a {info.grid[0]}x{info.grid[1]} grid at {info.image_size} px, the student "
@@ -128,7 +128,7 @@ def check_grid(name: str, info: TeacherInfo, run: RunConfig) -> None:
 
 
 def check_features(config: FeatureConfig, teachers: Mapping[str, TeacherInfo], run: RunConfig) -> None:
-    """Refuse targets that do not exist, or that are not where the student's features are. Raises UserError."""
+    """Refuse targets that do not exist or whose grid differs from the student's. Raises UserError."""
     if not teachers:
         raise UserError(f"method.name = {config.name} needs a teacher and the section teachers is empty; add one there")
     for name in config.targets:
@@ -140,8 +140,8 @@ def check_features(config: FeatureConfig, teachers: Mapping[str, TeacherInfo], r
     for name, target in targets.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
             raise UserError(
-                f"teachers.{name}: modules of the student's heads are named after it; take letters, digits, _ and -, "
-                "and no name that torch uses for itself"
+                f"teachers.{name}: a module is named after the teacher; use letters, digits, _ and -, and no attribute "
+                "of torch.nn.ModuleDict"
             )
         check_grid(name, teachers[name], run)
         if target.cls and not teachers[name].has_cls:

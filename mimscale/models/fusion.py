@@ -1,4 +1,4 @@
-"""Several levels of an encoder combined into one: a plain sum, or MFF's weights (Liu et al., ICCV 2023)."""
+"""Fusion of several encoder levels into one: a sum, or MFF's weighted sum of projections (Liu et al., ICCV 2023)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mimscale.models.vit import Linear
 
 
 class FusionConfig(Strict):
-    """kind: none, a plain sum, or MFF's projections and softmax weights. levels: the 0-based blocks whose raw outputs
-    are combined, ascending; ConvMAE's convolution stages, where there are some, come before them.
+    """kind: none, a plain sum, or MFF's projections and softmax weights. levels: the 0-based blocks whose outputs are
+    fused, ascending; ConvMAE's convolution stages, if there are any, are one more level before them.
     """
 
     kind: Literal["none", "sum", "mff"] = "none"
@@ -25,42 +25,42 @@ class FusionConfig(Strict):
     @model_validator(mode="after")
     def _of_something(self) -> FusionConfig:
         if self.kind != "none" and not self.levels:
-            raise ValueError(f"kind = {self.kind} has nothing to combine; name some levels, or set kind = none")
+            raise ValueError(f"kind = {self.kind} has nothing to fuse; name some levels, or set kind = none")
         if self.kind == "none" and self.levels:
-            raise ValueError(f"levels = {list(self.levels)} with kind = none are read by nobody; set kind = sum or mff")
+            raise ValueError(f"levels = {list(self.levels)} with kind = none are not used; set kind = sum or mff")
         return self
 
     @property
     def replaces_last_block(self) -> bool:
-        """Whether nothing reads the last block but the fusion."""
+        """Whether only the fusion reads the last block."""
         return True
 
 
 def check_fusion(config: FusionConfig, depth: int) -> None:
-    """Refuse levels that do not exist among `depth` blocks, and blocks that nothing reads. Raises UserError."""
+    """Refuse levels that `depth` blocks do not have, and blocks whose output is not used. Raises UserError."""
     if config.kind == "none":
         return
     levels, last = config.levels, depth - 1
     rising = list(levels) == sorted({level for level in levels if 0 <= level <= last})
     if config.replaces_last_block and (not rising or levels[-1] != last):
         raise UserError(
-            f"method.fusion.levels = {list(levels)} must rise from 0 or more to {last}, the student's last block: "
-            "blocks above the last level would get no gradient"
+            f"method.fusion.levels = {list(levels)} must be ascending, from 0 or more to {last}, the student's last "
+            "block: blocks above the last level would get no gradient"
         )
     if not rising:
-        raise UserError(f"method.fusion.levels = {list(levels)} must rise and lie in 0 to {last}")
+        raise UserError(f"method.fusion.levels = {list(levels)} must be ascending and lie in 0 to {last}")
 
 
 def make_fusion(config: FusionConfig, width: int, stages: bool = False) -> LevelFusion | LevelSum | None:
-    """stages: one more level comes before those of `config`."""
+    """The module of `config`, None for none. stages: one more level comes before those of `config`."""
     if config.kind == "none":
         return None
     return LevelFusion(width, len(config.levels) + stages) if config.kind == "mff" else LevelSum()
 
 
 class Fused(NamedTuple):
-    """tokens: [B, T, D] in the type of the levels. weights: float32 [N], sum 1, without gradient, for the log; empty
-    where levels have no weights.
+    """tokens: [B, T, D] in the dtype of the levels. weights: float32 [N], sum 1, without gradient, for the log; empty
+    if the levels have no weights.
     """
 
     tokens: Tensor
@@ -75,10 +75,10 @@ class LevelSum(nn.Module):
 
 
 class LevelFusion(nn.Module):
-    """Softmax-weighted sum of N levels; each but the last passes through a linear layer of its own first.
+    """Softmax-weighted sum of N levels; each but the last first passes through its own linear layer.
 
-    logits: [N, 1, 1, 1], one per level, 1 at the start. A single level is handed through and has none: the softmax over
-    it is constant, so no gradient would reach it.
+    logits: [N, 1, 1, 1], initially 1. None for a single level, which is returned unchanged: its softmax is constant, so
+    its logit would get no gradient.
     """
 
     logits: Tensor | None
@@ -89,7 +89,7 @@ class LevelFusion(nn.Module):
         self.register_parameter("logits", nn.Parameter(torch.ones(count, 1, 1, 1)) if count > 1 else None)
 
     def forward(self, levels: Sequence[Tensor]) -> Fused:
-        """levels: N raw block outputs [B, T, D], shallow to deep. The sum is taken in fp32."""
+        """levels: N block outputs [B, T, D], shallow to deep. The sum is computed in fp32."""
         *shallow, deepest = levels
         if self.logits is None:
             return Fused(deepest, torch.ones(1, device=deepest.device))
@@ -101,7 +101,9 @@ class LevelFusion(nn.Module):
         return Fused(total.to(deepest.dtype), weights.detach().flatten())
 
 
-def combined(fusion: nn.Module, levels: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The levels as one, [B, T, D], and for the log weight_<name>, the share of each, where they have shares."""
+def fuse(fusion: nn.Module, levels: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Apply `fusion` to the levels. Returns tokens [B, T, D] and, for the log, weight_<name> of each level that has
+    one.
+    """
     tokens, weights = fusion(list(levels.values()))
     return tokens, {f"weight_{name}": weight for name, weight in zip(levels, weights, strict=False)}

@@ -1,7 +1,7 @@
 """MaskAlign's head: mixing of student levels, and adaptors to the teacher's width (Xue et al. 2023).
 
-As released, the student's levels are mixed first and each supervised teacher level has an adaptor; as drawn in the
-paper's figure, each student level has an adaptor and what these give is mixed.
+As released, student levels are mixed first, and each supervised teacher level has an adaptor. In the paper's figure
+each student level has an adaptor, and the adapted levels are mixed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ AdaptorPosition = Literal["after", "before"]
 def level_weights(rule: str | Sequence[int], depth: int) -> tuple[float, ...]:
     """Weight of each of `depth` teacher levels in the loss; they sum to 1.
 
-    top<k>: 1/k on the last k. mean: all alike. out: the last only. linear_decay: level i gets i / sum, so the first
-    gets nothing and, despite the official name, the weight rises. mid<i>: only level i (0-based). A list of levels: all
-    of them alike (ours). Raises ValueError with a one-line reason.
+    top<k>: 1/k on the last k. mean: all equal. out: the last only. linear_decay: i / sum for level i, so the first gets
+    0 and, despite the official name, the weight rises. mid<i>: only level i (0-based). A list of levels: equal weights
+    (ours). Raises ValueError with a one-line reason.
     """
     if not isinstance(rule, str):
         if list(rule) != sorted({level for level in rule if 0 <= level < depth}):
-            raise ValueError(f"must rise and lie in the teacher's levels, 0 to {depth - 1}")
+            raise ValueError(f"must be ascending and lie in the teacher's levels, 0 to {depth - 1}")
         return tuple(float(level in rule) / len(rule) for level in range(depth))
     if rule == "mean":
         return (1 / depth,) * depth
@@ -52,7 +52,7 @@ def level_weights(rule: str | Sequence[int], depth: int) -> tuple[float, ...]:
 
 
 def make_adaptor(kind: Adaptor, width: int, target_width: int) -> nn.Module:
-    """[..., D] -> [..., C]. The official names are the same, but for mlp_norm, which is called mlp2 there."""
+    """[..., D] -> [..., C]. The names are the official ones, except mlp_norm, officially mlp2."""
     if kind == "linear":
         return Linear(width, target_width)
     if kind == "norm_linear":
@@ -73,7 +73,8 @@ class Alignment(nn.Module):
     """Predicts the supervised teacher levels (and only those) from the student's levels.
 
     mixing: [S, N], a row for each supervised level in ascending order, a column for each student block; no softmax.
-    adaptors: after the mixing, keyed by teacher level; `before` it, keyed by student level.
+    adaptors: after the mixing, keyed by teacher level; with `before` before it, keyed by student level (experimental,
+    see `methods.maskalign.MaskAlignConfig`).
     """
 
     def __init__(
@@ -104,10 +105,10 @@ class Alignment(nn.Module):
         return list(torch.einsum("sn,nbtd->sbtd", self.mixing, stacked))
 
     def forward(self, levels: Mapping[int, Tensor]) -> list[Tensor]:
-        """Student level -> raw block output [B, T, D]; returns predictions [B, T, C], one for each supervised teacher
-        level in ascending order.
+        """Student level -> block output [B, T, D]; returns predictions [B, T, C], one for each supervised teacher level
+        in ascending order.
 
-        A list: DeepSpeed's ZeRO-3 looks through the outputs of modules and stops at a dict whose keys are not text.
+        A list, because ZeRO-3 searches module outputs for tensors and fails at a dict whose keys are not strings.
         """
         if self.before:
             return self.aggregate({level: self.adaptors[str(level)](levels[level]) for level in self.student_levels})

@@ -1,4 +1,4 @@
-"""Depth of a parameter, from its name: the order that layer-wise learning-rate decay follows in fine-tuning."""
+"""Layer index of a parameter, from its name, for layer-wise learning-rate decay in fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def vit_layer_of(name: str, depth: int) -> int:
 
 
 def convvit_layer_of(name: str, depth: int) -> int:
-    """ConvMAE's three-stage encoder with `depth` attention blocks: its two convolutional stages belong to layer 0."""
+    """ConvMAE's encoder with `depth` attention blocks: both convolution stages are in layer 0, the rest as in a ViT."""
     if name.startswith((*EMBEDDINGS, "blocks1.", "blocks2.")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks3.") else depth + 1

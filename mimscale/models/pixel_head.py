@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 class PixelHead(nn.Linear):
-    """The 1 x 1 convolution and pixel shuffle of the release, as the matrix product that they are, patch by patch.
+    """The release's 1 x 1 convolution and pixel shuffle, computed as one matrix product per patch.
 
-    Rows of the weight are in the order channel, row, column, which is not MAE's. PyTorch's default initialisation, the
-    same for a linear layer and for a 1 x 1 convolution.
+    Rows of the weight are ordered channel, row, column, unlike MAE's. PyTorch's default initialisation, which is the
+    same for a linear layer and a 1 x 1 convolution.
     """
 
     def __init__(self, width: int, patch: int) -> None:
@@ -17,5 +17,5 @@ class PixelHead(nn.Linear):
         self.patch = patch
 
     def forward(self, input: Tensor) -> Tensor:
-        """Tokens [B, L, D] -> [B, L, 3, p, p] in the parameters' type; `patches.assemble` makes an image of them."""
+        """Tokens [B, L, D] -> pixels [B, L, 3, p, p] in the parameters' dtype, for `patches.unpatchify`."""
         return super().forward(input).unflatten(-1, (3, self.patch, self.patch))

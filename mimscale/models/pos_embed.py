@@ -1,4 +1,4 @@
-"""Fixed 2-D sine-cosine positions, and the resize of any position table to another grid."""
+"""Fixed 2-D sine-cosine position embeddings, and resizing of a position table to another grid."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def sincos_2d(width: int, grid: tuple[int, int], cls: bool = True) -> Tensor:
-    """Position table [1, (1 +) L, D], float32; L = rows x columns in raster order, the row of the class token is zero.
+    """Position table [1, (1 +) L, D], float32; L = rows x columns in raster order; the class token's row is zero.
 
     The first half of the channels encodes the column, the second half the row; each half is [sines, cosines] at the
-    frequencies 10000^(-k / (D/4)). Computed in float64, then cast. As MAE's released tables (He et al. 2022, app. A.1).
-    NumPy, because DeepSpeed's zero.Init patches torch's constructors to make 16-bit tensors.
+    frequencies 10000^(-k / (D/4)). Computed in float64, then cast. Equal to MAE's tables (He et al. 2022, app. A.1).
+    Computed with NumPy, because DeepSpeed's zero.Init makes torch's constructors return 16-bit tensors.
     """
     if width % 4:
         raise ValueError(f"width = {width}: a 2-D sine-cosine table needs a multiple of 4")
@@ -31,9 +31,9 @@ def sincos_2d(width: int, grid: tuple[int, int], cls: bool = True) -> Tensor:
 
 
 def resize(table_1TD: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int = 1) -> Tensor:
-    """A position table [1, prefix + L, D] resized from grid `old` to grid `new`; the `prefix` first rows stay.
+    """Resize a position table [1, prefix + L, D] from grid `old` to grid `new`; the first `prefix` rows stay.
 
-    Bicubic, align_corners off, no antialiasing: what MAE's fine-tuning and MaskAlign's 16x16 -> 14x14 teacher do.
+    Bicubic, align_corners off, no antialiasing, as in MAE's fine-tuning and MaskAlign's 16x16 -> 14x14 teacher.
     """
     if old == new:
         return table_1TD

@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-CLS_ROWS = 3  # class token to patch, patch to class token, class token to itself: the last rows of a table
+CLS_ROWS = 3  # the last rows of a table: class token to patch, patch to class token, class token to itself
 
 
 def table_rows(grid: tuple[int, int]) -> int:
-    """Offsets between two patches of a grid, and the three rows of the class token."""
+    """Number of rows of a table: one per offset between two patches of the grid, and CLS_ROWS."""
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + CLS_ROWS
 
 
 @lru_cache
 def relative_index(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Row of the table for each (query, key), int64 [1+L, 1+L], class token first. Kept per device.
+    """Row of the table for each (query, key), int64 [1+L, 1+L], class token first. Cached per device.
 
-    Offsets are (query - key), counted from the most negative, rows before columns.
+    Offsets are (query - key), numbered from the most negative, vertical offset first.
     """
     rows, columns = (axis.reshape(-1) for axis in np.indices(grid))
     down = rows[:, None] - rows + grid[0] - 1
@@ -32,9 +32,8 @@ def relative_index(grid: tuple[int, int], device: torch.device) -> Tensor:
 
 
 def index_among(grid: tuple[int, int], device: torch.device, ids_keep_BK: Tensor | None = None) -> Tensor:
-    """`relative_index` of all tokens, int64 [1, 1+L, 1+L], or of the patches that are there, [B, 1+K, 1+K].
-
-    ids_keep: int64 [B, K].
+    """`relative_index` of all tokens, int64 [1, 1+L, 1+L], or of the patches at `ids_keep`, int64 [B, K] -> [B, 1+K,
+    1+K].
     """
     index = relative_index(grid, device)[None]
     if ids_keep_BK is None:
@@ -44,20 +43,20 @@ def index_among(grid: tuple[int, int], device: torch.device, ids_keep_BK: Tensor
 
 
 def bias_of(table_RH: Tensor, index_BTT: Tensor) -> Tensor:
-    """What is added to the attention scores: float32 [1 or B, heads, T, T].
+    """The bias to add to the attention scores: float32 [1 or B, heads, T, T].
 
-    fp32, so that the gradients of many pairs are summed in it whatever the type of the table.
+    In fp32, so that the gradients of all pairs are summed in fp32 also if the table is in 16 bit.
     """
     return table_RH.float()[index_BTT].permute(0, 3, 1, 2).contiguous()
 
 
 class RelativePositionBias(nn.Module):
-    """One table for all blocks that are given its output, under the names of BEiT's and timm's."""
+    """One table shared by all blocks, under the names that BEiT and timm use."""
 
     def __init__(self, grid: tuple[int, int], heads: int) -> None:
         super().__init__()
         self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(grid), heads))
 
     def forward(self, index_BTT: Tensor) -> Tensor:
-        """index: `index_among`. Returns `bias_of` it."""
+        """index: result of `index_among`. Returns `bias_of` the table."""
         return bias_of(self.relative_position_bias_table, index_BTT)

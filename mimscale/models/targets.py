@@ -1,4 +1,4 @@
-"""What is regressed: pixels of each patch, of the image or of its low frequencies; features of a teacher."""
+"""Regression targets and losses: pixels of patches, of the image or its low frequencies; features of a teacher."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimscale.models.patches import assemble, cut, from_pixels_last, pixels_last
+from mimscale.models.patches import flatten_patches, patchify, unflatten_patches, unpatchify
 from mimscale.types import imagenet_statistics
 
 FeatureNorm = Literal["whiten", "none", "l2"]
@@ -18,7 +18,7 @@ WHITEN_EPS = 1e-5
 
 
 def pixel_statistics(pixels_BLP: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [B, L, 1] of each patch over all its values; the variance is the unbiased one, plus 1e-6."""
+    """Mean and standard deviation [B, L, 1] over the values of each patch; unbiased variance, plus 1e-6."""
     variance, mean = torch.var_mean(pixels_BLP, dim=-1, keepdim=True)
     return mean, (variance + PIXEL_EPS).sqrt()
 
@@ -26,33 +26,33 @@ def pixel_statistics(pixels_BLP: Tensor) -> tuple[Tensor, Tensor]:
 def pixel_target(images_B3HW: Tensor, patch: int, normalise: bool) -> Tensor:
     """Pixels of every patch in raster order, float32 [B, L, p*p*3] (MAE, sec. 3).
 
-    normalise: subtract the patch's own mean and divide by its own deviation.
+    normalise: subtract the mean of the patch and divide by its standard deviation (MAE's norm_pix_loss).
     """
-    pixels = pixels_last(cut(images_B3HW.float(), patch))
+    pixels = flatten_patches(patchify(images_B3HW.float(), patch))
     if not normalise:
         return pixels
     mean, deviation = pixel_statistics(pixels)
     return (pixels - mean) / deviation
 
 
-def images_of_pixels(pred_BLP: Tensor, images_B3HW: Tensor, patch: int, normalised: bool) -> Tensor:
+def images_from_pixels(pred_BLP: Tensor, images_B3HW: Tensor, patch: int, normalised: bool) -> Tensor:
     """The inverse of `pixel_target`: float32 [B, 3, H, W].
 
-    Where it was normalised, a patch is predicted only up to its mean and contrast; these come from `images`.
+    If the target was normalised, the prediction holds no mean and contrast of a patch; these are taken from `images`.
     """
     pixels = pred_BLP.float()
     if normalised:
-        mean, deviation = pixel_statistics(pixels_last(cut(images_B3HW.float(), patch)))
+        mean, deviation = pixel_statistics(flatten_patches(patchify(images_B3HW.float(), patch)))
         pixels = pixels * deviation + mean
     height, width = images_B3HW.shape[-2:]
-    return assemble(from_pixels_last(pixels, patch), (height // patch, width // patch))
+    return unpatchify(unflatten_patches(pixels, patch), (height // patch, width // patch))
 
 
 def low_pass_disc(size: tuple[int, int], radius: float, device: torch.device | None = None) -> Tensor:
     """Which coefficients of torch.fft.fft2 the filter of `low_pass` keeps: bool [H, W].
 
-    A hard disc around the middle of the shifted spectrum's array. For an even side that is half a bin off the zero
-    frequency, as in the release; so the disc is not symmetric and what it passes is slightly complex.
+    A hard disc around the centre of the shifted spectrum's array. For an even side the centre is half a bin away from
+    the zero frequency, as in the release; so the disc is not symmetric and the filtered image is slightly complex.
     """
 
     def distance(side: int) -> Tensor:
@@ -68,7 +68,7 @@ def low_pass(images_B3HW: Tensor, radius: float) -> Tensor:
     """ImageNet-normalised images without their high frequencies, normalised again: float32 [B, 3, H, W] (PixMIM).
 
     radius: in bins of the discrete spectrum, which are cycles per image side. As released, the result is the modulus of
-    the filtered 0..1 image: where a sharp edge rings below zero, it comes out positive.
+    the filtered 0..1 image: values below zero (ringing at sharp edges) become positive.
     """
     mean, std = imagenet_statistics(images_B3HW.device)
     spectrum = torch.fft.fft2(images_B3HW.float() * std + mean)
@@ -77,9 +77,10 @@ def low_pass(images_B3HW: Tensor, radius: float) -> Tensor:
 
 
 def normalise_features(features_BTC: Tensor, norm: FeatureNorm) -> Tensor:
-    """Teacher features of any type -> float32, per token: LayerNorm without affine (whiten), unit length (l2), as is.
+    """Teacher features of any type -> float32, per token: LayerNorm without affine (whiten), unit length (l2) or
+    unchanged.
 
-    whiten is as MaskAlign released it, eps 1e-5.
+    whiten as released by MaskAlign, eps 1e-5.
     """
     features = features_BTC.float()
     if norm == "whiten":
@@ -90,7 +91,7 @@ def normalise_features(features_BTC: Tensor, norm: FeatureNorm) -> Tensor:
 def feature_loss(pred_BTC: Tensor, target_BTC: Tensor, kind: FeatureLoss) -> Tensor:
     """Mean over batch, tokens and channels, fp32 scalar. target: float32.
 
-    smoothl1 is twice PyTorch's with beta = 1, as MaskAlign released it: squared error in its quadratic zone. cosine is
+    smoothl1: twice PyTorch's with beta = 1, as released by MaskAlign: the squared error where it is quadratic. cosine:
     1 - cosine similarity, mean over batch and tokens.
     """
     pred = pred_BTC.float()

@@ -1,8 +1,8 @@
 """A plain pre-norm Vision Transformer whose state dict has the names of timm's VisionTransformer.
 
-Differences to timm's, all for masked pre-training: patches are gathered before they are embedded, the drop-path draw
-comes in from outside, raw block outputs can be returned, and every module uses only parameters of its own (ZeRO-3
-gathers parameters module by module). Parameters may be fp32, bf16 or fp16; LayerNorm and softmax accumulate in fp32.
+Differences from timm's, all for masked pre-training: only the visible patches are embedded, the random numbers of drop
+path are an argument, block outputs can be returned, and a module uses no parameter of another module (ZeRO-3 gathers
+parameters module by module). Parameters may be fp32, bf16 or fp16; LayerNorm and softmax accumulate in fp32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mimscale.models.config import StudentConfig
-from mimscale.models.patches import cut
+from mimscale.models.patches import patchify
 from mimscale.models.pos_embed import sincos_2d
 from mimscale.models.token_selection import gather_tokens
 
@@ -24,10 +24,10 @@ LN_EPS = 1e-6
 
 
 class ViTOutput(NamedTuple):
-    """tokens: [B, 1+K, D], class token first. levels: 0-based block index -> raw block output [B, 1+K, D].
+    """tokens: [B, 1+K, D], class token first. levels: 0-based block index -> output of that block [B, 1+K, D], no norm.
 
-    attention: the last block's, where asked, as `attended` gives it.
-    A tuple, because DeepSpeed looks for tensors in tuples and dicts only.
+    attention: of the last block if requested: the result of `patch_attention`.
+    A NamedTuple, because DeepSpeed finds tensors only in tuples and dicts.
     """
 
     tokens: Tensor
@@ -38,7 +38,7 @@ class ViTOutput(NamedTuple):
 class Linear(nn.Linear):
     """nn.Linear with MAE's initialisation: Xavier-uniform weight, zero bias.
 
-    Set in the constructor, so that it holds under zero.Init, where a later `apply` would see empty tensors.
+    Initialised in the constructor: under zero.Init a later `apply` would find empty tensors.
     """
 
     def reset_parameters(self) -> None:
@@ -48,9 +48,9 @@ class Linear(nn.Linear):
 
 
 class PatchProjection(nn.Conv2d):
-    """The patch embedding as a convolution in the state dict and a matrix product in the forward.
+    """The patch embedding: a convolution in the state dict, a matrix product in the forward pass.
 
-    The weight is initialised as the matrix that it is (MAE); the bias keeps PyTorch's default.
+    The weight is initialised as a matrix [D, 3*p*p] (MAE); the bias keeps PyTorch's default.
     """
 
     def __init__(self, width: int, patch: int) -> None:
@@ -58,12 +58,12 @@ class PatchProjection(nn.Conv2d):
         nn.init.xavier_uniform_(self.weight.view(width, -1))
 
     def forward(self, patches_BKCpp: Tensor) -> Tensor:
-        """Patches [B, K, 3, p, p] of any float type -> [B, K, D] in the type of the weight."""
+        """Patches [B, K, 3, p, p] of any float type -> [B, K, D] in the weight's dtype."""
         return F.linear(patches_BKCpp.flatten(2).to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
-    """Holds the projection under timm's name `patch_embed.proj`; `projection` decides how that starts."""
+    """Holds the projection under timm's name `patch_embed.proj`. projection: its class, which initialises it."""
 
     def __init__(self, width: int, patch: int, projection: type[PatchProjection] = PatchProjection) -> None:
         super().__init__()
@@ -83,19 +83,20 @@ class Attention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x_BTD: Tensor, prefix: int | None = None) -> Tensor:
-        """prefix: given, the answer is `attended` instead."""
+        """prefix: if given, return `patch_attention` instead of the output."""
         qkv = self.qkv(x_BTD).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         if prefix is not None:
-            return attended(q, k, prefix)
+            return patch_attention(q, k, prefix)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def attended(q_BHTd: Tensor, k_BHTd: Tensor, prefix: int, bias_BHTT: Tensor | None = None) -> Tensor:
-    """How much of the softmax over all keys each patch gets: float32 [B, H, L].
+def patch_attention(q_BHTd: Tensor, k_BHTd: Tensor, prefix: int, bias_BHTT: Tensor | None = None) -> Tensor:
+    """Attention that each patch receives, per head: float32 [B, H, L]. Softmax over all keys; only patches are
+    returned.
 
-    prefix: tokens before those of the patches. Of one, the class token, the row is taken; with none, the mean of all
-    rows, which is our reading where a network has no class token.
+    prefix: number of tokens before the patch tokens. 1: the attention of the class token. 0: the mean over the patches'
+    attention, our choice for networks without a class token. bias: added to the scaled scores.
     """
     queries = q_BHTd[:, :, :1] if prefix else q_BHTd
     scores = queries.float() @ k_BHTd.float().transpose(2, 3) * q_BHTd.shape[-1] ** -0.5
@@ -105,7 +106,7 @@ def attended(q_BHTd: Tensor, k_BHTd: Tensor, prefix: int, bias_BHTT: Tensor | No
 
 
 class Mlp(nn.Module):
-    """[..., D] -> [..., D] through `hidden` channels and the exact (erf) GELU; fc1, fc2 decide how these start."""
+    """[..., D] -> [..., D] through `hidden` channels and exact (erf) GELU. fc1, fc2: classes of the two layers."""
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x)); each branch is scaled per sample by drop path."""
+    """x + attn(norm1(x)), then x + mlp(norm2(x)), with drop path per sample on each branch."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
@@ -133,19 +134,21 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None) -> Tensor:
-        x_BTD = x_BTD + scaled(self.attn(self.norm1(x_BTD)), scales_B2, 0)
-        return x_BTD + scaled(self.mlp(self.norm2(x_BTD)), scales_B2, 1)
+        x_BTD = x_BTD + drop_path(self.attn(self.norm1(x_BTD)), scales_B2, 0)
+        return x_BTD + drop_path(self.mlp(self.norm2(x_BTD)), scales_B2, 1)
 
 
-def scaled(branch_BX: Tensor, scales_B2: Tensor | None, which: int) -> Tensor:
-    """The output of a block's first or second branch times its drop-path factor of each sample, in its own type."""
+def drop_path(branch_BX: Tensor, scales_B2: Tensor | None, which: int) -> Tensor:
+    """Multiply a branch by the factor of each sample, in the branch's dtype. scales: a block's `drop_path_scales`,
+    None: nothing is dropped. which: 0 = attention branch, 1 = MLP branch.
+    """
     if scales_B2 is None:
         return branch_BX
     return branch_BX * scales_B2[:, which].to(branch_BX.dtype).reshape(-1, *(1,) * (branch_BX.dim() - 1))
 
 
 def drop_path_scales(noise_BN2: Tensor, rate: float) -> Tensor:
-    """Uniform noise [B, depth, 2] -> float32 factors [B, depth, 2] of the two branches of every block: 0 or 1 / keep.
+    """Uniform noise [B, depth, 2] -> float32 factors [B, depth, 2] of the two branches of each block: 0 or 1 / keep.
 
     The rate rises linearly from 0 in the first block to `rate` in the last (Huang et al. 2016).
     """
@@ -158,24 +161,24 @@ def run_blocks(
     blocks: nn.ModuleList,
     x_BTD: Tensor,
     scales_BN2: Tensor | None,
-    checkpoint_every: int,
+    recompute_every: int,
     levels: Collection[int] = (),
     extra: tuple[Any, ...] = (),
     attention_prefix: int | None = None,
 ) -> ViTOutput:
-    """Tokens through all blocks. Every `checkpoint_every`-th block is recomputed in the backward pass (0: none).
+    """Run all blocks. Each k-th block, k = `recompute_every`, is recomputed in the backward pass (0: none is).
 
-    extra: further inputs that every block gets. attention_prefix: return the last block's attention as well, of tokens
-    with so many before those of the patches.
+    extra: further arguments of every block. attention_prefix: the number of tokens before the patch tokens; if given,
+    the attention of the last block is returned as well.
     """
     kept: dict[int, Tensor] = {}
     attention = None
-    block: Any  # what a ModuleList holds is a Block to nobody but us
+    block: Any  # to mypy the items of a ModuleList are plain Modules
     for index, block in enumerate(blocks):
         if attention_prefix is not None and index == len(blocks) - 1:
             attention = block.attn(block.norm1(x_BTD), *extra, prefix=attention_prefix)
         scales = None if scales_BN2 is None else scales_BN2[:, index]
-        if checkpoint_every and index % checkpoint_every == 0 and torch.is_grad_enabled():
+        if recompute_every and index % recompute_every == 0 and torch.is_grad_enabled():
             x_BTD = checkpoint(block, x_BTD, scales, *extra, use_reentrant=False, preserve_rng_state=False)
         else:
             x_BTD = block(x_BTD, scales, *extra)
@@ -184,31 +187,32 @@ def run_blocks(
     return ViTOutput(x_BTD, kept, attention)
 
 
-class Sizes(nn.Module):
-    """What a student's `config` and `grid` say of its size."""
+class Encoder(nn.Module):
+    """Base of the encoders that a method trains as its `student`: ViT, Beit and ConvViT. Sets no parameter."""
 
     config: StudentConfig
     grid: tuple[int, int]
 
     @property
     def patches(self) -> int:
+        """Number of patches L."""
         return self.grid[0] * self.grid[1]
 
     @property
     def depth(self) -> int:
-        """Blocks that drop path knows."""
+        """Number of blocks with drop path."""
         return self.config.depth
 
     @property
     def prefix(self) -> int:
-        """Tokens before the patch tokens."""
+        """Number of tokens before the patch tokens: 1 with a class token."""
         return 1
 
 
-class ViT(Sizes):
-    """final_norm: whether the last LayerNorm exists. learned_pos: positions are a parameter, not a fixed buffer.
+class ViT(Encoder):
+    """final_norm: end with a LayerNorm. learned_pos: position embeddings are a parameter, else a fixed buffer.
 
-    checkpoint_every: recompute every k-th block in the backward pass, 0 = none.
+    recompute_every: recompute every k-th block in the backward pass (activation checkpointing), 0 = none.
     """
 
     pos_embed: Tensor
@@ -220,13 +224,13 @@ class ViT(Sizes):
         *,
         final_norm: bool = True,
         learned_pos: bool = False,
-        checkpoint_every: int = 0,
+        recompute_every: int = 0,
     ) -> None:
         super().__init__()
         side = image_size // config.patch
         self.config = config
         self.grid = (side, side)
-        self.checkpoint_every = checkpoint_every
+        self.recompute_every = recompute_every
         self.patch_embed = PatchEmbed(config.width, config.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         nn.init.normal_(self.cls_token, std=0.02)
@@ -239,7 +243,7 @@ class ViT(Sizes):
         self.norm = nn.LayerNorm(config.width, eps=LN_EPS) if final_norm else nn.Identity()
 
     def untrained(self) -> ViT:
-        """A network of the same shape, with a last norm, at a fresh initialisation."""
+        """A newly initialised network of the same shape, with a final norm."""
         return ViT(self.config, self.grid[0] * self.config.patch)
 
     def forward(
@@ -251,14 +255,14 @@ class ViT(Sizes):
         apply_norm: bool = True,
         attention: bool = False,
     ) -> ViTOutput:
-        """images: normalised, any float type. ids_keep: int64 [B, K], the visible patches in the order to be seen; None
-        sees all in raster order. drop_noise: uniform [B, depth, 2]; None drops nothing. levels: blocks to return raw.
-        attention: return the last block's as well.
+        """images: normalised, any float type. ids_keep: int64 [B, K], the visible patches, in the order of the tokens;
+        None: all, in raster order. drop_noise: uniform [B, depth, 2]; None: nothing is dropped. levels: blocks whose
+        output is returned. attention: return the attention of the last block.
 
-        Returns tokens [B, 1+K, D] in the parameters' type: after the final norm where there is one, and raw without
-        apply_norm, for a method that calls `norm` on something else.
+        Returns tokens [B, 1+K, D] in the parameters' dtype. apply_norm: false skips the final norm, for a method that
+        applies `norm` to something else.
         """
-        patches = cut(images_B3HW, self.config.patch)
+        patches = patchify(images_B3HW, self.config.patch)
         positions_LD = self.pos_embed[0, 1:]
         if ids_keep is None:
             tokens = self.patch_embed(patches)
@@ -270,5 +274,5 @@ class ViT(Sizes):
         x_BTD = torch.cat([cls.to(tokens.dtype), (tokens + positions).to(tokens.dtype)], dim=1)
         scales = None if drop_noise is None else drop_path_scales(drop_noise, self.config.drop_path)
         prefix = self.prefix if attention else None
-        out = run_blocks(self.blocks, x_BTD, scales, self.checkpoint_every, levels, (), prefix)
+        out = run_blocks(self.blocks, x_BTD, scales, self.recompute_every, levels, (), prefix)
         return out._replace(tokens=self.norm(out.tokens) if apply_norm else out.tokens)

@@ -1,4 +1,4 @@
-"""Pictures of what a method sees and does, out of a `View`, without a plotting library."""
+"""Images of what a method sees and predicts, made from a `View` without a plotting library."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from torch import Tensor
 
 from mimscale.types import View
 
-GREY, DARK = 0.5, 0.125  # where a patch is masked, where it is thrown away
+GREY, DARK = 0.5, 0.125  # where a patch is masked, where it is dropped
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # dark to bright, equally spaced
 SAMPLES = 8  # columns of a panel
 GAP, SMALLEST = 2, 64  # pixels between tiles; smaller tiles are enlarged
 
 
 def tiles(view: View, samples: int = SAMPLES) -> dict[str, Tensor]:
-    """What the view holds, as uint8 pictures [samples, 3, H, W] in host memory.
+    """What the view holds, as uint8 images [samples, 3, H, W] in host memory.
 
-    input, then where there are any: masked (grey; thrown patches dark); reconstruction (predicted where masked, true
-    elsewhere); attention (share of the strongest patch, dark to bright, over the darkened picture); features (their
+    input, then where there are any: masked (grey; dropped patches dark); reconstruction (predicted where masked, true
+    elsewhere); attention (share of the strongest patch, dark to bright, over the darkened image); features (their
     three strongest components as red, green and blue). Patches lie on a square grid.
     """
     images = view.images[:samples].float()
     rows = {"input": images}
     if view.mask is not None:
         hidden = _to_pixels(view.mask[:samples], images.shape[-1])
-        dark = torch.zeros_like(hidden) if view.thrown is None else _to_pixels(view.thrown[:samples], images.shape[-1])
+        dark = (
+            torch.zeros_like(hidden) if view.dropped is None else _to_pixels(view.dropped[:samples], images.shape[-1])
+        )
         hidden = torch.maximum(hidden, dark)
         rows["masked"] = images * (1 - hidden) + GREY * hidden + (DARK - GREY) * dark
         if view.reconstruction is not None:
@@ -49,8 +51,8 @@ def panel(view: View, samples: int = SAMPLES) -> Tensor:
     scale = max(1, math.ceil(SMALLEST / side))
     rows = rows.repeat_interleave(scale, dim=3).repeat_interleave(scale, dim=4)
     rows = F.pad(rows, (0, GAP, 0, GAP), value=255)
-    picture = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-    return picture[:, :-GAP, :-GAP].contiguous()
+    whole = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    return whole[:, :-GAP, :-GAP].contiguous()
 
 
 def heat(share_B1HW: Tensor) -> Tensor:

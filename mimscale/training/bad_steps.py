@@ -118,7 +118,7 @@ def log_jump(run: TrainContext, start: int, batches: range) -> None:
 
 
 def keys_of(manifest: Source, samples: Sequence[int]) -> list[str]:
-    """Names of samples, "?" where the file system does not tell."""
+    """Names of samples, "?" where they cannot be read."""
 
     def key(sample: int) -> str:
         try:

@@ -58,7 +58,7 @@ class TrainContext:
 
     def fragments(self) -> dict[str, Tensor]:
         """This rank's part of a checkpoint: weights, optimiser state, and what the method learned between steps."""
-        return {**self.engine.fragments(), **self.method.live_tensors()}
+        return {**self.engine.fragments(), **self.method.fragments()}
 
     def check_loss(self, loss: Tensor) -> Tensor:
         """Between forward and backward: the loss, or NaN where the step must not reach the weights. Collective."""

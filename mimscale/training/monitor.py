@@ -1,4 +1,4 @@
-"""Everything that a run does besides training: watch the ranks, judge the step, log, draw, save, roll back and stop."""
+"""Everything that a run does besides training: watch the ranks, check the step, log, draw, save, roll back and stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.checkpoint.async_writer import AsyncCheckpointWriter
-from mimscale.data.wds_stream import NOTE
+from mimscale.data.wds_stream import NOT_EXACT
 from mimscale.errors import Stopped
 from mimscale.fault_tolerance import activations
 from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_marker, there
@@ -76,7 +76,7 @@ class Monitor:
         if info.step % GC_EVERY == 0:
             gc.collect()
 
-        rolled_back = self._judge_step(state, info)
+        rolled_back = self._check_step(state, info)
         if rolled_back is not None:
             state = rolled_back
             if state.step < info.step:
@@ -98,15 +98,15 @@ class Monitor:
         run.logger.close()
         run.coordinator.finish_pending()
         run.coordinator.on_rank0(flush_writes, run)
-        if failure is not None:
-            raise Stopped(failure)
         run.inputs.close()
         run.coordinator.barrier()
         run.engine.close()
+        if failure is not None:  # the same on all ranks
+            raise Stopped(failure)
 
     # ---------------------------------------------------------------------------------------------- parts of a step
 
-    def _judge_step(self, state: TrainState, info: StepInfo) -> TrainState | None:
+    def _check_step(self, state: TrainState, info: StepInfo) -> TrainState | None:
         """Explain a skipped step. After a row of them: the state of an older checkpoint, else None."""
         run = self._run
         if run.guard.reads_norm_at(info.step):
@@ -224,5 +224,5 @@ def describe_run(run: TrainContext, state: TrainState) -> str:
         f"{plan.world.size} ranks on {plan.world.device.type}, batch {config.schedule.global_batch} = "
         f"{plan.micro_batch} x {plan.accumulation} x {plan.world.size}, peak lr {config.schedule.peak_lr:.3g}, "
         f"{plan.manifest.samples} images, step {state.step} of {plan.total_steps}, folder {plan.run_dir}"
-        + ("" if config.data.stream is None else f"\n{NOTE}")
+        + ("" if config.data.stream is None else f"\n{NOT_EXACT}")
     )

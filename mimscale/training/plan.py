@@ -11,16 +11,17 @@ from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig, method_class
-from mimscale.convert import start
 from mimscale.data import device_decode
 from mimscale.data.wds_stream import Source, open_source
 from mimscale.distributed.world import World, check_precision, from_environment
+from mimscale.engine.factory import check_backend
 from mimscale.errors import UserError
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.monitoring.damage_log import DamageLog, default_limit
 from mimscale.optim import lr_schedule
 from mimscale.teachers.ensemble import describe
 from mimscale.teachers.quantise import check as check_quantised
+from mimscale.training import init_weights
 from mimscale.training.micro_batch import solve_micro_batch
 from mimscale.types import TeacherInfo
 
@@ -58,6 +59,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     world = from_environment(config.engine.device)
     ds_config = load_ds_config(config.engine.ds_config)
     check_precision(world.device, precision_of(ds_config))
+    check_backend(config.engine, ds_config)
     batch = config.schedule.global_batch
     micro_batch, accumulation = solve_micro_batch(batch, world.size, config.engine.max_micro_batch)
     teachers = {name: describe(name, teacher, config.data.image_size) for name, teacher in config.teachers.items()}
@@ -79,7 +81,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
             raise UserError(f"--fork starts from {run_dir} and init.weights from {config.init.weights}; set init=null")
         run_dir, stored = fork, run_folder.existing_run(fork)
     fresh = not checkpoint.steps(run_dir / "checkpoints") and not checkpoint.damaged(run_dir / "checkpoints")
-    config = start.pinned(config, stored, resumes=not fresh)
+    config = init_weights.with_sha256(config, stored, resumes=not fresh)
     if stored is not None:
         run_folder.refuse_changes(stored, config, run_dir)
     if run_folder.stop_wish(run_dir).exists():

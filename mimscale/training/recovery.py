@@ -73,7 +73,7 @@ def load_newest(
         refuse_other_inputs(reader, run.plan, run.teachers)
         coordinator.on_all_ranks(run.engine.load, reader)
         run.engine.finish_load(reader)
-        coordinator.on_all_ranks(reader.fill, run.method.live_tensors())
+        coordinator.on_all_ranks(reader.fill, run.method.fragments())
         run.method.load_extra_state(reader.meta["method"])
         done("load")
         state = TrainState.load(reader.meta["state"])
@@ -86,7 +86,7 @@ def load_newest(
 def opened(path: Path, coordinator: Coordinator, done: Callable[[str], None]) -> tuple[checkpoint.Reader | None, str]:
     """A reader of a checkpoint all of whose files were checked, else None and what is damaged in it. Collective.
 
-    Rank 0 reads the manifest and looks at the files' sizes for all; each rank reads its share of the files.
+    Rank 0 reads the manifest and checks the files' sizes for all; each rank reads its share of the files.
     """
     reader, damage = coordinator.on_rank0(read_twice, checkpoint.Reader, path)
     done("manifest")
@@ -98,7 +98,7 @@ def opened(path: Path, coordinator: Coordinator, done: Callable[[str], None]) ->
 
 
 def read_twice(work: Callable[..., T], *args: Any) -> tuple[T | None, str]:
-    """(what `work` gives, ""), else None and the damage that it finds, which counts when a second look sees it too.
+    """(what `work` gives, ""), else None and the damage that it finds, which counts when a second read finds it too.
 
     Anything else that fails is raised.
     """

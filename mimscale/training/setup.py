@@ -9,10 +9,8 @@ import torch
 
 from mimscale.checkpoint import run_folder
 from mimscale.config.run import method_class
-from mimscale.convert import start
 from mimscale.distributed.coordination import Coordinator
-from mimscale.engine.deepspeed_engine import DeepSpeedEngine
-from mimscale.engine.deepspeed_runtime import open_process_group
+from mimscale.engine.factory import make_engine, open_process_group
 from mimscale.engine.sharded_module import split_over_ranks
 from mimscale.fault_tolerance.preemption import Preemption
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
@@ -24,6 +22,7 @@ from mimscale.monitoring.metrics import StartupTimer
 from mimscale.monitoring.phase_timer import PhaseTimer
 from mimscale.monitoring.run_logger import RunLogger
 from mimscale.teachers.ensemble import TeacherEnsemble
+from mimscale.training import init_weights
 from mimscale.training.context import TrainContext
 from mimscale.training.inputs import TrainInputs
 from mimscale.training.plan import Plan, open_damage_log
@@ -42,7 +41,7 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
 
     torch.manual_seed(config.seed)
     method: Method = method_class(config.method.name)(config, plan.teachers)
-    init_notes = start.start_from(method, config) if plan.fresh and config.init is not None else ()
+    init_notes = init_weights.load_into(method, config) if plan.fresh and config.init is not None else ()
     teachers = TeacherEnsemble(config.teachers, method.needs.teachers, config.data.image_size, world.device)
     parameter_count = sum(parameter.numel() for parameter in method.parameters())
     startup.end("model")
@@ -51,11 +50,11 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
     if lock is not None:
         closing.callback(lock.release)
     startup.end("lock")
-    open_process_group(world)
+    open_process_group(world, config.engine)
     watchdog.coordinator = coordinator = Coordinator()
     startup.end("process_group")
 
-    engine = DeepSpeedEngine(
+    engine = make_engine(
         method,
         config,
         world,

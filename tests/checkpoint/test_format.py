@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint.format import CheckpointError, Reader
 from mimscale.errors import UserError
+from tests.checkpoint.shards import write_shard
 
 
 def write(root: Path, step: int, numbers: torch.Tensor, cuts: list[int], **meta: object) -> Path:
@@ -29,7 +30,7 @@ def write(root: Path, step: int, numbers: torch.Tensor, cuts: list[int], **meta:
     world = len(edges) - 1
     temporary = root / f".tmp-step-{step}"
     shards = [
-        checkpoint.write_shard(temporary, {f"fp32|w|{a}": numbers[a:b]}, rank, world)
+        write_shard(temporary, {f"fp32|w|{a}": numbers[a:b]}, rank, world)
         for rank, (a, b) in enumerate(zip(edges, edges[1:], strict=False))
     ]
     final = checkpoint.step_folder(root, step)
@@ -66,7 +67,7 @@ def test_a_reader_can_be_sent_to_a_process_that_never_sees_the_manifest(tmp_path
 
 def test_a_piece_without_elements_hides_no_other(tmp_path: Path) -> None:
     shards = [
-        checkpoint.write_shard(tmp_path / ".tmp", {f"table|t|{start}": torch.arange(start, end)}, rank, 4)
+        write_shard(tmp_path / ".tmp", {f"table|t|{start}": torch.arange(start, end)}, rank, 4)
         for rank, (start, end) in enumerate(((0, 3), (3, 3), (3, 5), (5, 5)))
     ]
     checkpoint.commit(tmp_path / ".tmp", tmp_path / "step-00000001", shards, {"shapes": {}})
@@ -105,7 +106,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     manifest = path / "manifest.json"
     text = manifest.read_text()
     manifest.write_text('{"format": 99}')
-    with pytest.raises(UserError, match="format 99; this version of mimscale reads 2"):
+    with pytest.raises(UserError, match="format 99; this version of mimscale reads 3"):
         Reader(path)
     manifest.write_text("{")
     with pytest.raises(CheckpointError, match="manifest.json is not a manifest"):
@@ -159,7 +160,7 @@ def test_newest_keeps_and_prunes(tmp_path: Path) -> None:
 def test_a_kill_while_writing_leaves_the_older_one(tmp_path: Path) -> None:
     """SIGKILL at several moments of a save of 40 MB: what is visible afterwards is whole."""
     script = (
-        "import sys, torch; from pathlib import Path; from tests.fault_tolerance.test_checkpoint import write\n"
+        "import sys, torch; from pathlib import Path; from tests.checkpoint.test_format import write\n"
         "root = Path(sys.argv[1]); write(root, 1, torch.ones(4), []); print('one', flush=True)\n"
         "write(root, 2, torch.full((10_000_000,), 2.0), [3_000_000, 7_000_000]); print('two', flush=True)\n"
     )

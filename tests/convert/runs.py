@@ -22,6 +22,7 @@ from mimscale.methods.mff import MFF
 from mimscale.methods.pixmim import PixMIM
 from mimscale.methods.simmim import SimMIM
 from mimscale.types import TeacherInfo
+from tests.checkpoint.shards import write_shard
 from tests.golden import run_config
 
 STUDENT = {"width": 32, "depth": 3, "heads": 2}
@@ -58,7 +59,7 @@ def save_run(folder: Path, method: Method, run: RunConfig, ema: Mapping[str, Ten
     tensors |= {f"ema|{n}|0": t.flatten() for n, t in (ema or {}).items()}
     tensors["table|masking|0"] = torch.arange(50, dtype=torch.uint8)  # as AMT's attention of each sample
     part = folder / "checkpoints" / ".new"
-    shard = checkpoint.write_shard(part, tensors, 0, 1)
+    shard = write_shard(part, tensors, 0, 1)
     final = checkpoint.step_folder(folder / "checkpoints", 7)
     checkpoint.commit(part, final, [shard], {"step": 7, "shapes": {n: list(t.shape) for n, t in state.items()}})
     return folder

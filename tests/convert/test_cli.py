@@ -16,11 +16,12 @@ from mimscale.__main__ import main
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.config.recipes import validate
-from mimscale.convert import check, timm_export
-from mimscale.convert.formats import mae
+from mimscale.convert import check
+from mimscale.convert.difference import LIMIT
+from mimscale.convert.formats import mae, timm
 from mimscale.convert.names import same
-from mimscale.convert.source import METADATA, read
-from mimscale.convert.student import student_from
+from mimscale.convert.networks import student_from
+from mimscale.convert.read import METADATA, read
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE
 from mimscale.models import pos_embed
@@ -104,15 +105,15 @@ def test_a_difference_is_an_error_and_leaves_nothing(
 def test_the_checks_see_a_wrong_tensor() -> None:
     method, _ = build("mae")
     assert isinstance(method, MAE)
-    state = timm_export.to_timm(method.student.state_dict())
-    assert check.encoder_difference(method.student, state) < check.LIMIT
+    state = timm.with_last_norm(method.student.state_dict())
+    assert check.encoder_difference(method.student, state) < LIMIT
     state["blocks.1.mlp.fc1.bias"] = state["blocks.1.mlp.fc1.bias"] + 0.05
-    assert check.encoder_difference(method.student, state) > check.LIMIT
+    assert check.encoder_difference(method.student, state) > LIMIT
     weights = dict(method.state_dict())
-    assert check.method_differences(method, weights)["decoder"] < check.LIMIT
+    assert check.method_differences(method, weights)["decoder"] < LIMIT
     half = weights["decoder.pos_embed"].shape[-1] // 2
     weights["decoder.pos_embed"] = weights["decoder.pos_embed"].roll(half, dims=-1)
-    assert check.method_differences(method, weights)["decoder"] > check.LIMIT
+    assert check.method_differences(method, weights)["decoder"] > LIMIT
 
 
 def test_names_of_another_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,14 +241,14 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             [str(official), out, "--to", "mimscale", "--recipe", "simmim_vit_b16"],
-            "method.name = simmim has not; take a",
+            "method.name = simmim does not have; take a",
         ),
         ([str(official), out, "--to", "mimscale", "--recipe", "maskalign_vit_b16"], "take a recipe of mae"),
         ([str(official), out, "--to", "official"], "not a checkpoint of ours"),
         ([str(official), out, "--to", "mimscale", "--heads", "2"], "--recipe is missing"),
         ([str(encoder), out, "--to", "mimscale", *recipe], "not a whole mae model"),
         ([str(official), out, "--to", "mimscale", *recipe, "--set", "student.depth=4"], "does not fit"),
-        ([str(strange), out, "--to", "mimscale", *recipe], "has the names of none of"),
+        ([str(strange), out, "--to", "mimscale", *recipe], "has none of the known name formats"),
         ([str(strange), out, "--to", "timm"], "no ViT with a class token"),
         ([str(folder), out, "--to", "mimscale", *recipe], "leave out --recipe"),
         ([str(official), out, "--to", "state"], "holds weights only"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mimscale.__main__ import main
 from mimscale.checkpoint import format as checkpoint
-from mimscale.convert.student import student_from
+from mimscale.convert.networks import student_from
 from mimscale.methods.base import Method
 from tests.convert.runs import IMAGES, build, refused, save_run, saved_run
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from mimscale.__main__ import main
 from mimscale.checkpoint import format as checkpoint
 from mimscale.convert.names import same
-from mimscale.convert.student import student_from
+from mimscale.convert.networks import student_from
 from tests.convert.runs import IMAGES, refused, saved_run
 
 

@@ -8,11 +8,12 @@ import yaml
 
 from data_prep.folder import read_folder
 from data_prep.plan import Plan
-from data_prep.write import unfinished, write
+from data_prep.write_shards import unfinished, write
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.recipes import validate
 from mimscale.config.run import RunConfig, method_class
 from mimscale.data.synthetic import make_image_folder
+from tests.checkpoint.shards import write_shard
 
 
 def shards(pictures: Path, out: Path, labelled: bool = True) -> Path:
@@ -40,7 +41,7 @@ def save_run(folder: Path, run: RunConfig, step: int = 7) -> Path:
     fixed = {name for name in state if name.endswith("pos_embed") and run.method.name == "mae"}
     part = folder / "checkpoints" / ".tmp"
     pieces = {f"{'buffer' if n in fixed else 'fp32'}|{n}|0": t.detach().flatten() for n, t in state.items()}
-    shard = checkpoint.write_shard(part, pieces, 0, 1)
+    shard = write_shard(part, pieces, 0, 1)
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     final = checkpoint.step_folder(folder / "checkpoints", step)
     checkpoint.commit(part, final, [shard], {"step": step, "shapes": shapes})

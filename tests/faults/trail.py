@@ -29,7 +29,7 @@ def plant() -> None:
     saved: list[Step] = []  # of all ranks, up to the last checkpoint
     since: list[Step] = []  # of this rank, after it
     under_way: Step = []
-    forward_backward, look, load = DeepSpeedEngine.forward_backward, StepGuard.update, TrainState.load
+    forward_backward, update, load = DeepSpeedEngine.forward_backward, StepGuard.update, TrainState.load
     describe_state = mimscale.training.monitor.describe_state
 
     def noted(self: DeepSpeedEngine, batch: Any, *rest: Any) -> Any:
@@ -39,7 +39,7 @@ def plant() -> None:
     def ended(self: StepGuard, skipped: bool, loss_scale: float | None) -> bool:
         since.append([] if skipped else under_way.copy())
         under_way.clear()
-        return look(self, skipped, loss_scale)
+        return update(self, skipped, loss_scale)
 
     def described(context: Any, state: TrainState) -> dict[str, Any]:
         for steps in zip(*context.control.gather(since), strict=True):

@@ -1,4 +1,4 @@
-"""Run on several ranks: what every rank reads and writes in a shared table is what one table would hold."""
+"""Run on several ranks: the split table reads and writes the same as one table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mimscale.masking._amt_table import Table
+from mimscale.masking._amt_table import ImportanceTable
 
 SAMPLES, WIDTH, BATCH = 23, 3, 6
 
@@ -14,7 +14,7 @@ SAMPLES, WIDTH, BATCH = 23, 3, 6
 def main() -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    table, whole = Table(SAMPLES, WIDTH, 7, torch.device("cpu")), np.full(SAMPLES, 7)
+    table, whole = ImportanceTable(SAMPLES, WIDTH, 7, torch.device("cpu")), np.full(SAMPLES, 7)
     random = np.random.default_rng(0)  # the same on every rank, so that each knows what all do
     for step in range(20):
         everyone = random.integers(0, SAMPLES, (world, BATCH))

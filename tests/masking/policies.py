@@ -30,5 +30,5 @@ def batch(noise: torch.Tensor | None = None, count: int = 1) -> Batch:
     return batch_of(images) if noise is None else batch_of(images, mask=noise)
 
 
-def attended(attention: torch.Tensor, name: str = "t") -> dict[str, Targets]:
+def attention_targets(attention: torch.Tensor, name: str = "t") -> dict[str, Targets]:
     return {name: Targets({}, {}, attention)}

@@ -1,4 +1,4 @@
-"""Attention becomes a number per patch and goes through the crop with its image."""
+"""Importance from attention, its storage in bytes and its crop."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimscale.masking._amt_importance import as_bytes, from_bytes, importance_of, through_crop, through_released_crop
+from mimscale.masking._amt_importance import (
+    crop_importance,
+    from_bytes,
+    importance_from_attention,
+    to_bytes,
+)
 from mimscale.models.beit import Beit
 from mimscale.models.config import StudentConfig
 from mimscale.models.convvit import ConvStages, ConvViT
+from mimscale.models.patches import patchify
 from mimscale.models.vit import ViT
 from tests import golden
 
@@ -25,9 +31,9 @@ def maps(rows: int = 5, columns: int = 7, batch: int = 3) -> Tensor:
     return torch.rand(batch, rows * columns, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_whole_image_is_itself_and_a_flip_mirrors_it() -> None:
+def test_a_crop_of_the_whole_image_changes_nothing_and_a_flip_mirrors() -> None:
     values = maps()
-    unchanged = through_crop(values, (5, 7), WHOLE.expand(3, 4), torch.tensor([False, True, False]))
+    unchanged = crop_importance(values, (5, 7), WHOLE.expand(3, 4), torch.tensor([False, True, False]))
     torch.testing.assert_close(unchanged[::2], values[::2])
     torch.testing.assert_close(unchanged[1].view(5, 7), values[1].view(5, 7).flip(1))
 
@@ -35,60 +41,80 @@ def test_the_whole_image_is_itself_and_a_flip_mirrors_it() -> None:
 def test_a_crop_of_whole_patches_is_that_part_of_the_map() -> None:
     """A box of 2 x 2 of 4 x 4 patches: the centres of its 4 x 4 patches lie a quarter patch from those of the map."""
     values = maps(4, 4, 1)
-    cropped = through_crop(values, (4, 4), torch.tensor([[0.25, 0.5, 0.5, 0.5]]), torch.tensor([False])).view(4, 4)
+    cropped = crop_importance(values, (4, 4), torch.tensor([[0.25, 0.5, 0.5, 0.5]]), torch.tensor([False])).view(4, 4)
     full = values.view(4, 4)
     expected = (full[1, 2] * 0.75 + full[1, 3] * 0.25) * 0.75 + (full[2, 2] * 0.75 + full[2, 3] * 0.25) * 0.25
     torch.testing.assert_close(cropped[1, 1], expected)
     torch.testing.assert_close(cropped[1, 3], full[1, 3] * 0.75 + full[2, 3] * 0.25)  # outside it goes on
 
 
-def test_a_crop_follows_the_image() -> None:
-    """A map that is linear in the place keeps saying where each patch of a mirrored crop was in the image."""
+def test_importance_is_cropped_like_the_image() -> None:
+    """A map that is linear in the coordinate gives, after a mirrored crop, the coordinate of each patch in the
+    image.
+    """
     place = (torch.arange(16) + 0.5) / 16
     box = torch.tensor([[0.25, 0.125, 0.5, 0.75]])
-    down = through_crop(place.repeat_interleave(16)[None], (16, 16), box, torch.tensor([True])).view(16, 16)
-    right = through_crop(place.repeat(16)[None], (16, 16), box, torch.tensor([True])).view(16, 16)
+    down = crop_importance(place.repeat_interleave(16)[None], (16, 16), box, torch.tensor([True])).view(16, 16)
+    right = crop_importance(place.repeat(16)[None], (16, 16), box, torch.tensor([True])).view(16, 16)
     torch.testing.assert_close(down[:, 3], 0.25 + 0.5 * place)
     torch.testing.assert_close(right[5], (0.125 + 0.75 * place).flip(0))
 
 
-def test_the_released_crop_is_matched_and_is_not_ours() -> None:
+def released_crop(
+    importance_BL: Tensor, grid: tuple[int, int], boxes_B4: Tensor, flips_B: Tensor, image_size: int
+) -> Tensor:
+    """The release's crop: float32 [B, L], sums over the pixels of each patch.
+
+    It divides the box by the image's size in integers, which gives 0, or 1 if the crop touches the far edge. So it
+    enlarges the map's first 2 (or 3) rows and columns, whatever the crop.
+    """
+    patch = image_size // grid[0]
+    maps = importance_BL.float().unflatten(1, grid)
+    sums = []
+    for one, box, flip in zip(maps, boxes_B4.tolist(), flips_B.tolist(), strict=True):
+        bottom, right = (2 + int(start + length + 1e-6) for start, length in zip(box[:2], box[2:], strict=True))
+        pixels = F.interpolate(one[None, None, :bottom, :right], (image_size, image_size), mode="bilinear").clamp(0, 1)
+        pixels = pixels.flip(3) if flip else pixels
+        sums.append(patchify(pixels, patch).sum(dim=(2, 3, 4))[0])
+    return torch.stack(sums)
+
+
+def test_the_release_enlarges_a_corner_and_we_do_not() -> None:
+    """The reason for our own crop: the official numbers are those of `released_crop`, and far from ours."""
     g = golden.load("amt_crop_dev")
     table = g["H_W_i_j_h_w_flip_seed_sliceH_sliceW"]
     for k, (height, width, i, j, h, w, flip, *_) in enumerate(table.tolist()):
         weights = g[f"{k}/weights_14x14"].reshape(1, -1)
         boxes = torch.tensor([[i / height, j / width, h / height, w / width]])
         flips = torch.tensor([bool(flip)])
-        released = through_released_crop(weights, (14, 14), boxes, flips, 224)
-        golden.close(released[0], g[f"{k}/patch_weights_196"], 2e-4, "weight")
-        ours = through_crop(weights, (14, 14), boxes, flips) * 256
+        released = released_crop(weights, (14, 14), boxes, flips, 224)
+        torch.testing.assert_close(released[0], g[f"{k}/patch_weights_196"], atol=2e-4, rtol=0)
+        ours = crop_importance(weights, (14, 14), boxes, flips) * 256
         assert (ours - released).abs().max() > 50  # of 256
-    touching = through_released_crop(torch.rand(1, 196), (14, 14), WHOLE, torch.tensor([False]), 224)
-    assert touching.shape == (1, 196)
 
 
 def test_min_max_per_head_then_mean() -> None:
     g = golden.load("amt_update_mask_dev")
-    golden.close(importance_of(g["cls_attention_last_block"]), g["mask_weights"].flatten(1))
+    golden.close(importance_from_attention(g["cls_attention_last_block"]), g["mask_weights"].flatten(1))
 
 
-def test_attention_that_says_nothing_is_no_division_by_zero() -> None:
+def test_constant_attention_gives_zero() -> None:
     constant = torch.full((1, 2, 4), 0.25)
-    assert importance_of(constant).tolist() == [[0.0] * 4]
-    assert importance_of(torch.zeros(1, 2, 4)).tolist() == [[0.0] * 4]
+    assert importance_from_attention(constant).tolist() == [[0.0] * 4]
+    assert importance_from_attention(torch.zeros(1, 2, 4)).tolist() == [[0.0] * 4]
     half = torch.cat([constant[:, :1], torch.tensor([[[0.1, 0.2, 0.3, 0.4]]])], dim=1)
-    torch.testing.assert_close(importance_of(half), torch.tensor([[0, 1 / 6, 1 / 3, 0.5]]))
-    assert importance_of(torch.full((1, 2, 4), float("nan"))).isnan().all()
+    torch.testing.assert_close(importance_from_attention(half), torch.tensor([[0, 1 / 6, 1 / 3, 0.5]]))
+    assert importance_from_attention(torch.full((1, 2, 4), float("nan"))).isnan().all()
 
 
 def test_bytes_keep_a_255th() -> None:
     values = torch.linspace(0, 1, 1001)
-    assert (from_bytes(as_bytes(values)) - values).abs().max() <= 0.5 / 255 + 1e-7
-    assert as_bytes(torch.tensor([0.0, 1.0])).tolist() == [0, 255]
+    assert (from_bytes(to_bytes(values)) - values).abs().max() <= 0.5 / 255 + 1e-7
+    assert to_bytes(torch.tensor([0.0, 1.0])).tolist() == [0, 255]
 
 
 def explicit(network: ViT | Beit | ConvViT, images: Tensor) -> Tensor:
-    """The last block's attention from what went into it, by a softmax written out; mean of rows without class token."""
+    """The last block's attention from that block's input, by an explicit softmax; mean of rows without class token."""
     caught: dict[str, tuple] = {}
     block: Any = network.blocks3[-1] if isinstance(network, ConvViT) else network.blocks[-1]
     block.attn.register_forward_pre_hook(lambda module, args: caught.update({"in": args}))
@@ -108,7 +134,7 @@ def explicit(network: ViT | Beit | ConvViT, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["vit", "relative", "absolute", "conv", "conv with class token"])
-def test_every_student_tells_its_last_attention(kind: str) -> None:
+def test_attention_of_the_last_block_of_every_encoder(kind: str) -> None:
     torch.manual_seed(0)
     network: ViT | Beit | ConvViT
     if kind == "vit":
@@ -127,8 +153,8 @@ def test_every_student_tells_its_last_attention(kind: str) -> None:
     assert torch.equal(out.tokens, network(images).tokens) and network(images).attention is None
 
 
-def test_attention_of_the_release_on_whole_images() -> None:
-    """12 heads in one file and 4 in another: nothing knows how many there are."""
+def test_golden_attention_of_uncropped_images() -> None:
+    """12 heads in one file and 4 in the other: no number of heads is assumed."""
     for name in ("amt_update_mask_dev", "amt_mae_dev"):
         g = golden.load(name)
         network = ViT(
@@ -142,4 +168,4 @@ def test_attention_of_the_release_on_whole_images() -> None:
             attention = network(images, attention=True).attention
         known = "attention_last_block_full_image"
         golden.close(attention, g[known][:, :, 0, 1:] if known in g.tensors else g["cls_attention_last_block"])
-        golden.close(importance_of(attention), g["mask_weights"].flatten(1))
+        golden.close(importance_from_attention(attention), g["mask_weights"].flatten(1))

@@ -12,7 +12,7 @@ from mimscale.masking.attention import attentive_order
 from mimscale.models.token_selection import gather_tokens
 from mimscale.types import TeacherInfo
 from tests import golden
-from tests.masking.policies import attended, batch, policy, teacher
+from tests.masking.policies import attention_targets, batch, policy, teacher
 
 
 def test_golden() -> None:
@@ -24,7 +24,7 @@ def test_golden() -> None:
         everything = attentive_order(part["importance"], part["exponential_noise"])
         golden.equal(everything, part["attn_ids_shuffle"])
         masking = policy(16 * side, 16, teacher(side), policy="attention", ratio=case["mask_ratio"])
-        visible = masking.choose(batch(part["exponential_noise"]), attended(part["importance"])).visible
+        visible = masking.choose(batch(part["exponential_noise"]), attention_targets(part["importance"])).visible
         assert torch.equal(visible, part["attn_ids_keep"])
         assert torch.equal(gather_tokens(part["tokens"], visible), part["attn_tokens_kept"])
 
@@ -50,7 +50,7 @@ def test_importance_of_a_unit_is_the_sum_of_its_patches() -> None:
     attention = torch.zeros(1, 16)
     attention[0, [10, 15]] = 0.4  # the last unit
     attention[0, 2], attention[0, 8], attention[0, 5] = 0.7, 0.6, 0.1
-    masks = masking.choose(batch(torch.ones(1, 4)), attended(attention))
+    masks = masking.choose(batch(torch.ones(1, 4)), attention_targets(attention))
     assert masks.visible.tolist() == [[10, 11, 14, 15, 2, 3, 6, 7]]
     assert masks.masked.tolist() == [[8, 9, 12, 13, 0, 1, 4, 5]]
 
@@ -59,7 +59,7 @@ def test_importance_of_a_unit_is_the_sum_of_its_patches() -> None:
 def test_attention_that_says_nothing_draws_uniformly(value: float) -> None:
     masking = policy(64, 16, teacher(), policy="attention", ratio=0.5)
     noise = torch.empty(3, 16).exponential_(generator=torch.Generator().manual_seed(0))
-    masks = masking.choose(batch(noise), attended(torch.full((3, 16), value)))
+    masks = masking.choose(batch(noise), attention_targets(torch.full((3, 16), value)))
     assert torch.equal(masks.visible, noise.argsort(dim=1)[:, :8])
 
 
@@ -70,7 +70,7 @@ def test_whose_attention() -> None:
     other = policy(64, 16, blind, first, second, policy="attention", teacher="second")
     assert list(other.needs.teachers) == ["second"]
     attention = torch.rand(1, 16)
-    assert other.weights(batch(), attended(attention, "second")) is attention
+    assert other.importance(batch(), attention_targets(attention, "second")) is attention
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_whose_attention() -> None:
     [
         ((), {}, "policy = attention needs CLS attention and no teacher has a class token; add one that has .CLIP, "),
         ((teacher(has_cls=False),), {}, "no teacher has a class token"),
-        ((teacher(),), {"teacher": "clip"}, "method.masking.teacher = clip is no teacher .*; choose one of t"),
+        ((teacher(),), {"teacher": "clip"}, "method.masking.teacher = clip is not a teacher .*; choose one of t"),
         ((teacher(), teacher(has_cls=False, name="b")), {"teacher": "b"}, "choose one of t"),
         ((teacher(8),), {}, "8x8 grid at 128 px, the student 4x4; set teachers.t.image_size to 64"),
     ],

@@ -11,7 +11,7 @@ from mimscale.config.registry import names_in
 from mimscale.errors import UserError
 from mimscale.masking.base import patches_of
 from tests.golden import batch_of
-from tests.masking.policies import attended, policy, teacher
+from tests.masking.policies import attention_targets, policy, teacher
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_every_patch_is_in_one_part_at_most(name: str, unit: int | None) -> None
     masking = policy(64, 16, teacher(), policy=name, unit=unit)
     generator = torch.Generator().manual_seed(1)
     noise = {key: torch.rand(3, *n.shape, generator=generator) + 0.01 for key, n in masking.needs.noise.items()}
-    seen = attended(torch.rand(3, 16, generator=generator))
+    seen = attention_targets(torch.rand(3, 16, generator=generator))
     drawn = [masking.choose(batch_of(torch.zeros(3, 3, 64, 64), **noise), seen) for _ in range(2)]
     for part, again in zip(*drawn, strict=True):
         assert part.dtype == torch.int64 and torch.equal(part, again)
@@ -55,8 +55,8 @@ def test_every_patch_is_in_one_part_at_most(name: str, unit: int | None) -> None
 @pytest.mark.parametrize(
     ("section", "fragment"),
     [
-        ({"ratio": 0.95}, "method.masking.ratio = 0.95 keeps 0 of 16 patches; lower it"),
-        ({"ratio": 0.9, "unit": 32}, "keeps 0 of 4 units of 32 px"),
+        ({"ratio": 0.95}, "method.masking.ratio = 0.95 leaves 0 of 16 patches visible; lower it"),
+        ({"ratio": 0.9, "unit": 32}, "leaves 0 of 4 units of 32 px visible"),
         ({"unit": 24}, "unit = 24 must be a multiple of student.patch = 16"),
         ({"unit": 48}, "divide data.image_size = 64; 16 always fits"),
         ({"unit": 8}, "unit = 8 must be a multiple of student.patch = 16"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mimscale.masking.random import random_order
-from mimscale.models.token_selection import gather_tokens, in_raster_order
+from mimscale.models.token_selection import gather_tokens, raster_order
 from tests import golden
 from tests.masking.policies import batch, policy
 
@@ -27,7 +27,7 @@ def test_by_patches_the_first_of_the_order_are_visible() -> None:
     assert masking.needs.noise["mask"].kind == "uniform" and masking.needs.noise["mask"].shape == (4,)
     masks = masking.choose(batch(torch.tensor([[0.1, 0.9, 0.2, 0.5]])), {})
     assert masks.visible.tolist() == [[0, 2]] and masks.masked.tolist() == [[3, 1]]
-    assert masking.weights(batch(), {}) is None
+    assert masking.importance(batch(), {}) is None
 
 
 def test_by_units_the_first_of_the_order_are_masked() -> None:
@@ -47,5 +47,5 @@ def test_golden_units(case: int) -> None:
     order = torch.from_numpy(np.stack([draw.permutation(masking.count.units) for _ in stored]))
     noise = order.argsort(dim=1) / masking.count.units
     assert torch.equal(random_order(noise), order)
-    raster = in_raster_order(masking.choose(batch(noise), {}))
+    raster = raster_order(masking.choose(batch(noise), {}))
     golden.equal(raster.mask, stored.flatten(1).float())

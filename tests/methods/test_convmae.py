@@ -13,7 +13,7 @@ from mimscale.errors import UserError
 from mimscale.methods.convmae import ConvMAE
 from mimscale.methods.finetune import Finetune
 from mimscale.models.convvit import ConvViT, to_map
-from mimscale.models.token_selection import in_raster_order, mask_of
+from mimscale.models.token_selection import mask_of, raster_order
 from mimscale.optim.param_groups import parameter_groups
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
@@ -93,7 +93,7 @@ def test_golden(skip_masked: bool) -> None:
     ids_keep = masks.visible
     hidden = mask_of(ids_keep, method.student.patches)
     assert torch.equal(ids_keep, g["mask/ids_keep"]) and torch.equal(
-        in_raster_order(masks).places, g["mask/ids_restore"]
+        raster_order(masks).ids_restore, g["mask/ids_restore"]
     )
     golden.equal(hidden, g["mask/binary"])
     for stage, side in ((1, 4), (2, 2)):
@@ -226,7 +226,7 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("method", "fragment"),
     [
-        ({"masking": {"ratio": 0.95}}, "keeps 0 of 16"),
+        ({"masking": {"ratio": 0.95}}, "leaves 0 of 16"),
         ({"stages": {"patches": [4, 2, 4]}}, "multiply to 32, student.patch is 16"),
         ({"stages": {"patches": [4, 4]}}, "method.stages.patches"),
         ({"stages": {"widths": [0, 12]}}, "method.stages.widths.0 = 0"),
@@ -243,7 +243,7 @@ def test_refusals(method: dict[str, Any], fragment: str) -> None:
 def test_refuses_a_teacher_and_a_class_token_that_is_not_there() -> None:
     from tests.methods.test_maskalign import INFO
 
-    with pytest.raises(UserError, match="neither convmae nor masking by random reads it"):
+    with pytest.raises(UserError, match="neither convmae nor the masking policy random uses it"):
         ConvMAE(run_config(SECTION, STUDENT), {"t": INFO})
     finetune: dict[str, Any] = {"name": "finetune", "classes": 3}
     with pytest.raises(UserError, match="stages.class_token is false"):

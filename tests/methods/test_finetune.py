@@ -57,7 +57,7 @@ def test_refuses_two_kinds_of_encoder() -> None:
 def test_refuses_a_teacher() -> None:
     from tests.methods.test_maskalign import INFO
 
-    with pytest.raises(UserError, match="reads no teacher"):
+    with pytest.raises(UserError, match="uses no teacher"):
         Finetune(run_config({"name": "finetune", "classes": 5}, TINY), {"t": INFO})
     with pytest.raises(UserError, match="method.classes is missing"):
         run_config({"name": "finetune"}, TINY)

@@ -10,8 +10,8 @@ import torch
 from mimscale.convert.formats.mae import from_official
 from mimscale.errors import UserError
 from mimscale.methods.mae import MAE, masked_patch_loss
-from mimscale.models.patches import assemble, cut, from_pixels_last
-from mimscale.models.token_selection import in_raster_order, mask_of
+from mimscale.models.patches import patchify, unflatten_patches, unpatchify
+from mimscale.models.token_selection import mask_of, raster_order
 from mimscale.models.vit import ViT
 from mimscale.types import IMAGENET_MEAN, IMAGENET_STD
 from tests import golden
@@ -51,10 +51,10 @@ def test_golden(name: str) -> None:
     batch = batch_of(images, mask=noise)
 
     masks = method.masking.choose(batch, {})
-    ids_keep, raster = masks.visible, in_raster_order(masks)
+    ids_keep, raster = masks.visible, raster_order(masks)
     stored_mask = g["mask"] if first else g["mask/binary"]
     assert torch.equal(ids_keep, g["ids_keep"] if first else g["mask/ids_keep"])
-    golden.equal(raster.places, g["ids_restore"] if first else g["mask/ids_restore"])
+    golden.equal(raster.ids_restore, g["ids_restore"] if first else g["mask/ids_restore"])
     assert torch.equal(mask_of(ids_keep, method.student.patches), stored_mask)
     if first:
         assert torch.equal(torch.cat(masks, dim=1), g["ids_shuffle"])
@@ -72,7 +72,7 @@ def test_golden(name: str) -> None:
         close(decoder[-1], g["decoder_input"])
         for level in range(2):
             close(decoder[level], g[f"dec_block_out/{level}"])
-        close(assemble(from_pixels_last(pred, 16), run.grid), g["pred_unpatchified"])
+        close(unpatchify(unflatten_patches(pred, 16), run.grid), g["pred_unpatchified"])
     close(pred, g["pred"] if first else g["prediction"])
     target = method.target(batch.images)
     close(target, g["target"])
@@ -99,9 +99,9 @@ def test_masked_pixels_do_not_reach_the_latent() -> None:
     images, noise = inputs(method)
     ids_keep = method.masking.choose(batch_of(images, mask=noise), {}).visible
     mask = mask_of(ids_keep, method.student.patches)
-    changed = cut(images, 16) + 5 * mask[:, :, None, None, None]
+    changed = patchify(images, 16) + 5 * mask[:, :, None, None, None]
     latent = method.student(images, ids_keep).tokens
-    assert torch.equal(method.student(assemble(changed, (4, 4)), ids_keep).tokens, latent)
+    assert torch.equal(method.student(unpatchify(changed, (4, 4)), ids_keep).tokens, latent)
     assert not torch.equal(method.student(images + 1, ids_keep).tokens, latent)
 
 
@@ -132,7 +132,7 @@ def test_picture_of_a_perfect_prediction_is_the_image(norm_pix: bool) -> None:
     std, mean = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     pixels = images * std + mean
     assert pixels.min() >= 0 and pixels.max() <= 1
-    torch.testing.assert_close(method.images_of(method.target(images), images), pixels, atol=1e-5, rtol=0)
+    torch.testing.assert_close(method.reconstruct(method.target(images), images), pixels, atol=1e-5, rtol=0)
 
     view = method.view(batch_of(images, mask=noise), {})
     torch.testing.assert_close(view.images, pixels)
@@ -170,8 +170,8 @@ def test_no_global_generator_is_touched() -> None:
 @pytest.mark.parametrize(
     ("method", "fragment"),
     [
-        ({"masking": {"ratio": 0.95}}, "keeps 0 of 16"),
-        ({"masking": {"ratio": 0.0}}, "keeps 16 of 16"),
+        ({"masking": {"ratio": 0.95}}, "leaves 0 of 16"),
+        ({"masking": {"ratio": 0.0}}, "leaves 16 of 16"),
         ({"decoder_heads": 3}, "by 4"),
     ],
 )

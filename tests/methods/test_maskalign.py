@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mimscale.convert.formats.maskalign import from_official
-from mimscale.convert.whole import levels_of
+from mimscale.convert.networks import levels_of
 from mimscale.errors import UserError
 from mimscale.methods.maskalign import MaskAlign
 from mimscale.models.heads import Alignment
@@ -40,7 +40,7 @@ def test_golden(name: str) -> None:
     for level, mixed, prediction in zip(supervised, head.aggregate(levels), head(levels), strict=True):
         close(mixed, g["student/aggregated"][level])
         close(prediction, g["student/prediction"][level])
-        close(method.targets["teacher"].of(targets, level, ids_keep), g["target/normalised"][level])
+        close(method.targets["teacher"].features(targets, level, ids_keep), g["target/normalised"][level])
 
     out = method(batch, {"teacher": targets})
     golden.loss_close(out["loss"], g["loss/total"][0])
@@ -190,12 +190,12 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
         ({"depth": 6}, {"fusion": "simple"}, "set method.fusion = sum"),
         ({"has_cls": False}, {"cls_target": False}, "no teacher has a class token; add one"),
         ({"has_cls": False}, {}, "cls_target = false"),
-        ({}, {"masking": {"ratio": 0.95}}, "method.masking.ratio = 0.95 keeps 0 of 16 patches; lower it"),
+        ({}, {"masking": {"ratio": 0.95}}, "method.masking.ratio = 0.95 leaves 0 of 16 patches visible; lower it"),
         ({}, {"levels": "top4"}, "needs 1 to 3 levels"),
         ({}, {"levels": "mid3"}, "0 to 2"),
         ({}, {"levels": "best"}, "choose top<k>"),
         ({}, {"levels": "mid1", "fusion": "simple"}, "without a gradient"),
-        ({}, {"adaptor_position": "before", "fusion": "simple"}, "nothing is mixed, so there is no before"),
+        ({}, {"adaptor_position": "before", "fusion": "simple"}, "without mixing both positions are the same"),
         ({}, {"targets": {"other": {}}}, "choose from t"),
         ({}, {"target_norm": "bn"}, "number of ranks"),
         ({}, {"adaptor": "mlp2"}, "method.adaptor = 'mlp2'"),
@@ -215,7 +215,9 @@ def test_one_teacher_is_aligned_with_and_another_masks() -> None:
     batch, seen = batch_of(images(), **noise_for(method)), {"t": targets(), "eye": targets()}
     assert method(batch, seen)["loss"].isfinite()
     run = run_config({**section, "targets": {name: {"weight": 0} for name in ("eye", "third")}}, STUDENT)
-    with pytest.raises(UserError, match="teachers.third: neither maskalign nor masking by attention reads it; remove"):
+    with pytest.raises(
+        UserError, match="teachers.third: neither maskalign nor the masking policy attention uses it; remove"
+    ):
         MaskAlign(run, {"t": INFO, "eye": INFO, "third": INFO})
 
 
@@ -270,7 +272,7 @@ def test_several_teachers_weigh_as_their_single_runs(position: str) -> None:
         ({}, "teachers.bare has no class token; set method.targets.bare.cls_target = false"),
         (
             {"masking": {"teacher": "bare"}, "cls_target": False},
-            "bare is no teacher with a class token; choose one of t, w",
+            "bare is not a teacher with a class token; choose one of t, w",
         ),
         ({"targets": {"clip": {}}}, "method.targets.clip: no such teacher; choose from t, wide, bare"),
     ],

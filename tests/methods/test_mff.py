@@ -14,7 +14,7 @@ from mimscale.methods.mae import MAE
 from mimscale.methods.mff import MFF
 from mimscale.models.fusion import LevelFusion
 from mimscale.models.targets import low_pass
-from mimscale.models.token_selection import in_raster_order, mask_of
+from mimscale.models.token_selection import mask_of, raster_order
 from mimscale.optim.param_groups import is_decayed
 from tests import golden
 from tests.golden import batch_of, close, gradient_close, run_config
@@ -40,7 +40,7 @@ def test_golden() -> None:
     method.load_state_dict(openmmlab.from_official(g.part("state")).weights)
     masks = method.masking.choose(batch_of(g["image"], mask=g["noise"]), {})
     ids_keep = masks.visible
-    assert torch.equal(in_raster_order(masks).places, g["ids_restore"])
+    assert torch.equal(raster_order(masks).ids_restore, g["ids_restore"])
     golden.equal(mask_of(ids_keep, method.student.patches), g["mask"])
 
     levels = g.config["out_indices"]
@@ -152,13 +152,13 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("values", "fragment"),
     [
-        ({"fusion": {"levels": [0, 2]}}, "rise from 0 or more to 3"),
-        ({"fusion": {"levels": [0, 4]}}, "rise from 0 or more to 3"),
-        ({"fusion": {"levels": [1, 0, 3]}}, "must rise"),
-        ({"fusion": {"levels": [1, 1, 3]}}, "must rise"),
-        ({"fusion": {"levels": [-1, 3]}}, "must rise"),
-        ({"fusion": {"levels": []}}, "method.fusion: kind = mff has nothing to combine"),
-        ({"masking": {"ratio": 0.99}}, "keeps 0 of 16"),
+        ({"fusion": {"levels": [0, 2]}}, "ascending, from 0 or more to 3"),
+        ({"fusion": {"levels": [0, 4]}}, "ascending, from 0 or more to 3"),
+        ({"fusion": {"levels": [1, 0, 3]}}, "must be ascending"),
+        ({"fusion": {"levels": [1, 1, 3]}}, "must be ascending"),
+        ({"fusion": {"levels": [-1, 3]}}, "must be ascending"),
+        ({"fusion": {"levels": []}}, "method.fusion: kind = mff has nothing to fuse"),
+        ({"masking": {"ratio": 0.99}}, "leaves 0 of 16"),
         ({"low_pass_radius": 90}, "passes 4096 of 4096"),
     ],
 )
@@ -169,5 +169,7 @@ def test_refusals(values: dict[str, object], fragment: str) -> None:
 
 
 def test_default_levels_do_not_fit_another_depth() -> None:
-    with pytest.raises(UserError, match=r"fusion.levels = \[0, 2, 4, 6, 8, 11\] must rise from 0 or more to 3"):
+    with pytest.raises(
+        UserError, match=r"fusion.levels = \[0, 2, 4, 6, 8, 11\] must be ascending, from 0 or more to 3"
+    ):
         MFF(run_config({"name": "mff", **DECODER}, STUDENT), {})

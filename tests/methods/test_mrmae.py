@@ -15,7 +15,7 @@ from mimscale.convert.formats.mae import from_official
 from mimscale.errors import UserError
 from mimscale.methods.mff import MFF
 from mimscale.methods.mrmae import MRMAE
-from mimscale.models.patches import assemble, cut
+from mimscale.models.patches import patchify, unpatchify
 from mimscale.models.token_selection import gather_tokens, mask_of
 from mimscale.types import Targets, TeacherInfo
 from tests import golden
@@ -117,8 +117,8 @@ def test_each_loss_reads_its_own_patches() -> None:
     other = losses(method, changed((1 - hidden) * shift))
     assert other["mimic_clip"] != before["mimic_clip"] and torch.equal(other["pixel"], before["pixel"])
 
-    scribble = torch.randn(cut(images(), 16).shape, generator=torch.Generator().manual_seed(2))
-    picture = assemble(cut(images(), 16) + hidden[:, :, :, None, None] * scribble, (4, 4))
+    scribble = torch.randn(patchify(images(), 16).shape, generator=torch.Generator().manual_seed(2))
+    picture = unpatchify(patchify(images(), 16) + hidden[:, :, :, None, None] * scribble, (4, 4))
     other = losses(method, targets, picture)
     assert torch.equal(other["mimic_clip"], before["mimic_clip"]) and other["pixel"] != before["pixel"]
 
@@ -149,7 +149,7 @@ def test_mimic_losses(kind: str, norm: str) -> None:
     targets = seen_by()
     batch = batch_of(images(), **noise_for(method))
     ids = method.masking.choose(batch, targets).visible
-    target = method.targets["clip"].of(targets["clip"], 3, ids)
+    target = method.targets["clip"].features(targets["clip"], 3, ids)
     raw = gather_tokens(targets["clip"].levels[3], ids)
     assert torch.equal(target, F.layer_norm(raw, (24,)) if norm == "whiten" else raw)
     pred = head(method, "clip", 3)(method.student(batch.images, ids).tokens[:, 1:])
@@ -206,8 +206,8 @@ def test_what_decoder_and_heads_read(stages: dict[str, Any] | None) -> None:
         out = method.student(images(), ids, levels=(0, 2))
         total = out.levels[0] + out.levels[2]
         if stages is not None:
-            assert out.early is not None and not out.early[:, 0].any()
-            total = total + out.early
+            assert out.stage_outputs is not None and not out.stage_outputs[:, 0].any()
+            total = total + out.stage_outputs
         return out.tokens, F.layer_norm(total, (32,), eps=1e-6)
 
     alone = build(stages=stages, fusion={"kind": "sum", "levels": [0, 2]})
@@ -266,7 +266,7 @@ def test_several_levels_of_one_teacher_share_its_loss() -> None:
 def test_class_token_target_comes_first() -> None:
     method = build(cls_target=True, target_norm="none")
     targets = seen_by()["clip"]
-    target = method.targets["clip"].of(targets, 3, torch.tensor([[2, 5]] * 3))
+    target = method.targets["clip"].features(targets, 3, torch.tensor([[2, 5]] * 3))
     assert torch.equal(target[:, 0], targets.cls[3]) and torch.equal(target[:, 2], targets.levels[3][:, 5])
 
 
@@ -322,7 +322,7 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("teachers", "method", "fragment"),
     [
-        ((), {"masking": {"ratio": 0.95}}, "keeps 0 of 16"),
+        ((), {"masking": {"ratio": 0.95}}, "leaves 0 of 16"),
         (({"grid": (16, 16), "image_size": 224},), {}, "the student 4x4; set teachers.clip.image_size to 56"),
         (({"has_cls": False},), {}, "set method.masking.policy = random"),
         (({"has_cls": False},), {"masking": {"policy": "random"}, "cls_target": True}, "set method.cls_target = false"),
@@ -332,28 +332,32 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
         ((), {"masking": {"teacher": "clip", "policy": "random"}}, "unknown key method.masking.teacher"),
         ((), {"targets": {"dino": {}}}, "method.targets.dino: no such teacher; choose from clip"),
         ((), {"targets": {"clip": {"levels": [4]}}}, r"targets.clip.levels = \[4\], teachers.clip: .* levels, 0 to 3"),
-        ((), {"targets": {"clip": {"levels": [2, 1]}}}, "must rise and lie in the teacher's levels, 0 to 3"),
-        ((), {"targets": {"clip": {"levels": [1, 1]}}}, "must rise"),
+        ((), {"targets": {"clip": {"levels": [2, 1]}}}, "must be ascending and lie in the teacher's levels, 0 to 3"),
+        ((), {"targets": {"clip": {"levels": [1, 1]}}}, "must be ascending"),
         ((), {"targets": {"clip": {"levels": 3}}}, "levels = 3: must be a rule, such as top5, or a list of blocks"),
         ((), {"targets": {"clip": {"levels": []}}}, "must be a rule"),
         ((), {"levels": "top9"}, "method.levels = top9, teachers.clip: top9 needs 1 to 4 levels"),
         ((), {"targets": {"clip": {"weight": -1}}}, "method.targets.clip.weight = -1"),
         ((), {"targets": {"clip": {"weight": 0}}}, "method.targets: every teacher has weight 0"),
         ((), {"targets": {"clip": {"wieght": 1}}}, "unknown key method.targets.clip.wieght; did you mean 'weight'"),
-        (({"name": "clip.b"},), {}, "teachers.clip.b: modules of the student's heads are named after it"),
-        (({"name": "half"},), {}, "teachers.half: modules of the student's heads are named after it"),
-        (({"name": "training"},), {}, "teachers.training: modules of the student's heads are named after it"),
+        (({"name": "clip.b"},), {}, "teachers.clip.b: a module is named after the teacher"),
+        (({"name": "half"},), {}, "teachers.half: a module is named after the teacher"),
+        (({"name": "training"},), {}, "teachers.training: a module is named after the teacher"),
         ((), {"pixel_weight": 0.0}, "method.pixel_weight = 0.0"),
-        ((), {"fusion": {"kind": "sum", "levels": [3]}}, r"method.fusion.levels = \[3\] must rise and lie in 0 to 2"),
-        ((), {"fusion": {"kind": "sum", "levels": [1, 0]}}, "must rise"),
-        ((), {"fusion": {"kind": "mff", "levels": [-1]}}, "must rise and lie in 0 to 2"),
+        (
+            (),
+            {"fusion": {"kind": "sum", "levels": [3]}},
+            r"method.fusion.levels = \[3\] must be ascending and lie in 0 to 2",
+        ),
+        ((), {"fusion": {"kind": "sum", "levels": [1, 0]}}, "must be ascending"),
+        ((), {"fusion": {"kind": "mff", "levels": [-1]}}, "must be ascending and lie in 0 to 2"),
         (
             (),
             {"fusion": {"kind": "mff", "levels": [0, 1], "feeds": "both"}},
             "above the last level would get no gradient",
         ),
-        ((), {"fusion": {"kind": "mff"}}, "kind = mff has nothing to combine; name some levels"),
-        ((), {"fusion": {"levels": [1]}}, r"levels = \[1\] with kind = none are read by nobody; set kind"),
+        ((), {"fusion": {"kind": "mff"}}, "kind = mff has nothing to fuse; name some levels"),
+        ((), {"fusion": {"levels": [1]}}, r"levels = \[1\] with kind = none are not used; set kind"),
         ((), {"fusion": {"kind": "mff", "levels": [2], "feeds": "decoder"}}, "method.fusion.feeds = 'decoder'"),
         ((), {"target_norm": "bn"}, "number of ranks"),
     ],

@@ -9,9 +9,9 @@ from mimscale.convert.formats import openmmlab
 from mimscale.errors import UserError
 from mimscale.methods.mae import MAE
 from mimscale.methods.pixmim import PixMIM
-from mimscale.models.patches import assemble, cut
+from mimscale.models.patches import patchify, unpatchify
 from mimscale.models.targets import low_pass, low_pass_disc
-from mimscale.models.token_selection import in_raster_order, mask_of
+from mimscale.models.token_selection import mask_of, raster_order
 from mimscale.optim.param_groups import is_decayed
 from mimscale.types import imagenet_statistics
 from tests import golden
@@ -37,7 +37,7 @@ def test_golden() -> None:
     method.load_state_dict(openmmlab.from_official(g.part("state")).weights)
     masks = method.masking.choose(batch_of(g["image"], mask=g["noise"]), {})
     ids_keep = masks.visible
-    assert torch.equal(in_raster_order(masks).places, g["ids_restore"])
+    assert torch.equal(raster_order(masks).ids_restore, g["ids_restore"])
     golden.equal(mask_of(ids_keep, method.student.patches), g["mask"])
 
     batch = batch_of(g["image"], mask=g["noise"])
@@ -79,9 +79,9 @@ def test_the_encoder_sees_the_image_and_the_loss_its_low_frequencies() -> None:
 def test_whole_image_is_filtered_before_it_is_cut() -> None:
     """A change of one patch reaches the targets of all, so the filter does not run patch by patch."""
     method, (images, _) = small(norm_pix_loss=False), inputs(1)
-    changed = cut(images, 16).clone()
+    changed = patchify(images, 16).clone()
     changed[:, 0] += 2
-    moved = (method.target(assemble(changed, (4, 4))) - method.target(images)).abs().amax(dim=-1)
+    moved = (method.target(unpatchify(changed, (4, 4))) - method.target(images)).abs().amax(dim=-1)
     assert (moved > 1e-4).all()
 
 
@@ -91,7 +91,7 @@ def test_picture_of_a_perfect_prediction_is_the_filtered_image(norm_pix: bool) -
     images = images * 0.3
     mean, std = imagenet_statistics(images.device)
     expected = (low_pass(images, 10) * std + mean).clamp(0, 1)
-    torch.testing.assert_close(method.images_of(method.target(images), images), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(method.reconstruct(method.target(images), images), expected, atol=1e-5, rtol=0)
     view = method.view(batch_of(images, mask=noise), {})
     torch.testing.assert_close(view.images, (images * std + mean).clamp(0, 1))
 
@@ -120,7 +120,7 @@ def test_drop_path_comes_from_noise() -> None:
         ({"low_pass_radius": 60}, "passes 4096 of 4096"),
         ({"low_pass_radius": 0}, "low_pass_radius"),
         ({"low_pass_radius": None}, "low_pass_radius"),
-        ({"masking": {"ratio": 0.0}}, "keeps 16 of 16"),
+        ({"masking": {"ratio": 0.0}}, "leaves 16 of 16"),
     ],
 )
 def test_refusals(values: dict[str, object], fragment: str) -> None:

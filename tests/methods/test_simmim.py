@@ -11,9 +11,9 @@ from torch import Tensor
 from mimscale.convert.formats.simmim import from_official
 from mimscale.errors import UserError
 from mimscale.methods.simmim import SimMIM, masked_pixel_loss
-from mimscale.models.patches import assemble, cut, unnormalised
+from mimscale.models.patches import patchify, unnormalised, unpatchify
 from mimscale.models.rel_pos_bias import index_among
-from mimscale.models.token_selection import gather_tokens, in_raster_order
+from mimscale.models.token_selection import gather_tokens, raster_order
 from mimscale.optim.param_groups import parameter_groups
 from mimscale.types import TeacherInfo
 from tests import golden
@@ -41,7 +41,7 @@ def inputs(method: SimMIM, count: int = 3) -> tuple[Tensor, Tensor]:
 def mask_by(method: SimMIM, noise: Tensor) -> Tensor:
     """float32 [B, L], 1 = masked."""
     images = torch.zeros(len(noise), 3, 96, 96)
-    return in_raster_order(method.masking.choose(batch_of(images, mask=noise), {})).mask
+    return raster_order(method.masking.choose(batch_of(images, mask=noise), {})).mask
 
 
 def golden_method(g: Golden) -> SimMIM:
@@ -78,7 +78,7 @@ def test_golden(name: str) -> None:
     grid = method.student.grid
     close(out.tokens[:, 1:].transpose(1, 2).unflatten(2, grid), g["z"])
     pred = method.head(out.tokens[:, 1:])
-    close(assemble(pred, grid), g["reconstruction"])
+    close(unpatchify(pred, grid), g["reconstruction"])
     if method.student.rel_pos_bias is not None:
         close(method.student.rel_pos_bias(index_among(method.student.grid, torch.device("cpu")))[0], g["rel_pos_bias"])
 
@@ -105,7 +105,7 @@ def test_masked_pixels_do_not_reach_the_tokens(positions: str) -> None:
     method = small(positions=positions)
     images, noise = inputs(method)
     mask = mask_by(method, noise)
-    changed = assemble(cut(images, 16) + 5 * mask[:, :, None, None, None], method.student.grid)
+    changed = unpatchify(patchify(images, 16) + 5 * mask[:, :, None, None, None], method.student.grid)
     assert not torch.equal(changed, images)
     assert torch.equal(method.student(changed, mask).tokens, method.student(images, mask).tokens)
     assert not torch.equal(method.student(images + 1, mask).tokens, method.student(images, mask).tokens)
@@ -119,7 +119,7 @@ def test_loss_reads_masked_patches_only() -> None:
 
 
 @pytest.mark.parametrize("positions", ["relative", "absolute"])
-def test_thrown_tokens(positions: str) -> None:
+def test_dropped_patches(positions: str) -> None:
     """Tokens may be dropped before the first block: nothing of them is left, and the others keep their positions."""
     method = small(positions=positions).double()
     images, noise = inputs(method)
@@ -131,8 +131,8 @@ def test_thrown_tokens(positions: str) -> None:
     kept = torch.rand(3, 36, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :20]
     tokens = method.student(images, mask, ids_keep=kept).tokens
     assert tokens.shape == (3, 21, 32)
-    thrown = torch.ones(3, 36, dtype=torch.double).scatter(1, kept, 0)
-    changed = assemble(cut(images, 16) + thrown[:, :, None, None, None], method.student.grid)
+    dropped = torch.ones(3, 36, dtype=torch.double).scatter(1, kept, 0)
+    changed = unpatchify(patchify(images, 16) + dropped[:, :, None, None, None], method.student.grid)
     assert torch.equal(method.student(changed, mask, ids_keep=kept).tokens, tokens)
     assert not torch.allclose(tokens[:, 1:], gather_tokens(whole[:, 1:], kept))
 
@@ -181,7 +181,7 @@ def test_activation_checkpointing_changes_nothing(every: int) -> None:
     method(batch, {})["loss"].backward()
     plain = {name: p.grad for name, p in method.named_parameters()}
     method.zero_grad()
-    method.student.checkpoint_every = every
+    method.student.recompute_every = every
     method(batch, {})["loss"].backward()
     for name, parameter in method.named_parameters():
         stored = plain[name]
@@ -210,14 +210,14 @@ def test_view() -> None:
     assert view.mask is not None and view.mask.shape == (3, 36) and view.mask.sum(1).eq(4 * 6).all()
     assert not view.reconstruction.requires_grad
     pred = method.head(method.student(images, view.mask).tokens[:, 1:])
-    torch.testing.assert_close(view.reconstruction, unnormalised(assemble(pred, (6, 6))))
+    torch.testing.assert_close(view.reconstruction, unnormalised(unpatchify(pred, (6, 6))))
 
 
 @pytest.mark.parametrize(
     ("values", "fragment"),
     [
-        ({"masking": {"ratio": 0.0}}, "keeps 9 of 9 units of 32 px; raise it"),
-        ({"masking": {"ratio": 0.9}}, "keeps 0 of 9 units of 32 px; lower it"),
+        ({"masking": {"ratio": 0.0}}, "leaves 9 of 9 units of 32 px visible; raise it"),
+        ({"masking": {"ratio": 0.9}}, "leaves 0 of 9 units of 32 px visible; lower it"),
         ({"masking": {"unit": 24}}, "masking.unit = 24 must be a multiple of student.patch = 16"),
         ({"masking": {"unit": 64}}, "divide data.image_size = 96"),
         ({"positions": "both"}, "method.positions = 'both'"),
@@ -232,7 +232,7 @@ def test_refusals(values: dict[str, Any], fragment: str) -> None:
 
 def test_a_teacher_is_refused() -> None:
     teacher = TeacherInfo("clip", 8, 2, (6, 6), 96, has_cls=True)
-    with pytest.raises(UserError, match="teachers.clip: neither simmim nor masking by random reads it; remove"):
+    with pytest.raises(UserError, match="teachers.clip: neither simmim nor the masking policy random uses it; remove"):
         SimMIM(run_config({"name": "simmim"}, STUDENT, 96), {"clip": teacher})
 
 
@@ -243,5 +243,5 @@ def test_fusion_of_levels() -> None:
     out["loss"].backward()
     golden.every_parameter_has_a_gradient(method)
     assert out.keys() == {"loss", "weight_0", "weight_1"} and method.needs.noise.keys() == {"mask"}
-    with pytest.raises(UserError, match="levels = .0. must rise from 0 or more to 1"):
+    with pytest.raises(UserError, match="levels = .0. must be ascending, from 0 or more to 1"):
         small(fusion={"kind": "sum", "levels": [0]})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mimscale.models.config import StudentConfig
 from mimscale.models.convvit import ConvBlock, ConvStages, ConvViT, to_map, to_windows
-from mimscale.models.patches import assemble, cut
+from mimscale.models.patches import patchify, unpatchify
 from mimscale.models.token_selection import mask_of
 from tests import golden
 from tests.golden import close, gradient_close
@@ -67,7 +67,7 @@ def test_windows_and_maps_are_inverse(rows: int, columns: int, side: int, keep: 
     maps = torch.randn(2, 3, rows * side, columns * side, generator=generator)
     grid, keep = (rows, columns), min(keep, rows * columns)
     windows = to_windows(maps, grid)
-    assert torch.equal(windows.permute(0, 1, 4, 2, 3), cut(maps, side))
+    assert torch.equal(windows.permute(0, 1, 4, 2, 3), patchify(maps, side))
     assert torch.equal(to_map(windows, grid), maps)
     ids = torch.rand(2, rows * columns, generator=generator).argsort(dim=1)[:, :keep]
     some = to_map(to_windows(maps, grid, ids), grid, ids)
@@ -102,7 +102,7 @@ def test_skipping_masked_windows_changes_no_number(stages: dict[str, Any], patch
     (plain_out, plain_gradients), (fast_out, fast_gradients) = results
     close(fast_out.tokens, plain_out.tokens, 1e-6)
     close(fast_out.levels[1], plain_out.levels[1], 1e-6)
-    assert (fast_out.early is None) == (not fusion)
+    assert (fast_out.stage_outputs is None) == (not fusion)
     for name, gradient in plain_gradients.items():
         assert gradient is not None
         gradient_close(fast_gradients[name], gradient)
@@ -115,11 +115,11 @@ def test_no_masked_pixel_reaches_the_latent(skip_masked: bool, seed: int) -> Non
     ids = some_ids(network, seed=seed)
     latent = network(pictures(), ids).tokens
     hidden = mask_of(ids, network.patches)[:, :, None, None, None]
-    noise = torch.randn(cut(pictures(), 16).shape, generator=torch.Generator().manual_seed(seed))
-    changed = assemble(cut(pictures(), 16) + 9 * hidden * noise, network.grid)
+    noise = torch.randn(patchify(pictures(), 16).shape, generator=torch.Generator().manual_seed(seed))
+    changed = unpatchify(patchify(pictures(), 16) + 9 * hidden * noise, network.grid)
     assert not torch.equal(changed, pictures())
     assert torch.equal(network(changed, ids).tokens, latent)
-    changed = assemble(cut(pictures(), 16) + 9 * (1 - hidden) * noise, network.grid)
+    changed = unpatchify(patchify(pictures(), 16) + 9 * (1 - hidden) * noise, network.grid)
     assert not torch.equal(network(changed, ids).tokens, latent)
     whole = network(pictures()).tokens  # and without a mask the neighbours do reach it
     assert all((whole[sample, ids[sample]] - latent[sample]).abs().max() > 1e-2 for sample in range(2))
@@ -149,7 +149,7 @@ def test_recomputation_changes_no_gradient() -> None:
     gradients = []
     for every in (0, 1):
         network = small()
-        network.checkpoint_every = every
+        network.recompute_every = every
         network(pictures(), some_ids(network)).tokens.square().sum().backward()
         gradients.append([p.grad for p in network.parameters()])
     for ours, stored in zip(*gradients, strict=True):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimscale.models.targets import images_of_pixels, low_pass, low_pass_disc, pixel_target
+from mimscale.models.targets import images_from_pixels, low_pass, low_pass_disc, pixel_target
 from mimscale.types import imagenet_statistics
 from tests import golden
 from tests.golden import close
@@ -70,4 +70,4 @@ def test_pixels_and_back_on_a_grid_that_is_not_square(normalise: bool) -> None:
     assert pixels.shape == (2, 15, 192)
     if normalise:
         torch.testing.assert_close(pixels.std(dim=-1), torch.ones(2, 15), atol=1e-4, rtol=0)
-    torch.testing.assert_close(images_of_pixels(pixels, images, 8, normalise), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(images_from_pixels(pixels, images, 8, normalise), images, atol=1e-5, rtol=0)

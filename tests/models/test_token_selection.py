@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mimscale.models.token_selection import gather_tokens, in_raster_order, mask_of, scatter_tokens
+from mimscale.models.token_selection import gather_tokens, mask_of, raster_order, scatter_tokens
 from mimscale.types import Masks
 
 
@@ -17,24 +17,24 @@ def test_mask_marks_what_is_not_seen() -> None:
     assert mask.sum(1).tolist() == [6, 6, 6] and not mask.gather(1, order()[:, :4]).any()
 
 
-def test_raster_order_without_thrown_patches() -> None:
-    raster = in_raster_order(Masks(order()[:, :4], order()[:, 4:]))
+def test_raster_order_without_dropped_patches() -> None:
+    raster = raster_order(Masks(order()[:, :4], order()[:, 4:]))
     assert torch.equal(raster.ids, torch.arange(10).expand(3, -1))
-    assert torch.equal(torch.gather(order(), 1, raster.places), raster.ids)
-    assert torch.equal(raster.mask, mask_of(order()[:, :4], 10)) and raster.thrown(10) is None
+    assert torch.equal(torch.gather(order(), 1, raster.ids_restore), raster.ids)
+    assert torch.equal(raster.mask, mask_of(order()[:, :4], 10)) and raster.dropped(10) is None
     tokens = torch.randn(3, 10, 2)
-    assert raster.of(tokens) is tokens and raster.spread(tokens, 10) is tokens
+    assert raster.gather(tokens) is tokens and raster.scatter(tokens, 10) is tokens
 
 
-def test_raster_order_leaves_out_the_thrown() -> None:
-    masks = Masks(torch.tensor([[5, 1]]), torch.tensor([[4, 0]]))  # of six; 2 and 3 are thrown
-    raster = in_raster_order(masks)
+def test_raster_order_leaves_out_dropped_patches() -> None:
+    masks = Masks(torch.tensor([[5, 1]]), torch.tensor([[4, 0]]))  # of six; 2 and 3 are dropped
+    raster = raster_order(masks)
     assert raster.ids.tolist() == [[0, 1, 4, 5]] and raster.mask.tolist() == [[1, 0, 1, 0]]
-    assert raster.places.tolist() == [[3, 1, 2, 0]]
+    assert raster.ids_restore.tolist() == [[3, 1, 2, 0]]
     assert mask_of(raster.ids, 6).tolist() == [[0, 0, 1, 1, 0, 0]]
     tokens = torch.arange(1.0, 7)[None, :, None]
-    assert raster.of(tokens).flatten().tolist() == [1, 2, 5, 6]
-    assert raster.spread(raster.of(tokens), 6).flatten().tolist() == [1, 2, 0, 0, 5, 6]
+    assert raster.gather(tokens).flatten().tolist() == [1, 2, 5, 6]
+    assert raster.scatter(raster.gather(tokens), 6).flatten().tolist() == [1, 2, 0, 0, 5, 6]
 
 
 def test_scatter_is_the_inverse_of_gather() -> None:

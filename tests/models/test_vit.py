@@ -107,8 +107,8 @@ def test_drop_path_keeps_the_expectation_and_follows_the_rate() -> None:
 def test_checkpointing_changes_no_gradient(every: int) -> None:
     noise = torch.rand(2, 3, 2, generator=torch.Generator().manual_seed(3))
     gradients = []
-    for checkpoint_every in (0, every):
-        vit = small(checkpoint_every=checkpoint_every)
+    for recompute_every in (0, every):
+        vit = small(recompute_every=recompute_every)
         before = torch.get_rng_state()
         vit(images(), torch.tensor([[3, 1], [0, 7]]), noise).tokens.square().sum().backward()
         assert torch.equal(torch.get_rng_state(), before)

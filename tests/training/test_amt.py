@@ -40,7 +40,7 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 
 def test_the_table_is_cut_over_the_ranks(whole: Path) -> None:
-    """12 steps of 16 of 80 samples, 5 whole images in each: 60 looks at samples, some of them twice."""
+    """12 steps of 16 of 80 samples, 5 whole images in each: 60 refreshed rows, some of them twice."""
     path = checkpoint.newest(whole)
     assert path is not None
     shards = json.loads((path / "manifest.json").read_text())["shards"]
