@@ -63,7 +63,7 @@ def test_the_blocks_of_the_page_run(folder: Path) -> None:
     assert printed[2] == "torch.Size([4, 36, 64]) torch.Size([4, 64]) torch.Size([4, 64])"
     assert printed[3] == "1000 10 torch.Size([1000, 64]) torch.Size([1000])"
     assert printed[4] == "torch.Size([4, 3, 48, 48]) torch.Size([4, 3, 48, 48]) [0.75, 0.75, 0.75, 0.75]"
-    assert (folder / "runs" / "painted.png").is_file()
+    assert (folder / "runs" / "reconstructed.png").is_file()
 
 
 @pytest.mark.slow

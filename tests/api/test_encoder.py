@@ -13,8 +13,8 @@ from torch import Tensor
 
 import mimscale
 from mimscale.__main__ import main
-from mimscale.convert.student import student_from
-from mimscale.data.transforms import centre_crop, pixels
+from mimscale.convert.networks import student_from
+from mimscale.data.transforms import center_crop, to_pixels
 from mimscale.evals.features import frozen
 from mimscale.methods.convmae import ConvMAE
 from mimscale.types import normalised
@@ -35,7 +35,7 @@ def encoder(mae: Path) -> mimscale.Encoder:
     return mimscale.load_encoder(mae)
 
 
-def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+def random_image(width: int, height: int, mode: str = "RGB") -> Image.Image:
     values = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values).convert(mode)
 
@@ -102,7 +102,7 @@ def test_the_moving_average(tmp_path: Path) -> None:
 
 def test_size_and_type_can_be_chosen(mae: Path, encoder: mimscale.Encoder) -> None:
     larger = mimscale.load_encoder(str(mae), image_size=96)
-    assert larger.grid == (6, 6) and larger([picture(100, 120)]).tokens.shape == (1, 36, 32)
+    assert larger.grid == (6, 6) and larger([random_image(100, 120)]).tokens.shape == (1, 36, 32)
     small = mimscale.load_encoder(mae, dtype=torch.bfloat16, device="cpu")
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
     features = small(IMAGES)
@@ -129,8 +129,8 @@ def test_what_is_no_checkpoint_is_refused(mae: Path, tmp_path: Path) -> None:
 
 def test_images_are_cropped_as_in_evaluation(encoder: mimscale.Encoder) -> None:
     """Pillow images of any size and mode, and the same pixels as a uint8 tensor."""
-    images = [picture(100, 80), picture(70, 300), picture(64, 64), picture(90, 60, "L")]
-    crops = np.stack([pixels(centre_crop(image.convert("RGB"), SIDE, 0.875)[0]) for image in images])
+    images = [random_image(100, 80), random_image(70, 300), random_image(64, 64), random_image(90, 60, "L")]
+    crops = np.stack([to_pixels(center_crop(image.convert("RGB"), SIDE, 0.875)[0]) for image in images])
     expected = normalised(torch.from_numpy(crops))
     assert torch.equal(encoder.preprocess(images), expected)
     for image, one in zip(images, expected, strict=True):
@@ -173,6 +173,6 @@ def test_other_things_are_refused(images: Any, text: str, encoder: mimscale.Enco
 
 
 def test_a_list_is_a_batch(encoder: mimscale.Encoder) -> None:
-    images = [picture(100, 80), picture(80, 100)]
+    images = [random_image(100, 80), random_image(80, 100)]
     both: Tensor = encoder(images).pooled
     torch.testing.assert_close(both, torch.cat([encoder([image]).pooled for image in images]))

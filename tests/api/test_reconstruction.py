@@ -25,7 +25,7 @@ SIDE, PATCH, GRID = 64, 8, 8
 IMAGES = torch.randint(256, (3, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
 TEACHER: dict[str, Any] = {"library": "timm", "model": "vit_tiny_patch16_224"}
 TEACHER |= {"options": {"embed_dim": 24, "depth": 3, "num_heads": 2, "patch_size": PATCH}}
-AMT = {"policy": "amt", "ratio": 0.45, "throw": 0.4}
+AMT = {"policy": "amt", "ratio": 0.45, "drop_ratio": 0.4}
 SECTIONS: dict[str, dict[str, Any]] = {
     "mae": MAE_SECTION,
     "mff": {**MAE_SECTION, "name": "mff", "fusion": {"levels": [0, 1, 2]}},
@@ -60,7 +60,7 @@ def hidden(mask_BL: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", [name for name in SECTIONS if name != "maskalign"])
-def test_what_each_method_paints(name: str, tmp_path: Path) -> None:
+def test_reconstructions_of_each_method(name: str, tmp_path: Path) -> None:
     """No teacher is loaded, and as many patches are seen as in training."""
     method, config = built(name)
     found = mimscale.reconstruct(save_run(tmp_path / "run", method, config), IMAGES, seed=5)
@@ -84,7 +84,7 @@ def test_what_each_method_paints(name: str, tmp_path: Path) -> None:
 
 
 def test_the_pixels_of_mrmae_are_those_of_mae(tmp_path: Path) -> None:
-    """Its student and decoder, in a MAE: the mimic heads do not touch what is painted."""
+    """Its student and decoder, in a MAE: the mimic heads do not touch the pixels."""
     method, config = built("mrmae")
     plain, plain_config = built("mae")
     shared = {name: tensor for name, tensor in method.state_dict().items() if not name.startswith("mimic.")}
@@ -136,7 +136,7 @@ def test_methods_without_pixels_are_refused(name: str, tmp_path: Path) -> None:
         mimscale.reconstruct(folder, IMAGES)
 
 
-def test_an_encoder_alone_paints_nothing(tmp_path: Path) -> None:
+def test_an_encoder_alone_has_no_decoder(tmp_path: Path) -> None:
     folder, _ = saved_run(tmp_path / "run", "mae")
     assert main(["convert", str(folder), str(tmp_path / "vit.safetensors"), "--to", "student"]) == 0
     given = {"data.image_size": SIDE, "student": STUDENT, "method": MAE_SECTION}
@@ -152,14 +152,14 @@ def image_file(path: Path, number: int) -> str:
     return str(path)
 
 
-def test_the_verb_writes_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_writes_one_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = saved_run(tmp_path / "run", "mae")
     files = [image_file(tmp_path / f"{number}.png", number) for number in (0, 1)]
-    words = ["reconstruct", str(folder), *files, str(tmp_path / "out" / "painted.png")]
+    words = ["reconstruct", str(folder), *files, str(tmp_path / "out" / "figure.png")]
     assert main([*words, "--samples", "2", "--mask-ratio", "0.5", "--seed", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "8 of 16 patches masked, uniformly, seed 3" in printed and "painted.png" in printed
-    drawn = np.asarray(Image.open(tmp_path / "out" / "painted.png"))
+    assert "8 of 16 patches masked, uniformly, seed 3" in printed and "figure.png" in printed
+    drawn = np.asarray(Image.open(tmp_path / "out" / "figure.png"))
     side = SIDE * 3  # enlarged to at least 160 pixels
     assert drawn.shape == (18 + 4 * (side + 4) - 4, 4 * (side + 4) - 4, 3)
     batch = [Image.open(file) for file in (files[0], files[0], files[1], files[1])]

@@ -15,8 +15,8 @@ from data_prep.__main__ import main as data_prep
 from mimscale.data.decode import decode
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
-from mimscale.data.transforms import centre_crop, pixels
-from tests.data.servers import Web
+from mimscale.data.transforms import center_crop, to_pixels
+from tests.data.servers import WebServer
 
 
 @pytest.mark.parametrize(("size", "workers"), [(7, 0), (32, 2), (80, 1), (1000, 0)])
@@ -34,7 +34,7 @@ def test_every_sample_once_in_order(size: int, workers: int, shards: Path) -> No
     assert [key for batch in batches for key in batch.keys] == [manifest.key(sample) for sample in range(80)]
     for batch in (batches[0], batches[-1]):
         assert batch.images.dtype == torch.uint8 and batch.images.shape == (len(batch), 3, 32, 32)
-    expected = pixels(centre_crop(decode(manifest.read(79)), 32, 0.875)[0])
+    expected = to_pixels(center_crop(decode(manifest.read(79)), 32, 0.875)[0])
     assert np.array_equal(batches[-1].images[-1].numpy(), expected)
 
 
@@ -61,11 +61,11 @@ def test_who_stops_early_leaves_no_workers(shards: Path) -> None:
 
 
 def test_a_web_server_gives_the_same(shards: Path, tmp_path: Path) -> None:
-    web = Web(shards)
+    web = WebServer(shards)
     try:
         with pytest.raises(mimscale.UserError, match="is remote: give cache="):
-            mimscale.open_shards(web.place)
-        remote = mimscale.open_shards(web.place, cache=tmp_path / "cache")
+            mimscale.open_shards(web.url)
+        remote = mimscale.open_shards(web.url, cache=tmp_path / "cache")
         ours, theirs = (list(d.batches(50, image_size=32, workers=0)) for d in (remote, mimscale.open_shards(shards)))
         assert all(torch.equal(a.images, b.images) for a, b in zip(ours, theirs, strict=True))
         assert ours[1].keys == theirs[1].keys
