@@ -104,7 +104,7 @@ def load_encoder(
         downloaded, and no code in a file is run.
     ema: the exponential moving average of the weights, where the run kept one.
     image_size: pixels per side; None: as it was trained. Positions are resized bicubically.
-    heads: attention heads of an official file of an unusual size, which its weights do not tell.
+    heads: attention heads of an official file of an unusual size; its weights do not say how many.
     device: None is the CPU. dtype: of weights and computation; None is float32.
 
     Images are normalised with ImageNet's mean and standard deviation, except for a timm or transformers folder, which

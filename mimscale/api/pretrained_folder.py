@@ -66,7 +66,14 @@ _FAMILIES = {
     "clip": _Family(_CLIP, True, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "clip_vision_model": _Family(_CLIP, True, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
 }
-_SOURCES = ("source", "url", "file", "hf_hub_id", "hf_hub_filename", "custom_load")  # timm would look there instead
+_SOURCES = (
+    "source",
+    "url",
+    "file",
+    "hf_hub_id",
+    "hf_hub_filename",
+    "custom_load",
+)  # timm would read from there instead
 _NOT_OF_THE_CARD = ("architecture", "num_features", "labels", "model_args")  # in timm's older config.json, of one level
 _TANH_GELU = partial(nn.GELU, approximate="tanh")
 _ACTIVATIONS: dict[str, Any] = {

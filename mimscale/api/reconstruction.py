@@ -61,7 +61,7 @@ def reconstruct(
     mask_ratio: share of the patches that is masked; None: so many are seen as in training. Masks are uniform, whatever
         the policy of the run was, so no teacher is needed.
     seed: of the masks; an image's mask depends on it and on the image's place in the batch.
-    recipe: of an official file, which does not tell its method and sizes, such as mae_vit_l16; overrides: "section.key"
+    recipe: of an official file, which names neither its method nor its sizes, such as mae_vit_l16; overrides: "section.key"
         -> value for it, as in `mimscale.train`.
     ema: the exponential moving average of the student. device: None is the CPU.
 
@@ -107,7 +107,7 @@ def load_method(
         raise UserError(f"{path} is a checkpoint of ours and knows its recipe; leave recipe out")
     if loaded.run is None and recipe is None:
         raise UserError(
-            f"{path} does not tell its method and sizes; give the recipe that it belongs to, such as mae_vit_l16"
+            f"{path} does not say its method and sizes; give the recipe that it belongs to, such as mae_vit_l16"
         )
     config = loaded.run or load_recipe(str(recipe), overrides)
     kind = method_class(config.method.name)

@@ -181,7 +181,7 @@ def test_the_verb_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for words, text in (
         ([image, image], "exists; choose another name"),
         ([image, str(tmp_path / "out.jpg")], "must end in .png"),
-        ([str(tmp_path / "notes.jpg"), out], "cannot be read (not a picture"),
+        ([str(tmp_path / "notes.jpg"), out], "cannot be read (not an image"),
         ([str(tmp_path / "nowhere.jpg"), out], "cannot be read (No such file or directory)"),
         ([image, out, "--samples", "0"], "--samples 0 must be 1 or more"),
         ([image, out, "--mask-ratio", "1.5"], "mask_ratio = 1.5"),
