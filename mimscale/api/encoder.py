@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mimscale.api.images import Images, normalised_batch
 from mimscale.api.pretrained_folder import Pretrained, folder_of, load_folder
-from mimscale.convert.student import student_from
+from mimscale.convert.networks import student_from
 from mimscale.errors import UserError
 from mimscale.models.vit import LN_EPS
 from mimscale.types import IMAGENET_MEAN, IMAGENET_STD

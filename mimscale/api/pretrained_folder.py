@@ -23,7 +23,7 @@ from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from mimscale.convert.source import read
+from mimscale.convert.read import read
 from mimscale.errors import UserError
 from mimscale.teachers import huggingface
 from mimscale.teachers.base import one_line

@@ -14,9 +14,8 @@ from mimscale.api.images import Images, normalised_batch
 from mimscale.api.overrides import as_words
 from mimscale.config.recipes import load_recipe, validate
 from mimscale.config.run import RunConfig, method_class
-from mimscale.convert.source import read
-from mimscale.convert.student import load
-from mimscale.convert.whole import method_from
+from mimscale.convert.networks import load, method_from
+from mimscale.convert.read import read
 from mimscale.errors import UserError
 from mimscale.methods.base import MaskedConfig, MaskedMethod, masking_class
 from mimscale.monitoring.panels import GREY
