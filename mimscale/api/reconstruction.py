@@ -62,7 +62,7 @@ def reconstruct(
         the policy of the run was, so no teacher is needed.
     seed: of the masks; an image's mask depends on it and on the image's place in the batch.
     recipe: of an official file, which names neither its method nor its sizes, such as mae_vit_l16.
-    overrides: "section.key" -> value for it, as in `mimscale.train`.
+    overrides: "section.key" -> value for that recipe, as in `mimscale.train`.
     ema: the exponential moving average of the student. device: None is the CPU.
 
     With `norm_pix_loss` a patch is predicted up to its mean and contrast only, and these are taken from the image.
