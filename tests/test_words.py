@@ -23,7 +23,7 @@ INSTEAD = {
     "foreign": "WebDataset stream",
     "thrown?|throwing": "dropped patches, drop_ratio",
     "tells?": "log",
-    "judges?": "check",
+    "judge[sd]?": "check",
     "looks?|looked|looking": "read, forward pass, visualise",
     "settle[sd]?": "wait",
     "list_damage": "log_damage",

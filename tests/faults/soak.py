@@ -143,7 +143,7 @@ class Soak:
         try:
             run.finish()
             outcome.done = run.done
-            outcome.same, outcome.same_samples, outcome.samples = self.lab.judged(run)
+            outcome.same, outcome.same_samples, outcome.samples = self.lab.checked(run)
         except Exception as error:
             outcome.failure = outcome.failure or f"{type(error).__name__}: {error}"
         finally:
