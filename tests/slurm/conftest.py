@@ -86,6 +86,11 @@ class Site:
     def until_started(self, restart: int = 0, ranks: int = 4) -> None:
         self.cluster.until("start of the ranks", (self.run_dir / f"launch.{restart}.{ranks - 1}.json").exists)
 
+    def until_ready(self, restart: int = 0, ranks: int = 4) -> None:
+        """Wait until all ranks handle signals."""
+        names = [f"ready.{restart}.{rank}" for rank in range(ranks)]
+        self.cluster.until("signal handlers", lambda: all((self.run_dir / name).exists() for name in names))
+
     def until_saved(self, restart: int = 0) -> None:
         def saved() -> bool:
             return (self.run_dir / "saves").exists() and self.saves()[-1][0] == restart

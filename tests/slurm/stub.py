@@ -9,6 +9,7 @@ stub.deaf_s: seconds before the signal handlers are installed.  stub.deaf: ignor
 stub.crash_rank: this rank exits with 9 if there is a file `crash`.  stub.exit: exits at once with this code.
 stub.frozen: the step number does not increase.  stub.hang_at: at this step of the first start, saves and ends as the
 watchdog does.  stub.every: rank 0 saves every this many steps.
+Every rank makes a file `ready.RESTART.RANK` when its signal handlers are installed.
 Rank 0 holds the run lock, and the file `saves` has a line "RESTART STEP" for each of its checkpoints.
 """
 
@@ -52,6 +53,7 @@ def train(arguments: list[str]) -> int:
     signals: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN if "deaf" in options else lambda number, frame: signals.append(number))
+    (run_dir / f"ready.{restart}.{rank}").touch()
     stop_file = Path(os.environ["MIMSCALE_STOP_FILE"])
     if rank == 0:
         print(f"stub starts at step {step} on {os.environ['WORLD_SIZE']} ranks", flush=True)

@@ -94,7 +94,7 @@ def test_bad_input_ends_with_2(site: Site, env: dict[str, str], options: tuple[s
 
 def test_time_limit_requeues_and_resumes(site: Site) -> None:
     job = site.pretrain("stub.steps=30", "stub.step_s=0.1")
-    site.until_started()
+    site.until_ready()
     site.interrupt(job)
     site.cluster.start_now(job)
     end = site.cluster.wait(job)
@@ -118,7 +118,7 @@ def test_signal_before_the_handlers_are_installed(site: Site) -> None:
 
 def test_cancel_saves_and_does_not_requeue(site: Site) -> None:
     job = site.pretrain("stub.steps=1000", "stub.step_s=0.1")
-    site.until_started()
+    site.until_ready()
     site.cluster.run("scancel", job)
     end = site.cluster.wait(job)
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0")
@@ -130,7 +130,7 @@ def test_cancel_saves_and_does_not_requeue(site: Site) -> None:
 def test_preemption_saves_and_slurm_requeues(site: Site) -> None:
     """A job of higher priority takes the nodes: the first one gets TERM, saves within the grace time and runs again."""
     job = site.pretrain("stub.steps=30", "stub.step_s=0.1", options=["--partition=low"])
-    site.until_started()
+    site.until_ready()
     other = site.sbatch("--nodes=2", "--exclusive", "--wrap=sleep 1")
     site.cluster.start_now(job)
     assert site.cluster.wait(other)["JobState"] == "COMPLETED"
@@ -152,7 +152,7 @@ def test_signal_during_the_node_check(site: Site) -> None:
 
 def test_crash_of_one_rank_ends_the_job(site: Site) -> None:
     job = site.pretrain("stub.steps=10000", "stub.step_s=0.05", "stub.crash_rank=2")
-    site.until_started()
+    site.until_ready()
     (site.run_dir / "crash").touch()
     end = site.cluster.wait(job, timeout_s=40)
     assert (end["JobState"], end["Restarts"]) == ("FAILED", "0"), site.log(job)
@@ -188,7 +188,7 @@ def test_exit_code_0_without_the_file_done_is_a_failure(site: Site) -> None:
 )
 def test_requeue_has_limits(site: Site, trainer: str, env: dict[str, str], message: str) -> None:
     job = site.pretrain(trainer, "stub.step_s=0.1", env=env)
-    site.until_started()
+    site.until_ready()
     site.interrupt(job)
     end = site.cluster.wait(job)
     assert (end["JobState"], end["Restarts"]) == ("FAILED", "0")
@@ -197,7 +197,7 @@ def test_requeue_has_limits(site: Site, trainer: str, env: dict[str, str], messa
 
 def test_a_run_with_a_stop_file_is_not_requeued(site: Site) -> None:
     job = site.pretrain("stub.steps=1000", "stub.step_s=0.1")
-    site.until_started()
+    site.until_ready()
     (site.run_dir / "stop").touch()
     site.interrupt(job)
     assert site.cluster.wait(job)["JobState"] == "FAILED"
