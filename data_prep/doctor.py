@@ -1,4 +1,4 @@
-"""Is a data set fit for a job of so many ranks and workers with such a batch? What is not gets its exact fix."""
+"""Checks whether a data set suits a job with given ranks, workers and batch. Every problem is reported with its fix."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from data_prep.info import class_lines, class_sizes, known_size
 from mimscale.data.manifest import Manifest
 from mimscale.data.order import Order, rank_positions
 
-SMALL_SHARD, LARGE_SHARD = 32 << 20, 2 << 30  # bytes; between them copying is sequential and a lost shard cheap
-UNEVEN = 1.5  # largest shard / smallest, beyond which a cache of shards is hard to size
-COUNTED = 2_000_000  # positions of a node over which its shards are counted at most
+SMALL_SHARD, LARGE_SHARD = 32 << 20, 2 << 30  # bytes; in between, reads are sequential and a lost shard is cheap
+MAX_SIZE_RATIO = 1.5  # of the largest shard to the smallest; above, it is hard to choose the size of a cache
+MAX_POSITIONS = 2_000_000  # of a node, for which its shards are counted
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line. fix: what to do about it; "" = it is fine as it is."""
+    """One line of the report. fix: what to do; "" if nothing is to be done."""
 
     text: str
     fix: str = ""
@@ -43,7 +43,7 @@ def examine(folder: Path, job: Job) -> list[Finding]:
     """Raises UserError if there is no readable data set or a shard of it is missing."""
     manifest = Manifest.load(folder)
     return [
-        Finding(f"{manifest.samples:,} samples in {len(manifest.counts):,} shards, all there with their lengths"),
+        Finding(f"{manifest.samples:,} samples in {len(manifest.counts):,} shards; all exist with their lengths"),
         *map(Finding, known_size(manifest)),
         *_batch(manifest, job),
         *_shards(manifest),
@@ -81,48 +81,50 @@ def _shards(manifest: Manifest) -> Iterator[Finding]:
     if sizes.max() > LARGE_SHARD:
         yield Finding(f"{text}: above {LARGE_SHARD >> 20:,} MiB a node's cache holds few of them", again)
     elif len(sizes) > 1 and np.median(sizes) < SMALL_SHARD:
-        yield Finding(f"{text}: below {SMALL_SHARD >> 20} MiB a file system spends its time on opening them", again)
-    elif sizes.max() > UNEVEN * sizes.min():
+        yield Finding(
+            f"{text}: below {SMALL_SHARD >> 20} MiB the file system spends most of its time opening them", again
+        )
+    elif sizes.max() > MAX_SIZE_RATIO * sizes.min():
         yield Finding(f"{text}: the largest is {sizes.max() / sizes.min():.1f} times the smallest", again)
     else:
         yield Finding(text)
 
 
 def _workers(manifest: Manifest, job: Job) -> Iterator[Finding]:
-    """Exactly even here, whatever the shards; a plain WebDataset pipeline deals out whole shards."""
+    """mimscale splits samples evenly for any number of shards; a plain WebDataset pipeline splits whole shards."""
     readers, shards = job.ranks * max(1, job.workers), len(manifest.counts)
-    whole = "" if shards % readers == 0 else ", which a plain WebDataset pipeline could not deal out evenly"
+    uneven = "" if shards % readers == 0 else ", which a plain WebDataset pipeline could not split evenly"
     yield Finding(
         f"{job.ranks:,} ranks x {job.workers} workers: every rank gets equal batches, every sample once per epoch "
-        f"({shards:,} shards for {readers:,} readers{whole})"
+        f"({shards:,} shards for {readers:,} readers{uneven})"
     )
 
 
 def _locality(manifest: Manifest, job: Job) -> Iterator[Finding]:
-    """How many shards one node reads in an epoch: what its cache must hold, and what the file system must serve."""
+    """Number of shards that one node reads in an epoch: the load of the file system, and the content of its cache."""
     order = Order(manifest, 0, job.streams, job.block)
     nodes = -(-job.ranks // job.ranks_per_node)
     per_node = min(job.ranks_per_node, job.ranks)
     if job.global_batch % job.ranks or nodes == 1:
         return
-    steps = max(1, min(manifest.samples // job.global_batch, COUNTED // (job.global_batch // nodes or 1)))
-    touched: set[int] = set()
+    steps = max(1, min(manifest.samples // job.global_batch, MAX_POSITIONS // (job.global_batch // nodes or 1)))
+    shards: set[int] = set()
     for step in range(steps):
         positions = [rank_positions(step, job.global_batch, rank, job.ranks) for rank in range(per_node)]
-        touched |= set(manifest.locate(order.ids(np.concatenate(positions)))[0].tolist())
-    own = {
+        shards |= set(manifest.locate(order.ids(np.concatenate(positions)))[0].tolist())
+    streams = {
         position % order.streams for position in range(lcm(order.streams, job.ranks)) if position % job.ranks < per_node
     }
-    part = f"the first of {nodes:,} nodes reads {len(touched):,} of {len(manifest.counts):,} shards in {steps:,} steps"
-    if len(own) <= 1.5 * order.streams / nodes:
-        yield Finding(part)
+    text = f"the first of {nodes:,} nodes reads {len(shards):,} of {len(manifest.counts):,} shards in {steps:,} steps"
+    if len(streams) <= 1.5 * order.streams / nodes:
+        yield Finding(text)
     elif order.streams < job.ranks and order.streams < job.streams:
-        yield Finding(part, f"data.block={max(1, manifest.samples // job.streams)} keeps all {job.streams} streams")
+        yield Finding(text, f"data.block={max(1, manifest.samples // job.streams)} keeps all {job.streams} streams")
     else:
         divisors = [r for r in range(1, job.streams + 1) if job.streams % r == 0 and r <= job.ranks]
         multiple = -(-job.streams // job.ranks) * job.ranks
-        fix = f"{divisors[-1]:,} ranks, or data.streams={multiple}, so that ranks divide streams and each keeps its own"
-        yield Finding(part, fix)
+        fix = f"{divisors[-1]:,} ranks, or data.streams={multiple}, so that every rank has streams of its own"
+        yield Finding(text, fix)
 
 
 def _classes(manifest: Manifest, job: Job) -> Iterator[Finding]:
@@ -131,7 +133,7 @@ def _classes(manifest: Manifest, job: Job) -> Iterator[Finding]:
     if sizes is None:
         yield Finding(text, "make the shards again with labels: this job needs them" if job.labels else "")
     elif (sizes == 0).any() and job.labels:
-        yield Finding(text, "a class without samples cannot be learned; take it out of the source or get its pictures")
+        yield Finding(text, "a class without samples cannot be learned; remove it from the source or add images")
     else:
         yield Finding(text)
 
@@ -145,4 +147,4 @@ def _checksums(manifest: Manifest) -> Iterator[Finding]:
         words += ["--classes FILE"] if manifest.classes else []
         words += ["--to NEW_FOLDER"] if Path(source).resolve() != manifest.folder.resolve() else []
         fix = f"python -m data_prep index {source} {' '.join(words)}"
-        yield Finding(f"{missing:,} shards have no checksums, so that a changed one would not be noticed", fix)
+        yield Finding(f"{missing:,} shards have no checksums, so a changed shard would not be noticed", fix)

@@ -1,4 +1,4 @@
-"""Source: a folder tree of pictures."""
+"""Source: a folder tree of images."""
 
 from __future__ import annotations
 
@@ -7,55 +7,55 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data_prep.pictures import SIGNATURE_BYTES, sniff
+from data_prep.images import SIGNATURE_BYTES, sniff
 from data_prep.plan import Item, Source, unique_keys
 from mimscale.data.decode import EXTENSIONS
 from mimscale.errors import UserError
 
-PROBES_AT_ONCE = 16  # opening a file on a network file system is mostly waiting
+PROBE_THREADS = 16  # opening a file on a network file system is mostly waiting
 
 
 def read_folder(root: Path, labelled: bool) -> Source:
     """Labelled: the sub-folders of `root` are the classes, in sorted order, as torchvision's ImageFolder has them.
 
-    Unlabelled: all pictures below `root`. A picture has an image's extension and an image's first bytes; the latter
-    decide what it is. Raises UserError.
+    Unlabelled: all images below `root`. An image is a file with the extension and the first bytes of an image; the
+    first bytes decide its format. Raises UserError.
     """
     if not root.is_dir():
         raise UserError(f"source '{root}': no such folder")
     skipped: Counter[str] = Counter()
-    names = sorted(_walk(root, skipped))
+    names = sorted(_image_names(root, skipped))
     classes = _classes(root) if labelled else None
     if classes is not None:
         inside = [name for name in names if os.sep in name]
         skipped["outside of the class folders"] += len(names) - len(inside)
         names = inside
-    with ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
+    with ThreadPoolExecutor(PROBE_THREADS) as pool:
         probed = list(pool.map(lambda name: probe(root / name), names))
     keys = unique_keys(os.path.splitext(name)[0] for name in names)
     label_of = {name: label for label, name in enumerate(classes or [])}
     items = []
-    for name, key, (is_picture, size) in zip(names, keys, probed, strict=True):
-        if not is_picture:
+    for name, key, (is_image, size) in zip(names, keys, probed, strict=True):
+        if not is_image:
             skipped["without an image's content"] += 1
         else:
             label = label_of.get(name.split(os.sep, 1)[0], -1)
             items.append(Item(key, label, str(root / name), 0, size))
     empty = set(label_of.values()) - {item.label for item in items}
     if classes and empty:
-        raise UserError(f"class folder '{root / classes[min(empty)]}' holds no picture; fill it or take it away")
+        raise UserError(f"class folder '{root / classes[min(empty)]}' holds no image; fill it or remove it")
     return Source({"kind": "folder", "path": str(root)}, items, classes, +skipped)
 
 
 def _classes(root: Path) -> list[str]:
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise UserError(f"source '{root}' has no class sub-folders; for pictures without classes add --unlabelled")
+        raise UserError(f"source '{root}' has no class sub-folders; for images without classes add --unlabelled")
     return names
 
 
-def _walk(root: Path, skipped: Counter[str]) -> list[str]:
-    """Paths below root of all files that are called like pictures."""
+def _image_names(root: Path, skipped: Counter[str]) -> list[str]:
+    """Paths, relative to root, of all files with an image's extension."""
     names = []
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [f for f in folders if not f.startswith(".")]
@@ -70,7 +70,7 @@ def _walk(root: Path, skipped: Counter[str]) -> list[str]:
 
 
 def probe(path: Path) -> tuple[bool, int]:
-    """Whether it is a picture, by content, and its size in bytes."""
+    """(whether the file is an image, by its first bytes; its size in bytes). Raises UserError."""
     try:
         with open(path, "rb") as file:
             return sniff(file.read(SIGNATURE_BYTES)) is not None, os.fstat(file.fileno()).st_size

@@ -1,6 +1,6 @@
-"""Sources: ImageNet's official archives, read in place, without unpacking.
+"""Sources: ImageNet's official archives, read without unpacking.
 
-Class index = place of the wnid in sorted order, as in torchvision and timm.
+The class index is the index of the wnid in sorted order, as in torchvision and timm.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.pictures import SIGNATURE_BYTES, sniff
+from data_prep.images import SIGNATURE_BYTES, sniff
 from data_prep.plan import Item, Source, unique_keys
-from data_prep.tar import Member, members, opened
-from data_prep.truth import read_truth
+from data_prep.tar import Member, members, open_for_reading
+from data_prep.val_labels import read_val_labels
 from mimscale.errors import UserError
 
-MD5 = {  # of the files as they are downloaded; torchvision and image-net.org name the same
+MD5 = {  # of the downloaded files; the same values as in torchvision and on image-net.org
     "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
     "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
     "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
 }
-FULL = {  # kind of source -> pictures, classes
+FULL_SIZE = {  # kind of source -> (images, classes)
     "imagenet train": (1_281_167, 1000),
     "imagenet val": (50_000, 1000),
 }
 CHUNK = 4 << 20
 
 
-class Found(NamedTuple):
-    """A picture in an archive; sorts by name."""
+class ArchiveImage(NamedTuple):
+    """An image in an archive; sorted by name."""
 
     name: str
     wnid: str
@@ -46,45 +46,45 @@ def read_train(archive: Path) -> Source:
 
 
 def read_21k(source: Path) -> Source:
-    """ImageNet-21K: fall11_whole.tar (a tar per class inside), or a folder of wnid.tar (what the winter-2021 release
-    unpacks to, or what was fetched class by class). Classes are those of the files. Raises UserError.
+    """ImageNet-21K: fall11_whole.tar (contains one tar per class), or a folder of wnid.tar (the unpacked winter-2021
+    release, or archives that were downloaded per class). The classes are those of the source. Raises UserError.
     """
     if not source.is_dir():
         return _class_archives(source, "imagenet-21k")
     archives = sorted(source.rglob("*.tar"))
     if not archives:
-        raise UserError(f"source '{source}' holds no wnid.tar; for folders of pictures use the verb folder")
-    gather = _Gather()
+        raise UserError(f"source '{source}' holds no wnid.tar; for folders of images use the verb folder")
+    images = _ImageList()
     for archive in archives:
-        with opened(archive) as fd:
-            gather.add(archive.stem, archive, members(fd, archive))
-    return gather.source("imagenet-21k", source)
+        with open_for_reading(archive) as fd:
+            images.add(archive.stem, archive, members(fd, archive))
+    return images.source("imagenet-21k", source)
 
 
 def read_val(archive: Path, truth: Path, synsets: Path | None) -> Source:
-    """ILSVRC2012_img_val.tar and its labels, see `read_truth`. Raises UserError, also where the two do not match."""
-    wnid_of = read_truth(truth, synsets)
-    gather = _Gather()
-    with opened(archive) as fd:
-        pictures = {_stem(member.name): member for member in members(fd, archive)}
-    if pictures.keys() != wnid_of.keys():
-        odd = sorted(pictures.keys() ^ wnid_of.keys())[0]
+    """ILSVRC2012_img_val.tar and its labels, see `read_val_labels`. Raises UserError, also if they do not match."""
+    wnid_of = read_val_labels(truth, synsets)
+    images = _ImageList()
+    with open_for_reading(archive) as fd:
+        member_of = {_stem(member.name): member for member in members(fd, archive)}
+    if member_of.keys() != wnid_of.keys():
+        odd = sorted(member_of.keys() ^ wnid_of.keys())[0]
         raise UserError(
-            f"'{archive}' has {len(pictures):,} pictures, '{truth}' labels {len(wnid_of):,}; '{odd}' is in only one"
+            f"'{archive}' has {len(member_of):,} images, '{truth}' labels {len(wnid_of):,}; '{odd}' is in only one"
         )
-    for name, member in pictures.items():
-        gather.add(wnid_of[name], archive, [member])
-    return gather.source("imagenet val", archive)
+    for name, member in member_of.items():
+        images.add(wnid_of[name], archive, [member])
+    return images.source("imagenet val", archive)
 
 
 def check_md5(paths: Iterable[Path], advance: Callable[[int], None] = lambda length: None) -> None:
-    """Read the files whole and compare with the known checksums. advance: called with bytes. Raises UserError."""
+    """Compare the files with the known checksums. advance: called with bytes that were read. Raises UserError."""
     for path in paths:
         expected = MD5.get(path.name)
         if expected is None:
             raise UserError(f"--md5: no checksum is known for '{path.name}', only for {', '.join(MD5)}")
         digest = hashlib.md5(usedforsecurity=False)
-        with opened(path) as fd:
+        with open_for_reading(path) as fd:
             while chunk := os.read(fd, CHUNK):
                 digest.update(chunk)
                 advance(len(chunk))
@@ -92,47 +92,48 @@ def check_md5(paths: Iterable[Path], advance: Callable[[int], None] = lambda len
             raise UserError(f"'{path}' has md5 {digest.hexdigest()}, not {expected}; download it again")
 
 
-class _Gather:
-    """Pictures of many archives, and the classes that these stand for, also empty ones."""
+class _ImageList:
+    """Images of several archives, with all classes, also those without images."""
 
     def __init__(self) -> None:
-        self.found: list[Found] = []
+        self.images: list[ArchiveImage] = []
         self.wnids: set[str] = set()
         self.skipped: Counter[str] = Counter()
 
-    def add(self, wnid: str, path: Path, pictures: Iterable[Member]) -> None:
+    def add(self, wnid: str, path: Path, files: Iterable[Member]) -> None:
+        """Add the files that are images to a class; count the others as skipped."""
         self.wnids.add(wnid)
-        for name, offset, size, start in pictures:
+        for name, offset, size, start in files:
             if sniff(start[:SIGNATURE_BYTES]) is None:
                 self.skipped["without an image's content"] += 1
             else:
-                self.found.append(Found(name, wnid, str(path), offset, size))
+                self.images.append(ArchiveImage(name, wnid, str(path), offset, size))
 
     def source(self, kind: str, path: Path) -> Source:
         classes = sorted(self.wnids)
         label_of = {wnid: label for label, wnid in enumerate(classes)}
-        self.found.sort()
-        keys = unique_keys(_stem(picture.name) for picture in self.found)
+        self.images.sort()
+        keys = unique_keys(_stem(image.name) for image in self.images)
         items = [
             Item(key, label_of[wnid], source, offset, size)
-            for key, (_, wnid, source, offset, size) in zip(keys, self.found, strict=True)
+            for key, (_, wnid, source, offset, size) in zip(keys, self.images, strict=True)
         ]
         return Source({"kind": kind, "path": str(path)}, items, classes, self.skipped)
 
 
 def _class_archives(archive: Path, kind: str) -> Source:
-    gather = _Gather()
-    with opened(archive) as fd:
+    images = _ImageList()
+    with open_for_reading(archive) as fd:
         if os.pread(fd, 2, 0) == b"\x1f\x8b":
             raise UserError(
-                f"'{archive}' is compressed, so it cannot be read in place; `tar -xzf` it and give the folder of tars"
+                f"'{archive}' is compressed, so its members cannot be read; `tar -xzf` it and give the folder of tars"
             )
         for outer in members(fd, archive):
             wnid, extension = _stem(outer.name), os.path.splitext(outer.name)[1]
             if extension != ".tar":
-                raise UserError(f"'{archive}' holds '{outer.name}', not one tar per class; is it the right archive?")
-            gather.add(wnid, archive, members(fd, archive, outer.offset, outer.offset + outer.size))
-    return gather.source(kind, archive)
+                raise UserError(f"'{archive}' holds '{outer.name}', not one tar per class; give the right archive")
+            images.add(wnid, archive, members(fd, archive, outer.offset, outer.offset + outer.size))
+    return images.source(kind, archive)
 
 
 def _stem(name: str) -> str:

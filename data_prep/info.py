@@ -1,4 +1,4 @@
-"""What a data set is, from its manifest alone."""
+"""Describes a data set from its manifest."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.imagenet import FULL
+from data_prep.imagenet import FULL_SIZE
 from mimscale.data.manifest import Ints, Manifest
 
 
 def describe_set(folder: Path, every_class: bool = False) -> list[str]:
-    """Lines for a reader. every_class: also one per class. Raises UserError."""
+    """Lines of text. every_class: with one line per class. Raises UserError."""
     manifest = Manifest.load(folder, check_shards=False)
     file = manifest.file
-    total, pictures = sum(shard.bytes for shard in file.shards), int(manifest.sizes.sum())
-    asked = ", ".join(f"{name} {value}" for name, value in file.options.items() if value not in (None, False, 0))
+    total, image_bytes = sum(shard.bytes for shard in file.shards), int(manifest.sizes.sum())
+    options = ", ".join(f"{name} {value}" for name, value in file.options.items() if value not in (None, False, 0))
     lines = [
-        f"{manifest.samples:,} pictures in {len(file.shards):,} shards, {total / 2**30:,.2f} GiB; "
-        f"a picture has {pictures / manifest.samples / 1000:,.1f} kB on average",
+        f"{manifest.samples:,} images in {len(file.shards):,} shards, {total / 2**30:,.2f} GiB; "
+        f"an image has {image_bytes / manifest.samples / 1000:,.1f} kB on average",
         *known_size(manifest),
         *class_lines(manifest),
         f"from {file.source.get('kind', 'unknown')} {file.source.get('path', '')}".rstrip(),
-        f"made with {asked or 'default options'}",
-        *(f"{count:,} pictures were {how}" for how, count in file.changed.items()),
-        *([f"{len(file.left_out):,} pictures of the source were left out"] if file.left_out else []),
+        f"made with {options or 'default options'}",
+        *(f"{count:,} images were {how}" for how, count in file.changed.items()),
+        *([f"{len(file.left_out):,} images of the source were left out"] if file.left_out else []),
         *([] if all(s.sha256 for s in file.shards) else ["the shards have no checksums"]),
         f"fingerprint {manifest.fingerprint}",
     ]
@@ -35,18 +35,18 @@ def describe_set(folder: Path, every_class: bool = False) -> list[str]:
 
 
 def known_size(manifest: Manifest) -> list[str]:
-    """One line where the source's full size is known."""
+    """One line if the full size of the source is known, else none."""
     kind = manifest.file.source.get("kind")
-    if kind not in FULL:
+    if kind not in FULL_SIZE:
         return []
-    pictures, classes = FULL[kind]
-    here = manifest.samples, len(manifest.classes or [])
-    verdict = "all of it" if here == (pictures, classes) else "not all of it"
-    return [f"{kind} has {pictures:,} pictures in {classes:,} classes: this is {verdict}"]
+    images, classes = FULL_SIZE[kind]
+    size = manifest.samples, len(manifest.classes or [])
+    verdict = "all of it" if size == (images, classes) else "not all of it"
+    return [f"{kind} has {images:,} images in {classes:,} classes: this is {verdict}"]
 
 
 def class_sizes(manifest: Manifest) -> Ints | None:
-    """int64 [classes]: samples of each; None without labels."""
+    """int64 [classes]: number of samples of each class; None without labels."""
     if manifest.labels is None:
         return None
     known = len(manifest.classes) if manifest.classes is not None else int(manifest.labels.max()) + 1
@@ -54,6 +54,7 @@ def class_sizes(manifest: Manifest) -> Ints | None:
 
 
 def class_lines(manifest: Manifest) -> list[str]:
+    """One line with the numbers of samples per class."""
     sizes = class_sizes(manifest)
     if sizes is None:
         return ["no labels"]

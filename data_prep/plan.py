@@ -1,7 +1,7 @@
-"""What will be written, known before the first byte: which pictures, in which order, in which shard.
+"""The plan of a conversion, made before anything is written: which images, in which order, in which shard.
 
-A plan depends on the names, labels and sizes of the source pictures and on the options; not on when, where or by how
-many processes it is carried out. Its hash marks every finished shard, which is what makes a killed run resumable.
+A plan depends on the names, labels and sizes of the source images and on the options; not on when, where or by how many
+processes it is executed. Its hash is stored with every finished shard, so that a killed run can be resumed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.pictures import Pictures
-from data_prep.tar import BLOCK, padded
+from data_prep.images import ImageOptions
+from data_prep.tar import BLOCK, padded_size
 from mimscale.data import noise
 from mimscale.errors import UserError
 
-KEY_BYTES = 90  # with extension it fits into the plain 100-byte name of a tar header
+KEY_BYTES = 90  # with its extension it fits into the 100-byte name field of a tar header
 
 
 class Item(NamedTuple):
-    """One picture of a source: `size` bytes at `offset` of file `path`; offset 0 = the whole file. label -1 = none.
+    """One image of a source: `size` bytes at `offset` of file `path`; offset 0 = the whole file. label -1 = none.
 
     In a parquet file `path` is FILE::COLUMN, `offset` the row and `size` an estimate.
     """
@@ -39,9 +39,9 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """All pictures of a data set. description: what goes into the manifest. skipped: reason -> files left out.
+    """All images of a data set. description: for the manifest. skipped: reason -> number of files left out.
 
-    runs: lengths of the runs of items that are best read together (parquet's row groups), None = any order is as good.
+    runs: lengths of consecutive runs of items that should be read together (row groups of parquet); None = no runs.
     """
 
     description: dict[str, Any]
@@ -52,12 +52,12 @@ class Source:
 
 
 def unique_keys(names: Iterable[str]) -> list[str]:
-    """File names without extension -> keys for WebDataset: no dots (they would begin the extension), short, unique."""
+    """File names without extension -> keys for WebDataset: short, unique, no dots (the extension starts at one)."""
     keys: list[str] = []
     seen: set[str] = set()
     for name in names:
         key = "".join(c if c.isalnum() or c in "/-_" else "_" for c in name)
-        if len(key.encode()) > KEY_BYTES - 8:  # room for what makes it unique
+        if len(key.encode()) > KEY_BYTES - 8:  # 8 bytes are left for the number that makes it unique
             head = key.encode()[: KEY_BYTES - 30].decode(errors="ignore")
             key = f"{head}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:16]}"
         plain, number = key, 1
@@ -79,29 +79,29 @@ class Plan:
         seed: int,
         shard_mb: int = 256,
         shard_samples: int | None = None,
-        pictures: Pictures | None = None,
+        images: ImageOptions | None = None,
     ):
         if not source.items:
             raise UserError(
-                f"no pictures in '{source.description['path']}' ({describe(source.skipped) or 'it is empty'})"
+                f"no images in '{source.description['path']}' ({describe(source.skipped) or 'it is empty'})"
             )
-        self.source, self.pictures = source, pictures or Pictures()
+        self.source, self.images = source, images or ImageOptions()
         self.options = {
             "seed": seed,
             "shard_mb": shard_mb,
             "shard_samples": shard_samples,
-            **self.pictures.options(),
+            **self.images.options(),
         }
         self.items = _shuffled(source, seed)
         total = len(self.items)
-        needed = self.bytes / (shard_mb << 20) if shard_samples is None else total / shard_samples
-        shards = min(math.ceil(needed), total)
+        wanted = self.bytes / (shard_mb << 20) if shard_samples is None else total / shard_samples
+        shards = min(math.ceil(wanted), total)
         self.bounds = [total * shard // shards for shard in range(shards + 1)]
         if source.runs is not None:
             for number in range(shards):
                 part = slice(self.bounds[number], self.bounds[number + 1])
-                mixed = noise.permutation(seed, "data_prep/shard", number, n=part.stop - part.start)
-                self.items[part] = [self.items[part.start + i] for i in mixed]
+                order = noise.permutation(seed, "data_prep/shard", number, n=part.stop - part.start)
+                self.items[part] = [self.items[part.start + i] for i in order]
         self.hash = self._hash()
 
     @property
@@ -114,9 +114,9 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Length of all members together, if the pictures are stored as they are."""
+        """Length of all members together, if the images are stored unchanged."""
         label = 2 * BLOCK if self.labelled else 0
-        return sum(BLOCK + padded(item.size) + label for item in self.items)
+        return sum(BLOCK + padded_size(item.size) + label for item in self.items)
 
     def shard(self, number: int) -> list[Item]:
         return self.items[self.bounds[number] : self.bounds[number + 1]]
@@ -129,7 +129,7 @@ class Plan:
 
 
 def _shuffled(source: Source, seed: int) -> list[Item]:
-    """All items in random order, or, where they lie in runs, the runs in random order."""
+    """All items in random order, or, if the source has runs, the runs in random order."""
     if source.runs is None:
         by_key = sorted(source.items)
         return [by_key[i] for i in noise.permutation(seed, "data_prep", n=len(by_key))]
@@ -139,5 +139,5 @@ def _shuffled(source: Source, seed: int) -> list[Item]:
 
 
 def describe(skipped: Counter[str]) -> str:
-    """'3 hidden files, 1 not a picture': what was left out, for the reader."""
+    """'3 hidden, 1 without an image's content': the files that were left out, as text."""
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))

@@ -1,4 +1,4 @@
-"""How far a long command is: a bar with rate and remaining time on a terminal, now and then a line in a log file."""
+"""Progress of a long command: a bar with rate and remaining time on a terminal, a line every 30 s in a log file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LINE_EVERY_S = 30.0
 
 @contextmanager
 def progress(what: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
-    """Gives a function to be called with the number of units that were done. Everything goes to stderr."""
+    """A function to be called with the number of units that were completed. Output goes to stderr."""
     console = Console(stderr=True)
     start, done, last_line = time.monotonic(), 0, time.monotonic()
     columns = (

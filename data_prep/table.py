@@ -1,4 +1,4 @@
-"""Source: a list of pictures: text (one path per line), CSV with a column of paths, parquet with paths or bytes."""
+"""Source: a list of images: text (one path per line), CSV with a column of paths, parquet with paths or bytes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.folder import PROBES_AT_ONCE, probe
+from data_prep.folder import PROBE_THREADS, probe
+from data_prep.item_reader import COLUMN, parquet_library
 from data_prep.plan import Item, Source, unique_keys
-from data_prep.read import COLUMN, parquet_library
 from mimscale.errors import UserError
 
-PICTURE_COLUMNS = ("path", "file", "file_name", "image", "jpg", "bytes")
+IMAGE_COLUMNS = ("path", "file", "file_name", "image", "jpg", "bytes")
 LABEL_COLUMNS = ("label", "class", "cls")
 
 
 class Row(NamedTuple):
-    """As Item has them, except that label is a name ("" = none)."""
+    """The fields of Item; label is the name of the class, "" = none."""
 
     path: str
     label: str
@@ -27,22 +27,22 @@ class Row(NamedTuple):
     size: int = -1
 
 
-def read_table(table: Path, root: Path | None, picture: str | None, label: str | None) -> Source:
-    """table: a file, or a folder of parquet files. root: where relative paths begin (default: beside the table).
+def read_table(table: Path, root: Path | None, image: str | None, label: str | None) -> Source:
+    """table: a file, or a folder of parquet files. root: folder of relative paths (default: the folder of the table).
 
-    picture, label: names of the columns; by default the first of PICTURE_COLUMNS and of LABEL_COLUMNS that is there.
-    label "none" = unlabelled. Labels that are whole numbers stay what they are; of others the sorted names are the
-    classes. Pictures in parquet are shuffled by row groups and inside of each shard, so that every group is read about
-    once. Raises UserError.
+    image, label: names of the columns; by default the first of IMAGE_COLUMNS and of LABEL_COLUMNS that exists. label
+    "none" = unlabelled. If all labels are whole numbers, these are the class indices; otherwise the classes are the
+    sorted names. Images inside parquet files are shuffled by row groups and inside each shard, so that every group is
+    read about once. Raises UserError.
     """
     if not table.exists():
         raise UserError(f"table '{table}': no such file")
     kind = "parquet" if table.is_dir() else table.suffix.lower().lstrip(".")
     runs: list[int] | None = None
     if kind == "parquet":
-        rows, runs = _parquet(table, picture, label)
+        rows, runs = _parquet(table, image, label)
     elif kind == "csv":
-        rows = _csv(table, picture, label)
+        rows = _csv(table, image, label)
     elif kind in ("txt", "lst", "list"):
         rows = [Row(line.strip(), "") for line in _text(table).splitlines() if line.strip()]
     else:
@@ -60,7 +60,7 @@ def read_table(table: Path, root: Path | None, picture: str | None, label: str |
 
 
 def _file_names(rows: list[Row]) -> list[str]:
-    """Without what all of them begin with, which says where they lie and not what they are."""
+    """The paths without extension and without their common parent folder."""
     names = [os.path.splitext(row.path)[0] for row in rows]
     folder = os.path.dirname(os.path.commonprefix([name + "/" for name in names]))
     return [name[len(folder) :].lstrip("/") or os.path.basename(name) for name in names]
@@ -72,11 +72,11 @@ def _row_names(rows: list[Row]) -> list[str]:
 
 def _files(rows: list[Row], root: Path, skipped: Counter[str]) -> list[Row]:
     paths = [root / row.path for row in rows]
-    with ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
+    with ThreadPoolExecutor(PROBE_THREADS) as pool:
         probed = list(pool.map(probe, paths))
     kept = []
-    for row, path, (is_picture, size) in zip(rows, paths, probed, strict=True):
-        if is_picture:
+    for row, path, (is_image, size) in zip(rows, paths, probed, strict=True):
+        if is_image:
             kept.append(Row(str(path), row.label, 0, size))
         else:
             skipped["without an image's content"] += 1
@@ -103,27 +103,28 @@ def _text(path: Path) -> str:
         raise UserError(f"table '{path}' cannot be read: {error}") from None
 
 
-def _csv(table: Path, picture: str | None, label: str | None) -> list[Row]:
+def _csv(table: Path, image: str | None, label: str | None) -> list[Row]:
     reader = csv.DictReader(_text(table).splitlines())
-    path, label = _columns(table, list(reader.fieldnames or []), picture, label)
+    path, label = _columns(table, list(reader.fieldnames or []), image, label)
     rows = [Row(row[path] or "", (row[label] or "") if label else "") for row in reader]
     if any(not row.path for row in rows):
         raise UserError(f"table '{table}': some rows have no {path}; complete or remove them")
     return rows
 
 
-def _columns(table: Path, there: list[str], picture: str | None, label: str | None) -> tuple[str, str | None]:
-    chosen = picture or next((name for name in PICTURE_COLUMNS if name in there), None)
-    if chosen is None or chosen not in there:
-        raise UserError(f"table '{table}' has columns {', '.join(there)}; name the one of the pictures with --picture")
-    if label is not None and label != "none" and label not in there:
-        raise UserError(f"table '{table}' has columns {', '.join(there)}, not '{label}'; see --label")
-    found = label or next((name for name in LABEL_COLUMNS if name in there), None)
+def _columns(table: Path, columns: list[str], image: str | None, label: str | None) -> tuple[str, str | None]:
+    """Names of the columns of images and of labels (None = unlabelled). Raises UserError."""
+    chosen = image or next((name for name in IMAGE_COLUMNS if name in columns), None)
+    if chosen is None or chosen not in columns:
+        raise UserError(f"table '{table}' has columns {', '.join(columns)}; name the one of the images with --image")
+    if label is not None and label != "none" and label not in columns:
+        raise UserError(f"table '{table}' has columns {', '.join(columns)}, not '{label}'; see --label")
+    found = label or next((name for name in LABEL_COLUMNS if name in columns), None)
     return chosen, None if found == "none" else found
 
 
-def _parquet(table: Path, picture: str | None, label: str | None) -> tuple[list[Row], list[int] | None]:
-    """Rows, and the lengths of the row groups where the pictures are in the files; None where these hold paths."""
+def _parquet(table: Path, image: str | None, label: str | None) -> tuple[list[Row], list[int] | None]:
+    """(rows, lengths of the row groups); the lengths are None if the files hold paths instead of images."""
     pq, pa = parquet_library()
     files = sorted(table.glob("*.parquet")) if table.is_dir() else [table]
     if not files:
@@ -133,18 +134,18 @@ def _parquet(table: Path, picture: str | None, label: str | None) -> tuple[list[
     for path in files:
         try:
             file = pq.ParquetFile(path)
-            column, wanted = _columns(path, file.schema_arrow.names, picture, label)
+            column, label_column = _columns(path, file.schema_arrow.names, image, label)
             kind = file.schema_arrow.field(column).type
-            inside = pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+            holds_images = pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
             first = 0
             for group in range(file.num_row_groups):
                 total = file.metadata.row_group(group).num_rows
-                names = [name for name in (None if inside else column, wanted) if name]
+                names = [name for name in (None if holds_images else column, label_column) if name]
                 columns = file.read_row_group(group, columns=names).to_pydict() if names else {}
-                labels = [str(value) for value in columns[wanted]] if wanted else [""] * total
-                if inside:
-                    size = max(1, _picture_bytes(file.metadata.row_group(group), column) // max(1, total))
-                    rows += [Row(f"{path}{COLUMN}{column}", name, first + at, size) for at, name in enumerate(labels)]
+                labels = [str(value) for value in columns[label_column]] if label_column else [""] * total
+                if holds_images:
+                    size = max(1, _column_bytes(file.metadata.row_group(group), column) // max(1, total))
+                    rows += [Row(f"{path}{COLUMN}{column}", name, first + row, size) for row, name in enumerate(labels)]
                     runs += [total] if total else []
                 else:
                     rows += [Row(str(value), name) for value, name in zip(columns[column], labels, strict=True)]
@@ -154,6 +155,6 @@ def _parquet(table: Path, picture: str | None, label: str | None) -> tuple[list[
     return rows, runs if runs else None
 
 
-def _picture_bytes(group: Any, column: str) -> int:
+def _column_bytes(group: Any, column: str) -> int:
     chunks = (group.column(number) for number in range(group.num_columns))
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)

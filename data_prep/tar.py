@@ -1,8 +1,8 @@
-"""Tar archives by their headers alone: where every file lies, without reading or unpacking it.
+"""Lists the members of tar archives from their headers, without reading or unpacking the files.
 
-Strict where Python's tarfile is not: that takes a damaged header for the end of an archive, and a missing end for an
-end. Here half a download is an error, and so is whatever a data set has no use for: links, devices, names that lead out
-of a folder. Nothing is ever written to the disk or executed.
+Stricter than Python's tarfile, which treats a damaged header or a missing end marker as the end of the archive. Here an
+incomplete download is an error, and so are members that a data set must not have: links, devices, and names that lead
+out of the folder. Nothing is written to the disk or executed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,21 @@ from typing import NamedTuple
 
 from mimscale.errors import UserError
 
-BLOCK = 512  # tar's unit: a header is one block, contents are padded to whole blocks
-RECORD = 20 * BLOCK  # archives are padded to whole records, after two empty blocks
-MAX_EXTENSION = 1 << 20  # bytes of a long name or of a pax header
+BLOCK = 512  # the unit of tar: a header is one block, contents are padded to a multiple of it
+RECORD = 20 * BLOCK  # archives end with two zero blocks and are padded to a multiple of this
+MAX_EXTENDED_HEADER = 1 << 20  # bytes of a long name or a pax header
 _EMPTY = bytes(BLOCK)
-_ODD_KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a named pipe"}
+_REFUSED_KINDS = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    b"6": "a named pipe",
+}
 
 
 class BadArchive(UserError):
-    """Not a whole tar archive of plain files."""
+    """Not a complete tar archive of regular files."""
 
 
 class Member(NamedTuple):
@@ -35,13 +41,13 @@ class Member(NamedTuple):
     start: bytes
 
 
-def padded(size: int, unit: int = BLOCK) -> int:
+def padded_size(size: int, unit: int = BLOCK) -> int:
     return -(-size // unit) * unit
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A descriptor for reading. Raises UserError."""
+def open_for_reading(path: Path) -> Iterator[int]:
+    """A file descriptor. Raises UserError."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -53,30 +59,33 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def members(fd: int, path: Path, start: int = 0, end: int | None = None) -> Iterator[Member]:
-    """The files of the archive that lies at [start, end) of an open file (default: all of it), in their order.
+    """The regular files of the archive at bytes [start, end) of an open file (default: all of it), in archive order.
 
-    Reads two blocks per member. Knows ustar, GNU and pax headers. Raises BadArchive, with the place, for what is not
-    a whole archive of plain files and folders; `path` is for its message.
+    Reads two blocks per member. Supports ustar, GNU and pax headers. Raises BadArchive, with the offset, for anything
+    but a complete archive of regular files and folders; `path` is for the message.
     """
     end = os.fstat(fd).st_size if end is None else end
-    at, long_name, long_size = start, None, None
+    offset, long_name, long_size = start, None, None
     while True:
-        head = os.pread(fd, 2 * BLOCK, at) if at + BLOCK <= end else b""
+        head = os.pread(fd, 2 * BLOCK, offset) if offset + BLOCK <= end else b""
         header = head[:BLOCK]
         if header == _EMPTY:
             return
-        if len(header) < BLOCK or not _checksum_fits(header):
+        if len(header) < BLOCK or not _checksum_matches(header):
             raise BadArchive(
-                f"'{path}' is not a whole tar archive: no member and no end at byte {at:,}; fetch or make it again"
+                f"'{path}' is not a complete tar archive: no member and no end at byte {offset:,}; "
+                "download or make it again"
             )
         size, kind = _number(header[124:136]), header[156:157]
         if long_size is not None and kind in b"0\0":
             size = long_size
-        data, at = at + BLOCK, at + BLOCK + padded(size)
-        if size < 0 or at > end:
-            raise BadArchive(f"'{path}' is not a whole tar archive: it ends inside the member at byte {data - BLOCK:,}")
+        data, offset = offset + BLOCK, offset + BLOCK + padded_size(size)
+        if size < 0 or offset > end:
+            raise BadArchive(
+                f"'{path}' is not a complete tar archive: it ends inside the member at byte {data - BLOCK:,}"
+            )
         if kind in b"LKxg":
-            if size > MAX_EXTENSION:
+            if size > MAX_EXTENDED_HEADER:
                 raise BadArchive(f"'{path}': an extended header of {size:,} bytes at byte {data - BLOCK:,}")
             if kind == b"L":
                 long_name = os.pread(fd, size, data).rstrip(b"\0").decode(errors="surrogateescape")
@@ -88,10 +97,10 @@ def members(fd: int, path: Path, start: int = 0, end: int | None = None) -> Iter
         if kind in (b"0", b"\0", b"7"):
             if name.startswith("/") or ".." in name.split("/") or not name:
                 raise BadArchive(f"'{path}': refused the member '{name}', whose name leads out of the archive")
-            if not name.endswith("/"):  # so old archives mark a folder
+            if not name.endswith("/"):  # old archives mark a folder in this way
                 yield Member(name, data, size, head[BLOCK : BLOCK + size])
         elif kind != b"5":
-            raise BadArchive(f"'{path}': refused the member '{name}': {_ODD_KINDS.get(kind, 'not a plain file')}")
+            raise BadArchive(f"'{path}': refused the member '{name}': {_REFUSED_KINDS.get(kind, 'not a regular file')}")
 
 
 def _name(header: bytes) -> str:
@@ -101,7 +110,7 @@ def _name(header: bytes) -> str:
 
 
 def _number(text: bytes) -> int:
-    """Octal digits, or, with the first bit set, a big-endian binary number. -1 where it is neither."""
+    """Octal digits, or, with the first bit set, a big-endian binary number; -1 if it is neither."""
     if text[0] & 0x80:
         return int.from_bytes(text[1:], "big")
     try:
@@ -110,16 +119,16 @@ def _number(text: bytes) -> int:
         return -1
 
 
-def _checksum_fits(header: bytes) -> bool:
-    stored, field = _number(header[148:156]), header[148:156]
-    if sum(header) - sum(field) + 256 == stored:
+def _checksum_matches(header: bytes) -> bool:
+    checksum, field = _number(header[148:156]), header[148:156]
+    if sum(header) - sum(field) + 256 == checksum:
         return True
-    signed = sum(byte - 256 if byte > 127 else byte for byte in header[:148] + header[156:])  # some old programs
-    return signed + 256 == stored
+    signed = sum(byte - 256 if byte > 127 else byte for byte in header[:148] + header[156:])  # by some old programs
+    return signed + 256 == checksum
 
 
 def _pax(data: bytes, name: str | None) -> tuple[str | None, int | None]:
-    """Records "LENGTH KEY=VALUE\\n" -> the member's name and size, where they say so."""
+    """Records "LENGTH KEY=VALUE\\n" -> (name, size) of the member; size is None, and name unchanged, if not given."""
     size = None
     while data:
         length = int(digits) if (digits := data.split(b" ", 1)[0]).isdigit() else 0

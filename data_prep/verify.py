@@ -1,4 +1,4 @@
-"""Checks a finished data set against its manifest: lengths, checksums, every member's place and label, the pictures."""
+"""Checks a finished data set against its manifest: lengths, checksums, offset and label of every member, the images."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.existing import sha256
-from data_prep.samples import find_samples
-from data_prep.tar import opened
+from data_prep.index import sha256
+from data_prep.scan_shard import scan_shard
+from data_prep.tar import open_for_reading
 from mimscale.data.decode import BadImage, decode
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
 
-EDGE = 4096  # bytes at both ends of a picture by which it is first compared with others
+EDGE = 4096  # bytes at both ends of an image that are compared first to find duplicates
 
 
 class Checked(NamedTuple):
-    """samples: how many. damage: one line per fault. marks: uint64 [samples], the same for the same pictures."""
+    """samples: number of them. damage: one line per fault. hashes: uint64 [samples], equal for equal images."""
 
     samples: int
     damage: list[str]
-    marks: NDArray[np.uint64]
+    hashes: NDArray[np.uint64]
 
 
 def verify(folder: Path, *, decode_all: bool, jobs: int = 1) -> Iterator[Checked]:
-    """The index files, then each shard. Raises UserError if there is no readable manifest."""
+    """Results of the index files, then of each shard. Raises UserError if there is no readable manifest."""
     manifest = Manifest.load(folder, check_shards=False)
     yield Checked(0, list(_check_index(manifest)), np.empty(0, np.uint64))
     check = partial(_check_shard, manifest.folder, decode_all)
@@ -45,18 +45,18 @@ def verify(folder: Path, *, decode_all: bool, jobs: int = 1) -> Iterator[Checked
             yield from pool.map(check, numbers)
 
 
-def duplicates(manifest: Manifest, marks: NDArray[np.uint64]) -> list[list[int]]:
-    """Groups of samples with the same bytes. marks: uint64 [N] from `verify`; where they are equal, contents decide.
+def duplicates(manifest: Manifest, hashes: NDArray[np.uint64]) -> list[list[int]]:
+    """Groups of samples with the same bytes. hashes: uint64 [N] from `verify`; equal ones are compared by content.
 
     Raises OSError.
     """
-    order = np.argsort(marks, kind="stable")
-    cuts = np.flatnonzero(np.diff(marks[order])) + 1
+    order = np.argsort(hashes, kind="stable")
+    boundaries = np.flatnonzero(np.diff(hashes[order])) + 1
     groups = []
-    for alike in np.split(order, cuts):
-        if len(alike) > 1:
+    for candidates in np.split(order, boundaries):
+        if len(candidates) > 1:
             by_content: dict[bytes, list[int]] = {}
-            for sample in alike.tolist():
+            for sample in candidates.tolist():
                 by_content.setdefault(hashlib.sha256(manifest.read(sample)).digest(), []).append(sample)
             groups += [same for same in by_content.values() if len(same) > 1]
     return sorted(groups)
@@ -64,9 +64,9 @@ def duplicates(manifest: Manifest, marks: NDArray[np.uint64]) -> list[list[int]]
 
 def _check_index(manifest: Manifest) -> Iterator[str]:
     for name, expected in manifest.file.index.items():
-        with opened(manifest.folder / name) as fd:
+        with open_for_reading(manifest.folder / name) as fd:
             if sha256(fd) != expected:
-                yield f"{name}: its checksum is not the manifest's"
+                yield f"{name}: its checksum differs from the manifest"
     if manifest.labels is not None:
         known = len(manifest.classes) if manifest.classes is not None else np.inf
         if manifest.labels.min() < 0 or manifest.labels.max() >= known:
@@ -78,15 +78,15 @@ def _check_shard(folder: Path, decode_all: bool, number: int) -> Checked:
     shard, path = manifest.file.shards[number], manifest.shard_paths[number]
     first = int(manifest.counts[:number].sum())
     rows = range(first, first + shard.count)
-    marks = np.zeros(shard.count, np.uint64)
+    hashes = np.zeros(shard.count, np.uint64)
     found = []
     try:
-        with opened(path) as fd:
+        with open_for_reading(path) as fd:
             length = os.fstat(fd).st_size
             if length != shard.bytes:
                 found.append(f"{length:,} bytes, not {shard.bytes:,}")
             if shard.sha256 is not None and sha256(fd) != shard.sha256:
-                found.append("its checksum is not the manifest's")
+                found.append("its checksum differs from the manifest")
             found += _check_members(manifest, fd, path, rows)
             for row, sample in enumerate(rows):
                 offset, size = int(manifest.offsets[sample]), int(manifest.sizes[sample])
@@ -94,33 +94,33 @@ def _check_shard(folder: Path, decode_all: bool, number: int) -> Checked:
                     if decode_all:
                         data = _read(fd, offset, size)
                         decode(data)
-                        marks[row] = _mark(data[:EDGE], data[-EDGE:], size)
+                        hashes[row] = _edge_hash(data[:EDGE], data[-EDGE:], size)
                     else:
                         edge = min(EDGE, size)
-                        marks[row] = _mark(_read(fd, offset, edge), _read(fd, offset + size - edge, edge), size)
+                        hashes[row] = _edge_hash(_read(fd, offset, edge), _read(fd, offset + size - edge, edge), size)
                 except (OSError, BadImage) as error:
                     found.append(f"sample {sample} ({_name(manifest, sample)}): {error}")
     except (OSError, UserError) as error:
         found.append("missing" if not path.exists() else f"cannot be read: {error}")
-    return Checked(shard.count, [f"{shard.name}: {line}" for line in found], marks)
+    return Checked(shard.count, [f"{shard.name}: {line}" for line in found], hashes)
 
 
 def _check_members(manifest: Manifest, fd: int, path: Path, rows: range) -> list[str]:
-    """The archive's own headers against index and labels."""
+    """Compare the tar headers of the shard with index and labels."""
     options = manifest.file.options
     label = None if manifest.labels is None else options.get("label", "cls")
     try:
-        there = find_samples(fd, path, options.get("image"), label)
+        contents = scan_shard(fd, path, options.get("image"), label)
     except UserError as error:
         return [str(error)]
     part = slice(rows.start, rows.stop)
     found = []
-    if len(there.places) != len(rows):
-        found.append(f"{len(there.places)} pictures, not {len(rows)}")
-    elif not np.array_equal(there.places, np.stack([manifest.offsets[part], manifest.sizes[part]], axis=1)):
-        found.append("the index does not fit the members")
-    if there.labels is not None and not np.array_equal(there.labels, manifest.labels[part]):  # type: ignore[index]
-        found.append("the labels in the shard are not those of the manifest")
+    if len(contents.spans) != len(rows):
+        found.append(f"{len(contents.spans)} images, not {len(rows)}")
+    elif not np.array_equal(contents.spans, np.stack([manifest.offsets[part], manifest.sizes[part]], axis=1)):
+        found.append("the index does not match the members")
+    if contents.labels is not None and not np.array_equal(contents.labels, manifest.labels[part]):  # type: ignore[index]
+        found.append("the labels in the shard differ from the manifest")
     return found
 
 
@@ -131,7 +131,7 @@ def _read(fd: int, offset: int, size: int) -> bytes:
     return data
 
 
-def _mark(head: bytes, tail: bytes, size: int) -> int:
+def _edge_hash(head: bytes, tail: bytes, size: int) -> int:
     digest = hashlib.blake2b(head + tail + size.to_bytes(8, "big"), digest_size=8)
     return int.from_bytes(digest.digest(), "big")
 
@@ -139,5 +139,5 @@ def _mark(head: bytes, tail: bytes, size: int) -> int:
 def _name(manifest: Manifest, sample: int) -> str:
     try:
         return manifest.key(sample)
-    except Exception:  # the header may be what is damaged
+    except Exception:  # the header itself may be damaged
         return "name unreadable"

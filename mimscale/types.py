@@ -1,4 +1,4 @@
-"""What the rooms of this package hand to each other: noise, batches, targets, and what a method asks for.
+"""What the packages hand to each other: noise, batches, targets, and what a method asks for.
 
 Nothing here computes. Data fills a `Batch`, a teacher fills `Targets`, a masking policy fills `Masks`, a method states
 its `Needs`; none of them imports the others.
@@ -145,10 +145,10 @@ class Damage:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """JPEGs that are decoded on the device, in host memory.
+    """JPEGs, in host memory, that will be decoded on the device.
 
-    data: uint8, one after the other.  sizes: int64 [K], bytes of each.  rows: int64 [K], of the batch.  boxes: int64
-    [K, 4], crop (top, left, height, width) in pixels.
+    data: uint8, K JPEGs concatenated.  sizes: int64 [K], bytes of each.  rows: int64 [K], row in the batch.
+    boxes: int64 [K, 4], crop (top, left, height, width) in pixels.
     """
 
     data: Tensor
@@ -174,7 +174,7 @@ class Batch:
     importance: uint8 [B, L], what a masking policy that learns has stored of these samples' patches; None else.
     weights: float32 [B] in evaluation, 1, or 0 for what fills a batch up and must not count; None in training.
     damage: what could not be used when this batch was made; `ids` has what was taken instead.
-    stored: with `data.decoder: device`, until these are decoded, the rows whose `images` mean nothing yet.
+    encoded: with `data.decoder: device`, the JPEGs of rows that are not decoded yet; `images` is undefined in these.
     """
 
     images: Tensor
@@ -189,7 +189,7 @@ class Batch:
     importance: Tensor | None = None
     weights: Tensor | None = None
     damage: tuple[Damage, ...] = ()
-    stored: EncodedImages | None = None
+    encoded: EncodedImages | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies do not block the host where the memory is pinned."""
@@ -226,7 +226,7 @@ class StepInfo:
 
     step: how many were taken or skipped, with this one.  total: of the run.
     skipped: whether the weights were left alone, because the loss or a gradient was not finite, or the loss spiked.
-    loss: fp32 scalar on the device, mean over this rank's micro-batches.
+    scalars: what the method returned for each micro-batch of this rank, fp32 0-dim tensors on the device.
     batch, targets: the last micro-batch of this rank, on the device.
     parameters: name prefix -> (name, whole value) of the method's parameters as the next forward pass will use them;
         every rank must take all of them, see `mimscale.engine.base.Engine.parameters`.
@@ -235,10 +235,15 @@ class StepInfo:
     step: int
     total: int
     skipped: bool
-    loss: Tensor
+    scalars: tuple[Mapping[str, Tensor], ...]
     batch: Batch
     targets: Mapping[str, Targets]
     parameters: Callable[[str], Iterator[tuple[str, Tensor]]]
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean over this rank's micro-batches, fp32 scalar on the device."""
+        return torch.stack([scalars["loss"] for scalars in self.scalars]).mean()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share."""
+"""Fixtures that several packages share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ os.environ[EMULATE_FP16] = "1"  # some CPUs lack fp16 arithmetic; the tests of t
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 small labelled pictures in 4 classes, as 5 shards."""
+    """80 small labelled images in 4 classes, as 5 shards."""
     root = tmp_path_factory.mktemp("shards")
     make_image_folder(root / "images", classes=4, per_class=20, side=48)
     assert data_prep(["folder", str(root / "images"), str(root / "shards"), "--shard-samples", "16"]) == 0

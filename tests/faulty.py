@@ -26,7 +26,7 @@ import torch
 from mimscale.__main__ import end_process, main
 from mimscale.checkpoint.host_buffer import HostBuffer
 from mimscale.config.recipes import load_recipe
-from mimscale.engine.deepspeed_engine import Engine
+from mimscale.engine.deepspeed_engine import DeepSpeedEngine
 from mimscale.teachers.ensemble import TeacherEnsemble
 from mimscale.types import Batch
 
@@ -34,7 +34,7 @@ from mimscale.types import Batch
 def plant(faults: dict[str, Any], global_batch: int) -> None:
     """Wrap what the loop calls."""
     now: list[int] = [0]
-    normalised, step, teach = Batch.normalised, Engine.micro_step, TeacherEnsemble.__call__
+    normalised, step, compute_targets = Batch.normalised, DeepSpeedEngine.forward_backward, TeacherEnsemble.__call__
     here = faults.get("rank", int(os.environ.get("RANK", "0"))) == int(os.environ.get("RANK", "0"))
     limit, write = resource.getrlimit(resource.RLIMIT_FSIZE)[1], HostBuffer.write
     images = {int(k): math.nan if v is None else v for k, v in faults.get("images", {}).items()}
@@ -51,13 +51,13 @@ def plant(faults: dict[str, Any], global_batch: int) -> None:
         factor = images.get(now[0])
         return dataclasses.replace(batch, images=batch.images * factor) if here and factor is not None else batch
 
-    def bad_gradients(self: Engine, batch: Any, targets: Any, judge: Callable[..., Any]) -> Any:
+    def bad_gradients(self: DeepSpeedEngine, batch: Any, targets: Any, check_loss: Callable[..., Any]) -> Any:
         planted = here and now[0] in faults.get("gradients", ())
-        return step(self, batch, targets, lambda loss: judge(loss) * math.inf if planted else judge(loss))
+        return step(self, batch, targets, lambda loss: check_loss(loss) * math.inf if planted else check_loss(loss))
 
-    def bad_teacher(self: TeacherEnsemble, pictures: torch.Tensor) -> Any:
+    def bad_teacher(self: TeacherEnsemble, images: torch.Tensor) -> Any:
         broken = here and now[0] in faults.get("teacher", ())
-        return teach(self, pictures * math.nan if broken else pictures)
+        return compute_targets(self, images * math.nan if broken else images)
 
     def slow_write(self: HostBuffer, path: Path) -> tuple[int, str]:
         end_s = time.monotonic() + faults.get("slow_save_s", 0) * here
@@ -68,8 +68,8 @@ def plant(faults: dict[str, Any], global_batch: int) -> None:
 
     HostBuffer.write = slow_write  # type: ignore[method-assign]
     Batch.normalised = bad_images  # type: ignore[method-assign]
-    Engine.micro_step = bad_gradients  # type: ignore[method-assign, assignment]
-    TeacherEnsemble.__call__ = bad_teacher  # type: ignore[method-assign, assignment]
+    DeepSpeedEngine.forward_backward = bad_gradients  # type: ignore[method-assign, assignment]
+    TeacherEnsemble.__call__ = bad_teacher  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mimscale.config.recipes import validate
 from mimscale.config.run import RunConfig
 from mimscale.convert.formats import maskalign
-from mimscale.convert.whole import levels_of
+from mimscale.convert.networks import levels_of
 from mimscale.methods.mae import MAE
 from mimscale.methods.maskalign import MaskAlign
 from mimscale.types import Batch, Targets, TeacherInfo

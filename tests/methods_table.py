@@ -1,8 +1,9 @@
-"""Which methods there are, from where, and how near they are to the official code:  python -m tests.methods_table
+"""Which methods there are, their papers, and their errors against the official code:  python -m tests.methods_table
 
-Runs the tests that compare with official numbers ($MIMSCALE_GOLDENS: the whole set), writes what they measured to
-tests/measured.json, and from that, the methods' docstrings and the recipes the table in README.md and docs/methods.md.
-With --render the tests do not run. A test fails where the two files are not what this program would write.
+Runs the tests that compare with official numbers ($MIMSCALE_GOLDENS: the whole set) and writes their errors to
+tests/measured.json. From that file, the methods' docstrings and the recipes it writes the short table in README.md and
+the long one in docs/methods.md. With --render the tests do not run. A test fails where the two files are not what this
+program would write.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module, resources
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mimscale.config.recipes import recipe_names
+from mimscale.config.recipes import read_recipe, recipe_names
 from mimscale.config.run import method_names
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,10 @@ KINDS = {
     "table": "position tables",
     "rate": "learning rates",
 }
-WHERE = ("test_*.py", *(f"{room}/test_*.py" for room in ("data", "engine", "masking", "methods", "models", "teachers")))
+WHERE = (
+    "test_*.py",
+    *(f"{folder}/test_*.py" for folder in ("data", "engine", "masking", "methods", "models", "teachers")),
+)
 PARTS = {"sincos": "maskalign", "clip14": "maskalign", "attentive": "maskalign", "schedules": "finetune"}
 POLICIES = ("amt",)
 Measured = dict[str, dict[str, dict[str, list[float]]]]  # method -> golden -> kind -> [largest error, tolerance]
@@ -45,7 +48,7 @@ Measured = dict[str, dict[str, dict[str, list[float]]]]  # method -> golden -> k
 
 @dataclass(frozen=True)
 class Facts:
-    """What a method's docstring says: "Title: what it is (source)." and a paragraph "Differences ...: text"."""
+    """From a method's docstring: "Title: what it is (source)." and a paragraph "Differences ...: text"."""
 
     title: str
     what: str
@@ -54,13 +57,13 @@ class Facts:
 
 
 def facts(name: str) -> Facts:
+    """A docstring of another form still gives a row, so that a new method can begin without these paragraphs."""
     package = "methods" if name in method_names() else "masking"
-    first, *paragraphs = (import_module(f"mimscale.{package}.{name}").__doc__ or "").split("\n\n")
+    first, *paragraphs = (import_module(f"mimscale.{package}.{name}").__doc__ or name).split("\n\n")
     head = re.fullmatch(r"([^:]+): (.+) \((.+)\)\.", " ".join(first.split()), re.DOTALL)
-    assert head, f"{name}: the docstring's first paragraph is not 'Title: what it is (source).'"
-    told = [" ".join(p.split()) for p in paragraphs if p.lstrip().startswith("Differences")]
-    assert len(told) == 1, f"{name}: the docstring needs one paragraph 'Differences ...: text'"
-    return Facts(head[1], head[2], head[3], told[0].partition(": ")[2])
+    title, what, source = head.groups() if head else (name, " ".join(first.split()).rstrip("."), "none given")
+    texts = [" ".join(p.split()) for p in paragraphs if p.lstrip().startswith("Differences")]
+    return Facts(title, what, source, texts[0].partition(": ")[2] if texts else "none given")
 
 
 def rows() -> list[str]:
@@ -68,15 +71,25 @@ def rows() -> list[str]:
     return [*method_names(), *POLICIES]
 
 
-def recipes_of(name: str) -> list[str]:
-    """Recipes of a method or policy, without the tiny ones and the demo's."""
-    found = []
+@cache
+def recipes_by_row() -> dict[str, list[str]]:
+    """Method or policy -> its recipes, without the tiny ones and the demo's."""
+    found: dict[str, list[str]] = {}
     for recipe in recipe_names():
-        section = yaml.safe_load(resources.files("mimscale.recipes").joinpath(f"{recipe}.yaml").read_text())["method"]
-        policy = section.get("masking", {}).get("policy")
-        if name == (policy if policy in POLICIES else section["name"]):
-            found.append(recipe)
-    return [recipe for recipe in found if not recipe.startswith("demo_") and not recipe.endswith("_tiny")]
+        if not (recipe.startswith("demo_") or recipe.endswith("_tiny")):
+            section = read_recipe(recipe)[0]["method"]
+            policy = section.get("masking", {}).get("policy")
+            found.setdefault(policy if policy in POLICIES else section["name"], []).append(recipe)
+    return found
+
+
+def recipes_of(name: str) -> list[str]:
+    return recipes_by_row().get(name, [])
+
+
+def one_per_student(recipes: list[str]) -> list[str]:
+    """The recipes without those whose name continues the name of another: other lengths and batches of it."""
+    return [name for name in recipes if not any(name.startswith(f"{other}_") for other in recipes)]
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -133,24 +146,39 @@ def errors(cases: dict[str, dict[str, list[float]]]) -> str:
     return ", ".join(told) or "none"
 
 
-def table(measured: Measured) -> Iterator[str]:
-    heads = (
-        "method",
-        "source",
-        "recipes",
-        "largest error against the official code (tolerance)",
-        "cases",
-        "what differs",
-    )
-    yield f"| {' | '.join(heads)} |"
-    yield f"|{' --- |' * len(heads)}"
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def quoted(recipes: list[str]) -> str:
+    return ", ".join(f"`{recipe}`" for recipe in recipes) or "none"
+
+
+def from_paper(told: Facts) -> bool:
+    """Whether there is no official code to compare with, so that the method follows the paper alone."""
+    return told.differences.startswith("unknown")
+
+
+def short_table(measured: Measured) -> Iterator[str]:
+    """The README's: one line per method."""
+    yield row("method", "paper", "recipes, one per student", "numbers equal to the official code")
+    yield row(*["---"] * 4)
     for name in rows():
         told = facts(name)
-        recipes = ", ".join(f"`{recipe}`" for recipe in recipes_of(name)) or "none"
-        public = "code not public; the part that others published: " if told.differences.startswith("unknown") else ""
-        cases = measured.get(name, {})
-        near, goldens = f"{public}{errors(cases)}", ", ".join(f"`{golden}`" for golden in cases)
-        yield f"| {told.title} | {told.source} | {recipes} | {near} | {goldens} | {told.differences} |"
+        equal = "yes" if name in measured else "not compared"
+        if from_paper(told):
+            equal = "code not public; follows the paper"
+        yield row(told.title, told.source, quoted(one_per_student(recipes_of(name))), equal)
+
+
+def long_table(measured: Measured) -> Iterator[str]:
+    """docs/methods.md's: every recipe and the errors."""
+    yield row("method", "paper", "recipes", "largest error against the official code (tolerance)")
+    yield row(*["---"] * 4)
+    for name in rows():
+        told = facts(name)
+        part = "code not public; the part that others published: " if from_paper(told) else ""
+        yield row(told.title, told.source, quoted(recipes_of(name)), part + errors(measured.get(name, {})))
 
 
 UNITS = (
@@ -162,7 +190,7 @@ UNITS = (
 
 def page(measured: Measured) -> Iterator[str]:
     yield from ("# Methods", "", "Written by `python -m tests.methods_table` from test results; do not edit.", "")
-    yield from (UNITS, "")
+    yield from (*long_table(measured), "", UNITS, "")
     for name in rows():
         told, cases = facts(name), measured.get(name, {})
         yield from (f"## {told.title}", "", f"{told.what[0].upper()}{told.what[1:]} ({told.source}).", "")
@@ -177,7 +205,7 @@ def written(measured: Measured) -> dict[Path, str]:
     """What the two files should hold."""
     readme = README.read_text()
     start, end = (readme.index(mark) for mark in MARKS)
-    block = "\n".join((MARKS[0], "", *table(measured), "", UNITS, ""))
+    block = "\n".join((MARKS[0], "", *short_table(measured), ""))
     page_text = "\n".join(page(measured)).rstrip() + "\n"
     return {README: readme[:start] + block + "\n" + readme[end:], DOCS: page_text}
 

@@ -20,9 +20,6 @@ from torch import Tensor
 from mimscale.checkpoint import format as checkpoint
 from tests import forked
 
-KINDS = checkpoint.KINDS
-
-
 DECODER = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4}
 STAGES = {"patches": [2, 2, 2], "widths": [8, 16], "depths": [1, 1]}
 AMT = {"policy": "amt", "ratio": 0.45, "drop_ratio": 0.4, "warmup_epochs": 0.4, "refresh": 0.3}  # uniform for two steps
@@ -148,16 +145,14 @@ def tensors(run_dir: Path) -> dict[str, Tensor]:
     """Everything in the newest checkpoint, whole, by "kind|name"."""
     path = checkpoint.newest(run_dir)
     assert path is not None, f"{run_dir} has no checkpoint"
-    reader = checkpoint.Reader(path)
-    return {
-        f"{kind}|{name}": reader.full(kind, name) for kind in (*KINDS, "buffer", "table") for name in reader.names(kind)
-    }
+    reader = checkpoint.CheckpointReader(path)
+    return {f"{kind}|{name}": reader.full(kind, name) for kind in reader.kinds() for name in reader.names(kind)}
 
 
 def meta(run_dir: Path) -> dict[str, Any]:
     path = checkpoint.newest(run_dir)
     assert path is not None
-    return checkpoint.Reader(path).meta
+    return checkpoint.CheckpointReader(path).meta
 
 
 def difference(a: Path, b: Path) -> float:
@@ -168,7 +163,7 @@ def difference(a: Path, b: Path) -> float:
 
 
 def identical(a: Path, b: Path) -> bool:
-    """Weights, moments, buffers, Adam's step, counters and scaler, to the bit."""
+    """Weights, moments, buffers, the optimiser's step, counters and scaler, to the bit."""
     ours, theirs = tensors(a), tensors(b)
     same = ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     return same and meta(a)["engine"] == meta(b)["engine"]

@@ -90,7 +90,7 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(verb in text for verb in ("train", "evaluate", "convert", "doctor"))
+    assert all(verb in text for verb in ("train", "recipes", "evaluate", "convert", "doctor"))
 
 
 @pytest.mark.slow
@@ -106,11 +106,12 @@ def test_installed_package_works_from_any_folder(tmp_path: Path) -> None:
     assert not any(name.startswith("tests/") for name in names)
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     code = (
-        "import mimscale.config.run as c, mimscale.config.deepspeed as d, sys; assert 'site' in c.__file__, c.__file__;"
-        "c.load('maskalign_vit_h14'); d.load_ds_config('zero3_bf16'); print(c.recipe_names())"
+        "import mimscale.config.recipes as c, mimscale.config.deepspeed as d; assert 'site' in c.__file__, c.__file__;"
+        "c.load_recipe('maskalign_vit_h14'); d.load_ds_config('zero3_bf16'); print(c.recipe_names())"
     )
     environment = {**ranks.environment(), "PYTHONPATH": str(tmp_path / "site")}
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for words in (["-c", code], ["-m", "data_prep", "--help"], ["-m", "mimscale", "doctor", "--help"]):
+    commands = (["data_prep", "--help"], ["mimscale", "doctor", "--help"], ["mimscale", "recipes"])
+    for words in (["-c", code], *(["-m", *command] for command in commands)):
         subprocess.run([sys.executable, *words], cwd=elsewhere, env=environment, check=True, stdout=subprocess.DEVNULL)

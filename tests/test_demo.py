@@ -66,9 +66,9 @@ def test_results(demo: tuple[Path, str]) -> None:
 @pytest.mark.slow
 def test_files(demo: tuple[Path, str]) -> None:
     out, _ = demo
-    with Image.open(out / "demo.png") as picture:
-        assert picture.width > 800 and picture.height > 400
-        assert len(np.unique(np.asarray(picture.convert("L")))) > 100
+    with Image.open(out / "demo.png") as figure:
+        assert figure.width > 800 and figure.height > 400
+        assert len(np.unique(np.asarray(figure.convert("L")))) > 100
     for name in ("teacher", "mae", "control", "maskalign"):
         run = out / "seed-0" / name
         assert list((run / "tensorboard").glob("events.*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import mimscale
@@ -23,7 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("monitoring",),
     ("convert",),
     ("evals", "training"),
-    ("doctor", "bench"),
+    ("doctor", "bench", "api"),
     ("__init__",),
     ("__main__",),
 )
@@ -105,3 +106,51 @@ def test_preparing_data_does_not_wait_for_torch() -> None:
     """Each of its processes starts anew; torch would be nine tenths of that time."""
     code = "import sys; import data_prep.__main__, mimscale.data.manifest; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Modules of convert/ from the bottom up; one may import those of a lower level, and `formats` those of its own.
+CONVERT: tuple[tuple[str, ...], ...] = (
+    ("names", "difference"),
+    ("formats",),
+    ("read", "reference"),
+    ("networks", "write"),
+    ("check",),
+    ("full_state",),
+    ("cli",),
+)
+
+
+def test_imports_inside_convert_go_down() -> None:
+    level = {module: number for number, modules in enumerate(CONVERT) for module in modules}
+    graph: dict[str, set[str]] = {}
+    wrong = []
+    for path in sorted((ROOT / "convert").rglob("*.py")):
+        here = parts_of(path)[1:]
+        found = {module_parts(name)[1:] for name in imported(path) if name.startswith("mimscale.convert.")}
+        graph[".".join(here)] = {".".join(there) for there in found if there}
+        if here[-1] == "__init__":
+            assert not path.read_text(), f"{path} holds code"
+            continue
+        assert here[0] in level, f"{path}: the module '{here[0]}' has no level in this test"
+        for there in sorted(found):
+            beside = here[0] == "formats" == there[0]
+            if level[there[0]] >= level[here[0]] and not beside:
+                wrong.append(f"convert/{'/'.join(here)} imports {'.'.join(there)}")
+    assert not wrong, "\n".join(wrong)
+    assert tuple(TopologicalSorter(graph).static_order())  # raises CycleError for a circle among the formats
+
+
+def test_imported_modules_exist() -> None:
+    """Also those inside functions. mypy takes a missing module for an untyped one."""
+    checkout = ROOT.parent
+    wrong = []
+    for path in sorted(p for folder in ("mimscale", "data_prep", "tests") for p in (checkout / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                if module.split(".")[0] in ("mimscale", "data_prep", "tests"):
+                    file = checkout.joinpath(*module.split("."))
+                    if not file.is_dir() and not file.with_suffix(".py").is_file():
+                        wrong.append(f"{path.relative_to(checkout)} imports {module}")
+    assert not wrong, "\n".join(wrong)

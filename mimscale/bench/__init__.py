@@ -1,7 +1,7 @@
 """`mimscale bench NAME`: measurements whose printed tables stand in the documentation.
 
-A bench is one file in this folder, found by its name: `add_arguments(parser)` and `run(args) -> exit code`, the first
-line of its docstring is its help. It imports what is heavy inside `run`. Adding one edits nothing here.
+A benchmark is a file in this folder, found by its name, with `add_arguments(parser)` and `run(args) -> exit code`. The
+first line of its docstring is its help. Heavy imports belong into `run`. A new benchmark needs no change here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every table says of its origin: the command, the code and the machine."""
+"""Tables in Markdown, and the line below a table: the command, the versions, the commit and the machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def origin() -> str:
-    """One line for below a table: command, versions, commit, machine."""
+    """One line to print below a table: command, versions, commit, machine."""
     import torch
 
     command = " ".join(["mimscale", *map(shlex.quote, sys.argv[1:])])
@@ -20,7 +20,7 @@ def origin() -> str:
 
 
 def commit() -> str:
-    """Of the checkout that this package runs from; a mark where files differ from it."""
+    """Commit of the checkout of this package, marked "-dirty" if files differ from it; "unknown" outside of git."""
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
@@ -29,12 +29,13 @@ def commit() -> str:
 
 
 def processor() -> str:
+    """Model name of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Markdown; all but the first column aligned to the right."""
+    """A Markdown table; all columns but the first are aligned to the right."""
     rule = ["---", *["---:"] * (len(heads) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, rule, *rows])

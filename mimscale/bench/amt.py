@@ -1,7 +1,7 @@
-"""What attention-driven masking adds to a training step, and the memory of its table.
+"""Cost of attention-driven masking (AMT): CPU time that it adds to a training step, and the memory of its table.
 
-CPU time of this process on one thread: step and parts in turns, the median of the rounds. A part that happens for some
-of the images counts with their share. Memory: the peak growth of a fresh process.
+CPU time of this process on one thread: the step and all parts are measured in every round, and the median is printed. A
+part that is needed for a fraction of the images counts with this fraction. Memory: growth of the peak of a new process.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ LIMIT_MB = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", default=RECIPE, help=f"whose step is measured (default: {RECIPE})")
+    parser.add_argument("--recipe", default=RECIPE, help=f"recipe of the step that is measured (default: {RECIPE})")
     parser.add_argument("--batch", type=int, default=8, help="images per step (default: 8)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: 3)")
     parser.add_argument("--samples", type=int, default=14_000_000, help="rows of the table (default: 14 million)")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 8, 64], help="numbers of ranks (default: 1 8 64)")
 
@@ -66,7 +66,7 @@ def costs(recipe: str, batch: int, rounds: int, overrides: Sequence[str] = ()) -
     return [*rows, ["AMT in all", f"{total:.2f}", f"{100 * total / step:.2f} %"]]
 
 
-Part = tuple[Callable[[], Any], float]  # the work for one batch, and for which share of the images it happens
+Part = tuple[Callable[[], Any], float]  # (work for one batch, fraction of the images that need it)
 
 
 def _step_parts(run: Any, batch: int, refresh: float) -> dict[str, Part]:
@@ -103,7 +103,7 @@ def _step_parts(run: Any, batch: int, refresh: float) -> dict[str, Part]:
         with torch.no_grad():
             method.student(normalised(pixels), attention=True)
 
-    step()  # the optimizer's state is made in the first one
+    step()  # the first step allocates the optimizer state
     return {
         "step": (step, 1.0),
         "forward pass of uncropped images": (attend, refresh),
@@ -127,12 +127,10 @@ def _loader_parts(run: Any, batch: int, refresh: float) -> dict[str, Part]:
         manifest = Manifest.load(Path(folder) / "shards")
         data = run.data.model_copy(update={"shards": manifest.folder, "workers": 0})
 
-        def batches(whole: int) -> Any:
-            needs = Needs(uncropped_images=whole)
-            one_rank = TrainLoader(
-                manifest, data, needs, seed=0, global_batch=batch, micro_batch=batch, rank=0, world=1
-            )
-            endless = iter(one_rank)
+        def batches(uncropped: int) -> Any:
+            needs = Needs(uncropped_images=uncropped)
+            loader = TrainLoader(manifest, data, needs, seed=0, global_batch=batch, micro_batch=batch, rank=0, world=1)
+            endless = iter(loader)
             next(endless)  # opens the shard, which stays readable
             return endless
 
@@ -150,14 +148,14 @@ def _cpu_s(work: Callable[[], Any]) -> float:
 
 
 def memory_row(samples: int, world: int) -> list[str]:
-    """[ranks, MB, limit] of the table of a 14 x 14 grid on one of so many ranks."""
+    """[ranks, MB, limit] of the table of a 14 x 14 grid, on one of `world` ranks."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         grown = pool.apply(_grown_bytes, (samples, 196, world))
     return [str(world), f"{grown / 1e6:.0f}", f"{2900 / world * samples / 14e6 + LIMIT_MB:.0f}"]
 
 
 def _grown_bytes(samples: int, width: int, world: int) -> int:
-    """Peak memory of this process after the table was made, read and written, less what it was before."""
+    """Growth of the peak memory of this process while a table is made, read and written."""
     import numpy as np
     import torch
 
@@ -167,10 +165,10 @@ def _grown_bytes(samples: int, width: int, world: int) -> int:
     before = _peak_bytes()
     rows = ImportanceTable(samples, width, 255, torch.device("cpu"), rank=0, world=world)
     random = np.random.default_rng(0)
-    for place in range(50):
-        ids = random.integers(0, math.floor(samples / world), (1, 64))  # rows that live here
-        brought = rows.read(ids)
-        rows.write([ids[0]], [np.arange(64) + 64 * place], brought, torch.ones(64, dtype=torch.bool))
+    for number in range(50):
+        ids = random.integers(0, math.floor(samples / world), (1, 64))  # rows that this rank has
+        values = rows.read(ids)
+        rows.write([ids[0]], [np.arange(64) + 64 * number], values, torch.ones(64, dtype=torch.bool))
     return _peak_bytes() - before
 
 

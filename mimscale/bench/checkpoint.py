@@ -1,7 +1,7 @@
-"""Cost of a ViT-H checkpoint at 8, 64 and 512 ranks: files, bytes, and the seconds of what one process does alone.
+"""Cost of a ViT-H checkpoint at 8, 64 and 512 ranks: files, bytes, and the seconds of the work of single processes.
 
-The ranks are simulated: rank 0's shard is really copied, written, hashed and synced; the others' files have the right
-size and no content. The manifest is the real one, with every fragment of every rank as ZeRO-3 cuts them (the largest).
+The ranks are simulated: the shard of rank 0 is copied, written, hashed and synced; the files of the other ranks have
+the right size and no content. The manifest is complete and holds the fragments of all ranks under ZeRO-3, the largest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", default="mae_vit_h14", help="whose student and decoder to count")
+    parser.add_argument("--recipe", default="mae_vit_h14", help="recipe of the student and decoder that are counted")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--folder", type=Path, help="a disk with room for one rank's shard (default: /tmp)")
 
@@ -24,19 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from mimscale.bench._report import origin, table
 
-    shapes = parameter_sizes(args.recipe)
+    shapes, kinds = parameter_sizes(args.recipe), fragment_kinds(args.recipe)
     rows: list[list[str]] = []
     starts: list[list[str]] = []
     for world in args.ranks:
         folder = Path(tempfile.mkdtemp(prefix="bench-", dir=args.folder))
         try:
-            row, start = measure(shapes, world, folder)
+            row, start = measure(shapes, kinds, world, folder)
             rows.append(row)
             starts.append(start)
         finally:
             shutil.rmtree(folder)
     heads = ["ranks", "files", "GB in all", "manifest MB", "copy s", "write s", "commit s", "open s", "read share s"]
-    print(f"{args.recipe}: {sum(shapes.values()) / 1e6:.0f} M parameters, fp32 master and two moments\n")
+    print(f"{args.recipe}: {sum(shapes.values()) / 1e6:.0f} M parameters, of each {', '.join(kinds)} in float32\n")
     print(table(heads, rows) + "\n")
     heads = [
         "ranks",
@@ -66,8 +66,16 @@ def parameter_sizes(recipe: str) -> dict[str, int]:
     return {name: parameter.numel() for name, parameter in method.named_parameters()}
 
 
-def cut(sizes: dict[str, int], rank: int, world: int) -> list[tuple[str, int, int]]:
-    """(name, start, length) of a rank's equal slice of each parameter, as ZeRO-3 has them."""
+def fragment_kinds(recipe: str) -> tuple[str, ...]:
+    """The kinds of fragments that a checkpoint holds of each parameter, all float32."""
+    from mimscale.config.recipes import load_recipe
+    from mimscale.optim.optimizers.base import optimizer_class
+
+    return ("fp32", *optimizer_class(load_recipe(recipe).optim.name).STATES)
+
+
+def zero3_slices(sizes: dict[str, int], rank: int, world: int) -> list[tuple[str, int, int]]:
+    """(name, start, length) of the slice of each parameter that ZeRO-3 gives a rank."""
     slices = []
     for name, size in sizes.items():
         share = -(-size // world)
@@ -77,8 +85,8 @@ def cut(sizes: dict[str, int], rank: int, world: int) -> list[tuple[str, int, in
     return slices
 
 
-def measure(sizes: dict[str, int], world: int, folder: Path) -> tuple[list[str], list[str]]:
-    """A row of what a checkpoint costs, and one of what its manifest costs at a start."""
+def measure(sizes: dict[str, int], kinds: tuple[str, ...], world: int, folder: Path) -> tuple[list[str], list[str]]:
+    """A row for the cost of a checkpoint, and a row for the cost of its manifest at the start of a run."""
     import pickle
 
     import torch
@@ -88,8 +96,8 @@ def measure(sizes: dict[str, int], world: int, folder: Path) -> tuple[list[str],
 
     live = {
         f"{kind}|{name}|{start}": torch.full((length,), 0.5)
-        for name, start, length in cut(sizes, 0, world)
-        for kind in checkpoint.KINDS
+        for name, start, length in zero3_slices(sizes, 0, world)
+        for kind in kinds
     }
     copy = HostBuffer(live)
     copy_s, _ = timed(lambda: copy.fill(live))
@@ -98,10 +106,10 @@ def measure(sizes: dict[str, int], world: int, folder: Path) -> tuple[list[str],
     write_s, (size, digest) = timed(lambda: copy.write(temporary / checkpoint.shard_name(0, world)))
     shards: list[dict[str, Any]] = []
     for rank in range(world):
-        pieces = cut(sizes, rank, world)
-        rows = [[list(checkpoint.KINDS), *piece] for piece in pieces]
+        pieces = zero3_slices(sizes, rank, world)
+        rows = [[list(kinds), *piece] for piece in pieces]
         name = checkpoint.shard_name(rank, world)
-        bytes_here = size if rank == 0 else 12 * sum(length for _, _, length in pieces)
+        bytes_here = size if rank == 0 else 4 * len(kinds) * sum(length for _, _, length in pieces)
         if rank:
             with (temporary / name).open("wb") as file:
                 file.truncate(bytes_here)
@@ -109,7 +117,7 @@ def measure(sizes: dict[str, int], world: int, folder: Path) -> tuple[list[str],
     meta = {"step": 1, "shapes": {name: [count] for name, count in sizes.items()}}
     commit_s, _ = timed(lambda: checkpoint.commit(temporary, final, shards, meta))
     cpu_s = time.process_time()
-    open_s, reader = timed(lambda: checkpoint.Reader(final))
+    open_s, reader = timed(lambda: checkpoint.CheckpointReader(final))
     open_cpu_s = time.process_time() - cpu_s
     sent = pickle.dumps(reader)
     cpu_s = time.process_time()

@@ -1,4 +1,4 @@
-"""What watching costs per step, how long a save stops the training, and where the time of a resume goes."""
+"""Overhead of fault tolerance: time per step, time that a save blocks training, and the phases of a resume."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the save of one rank")
-    parser.add_argument("--batch", type=int, default=4, help="images of the ViT-B step that the cost is compared with")
-
-    parser.add_argument("--resume", default="mae_vit_b16", help="the recipe of the run that is resumed")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint of one rank")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="images of the ViT-B step to which the overhead is compared"
+    )
+    parser.add_argument("--resume", default="mae_vit_b16", help="recipe of the run that is resumed")
     parser.add_argument("--folder", type=Path, help="a disk with room for its checkpoint (default: /tmp)")
 
 
@@ -20,21 +21,21 @@ def run(args: argparse.Namespace) -> int:
     from mimscale.bench._report import origin, table
 
     step_s = vit_b_step(args.batch)
-    cost_s = watching(args.steps)
-    copy_s, memcpy_s = blocking(args.gigabytes)
+    overhead_s = step_overhead(args.steps)
+    copy_s, memcpy_s = save_blocking(args.gigabytes)
     rows = [
         [f"MAE ViT-B/16 step, {args.batch} images, CPU s", f"{step_s:.3f}"],
         [
             f"guard, watchdog, throughput, comparison of ranks: CPU ms per step over {args.steps} steps",
-            f"{1000 * cost_s:.3f}",
+            f"{1000 * overhead_s:.3f}",
         ],
-        ["share of that step", f"{cost_s / step_s:.3%}"],
+        ["share of that step", f"{overhead_s / step_s:.3%}"],
         [f"blocking part of a save of {args.gigabytes:g} GB, s", f"{copy_s:.3f}"],
         ["plain memcpy of the same size, s", f"{memcpy_s:.3f}"],
         ["ratio", f"{copy_s / memcpy_s:.2f}"],
     ]
     print(table(["", "one process"], rows) + "\n")
-    seconds, cpu_s = resuming(args.resume, args.folder)
+    seconds, cpu_s = resume_phases(args.resume, args.folder)
     rows = [[name.replace("_", " "), f"{seconds[name]:.2f}", f"{cpu_s[name]:.2f}"] for name in seconds]
     rows.append(["until the first step is done", f"{sum(seconds.values()):.2f}", f"{sum(cpu_s.values()):.2f}"])
     print(table([f"{args.resume} resumed, one process", "s", "CPU s"], rows))
@@ -67,8 +68,8 @@ def vit_b_step(batch: int) -> float:
     return min(times)
 
 
-def watching(steps: int) -> float:
-    """CPU seconds per step of all that the loop calls besides the training."""
+def step_overhead(steps: int) -> float:
+    """CPU seconds per step of everything that the loop calls besides the training step."""
     import tempfile
 
     import torch
@@ -109,8 +110,8 @@ def watching(steps: int) -> float:
     return spent_s / steps
 
 
-def resuming(recipe: str, folder: Path | None) -> tuple[dict[str, float], dict[str, float]]:
-    """Phase -> seconds, and CPU seconds, of the second start of a run on two images a step, as the run notes them."""
+def resume_phases(recipe: str, folder: Path | None) -> tuple[dict[str, float], dict[str, float]]:
+    """(seconds, CPU seconds) of each phase of the second start of a run with two images per step, from its metrics."""
     import json
     import shutil
     import subprocess
@@ -125,8 +126,8 @@ def resuming(recipe: str, folder: Path | None) -> tuple[dict[str, float], dict[s
             raise RuntimeError(f"{' '.join(map(str, words))}: {done.stderr[-2000:]}")
 
     try:
-        module("data_prep", "synthetic", root / "pictures")
-        module("data_prep", "folder", root / "pictures", root / "shards")
+        module("data_prep", "synthetic", root / "images")
+        module("data_prep", "folder", root / "images", root / "shards")
         small = ["engine.ds_config=cpu_zero2_fp32", "engine.device=cpu", "schedule.global_batch=2", "data.workers=1"]
         length = ["schedule.epochs=null", "schedule.steps=2", "schedule.warmup_epochs=0", "checkpoint.every=1"]
         words = ["mimscale", "train", recipe, f"data.shards={root / 'shards'}", *small, *length]
@@ -142,8 +143,8 @@ def resuming(recipe: str, folder: Path | None) -> tuple[dict[str, float], dict[s
         shutil.rmtree(root)
 
 
-def blocking(gigabytes: float) -> tuple[float, float]:
-    """Seconds of HostBuffer.fill and of one copy of as many bytes, each the best of three, in turns."""
+def save_blocking(gigabytes: float) -> tuple[float, float]:
+    """Seconds of HostBuffer.fill, and of a plain copy of as many bytes; the best of three alternating measurements."""
     import torch
 
     from mimscale.checkpoint.host_buffer import HostBuffer

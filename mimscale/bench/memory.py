@@ -1,4 +1,4 @@
-"""Memory of the loader: resident bytes of a rank with a large index, and of workers over many batches"""
+"""Memory of the data loader: of a rank with a large index, and of workers over many batches"""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", type=float, default=14e6, help="of the large index (default: 14 million)")
-    parser.add_argument("--batches", type=int, default=2000, help="of 64 small pictures each (default: 2000)")
+    parser.add_argument("--samples", type=float, default=14e6, help="rows of the large index (default: 14 million)")
+    parser.add_argument(
+        "--batches", type=int, default=2000, help="number of batches of 64 small images (default: 2000)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,14 +26,14 @@ def run(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as base:
-        rows = [*_index(Path(base), int(args.samples)), *_soak(Path(base), args.batches)]
+        rows = [*_index(Path(base), int(args.samples)), *_many_batches(Path(base), args.batches)]
     print(_report.table(["memory", "MiB"], rows))
     print(f"\n{_report.origin()}")
     return 0
 
 
 def _index(root: Path, samples: int) -> list[list[str]]:
-    """Open an index whose shards do not exist, and look positions of all its parts up."""
+    """Open an index whose shards do not exist, and read rows of all its parts."""
     import numpy as np
 
     from mimscale.data.manifest import Manifest
@@ -72,26 +74,26 @@ def _index(root: Path, samples: int) -> list[list[str]]:
     ]
 
 
-def _soak(root: Path, batches: int) -> list[list[str]]:
-    from mimscale.bench.data import _family, _shards
+def _many_batches(root: Path, batches: int) -> list[list[str]]:
+    from mimscale.bench.data import _descendants, _make_shards
     from mimscale.data.config import DataConfig
     from mimscale.data.loader import TrainLoader
     from mimscale.data.manifest import Manifest
     from mimscale.data.synthetic import make_image_folder
     from mimscale.types import Needs
 
-    make_image_folder(root / "pictures", classes=10, per_class=30, side=48)
-    manifest = Manifest.load(_shards(root))
-    data = DataConfig(shards=manifest.place, image_size=32, workers=1)
+    make_image_folder(root / "images", classes=10, per_class=30, side=48)
+    manifest = Manifest.load(_make_shards(root))
+    data = DataConfig(shards=manifest.location, image_size=32, workers=1)
     loader = TrainLoader(manifest, data, Needs(), seed=0, global_batch=64, micro_batch=64, rank=0, world=1)
-    running = iter(loader)
+    iterator = iter(loader)
     rows = []
-    marks = {max(1, batches // 10): "after a tenth of the batches", batches: f"after {batches:,} batches"}
+    labels = {max(1, batches // 10): "after a tenth of the batches", batches: f"after {batches:,} batches"}
     for number in range(1, batches + 1):
-        next(running)
-        if number in marks:
-            _, *workers = _family(os.getpid())
-            rows.append([f"worker, {marks[number]}", f"{max(map(_resident_mib, workers)):.1f}"])
+        next(iterator)
+        if number in labels:
+            _, *workers = _descendants(os.getpid())
+            rows.append([f"worker, {labels[number]}", f"{max(map(_resident_mib, workers)):.1f}"])
     loader.close()
     return rows
 
@@ -101,7 +103,7 @@ def _resident_mib(pid: int) -> float:
 
 
 def _anonymous_mib(pid: int) -> float:
-    """Without pages of files, which processes share."""
+    """Without the pages of mapped files, which processes share."""
     return _status_mib(pid, "RssAnon")
 
 

@@ -1,4 +1,4 @@
-"""The order of samples at scale: time to seek, memory, and how many shards a node touches"""
+"""The order of samples at scale: time to find a position, memory, and number of shards that a node reads"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """One process plays single ranks: nothing in the order knows of the others."""
+    """One process computes the positions of single ranks, which do not depend on other ranks."""
     import numpy as np
 
     from mimscale.bench import _report
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     shards = max(1, round(args.samples / args.shard_samples))
     counts = np.full(shards, args.shard_samples, dtype=np.int64)
-    idle = _resident_mib()
+    before = _resident_mib()
     order = Order(counts, seed=0, streams=args.streams, block=args.block)
     steps = order.samples // args.global_batch
     rng = np.random.default_rng(0)
@@ -45,13 +45,13 @@ def run(args: argparse.Namespace) -> int:
         for later in range(1, 65):
             fresh.ids(positions(step + later, rank))
         next_us.append(1e6 * (time.process_time() - start_s) / (64 * len(positions(step, rank))))
-    grown = _resident_mib() - idle
+    grown = _resident_mib() - before
 
     node = range(args.ranks_per_node)
     streams = np.unique(np.concatenate([positions(0, rank) for rank in node]) % order.streams)
-    touched = len(np.unique(np.concatenate([order.stream_shards(0, int(stream)) for stream in streams])))
+    in_epoch = len(np.unique(np.concatenate([order.stream_shards(0, int(stream)) for stream in streams])))
     window = np.concatenate([positions(step, rank) for step in range(8) for rank in node])
-    at_once = len(np.unique(order.ids(window) // args.shard_samples))
+    in_8_steps = len(np.unique(order.ids(window) // args.shard_samples))
     wrong = sum(
         not np.array_equal(np.sort(order.ids(np.arange(s * args.global_batch, (s + 1) * args.global_batch))), everyone)
         for s in (0, steps // 2)
@@ -60,14 +60,14 @@ def run(args: argparse.Namespace) -> int:
     rows = [
         ["samples in shards", f"{order.samples:,} in {shards:,}"],
         [
-            "first batch of a rank after a resume, CPU ms (median, most)",
+            "first batch of a rank after a resume, CPU ms (median, maximum)",
             f"{np.median(seeks_ms):.0f}, {max(seeks_ms):.0f}",
         ],
         ["every later position, CPU us", f"{np.median(next_us):.1f}"],
         ["memory of the order in a process, MiB", f"{grown:.0f}"],
         ["streams that a node reads", f"{len(streams)} of {order.streams}"],
-        ["shards that a node touches in an epoch", f"{touched:,} of {shards:,} ({100 * touched / shards:.2f} %)"],
-        ["shards that a node touches in 8 steps", f"{at_once:,}"],
+        ["shards that a node reads in an epoch", f"{in_epoch:,} of {shards:,} ({100 * in_epoch / shards:.2f} %)"],
+        ["shards that a node reads in 8 steps", f"{in_8_steps:,}"],
         ["global batches that the ranks together do not fill exactly", f"{wrong} of 2"],
     ]
     print(_report.table([f"{args.ranks:,} ranks, {args.ranks_per_node} per node", ""], rows))

@@ -59,21 +59,21 @@ class AsyncCheckpointWriter:
     def __init__(
         self,
         root: Path,
-        control: Coordinator,
+        coordinator: Coordinator,
         config: CheckpointConfig,
         tensors: Mapping[str, Tensor],
         unchanged: Callable[[], None] = lambda: None,
         note: Callable[..., None] = lambda name, **values: None,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
-        self._root, self._control, self._config = root, control, config
+        self._root, self._coordinator, self._config = root, coordinator, config
         self._unchanged, self._note, self._alive = unchanged, note, alive
         self._copy = HostBuffer(tensors)
-        everyone = control.gather(checkpoint.fragments(tensors))
-        self._fragments = everyone if control.rank == 0 else []  # at 512 ranks of ZeRO-3 some 100 MB
+        everyone = coordinator.gather(checkpoint.fragments(tensors))
+        self._fragments = everyone if coordinator.rank == 0 else []  # at 512 ranks of ZeRO-3 some 100 MB
         self._job: _Job | None = None
         self._number = 0  # saves begun; the same on all ranks, like all that `agree_to_stop` decides by
-        self._written = self._settled = 0  # this rank's last shard on disk or given up; rank 0's last save dealt with
+        self._written = self._handled = 0  # this rank's last shard on disk or given up; rank 0's last save dealt with
         self._tries = 0
 
     # ---------------------------------------------------------------------------------------------- the loop's calls
@@ -86,13 +86,13 @@ class AsyncCheckpointWriter:
         if self.wait_for_writes(self._config.wait_s) is None:
             assert self._job is not None
             late_s = time.monotonic() - self._job.start_s
-            if self._control.rank == 0:
+            if self._coordinator.rank == 0:
                 self._warn(f"step {step} is not saved: step {self._job.step} is not yet written after {late_s:.0f} s")
             self._note("save_skipped", at=step, busy_with=self._job.step)
             return
         start_s = time.perf_counter()
         self._copy.fill(tensors)
-        name = self._control.broadcast(f".tmp-{checkpoint.step_folder(self._root, step).name}-{time.time_ns():x}")
+        name = self._coordinator.broadcast(f".tmp-{checkpoint.step_folder(self._root, step).name}-{time.time_ns():x}")
         self._number += 1
         job = self._job = _Job(step, meta, self._root / name)
         job.stalled_s = time.perf_counter() - start_s
@@ -103,12 +103,12 @@ class AsyncCheckpointWriter:
 
         The one agreement of a step carries the loop's flag too: returns whether any rank had raised it a step ago.
         """
-        settled = self._settled if self._control.rank == 0 else _NEVER
-        asked, *least = self._control.agree(raised, -self._written, -settled)
-        job, (written, settled) = self._job, (-number for number in least)
+        handled = self._handled if self._coordinator.rank == 0 else _NEVER
+        asked, *least = self._coordinator.agree(raised, -self._written, -handled)
+        job, (written, handled) = self._job, (-number for number in least)
         if job is not None and not job.ready and written >= self._number:
             self._gather(job)
-        if job is not None and settled >= self._number:
+        if job is not None and handled >= self._number:
             self._finish(job)
         return bool(asked)
 
@@ -124,7 +124,7 @@ class AsyncCheckpointWriter:
             self._gather(job)
         if not self._ended(job, end_s):
             return None
-        job.committed = self._control.broadcast(job.committed)
+        job.committed = self._coordinator.broadcast(job.committed)
         self._finish(job)
         return job.committed
 
@@ -135,7 +135,7 @@ class AsyncCheckpointWriter:
             assert job.thread is not None
             job.thread.join(max(0.0, min(pause_s, end_s - time.monotonic())))
             ended, late = not job.thread.is_alive(), time.monotonic() >= end_s
-            ranks = self._control.gather((ended, late, self._copy.written, self._tries))
+            ranks = self._coordinator.gather((ended, late, self._copy.written, self._tries))
             if all(ended for ended, *_ in ranks):
                 return True
             if any(late for _, late, *_ in ranks):
@@ -153,13 +153,15 @@ class AsyncCheckpointWriter:
     def _gather(self, job: _Job) -> None:
         """Every rank's size and sha256 to rank 0, which commits, or drops the save if one has failed. Collective."""
         job.ready = True
-        entries = [_ENTRY.unpack(item) for item in self._control.gather_bytes(_ENTRY.pack(*(job.entry or (-1, b""))))]
+        entries = [
+            _ENTRY.unpack(item) for item in self._coordinator.gather_bytes(_ENTRY.pack(*(job.entry or (-1, b""))))
+        ]
         failed = [rank for rank, (size, _) in enumerate(entries) if size < 0]
         if failed:
             job.failure = job.failure or f"rank {failed[0]} could not write its shard"
-        if self._control.rank != 0:
+        if self._coordinator.rank != 0:
             return
-        world = self._control.world
+        world = self._coordinator.world
         shards = [
             {"file": checkpoint.shard_name(rank, world), "bytes": size, "sha256": digest.hex(), "fragments": rows}
             for rank, ((size, digest), rows) in enumerate(zip(entries, self._fragments, strict=True))
@@ -168,7 +170,7 @@ class AsyncCheckpointWriter:
 
     def _finish(self, job: _Job) -> None:
         self._job = None
-        if self._control.rank != 0:
+        if self._coordinator.rank != 0:
             return
         seconds = {"stalled_s": round(job.stalled_s, 4), "written_s": round(time.monotonic() - job.start_s, 3)}
         if job.committed:
@@ -180,7 +182,7 @@ class AsyncCheckpointWriter:
     # ------------------------------------------------------------------------------------------------- in the thread
 
     def _write(self, job: _Job) -> None:
-        path = job.temporary / checkpoint.shard_name(self._control.rank, self._control.world)
+        path = job.temporary / checkpoint.shard_name(self._coordinator.rank, self._coordinator.world)
 
         def attempt() -> None:
             job.temporary.mkdir(parents=True, exist_ok=True)
@@ -209,11 +211,11 @@ class AsyncCheckpointWriter:
             self._patiently(job, tidy)
         else:
             self._drop(job)
-        self._settled = self._number
+        self._handled = self._number
 
     def _drop(self, job: _Job) -> None:
         shutil.rmtree(job.temporary, ignore_errors=True)
-        self._settled = self._number
+        self._handled = self._number
 
     def _patiently(self, job: _Job, attempt: Callable[[], None]) -> None:
         """Try until it succeeds or `patience_s` is over. What went wrong ends up in `job.failure`."""
@@ -227,7 +229,7 @@ class AsyncCheckpointWriter:
                 job.failure = str(error)
                 return
             except Exception as error:
-                job.failure = f"rank {self._control.rank}: {type(error).__name__}: {error}"
+                job.failure = f"rank {self._coordinator.rank}: {type(error).__name__}: {error}"
                 retried = isinstance(error, OSError) and time.monotonic() + pause_s < end_s
                 self._warn(f"step {job.step}: {error}; {f'trying again in {pause_s:g} s' if retried else 'given up'}")
                 if not retried:
@@ -236,4 +238,4 @@ class AsyncCheckpointWriter:
             pause_s = min(2 * pause_s, 30.0)
 
     def _warn(self, text: str) -> None:
-        warn(f"checkpoint: rank {self._control.rank}: {text}")
+        warn(f"checkpoint: rank {self._coordinator.rank}: {text}")

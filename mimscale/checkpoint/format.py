@@ -4,18 +4,21 @@
         shard-00000-of-00008.safetensors ...   one per rank that wrote
         manifest.json                          every file's size and sha256, every fragment's place, the train state
         COMPLETE                               the sha256 of manifest.json; written last
-    <run>/checkpoints/latest.json              names the newest; for people and scripts, a resume looks for itself
+    <run>/checkpoints/latest.json              names the newest; for people and scripts; a resume lists the folder
 
 A *fragment* is a contiguous run of one flattened named parameter, for one kind of number:
-    fp32, exp_avg, exp_avg_sq   the master weight and Adam's moments, always float32
-    buffer                      a module buffer, whole, in its own dtype
-    table                       what a method learned between steps, cut over the ranks, in its own dtype
+    fp32      the master weight, float32
+    buffer    a module buffer, whole, in its own dtype
+    ema       the moving average of a master weight, float32, where the run keeps one
+    table     what a method learned between steps, cut over the ranks, in its own dtype
+    others    the optimiser's state, float32, under its own names: AdamW's exp_avg and exp_avg_sq
 and is stored as the 1-D tensor "kind|name|start". Nothing about stages, groups, padding or ranks is in the key, so any
 run can read what any other wrote: it copies the overlapping pieces. 16-bit weights are not stored; they are the
 rounded masters. All is data: safetensors and JSON, no pickle.
 
+Training writes checkpoints with async_writer.py, which calls `commit` here; this file defines the format and reads it.
 A folder gets its final name by an atomic rename after every file in it is on disk, so a folder that is there is whole
-as far as the writer could see; `Reader` checks the manifest and the sizes, `verify` the sha256 of every file.
+as far as the writer could see; `CheckpointReader` checks the manifest and the sizes, `verify` the sha256 of every file.
 """
 
 from __future__ import annotations
@@ -38,12 +41,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mimscale.checkpoint.host_buffer import HostBuffer
 from mimscale.errors import UserError
+from mimscale.files.atomic import atomic_write, rename
 from mimscale.files.hashing import sha256
 
-FORMAT = 2
-KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+FORMAT = 3
 _SHARD = re.compile(r"shard-\d+-of-\d+\.safetensors")
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -105,29 +107,18 @@ def fragments(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
     return [[kinds, name, start, length] for (name, start, length), kinds in rows.items()]
 
 
-def write_shard(folder: Path, tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, Any]:
-    """Write one rank's fragments and return its entry in the manifest. A run uses `AsyncCheckpointWriter`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = shard_name(rank, world)
-    size, digest = HostBuffer(tensors).fill(tensors).write(folder / name)
-    return {"file": name, "bytes": size, "sha256": digest, "fragments": fragments(tensors)}
-
-
 def commit(temporary: Path, final: Path, shards: list[dict[str, Any]], meta: Mapping[str, Any]) -> None:
     """Rank 0, after every shard is on disk: manifest, COMPLETE, the final name, the pointer."""
     rows = ",\n".join(json.dumps(shard) for shard in shards)  # one by one: the training thread gets its turn between
     text = f'{json.dumps({"format": FORMAT, **meta})[:-1]}, "shards": [\n{rows}\n]}}'.encode()
     digest = hashlib.sha256(text).hexdigest()
-    _write(temporary / "manifest.json", text)
-    _write(temporary / "COMPLETE", digest.encode())
-    _fsync(temporary)
+    atomic_write(temporary / "manifest.json", text)
+    atomic_write(temporary / "COMPLETE", digest.encode())
     if final.exists():  # nobody resumed from it, or its step would not be reached again
         set_aside(final)
-    os.rename(temporary, final)
-    _fsync(final.parent)
-    part = final.with_name(".latest.part")
-    _write(part, json.dumps({"folder": final.name, "manifest_sha256": digest}).encode())
-    os.replace(part, final.with_name("latest.json"))
+    rename(temporary, final)
+    latest = json.dumps({"folder": final.name, "manifest_sha256": digest})
+    atomic_write(final.with_name("latest.json"), latest.encode())
 
 
 def set_aside(path: Path) -> None:
@@ -147,6 +138,8 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
             remove(path)
     for path in root.glob(".*-step-*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in root.glob(".latest.json.*.tmp*"):
+        path.unlink(missing_ok=True)
 
 
 def forget_after(root: Path, step: int) -> None:
@@ -157,7 +150,7 @@ def forget_after(root: Path, step: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; half-deleted it must not look complete."""
+    """Delete a checkpoint; a half-deleted one must not seem complete."""
     doomed = path.with_name(f".old-{path.name}-{time.time_ns():x}")
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -166,7 +159,7 @@ def remove(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-class Reader:
+class CheckpointReader:
     """Random access to a checkpoint's fragments. Raises CheckpointError, UserError.
 
     meta: the manifest without its list of shards, which at 512 ranks is long: it is kept as arrays, so one process can
@@ -288,23 +281,17 @@ def _manifest(path: Path) -> dict[str, Any]:
     return meta
 
 
-def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The method's state dict: fp32 parameters and buffers, whole."""
-    reader = Reader(checkpoint)
-    kinds: Iterable[str] = ("fp32", "buffer")
-    return {name: reader.full(kind, name) for kind in kinds for name in reader.names(kind)}
+def load_weights(checkpoint: Path, ema: bool = False) -> dict[str, Tensor]:
+    """The method's state dict: fp32 parameters and buffers, whole.
 
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    ema: the student's parameters are those of its exponential moving average, everything else is as trained. Raises
+    UserError where the checkpoint has none, CheckpointError where it is damaged.
+    """
+    reader = CheckpointReader(checkpoint)
+    averaged = set(reader.names("ema")) if ema else set()
+    if ema and not averaged:
+        raise UserError(f"{checkpoint} has no moving average (kind ema); leave --ema out")
+    trained: Iterable[str] = ("fp32", "buffer")
+    return {
+        name: reader.full("ema" if name in averaged else kind, name) for kind in trained for name in reader.names(kind)
+    }

@@ -4,7 +4,7 @@ config.yaml       the resolved recipe
 launches.jsonl    one line per start: command, versions, commit, ranks
 metrics.jsonl     one line per log step
 damaged.jsonl     one line per sample that could not be used
-tensorboard/      the same, to look at
+tensorboard/      the same as curves and panels
 checkpoints/      see format.py
 job/              what the batch scripts keep there
 lock, lock.held   who writes here: fault_tolerance/run_lock.py
@@ -30,6 +30,7 @@ import yaml
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
+from mimscale.files.atomic import atomic_write
 
 PACKAGES = (
     "mimscale",
@@ -54,10 +55,10 @@ def existing_run(run_dir: Path) -> RunConfig | None:
         return load_recipe(str(run_dir / "config.yaml"))
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file; name a folder")
-    ours = ("job", "lock", "hang", "slurm-", ".config.yaml.part")  # of batch scripts, and of a start that was killed
-    foreign = sorted(p.name for p in run_dir.iterdir() if not p.name.startswith(ours)) if run_dir.is_dir() else []
-    if foreign:
-        raise UserError(f"--run-dir {run_dir} holds something that is not a run ({foreign[0]}); name an empty folder")
+    ours = ("job", "lock", "hang", "slurm-", ".config.yaml.")  # of batch scripts, and of a start that was killed
+    others = sorted(p.name for p in run_dir.iterdir() if not p.name.startswith(ours)) if run_dir.is_dir() else []
+    if others:
+        raise UserError(f"--run-dir {run_dir} holds something that is not a run ({others[0]}); name an empty folder")
     return None
 
 
@@ -80,9 +81,7 @@ def create(run_dir: Path, run: RunConfig) -> None:
     """Write config.yaml, atomically. Raises UserError: a run whose recipe cannot be kept does not begin."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        part = run_dir / ".config.yaml.part"
-        part.write_text(yaml.safe_dump(run.dump(), sort_keys=False))
-        part.replace(run_dir / "config.yaml")
+        atomic_write(run_dir / "config.yaml", yaml.safe_dump(run.dump(), sort_keys=False).encode())
     except OSError as error:
         raise UserError(f"{run_dir}/config.yaml: {error.strerror}; make room, or name another --run-dir") from None
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from mimscale.errors import UserError, nearest
 
 DS_OWNS = frozenset({"zero_optimization", "fp16", "bf16", "data_types", "communication_data_type",
-                     "zero_allow_untested_optimizer", "prescale_gradients", "gradient_predivide_factor",
+                     "prescale_gradients", "gradient_predivide_factor",
                      "wall_clock_breakdown", "comms_logger", "flops_profiler", "dump_state"})  # fmt: skip
 DS_REFUSED = (
     ("bf16", "check_grad_overflow"),
@@ -30,6 +30,7 @@ RECIPE_OWNS = {
     "gradient_accumulation_steps": "engine.max_micro_batch",
     "gradient_clipping": "optim.clip",
     "optimizer": "optim",
+    "zero_allow_untested_optimizer": "optim.name",
     "scheduler": "schedule",
     "activation_checkpointing": "engine.activation_checkpointing",
     "steps_per_print": "log.every",

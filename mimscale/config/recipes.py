@@ -1,7 +1,8 @@
-"""Reading recipes: a name or a YAML file, and `section.key=value` overrides."""
+"""Reading recipes: a name or a YAML file, what it extends, and `section.key=value` overrides."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from mimscale.config.extends import merged
 from mimscale.config.registry import first_line
 from mimscale.config.run import RunConfig
-from mimscale.errors import UserError, nearest
+from mimscale.errors import UserError
 
 
 def recipe_names() -> list[str]:
@@ -27,13 +29,46 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises UserError with one line that names the value, the rule and the fix.
     """
-    values = _read_recipe(recipe)
+    values, base = read_recipe(recipe)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise UserError(f"override '{override}' is not of the form section.key=value")
         _assign(values, key.split("."), _parse_value(key, text))
-    return validate(values, source=recipe)
+    return validate(values, source=recipe if base is None else f"{recipe} (extends {base})")
+
+
+def read_recipe(recipe: str) -> tuple[dict[str, Any], str | None]:
+    """A recipe's values with those of its base merged in, before overrides and defaults, and what it extends.
+
+    A file may extend any recipe of this package by its name, or a whole file; a recipe of this package extends a whole
+    one of its kind. Raises UserError where that does not hold, and for what cannot be read.
+    """
+    own = _read_yaml(recipe)
+    if "extends" not in own:
+        for key in difflib.get_close_matches("extends", map(str, own), n=1):
+            raise UserError(f"{recipe}: unknown key {key}; did you mean 'extends'?")
+        return own, None
+    base = own.pop("extends")
+    if not isinstance(base, str):
+        raise UserError(f"{recipe}: extends = {base!r}: must be the name of a recipe or a path that ends in .yaml")
+    try:
+        return merged(_base_values(recipe, base), own), base
+    except UserError as error:
+        raise UserError(f"{recipe}: extends = {base}: {error}") from None
+
+
+def _base_values(recipe: str, base: str) -> dict[str, Any]:
+    if _is_file(recipe) and not _is_file(base):
+        return read_recipe(base)[0]
+    path = str(Path(recipe).parent / base) if _is_file(base) else base
+    values = _read_yaml(path)
+    if "extends" in values:
+        raise UserError(
+            f"it extends {values['extends']} itself; a base is the name of a recipe of this package or a whole file, "
+            f"such as `mimscale train {path} --show` prints"
+        )
+    return values
 
 
 def validate(values: Mapping[str, Any], source: str) -> RunConfig:
@@ -44,19 +79,22 @@ def validate(values: Mapping[str, Any], source: str) -> RunConfig:
         raise UserError(f"{source}: {first_line(error, RunConfig, ())}") from None
 
 
-def _read_recipe(recipe: str) -> dict[str, Any]:
-    path = Path(recipe)
-    if path.suffix not in (".yaml", ".yml"):
-        if recipe not in recipe_names():
-            raise UserError(
-                f"recipe '{recipe}' is unknown{nearest(recipe, recipe_names())}; or give a path that ends in .yaml"
-            )
-        text = resources.files("mimscale.recipes").joinpath(f"{recipe}.yaml").read_text()
-    else:
+def _is_file(recipe: str) -> bool:
+    return recipe.endswith((".yaml", ".yml"))
+
+
+def _read_yaml(recipe: str) -> dict[str, Any]:
+    if _is_file(recipe):
         try:
-            text = path.read_text()
+            text = Path(recipe).read_text()
         except OSError as error:
             raise UserError(f"recipe '{recipe}' cannot be read: {error.strerror}") from None
+    elif recipe in recipe_names():
+        text = resources.files("mimscale.recipes").joinpath(f"{recipe}.yaml").read_text()
+    else:
+        close = difflib.get_close_matches(recipe, recipe_names(), n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise UserError(f"recipe '{recipe}' is unknown; {hint}`mimscale recipes` lists them, a path ends in .yaml")
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

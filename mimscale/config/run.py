@@ -1,7 +1,7 @@
 """One run, whole: every section of a recipe in one model, strict and typed.
 
-Each package owns the model of its own section, in its `config.py`. The section under `method:` is validated by the
-method's own model, found by its name (`mimscale.config.registry`), so adding a method edits nothing here.
+Each package owns the model of its own section, in its `config.py`. The sections `method` and `optim` are validated by
+the model of the method and the optimiser that they name (`mimscale.config.registry`), so adding one edits nothing here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mimscale.engine.config import EngineConfig
 from mimscale.fault_tolerance.config import GuardConfig, WatchdogConfig
 from mimscale.models.config import StudentConfig
 from mimscale.monitoring.config import LogConfig
-from mimscale.optim.config import OptimConfig, ScheduleConfig
+from mimscale.optim.config import EmaConfig, OptimConfig, ScheduleConfig
 from mimscale.teachers.config import TeacherConfig
 from mimscale.training.config import InitConfig
 
@@ -33,7 +33,8 @@ class RunConfig(Strict):
     init: InitConfig | None = None
     teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
     method: SerializeAsAny[MethodConfig]
-    optim: OptimConfig = OptimConfig()
+    optim: SerializeAsAny[OptimConfig]
+    ema: EmaConfig | None = None
     schedule: ScheduleConfig
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -43,11 +44,16 @@ class RunConfig(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _method_by_name(cls, values: Any) -> Any:
-        section = values.get("method") if isinstance(values, Mapping) else None
-        if isinstance(section, Mapping):
-            return {**values, "method": section_by_name("mimscale.methods", section, "method.name")}
-        return values
+    def _sections_by_name(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        method, optim = values.get("method"), values.get("optim", {})
+        found = dict(values)
+        if isinstance(method, Mapping):
+            found["method"] = section_by_name("mimscale.methods", method, "method.name")
+        if isinstance(optim, Mapping):
+            found["optim"] = section_by_name("mimscale.optim.optimizers", optim, "optim.name", {"name": "adamw"})
+        return found
 
     @model_validator(mode="after")
     def _grid(self) -> RunConfig:
@@ -58,12 +64,17 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _one_stream_gathers(self) -> RunConfig:
+    def _split_teachers_fit(self) -> RunConfig:
         split = next((name for name, teacher in self.teachers.items() if teacher.shard), None)
         if split is not None and self.engine.teachers_ahead:
             raise ValueError(
                 f"engine.teachers_ahead = true with teachers.{split}.shard = true: a split teacher gathers in the "
                 f"student's stream; set one of them to false"
+            )
+        if split is not None and self.engine.backend == "torch":
+            raise ValueError(
+                f"engine.backend = torch with teachers.{split}.shard = true: only DeepSpeed splits a teacher; set the "
+                f"former to deepspeed or the latter to false"
             )
         return self
 

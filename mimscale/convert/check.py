@@ -1,4 +1,4 @@
-"""What a conversion is checked by: the same random input through both programs, the largest difference measured."""
+"""The checks of a conversion: our network against timm's, or against `reference`, on the same random input."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimscale.convert import reference, timm_export
-from mimscale.convert.formats import mae, simmim
+from mimscale.convert import reference
+from mimscale.convert.difference import Differences, random_input, relative_difference
+from mimscale.convert.formats import mae, simmim, timm
 from mimscale.convert.names import State
-from mimscale.convert.student import Student
+from mimscale.convert.networks import Student
 from mimscale.methods.base import Method
 from mimscale.models.beit import Beit
 from mimscale.models.convvit import ConvViT
@@ -24,47 +25,34 @@ from mimscale.models.token_selection import raster_order
 from mimscale.models.vit import LN_EPS
 from mimscale.types import Masks
 
-LIMIT = 1e-4  # of the largest output, fp32: the two programs sum in another order
-INPUT = "standard normal numbers of torch.Generator().manual_seed(0), fp32 on the CPU"
-Differences = dict[str, float]
-
-
-def random_input(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value; NaN where either holds one."""
-    return float((ours - theirs).abs().max() / theirs.abs().max())
-
 
 @torch.no_grad()
 def tokens_of(vit: Student) -> Tensor:
-    """All tokens of the random image; where the student has no last norm, after an untrained one."""
+    """All tokens [1, (1+)L, D] of the random image, after the last norm, or an untrained one where there is none."""
     tokens = vit.eval()(random_input(1, 3, *(side * vit.config.patch for side in vit.grid))).tokens
     return tokens if isinstance(vit.norm, nn.LayerNorm) else F.layer_norm(tokens, tokens.shape[-1:], eps=LN_EPS)
 
 
 @torch.no_grad()
 def encoder_difference(vit: Student, encoder: Mapping[str, Tensor]) -> float:
-    """Our network, as it is, against timm's (for ConvMAE: against `reference`) with the tensors of `encoder`."""
+    """Our student against timm's network (ConvMAE's encoder: against `reference`) with the tensors of `encoder`."""
     size = vit.grid[0] * vit.config.patch
     image = random_input(1, 3, size, size)
     if isinstance(vit, ConvViT):
-        return difference(tokens_of(vit), reference.convmae_encoder(encoder, image, vit.config.heads))
-    network: Any = timm_export.network(vit)
-    network.load_state_dict(timm_export.for_this_timm(vit, timm_export.to_timm(encoder)))
-    return difference(tokens_of(vit), network.forward_features(image))
+        return relative_difference(tokens_of(vit), reference.convmae_encoder(encoder, image, vit.config.heads))
+    network: Any = timm.create_model(vit)
+    network.load_state_dict(timm.with_stored_index(vit, timm.with_last_norm(encoder)))
+    return relative_difference(tokens_of(vit), network.forward_features(image))
 
 
 @torch.no_grad()
 def timm_differences(vit: Student, weights: Mapping[str, Tensor], file: Path) -> Differences:
-    """Our network against timm's, which loads the file itself as a user does; a classifier's logits too."""
-    network = timm_export.network(vit, weights, checkpoint_path=str(file))
+    """Our student against timm's network, which loads the file itself as a user's would; a classifier's logits too."""
+    network = timm.create_model(vit, weights, checkpoint_path=str(file))
     size = vit.grid[0] * vit.config.patch
     image = random_input(1, 3, size, size)
     if "head.weight" not in weights:
-        return {"encoder": difference(tokens_of(vit), network.forward_features(image))}
+        return {"encoder": relative_difference(tokens_of(vit), network.forward_features(image))}
     tokens = vit.eval()(image).tokens
     pooled = tokens[:, 0]
     if "fc_norm.weight" in weights:
@@ -72,12 +60,12 @@ def timm_differences(vit: Student, weights: Mapping[str, Tensor], file: Path) ->
         pooled = F.layer_norm(pooled, pooled.shape[-1:], weights["fc_norm.weight"], weights["fc_norm.bias"], LN_EPS)
     logits = F.linear(pooled, weights["head.weight"], weights["head.bias"])
     features = network.forward_features(image)
-    return {"encoder": difference(tokens, features), "logits": difference(logits, network(image))}
+    return {"encoder": relative_difference(tokens, features), "logits": relative_difference(logits, network(image))}
 
 
 @torch.no_grad()
 def method_differences(method: Method, weights: Mapping[str, Tensor]) -> Differences:
-    """A method, as it is, against references with `weights` (our names): its encoder, and its decoder or head."""
+    """The encoder and the decoder or head of a method against reference networks with `weights` (our names)."""
     student: Any = method.student
     own: State = {n.removeprefix("student."): t for n, t in weights.items() if n.startswith("student.")}
     own.pop("mask_token", None)
@@ -92,9 +80,9 @@ def method_differences(method: Method, weights: Mapping[str, Tensor]) -> Differe
         heads = decoder.blocks[0].attn.heads  # type: ignore[union-attr]
         parts = {n: t for n, t in weights.items() if n.startswith("decoder.")}
         theirs = reference.mae_decoder(mae.to_official(parts).weights, latent, raster.ids_restore, int(heads))  # type: ignore[arg-type]
-        found["decoder"] = difference(decoder.eval()(latent, raster), theirs)
+        found["decoder"] = relative_difference(decoder.eval()(latent, raster), theirs)
     if isinstance(head, PixelHead) and isinstance(student, Beit):
         tokens = random_input(1, patches, width)
         theirs = reference.simmim_head(simmim.to_official(weights).weights, tokens, student.grid, student.config.patch)
-        found["head"] = difference(unpatchify(head(tokens), student.grid), theirs)
+        found["head"] = relative_difference(unpatchify(head(tokens), student.grid), theirs)
     return found

@@ -1,4 +1,4 @@
-"""Weights by name, and how names are changed: what every family of checkpoints has in common. Pure functions."""
+"""State dicts and the renaming of their tensors: what every name format is made of. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch import Tensor
 State = dict[str, Tensor]
 Pairs = Sequence[tuple[str, str]]
 Levels = Mapping[str, Sequence[int]]
-"""Teacher -> those of its levels that a loss reads."""
+"""Teacher -> its levels that the loss reads."""
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """Weights under their new names, and one line for each thing that was left out or filled in."""
+    """Tensors under their new names, and one line for each thing that was left out or filled in."""
 
     weights: State
     notes: tuple[str, ...] = ()
 
 
 def parts_of(weights: Mapping[str, Tensor]) -> set[str]:
-    """Attributes of a Method that a state dict of ours has tensors of: student, decoder, ..."""
+    """The first components of the names: the modules of a Method (student, decoder, ...) that a state dict has."""
     return {name.partition(".")[0] for name in weights}
 
 
 def below(prefix: str, weights: Mapping[str, Tensor]) -> State:
-    """What stands below a prefix, under the rest of its name."""
+    """The tensors whose names start with a prefix, under the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def renamed(name: str, prefixes: Pairs, inside: Pairs) -> str:
-    """The first prefix that fits is replaced, then everything in `inside`."""
+    """Replace the first prefix (old, new) that fits, then every (old, new) of `inside` anywhere in the name."""
     old, new = next((pair for pair in prefixes if name.startswith(pair[0])), ("", ""))
     name = new + name.removeprefix(old)
     for old, new in inside:
@@ -42,7 +42,7 @@ def renamed(name: str, prefixes: Pairs, inside: Pairs) -> str:
 
 
 def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
-    """Whether two sets of weights are equal to the bit, NaN included."""
+    """Whether two state dicts have the same names, shapes and bits, NaN included."""
 
     def bits(tensor: Tensor) -> Tensor:
         return tensor.contiguous().flatten().view(torch.uint8)

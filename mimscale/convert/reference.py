@@ -1,6 +1,7 @@
-"""The same networks a second time, out of timm's and torch's parts and official names, to compare with.
+"""Second implementations of ConvMAE's encoder, MAE's decoder and SimMIM's head, for check.py to compare with.
 
-Nothing of `mimscale.models` is used, so a tensor under a wrong name, a swapped half or another epsilon shows up.
+They are built of timm's and torch's modules and take official names. Nothing of `mimscale.models` is used, so that a
+tensor under a wrong name, swapped halves of a table or another epsilon show up as a difference.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ LN_EPS, STAGE_EPS = 1e-6, 1e-5
 
 
 def convmae_encoder(state: Mapping[str, Tensor], image_B3HW: Tensor, heads: int) -> Tensor:
-    """All tokens [B, (1+)L, D] of a whole image, after the last norm (an untrained one where the state has none)."""
+    """All tokens [B, (1+)L, D] of an unmasked image, after the last norm (an untrained one where there is none)."""
 
     def conv(name: str, x: Tensor, **options: Any) -> Tensor:
         return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **options)

@@ -1,4 +1,4 @@
-"""Colour jitter: the numbers are drawn by the loader with everything else random, the arithmetic runs on the device."""
+"""Colour jitter: the loader draws the random factors with all other noise, the arithmetic runs on the device."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from torch import Tensor
 from mimscale.data import noise
 from mimscale.types import Batch, normalised
 
-PURPOSE = "colour"  # in `Batch.noise`: float32 [B, 6], see `drawn`
+PURPOSE = "colour"  # key in `Batch.noise`: float32 [B, 6], see `draw_factors`
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights
 _ORDERS = np.array(list(permutations(range(3))), np.float32)
 _BRIGHTNESS, _CONTRAST = 0, 1
 
 
-def drawn(strengths: tuple[float, float, float], seed: int, epoch: int, place: int) -> NDArray[np.float32]:
-    """float32 [6]: factors of brightness, contrast and saturation, each uniform in [max(0, 1 - s), 1 + s], and the
+def draw_factors(strengths: tuple[float, float, float], seed: int, epoch: int, index: int) -> NDArray[np.float32]:
+    """float32 [6]: factors of brightness, contrast and saturation, each uniform in [max(0, 1 - s), 1 + s], then the
     order in which these (0, 1, 2) are applied, as torchvision's ColorJitter draws them.
+
+    index: position of the sample in its epoch.
     """
-    numbers = noise.uniform(seed, PURPOSE, epoch, place, n=4)
-    most = np.array(strengths, np.float32)
-    low = np.maximum(0, 1 - most)
-    factors = low + (1 + most - low) * numbers[:3]
+    numbers = noise.uniform(seed, PURPOSE, epoch, index, n=4)
+    strength = np.array(strengths, np.float32)
+    low = np.maximum(0, 1 - strength)
+    factors = low + (1 + strength - low) * numbers[:3]
     return np.concatenate([factors, _ORDERS[int(6 * numbers[3])]])
 
 
-def jittered(images_B3HW: Tensor, colour_B6: Tensor) -> Tensor:
-    """float images in 0..1 -> the same, each with its own factors in its own order.
+def apply_jitter(images_B3HW: Tensor, colour_B6: Tensor) -> Tensor:
+    """float images in 0..1 -> float images in 0..1, each with its own factors in its own order.
 
-    Each of the three moves a picture away from, or towards, another one: black, its mean grey, itself in grey.
+    Each operation blends an image with a second one, as torchvision does: black for brightness, the mean grey of the
+    image for contrast, the greyscale image for saturation.
     """
     for step in range(3):
         which_B = colour_B6[:, 3 + step].long()
@@ -46,9 +49,9 @@ def jittered(images_B3HW: Tensor, colour_B6: Tensor) -> Tensor:
     return images_B3HW
 
 
-def finished(batch: Batch) -> Batch:
-    """uint8 images -> float32, jittered where the loader drew numbers for it, and normalised."""
+def jitter_and_normalise(batch: Batch) -> Batch:
+    """uint8 images -> float32, normalised; before that jittered, if the loader drew factors for it."""
     if PURPOSE not in batch.noise:
         return batch.normalised()
-    images = jittered(batch.images.float() / 255, batch.noise[PURPOSE])
+    images = apply_jitter(batch.images.float() / 255, batch.noise[PURPOSE])
     return replace(batch, images=normalised(images * 255))

@@ -1,4 +1,4 @@
-"""The section `data` of a recipe: where the images are and how they are cropped."""
+"""The section `data` of a recipe: where the images are, and how they are decoded and cropped."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def default_decoder() -> Literal["simplejpeg", "pillow"]:
 
 
 class StreamConfig(Strict):
-    """samples: how many pictures the shards hold, about; it is the length of an epoch, since a stream has no end.
+    """samples: approximate number of images in the shards; the length of an epoch, since a stream has none.
 
-    buffer: stored pictures among which each worker shuffles, in host memory.
+    buffer: number of encoded images in the shuffle buffer of each worker, in host memory.
     """
 
     samples: int = Field(ge=1)
@@ -26,25 +26,26 @@ class StreamConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Where the images are and how they are cut.
+    """Where the images are, and how they are decoded and cropped.
 
-    shards: a folder that holds manifest.json, or its address: http(s)://, s3://, gs://. Or `wds:` and WebDataset shards
-    that have no index (wds:/data/part-{000..127}.tar, several joined by ::), which are streamed: not exact, see
-    docs/data.md; then, and only then, `stream` is wanted.
-    cache: a folder on each node's own disk for whole shards that are needed next, at most cache_gib of them; an address
-    needs one, a slow shared file system may profit.
+    shards: a folder that holds manifest.json, or its URL: http(s)://, s3://, gs://. Or `wds:` and WebDataset shards
+    that have no index (wds:/data/part-{000..127}.tar, several joined by ::), which are streamed; this is not exact, see
+    docs/data.md. `stream` is required with wds: and refused otherwise.
+    cache: a folder on the local disk of each node, for copies of the shards that are read next, at most cache_gib GiB.
+    Required for a URL; useful for a slow shared file system.
 
-    crop: random_resized takes a part of random area (crop_scale) and aspect (crop_ratio). padded, the conservative crop
-    of PixMIM and MFF, resizes the short side to image_size, reflects crop_padding pixels over each edge and takes a
-    random square.
+    crop: random_resized takes a part of random area (crop_scale) and aspect ratio (crop_ratio). padded, the
+    conservative crop of PixMIM and MFF, resizes the short side to image_size, pads crop_padding pixels by reflection on
+    each edge and takes a random square.
 
-    colour_jitter: most change of brightness, contrast and saturation (0.3: factors from 0.7 to 1.3), in random order,
-    computed on the device; no published recipe here has it.
+    colour_jitter: maximum change of brightness, contrast and saturation (0.3: factors from 0.7 to 1.3), applied in
+    random order on the device; no published recipe in this project uses it.
 
-    decoder: decides the pixels, so a run keeps the one that it was started with (see data/decode.py). Default:
-    simplejpeg where it is installed; device: in the trainer's process, by nvJPEG on a GPU. decode_short_side:
-    larger JPEGs are decoded at a fraction of their size, down to a short side of this many pixels; 0 = off. crops:
-    each image is decoded once for so many consecutive steps, each with a crop of its own; crops count as samples.
+    decoder: decides the pixel values, so a resumed run must use the one that it was started with (see data/decode.py).
+    Default: simplejpeg if it is installed. device (experimental): decodes in the trainer's process, with nvJPEG on a
+    GPU. decode_short_side: larger JPEGs are decoded at a fraction of their size, down to a short side of this many
+    pixels; 0 = off. crops (experimental): each image is decoded once for this many consecutive steps, each with another
+    crop; every crop counts as a sample.
     max_damaged: a run stops when more samples than this cannot be used; default: one in 10,000, at least 10.
     """
 
@@ -71,25 +72,25 @@ class DataConfig(Strict):
 
     @field_validator("decoder")
     @classmethod
-    def _installed(cls, value: str) -> str:
+    def _check_installed(cls, value: str) -> str:
         if value == "simplejpeg" and default_decoder() != value:
             raise ValueError("the package is not installed; pip install simplejpeg, or start a run with pillow")
         return value
 
     @model_validator(mode="after")
-    def _possible(self) -> DataConfig:
+    def _check_crop(self) -> DataConfig:
         for name, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
             if not 0 < low <= high or (name == "crop_scale" and high > 1):
-                raise ValueError(f"{name} = [{low}, {high}]: must rise, stay above 0 and (scale) not exceed 1")
+                raise ValueError(f"{name} = [{low}, {high}]: must be ascending, above 0 and, for crop_scale, at most 1")
         if self.crop_padding >= self.image_size:
             raise ValueError(f"crop_padding = {self.crop_padding}: must be below image_size = {self.image_size}")
         return self
 
     @model_validator(mode="after")
-    def _fit_for_the_device(self) -> DataConfig:
-        """What workers do to whole pictures does not go with pictures that they leave undecoded."""
-        wrong = self.crop != "random_resized" or self.crops > 1 or self.decode_short_side or self.stream is not None
-        if self.decoder == "device" and wrong:
+    def _check_device_decoder(self) -> DataConfig:
+        """Options that need the decoded image in the worker do not work with JPEGs that the worker leaves encoded."""
+        refused = self.crop != "random_resized" or self.crops > 1 or self.decode_short_side or self.stream is not None
+        if self.decoder == "device" and refused:
             raise ValueError(
                 "decoder = device: only with crop=random_resized, crops=1, decode_short_side=0 and an indexed data "
                 "set; change these, or set decoder=simplejpeg"
@@ -97,10 +98,10 @@ class DataConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _streamed_or_not(self) -> DataConfig:
+    def _check_stream(self) -> DataConfig:
         if (self.stream is not None) != self.shards.startswith("wds:"):
-            fix = "set data.stream.samples to how many pictures there are" if self.stream is None else "set stream=null"
-            raise ValueError(f"shards = {self.shards}: stream is for wds: and wds: needs it; {fix}")
+            fix = "set data.stream.samples to the number of images" if self.stream is None else "set stream=null"
+            raise ValueError(f"shards = {self.shards}: stream is required with wds: and refused otherwise; {fix}")
         if self.stream is not None and self.cache is not None:
-            raise ValueError(f"cache = {self.cache} with {self.shards}: a stream keeps no copies; set cache=null")
+            raise ValueError(f"cache = {self.cache} with {self.shards}: a stream is not cached; set cache=null")
         return self

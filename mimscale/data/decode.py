@@ -1,8 +1,9 @@
-"""Stored bytes -> RGB picture, by content: the name of the file does not matter (ImageNet has a PNG named .JPEG).
+"""Encoded bytes -> RGB image. The content decides the format, not the file name (ImageNet has a PNG named .JPEG).
 
-Paths, chosen by `data.decoder`. Pillow is the reference. `Fast` decodes JPEGs with simplejpeg (libjpeg-turbo, the
-same pixels) and resizes with torch's antialiased uint8 kernels, which differ from Pillow's by one grey level in some
-pixels; whatever simplejpeg refuses it hands to Pillow's decoder. `deferred` leaves plain JPEGs to on_device.py.
+`data.decoder` chooses one of three decoders. `decode` uses Pillow and is the reference. `SimpleJpegDecoder` decodes
+JPEGs with simplejpeg (libjpeg-turbo, the same pixels) and resizes with torch's antialiased uint8 kernels, which differ
+from Pillow's by one grey level in some pixels; what simplejpeg refuses is decoded by Pillow. `defer_jpeg` leaves plain
+JPEGs encoded, for device_decode.py.
 """
 
 from __future__ import annotations
@@ -22,20 +23,31 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-EXTENSIONS = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm"}  # of members that are pictures
+EXTENSIONS = {
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "ppm",
+    "pgm",
+}  # of shard members that are images
 MAX_PIXELS = 100_000_000
 JPEG_SPACES = ("YCbCr", "Gray", "RGB")  # CMYK needs Pillow's conversion
 MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 
 
 class BadImage(ValueError):
-    """Bytes that are not a whole picture of an accepted format and size."""
+    """Bytes that are not a complete image of an accepted format and size."""
 
 
 def decode(data: bytes) -> Image.Image:
     """The first frame as 8-bit RGB, in stored orientation (EXIF is ignored, as torchvision's ImageFolder does).
 
-    CMYK, grey and palette pictures are converted as Pillow does; transparency is dropped. Raises BadImage.
+    CMYK, grey and palette images are converted as Pillow does; transparency is dropped. Raises BadImage.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -44,13 +56,13 @@ def decode(data: bytes) -> Image.Image:
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage(f"not a picture ({', '.join(FORMATS)})") from None
+        raise BadImage(f"not an image ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise whatever their format's parser meets
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
-class Picture:
-    """uint8 [H, W, 3] with the part of Pillow's interface that crops need; resizes in torch."""
+class ArrayImage:
+    """uint8 [H, W, 3] with the part of Pillow's interface that crops need; `resize` runs in torch."""
 
     def __init__(self, array: NDArray[np.uint8]):
         self.array = array
@@ -67,34 +79,36 @@ class Picture:
     def size(self) -> tuple[int, int]:
         return self.width, self.height
 
-    def crop(self, box: tuple[int, int, int, int]) -> Picture:
+    def crop(self, box: tuple[int, int, int, int]) -> ArrayImage:
         """A view of (left, top, right, bottom), which must lie inside."""
         left, top, right, bottom = box
-        return Picture(self.array[top:bottom, left:right])
+        return ArrayImage(self.array[top:bottom, left:right])
 
-    def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Picture:
+    def resize(self, size: tuple[int, int], resample: Image.Resampling) -> ArrayImage:
         """To (width, height), antialiased."""
         import torch  # here, since data_prep decodes too, and must not wait for it in each of its processes
         from torch.nn import functional as F
 
         planes = torch.from_numpy(self.array).permute(2, 0, 1)[None]
         small = F.interpolate(planes, (size[1], size[0]), mode=MODES[resample], antialias=True)
-        return Picture(small[0].permute(1, 2, 0).numpy())
+        return ArrayImage(small[0].permute(1, 2, 0).numpy())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self.array, dtype=dtype, copy=True) if copy else np.asarray(self.array, dtype=dtype)
 
 
-AnyPicture = Image.Image | Picture
-Decoder = Callable[[bytes], Any]  # AnyPicture; or Undecoded, from `deferred`
+AnyImage = Image.Image | ArrayImage
+Decoder = Callable[[bytes], Any]  # -> AnyImage; `defer_jpeg` may return an UndecodedJpeg
 
 
-class Fast:
-    """bytes -> Picture. A picture is valid until the next call: all share one buffer, or every decode would first wait
-    for the kernel to clear new pages, a fifth of its time. Raises BadImage.
+class SimpleJpegDecoder:
+    """bytes -> ArrayImage. Raises BadImage.
 
-    short_side: larger JPEGs are decoded at 1/2, 1/4 or 1/8 (by their DCT) as long as their short side stays at least
-    this, in pixels; 0 = never, since it changes pixels.
+    A result is valid until the next call, because all results share one buffer: with a new buffer per image a fifth of
+    the decoding time would go to the kernel, which clears new pages.
+
+    short_side: larger JPEGs are decoded at 1/2, 1/4 or 1/8 of their size (scaled DCT) as long as the short side keeps
+    at least this many pixels; 0 = never, since it changes pixels.
     """
 
     def __init__(self, short_side: int = 0):
@@ -105,14 +119,14 @@ class Fast:
         self._buffer = np.empty(0, np.uint8)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Fast, (self.short_side,)
+        return SimpleJpegDecoder, (self.short_side,)
 
-    def __call__(self, data: bytes) -> Picture:
-        array = self._simplejpeg(data) if data[:2] == b"\xff\xd8" else None
-        return Picture(np.asarray(decode(data)) if array is None else array)
+    def __call__(self, data: bytes) -> ArrayImage:
+        array = self._decode_jpeg(data) if data[:2] == b"\xff\xd8" else None
+        return ArrayImage(np.asarray(decode(data)) if array is None else array)
 
-    def _simplejpeg(self, data: bytes) -> NDArray[np.uint8] | None:
-        """None for what is not a plain JPEG, or gives a warning: whether that is damage is for Pillow to say."""
+    def _decode_jpeg(self, data: bytes) -> NDArray[np.uint8] | None:
+        """None if the data is not a plain JPEG or simplejpeg warns; then Pillow decides whether it is damaged."""
         try:
             height, width, space, _ = self._jpeg.decode_jpeg_header(data)
             if space not in JPEG_SPACES:
@@ -133,8 +147,8 @@ class Fast:
 
 
 @dataclass(frozen=True)
-class Undecoded:
-    """A JPEG that only the device decodes, with the size that its header tells."""
+class UndecodedJpeg:
+    """A JPEG that the device will decode; height and width come from its header."""
 
     data: bytes
     height: int
@@ -145,29 +159,29 @@ class Undecoded:
         return self.width, self.height
 
 
-def deferred(data: bytes) -> Undecoded | Image.Image:
-    """A plain upright JPEG that has its end is left as it is; all else goes through `decode`. Raises BadImage."""
+def defer_jpeg(data: bytes) -> UndecodedJpeg | Image.Image:
+    """Leave a plain upright JPEG with an end marker encoded; decode everything else with `decode`. Raises BadImage."""
     if data[:2] == b"\xff\xd8" and data.rstrip(b"\0").endswith(b"\xff\xd9"):
-        # what is wrong with it is for `decode` to say
+        # an error here is not reported: `decode` below meets it again and reports it
         with suppress(Exception), Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             _check_size(image.width, image.height)
-            upright = image.getexif().get(Base.Orientation, 1) == 1  # TorchCodec would turn it
+            upright = image.getexif().get(Base.Orientation, 1) == 1  # TorchCodec would rotate it
             if image.mode in ("RGB", "L") and upright:
-                return Undecoded(data, image.height, image.width)
+                return UndecodedJpeg(data, image.height, image.width)
     return decode(data)
 
 
-def decoder(name: Literal["simplejpeg", "pillow", "device"], short_side: int = 0) -> Decoder:
-    """What workers do with stored bytes."""
+def make_decoder(name: Literal["simplejpeg", "pillow", "device"], short_side: int = 0) -> Decoder:
+    """The function that workers call on the encoded bytes of an image."""
     if name == "simplejpeg":
-        return Fast(short_side)
-    return deferred if name == "device" else decode
+        return SimpleJpegDecoder(short_side)
+    return defer_jpeg if name == "device" else decode
 
 
 def explain(name: Literal["simplejpeg", "pillow"]) -> str:
-    """Which path this is, and why it may have been chosen."""
+    """Which decoder this is, and why it is used."""
     if name == "simplejpeg":
-        return f"simplejpeg {version('simplejpeg')} and torch's antialiased resize; Pillow for what is no plain JPEG"
+        return f"simplejpeg {version('simplejpeg')} and torch's antialiased resize; Pillow for all but plain JPEGs"
     why = "chosen by data.decoder" if find_spec("simplejpeg") else "simplejpeg is not installed"
     return f"Pillow {PIL.__version__} alone, slower: {why}"
 

@@ -1,7 +1,7 @@
-"""Batches on their way to the device: the copy of the next one runs while this one is worked on.
+"""Copies batches to the device: the copy of the next batch overlaps with the computation on the current one.
 
-On a GPU, a stream of its own takes the pinned batch over and normalises it, one batch ahead of its use: that costs the
-memory of one more batch. On the CPU, batches pass through one by one.
+On a GPU a separate CUDA stream copies the pinned batch and normalises it, one batch ahead; this costs the memory of one
+more batch. On a CPU nothing is prefetched.
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ from collections.abc import Iterator
 
 import torch
 
-from mimscale.data.color_jitter import finished
+from mimscale.data.color_jitter import jitter_and_normalise
 from mimscale.types import Batch, PrefetchedBatch
 
 
 class DevicePrefetcher:
-    """Iterates over `batches`; the copies are jittered where asked, and normalised."""
+    """Iterates over `batches`. The device copies are normalised, after colour jitter if the recipe asks for it."""
 
     def __init__(self, batches: Iterator[Batch], device: torch.device):
         self._batches, self._device = batches, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._waiting: deque[PrefetchedBatch] = deque()
-        self._ahead = 0 if self._stream is None else 1
+        self._queue: deque[PrefetchedBatch] = deque()
+        self._depth = 0 if self._stream is None else 1  # batches copied before they are asked for
 
     def __iter__(self) -> Iterator[PrefetchedBatch]:
         return self
 
     def __next__(self) -> PrefetchedBatch:
-        while len(self._waiting) <= self._ahead:
-            prefetched = self._stage()
+        while len(self._queue) <= self._depth:
+            prefetched = self._copy_next()
             if prefetched is None:
                 break
-            self._waiting.append(prefetched)
-        if not self._waiting:
+            self._queue.append(prefetched)
+        if not self._queue:
             raise StopIteration
-        return self._waiting.popleft()
+        return self._queue.popleft()
 
-    def _stage(self) -> PrefetchedBatch | None:
-        with torch.cuda.stream(self._stream):  # None: where we are
+    def _copy_next(self) -> PrefetchedBatch | None:
+        with torch.cuda.stream(self._stream):  # None: the current stream
             raw = next(self._batches, None)
             if raw is None:
                 return None
-            copy = finished(raw.to(self._device))
+            copy = jitter_and_normalise(raw.to(self._device))
             return PrefetchedBatch(raw, copy, None if self._stream is None else self._stream.record_event())

@@ -1,7 +1,7 @@
-"""Batches for training and evaluation: manifest + order + noise -> `Batch`, the same for any workers, ranks and resume.
+"""Batches for training and evaluation: manifest + order + noise -> `Batch`, independent of ranks, workers and resumes.
 
-A batch is a function of its positions alone. The sampler hands lists of positions to the workers, a worker turns one
-list into one micro-batch; so neither the number of workers nor where a run was interrupted can be seen in the data.
+A batch is a function of its positions alone. The sampler sends lists of positions to the workers and a worker turns one
+list into one micro-batch, so the data depends neither on the number of workers nor on where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mimscale.data.config import DataConfig, default_decoder
+from mimscale.data.datasets import EvalDataset, TrainDataset
 from mimscale.data.device_decode import DeviceDecoder
 from mimscale.data.manifest import Ints, Manifest
 from mimscale.data.order import Jumps, Order, batch_of, rank_positions
 from mimscale.data.sample_reader import DamagedSample
-from mimscale.data.samples import EvalSamples, TrainSamples
 from mimscale.data.shard_prefetch import ShardPrefetcher
-from mimscale.data.shm_pool import SharedMemoryPool, opened
-from mimscale.data.wds_stream import Source, StreamSamples, WebDatasetStream
+from mimscale.data.shm_pool import SharedMemoryPool, unpack
+from mimscale.data.wds_stream import Source, StreamDataset, WebDatasetStream
 from mimscale.errors import UserError
 from mimscale.types import Batch, Needs
 
 CPU = torch.device("cpu")
-AHEAD = 3  # items that the trainer, its teachers and the thread that pins may hold at a time
-Running = Generator[Batch, None, None]
-_RUNNING: weakref.WeakSet[Running] = weakref.WeakSet()
+HELD_ITEMS = 3  # items that the trainer, its teachers and the pinning thread may hold at the same time
+BatchGenerator = Generator[Batch, None, None]
+_OPEN_GENERATORS: weakref.WeakSet[BatchGenerator] = weakref.WeakSet()
 
 
 class TrainLoader:
     """Endless micro-batches of one rank from `start_step` on: global_batch / (world * micro_batch) of them per step.
 
     jumps: see `order.batch_of`. pin: put batches into pinned memory. device: where `data.decoder: device` decodes.
-    One iteration runs at a time: a new one starts again at `start_step`. Workers end with `close()`, with the
-    loader, or with the program. They ignore SIGINT, SIGTERM and SIGUSR1, which SLURM sends to every process of a
-    job: when to stop is the trainer's decision. Raises UserError where sizes do not divide or labels are needed and
-    missing; iterating raises DamagedSample where nothing at all can be read.
+    Only one iterator exists at a time: a new one ends the last one and starts again at `start_step`. Workers end with
+    `close()`, with the loader, or with the program. They ignore SIGINT, SIGTERM and SIGUSR1, which SLURM sends to every
+    process of a job, because the trainer decides when to stop. Raises UserError if sizes do not divide or if labels are
+    needed and missing; iterating raises DamagedSample if no sample can be read.
     """
 
     def __init__(
@@ -72,54 +72,63 @@ class TrainLoader:
             raise UserError(
                 f"the method needs labels and '{manifest.folder}' has none; prepare it without --unlabelled"
             )
-        positions = Positions(global_batch, micro_batch, rank, world, start_step, data.crops, jumps)
-        samples: Dataset[list[Batch]]
-        stored = 0  # bytes a picture that the workers hand on
-        self._finish: Callable[[Batch], Batch] = lambda batch: batch
-        self._ahead: ShardPrefetcher | None = None
-        self._look_ahead: Callable[[int], ShardPrefetcher] | None = None
+        sampler = PositionSampler(global_batch, micro_batch, rank, world, start_step, data.crops, jumps)
+        dataset: Dataset[list[Batch]]
+        jpeg_bytes = 0  # per image, in what the workers send
+        self._decode: Callable[[Batch], Batch] = lambda batch: batch
+        self._make_shard_prefetcher: Callable[[int], ShardPrefetcher] | None = None
+        self._shard_prefetcher: ShardPrefetcher | None = None
         if isinstance(manifest, WebDatasetStream):
-            samples = StreamSamples(manifest, data, needs, seed, global_batch, positions, rank, world)
+            dataset = StreamDataset(manifest, data, needs, seed, global_batch, sampler, rank, world)
         else:
             order = Order(manifest, seed, data.streams, data.block)
-            samples = TrainSamples(manifest, order, data, needs, seed, global_batch)
+            dataset = TrainDataset(manifest, order, data, needs, seed, global_batch)
             if data.decoder == "device":
-                stored = 2 * sum(shard.bytes for shard in manifest.file.shards) // manifest.samples
-                plain = data.model_copy(update={"decoder": default_decoder()})
-                exact = TrainSamples(manifest, order, plain, replace(needs, uncropped_images=0), seed, global_batch)
-                self._finish = DeviceDecoder(exact, device)
+                jpeg_bytes = 2 * sum(shard.bytes for shard in manifest.file.shards) // manifest.samples
+                cpu_data = data.model_copy(update={"decoder": default_decoder()})
+                cpu_needs = replace(needs, uncropped_images=0)
+                self._decode = DeviceDecoder(
+                    TrainDataset(manifest, order, cpu_data, cpu_needs, seed, global_batch), device
+                )
             if manifest.cache:
-                self._look_ahead = partial(ShardPrefetcher, manifest, order, global_batch, rank, world)
-        sampler = None if isinstance(manifest, WebDatasetStream) else positions
-        self._open = partial(_data_loader, samples, sampler, workers=data.workers, prefetch=data.prefetch, pin=pin)
-        self._parts = global_batch // (world * micro_batch)
-        held = AHEAD + (self._parts if data.crops > 1 else 0)
-        slots, size = data.workers * data.prefetch + held, item_bytes(data, needs, micro_batch, stored)
-        self._pool = partial(SharedMemoryPool, slots, size) if data.workers else lambda: None
+                self._make_shard_prefetcher = partial(ShardPrefetcher, manifest, order, global_batch, rank, world)
+        self._make_loader = partial(
+            _data_loader,
+            dataset,
+            None if isinstance(manifest, WebDatasetStream) else sampler,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            pin=pin,
+        )
+        self._micro_batches = global_batch // (world * micro_batch)  # per step
+        held = HELD_ITEMS + (self._micro_batches if data.crops > 1 else 0)
+        slots, size = data.workers * data.prefetch + held, item_bytes(data, needs, micro_batch, jpeg_bytes)
+        self._make_pool = partial(SharedMemoryPool, slots, size) if data.workers else lambda: None
         self._start_step, self._crops, self._jumps = start_step, data.crops, jumps
-        self._running: Running | None = None
+        self._batches: BatchGenerator | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        self._running = _run(self._open(pool=self._pool()), self._parts)
-        if self._look_ahead is None:
-            return map(self._finish, self._running)
-        self._ahead = self._look_ahead(batch_of(self._start_step, self._jumps) // self._crops)
-        return self._followed(self._running, self._ahead)
+        self._batches = _open_generator(self._make_loader(pool=self._make_pool()), self._micro_batches)
+        if self._make_shard_prefetcher is None:
+            return map(self._decode, self._batches)
+        self._shard_prefetcher = self._make_shard_prefetcher(batch_of(self._start_step, self._jumps) // self._crops)
+        return self._with_shard_prefetcher(self._batches, self._shard_prefetcher)
 
-    def _followed(self, running: Running, ahead: ShardPrefetcher) -> Iterator[Batch]:
-        for number, batch in enumerate(running):
-            ahead.step.value = batch_of(self._start_step + number // self._parts, self._jumps) // self._crops
-            yield self._finish(batch)
+    def _with_shard_prefetcher(self, batches: BatchGenerator, prefetcher: ShardPrefetcher) -> Iterator[Batch]:
+        for number, batch in enumerate(batches):
+            step = self._start_step + number // self._micro_batches
+            prefetcher.step.value = batch_of(step, self._jumps) // self._crops
+            yield self._decode(batch)
 
     def close(self) -> None:
         """End the workers. Iterating again starts new ones."""
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        if self._shard_prefetcher is not None:
+            self._shard_prefetcher.close()
+            self._shard_prefetcher = None
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
 
 def eval_batches(
@@ -134,9 +143,9 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every sample once, in manifest order: rank r has the r-th of `world` consecutive parts.
 
-    Every rank has the same number of batches of the same size, `batch` or its largest part if that is smaller. What a
-    rank lacks is filled up at its end with one sample again and again, of weight 0; it must not count.
-    Centre crops (see `transforms.centre_crop`), no noise; ids and positions are the same; labels where there are any.
+    Every rank has the same number of batches of the same size: `batch`, or the largest part if that is smaller. The
+    last batches of a rank with fewer samples are padded with repeats of one sample; `Batch.weights` is 0 for these.
+    Center crops (see `transforms.center_crop`), no noise; ids and positions are equal; labels if there are any.
     Nothing is left out or substituted: iterating raises DamagedSample.
     """
     if batch < 1 or not 0 <= rank < world or not 0 < crop_pct <= 1:
@@ -146,18 +155,20 @@ def eval_batches(
     first, last = (manifest.samples * r // world for r in (rank, rank + 1))
     largest = -(-manifest.samples // world)
     batch = min(batch, largest)
-    places = np.arange(first, first + -(-largest // batch) * batch).reshape(-1, batch)
-    filler = min(first, manifest.samples - 1)
-    parts = [(np.where(row < last, row, filler), (row < last).astype(np.float32)) for row in places]
-    samples = EvalSamples(manifest, image_size, crop_pct)
-    return _run(_data_loader(samples, parts, workers=workers, prefetch=2, pin=False, pool=None), 1)
+    padded_ids = np.arange(first, first + -(-largest // batch) * batch).reshape(-1, batch)
+    padding = min(first, manifest.samples - 1)
+    batches = [(np.where(ids < last, ids, padding), (ids < last).astype(np.float32)) for ids in padded_ids]
+    dataset = EvalDataset(manifest, image_size, crop_pct)
+    return _open_generator(_data_loader(dataset, batches, workers=workers, prefetch=2, pin=False, pool=None), 1)
 
 
-class Positions:
-    """What the workers are to make, endless, for one rank: (places in the order, positions [rows, micro_batch]).
+class PositionSampler:
+    """Endless items for the workers of one rank: (image positions int64 [B], crop positions int64 [rows, B]).
 
-    Each of `crops` consecutive global batches, a window, takes another crop of the same images: those of the window's
-    own place in the order. A run that starts, or jumps, into a window begins with the rest of it.
+    B = micro_batch. A window is `crops` consecutive global batches that take different crops of the same images: global
+    batch number w of the order for window w. There is one row of crop positions for each batch of the window. A run
+    that starts in the middle of a window, or jumps there, yields only the remaining rows. With crops = 1 there is one
+    row, equal to the image positions.
     """
 
     def __init__(
@@ -179,27 +190,29 @@ class Positions:
             window = batch_of(step, self.jumps) // self.crops
             batches = [batch_of(t, self.jumps) for t in range(step, step + self.crops)]
             batches = [batch for batch in batches if batch // self.crops == window]
-            yield from zip(self._cut(window), np.stack([self._cut(batch) for batch in batches], axis=1), strict=True)
+            crop_positions = np.stack([self._micro_batch_positions(batch) for batch in batches], axis=1)
+            yield from zip(self._micro_batch_positions(window), crop_positions, strict=True)
             step += len(batches)
 
-    def _cut(self, batch: int) -> Ints:
+    def _micro_batch_positions(self, batch: int) -> Ints:
+        """int64 [micro-batches per step, micro_batch]: this rank's positions in one global batch."""
         return rank_positions(batch, self.global_batch, self.rank, self.world).reshape(-1, self.micro_batch)
 
 
-def item_bytes(data: DataConfig, needs: Needs, micro_batch: int, stored: int = 0) -> int:
-    """What the tensors of one item, a micro-batch for each of `data.crops` steps, take up at most.
+def item_bytes(data: DataConfig, needs: Needs, micro_batch: int, jpeg_bytes: int = 0) -> int:
+    """Upper bound, in bytes, of the tensors of one item: a micro-batch for each of `data.crops` steps.
 
-    stored: bytes of JPEG in it, a picture on average.
+    jpeg_bytes: average size of the JPEG that comes with each image.
     """
-    picture = 3 * data.image_size**2
-    drawn = sum(4 * math.prod(noise.shape) for noise in needs.noise.values())
-    small = 128  # ids, positions, boxes, flips, labels, places, colour, and what comes with JPEGs
-    others = small + drawn + stored + (picture if needs.uncropped_images else 0)
-    return data.crops * (micro_batch * (picture + others) + 4096)
+    image = 3 * data.image_size**2
+    noise = sum(4 * math.prod(wanted.shape) for wanted in needs.noise.values())
+    small = 128  # ids, positions, boxes, flips, labels, row numbers, colour, and the fields of EncodedImages
+    others = small + noise + jpeg_bytes + (image if needs.uncropped_images else 0)
+    return data.crops * (micro_batch * (image + others) + 4096)
 
 
 def _data_loader(
-    samples: Dataset[list[Batch]],
+    dataset: Dataset[list[Batch]],
     sampler: Any,
     *,
     workers: int,
@@ -208,15 +221,15 @@ def _data_loader(
     pool: SharedMemoryPool | None,
 ) -> DataLoader[list[Batch]]:
     return DataLoader(
-        samples,
+        dataset,
         sampler=sampler,
-        batch_size=None,  # the samples make whole batches themselves
+        batch_size=None,  # an item of the dataset is a complete batch
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=_ignore_signals,
         collate_fn=None if pool is None else pool.pack,
         pin_memory=pin,
-        generator=torch.Generator(),  # unused by the samples; without it torch would advance the global one
+        generator=torch.Generator(),  # the datasets do not use it; without it torch would advance the global generator
     )
 
 
@@ -225,41 +238,43 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _drain(loader: DataLoader[list[Batch]], parts: int) -> Running:
-    """Step by step, from items that each hold one micro-batch, of `parts`, for every step of a window.
+def _iterate(loader: DataLoader[list[Batch]], micro_batches: int) -> BatchGenerator:
+    """Micro-batches in the order of steps, `micro_batches` per step.
 
-    Closing this generator, or an error in it, ends the workers. To drop the iterator is not enough: a traceback may
-    hold it, and its workers ignore the SIGTERM that would end them.
+    An item of the loader holds one micro-batch for every step of a window: the first is yielded at once, the others are
+    kept until their step comes.
+    Closing this generator, or an error in it, ends the workers. Dropping the iterator would not be enough: a traceback
+    may hold it, and its workers ignore the SIGTERM that would end them.
     """
     items: Any = iter(loader)
-    later: list[list[Batch]] = []
+    later_steps: list[list[Batch]] = []
     try:
-        for first, *rest in map(opened, items):
+        for first, *others in map(unpack, items):
             yield first
-            later.append(rest)
-            if len(later) == parts:
-                for step in zip(*later, strict=True):
+            later_steps.append(others)
+            if len(later_steps) == micro_batches:
+                for step in zip(*later_steps, strict=True):
                     yield from step
-                later.clear()
-    except DamagedSample as error:  # torch hands a worker's on with the traceback as its text
+                later_steps.clear()
+    except DamagedSample as error:  # torch raises a worker's error again, with the traceback in its text
         raise DamagedSample(str(error).rstrip().rpartition("DamagedSample: ")[2]) from None
     finally:
         if loader.num_workers:
-            with suppress(RuntimeError):  # a worker was killed: nobody waits for its batches any more
+            with suppress(RuntimeError):  # a worker was killed, and its batches are no longer needed
                 items._shutdown_workers()
             for worker in items._workers:
                 if worker.is_alive():
                     worker.kill()
 
 
-def _run(loader: DataLoader[list[Batch]], parts: int) -> Running:
-    running = _drain(loader, parts)
-    _RUNNING.add(running)
-    return running
+def _open_generator(loader: DataLoader[list[Batch]], micro_batches: int) -> BatchGenerator:
+    batches = _iterate(loader, micro_batches)
+    _OPEN_GENERATORS.add(batches)
+    return batches
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Before multiprocessing's own exit function, which would wait for workers that ignore its SIGTERM."""
-    for running in list(_RUNNING):
-        running.close()
+    """Runs before multiprocessing's own exit function, which would wait for workers that ignore its SIGTERM."""
+    for batches in list(_OPEN_GENERATORS):
+        batches.close()

@@ -1,17 +1,17 @@
-"""A data set on disk: tar shards in the WebDataset layout, and an index that makes every sample readable by its number.
+"""A data set on disk: tar shards in the WebDataset layout, and an index to read any sample by its id.
 
     FOLDER/
-      manifest.json      what stands below; written last, so its presence means that the data set is complete
+      manifest.json      described below; written last, so its presence means that the data set is complete
       index.npy          int64 [samples, 2]: offset and size in bytes of each image inside its shard
-      labels.npy         int64 [samples]; only where the samples are labelled
-      shard-000000.tar   per sample KEY.jpg (or .png, ...) and, where labelled, KEY.cls (decimal text)
+      labels.npy         int64 [samples]; only if the samples are labelled
+      shard-000000.tar   per sample KEY.jpg (or .png, ...) and, if labelled, KEY.cls (decimal text)
 
 manifest.json: {"format": 1, "samples": N, "labelled": bool, "classes": [names in label order] or null, "seed": of the
 shuffle, "options": {...}, "source": {...}, "shards": [{"name", "count", "bytes", "sha256"}], "index": {file: sha256},
-"left_out": {key: why}, "changed": {how: pictures}}. sha256 is null for shards that were indexed without being read.
+"left_out": {key: reason}, "changed": {how: images}}. sha256 is null for shards that were indexed without being read.
 
-Sample ids are 0 .. N-1 in the order of the shards and, inside one, of its members. Any WebDataset reader can read the
-shards; nothing here is ever unpickled.
+Sample ids are 0 .. N-1 in the order of the shards and, inside a shard, of its members. Any WebDataset reader can read
+the shards; nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mimscale.data.shard_cache import CHUNK, Cache
 from mimscale.data.shard_files import ShardFiles, cache_key
-from mimscale.data.storage import Storage, is_remote, patiently, storage
+from mimscale.data.storage import Storage, is_remote, storage, with_retries
 from mimscale.errors import UserError
+from mimscale.files.atomic import atomic_write
 
 MANIFEST, INDEX, LABELS = "manifest.json", "index.npy", "labels.npy"
-LOOKS = 16  # requests at a time to a remote store
-BLOCK = 512  # bytes; tar's unit, and the length of a header
+MAX_REQUESTS = 16  # concurrent requests to a remote store
+BLOCK = 512  # bytes; the unit of tar, and the length of a header
 Ints = NDArray[np.int64]
 Sha256 = Field(pattern="^[0-9a-f]{64}$")
 
 
 class Shard(BaseModel):
-    """One tar file: its samples, its length in bytes, its checksum."""
+    """One tar file: number of samples, length in bytes, checksum."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -78,7 +79,8 @@ class Manifest:
     """An opened data set. Index and labels are memory-mapped: all processes of a node share one copy of them.
 
     samples: N. counts: int64 [shards]. shard_paths: [shards]. offsets, sizes: int64 [N]. labels: int64 [N] or None.
-    classes: names in label order or None. fingerprint: sha256 of content and order, wherever the folder lies.
+    classes: names in label order or None. fingerprint: sha256 of content and order, independent of the location.
+    location: the folder or URL that holds the shards. folder: the local folder that holds index and labels.
     """
 
     def __init__(
@@ -87,34 +89,34 @@ class Manifest:
         file: ManifestFile,
         index: Ints,
         labels: Ints | None,
-        place: str | None = None,
+        location: str | None = None,
         cache: Cache | None = None,
     ):
         self.folder, self.file, self.index, self.labels = folder, file, index, labels
-        self.place, self.cache = place or str(folder), cache
+        self.location, self.cache = location or str(folder), cache
         self.samples, self.classes = file.samples, file.classes
         self.offsets, self.sizes = index[:, 0], index[:, 1]
         self.shard_paths = [folder / shard.name for shard in file.shards]
         self.counts: Ints = np.array([shard.count for shard in file.shards], dtype=np.int64)
         self._ends: Ints = np.cumsum(self.counts)
         self._starts: Ints = self._ends - self.counts
-        self._last = self._ends.tolist()  # for one sample, a list is faster to search
+        self._last = self._ends.tolist()  # bisecting a list is faster for a single sample
         names = [shard.name for shard in file.shards]
-        keys = [cache_key(shard.sha256, self.place, shard.name, shard.bytes) for shard in file.shards]
-        self._files = ShardFiles(self.place, names, keys, cache)
+        keys = [cache_key(shard.sha256, self.location, shard.name, shard.bytes) for shard in file.shards]
+        self._files = ShardFiles(self.location, names, keys, cache)
 
     @classmethod
     def load(cls, folder: str | Path, check_shards: bool = True, cache: Cache | None = None) -> Manifest:
-        """Open the data set in `folder` (or the path of its manifest.json). Raises UserError for whatever is wrong.
+        """Open the data set in `folder` (or the path of its manifest.json). Raises UserError for all that is wrong.
 
-        check_shards: every shard must be there with its length, and index and labels must have their checksums (one
-        process of a node looks); contents of shards are checked by `data_prep verify`.
-        A folder may be an address (see storage.py); index and labels then come into the cache, which must be given.
+        check_shards: every shard must exist with its length, and index and labels must have their checksums (checked by
+        local rank 0 of each node); the contents of shards are checked by `data_prep verify`.
+        folder: a path or a URL (see storage.py). For a URL a cache is required, into which index and labels are copied.
         """
-        place = str(folder).removesuffix(f"/{MANIFEST}")
-        if place.startswith("wds:"):
-            raise UserError(f"'{place}' is a stream, for training only; index it with `python -m data_prep index`")
-        folder = _fetched(place, cache) if is_remote(place) else Path(place)
+        location = str(folder).removesuffix(f"/{MANIFEST}")
+        if location.startswith("wds:"):
+            raise UserError(f"'{location}' is a stream, for training only; index it with `python -m data_prep index`")
+        folder = _download_index(location, cache) if is_remote(location) else Path(location)
         if not folder.is_dir():
             raise UserError(f"data set '{folder}': no such folder; make it with `python -m data_prep`")
         try:
@@ -128,17 +130,17 @@ class Manifest:
             raise UserError(f"'{folder / MANIFEST}' is damaged ({reason}); repeat its `python -m data_prep`") from None
         if sum(shard.count for shard in file.shards) != file.samples or file.labelled != (LABELS in file.index):
             raise UserError(f"'{folder / MANIFEST}' contradicts itself; repeat its `python -m data_prep`")
-        index = _map(folder / INDEX, (file.samples, 2))
-        labels = _map(folder / LABELS, (file.samples,)) if file.labelled else None
-        manifest = cls(folder, file, index, labels, place, cache)
+        index = _open_mapped(folder / INDEX, (file.samples, 2))
+        labels = _open_mapped(folder / LABELS, (file.samples,)) if file.labelled else None
+        manifest = cls(folder, file, index, labels, location, cache)
         if check_shards:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 _check_index(folder, file.index)
-            _check_shards(place, file.shards)
+            _check_shards(location, file.shards)
         return manifest
 
-    def __reduce__(self) -> tuple[object, ...]:  # a process that is not forked maps the files again
-        return _reopened, (self.folder, self.place, self.cache)
+    def __reduce__(self) -> tuple[object, ...]:  # a spawned process maps the files again
+        return _unpickle, (self.folder, self.location, self.cache)
 
     @property
     def fingerprint(self) -> str:
@@ -148,7 +150,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def locate(self, ids: ArrayLike) -> tuple[Ints, Ints]:
-        """int64 [n] sample ids -> their shards and their rows inside these. Raises IndexError."""
+        """int64 [n] sample ids -> (shard numbers, rows inside the shards). Raises IndexError."""
         at = np.asarray(ids, dtype=np.int64)
         if at.size and (at.min() < 0 or at.max() >= self.samples):
             raise IndexError(f"sample id outside 0 .. {self.samples - 1}")
@@ -156,22 +158,22 @@ class Manifest:
         return shards, at - self._starts[shards]
 
     def shard_of(self, sample_id: int) -> int:
-        """The shard of one sample; `locate` is for many. Raises IndexError."""
+        """The shard number of one sample; `locate` is the vectorised version. Raises IndexError."""
         if not 0 <= sample_id < self.samples:
             raise IndexError(f"sample id {sample_id} outside 0 .. {self.samples - 1}")
         return bisect_right(self._last, sample_id)
 
     def read(self, sample_id: int) -> bytes:
-        """The stored bytes of an image. Raises OSError, also where the shard is not the one that was indexed."""
-        return self._member(sample_id)[BLOCK:]
+        """The encoded bytes of an image. Raises OSError, also if the shard is not the one that was indexed."""
+        return self._read_member(sample_id)[BLOCK:]
 
     def key(self, sample_id: int) -> str:
         """Name of the sample inside its shard, without extension. Raises OSError."""
-        return os.path.splitext(_header(self._member(sample_id)).name)[0]
+        return os.path.splitext(_header(self._read_member(sample_id)).name)[0]
 
     def read_ahead(self, ids: Ints) -> None:
-        """Have the system fetch these samples while others are decoded. Errors wait for `read`."""
-        if is_remote(self.place) and self.cache is None:
+        """Ask the system to read these samples in the background. Errors are raised by `read`, not here."""
+        if is_remote(self.location) and self.cache is None:
             return
         for sample_id, shard in zip(ids.tolist(), self.locate(ids)[0].tolist(), strict=True):
             with suppress(OSError):
@@ -179,30 +181,30 @@ class Manifest:
                 self._files.will_need(shard, size + BLOCK, offset - BLOCK)
 
     def shard_key(self, shard: int) -> str:
-        """Its name in a cache."""
+        """The key of a shard in a cache."""
         return self._files.keys[shard]
 
     def fetch(self, shard: int) -> bool:
-        """Get a shard into the cache, see `Cache.fetch`."""
+        """Copy a shard into the cache, see `Cache.fetch`."""
         entry, files = self.file.shards[shard], self._files
         assert self.cache is not None
-        origin = storage(self.place)
+        origin = storage(self.location)
         read = partial(origin.read, entry.name)
         return self.cache.fetch(files.keys[shard], entry.bytes, entry.sha256, read)
 
-    def distrust(self, sample_id: int) -> None:
-        """A read failed: let the next one open the shard anew, where it lies."""
-        self._files.distrust(self.shard_of(sample_id))
+    def reopen(self, sample_id: int) -> None:
+        """After a failed read: drop the cached copy of its shard, so that the next read opens the original again."""
+        self._files.reopen(self.shard_of(sample_id))
 
     def close(self) -> None:
-        """Let go of open shards; the next read opens them again."""
+        """Close all open shards; the next read opens them again."""
         self._files.close()
 
-    def _member(self, sample_id: int) -> bytes:
-        """Header and contents. A member's header stands right before its bytes: what it says must fit the index."""
+    def _read_member(self, sample_id: int) -> bytes:
+        """Tar header and contents of a sample's image. The header must agree with the index. Raises OSError."""
         shard = self.shard_of(sample_id)
         offset, size = self.index[sample_id].tolist()
-        path = f"{self.place}/{self.file.shards[shard].name}"
+        path = f"{self.location}/{self.file.shards[shard].name}"
         if offset < BLOCK or size < 0:
             raise OSError(f"'{path}': the index is damaged: {size} bytes at {offset}")
         data = self._files.read(shard, size + BLOCK, offset - BLOCK)
@@ -220,14 +222,14 @@ def _header(member: bytes) -> tarfile.TarInfo:
 
 
 def _octal(field: bytes) -> int:
-    """A number in a tar header; -1 for what is none."""
+    """A number in a tar header; -1 if it is malformed."""
     digits = field.strip(b" \0")
     return int(digits, 8) if digits.isdigit() and b"8" not in digits and b"9" not in digits else -1
 
 
-def _reopened(folder: Path, place: str, cache: Cache | None) -> Manifest:
+def _unpickle(folder: Path, location: str, cache: Cache | None) -> Manifest:
     local = Manifest.load(folder, check_shards=False)
-    return Manifest(folder, local.file, local.index, local.labels, place, cache)
+    return Manifest(folder, local.file, local.index, local.labels, location, cache)
 
 
 def _check_index(folder: Path, checksums: Mapping[str, str]) -> None:
@@ -244,54 +246,56 @@ def _check_index(folder: Path, checksums: Mapping[str, str]) -> None:
             )
 
 
-def _check_shards(place: str, shards: Sequence[Shard]) -> None:
-    """Every shard is there with its length. Raises UserError."""
-    origin = storage(place)
+def _check_shards(location: str, shards: Sequence[Shard]) -> None:
+    """Every shard exists with its length. Raises UserError."""
+    origin = storage(location)
 
-    def look(shard: Shard) -> str | None:
+    def fault(shard: Shard) -> str | None:
         try:
-            found = patiently(partial(origin.size, shard.name))
+            found = with_retries(partial(origin.size, shard.name))
         except FileNotFoundError:
             return "is missing"
         except OSError as error:
             return f"cannot be reached: {error}"
         return None if found == shard.bytes else f"has {found} bytes, not {shard.bytes}"
 
-    with ThreadPoolExecutor(LOOKS if is_remote(place) else 1) as pool:
-        for shard, state in zip(shards, pool.map(look, shards), strict=True):
+    with ThreadPoolExecutor(MAX_REQUESTS if is_remote(location) else 1) as pool:
+        for shard, state in zip(shards, pool.map(fault, shards), strict=True):
             if state is not None:
                 raise UserError(
-                    f"shard '{place}/{shard.name}' {state}; repeat its `python -m data_prep` or copy it again"
+                    f"shard '{location}/{shard.name}' {state}; repeat its `python -m data_prep` or copy it again"
                 )
 
 
-def _fetched(place: str, cache: Cache | None) -> Path:
-    """Manifest, index and labels of a remote data set in the cache, checked."""
-    origin = storage(place)
+def _download_index(location: str, cache: Cache | None) -> Path:
+    """Copy manifest, index and labels of a remote data set into the cache and check them. Returns their folder."""
+    origin = storage(location)
     if cache is None:
-        raise UserError(f"data set '{place}' is remote: set data.cache to a folder on the node's own disk")
+        raise UserError(f"data set '{location}' is remote: set data.cache to a folder on the node's own disk")
     try:
-        data = _whole_file(origin, MANIFEST)
+        data = _download(origin, MANIFEST)
         names = json.loads(data)["index"]
         folder = cache.folder / "indices" / hashlib.sha256(data).hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
         for name in (INDEX, LABELS):
             if name in names and not (folder / name).exists():
-                content = _whole_file(origin, name)
+                content = _download(origin, name)
                 if hashlib.sha256(content).hexdigest() != names[name]:
                     raise OSError(f"the checksum of {name} is not the manifest's")
-                write_atomic(folder / name, content)
-        write_atomic(folder / MANIFEST, data)
+                atomic_write(folder / name, content)
+        atomic_write(folder / MANIFEST, data)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"data set '{place}' cannot be opened: {error}; is it complete, and may you read it?") from None
+        raise UserError(
+            f"data set '{location}' cannot be opened: {error}; check that it is complete and that you may read it"
+        ) from None
     return folder
 
 
-def _whole_file(origin: Storage, name: str) -> bytes:
-    return patiently(lambda: origin.read(name, 0, origin.size(name)))
+def _download(origin: Storage, name: str) -> bytes:
+    return with_retries(lambda: origin.read(name, 0, origin.size(name)))
 
 
-def _map(path: Path, shape: tuple[int, ...]) -> Ints:
+def _open_mapped(path: Path, shape: tuple[int, ...]) -> Ints:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -300,17 +304,7 @@ def _map(path: Path, shape: tuple[int, ...]) -> Ints:
         raise UserError(
             f"'{path}' holds {array.dtype} {array.shape}, not int64 {shape}; repeat its `python -m data_prep`"
         )
-    return array.view(np.ndarray)  # a plain array over the same mapping is faster to index
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """The file appears whole or not at all, also after a power failure."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    return array.view(np.ndarray)  # indexing a plain array is faster than indexing a memmap
 
 
 def save_manifest(
@@ -332,7 +326,7 @@ def save_manifest(
         if array is not None:
             data = _npy(array)
             checksums[name] = hashlib.sha256(data).hexdigest()
-            write_atomic(folder / name, data)
+            atomic_write(folder / name, data)
     file = ManifestFile(
         samples=len(index),
         labelled=labels is not None,
@@ -345,7 +339,7 @@ def save_manifest(
         left_out=dict(left_out or {}),
         changed=dict(changed or {}),
     )
-    write_atomic(folder / MANIFEST, (file.model_dump_json(indent=1) + "\n").encode())
+    atomic_write(folder / MANIFEST, (file.model_dump_json(indent=1) + "\n").encode())
 
 
 def _npy(array: Ints) -> bytes:

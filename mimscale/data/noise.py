@@ -1,8 +1,8 @@
-"""Random numbers as a pure function of a key: seed, purpose, epoch and place in the epoch.
+"""Random numbers as a pure function of a key: seed, purpose, epoch and index in the epoch.
 
-Nothing has a state that could be lost at a resume or differ between workers: a number depends on its key alone. The key
-is hashed (blake2b, 128 bits) into the key of a Philox generator (Salmon et al. 2011), of which only the raw 64-bit
-integers are used: numpy guarantees that stream across versions, while it may change the methods of `Generator`.
+There is no state that a resume could lose or that could differ between workers: a number depends on its key alone. The
+key is hashed (blake2b, 128 bits) into the key of a Philox generator (Salmon et al. 2011), of which only the raw 64-bit
+integers are used: numpy guarantees that stream across versions, but may change the methods of `Generator`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 
 class _Key(ISeedSequence):
-    """Hands Philox its key as it is. `Philox(key=...)` gives the same numbers, but first gathers entropy: 5x slower."""
+    """Gives Philox its key unchanged. `Philox(key=...)` gives the same numbers but gathers entropy first: 5x slower."""
 
     def __init__(self, digest: bytes):
         self.words = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
@@ -28,7 +28,12 @@ class _Key(ISeedSequence):
 
 def raw(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.uint64]:
     """uint64 [n]: the first n integers under the key (seed, purpose, *numbers). Other keys give independent streams."""
-    fields = [len(numbers), int(seed), *map(int, numbers), purpose]  # the count first: no two keys read alike
+    fields = [
+        len(numbers),
+        int(seed),
+        *map(int, numbers),
+        purpose,
+    ]  # the count comes first, so that no two keys give the same text
     text = "/".join(map(str, fields))
     key = _Key(blake2b(text.encode(), digest_size=16).digest())
     return Philox(key).random_raw(n)  # type: ignore[arg-type]  # numpy's stubs know only one kind of seed sequence

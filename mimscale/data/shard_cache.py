@@ -1,12 +1,13 @@
-"""Whole shards on a node's own disk, shared by all its processes: DATA.CACHE/
+"""A cache of shards on the local disk of a node, shared by all processes of the node. Layout of the folder data.cache:
 
-shards/KEY.tar     a whole shard; KEY is the sha256 of its contents, so names cannot collide and copies are checked
-shards/.KEY.BYTES.PID.tmp  one that is being fetched, and its length at the end; whoever starts later removes what a
-                   dead process left
-locks/KEY          held while a shard is fetched, so that one process of the node does it; locks/room while room is made
-wanted/PID         the keys that a process still needs; what nobody alive needs may go
+shards/KEY.tar     a complete shard; KEY is the sha256 of its contents, so keys cannot collide and copies can be checked
+shards/.KEY.BYTES.PID.tmp  a shard that is being copied, with its final length; leftovers of dead processes are removed
+                   by processes that start later
+locks/KEY          held while a shard is copied, so that only one process of the node copies it; locks/room while shards
+                   are evicted
+wanted/PID         the keys that a process still needs; shards that no live process needs may be evicted
 
-A file appears under its own name only when it is whole. Readers keep what they have opened, also when it is evicted.
+A file has its final name only when it is complete. A reader can go on reading an open shard after it was evicted.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from mimscale.data.config import DataConfig
-from mimscale.data.storage import patiently
+from mimscale.data.storage import with_retries
 from mimscale.errors import UserError
+from mimscale.files.atomic import atomic_stream, atomic_write, remove_leftovers
 
 Read = Callable[[int, int], bytes]  # (offset, size)
 CHUNK = 8 << 20
 
 
 class Cache:
-    """limit: bytes of all shards together."""
+    """folder: see the module. limit: maximum size of all shards together, in bytes."""
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
@@ -38,8 +41,8 @@ class Cache:
             (folder / name).mkdir(parents=True, exist_ok=True)
 
     @classmethod
-    def of(cls, data: DataConfig) -> Cache | None:
-        """Raises UserError."""
+    def from_config(cls, data: DataConfig) -> Cache | None:
+        """None if the recipe sets no cache. Raises UserError if the folder cannot be made."""
         if data.cache is None:
             return None
         try:
@@ -50,48 +53,49 @@ class Cache:
     def path(self, key: str) -> Path:
         return self.folder / "shards" / f"{key}.tar"
 
-    def want(self, keys: Iterable[str]) -> None:
-        """What this process needs; replaces what it said before."""
-        self._write(self.folder / "wanted" / str(os.getpid()), json.dumps(sorted(keys)).encode())
+    def set_wanted(self, keys: Iterable[str]) -> None:
+        """Replace the list of keys that this process needs."""
+        atomic_write(self.folder / "wanted" / str(os.getpid()), json.dumps(sorted(keys)).encode())
 
     def fetch(self, key: str, size: int, sha256: str | None, read: Read) -> bool:
-        """Get a shard unless it is there, or there is no room, or another process is getting it. True: it is there.
+        """Copy a shard into the cache. Returns whether it is there now.
 
-        Raises OSError where it cannot be read, or is not what it should be.
+        False if the cache is full or another process is copying this shard. Raises OSError if the shard cannot be read
+        or does not have this sha256.
         """
         if self.path(key).exists():
             return True
-        with self._locked(key, fcntl.LOCK_NB) as mine:
-            if not mine:
+        with self._lock(key, fcntl.LOCK_NB) as acquired:
+            if not acquired:
                 return False
             if self.path(key).exists():
                 return True
             temporary = self.path(key).with_name(f".{key}.{size}.{os.getpid()}.tmp")
-            if not self._claimed(temporary, size):
+            if not self._reserve(temporary, size):
                 return False
             try:
-                _copy(temporary, size, sha256, read)
-                os.replace(temporary, self.path(key))
+                with atomic_stream(self.path(key), temporary) as file:
+                    _copy(file, size, sha256, read)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     return False
                 raise
-            finally:
-                temporary.unlink(missing_ok=True)
             return True
 
-    def drop(self, key: str) -> None:
-        """Forget a copy that turned out to be damaged."""
+    def remove(self, key: str) -> None:
+        """Remove a copy that turned out to be damaged."""
         self.path(key).unlink(missing_ok=True)
 
-    def tidy(self) -> None:
-        """Remove what dead processes left behind."""
+    def clean_up(self) -> None:
+        """Remove the unfinished copies and the lists of dead processes."""
         for path in (self.folder / "shards").glob(".*.tmp"):
             if not _alive(path.name.split(".")[-2]):
                 path.unlink(missing_ok=True)
-        self._wanted()
+        remove_leftovers(self.folder / "wanted")
+        self._wanted_keys()
 
-    def _wanted(self) -> set[str]:
+    def _wanted_keys(self) -> set[str]:
+        """The keys that live processes need. Removes the lists of dead ones."""
         keys: set[str] = set()
         for path in (self.folder / "wanted").iterdir():
             if path.name.startswith("."):
@@ -103,23 +107,26 @@ class Cache:
                 keys |= set(json.loads(path.read_text()))
         return keys
 
-    def _claimed(self, temporary: Path, size: int) -> bool:
-        """One process at a time, or several would fill the same room."""
-        with self._locked("room"):
-            if not self._room(size):
+    def _reserve(self, temporary: Path, size: int) -> bool:
+        """Evict shards until `size` bytes fit, and reserve them by creating the temporary file.
+
+        One process at a time, otherwise several would use the same free space.
+        """
+        with self._lock("room"):
+            if not self._evict(size):
                 return False
             temporary.touch()
             return True
 
-    def _room(self, size: int) -> bool:
-        """Evict, oldest first, what nobody needs, until `size` more bytes fit under the limit."""
-        self.tidy()
+    def _evict(self, size: int) -> bool:
+        """Remove shards that no process needs, oldest first, until `size` more bytes fit. Returns whether they fit."""
+        self.clean_up()
         files = []
         for path in (self.folder / "shards").iterdir():
             with suppress(FileNotFoundError):
                 length = int(path.name.split(".")[2]) if path.suffix == ".tmp" else path.stat().st_size
                 files.append((path.stat().st_mtime_ns, length, path))
-        used, wanted = sum(size for _, size, _ in files), self._wanted()
+        used, wanted = sum(size for _, size, _ in files), self._wanted_keys()
         for _, freed, path in sorted(files):
             if used + size <= self.limit:
                 return True
@@ -129,37 +136,29 @@ class Cache:
         return used + size <= self.limit
 
     @contextmanager
-    def _locked(self, key: str, wait: int = 0) -> Iterator[bool]:
-        """wait: 0, or fcntl.LOCK_NB for False where another process has it."""
+    def _lock(self, key: str, flags: int = 0) -> Iterator[bool]:
+        """Hold a lock. flags: 0 waits for it; with fcntl.LOCK_NB the value is False if another process has it."""
         with (self.folder / "locks" / key).open("a") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | wait)
+                fcntl.flock(file, fcntl.LOCK_EX | flags)
             except BlockingIOError:
                 yield False
                 return
             yield True
 
-    def _write(self, path: Path, data: bytes) -> None:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
 
-
-def _copy(path: Path, size: int, sha256: str | None, read: Read) -> None:
+def _copy(file: BinaryIO, size: int, sha256: str | None, read: Read) -> None:
     digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for offset in range(0, size, CHUNK):
-            chunk = patiently(partial(whole, read, offset, min(CHUNK, size - offset)))
-            digest.update(chunk)
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    for offset in range(0, size, CHUNK):
+        chunk = with_retries(partial(read_exactly, read, offset, min(CHUNK, size - offset)))
+        digest.update(chunk)
+        file.write(chunk)
     if sha256 is not None and digest.hexdigest() != sha256:
-        raise OSError(f"sha256 {digest.hexdigest()}, not {sha256}: it is damaged, or another shard")
+        raise OSError(f"sha256 {digest.hexdigest()}, not {sha256}: the shard is damaged, or it is another one")
 
 
-def whole(read: Read, offset: int, size: int) -> bytes:
-    """Raises OSError where there is less."""
+def read_exactly(read: Read, offset: int, size: int) -> bytes:
+    """Raises OSError if there are fewer than `size` bytes."""
     data = read(offset, size)
     if len(data) != size:
         raise OSError(f"{len(data)} of {size} bytes at {offset}")

@@ -1,4 +1,4 @@
-"""The shards of a data set as open files: the copy in the node's cache, else where they lie."""
+"""The shards of a data set as open files: the copy in the cache of the node if there is one, else the original."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from mimscale.data.shard_cache import Cache
 from mimscale.data.storage import Storage, is_remote, storage
 
 OPEN_SHARDS = 512
-FORGET_EVERY = 4096  # hints; with a cache shards are then opened anew, or evicted ones would keep their space
+CLOSE_EVERY = (
+    4096  # hints; with a cache all shards are then closed, because an open file keeps its space after eviction
+)
 
 
-class _Open:
-    """An open file that closes when its last user lets go. `os.pread` needs no position, so forks may share it."""
+class _OpenFile:
+    """An open file, closed with its last reference. Forked processes may share it: `os.pread` uses no position."""
 
     def __init__(self, path: Path):
         self.fd = os.open(path, os.O_RDONLY)
@@ -30,18 +32,18 @@ class _Open:
 
 
 class ShardFiles:
-    """names, keys: [shards], the file's name where it lies and its key in the cache."""
+    """names, keys: [shards], file name in `location` and key in the cache."""
 
-    def __init__(self, place: str, names: Sequence[str], keys: Sequence[str], cache: Cache | None):
-        self.place, self.names, self.keys, self.cache = place, names, keys, cache
-        self._remote: Storage | None = storage(place) if is_remote(place) else None
-        origin = [None if self._remote else Path(place) / name for name in names]
-        self._origin = lru_cache(maxsize=OPEN_SHARDS)(lambda shard: _Open(origin[shard]))  # type: ignore[arg-type]
-        self._copy = lru_cache(maxsize=OPEN_SHARDS)(lambda shard: _Open(cache.path(keys[shard])))  # type: ignore[union-attr]
+    def __init__(self, location: str, names: Sequence[str], keys: Sequence[str], cache: Cache | None):
+        self.names, self.keys, self.cache = names, keys, cache
+        self._remote: Storage | None = storage(location) if is_remote(location) else None
+        paths = [None if self._remote else Path(location) / name for name in names]
+        self._original = lru_cache(maxsize=OPEN_SHARDS)(lambda shard: _OpenFile(paths[shard]))  # type: ignore[arg-type]
+        self._copy = lru_cache(maxsize=OPEN_SHARDS)(lambda shard: _OpenFile(cache.path(keys[shard])))  # type: ignore[union-attr]
         self._hints = 0
 
     def read(self, shard: int, size: int, offset: int) -> bytes:
-        """Fewer bytes where the shard ends before. Raises OSError."""
+        """Bytes [offset, offset + size) of a shard, fewer if it ends earlier. Raises OSError."""
         if self.cache is not None:
             try:
                 return self._copy(shard).read(size, offset)
@@ -49,31 +51,31 @@ class ShardFiles:
                 pass
         if self._remote is not None:
             return self._remote.read(self.names[shard], offset, size)
-        return self._origin(shard).read(size, offset)
+        return self._original(shard).read(size, offset)
 
     def will_need(self, shard: int, size: int, offset: int) -> None:
-        """Start reading from the disk. A hint: returns at once. Raises OSError."""
+        """Hint that these bytes will be read soon (posix_fadvise). Returns at once. Raises OSError."""
         self._hints += 1
-        if self.cache is not None and self._hints % FORGET_EVERY == 0:
+        if self.cache is not None and self._hints % CLOSE_EVERY == 0:
             self.close()
         if self.cache is None or self.cache.path(self.keys[shard]).exists():
-            opened = self._origin(shard) if self.cache is None else self._copy(shard)
-            os.posix_fadvise(opened.fd, offset, size, os.POSIX_FADV_WILLNEED)
+            file = self._original(shard) if self.cache is None else self._copy(shard)
+            os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
 
-    def distrust(self, shard: int) -> None:
-        """Open the shard anew, and not from a copy: that may be what is damaged."""
+    def reopen(self, shard: int) -> None:
+        """Let the next read open the original: the cached copy may be damaged, so it is removed."""
         if self.cache is not None:
-            self.cache.drop(self.keys[shard])
+            self.cache.remove(self.keys[shard])
         self.close()
 
     def close(self) -> None:
-        self._origin.cache_clear()
+        self._original.cache_clear()
         self._copy.cache_clear()
 
 
-def cache_key(sha256: str | None, place: str, name: str, size: int) -> str:
-    """By content; a shard that was indexed without being read goes by its address and length."""
+def cache_key(sha256: str | None, location: str, name: str, size: int) -> str:
+    """The sha256 of the shard; for a shard that was indexed without checksum a hash of its location and length."""
     if sha256 is not None:
         return sha256
-    address = place if is_remote(place) else os.path.abspath(place)
-    return hashlib.sha256(f"{address}/{name}/{size}".encode()).hexdigest()
+    base = location if is_remote(location) else os.path.abspath(location)
+    return hashlib.sha256(f"{base}/{name}/{size}".encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""A process beside the trainer that fetches the shards which its rank will read next into the node's cache.
+"""A process next to the trainer that copies the shards which its rank will read next into the cache of the node.
 
-The order is a function, so what comes next is known. Workers never wait for it: until a shard is there they read their
-samples from where it lies.
+The order is a pure function, so the next shards are known. Workers never wait for this process: they read from the
+original until a shard is in the cache.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 from mimscale.data.manifest import Manifest
 from mimscale.data.order import Order, rank_positions
 
-LOOK_S = 0.2
-STRIDE, HORIZON = 4096, 1 << 17  # samples of this rank
+POLL_S = 0.2
+STRIDE, HORIZON = 4096, 1 << 17  # samples of this rank: planned at a time, and in all
 
 
 class ShardPrefetcher:
-    """Runs `_keep` in a process of its own. `step` is to be kept at the loader's step."""
+    """Runs `_prefetch` in a process of its own. The loader must set `step` to the global batch that it reads."""
 
     def __init__(self, manifest: Manifest, order: Order, global_batch: int, rank: int, world: int, step: int):
         context = multiprocessing.get_context("spawn")  # this process may have threads
         self.step = context.Value("q", step, lock=False)
         self._process = context.Process(
-            target=_keep, args=(manifest, order, global_batch, rank, world, self.step, os.getpid()), daemon=True
+            target=_prefetch, args=(manifest, order, global_batch, rank, world, self.step, os.getpid()), daemon=True
         )
         self._process.start()
 
@@ -38,8 +38,10 @@ class ShardPrefetcher:
         self._process.join()
 
 
-def upcoming(manifest: Manifest, order: Order, global_batch: int, rank: int, world: int, step: int) -> Iterator[int]:
-    """Shards in the order in which this rank first needs them from `step` on, each once; so far as the horizon."""
+def upcoming_shards(
+    manifest: Manifest, order: Order, global_batch: int, rank: int, world: int, step: int
+) -> Iterator[int]:
+    """Shards in the order in which this rank first needs them from `step` on, each once, for HORIZON samples."""
     seen: set[int] = set()
     steps = max(1, STRIDE // (global_batch // world))
     for first in range(step, step + max(1, HORIZON // (global_batch // world)), steps):
@@ -51,38 +53,39 @@ def upcoming(manifest: Manifest, order: Order, global_batch: int, rank: int, wor
                 yield shard
 
 
-def within(shards: Iterator[int], sizes: list[int], budget: int) -> list[int]:
-    """As many of the first shards as fit into the budget, in bytes."""
-    taken: list[int] = []
+def first_within_budget(shards: Iterator[int], sizes: list[int], budget: int) -> list[int]:
+    """The longest prefix of `shards` whose sizes sum to at most the budget, in bytes."""
+    prefix: list[int] = []
     for shard in shards:
         budget -= sizes[shard]
         if budget < 0:
             break
-        taken.append(shard)
-    return taken
+        prefix.append(shard)
+    return prefix
 
 
-def _keep(manifest: Manifest, order: Order, global_batch: int, rank: int, world: int, step, parent: int) -> None:  # type: ignore[no-untyped-def]
+def _prefetch(manifest: Manifest, order: Order, global_batch: int, rank: int, world: int, step, parent: int) -> None:  # type: ignore[no-untyped-def]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     cache = manifest.cache
     assert cache is not None
     share = cache.limit // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     sizes = [shard.bytes for shard in manifest.file.shards]
-    cache.tidy()
+    cache.clean_up()
     warned, planned_at, plan = False, -1, list[int]()
     while os.getppid() == parent:
         if step.value != planned_at:
             planned_at = step.value
-            plan = within(upcoming(manifest, order, global_batch, rank, world, planned_at), sizes, share)
-            cache.want(manifest.shard_key(shard) for shard in plan)
+            shards = upcoming_shards(manifest, order, global_batch, rank, world, planned_at)
+            plan = first_within_budget(shards, sizes, share)
+            cache.set_wanted(manifest.shard_key(shard) for shard in plan)
         for shard in plan:
             try:
                 manifest.fetch(shard)
             except OSError as error:
                 if not warned:
-                    print(f"cache: {error}; samples are read from {manifest.place}", file=sys.stderr, flush=True)
+                    print(f"cache: {error}; samples are read from {manifest.location}", file=sys.stderr, flush=True)
                 warned = True
             if os.getppid() != parent or step.value > planned_at + 16:
                 break
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)

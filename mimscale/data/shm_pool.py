@@ -1,9 +1,10 @@
-"""How batches come from the workers: in shared memory that is used again and again.
+"""A pool of shared memory in which the workers of a DataLoader send their batches.
 
-torch's own way makes a new shared file per tensor, whose pages the kernel clears and hands out one by one: a tenth of
-all the work on a picture. Here a worker takes a free slot, lays all tensors of its item into it and sends the slot's
-number; the slot is free again when the last tensor over it is gone. Where no slot is free, or one is too small, the
-item goes torch's way. The memory has no name: a killed run leaves nothing in /dev/shm, and its limit does not matter.
+By default torch creates a new shared-memory file per tensor, whose pages the kernel must clear and map one by one: a
+tenth of the CPU time per image. Here a worker takes a free slot of a fixed pool, copies all tensors of its item into it
+and sends the number of the slot. The slot is free again when the last tensor in it is garbage-collected. If no slot is
+free, or the slots are too small, the item is sent in torch's way. The memory is anonymous (memfd): a killed run leaves
+nothing in /dev/shm, and the size limit of /dev/shm does not apply.
 """
 
 from __future__ import annotations
@@ -28,18 +29,20 @@ from torch import Tensor
 
 from mimscale.types import Batch
 
-KEPT_BYTES = 1 << 20  # smaller tensors are copied out, so that whoever keeps a batch's ids does not keep its slot
-_ALIGNED = 64
+MIN_VIEW_BYTES = (
+    1 << 20
+)  # smaller tensors are copied out of the slot, so that keeping the ids of a batch does not keep its slot
+_ALIGNMENT = 64
 _NUMBER = struct.Struct("<I")
 _POOLS: weakref.WeakValueDictionary[int, SharedMemoryPool] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
 class SharedMemoryPool:
-    """slots of `size` bytes each, for one process and the workers that it starts afterwards.
+    """`slots` slots of `size` bytes each, shared by one process and the workers that it starts afterwards.
 
-    Free slots are numbers in a pipe: taking one never waits, and who dies takes nothing along but what it holds. Pages
-    come into being when they are first written.
+    The numbers of the free slots are in a pipe: taking one never blocks, and a process that dies loses only the slots
+    that it holds. Memory is allocated when a page is first written.
     """
 
     def __init__(self, slots: int, size: int):
@@ -50,120 +53,121 @@ class SharedMemoryPool:
         self._open(memory, *free)
         _POOLS[self.number] = self
         for slot in range(slots):
-            self._give(slot)
+            self._free_slot(slot)
 
     def _open(self, *fds: int) -> None:
-        self._memory, self._take, self._free = self._fds = fds
+        self._memory, self._free_read, self._free_write = self._fds = fds
         self._bytes = mmap.mmap(self._memory, self.slots * self.size)
-        self._owner = os.getpid()
+        self._pid = os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For a worker that is not forked; everywhere else only the number travels."""
+        """For spawned workers. Items refer to their pool by its number, so a pool is never pickled otherwise."""
         if get_spawning_popen() is None:
-            raise TypeError("a pool goes to workers only while they start")
-        return _reopened, (self.number, self.slots, self.size, [reduction.DupFd(fd) for fd in self._fds])
+            raise TypeError("a pool can be pickled only to start a worker process")
+        return _open_in_worker, (self.number, self.slots, self.size, [reduction.DupFd(fd) for fd in self._fds])
 
     def __del__(self) -> None:
         for fd in getattr(self, "_fds", ()):
             os.close(fd)
 
     def pack(self, item: Sequence[Batch]) -> PooledItem | Sequence[Batch]:
-        """In a worker: the item laid into a slot, or as it is."""
-        slot = self._taken()
+        """In a worker: copy the tensors of an item into a free slot. Returns the item itself if that is impossible."""
+        slot = self._take_slot()
         if slot is None:
             return item
-        packer = _Packer(self.room(slot))
+        pickler = _Pickler(self.memory(slot))
         try:
-            packer.dump(item)
-        except _Full:
-            self._give(slot)
+            pickler.dump(item)
+        except _SlotTooSmall:
+            self._free_slot(slot)
             return item
-        return PooledItem(self.number, slot, packer.file.getvalue())
+        return PooledItem(self.number, slot, pickler.file.getvalue())
 
     def unpack(self, pooled: PooledItem) -> Sequence[Batch]:
-        """In the process that made the pool, once per pooled."""
-        room = self.room(pooled.slot)
-        weakref.finalize(room, self._returned, pooled.slot).atexit = False
-        item: Sequence[Batch] = _Unpacker(pooled.content, room).load()
+        """In the process that made the pool; must be called exactly once per item."""
+        memory = self.memory(pooled.slot)
+        weakref.finalize(memory, self._on_unused, pooled.slot).atexit = False
+        item: Sequence[Batch] = _Unpickler(pooled.pickled, memory).load()
         return item
 
-    def room(self, slot: int) -> NDArray[np.uint8]:
-        """[size] over a slot; every array made from it keeps it alive."""
+    def memory(self, slot: int) -> NDArray[np.uint8]:
+        """uint8 [size], a view of a slot; every array made from it keeps it alive."""
         return np.frombuffer(self._bytes, np.uint8, self.size, slot * self.size)
 
-    def _taken(self) -> int | None:
+    def _take_slot(self) -> int | None:
         try:
-            return int(_NUMBER.unpack(os.read(self._take, _NUMBER.size))[0])
+            return int(_NUMBER.unpack(os.read(self._free_read, _NUMBER.size))[0])
         except BlockingIOError:
             return None
 
-    def _give(self, slot: int) -> None:
-        os.write(self._free, _NUMBER.pack(slot))
+    def _free_slot(self, slot: int) -> None:
+        os.write(self._free_write, _NUMBER.pack(slot))
 
-    def _returned(self, slot: int) -> None:
-        if os.getpid() == self._owner:  # a forked process drops its copy of a batch, and the batch lives on
-            self._give(slot)
+    def _on_unused(self, slot: int) -> None:
+        if os.getpid() == self._pid:  # not in a forked child that drops its copy of a batch: the parent still has it
+            self._free_slot(slot)
 
 
 @dataclass(frozen=True)
 class PooledItem:
-    """An item of a loader whose tensors lie in a slot."""
+    """An item of a loader whose tensors are in a slot. pickled: everything else."""
 
     pool: int
     slot: int
-    content: bytes
+    pickled: bytes
 
-    def open(self) -> Sequence[Batch]:
+    def unpack(self) -> Sequence[Batch]:
         return _POOLS[self.pool].unpack(self)
 
     def pin_memory(self) -> Sequence[Batch]:
         """Called by torch's DataLoader when it pins."""
-        return [batch.pin_memory() for batch in self.open()]
+        return [batch.pin_memory() for batch in self.unpack()]
 
 
-def opened(item: PooledItem | Sequence[Batch]) -> Sequence[Batch]:
-    return item.open() if isinstance(item, PooledItem) else item
+def unpack(item: PooledItem | Sequence[Batch]) -> Sequence[Batch]:
+    """The item itself, whichever way it was sent."""
+    return item.unpack() if isinstance(item, PooledItem) else item
 
 
-class _Full(Exception):
-    """The slot is too small."""
+class _SlotTooSmall(Exception):
+    pass
 
 
-class _Packer(pickle.Pickler):
-    """Everything but tensors goes into the pickle; these leave their place, type and shape there."""
+class _Pickler(pickle.Pickler):
+    """Copies tensors into the slot; the pickle holds their offset, dtype and shape, and everything else."""
 
-    def __init__(self, room: NDArray[np.uint8]):
-        self.file, self._room, self._end = io.BytesIO(), room, 0
+    def __init__(self, memory: NDArray[np.uint8]):
+        self.file, self._memory, self._end = io.BytesIO(), memory, 0
         super().__init__(self.file, pickle.HIGHEST_PROTOCOL)
 
-    def persistent_id(self, thing: Any) -> Any:
-        if not isinstance(thing, Tensor):
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
             return None
-        array, start = thing.numpy(), self._end
-        if start + array.nbytes > len(self._room):
-            raise _Full
-        place = (start, array.dtype.str, array.shape)
-        _laid(self._room, place)[...] = array
-        self._end = -(-(start + array.nbytes) // _ALIGNED) * _ALIGNED
-        return place
+        array, start = value.numpy(), self._end
+        if start + array.nbytes > len(self._memory):
+            raise _SlotTooSmall
+        layout = (start, array.dtype.str, array.shape)
+        _array_at(self._memory, layout)[...] = array
+        self._end = -(-(start + array.nbytes) // _ALIGNMENT) * _ALIGNMENT
+        return layout
 
 
-class _Unpacker(pickle.Unpickler):
-    def __init__(self, content: bytes, room: NDArray[np.uint8]):
-        super().__init__(io.BytesIO(content))
-        self._room = room
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, pickled: bytes, memory: NDArray[np.uint8]):
+        super().__init__(io.BytesIO(pickled))
+        self._memory = memory
 
-    def persistent_load(self, place: Any) -> Tensor:
-        array = _laid(self._room, place)
-        return torch.from_numpy(array if array.nbytes >= KEPT_BYTES else array.copy())
-
-
-def _laid(room: NDArray[np.uint8], place: tuple[int, str, tuple[int, ...]]) -> NDArray[Any]:
-    start, kind, shape = place
-    return np.ndarray(shape, kind, room, start)
+    def persistent_load(self, layout: Any) -> Tensor:
+        array = _array_at(self._memory, layout)
+        return torch.from_numpy(array if array.nbytes >= MIN_VIEW_BYTES else array.copy())
 
 
-def _reopened(number: int, slots: int, size: int, fds: list[Any]) -> SharedMemoryPool:
+def _array_at(memory: NDArray[np.uint8], layout: tuple[int, str, tuple[int, ...]]) -> NDArray[Any]:
+    start, dtype, shape = layout
+    return np.ndarray(shape, dtype, memory, start)
+
+
+def _open_in_worker(number: int, slots: int, size: int, fds: list[Any]) -> SharedMemoryPool:
     pool = SharedMemoryPool.__new__(SharedMemoryPool)
     pool.number, pool.slots, pool.size = number, slots, size
     pool._open(*(fd.detach() for fd in fds))

@@ -1,4 +1,4 @@
-"""Small ImageNet-like folders of made-up pictures: for tests, and for trying a recipe where no data set is at hand."""
+"""Small synthetic image folders in ImageNet's layout, for tests and for trying a recipe without a data set."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from mimscale.data import noise
 def make_image_folder(root: Path, *, classes: int = 4, per_class: int = 8, side: int = 96, seed: int = 0) -> Path:
     """Writes root/class_000/000000.jpg ...: JPEGs of side/2 to 3*side/2 pixels per side. Returns root.
 
-    The class decides shape, hue and stripe frequency; place, size, direction and shade vary, so there is something to
-    learn and something to be invariant to.
+    The class decides shape, hue and stripe frequency; position, size, direction and shade vary within a class.
     """
     for label in range(classes):
         folder = Path(root) / f"class_{label:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(per_class):
-            array = picture(label, classes, side, seed, number)
+            array = synthetic_image(label, classes, side, seed, number)
             Image.fromarray(array).save(folder / f"{number:06d}.jpg", quality=92)
     return Path(root)
 
 
-def picture(label: int, classes: int, side: int, seed: int, number: int) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3]: a coloured shape on a striped ground."""
+def synthetic_image(label: int, classes: int, side: int, seed: int, number: int) -> NDArray[np.uint8]:
+    """uint8 [H, W, 3]: a coloured shape on a striped background."""
     u = noise.uniform(seed, "synthetic", label, number, n=12).astype(np.float64)
     height, width = (side // 2 + (u[:2] * side).astype(int)).tolist()
     y, x = np.mgrid[:height, :width] / min(height, width)
@@ -35,10 +34,10 @@ def picture(label: int, classes: int, side: int, seed: int, number: int) -> NDAr
     stripes = 0.5 + 0.5 * np.sin(2 * np.pi * frequency * (x * np.cos(angle) + y * np.sin(angle)))
     hue = label / classes + 0.1 * u[3]
     colour = 0.5 + 0.5 * np.cos(2 * np.pi * (hue + np.array([0, 1 / 3, 2 / 3])))
-    ground = (0.2 + 0.6 * u[4:7]) * (0.6 + 0.4 * stripes[..., None])
+    background = (0.2 + 0.6 * u[4:7]) * (0.6 + 0.4 * stripes[..., None])
     dx, dy, radius = x - x.max() * (0.3 + 0.4 * u[7]), y - y.max() * (0.3 + 0.4 * u[8]), 0.2 + 0.15 * u[9]
     distance = [np.hypot(dx, dy), np.maximum(abs(dx), abs(dy)), abs(dx) + abs(dy)][label % 3]
     inside = 1 / (1 + np.exp((distance - radius) * 60))[..., None]
     grain = noise.uniform(seed, "synthetic grain", label, number, n=height * width).reshape(height, width, 1) - 0.5
-    image = inside * colour * (0.7 + 0.3 * u[10]) + (1 - inside) * ground + 0.08 * grain
+    image = inside * colour * (0.7 + 0.3 * u[10]) + (1 - inside) * background + 0.08 * grain
     return (255 * np.clip(image, 0, 1)).astype(np.uint8)

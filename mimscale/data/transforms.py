@@ -1,8 +1,8 @@
-"""Crops as pure functions of given random numbers, and the pixels under a crop.
+"""Crop boxes as pure functions of given random numbers, and the pixels inside a box.
 
-The numbers equal torchvision's RandomResizedCrop, RandomCrop, Resize and CenterCrop on Pillow pictures; only the random
-source is ours. A `Picture` (see decode.py) goes the same way, with torch's resize. Boxes are (top, left, height, width)
-in pixels.
+The results equal those of torchvision's RandomResizedCrop, RandomCrop, Resize and CenterCrop on Pillow images, given
+the same random numbers. An `ArrayImage` (see decode.py) takes the same code path with torch's resize. Boxes are
+(top, left, height, width) in pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mimscale.data.decode import AnyPicture
+from mimscale.data.decode import AnyImage
 
 Box = tuple[int, int, int, int]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -25,13 +25,13 @@ TRIES = 10
 CROP_NUMBERS = 2 * TRIES + 3  # area and ratio of each try; top, left; flip
 
 
-def random_box(
+def random_resized_crop_box(
     size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], numbers: Sequence[float]
 ) -> Box:
-    """Random resized crop (Szegedy et al. 2015, as in torchvision): area uniform, aspect ratio log-uniform.
+    """Box of a random resized crop (Szegedy et al. 2015, as in torchvision): area uniform, aspect ratio log-uniform.
 
-    size: (height, width). numbers: in [0, 1), at least 2 * TRIES + 2. After ten tries that do not fit: the largest
-    centre crop whose ratio is allowed.
+    size: (height, width) of the image. numbers: in [0, 1), at least 2 * TRIES + 2. If none of ten tries fits into the
+    image: the largest center crop whose aspect ratio is allowed.
     """
     height, width = size
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -50,8 +50,8 @@ def random_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resized_crop(image: AnyPicture, box: Box, side: int, interpolation: Interpolation) -> AnyPicture:
-    """Crop, then resize to side x side: pixels outside the box have no influence."""
+def resized_crop(image: AnyImage, box: Box, side: int, interpolation: Interpolation) -> AnyImage:
+    """The box, resized to side x side. Pixels outside the box have no influence."""
     top, left, height, width = box
     return image.crop((left, top, left + width, top + height)).resize((side, side), RESAMPLING[interpolation])
 
@@ -62,19 +62,19 @@ def resized_size(size: tuple[int, int], short: int) -> tuple[int, int]:
     return max(short, int(short * height / width)), max(short, int(short * width / height))
 
 
-def resized(image: AnyPicture, short: int, interpolation: Interpolation) -> AnyPicture:
-    """The whole picture with its short side resized to `short`."""
+def resized_short_side(image: AnyImage, short: int, interpolation: Interpolation) -> AnyImage:
+    """The uncropped image, resized so that its short side is `short` pixels."""
     height, width = resized_size((image.height, image.width), short)
     return image if image.size == (width, height) else image.resize((width, height), RESAMPLING[interpolation])
 
 
-def squeezed(image: AnyPicture, side: int, interpolation: Interpolation) -> AnyPicture:
-    """The whole picture as a square of side x side, whatever its aspect."""
+def resized_to_square(image: AnyImage, side: int, interpolation: Interpolation) -> AnyImage:
+    """The uncropped image, resized to side x side without keeping its aspect ratio."""
     return image.resize((side, side), RESAMPLING[interpolation])
 
 
-def padded_box(size: tuple[int, int], side: int, padding: int, numbers: Sequence[float]) -> Box:
-    """A random square of a picture whose short side was resized to `side`; it may reach `padding` pixels outside.
+def padded_crop_box(size: tuple[int, int], side: int, padding: int, numbers: Sequence[float]) -> Box:
+    """A random square of an image whose short side was resized to `side`; it may reach `padding` pixels outside.
 
     size: (height, width) after the resize. numbers: for top and left, in [0, 1).
     """
@@ -82,33 +82,33 @@ def padded_box(size: tuple[int, int], side: int, padding: int, numbers: Sequence
     return top, left, side, side
 
 
-def padded_crop(image: AnyPicture, box: Box, padding: int) -> NDArray[np.uint8]:
-    """uint8 [h, w, 3]: the box cut out of the picture continued by reflection, `padding` pixels beyond each edge."""
+def padded_crop(image: AnyImage, box: Box, padding: int) -> NDArray[np.uint8]:
+    """uint8 [h, w, 3]: the pixels of the box, after reflection padding of the image by `padding` pixels per edge."""
     top, left, height, width = box
     edges = ((padding, padding), (padding, padding), (0, 0))
     padded = np.pad(np.asarray(image), edges, mode="reflect")
     return padded[top + padding : top + padding + height, left + padding : left + padding + width]
 
 
-def fractions(box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """A box in a picture of this (height, width) -> the same in parts of height and width."""
+def relative_box(box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The box as fractions of the image's size (height, width)."""
     top, left, height, width = box
     return top / size[0], left / size[1], height / size[0], width / size[1]
 
 
-def centre_crop(image: AnyPicture, side: int, crop_pct: float) -> tuple[AnyPicture, tuple[float, ...]]:
-    """Evaluation: the short side becomes round(side / crop_pct) (bicubic), then the central side x side is cut out.
+def center_crop(image: AnyImage, side: int, crop_pct: float) -> tuple[AnyImage, tuple[float, ...]]:
+    """Evaluation: resize the short side to round(side / crop_pct) (bicubic), then crop the central side x side.
 
-    Returns the picture and its box as fractions of the stored image.
+    Returns the crop, and its box as fractions of the stored image.
     """
-    image = resized(image, round(side / crop_pct), "bicubic")
+    image = resized_short_side(image, round(side / crop_pct), "bicubic")
     top, left = round((image.height - side) / 2), round((image.width - side) / 2)
     box = (top, left, side, side)
-    return image.crop((left, top, left + side, top + side)), fractions(box, (image.height, image.width))
+    return image.crop((left, top, left + side, top + side)), relative_box(box, (image.height, image.width))
 
 
-def pixels(image: AnyPicture | NDArray[np.uint8], flip: bool = False) -> NDArray[np.uint8]:
-    """uint8 [3, H, W], mirrored left-right where asked."""
+def to_pixels(image: AnyImage | NDArray[np.uint8], flip: bool = False) -> NDArray[np.uint8]:
+    """uint8 [3, H, W]; flip: mirrored left-right."""
     array = np.asarray(image).transpose(2, 0, 1)
-    # a backward copy by torch takes a fifth of the time of numpy's
+    # torch's flip takes a fifth of the time of numpy's
     return torch.from_numpy(np.ascontiguousarray(array)).flip(-1).numpy() if flip else array

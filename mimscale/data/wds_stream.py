@@ -1,11 +1,11 @@
 """Streams of WebDataset shards that have no index (`data.shards: wds:URLS`), read with the webdataset package.
 
-NOT EXACT: each process and worker walks through its own shards, shuffled in a small buffer, so which pictures a run
-sees depends on the numbers of both; a resumed run starts its shards anew, in another order; what stands behind damage
-in a shard is missed. Positions, and with them crops, flips and noise, are those of any run. With an index (`python -m
-data_prep index`, which copies nothing) all of it is exact.
+NOT EXACT: each worker of each rank reads its own shards through a small shuffle buffer, so the images that a run sees
+depend on the numbers of ranks and workers. A resumed run starts reading the shards again, in another order. In a
+damaged shard everything after the damage is lost. Positions, and with them crops, flips and noise, are the same as with
+an index. With an index (`python -m data_prep index`, which copies nothing) all of it is exact.
 
-Nothing is handed to a shell and nothing is unpickled: members stay bytes, shards are opened by storage.py.
+Nothing is passed to a shell and nothing is unpickled: members stay bytes, and storage.py opens the shards.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from mimscale.data import noise
 from mimscale.data.config import DataConfig
-from mimscale.data.decode import EXTENSIONS, AnyPicture, BadImage, decoder
-from mimscale.data.manifest import BLOCK, LOOKS, Ints, Manifest
+from mimscale.data.datasets import BatchBuilder
+from mimscale.data.decode import EXTENSIONS, AnyImage, BadImage, make_decoder
+from mimscale.data.manifest import BLOCK, MAX_REQUESTS, Ints, Manifest
 from mimscale.data.sample_reader import DamagedSample
-from mimscale.data.samples import Crops
-from mimscale.data.shard_cache import Cache, whole
-from mimscale.data.storage import patiently, storage
+from mimscale.data.shard_cache import Cache, read_exactly
+from mimscale.data.storage import storage, with_retries
 from mimscale.errors import UserError
 from mimscale.types import Batch, Damage, Needs
 
 PREFIX = "wds:"
-CHUNK = 4 << 20  # bytes of a shard that are asked for at a time
-HOPELESS = 1000  # samples in a row that cannot be used
-NOTE = (
-    "data is streamed without an index, which is not exact: a resume starts the shards anew, and another number of "
-    "ranks or workers sees other pictures; `python -m data_prep index` makes it exact and copies nothing"
+CHUNK = 4 << 20  # bytes per read of a shard
+MAX_DAMAGED_IN_A_ROW = 1000  # samples; after more of them a reader gives up
+NOT_EXACT = (
+    "data is streamed without an index, which is not exact: a resume starts the shards again, and another number of "
+    "ranks or workers sees other images; `python -m data_prep index` makes it exact and copies nothing"
 )
 
 
 class WebDatasetStream:
-    """Shards without an index. samples: what the recipe says of their number; the rest is there for a Manifest's users.
+    """Shards without an index, with the attributes of a Manifest that the loader uses.
 
-    Raises UserError for an address that cannot be read, and for fewer shards than there are readers.
+    samples: number of samples, from the recipe. Raises UserError for a URL that cannot be read, and if there are fewer
+    shards than readers (ranks x workers).
     """
 
     labels = None
@@ -56,56 +57,62 @@ class WebDatasetStream:
 
     def __init__(self, data: DataConfig, world: int = 1):
         assert data.stream is not None
-        self.place = self.folder = data.shards
+        self.location = self.folder = data.shards
         self.samples = data.stream.samples
         try:
             self.shard_paths = expand_urls(data.shards.removeprefix(PREFIX))
         except ValueError as error:
-            raise UserError(f"data.shards = {self.place}: {error}; write part-{{000..127}}.tar") from None
-        with ThreadPoolExecutor(LOOKS) as pool:
-            list(pool.map(_look, self.shard_paths))
+            raise UserError(f"data.shards = {self.location}: {error}; write part-{{000..127}}.tar") from None
+        with ThreadPoolExecutor(MAX_REQUESTS) as pool:
+            list(pool.map(_check_shard, self.shard_paths))
         shards, workers = len(self.shard_paths), max(1, data.workers)
         if shards < world * workers:
             raise UserError(
-                f"{shards} shards of {self.place} are too few for {world} ranks x {workers} workers that each stream "
-                f"their own; lower data.workers, or index the shards with `python -m data_prep index`"
+                f"{shards} shards of {self.location} are too few for {world} ranks x {workers} workers, each of which "
+                f"reads its own shards; lower data.workers, or index the shards with `python -m data_prep index`"
             )
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over the names of the shards: contents are not known."""
+        """sha256 (hex) of the names of the shards, because their contents are not known."""
         names = [url.rpartition("/")[2] for url in self.shard_paths]
         return hashlib.sha256(json.dumps([PREFIX, self.samples, names]).encode()).hexdigest()
 
     def key(self, sample_id: int) -> str:
-        """Raises OSError: a sample of a stream cannot be asked for."""
-        raise OSError(f"{self.place} has no index")
+        """Raises OSError: samples of a stream cannot be found by their id."""
+        raise OSError(f"{self.location} has no index")
 
 
 Source = Manifest | WebDatasetStream
 
 
 def open_source(data: DataConfig, world: int = 1) -> Source:
-    """What `data.shards` names. Raises UserError."""
-    return Manifest.load(data.shards, cache=Cache.of(data)) if data.stream is None else WebDatasetStream(data, world)
+    """Open `data.shards`. Raises UserError."""
+    return (
+        Manifest.load(data.shards, cache=Cache.from_config(data))
+        if data.stream is None
+        else WebDatasetStream(data, world)
+    )
 
 
-def _look(url: str) -> None:
+def _check_shard(url: str) -> None:
+    """Raises UserError if the shard cannot be opened."""
     if url.startswith("pipe:"):
         raise UserError(
-            f"data.shards = {PREFIX}{url}: no shell is run for data; give a path, http(s), s3 or gs address"
+            f"data.shards = {PREFIX}{url}: no shell is run for data; give a path or an http(s), s3 or gs URL"
         )
     try:
-        _Shard(url).close()
+        _ShardFile(url).close()
     except OSError as error:
         raise UserError(f"shard '{url}' cannot be opened ({error}); correct data.shards") from None
 
 
-class StreamSamples(IterableDataset[list[Batch]]):
-    """The micro-batches of one rank as `TrainSamples` makes them, with pictures as they come.
+class StreamDataset(IterableDataset[list[Batch]]):
+    """The micro-batches of one rank as `TrainDataset` makes them, but with the images in the order of the stream.
 
-    items: (places in the order, positions [rows, B]), endless; the workers take turns. Sample ids are 63 bits of a hash
-    of the shard's name and the sample's key. Raises DamagedSample where a worker's shards hold nothing of use.
+    items: endless (image positions int64 [B], crop positions int64 [rows, B]) of the rank, see `PositionSampler`; the
+    workers take them in turn. Sample ids are 63 bits of a hash of the shard's name and the sample's key. Raises
+    DamagedSample if a worker finds nothing usable in its shards.
     """
 
     def __init__(
@@ -120,101 +127,103 @@ class StreamSamples(IterableDataset[list[Batch]]):
         world: int,
     ):
         self.source, self.data, self.seed, self.items, self.rank, self.world = source, data, seed, items, rank, world
-        self.crops = Crops(source.samples, data, needs, seed, global_batch)
-        self.decode = decoder(data.decoder, data.decode_short_side)
+        self.batch_builder = BatchBuilder(source.samples, data, needs, seed, global_batch)
+        self.decode = make_decoder(data.decoder, data.decode_short_side)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         items = islice(self.items, number, None, workers)
-        at, positions = next(items)
-        first = int(positions.min()) // self.data.crops  # where a run goes on, its stream begins elsewhere
-        pictures = self._pictures(first, self.rank * workers + number, self.world * workers)
-        yield self.crops(positions, pictures, None)
+        _, positions = next(items)
+        first = int(positions.min()) // self.data.crops  # keys the order, so a resumed run starts with other shards
+        samples = self._decoded(first, self.rank * workers + number, self.world * workers)
+        yield self.batch_builder(positions, samples, None)
         for _, positions in items:
-            yield self.crops(positions, pictures, None)
+            yield self.batch_builder(positions, samples, None)
 
-    def _pictures(self, first: int, part: int, parts: int) -> Iterator[tuple[int, AnyPicture, list[Damage]]]:
-        """(id, picture, damage met since the last one), endless."""
+    def _decoded(self, first: int, reader: int, readers: int) -> Iterator[tuple[int, AnyImage, list[Damage]]]:
+        """Endless (id, image, damage found since the last image) of one of all readers (workers of all ranks)."""
         assert self.data.stream is not None
-        found = list[Damage]()
-        samples = self._stored(first, part, parts, found)
-        order = random.Random(int(noise.raw(self.seed, "stream shuffle", first, part, n=1)[0]))
-        for sample in shuffle(self.data.stream.buffer, rng=order)(samples):
+        damage = list[Damage]()
+        encoded = self._encoded(first, reader, readers, damage)
+        rng = random.Random(int(noise.raw(self.seed, "stream shuffle", first, reader, n=1)[0]))
+        for sample in shuffle(self.data.stream.buffer, rng=rng)(encoded):
             shard, key = sample["__url__"].rpartition("/")[2], sample["__key__"]
-            number = _number(f"{shard}/{key}")
+            sample_id = _hashed_id(f"{shard}/{key}")
             try:
-                picture = self.decode(next(sample[name] for name in sorted(EXTENSIONS) if name in sample))
+                image = self.decode(next(sample[name] for name in sorted(EXTENSIONS) if name in sample))
             except (BadImage, StopIteration) as error:
-                found.append(Damage(number, shard, key, str(error) or "no picture in it"))
-                if len(found) > HOPELESS:
-                    raise self._hopeless(found) from error
+                damage.append(Damage(sample_id, shard, key, str(error) or "no image in it"))
+                if len(damage) > MAX_DAMAGED_IN_A_ROW:
+                    raise self._nothing_usable(damage) from error
                 continue
-            yield number, picture, found.copy()
-            found.clear()
+            yield sample_id, image, damage.copy()
+            damage.clear()
 
-    def _stored(self, first: int, part: int, parts: int, found: list[Damage]) -> Iterator[dict[str, Any]]:
-        """Undecoded samples, endless: each turn deals all shards out anew."""
+    def _encoded(self, first: int, reader: int, readers: int, damage: list[Damage]) -> Iterator[dict[str, Any]]:
+        """Endless samples with encoded images: each pass distributes all shards over the readers in a new order."""
         urls = self.source.shard_paths
-        for turn in count():
-            mine = noise.permutation(self.seed, "stream shards", first, turn, n=len(urls))[part::parts]
+        for number in count():
+            mine = noise.permutation(self.seed, "stream shards", first, number, n=len(urls))[reader::readers]
             usable = 0
             for url in (urls[i] for i in mine.tolist()):
-                for sample in _members(url, found):
+                for sample in _read_samples(url, damage):
                     usable += 1
                     yield sample
             if not usable:
-                raise self._hopeless(found)
+                raise self._nothing_usable(damage)
 
-    def _hopeless(self, found: list[Damage]) -> DamagedSample:
-        last = f": {found[-1].shard}: {found[-1].key} ({found[-1].reason})" if found else ", they are empty"
-        return DamagedSample(f"nothing in the shards of {self.source.place} can be used{last}")
+    def _nothing_usable(self, damage: list[Damage]) -> DamagedSample:
+        last = f": {damage[-1].shard}: {damage[-1].key} ({damage[-1].reason})" if damage else ", they are empty"
+        return DamagedSample(f"nothing in the shards of {self.source.location} can be used{last}")
 
 
-def _members(url: str, found: list[Damage]) -> Iterator[dict[str, Any]]:
-    """Samples of one shard: member name -> bytes. Where it breaks, the rest is left out and put down as damage."""
+def _read_samples(url: str, damage: list[Damage]) -> Iterator[dict[str, Any]]:
+    """The samples of one shard, as extension -> bytes. After damage the rest of the shard is skipped and recorded."""
     name = url.rpartition("/")[2]
 
-    def note(error: Exception) -> bool:
-        found.append(Damage(_number(name), name, "", f"{type(error).__name__}: {error.args[0] if error.args else ''}"))
+    def record(error: Exception) -> bool:
+        reason = f"{type(error).__name__}: {error.args[0] if error.args else ''}"
+        damage.append(Damage(_hashed_id(name), name, "", reason))
         return True
 
     try:
-        shard = _Shard(url)
+        shard = _ShardFile(url)
         with io.BufferedReader(shard, CHUNK) as stream:
-            members = tar_file_expander([{"url": url, "stream": stream}], handler=note)
-            yield from group_by_keys(members, handler=note)
-            if stream.read().strip(b"\0") or shard.cut():  # tarfile takes either for the end
-                note(OSError("it is cut short, or a header in it is damaged: what follows was left out"))
+            members = tar_file_expander([{"url": url, "stream": stream}], handler=record)
+            yield from group_by_keys(members, handler=record)
+            if stream.read().strip(b"\0") or shard.is_truncated():  # tarfile reports neither of them
+                record(OSError("it is truncated, or a header in it is damaged: what follows was left out"))
     except OSError as error:
-        note(error)
+        record(error)
 
 
-def _number(text: str) -> int:
+def _hashed_id(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-class _Shard(io.RawIOBase):
-    """A shard read from its start to its end. Raises OSError."""
+class _ShardFile(io.RawIOBase):
+    """A shard as a file that is read once from start to end. Raises OSError."""
 
     def __init__(self, url: str):
-        place, slash, self.name = url.rpartition("/")
-        self.origin = storage(place or slash or ".")
-        self.at, self.end = 0, self.origin.size(self.name)
+        folder, slash, self.name = url.rpartition("/")
+        self.storage = storage(folder or slash or ".")
+        self.offset, self.end = 0, self.storage.size(self.name)
 
-    def cut(self) -> bool:
-        """Whether the zeros that end an archive are missing."""
+    def is_truncated(self) -> bool:
+        """Whether the zero blocks that end a tar archive are missing."""
         start = max(0, self.end - 2 * BLOCK)
-        return bool(self._bytes(start, self.end - start).strip(b"\0"))
+        return bool(self._read(start, self.end - start).strip(b"\0"))
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), self.end - self.at)
-        buffer[:size] = self._bytes(self.at, size)
-        self.at += size
+        size = min(len(buffer), self.end - self.offset)
+        buffer[:size] = self._read(self.offset, size)
+        self.offset += size
         return size
 
-    def _bytes(self, offset: int, size: int) -> bytes:
-        return patiently(partial(whole, partial(self.origin.read, self.name), offset, size)) if size else b""
+    def _read(self, offset: int, size: int) -> bytes:
+        read = partial(self.storage.read, self.name)
+        return with_retries(partial(read_exactly, read, offset, size)) if size else b""

@@ -26,7 +26,6 @@ from rich.text import Text
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig, method_class
-from mimscale.convert import start
 from mimscale.data import device_decode
 from mimscale.data.config import default_decoder
 from mimscale.data.decode import explain
@@ -37,6 +36,7 @@ from mimscale.errors import UserError
 from mimscale.teachers import weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import adapter, build_skeleton, describe
+from mimscale.training import init_weights
 from mimscale.training.micro_batch import solve_micro_batch
 from mimscale.types import TeacherInfo
 
@@ -172,7 +172,7 @@ def check_recipe(config: RunConfig, report: Report) -> None:
     report.rows.append(("method", config.method.name))
     report.rows.append(("student", f"{shape}, patch {student.patch}, {rows}x{columns} at {config.data.image_size} px"))
     if config.init is not None:
-        known = report.attempt(lambda: start.pinned(config, None, resumes=False))
+        known = report.attempt(lambda: init_weights.with_sha256(config, None, resumes=False))
         if known is not None and known.init is not None:
             report.rows.append(("starts from", f"{known.init.weights}, sha256 {known.init.sha256}"))
     ds_config = report.attempt(lambda: load_ds_config(config.engine.ds_config))

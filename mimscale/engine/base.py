@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from mimscale.errors import UserError
+from mimscale.optim.config import OptimConfig
+from mimscale.optim.param_groups import parameter_groups
 from mimscale.types import Batch, Targets
 
 
@@ -62,7 +65,7 @@ class Engine(Protocol):
         """The engine's part of a checkpoint's manifest: shapes, parameter groups, counters, loss scale."""
 
     def load(self, reader: Any) -> None:
-        """Continue from a checkpoint (`checkpoint.format.Reader`), whatever engine, ZeRO stage and ranks wrote it.
+        """Continue from a checkpoint (a `CheckpointReader`), whatever engine, ZeRO stage and ranks wrote it.
 
         Local, so that a failure can be agreed on before `finish_load`. Raises UserError where it does not fit.
         """
@@ -75,3 +78,40 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds. Process groups stay."""
+
+
+def method_groups(method: Any, optim: OptimConfig) -> list[dict[str, Any]]:
+    """The parameter groups of a method, as `mimscale.optim.param_groups.parameter_groups` gives them."""
+    return parameter_groups(
+        method,
+        weight_decay=optim.weight_decay,
+        layer_decay=optim.layer_decay,
+        no_weight_decay=method.no_weight_decay(),
+        layer_of=method.layer_of,
+    )
+
+
+def refuse_unfit(method: nn.Module) -> None:
+    """Raises UserError for a parameter that ZeRO or checkpoints cannot carry, which is a mistake in the method."""
+    for name, parameter in method.named_parameters():
+        if not parameter.requires_grad:
+            raise UserError(f"parameter {name} is frozen; make it a buffer, or keep it outside the method")
+        if parameter.dim() == 0:
+            raise UserError(f"parameter {name} is 0-dimensional, which ZeRO cannot hold; give it shape (1,)")
+
+
+def refuse_other_parameters(reader: Any, described: Mapping[str, Any]) -> None:
+    """Raises UserError where a checkpoint's parameters are not this engine's. described: by `Engine.describe`."""
+    theirs, ours = reader.meta["shapes"], described["shapes"]
+    if theirs != ours:
+        different = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n))
+        raise UserError(
+            f"{reader.path} holds other parameters than this run ({', '.join(different[:3])}, {len(different)} in "
+            f"all); a resume and --fork need the same student and method"
+        )
+
+
+def refuse_other_groups(reader: Any, described: Mapping[str, Any]) -> None:
+    """Raises UserError where a checkpoint's weight decay or learning-rate scales are not this engine's."""
+    if reader.meta["groups"] != described["groups"]:
+        raise UserError(f"{reader.path}: parameter groups (decay, lr scale) differ from this run's; use --fork")

@@ -1,205 +1,167 @@
-"""A method on a DeepSpeed engine: build it, run micro-steps, step the optimiser, save and load its tensors."""
+"""A method on DeepSpeed, at any ZeRO stage and in any precision of ds_configs/."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mimscale.config.deepspeed import load_ds_config
 from mimscale.config.run import RunConfig
 from mimscale.distributed.world import World
+from mimscale.engine.base import method_groups, refuse_other_groups, refuse_other_parameters, refuse_unfit, unchanged
+from mimscale.engine.clip_and_skip import ClipAndSkip, guarded
 from mimscale.engine.deepspeed_runtime import import_deepspeed
-from mimscale.engine.zero_layout import MOMENTS, Layout, refuse_unfit
-from mimscale.errors import UserError
-from mimscale.optim.param_groups import parameter_groups
-from mimscale.training.micro_batch import solve_micro_batch
+from mimscale.engine.zero_layout import Layout
+from mimscale.optim.optimizers.base import optimizer_class
+from mimscale.types import Batch, Targets
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips, and leaves the weights alone when the gradients are not finite.
+class DeepSpeedEngine:
+    """Fulfils `mimscale.engine.base.Engine`. The loop above it holds the policy, DeepSpeed below it the mechanics.
 
-    Only for ZeRO stage 0 in fp32, the one place where DeepSpeed does not check. The gradients are all-reduced by then,
-    so every rank decides alike. DeepSpeed reads `overflow` after each step and counts the skip. Costs one host sync.
-    clip: largest global gradient norm, 0 = off. norm: that of the last step, before clipping.
+    The method keeps its natural parameters and names; `Layout` translates between them and what DeepSpeed holds.
+    micro_batch, accumulation: images per rank and forward pass, and forward passes per step; with the number of ranks
+    they make the recipe's global batch. ds_config: the parsed and checked JSON that `engine.ds_config` names.
     """
 
-    overflow = False
-    norm = math.nan
-    clip = 0.0
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
-        self.overflow = not math.isfinite(self.norm)
-        if self.overflow:
-            return None
-        if 0 < self.clip < self.norm:
-            torch._foreach_mul_(gradients, self.clip / (self.norm + 1e-6))
-        return super().step(closure)
-
-
-class Engine:
-    """Thin: the loop above it holds the policy, DeepSpeed below it the mechanics.
-
-    micro_batch, accumulation: solved from the recipe's global batch and the world size. skipped: whether the last step
-    left the weights alone, because its gradients were not finite.
-    """
-
-    def __init__(self, method: Any, run: RunConfig, world: World) -> None:
+    def __init__(
+        self,
+        method: Any,
+        config: RunConfig,
+        world: World,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        ds_config: Mapping[str, Any],
+    ) -> None:
         refuse_unfit(method)
-        self.world, self.skipped = world, False
-        self.micro_batch, self.accumulation = solve_micro_batch(
-            run.schedule.global_batch, world.size, run.engine.max_micro_batch
-        )
-        values = load_ds_config(run.engine.ds_config)
-        stage = values.get("zero_optimization", {}).get("stage", 0)
-        ds_config = {
-            **values,
-            "train_batch_size": run.schedule.global_batch,
-            "train_micro_batch_size_per_gpu": self.micro_batch,
-            "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": run.optim.clip if stage else 0.0,  # always written: DeepSpeed's default is not off
-            "steps_per_print": 10**12,
-            "timers": {"throughput": {"enabled": False}},  # it would synchronise the device twice in every micro-step
-        }
-        groups = parameter_groups(
-            method,
-            weight_decay=run.optim.weight_decay,
-            layer_decay=run.optim.layer_decay,
-            no_weight_decay=method.no_weight_decay(),
-            layer_of=method.layer_of,
-        )
-        self.groups: list[dict[str, Any]] = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        adamw = GuardedAdamW if stage == 0 else torch.optim.AdamW
-        self._optimizer = adamw(
+        self._world = world
+        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        groups = method_groups(method, config.optim)
+        self._groups: list[dict[str, Any]] = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        kind = optimizer_class(config.optim.name)
+        torch_class = kind.TORCH if stage else guarded(kind.TORCH)
+        self._optimizer = torch_class(
             [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups],
-            lr=0.0,
-            betas=run.optim.betas,
-            eps=run.optim.eps,
-            fused=world.device.type == "cuda",
+            lr=0.0,  # type: ignore[call-arg]
+            **kind.options(config.optim, fused=world.device.type == "cuda"),
         )
-        if isinstance(self._optimizer, GuardedAdamW):
-            self._optimizer.clip = run.optim.clip
-        deepspeed = import_deepspeed(world.device)
-        self._ds, *_ = deepspeed.initialize(
-            model=method, optimizer=self._optimizer, config=ds_config, dist_init_required=False
+        self._deepspeed = import_deepspeed(world.device)
+        self._ds, *_ = self._deepspeed.initialize(
+            model=method,
+            optimizer=self._optimizer,
+            dist_init_required=False,
+            config={
+                **ds_config,
+                "train_batch_size": micro_batch * accumulation * world.size,
+                "train_micro_batch_size_per_gpu": micro_batch,
+                "gradient_accumulation_steps": accumulation,
+                "gradient_clipping": config.optim.clip if stage else 0.0,  # always written: the default is not off
+                "zero_allow_untested_optimizer": True,  # it knows a few; ours are tested here, each at every stage
+                "steps_per_print": 10**12,
+                "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in every micro-step
+            },
         )
-        self.layout = Layout(self._ds)
+        self.layout = Layout(self._ds, kind, None if config.ema is None else config.ema.decay)
 
-    @property
-    def module(self) -> nn.Module:
-        return self._ds.module
+    # ------------------------------------------------------------------------------------------------------- training
 
-    def set_lr(self, lr: float) -> None:
-        """The peak group's rate; groups with layer decay get their share."""
-        for live, group in zip(self._ds.optimizer.param_groups, self.groups, strict=True):
-            live["lr"] = lr * group["lr_scale"]
-
-    def set_clip(self, norm: float) -> None:
-        """Largest global gradient norm of the next step, 0 = none. It is scaled down inside the step."""
-        if isinstance(self._optimizer, GuardedAdamW):
-            self._optimizer.clip = norm
-        else:
-            self._ds.optimizer.clip_grad = norm
-
-    def micro_step(
-        self, batch: Any, targets: Any, judge: Callable[[Tensor], Tensor] = lambda loss: loss
+    def forward_backward(
+        self, batch: Batch, targets: Mapping[str, Targets], check_loss: Callable[[Tensor], Tensor] = unchanged
     ) -> dict[str, Tensor]:
-        """Forward, backward, and at the end of an accumulation window the step. Returns detached scalars.
-
-        judge: called between forward and backward; what it returns goes backward in place of the loss.
-        """
         outputs: Mapping[str, Tensor] = self._ds(batch, targets)
-        self._ds.backward(judge(outputs["loss"]))
-        skipped_before = self.skipped_steps
-        self._ds.step()
-        self.skipped = self.skipped_steps > skipped_before
+        self._ds.backward(check_loss(outputs["loss"]))
+        if not self._ds.is_gradient_accumulation_boundary():
+            self._ds.step()  # counts the micro-step and nothing else
         return {name: value.detach() for name, value in outputs.items()}
 
-    @property
-    def skipped_steps(self) -> int:
-        """Optimiser steps whose gradients were not finite and which left the weights alone, since the run began."""
-        return int(self._ds.skipped_steps)
+    def step(self, lr: float, clip: float) -> bool:
+        assert self._ds.is_gradient_accumulation_boundary(), "step() comes after `accumulation` micro-batches"
+        for live, group in zip(self._ds.optimizer.param_groups, self._groups, strict=True):
+            live["lr"] = lr * group["lr_scale"]
+        if isinstance(self._optimizer, ClipAndSkip):
+            self._optimizer.clip = clip
+        else:
+            self._ds.optimizer.clip_grad = clip
+        skipped_before = self.skipped_steps
+        self._ds.step()
+        skipped = self.skipped_steps > skipped_before
+        if self.layout.average is not None and not skipped:
+            self.layout.average.update()
+        return skipped
 
     def gradient_norm(self) -> float:
-        """Global L2 norm of the last step's gradients, before clipping. Reads from the device."""
-        if isinstance(self._optimizer, GuardedAdamW):
+        if isinstance(self._optimizer, ClipAndSkip):
             return self._optimizer.norm
         norm = self._ds.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
 
     @property
     def loss_scale(self) -> float | None:
-        """fp16's dynamic scale; None where there is none."""
         scaler = getattr(self._ds.optimizer, "loss_scaler", None)
         return float(scaler.loss_scale) if scaler is not None and scaler.dynamic else None
 
-    # -------------------------------------------------------------------------------- what a checkpoint holds of it
+    @property
+    def skipped_steps(self) -> int:
+        return int(self._ds.skipped_steps)
 
-    def live_tensors(self) -> dict[str, Tensor]:
-        """This rank's fragments "kind|name|start", 1-D, where the optimizer has them; rank 0 adds the buffers."""
-        live = {
-            f"{kind}|{f.name}|{f.start}": self.layout.view(f, kind).detach()
-            for f in self.layout.fragments
-            if f.owned
-            for kind in ("fp32", *MOMENTS)
-        }
-        if self.world.rank == 0:
-            for name, buffer in self.module.named_buffers():
-                live[f"buffer|{name}|0"] = buffer.detach().reshape(-1)
+    def parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.layout.parameters.items():
+            if name.startswith(prefix):
+                with self._deepspeed.zero.GatheredParameters([parameter], enabled=self.layout.stage == 3):
+                    yield name, parameter.detach()
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    @property
+    def _module(self) -> nn.Module:
+        module: nn.Module = self._ds.module
+        return module
+
+    def fragments(self) -> dict[str, Tensor]:
+        live = self._fragments(owned_only=True)
+        if self._world.rank == 0:
+            live |= {f"buffer|{name}|0": buffer.detach().reshape(-1) for name, buffer in self._module.named_buffers()}
         return live
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The same as host copies."""
-        return {key: tensor.to("cpu", copy=True) for key, tensor in self.live_tensors().items()}
-
-    def meta(self) -> dict[str, Any]:
-        """The manifest's part of the engine: shapes, group hyper-parameters by parameter name, counters, scaler."""
+    def _fragments(self, *, owned_only: bool, kinds: tuple[str, ...] | None = None) -> dict[str, Tensor]:
         return {
-            "shapes": {**self.layout.shapes(), **{n: list(b.shape) for n, b in self.module.named_buffers()}},
-            "groups": self.groups,
+            f"{kind}|{f.name}|{f.start}": self.layout.view(f, kind).detach()
+            for f in self.layout.fragments
+            if f.owned or not owned_only
+            for kind in self.layout.kinds(f)
+            if kinds is None or kind in kinds
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "shapes": {**self.layout.shapes(), **{n: list(b.shape) for n, b in self._module.named_buffers()}},
+            "groups": self._groups,
             "engine": self.layout.engine_state(),
         }
 
-    @torch.no_grad()
     def load(self, reader: Any) -> None:
-        """Fill masters, moments and buffers from a checkpoint (`resilience.checkpoint.Reader`), whatever wrote it.
+        refuse_other_groups(reader, self.describe())
+        self.layout.create_state(reader.meta["engine"]["optimizer_step"])
+        self._fill(reader)
 
-        Local: no communication. Call `finish_load` on every rank afterwards. Raises UserError where the checkpoint's
-        parameters or groups are not this run's.
-        """
-        if reader.meta["groups"] != self.groups:
-            raise UserError(f"{reader.path}: parameter groups (decay, lr scale) differ from this run's; use --fork")
-        self.layout.create_state(reader.meta["engine"]["adam_step"])
-        self._fill(reader, ("fp32", *MOMENTS))
+    def load_weights(self, reader: Any) -> None:
+        self._fill(reader, kinds=("fp32",))
+        if self.layout.average is not None:
+            self.layout.average.restart()
 
     @torch.no_grad()
-    def load_weights(self, reader: Any) -> None:
-        """The same for a new run that starts from another's weights: Adam's state stays empty."""
-        self._fill(reader, ("fp32",))
-
-    def _fill(self, reader: Any, kinds: tuple[str, ...]) -> None:
-        theirs, ours = reader.meta["shapes"], self.meta()["shapes"]
-        if theirs != ours:
-            different = sorted(n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n))
-            raise UserError(
-                f"{reader.path} holds other parameters than this run ({', '.join(different[:3])}, {len(different)} in "
-                f"all); a resume and --fork need the same student and method"
-            )
-        for fragment in self.layout.fragments:
-            for kind in kinds:
-                reader.into(kind, fragment.name, fragment.start, self.layout.view(fragment, kind))
-        for name, buffer in self.module.named_buffers():
+    def _fill(self, reader: Any, kinds: tuple[str, ...] | None = None) -> None:
+        refuse_other_parameters(reader, self.describe())
+        reader.fill(self._fragments(owned_only=False, kinds=kinds))
+        for name, buffer in self._module.named_buffers():
             reader.into("buffer", name, 0, buffer.data.view(-1))
 
     @torch.no_grad()
     def finish_load(self, reader: Any, *, counters: bool = True) -> None:
-        """Collective end of a load: refresh the forward copies, restore counters and scaler, test the map again."""
         self.layout.refresh_weights()
         if counters:
             self.layout.load_engine_state(reader.meta["engine"])

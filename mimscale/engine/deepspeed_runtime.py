@@ -1,8 +1,9 @@
-"""DeepSpeed as a library: imported with its accelerator settled, and its process group."""
+"""DeepSpeed as a library: imported with its accelerator chosen, and its process group."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +13,7 @@ from mimscale.distributed.world import EMULATE_FP16, World, free_port
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed with its accelerator settled, and without its shared-memory op.
+    """DeepSpeed with its accelerator chosen, and without its shared-memory op.
 
     That op is compiled at start-up on a CPU (a minute or two) and serves only an all-reduce for inference. With
     EMULATE_FP16 in the environment DeepSpeed also accepts fp16 on a CPU without native fp16 arithmetic, where torch
@@ -24,6 +25,9 @@ def import_deepspeed(device: torch.device) -> Any:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls these two collectives; torch 2.15 renames them and warns once per rank and call site
+    names = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=names, category=FutureWarning)
     if device.type == "cpu" and os.environ.get(EMULATE_FP16):
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     return deepspeed

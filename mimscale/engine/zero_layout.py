@@ -10,6 +10,8 @@ flat(parameter)[start : start + length]:
     stage 0     the leaf is the parameter; replicated, so rank (index mod world) writes it
     stage 1, 2  one leaf per group: the group's parameters concatenated, padded, and cut into equal pieces
     stage 3     one leaf per sub-group: this rank's equal slice of each parameter, padded per parameter
+
+The optimiser's state and the student's moving average are kept per leaf, in the leaf's shape, so the same offsets hold.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mimscale.errors import UserError
+from mimscale.optim.ema import STUDENT, MovingAverage
+from mimscale.optim.optimizers.base import Optimizer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "skipped_steps", "global_samples")
 _ENGINE = (*COUNTERS, "micro_steps", "get_global_grad_norm")
@@ -36,7 +38,7 @@ _USED: dict[int, tuple[str, ...]] = {  # besides what `_map` reads
 
 
 class LayoutError(RuntimeError):
-    """The installed DeepSpeed does not keep its state where this file looks for it."""
+    """The installed DeepSpeed keeps its state elsewhere than this file expects."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +62,14 @@ def _numel(parameter: Tensor) -> int:
 
 
 class Layout:
-    """The fragments of this rank. Built right after `deepspeed.initialize`; creates Adam's state, empty."""
+    """The fragments of this rank. Built right after `deepspeed.initialize`; creates the optimiser's state, empty.
 
-    def __init__(self, ds_engine: Any) -> None:
-        self._ds = ds_engine
+    ema_decay: of the student's moving average, which is kept beside the leaves that hold a piece of the student; None:
+    there is none.
+    """
+
+    def __init__(self, ds_engine: Any, optimizer: type[Optimizer], ema_decay: float | None = None) -> None:
+        self._ds, self._optimizer = ds_engine, optimizer
         self.stage: int = ds_engine.zero_optimization_stage()
         self.parameters: dict[str, nn.Parameter] = dict(ds_engine.module.named_parameters())
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
@@ -80,6 +86,8 @@ class Layout:
             raise LayoutError(f"this DeepSpeed release keeps its state elsewhere ({error}); use 0.19.8") from error
         self.create_state(0)
         self.check()
+        averaged = dict.fromkeys(f.leaf for f in self.fragments if f.name.startswith(STUDENT))
+        self.average = None if ema_decay is None else MovingAverage(ema_decay, averaged)
 
     def _map(self, zero: Any) -> tuple[list[Tensor], list[Fragment]]:
         fragments = []
@@ -114,9 +122,20 @@ class Layout:
                 fragments.append(Fragment(name, parameter, 0, parameter.numel(), parameter, 0, owned))
         return leaves, fragments
 
+    def kinds(self, fragment: Fragment) -> tuple[str, ...]:
+        """What a checkpoint keeps of a fragment."""
+        averaged = self.average is not None and fragment.name.startswith(STUDENT)
+        return ("fp32", *self._optimizer.STATES, *(("ema",) if averaged else ()))
+
     def view(self, fragment: Fragment, kind: str) -> Tensor:
         """The live numbers of a fragment, 1-D: read on save, written on load."""
-        tensor = fragment.leaf.data if kind == "fp32" else self._base.state[fragment.leaf][kind]
+        if kind == "fp32":
+            tensor = fragment.leaf.data
+        elif kind == "ema":
+            assert self.average is not None
+            tensor = self.average.of(fragment.leaf)
+        else:
+            tensor = self._base.state[fragment.leaf][kind]
         return tensor.view(-1)[fragment.offset : fragment.offset + fragment.length]
 
     def _weights(self, fragment: Fragment) -> Tensor:
@@ -126,25 +145,21 @@ class Layout:
         return fragment.parameter.data.view(-1)[fragment.start : fragment.start + fragment.length]
 
     def create_state(self, step: float) -> None:
-        """Adam's state for every leaf, zero moments: what a first step would create.
+        """The optimiser's state of every leaf, zero but for the step counter: what a first step would create.
 
         Done at once because DeepSpeed links states to parameters after the first GROUP's step, when other groups have
-        none. Each leaf gets a step tensor of its own; a shared one would advance once per leaf.
+        none.
         """
-        on_device = any(group.get("fused") or group.get("capturable") for group in self._base.param_groups)
-        for leaf in self._leaves:
-            device = leaf.device if on_device else torch.device("cpu")
-            state = self._base.state[leaf]
-            state.clear()
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
-            for kind in MOMENTS:
-                state[kind] = torch.zeros_like(leaf.data)
+        self._optimizer.create_state(self._base, self._leaves, step)
 
-    def adam_step(self) -> float:
-        steps = {float(self._base.state[leaf]["step"]) for leaf in self._leaves}
+    def optimizer_step(self) -> int:
+        """How many steps the optimiser has taken. Raises LayoutError where its own counters differ."""
+        if not self._optimizer.COUNTS_STEPS:
+            return int(self._ds.global_steps - self._ds.skipped_steps)
+        steps = {int(self._base.state[leaf]["step"]) for leaf in self._leaves}
         if len(steps) > 1:
-            raise LayoutError(f"Adam's step differs between groups: {sorted(steps)}")
-        return steps.pop() if steps else 0.0
+            raise LayoutError(f"the optimiser's step differs between groups: {sorted(steps)}")
+        return steps.pop() if steps else 0
 
     def refresh_weights(self) -> None:
         """After the masters were written: bring the forward pass's copies up to date."""
@@ -192,13 +207,13 @@ class Layout:
         scaler = getattr(self._ds.optimizer, "loss_scaler", None)
         dynamic = getattr(scaler, "dynamic", False)
         return {
-            "adam_step": self.adam_step(),
+            "optimizer_step": self.optimizer_step(),
             "counters": {name: int(getattr(self._ds, name)) for name in COUNTERS},
             "scaler": {name: getattr(scaler, name) for name in SCALER_FIELDS} if dynamic else None,
         }
 
     def load_engine_state(self, state: dict[str, Any]) -> None:
-        """Adam's step is restored by `create_state`. The scaler is taken only where both runs have a dynamic one."""
+        """The scaler is taken only where both runs have a dynamic one. The optimiser's step: by `create_state`."""
         for name in COUNTERS:
             setattr(self._ds, name, state["counters"][name])
         self._ds.micro_steps = self._ds.global_steps * self._ds.gradient_accumulation_steps()
@@ -206,12 +221,3 @@ class Layout:
         if state["scaler"] and getattr(scaler, "dynamic", False):
             for name in SCALER_FIELDS:
                 setattr(scaler, name, state["scaler"][name])
-
-
-def refuse_unfit(module: nn.Module) -> None:
-    """What the layout and ZeRO cannot carry. Raises UserError (a programming mistake in a method, said plainly)."""
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            raise UserError(f"parameter {name} is frozen; make it a buffer, or keep it outside the method")
-        if parameter.dim() == 0:
-            raise UserError(f"parameter {name} is 0-dimensional, which ZeRO cannot hold; give it shape (1,)")

@@ -40,7 +40,7 @@ def largest(of_ranks: list[dict[str, float]]) -> dict[str, float]:
 
 
 def suspect(now: Mapping[str, float], before: Mapping[str, float]) -> str:
-    """One phrase that names the layer to look at: the first that is not finite, else the one that grew the most."""
+    """One phrase that names the suspect layer: the first that is not finite, else the one that grew the most."""
     broken = next((name for name, value in now.items() if not math.isfinite(value)), None)
     if broken is not None:
         return f"{broken} is the first layer whose output is not finite"

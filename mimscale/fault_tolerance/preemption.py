@@ -19,14 +19,14 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 class Preemption:
     """Installs the handlers. `raised()` is cheap enough for every step.
 
-    stop_files: paths whose existence asks for the same; looked at no more often than every `poll_s` seconds, because
+    stop_files: paths whose existence asks for the same; checked no more often than every `poll_s` seconds, because
     the run folder may lie on a slow shared file system.
     """
 
     def __init__(self, stop_files: list[Path], poll_s: float = 5.0) -> None:
         self._stop_files = stop_files
         self._poll_s = poll_s
-        self._next_look_s = 0.0
+        self._next_poll_s = 0.0
         self.reason: str | None = None
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
@@ -36,8 +36,8 @@ class Preemption:
 
     def raised(self) -> bool:
         now_s = time.monotonic()
-        if self.reason is None and now_s >= self._next_look_s:
-            self._next_look_s = now_s + self._poll_s
+        if self.reason is None and now_s >= self._next_poll_s:
+            self._next_poll_s = now_s + self._poll_s
             found = [path for path in self._stop_files if there(path)]
             if found:
                 self.reason = f"stop file {found[0]}"
@@ -45,7 +45,7 @@ class Preemption:
 
 
 def there(path: Path) -> bool:
-    """Whether it exists, as far as the file system tells."""
+    """Whether it exists, as far as the file system can say."""
     try:
         return path.exists()
     except OSError:
@@ -59,7 +59,7 @@ def ignore_signals() -> None:
 
 
 def leave_requeue_marker(writer: RetryingWriter, step: int, why: str = "asked") -> None:
-    """Tell the batch script, through the file that MIMSCALE_REQUEUE_FILE names, that this job wants to run again.
+    """Ask the batch script, through the file that MIMSCALE_REQUEUE_FILE names, to run this job again.
 
     step: of the newest checkpoint. why: "asked" (a signal) or "hang".
     """

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from mimscale.errors import warn
+from mimscale.files.atomic import atomic_write
 
 
 class RetryingWriter:
@@ -72,11 +72,5 @@ class RetryingWriter:
             os.close(file)
 
     def _replace(self, path: Path) -> None:
-        part = path.with_name(f"{path.name}.part{os.getpid()}")
-        try:
-            part.write_bytes(self._whole[path])
-            part.replace(path)
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+        atomic_write(path, self._whole[path])
         del self._whole[path]

@@ -11,7 +11,7 @@ SLURM can start a job again while ranks of its former turn still run on a node i
 3. The holder reads the claim again at every beat and before every rename or removal of a checkpoint. Once another name
    stands in it, the older generation writes nothing more and ends.
 
-RUN/lock is opened anew for each look, because a network file system promises fresh content only then; closing a file
+RUN/lock is opened anew for each check, because a network file system promises fresh content only then; closing a file
 drops the POSIX locks on it, so these are on a file of their own.
 """
 
@@ -55,7 +55,7 @@ class RunLock:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._held = os.open(run_dir / "lock.held", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             self._locked = self._lock()
-            self._settle_with(self._read())
+            self._resolve_claim(self._read())
             self._write_claim()
         except OSError as error:
             raise UserError(
@@ -76,7 +76,9 @@ class RunLock:
             raise Stopped(f"{self.path.parent} was taken over by {_named(owner)}; this older start writes no more")
 
     def release(self) -> None:
-        """Leave the folder to whoever comes next."""
+        """Leave the folder to whoever comes next. Calling it again does nothing."""
+        if self._left.is_set():
+            return
         self._left.set()
         with self._mutex:
             try:
@@ -88,7 +90,7 @@ class RunLock:
 
     # ------------------------------------------------------------------------------------------------------ claiming
 
-    def _settle_with(self, owner: dict[str, Any]) -> None:
+    def _resolve_claim(self, owner: dict[str, Any]) -> None:
         """Return when this process may write its name; else raise UserError."""
         if not owner:
             return
@@ -161,7 +163,7 @@ class RunLock:
 
 
 def _boot() -> str | None:
-    """Tells this start of this machine's kernel from all others; two machines may have the same name."""
+    """Distinguishes this start of this machine's kernel from all others; two machines may have the same name."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else None
 

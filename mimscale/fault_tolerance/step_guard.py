@@ -106,7 +106,7 @@ class StepGuard:
         return bool(self.config.grad_spike) and step % self.config.every == 0
 
     def observe_norm(self, norm: float) -> None:
-        """The norm of one step, before clipping. Those of skipped steps teach nothing."""
+        """The norm of one step, before clipping. Those of skipped steps do not count."""
         if not math.isfinite(norm):
             return
         limit = self.clip(0.0) or math.inf

@@ -47,7 +47,7 @@ class Watchdog:
     def __init__(self, run_dir: Path, rank: int, config: WatchdogConfig, position: Position) -> None:
         self._run_dir, self._rank, self._config, self._position = run_dir, rank, config, position
         self._limit_s, self._beat_s, self._beats, self.step = config.startup_s, time.monotonic(), 0, 0
-        self.control: Coordinator | None = None
+        self.coordinator: Coordinator | None = None
         self._closed = threading.Event()
         if config.stall_s and config.startup_s:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -103,7 +103,7 @@ class Watchdog:
 
     def _report(self) -> str:
         samples = [int(sample) for micro in self._position.ids for sample in micro][-64:]
-        agreement = self.control.last if self.control is not None else "none"
+        agreement = self.coordinator.last if self.coordinator is not None else "none"
         return (
             f"watchdog: rank {self._rank} on {platform.node()} has not advanced for {self._limit_s:g} s after step "
             f"{self.step}, in phase '{self._position.phase}'; last agreement: {agreement}; "

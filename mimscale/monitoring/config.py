@@ -8,7 +8,7 @@ from mimscale.config.base import Strict
 
 
 class LogConfig(Strict):
-    """every: optimiser steps between log lines. panels: steps between pictures, 0 = none."""
+    """every: optimiser steps between log lines. panels: steps between panels of images, 0 = none."""
 
     every: int = Field(20, ge=1)
     panels: int = Field(0, ge=0)

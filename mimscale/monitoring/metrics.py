@@ -16,7 +16,7 @@ from torch import Tensor
 class ThroughputMeter:
     """Means of the method's scalars over ranks and micro-steps, and where the time went.
 
-    waited_s: tells the seconds that this rank has waited for data so far.
+    waited_s: returns the seconds that this rank has waited for data so far.
     """
 
     def __init__(self, device: torch.device, waited_s: Callable[[], float] = lambda: 0.0) -> None:

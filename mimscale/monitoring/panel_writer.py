@@ -1,4 +1,4 @@
-"""Draws pictures beside the training loop, which never waits for them."""
+"""Draws panels in a thread; the training loop never waits for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WAITING = 4  # views at most
 class PanelWriter:
     """A thread that turns views into panels and calls publish(step, uint8 [3, H, W]), or failed(step, error).
 
-    A view that comes while too many still wait is dropped: a picture may be missed, time may not.
+    A view that comes while too many still wait is dropped: the loop does not wait.
     """
 
     def __init__(self, publish: Callable[[int, Tensor], None], failed: Callable[[int, Exception], None]) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of what a method sees and does, out of a `View`, without a plotting library."""
+"""Images of what a method sees and predicts, made from a `View` without a plotting library."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ GAP, SMALLEST = 2, 64  # pixels between tiles; smaller tiles are enlarged
 
 
 def tiles(view: View, samples: int = SAMPLES) -> dict[str, Tensor]:
-    """What the view holds, as uint8 pictures [samples, 3, H, W] in host memory.
+    """What the view holds, as uint8 images [samples, 3, H, W] in host memory.
 
     input, then where there are any: masked (grey; dropped patches dark); reconstruction (predicted where masked, true
-    elsewhere); attention (share of the strongest patch, dark to bright, over the darkened picture); features (their
+    elsewhere); attention (share of the strongest patch, dark to bright, over the darkened image); features (their
     three strongest components as red, green and blue). Patches lie on a square grid.
     """
     images = view.images[:samples].float()
@@ -51,8 +51,8 @@ def panel(view: View, samples: int = SAMPLES) -> Tensor:
     scale = max(1, math.ceil(SMALLEST / side))
     rows = rows.repeat_interleave(scale, dim=3).repeat_interleave(scale, dim=4)
     rows = F.pad(rows, (0, GAP, 0, GAP), value=255)
-    picture = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-    return picture[:, :-GAP, :-GAP].contiguous()
+    whole = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    return whole[:, :-GAP, :-GAP].contiguous()
 
 
 def heat(share_B1HW: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class PhaseTimer:
         before_s, self._lap_s = self._lap_s, time.perf_counter()
         return self._lap_s - before_s
 
-    def compare(self, control: Coordinator) -> list[str]:
+    def compare(self, coordinator: Coordinator) -> list[str]:
         """A line for each rank that was slow, or waited, since the last call. Collective."""
         spent = {phase: self.seconds[phase] - self._compared[phase] for phase in (FORWARD, WAITING)}
         if self._events:
@@ -53,7 +53,7 @@ class PhaseTimer:
         now_s = time.perf_counter()
         mine = (platform.node(), spent[FORWARD], spent[WAITING], now_s - self._compared_s)
         self._compared, self._compared_s = self.seconds.copy(), now_s
-        return named(control.gather(mine))
+        return named(coordinator.gather(mine))
 
 
 def named(ranks: Sequence[tuple[str, float, float, float]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard and a progress line. Rank 0 only; silent elsewhere.
+"""What a run reports: `metrics.jsonl`, TensorBoard and a progress line. Rank 0 only; silent elsewhere.
 
 A disk that refuses never ends the run: lines wait in memory until it takes them, TensorBoard is left out until the next
 start.
@@ -90,7 +90,7 @@ class RunLogger:
         self._on_board(lambda board: board.add_image("view", panel_3HW, step))
 
     def _not_drawn(self, step: int, error: Exception) -> None:
-        self.log_event("picture_failed", at=step, error=f"{type(error).__name__}: {error}")
+        self.log_event("panel_failed", at=step, error=f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         if self._panel_writer is not None:

@@ -1,4 +1,4 @@
-"""The sections `optim` and `schedule` of a recipe."""
+"""The sections `optim`, `ema` and `schedule` of a recipe."""
 
 from __future__ import annotations
 
@@ -11,13 +11,25 @@ from mimscale.config.base import Fraction, Strict
 
 
 class OptimConfig(Strict):
-    """AdamW. clip: global gradient norm, 0 = off. layer_decay: 1 = off."""
+    """Base of every optimiser's own section; the others' keys stand in mimscale/optim/optimizers/<name>.py.
 
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: of the parameters that `param_groups.is_decayed` names. layer_decay: factor of the learning rate from
+    one layer to the one below; 1 = off. clip: global L2 norm of the gradients to which larger ones are scaled; 0 = off.
+    """
+
+    name: str
+    weight_decay: float = Field(0.0, ge=0)
     layer_decay: float = Field(1.0, gt=0, le=1)
     clip: float = Field(0.0, ge=0)
+
+
+class EmaConfig(Strict):
+    """The section `ema`: an exponential moving average of the student's weights, in float32, kept in every checkpoint.
+
+    decay: after each step that was not skipped, average = decay x average + (1 - decay) x weights.
+    """
+
+    decay: Fraction = 0.9999
 
 
 class ScheduleConfig(Strict):

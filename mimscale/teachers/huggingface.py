@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_CLIP_ANCHOR = "vision_model.embeddings.class_embedding"
+_CLIP_ANCHOR = "embeddings.class_embedding"  # below vision_model., or at the root, as transformers 5 saves the tower
 _VIT_ANCHOR = "embeddings.cls_token"
 _CLIP_BLOCK = {
     "self_attn.out_proj": "attn.proj",
@@ -45,7 +45,7 @@ def from_huggingface_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Raises KeyError if a tensor of the tower is missing.
     """
-    state = _below(state, _CLIP_ANCHOR, "embeddings.class_embedding")
+    state = _below(state, _CLIP_ANCHOR, _CLIP_ANCHOR)
     out = {
         "cls_token": state["embeddings.class_embedding"].view(1, 1, -1),
         "pos_embed": state["embeddings.position_embedding.weight"].unsqueeze(0),

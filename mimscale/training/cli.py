@@ -1,30 +1,45 @@
-"""`mimscale train RECIPE`: parse, check, train."""
+"""`mimscale train RECIPE`: parse, check, train; or show the whole recipe."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
-from mimscale.config.recipes import load_recipe, recipe_names
-from mimscale.monitoring.metrics import StartupTimer
-from mimscale.training.loop import train
-from mimscale.training.setup import prepare
+import yaml
+
+from mimscale.config.recipes import load_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help=f"a recipe ({', '.join(recipe_names())}) or a path to a YAML file")
+    parser.add_argument("recipe", help="a recipe (`mimscale recipes` lists them) or a path to a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     parser.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/RECIPE); resumes what it holds")
     parser.add_argument("--fork", type=Path, metavar="NEW", help="start a new run in NEW from --run-dir's weights")
+    parser.add_argument(
+        "--show", action="store_true", help="print the recipe with what it extends and all defaults, and train nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.show:
+        print(yaml.safe_dump(load_recipe(args.recipe, args.overrides).dump(), sort_keys=False), end="")
+        return 0
+    # here, because a recipe that is only shown does not wait for DeepSpeed
+    from mimscale.distributed import world
+    from mimscale.monitoring.metrics import StartupTimer
+    from mimscale.training.loop import train
+    from mimscale.training.plan import prepare
+
     startup = StartupTimer()
     startup.end("imports")
     config = load_recipe(args.recipe, args.overrides)
     run_dir = args.run_dir or Path("runs") / Path(args.recipe).stem
     plan = prepare(config, run_dir, args.fork, tuple(sys.argv))
     startup.end("checks")
-    train(plan, startup)
+    closing = ExitStack()
+    train(plan, startup, closing)
+    world.close_process_group()
+    closing.close()
     return 0

@@ -1,104 +1,94 @@
-"""Every check that needs no other rank, before anything is built: recipe, machine, teachers, run folder, data."""
+"""Build the parts of a run, one after the other. What can fail without the other ranks fails before they connect."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import ExitStack
+from functools import partial
 
-from mimscale.checkpoint import format as checkpoint
+import torch
+
 from mimscale.checkpoint import run_folder
-from mimscale.config.deepspeed import load_ds_config, precision_of
-from mimscale.config.run import RunConfig, method_class
-from mimscale.convert import start
-from mimscale.data import device_decode
-from mimscale.data.wds_stream import Source, open_source
-from mimscale.distributed.world import World, check_precision, from_environment
-from mimscale.errors import UserError
+from mimscale.config.run import method_class
+from mimscale.distributed.coordination import Coordinator
+from mimscale.engine.factory import make_engine, open_process_group
+from mimscale.engine.sharded_module import split_over_ranks
+from mimscale.fault_tolerance.preemption import Preemption
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
-from mimscale.monitoring.damage_log import DamageLog, default_limit
-from mimscale.optim import lr_schedule
-from mimscale.teachers.base import Teacher
-from mimscale.teachers.ensemble import build_skeletons, describe
-from mimscale.teachers.quantise import check as check_quantised
-from mimscale.training.micro_batch import solve_micro_batch
-from mimscale.types import TeacherInfo
+from mimscale.fault_tolerance.run_lock import RunLock
+from mimscale.fault_tolerance.step_guard import StepGuard
+from mimscale.fault_tolerance.watchdog import Watchdog
+from mimscale.methods.base import Method
+from mimscale.monitoring.metrics import StartupTimer
+from mimscale.monitoring.phase_timer import PhaseTimer
+from mimscale.monitoring.run_logger import RunLogger
+from mimscale.teachers.ensemble import TeacherEnsemble
+from mimscale.training import init_weights
+from mimscale.training.context import TrainContext
+from mimscale.training.inputs import TrainInputs
+from mimscale.training.plan import Plan, open_damage_log
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run that passed every check that needs no other rank."""
+def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext:
+    """Method, teachers, engine, inputs, and what watches them. Collective from the process group on.
 
-    run: RunConfig
-    run_dir: Path
-    parent: Path | None  # the checkpoint whose weights a fork starts from
-    fresh: bool  # whether there is no checkpoint of this run to go on from
-    world: World
-    manifest: Source
-    skeletons: Mapping[str, Teacher]  # every teacher on the meta device, for TeacherEnsemble
-    steps_per_epoch: int
-    total_steps: int
-    command: tuple[str, ...]
+    closing: gets what is to be ended after the run.
+    """
+    config, world = plan.config, plan.world
+    timer = PhaseTimer(world.device)
+    watchdog = Watchdog(plan.run_dir, world.rank, config.watchdog, timer)
+    closing.callback(watchdog.close)
+    preemption = Preemption(stop_files=run_folder.stop_files(plan.run_dir))
 
-    @property
-    def teachers(self) -> dict[str, TeacherInfo]:
-        return describe(self.skeletons)
+    torch.manual_seed(config.seed)
+    method: Method = method_class(config.method.name)(config, plan.teachers)
+    init_notes = init_weights.load_into(method, config) if plan.fresh and config.init is not None else ()
+    needs, image_size = method.needs.teachers, config.data.image_size
+    teachers = TeacherEnsemble(config.teachers, plan.skeletons, needs, image_size, world.device)
+    parameter_count = sum(parameter.numel() for parameter in method.parameters())
+    startup.end("model")
 
-    def lr(self, step: int) -> float:
-        return lr_schedule.lr_of(self.run.schedule, step, self.steps_per_epoch, self.total_steps)
+    lock = RunLock(plan.run_dir) if world.rank == 0 else None
+    if lock is not None:
+        closing.callback(lock.release)
+    startup.end("lock")
+    open_process_group(world, config.engine)
+    watchdog.coordinator = coordinator = Coordinator()
+    startup.end("process_group")
 
+    engine = make_engine(
+        method,
+        config,
+        world,
+        micro_batch=plan.micro_batch,
+        accumulation=plan.accumulation,
+        ds_config=plan.ds_config,
+    )
+    teachers.shard(partial(split_over_ranks, world=world))
+    teachers.check()
+    method.before_run(plan.manifest.samples)
+    startup.end("engine")
 
-def prepare(run: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:
-    """Every check, before a process group is opened. Raises UserError."""
-    world = from_environment(run.engine.device)
-    check_precision(world.device, precision_of(load_ds_config(run.engine.ds_config)))
-    solve_micro_batch(run.schedule.global_batch, world.size, run.engine.max_micro_batch)
-    skeletons = build_skeletons(run.teachers, run.data.image_size)
-    for name, teacher in run.teachers.items():
-        if world.device.type == "cuda" or teacher.shard:
-            check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
-            check_quantised(name, teacher.precision, world.device)
-    method_class(run.method.name).check(run, describe(skeletons))
-    if run.data.decoder == "device":
-        device_decode.check(world.device)
-
-    stored = run_folder.existing_run(run_dir)
-    parent = None
-    if fork is not None:
-        parent = checkpoint.newest(run_dir)
-        if parent is None:
-            raise UserError(f"--fork: {run_dir} has no checkpoint to start from; let it save one first")
-        if run.init is not None:
-            raise UserError(f"--fork starts from {run_dir} and init.weights from {run.init.weights}; set init=null")
-        run_dir, stored = fork, run_folder.existing_run(fork)
-    fresh = not checkpoint.steps(run_dir / "checkpoints") and not checkpoint.damaged(run_dir / "checkpoints")
-    run = start.pinned(run, stored, resumes=not fresh)
-    if stored is not None:
-        run_folder.refuse_changes(stored, run, run_dir)
-    if run_folder.stop_wish(run_dir).exists():
-        raise UserError(f"{run_folder.stop_wish(run_dir)} asks this run to stop; remove it to go on")
-
-    manifest = open_source(run.data, world.size)
-    steps_per_epoch = manifest.samples // run.schedule.global_batch
-    if run.schedule.steps is None and steps_per_epoch == 0:
-        raise UserError(
-            f"schedule.global_batch = {run.schedule.global_batch} exceeds the {manifest.samples} samples of "
-            f"{run.data.shards}; lower it, or give schedule.steps instead of schedule.epochs"
-        )
-    damage_log = open_damage_log(run, run_dir, manifest)
-    if damage_log.full:
-        raise UserError(damage_log.verdict())
-    total = run.schedule.steps or round((run.schedule.epochs or 0) * steps_per_epoch)
-    steps_per_epoch = max(1, steps_per_epoch)
-    if total <= run.schedule.warmup_epochs * steps_per_epoch:
-        raise UserError(
-            f"the run has {total} steps and a warm-up of schedule.warmup_epochs = {run.schedule.warmup_epochs} "
-            f"({run.schedule.warmup_epochs * steps_per_epoch:g} steps); lengthen the one or shorten the other"
-        )
-    return Plan(run, run_dir, parent, fresh, world, manifest, skeletons, steps_per_epoch, total, command)
-
-
-def open_damage_log(run: RunConfig, run_dir: Path, manifest: Source, writer: RetryingWriter | None = None) -> DamageLog:
-    """What is known of damaged samples in a run's folder."""
-    limit = run.data.max_damaged
-    return DamageLog(run_dir / "damaged.jsonl", default_limit(manifest.samples) if limit is None else limit, writer)
+    writer = RetryingWriter()
+    damage_log = open_damage_log(config, plan.run_dir, plan.manifest, writer if world.rank == 0 else None)
+    inputs = TrainInputs(plan, method, teachers, timer, damage_log)
+    closing.callback(inputs.close)
+    return TrainContext(
+        plan=plan,
+        method=method,
+        teachers=teachers,
+        engine=engine,
+        inputs=inputs,
+        guard=StepGuard(config.guard, plan.accumulation, world.device),
+        coordinator=coordinator,
+        logger=RunLogger(plan.run_dir, writer, active=world.rank == 0),
+        writer=writer,
+        damage_log=damage_log,
+        startup=startup,
+        timer=timer,
+        watchdog=watchdog,
+        preemption=preemption,
+        lock=lock,
+        closing=closing,
+        parameter_count=parameter_count,
+        init_notes=init_notes,
+    )

@@ -1,4 +1,4 @@
-"""The bench of AMT measures what its table promises."""
+"""The AMT benchmark: its memory stays below the limit, and its parts add up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benches are found by their file's name."""
+"""Benchmarks are found by the name of their file."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def test_the_verb_lists_every_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in shown for name in bench.names()) and "_report" not in shown
 
 
-def test_a_table_is_markdown_and_says_where_it_comes_from() -> None:
+def test_tables_are_markdown_with_their_origin() -> None:
     assert _report.table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
     assert "commit " in _report.origin() and "cores" in _report.origin()

@@ -1,4 +1,4 @@
-"""The benches of the data path print their tables."""
+"""The benchmarks of the data loader print their tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert "worker, after 3 batches" in capsys.readouterr().out
 
 
-def test_too_few_pictures_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "data", "--pictures", "128"]) == 2
-    assert "--pictures 128: at least 256" in capsys.readouterr().err
+def test_too_few_images_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "data", "--images", "128"]) == 2
+    assert "--images 128: at least 256" in capsys.readouterr().err
     assert main(["bench", "data", "--rounds", "0"]) == 2

@@ -1,4 +1,4 @@
-"""The bench runs and says what the documentation shows; no time is asserted."""
+"""The benchmark of data_prep prints its table."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mimscale.bench.prep import measure
 
 @pytest.mark.slow
 def test_table(tmp_path: Path) -> None:
-    rows = [line for line in measure(tmp_path, pictures=20, rounds=1).splitlines() if line.startswith("|")]
+    rows = [line for line in measure(tmp_path, images=20, rounds=1).splitlines() if line.startswith("|")]
     assert len(rows) == 11 and all(row.count("|") == 6 for row in rows)
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "prep", "--help"])
-    assert "--pictures" in capsys.readouterr().out
+    assert "--images" in capsys.readouterr().out

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+import yaml
 
+from mimscale.config import recipe_table
 from mimscale.config.deepspeed import load_ds_config
-from mimscale.config.recipes import load_recipe, recipe_names
-from mimscale.config.run import RunConfig, method_class
+from mimscale.config.extends import merged
+from mimscale.config.recipes import load_recipe, read_recipe, recipe_names, validate
+from mimscale.config.run import RunConfig, method_class, method_names
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE, MAEConfig
 from mimscale.optim.lr_schedule import lr_of
@@ -35,14 +42,69 @@ MASKALIGN = {
 }
 
 
+def text_of(name: str) -> str:
+    return resources.files("mimscale.recipes").joinpath(f"{name}.yaml").read_text()
+
+
+def own_values(name: str) -> dict[str, Any]:
+    """What stands in the recipe's own file."""
+    values: dict[str, Any] = yaml.safe_load(text_of(name))
+    return values
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_loads_and_has_a_header(name: str) -> None:
     run = load_recipe(name)
     load_ds_config(run.engine.ds_config)
-    text = resources.files("mimscale.recipes").joinpath(f"{name}.yaml").read_text()
-    header = text[: text.index("\ndata:")]
+    first = next(iter(own_values(name)))
+    assert first in ("extends", "data")
+    header = text_of(name)[: text_of(name).index(f"\n{first}:")]
     assert all(line.startswith("#") for line in header.splitlines())
-    assert all(word in header for word in ("Source:", "Expected result:", "Expected cost:"))
+    assert all(recipe_table.header_of(header)[:4])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_method_takes_it(name: str) -> None:
+    """Grids, depths and units fit, with the teachers as they really are; and the networks can be built."""
+    run = load_recipe(name)
+    teachers = describe(build_skeletons(run.teachers, run.data.image_size))
+    built(name, teachers)
+
+
+def leaves(values: dict[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*place, key))
+        else:
+            yield (*place, key)
+
+
+def without(values: dict[str, Any], leaf: tuple[str, ...]) -> dict[str, Any]:
+    key, *rest = leaf
+    if not rest:
+        return {name: value for name, value in values.items() if name != key}
+    return {**values, key: without(values[key], tuple(rest))}
+
+
+EXTENDING = [name for name in recipe_names() if "extends" in own_values(name)]
+
+
+@pytest.mark.parametrize("name", EXTENDING)
+def test_it_says_only_what_differs_from_its_base(name: str) -> None:
+    own = own_values(name)
+    base = read_recipe(own.pop("extends"))[0]
+    needless = [".".join(leaf) for leaf in leaves(own) if merged(base, without(own, leaf)) == merged(base, own)]
+    assert not needless
+
+
+def test_values_that_must_not_change() -> None:
+    """Recipes that runs were started from, written out whole: a run goes on only with the values that it began with."""
+    whole = json.loads((Path(__file__).parent / "whole_recipes.json").read_text())
+    assert len(whole) == 50
+    for name, values in whole.items():
+        wanted = validate(values, name).dump()
+        assert load_recipe(name).dump() == wanted, name
+        assert list(load_recipe(name).teachers) == list(wanted["teachers"]), name
 
 
 PUBLISHED = [n for n in recipe_names() if not n.startswith("demo_") and not n.endswith("_tiny")]
@@ -54,6 +116,37 @@ def test_batch_divides_over_8_to_512_gpus(name: str) -> None:
     for world in (8, 64, 256, 512):
         micro, accumulation = solve_micro_batch(run.schedule.global_batch, world, run.engine.max_micro_batch)
         assert micro * accumulation * world == run.schedule.global_batch and micro <= run.engine.max_micro_batch
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_cost_is_the_arithmetic_that_it_names(name: str) -> None:
+    """GFLOP per image over the epochs of 1,281,167 images, at 40 % of an A100's 312 TFLOP/s."""
+    run, cost = load_recipe(name), recipe_table.header_of(text_of(name)).cost
+    hours, epochs = recipe_table.header_of(text_of(name)).a100_hours, run.schedule.epochs
+    found = re.search(r"([\d.]+) GFLOP per\s+image(?: in the warm-up and ([\d.]+) after it, ([\d.]+) more)?", cost)
+    assert hours is not None and epochs is not None and found is not None, cost
+    first, after, more = (float(number or 0) for number in found.groups())
+    warmup = 41 if after else epochs
+    gflop = first * warmup + after * (epochs - warmup) + more * epochs
+    assert hours == pytest.approx(gflop * 1e9 * 1_281_167 / (0.4 * 312e12) / 3600, rel=0.03)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_result_that_nobody_published_is_of_a_recipe_of_ours(name: str) -> None:
+    header = recipe_table.header_of(text_of(name))
+    if header.result.startswith("not known"):
+        assert header.source.startswith("ours")
+
+
+def test_every_method_has_a_large_and_a_huge_recipe() -> None:
+    """AMT too, on both methods that it was published for."""
+    widths: dict[str, set[int]] = {}
+    for run in map(load_recipe, PUBLISHED):
+        masking = getattr(run.method, "masking", None)
+        amt = masking is not None and masking.policy == "amt"
+        widths.setdefault(f"amt on {run.method.name}" if amt else run.method.name, set()).add(run.student.width)
+    for name in (*method_names(), "amt on mae", "amt on simmim"):
+        assert {1024, 1280} <= widths[name], name
 
 
 VARIANTS = {  # recipe -> (the one that it follows, the only differences)
@@ -90,7 +183,11 @@ def test_mae(name: str) -> None:
     assert run.schedule.peak_lr == pytest.approx(2.4e-3)
 
 
-@pytest.mark.parametrize(("name", "levels"), [("mff_vit_b16", 6), ("mff_vit_s16", 4), ("pixmim_vit_b16", 1)])
+RELATIVES = {"mff_vit_b16": 6, "mff_vit_l16": 6, "mff_vit_h14": 6, "mff_vit_s16": 4}  # and their levels
+RELATIVES |= {"pixmim_vit_b16": 1, "pixmim_vit_l16": 1, "pixmim_vit_h14": 1}
+
+
+@pytest.mark.parametrize(("name", "levels"), RELATIVES.items())
 def test_relatives_of_mae(name: str, levels: int) -> None:
     """MAE's size, and for each level but the last a linear layer; one logit per level."""
     run, method, count = built(name, {})
@@ -113,6 +210,8 @@ def test_relatives_of_mae(name: str, levels: int) -> None:
         ("mrmae_vit_b16", {"clip": CLIP_B}, 111.66 + 0.59),  # MAE's and the head
         ("mrmae_mff_vit_b16", {"clip": CLIP_B}, 111.66 + 0.59 + 5 * 0.59),  # and MFF's projections
         ("mrmae_convmae_b", {"clip": CLIP_B}, 114.79 + 0.59),
+        ("mrmae_vit_l16", {"clip": CLIP_L_196}, 329.24 + 1.05),
+        ("mrmae_vit_h14", {"clip": CLIP_L_224}, 656.61 + 1.31),
     ],
 )
 def test_convmae_and_mrmae(name: str, teachers: dict[str, TeacherInfo], trained: float) -> None:
@@ -149,19 +248,31 @@ def test_maskalign_with_two_teachers() -> None:
     assert [name for name, needs in method.needs.teachers.items() if needs.cls_attention] == ["clip"]
 
 
-def test_simmim() -> None:
-    """timm's BEiT-B with one shared bias table, a mask token and a linear head; the released rates."""
-    run, method, count = built("simmim_vit_b16", {})
+SIMMIM = {  # recipe -> (timm's arguments, units of the mask)
+    "simmim_vit_b16": ({}, 49),
+    "simmim_vit_l16": ({"embed_dim": 1024, "depth": 24, "num_heads": 16}, 49),
+    "simmim_vit_h14": ({"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14}, 64),
+}
+
+
+@pytest.mark.parametrize("name", SIMMIM)
+def test_simmim(name: str) -> None:
+    """timm's BEiT with one shared bias table, a mask token and a linear head; the released rates."""
+    run, method, count = built(name, {})
+    shape, units = SIMMIM[name]
     options: dict[str, Any] = {
         "use_abs_pos_emb": False,
         "use_shared_rel_pos_bias": True,
         "init_values": 0.1,
         "global_pool": "token",
+        **shape,
     }
     with torch.device("meta"):
         reference = timm.models.beit.Beit(num_classes=0, **options)
-    assert count == sum(p.numel() for p in reference.parameters()) + 768 + (768 * 768 + 768)
-    assert {name: noise.shape for name, noise in method.needs.noise.items()} == {"mask": (49,), "drop_path": (12, 2)}
+    width, pixels = run.student.width, 3 * run.student.patch**2
+    assert count == sum(p.numel() for p in reference.parameters()) + width + (width * pixels + pixels)
+    wanted = {"mask": (units,), "drop_path": (run.student.depth, 2)}
+    assert {noise: needed.shape for noise, needed in method.needs.noise.items()} == wanted
     steps = 1_281_167 // 2048
     rates = [lr_of(run.schedule, step, steps, 800 * steps) for step in (0, 1, 10 * steps + 1, 700 * steps + 1)]
     assert rates == pytest.approx([2e-6, 2e-6, 4e-4, 4e-5])
@@ -173,6 +284,7 @@ FINETUNED = {  # recipe -> (timm's network, peak rate, layer decay)
     "finetune_mae_vit_h14": ("vit_huge_patch14_224", 4e-3, 0.75),
     "finetune_maskalign_vit_b16": ("vit_base_patch16_224", 1.2e-3, 0.55),
     "finetune_maskalign_vit_l16": ("vit_large_patch16_224", 1.2e-3, 0.75),
+    "finetune_maskalign_vit_h14": ("vit_huge_patch14_224", 1.2e-3, 0.75),
 }
 
 

@@ -37,8 +37,15 @@ def recipe(tmp_path: Path) -> Path:
         ("schedule.global_batch=0", "schedule.global_batch = 0: input should be greater than or equal to 1"),
         ("schedule.epochs=3", "schedule: needs exactly one of epochs and steps; set the other to null"),
         ("optim.betas=[0.9,1.5]", "optim.betas.1 = 1.5: input should be less than 1"),
+        ("optim.name=adamm", "optim.name = 'adamm' is unknown; did you mean 'adamw'?"),
+        ("optim.momentum=0.9", "unknown key optim.momentum"),
+        ("optim={name: sgd, momentum: 1.0}", "optim.momentum = 1.0: input should be less than 1"),
+        ("optim=sgd", "optim = 'sgd': input should be a valid dictionary or instance of OptimConfig"),
+        ("ema.decay=1.0", "ema.decay = 1.0: input should be less than 1"),
+        ("ema.decai=0.9", "unknown key ema.decai; did you mean 'decay'?"),
+        ("engine.backend=tourch", "engine.backend = 'tourch': input should be 'deepspeed' or 'torch'"),
         ("data.image_size=36", "data.image_size = 36 is not a multiple of student.patch = 8"),
-        ("data.crop_scale=[0.5,0.2]", "crop_scale = [0.5, 0.2]: must rise"),
+        ("data.crop_scale=[0.5,0.2]", "crop_scale = [0.5, 0.2]: must be ascending"),
         ("data.crop_padding=32", "crop_padding = 32: must be below image_size = 32"),
         ("data.crop=pad", "data.crop = 'pad': input should be 'random_resized' or 'padded'"),
         ("student.heads=5", "width = 32 must be divisible by heads = 5"),
@@ -78,9 +85,17 @@ def test_overrides_and_round_trip(recipe: Path, tmp_path: Path) -> None:
 
 def test_what_may_change_at_a_resume(recipe: Path) -> None:
     run = load_recipe(str(recipe))
-    free = ["engine.ds_config=zero3_bf16", "data.workers=3", "log.every=9", "checkpoint.every=1", "data.shards=/other"]
+    free = [
+        "engine.ds_config=zero3_bf16",
+        "engine.backend=torch",
+        "data.workers=3",
+        "log.every=9",
+        "checkpoint.every=1",
+        "data.shards=/other",
+    ]
     assert load_recipe(str(recipe), free).shaping() == run.shaping()
-    for override in ("seed=1", "data.image_size=64", "method.masking.ratio=0.5", "schedule.steps=13", "optim.clip=1"):
+    for override in ("seed=1", "data.image_size=64", "method.masking.ratio=0.5", "schedule.steps=13", "optim.clip=1",
+                     "optim={name: sgd}", "ema.decay=0.99"):  # fmt: skip
         assert load_recipe(str(recipe), [override]).shaping() != run.shaping(), override
     values = load_recipe("maskalign_clip_dinov2_vit_b16").dump()
     reordered = {**values, "teachers": dict(reversed(values["teachers"].items()))}  # masks follow the first
@@ -92,6 +107,7 @@ def test_what_may_change_at_a_resume(recipe: Path) -> None:
     [
         ({"train_batch_size": 8}, "'train_batch_size' is owned by the recipe; remove it there and set schedule.gl"),
         ({"gradient_clipping": 1.0}, "'gradient_clipping' is owned by the recipe; remove it there and set optim.clip"),
+        ({"zero_allow_untested_optimizer": True}, "'zero_allow_untested_optimizer' is owned by the recipe; remove it"),
         ({"gradient_cliping": 1.0}, "unknown top-level key 'gradient_cliping'"),
         ({"zero_optimisation": {}}, "unknown top-level key 'zero_optimisation'; did you mean 'zero_optimization'?"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients breaks"),

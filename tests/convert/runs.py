@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mimscale.__main__ import main
 from mimscale.checkpoint import format as checkpoint
@@ -20,6 +22,7 @@ from mimscale.methods.mff import MFF
 from mimscale.methods.pixmim import PixMIM
 from mimscale.methods.simmim import SimMIM
 from mimscale.types import TeacherInfo
+from tests.checkpoint.shards import write_shard
 from tests.golden import run_config
 
 STUDENT = {"width": 32, "depth": 3, "heads": 2}
@@ -44,8 +47,8 @@ def build(name: str, image_size: int = 64, **method: Any) -> tuple[Method, RunCo
     return kind(run, dict.fromkeys(teachers, INFO)), run
 
 
-def save_run(folder: Path, method: Method, run: RunConfig) -> Path:
-    """A run folder with one checkpoint, as the trainer leaves it."""
+def save_run(folder: Path, method: Method, run: RunConfig, ema: Mapping[str, Tensor] | None = None) -> Path:
+    """A run folder with one checkpoint, as the trainer leaves it. ema: parameter of the student -> its average."""
     run_folder.create(folder, run)
     parameters = dict(method.named_parameters())
     state = method.state_dict()
@@ -53,9 +56,10 @@ def save_run(folder: Path, method: Method, run: RunConfig) -> Path:
     tensors = {f"{kind[n]}|{n}|0": t.detach().flatten() for n, t in state.items()}
     for moment in ("exp_avg", "exp_avg_sq"):
         tensors |= {f"{moment}|{n}|0": torch.rand(p.numel()) for n, p in parameters.items()}
+    tensors |= {f"ema|{n}|0": t.flatten() for n, t in (ema or {}).items()}
     tensors["table|masking|0"] = torch.arange(50, dtype=torch.uint8)  # as AMT's attention of each sample
     part = folder / "checkpoints" / ".new"
-    shard = checkpoint.write_shard(part, tensors, 0, 1)
+    shard = write_shard(part, tensors, 0, 1)
     final = checkpoint.step_folder(folder / "checkpoints", 7)
     checkpoint.commit(part, final, [shard], {"step": 7, "shapes": {n: list(t.shape) for n, t in state.items()}})
     return folder

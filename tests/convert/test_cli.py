@@ -16,17 +16,19 @@ from mimscale.__main__ import main
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.config.recipes import validate
-from mimscale.convert import check, timm_export
-from mimscale.convert.formats import mae
+from mimscale.convert import check
+from mimscale.convert.difference import LIMIT
+from mimscale.convert.formats import mae, timm
 from mimscale.convert.names import same
-from mimscale.convert.source import METADATA, read
-from mimscale.convert.student import student_from
+from mimscale.convert.networks import student_from
+from mimscale.convert.read import METADATA, read
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE
 from mimscale.models import pos_embed
 from tests import golden
 from tests.convert.runs import IMAGES, build, refused, save_run, saved_run
 from tests.golden import batch_of, close
+from tests.monitoring.test_run_logger import no_file_may_exceed
 
 
 @pytest.fixture(params=["mae", "maskalign", "finetune", "mff", "pixmim"])
@@ -88,6 +90,30 @@ def test_the_measurement_lies_beside_the_weights(tmp_path: Path) -> None:
     assert all(0 <= value < report["limit"] for value in report["differences"].values())
 
 
+@pytest.mark.parametrize(
+    ("to", "name"), [("mimscale", "out.safetensors"), ("official", "out.pth"), ("state", "out"), ("run", "out")]
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    to: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, _ = saved_run(tmp_path / "run", "mae")
+    if to == "run":
+        assert main(["convert", str(source), str(tmp_path / "state"), "--to", "state"]) == 0
+        source = tmp_path / "state"
+    before = sorted(tmp_path.iterdir())
+    with no_file_may_exceed(20_000):
+        message = refused([str(source), str(tmp_path / name), "--to", to], capsys)
+    assert f"{tmp_path / name} cannot be written: " in message and "File too large" in message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_same_weights_give_the_same_pth_file(tmp_path: Path) -> None:
+    folder, _ = saved_run(tmp_path / "run", "mae")
+    for name in ("one.pth", "another.pth"):
+        assert main(["convert", str(folder), str(tmp_path / name), "--to", "official"]) == 0
+    assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "another.pth").read_bytes()
+
+
 @pytest.mark.parametrize("to", ["timm", "student", "mimscale", "official"])
 def test_a_difference_is_an_error_and_leaves_nothing(
     to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -104,23 +130,23 @@ def test_a_difference_is_an_error_and_leaves_nothing(
 def test_the_checks_see_a_wrong_tensor() -> None:
     method, _ = build("mae")
     assert isinstance(method, MAE)
-    state = timm_export.to_timm(method.student.state_dict())
-    assert check.encoder_difference(method.student, state) < check.LIMIT
+    state = timm.with_last_norm(method.student.state_dict())
+    assert check.encoder_difference(method.student, state) < LIMIT
     state["blocks.1.mlp.fc1.bias"] = state["blocks.1.mlp.fc1.bias"] + 0.05
-    assert check.encoder_difference(method.student, state) > check.LIMIT
+    assert check.encoder_difference(method.student, state) > LIMIT
     weights = dict(method.state_dict())
-    assert check.method_differences(method, weights)["decoder"] < check.LIMIT
+    assert check.method_differences(method, weights)["decoder"] < LIMIT
     half = weights["decoder.pos_embed"].shape[-1] // 2
     weights["decoder.pos_embed"] = weights["decoder.pos_embed"].roll(half, dims=-1)
-    assert check.method_differences(method, weights)["decoder"] > check.LIMIT
+    assert check.method_differences(method, weights)["decoder"] > LIMIT
 
 
-def test_names_of_another_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_another_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """MAE in OpenMMLab's names and PixMIM in MAE's: the weights are of the same parts."""
-    for name, family in (("mae", "openmmlab"), ("pixmim", "mae")):
+    for name, other in (("mae", "openmmlab"), ("pixmim", "mae")):
         folder, method = saved_run(tmp_path / name, name)
         official, ours = tmp_path / f"{name}.pth", tmp_path / f"{name}.safetensors"
-        assert main(["convert", str(folder), str(official), "--to", family]) == 0
+        assert main(["convert", str(folder), str(official), "--to", other]) == 0
         recipe = str(folder / "config.yaml")
         assert main(["convert", str(official), str(ours), "--to", "mimscale", "--recipe", recipe]) == 0
         assert same(load_file(ours), method.state_dict())
@@ -240,14 +266,14 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             [str(official), out, "--to", "mimscale", "--recipe", "simmim_vit_b16"],
-            "method.name = simmim has not; take a",
+            "method.name = simmim does not have; take a",
         ),
         ([str(official), out, "--to", "mimscale", "--recipe", "maskalign_vit_b16"], "take a recipe of mae"),
         ([str(official), out, "--to", "official"], "not a checkpoint of ours"),
         ([str(official), out, "--to", "mimscale", "--heads", "2"], "--recipe is missing"),
         ([str(encoder), out, "--to", "mimscale", *recipe], "not a whole mae model"),
         ([str(official), out, "--to", "mimscale", *recipe, "--set", "student.depth=4"], "does not fit"),
-        ([str(strange), out, "--to", "mimscale", *recipe], "has the names of none of"),
+        ([str(strange), out, "--to", "mimscale", *recipe], "has none of the known name formats"),
         ([str(strange), out, "--to", "timm"], "no ViT with a class token"),
         ([str(folder), out, "--to", "mimscale", *recipe], "leave out --recipe"),
         ([str(official), out, "--to", "state"], "holds weights only"),

@@ -13,7 +13,7 @@ from mimscale.__main__ import main
 from mimscale.checkpoint import run_folder
 from mimscale.config.run import RunConfig
 from mimscale.convert.formats import convmae, finetune
-from mimscale.convert.student import student_from
+from mimscale.convert.networks import student_from
 from mimscale.errors import UserError
 from mimscale.evals.features import frozen, random_like
 from mimscale.methods.base import Method

@@ -16,7 +16,7 @@ from timm.models.beit import Beit as TimmBeit
 from mimscale.__main__ import main
 from mimscale.convert.formats import simmim
 from mimscale.convert.names import same
-from mimscale.convert.student import student_from
+from mimscale.convert.networks import student_from
 from mimscale.errors import UserError
 from mimscale.methods.simmim import SimMIM
 from mimscale.models.beit import Beit

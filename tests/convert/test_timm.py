@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from mimscale.__main__ import main
-from mimscale.convert import timm_export
-from mimscale.convert.check import random_input
+from mimscale.convert.difference import random_input
+from mimscale.convert.formats import timm as timm_names
 from mimscale.methods.finetune import Finetune
 from mimscale.methods.mae import MAE
 from mimscale.models.beit import Beit
@@ -42,7 +42,7 @@ def test_every_size_has_its_name(size: Any, patch: int, image_size: int, name: s
     """The call fits the whole shape, parameter by parameter; nothing is allocated."""
     with torch.device("meta"):
         vit = ViT(StudentConfig(size=size, patch=patch), image_size)
-        assert timm_export.call(vit) == (name, {"num_classes": 0, **options})
+        assert timm_names.create_call(vit) == (name, {"num_classes": 0, **options})
         theirs: Any = timm.create_model(name, num_classes=0, **options)
     shapes = {n: t.shape for n, t in vit.state_dict().items()}
     assert shapes == {n: t.shape for n, t in theirs.state_dict().items()}
@@ -119,7 +119,7 @@ def test_what_mff_fused_is_left_behind(tmp_path: Path) -> None:
 def test_simmim_is_timms_beit(size: Any) -> None:
     with torch.device("meta"):
         vit = Beit(StudentConfig(size=size), 224)
-        name, options = timm_export.call(vit)
+        name, options = timm_names.create_call(vit)
         theirs = timm.create_model(name, **options)
     assert name == f"beit_{'base' if size == 'small' else size}_patch16_224"
     shapes = {n: t.shape for n, t in theirs.state_dict().items() if "relative_position_index" not in n}

@@ -1,4 +1,4 @@
-"""Real servers on the loopback for tests: a web server that knows ranges and can be told to misbehave, and S3."""
+"""Real servers on the loopback for tests: a web server with range requests and injected faults, and S3."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 
-class Web:
-    """Serves a folder. faults: what the next GETs of a shard get instead: "500", "stall", "cut" or "wrong"."""
+class WebServer:
+    """Serves a folder. faults: errors for the next GETs of a shard: "500", "stall", "truncate" or "zeros"."""
 
     def __init__(self, folder: Path):
         self.folder, self.port = folder, 0
         self.faults: list[str] = []
-        self.refused = 0  # so many requests, of whatever, get 503 instead
+        self.refused = 0  # number of requests, for any file, that get 503 instead
         self.gets: list[tuple[str, int]] = []
         self.start()
 
     def start(self) -> None:
-        web = self
+        server = self
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *_: Any) -> None:
@@ -33,38 +33,38 @@ class Web:
                 self.do_GET(body=False)
 
             def do_GET(self, body: bool = True) -> None:
-                if web.refused:
-                    web.refused -= 1
+                if server.refused:
+                    server.refused -= 1
                     self.send_error(503)
                     return
-                path = web.folder / self.path.lstrip("/")
+                path = server.folder / self.path.lstrip("/")
                 if not path.is_file():
                     self.send_error(404)
                     return
-                data, asked = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-                if asked:
-                    data = data[int(asked[1]) : int(asked[2]) + 1]
+                data, byte_range = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                if byte_range:
+                    data = data[int(byte_range[1]) : int(byte_range[2]) + 1]
                 fault = ""
                 if body and path.suffix == ".tar":
-                    web.gets.append((path.name, len(data)))
-                    fault = web.faults.pop(0) if web.faults else ""
+                    server.gets.append((path.name, len(data)))
+                    fault = server.faults.pop(0) if server.faults else ""
                 if fault == "500":
                     self.send_error(500)
                     return
-                if fault == "wrong":
+                if fault == "zeros":
                     data = bytes(len(data))
-                self.send_response(206 if asked else 200)
+                self.send_response(206 if byte_range else 200)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 if fault == "stall":
                     time.sleep(1.0)
                 elif body:
-                    self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
+                    self.wfile.write(data[: len(data) // 2] if fault == "truncate" else data)
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
 
-            def handle_error(self, *_: Any) -> None:  # clients that gave up are what is tested here
+            def handle_error(self, *_: Any) -> None:  # clients that disconnect are part of the tests
                 pass
 
         self._server = Server(("127.0.0.1", self.port), Handler)
@@ -77,7 +77,7 @@ class Web:
         self._server.server_close()
 
     @property
-    def place(self) -> str:
+    def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
 

@@ -1,4 +1,4 @@
-"""What a loader does with damage: the same substitute everywhere, full batches, and a list of what was not used."""
+"""Damaged samples in the loader: the same substitutes for any ranks, full batches, and a list of the damage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEED, GLOBAL, STEPS = 5, 20, 4  # of 80 samples: exactly one epoch
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PAUSES_S", (0.0,))
+    monkeypatch.setattr(module, "RETRY_PAUSES_S", (0.0,))
 
 
 @pytest.fixture
@@ -36,21 +36,22 @@ def copy(shards: Path, tmp_path: Path) -> Manifest:
     return Manifest.load(Path(shutil.copytree(shards, tmp_path / "copy")))
 
 
-def overwrite(manifest: Manifest, sample: int, data: bytes, ahead: int = 0) -> set[int]:
+def overwrite(manifest: Manifest, sample: int, data: bytes, before: int = 0) -> set[int]:
+    """Write data so many bytes before the start of an image."""
     with open(manifest.shard_paths[int(manifest.locate(sample)[0])], "r+b") as file:
-        file.seek(int(manifest.offsets[sample]) - ahead)
+        file.seek(int(manifest.offsets[sample]) - before)
         file.write(data)
     return {sample}
 
 
-def in_shard(manifest: Manifest, shard: int) -> set[int]:
+def samples_of_shard(manifest: Manifest, shard: int) -> set[int]:
     first = int(manifest.counts[:shard].sum())
     return set(range(first, first + int(manifest.counts[shard])))
 
 
 def truncated(manifest: Manifest) -> set[int]:
     os.truncate(manifest.shard_paths[1], int(manifest.offsets[20]) + 5)
-    return {sample for sample in in_shard(manifest, 1) if sample >= 20}
+    return {sample for sample in samples_of_shard(manifest, 1) if sample >= 20}
 
 
 def flipped_payload(manifest: Manifest) -> set[int]:
@@ -58,7 +59,7 @@ def flipped_payload(manifest: Manifest) -> set[int]:
 
 
 def flipped_header(manifest: Manifest) -> set[int]:
-    return overwrite(manifest, 34, b"\x81", ahead=500)
+    return overwrite(manifest, 34, b"\x81", before=500)
 
 
 def flipped_index(manifest: Manifest) -> set[int]:
@@ -72,25 +73,25 @@ def flipped_index(manifest: Manifest) -> set[int]:
 
 def missing(manifest: Manifest) -> set[int]:
     manifest.shard_paths[2].unlink()
-    return in_shard(manifest, 2)
+    return samples_of_shard(manifest, 2)
 
 
 def swapped(manifest: Manifest) -> set[int]:
-    """Another shard of exactly the same length: only its members' headers can tell."""
+    """Another shard of exactly the same length: only the headers of its members differ."""
     one, other = manifest.shard_paths[0], manifest.shard_paths[4]
     size = one.stat().st_size
     data = other.read_bytes()
     one.write_bytes((data + bytes(size))[:size])
-    return in_shard(manifest, 0)
+    return samples_of_shard(manifest, 0)
 
 
 def empty(manifest: Manifest) -> set[int]:
     manifest.shard_paths[3].write_bytes(b"")
-    return in_shard(manifest, 3)
+    return samples_of_shard(manifest, 3)
 
 
-def bomb(manifest: Manifest) -> set[int]:
-    """A small PNG that claims to be huge."""
+def decompression_bomb(manifest: Manifest) -> set[int]:
+    """A small PNG whose header gives a huge size."""
     buffer = io.BytesIO()
     Image.new("1", (8, 8)).save(buffer, "PNG")
     data = bytearray(buffer.getvalue())
@@ -117,15 +118,15 @@ def by_position(found: list[Batch], field: str) -> dict[int, object]:
     return {position: value for row in rows for position, value in row.items()}
 
 
-KINDS = [truncated, flipped_payload, flipped_header, flipped_index, missing, swapped, empty, bomb]
+KINDS = [truncated, flipped_payload, flipped_header, flipped_index, missing, swapped, empty, decompression_bomb]
 
 
-@pytest.mark.parametrize("harm", KINDS, ids=lambda harm: harm.__name__)
+@pytest.mark.parametrize("damage_copy", KINDS, ids=lambda kind: kind.__name__)
 def test_batches_stay_full_and_the_damage_is_listed(
-    harm: Callable[[Manifest], set[int]], copy: Manifest, shards: Path
+    damage_copy: Callable[[Manifest], set[int]], copy: Manifest, shards: Path
 ) -> None:
     expected = by_position(batches(shards), "ids")
-    damaged = harm(copy)
+    damaged = damage_copy(copy)
     found = batches(copy.folder)
     assert [len(batch.ids) for batch in found] == [GLOBAL] * STEPS
     ids = by_position(found, "ids")
@@ -143,7 +144,7 @@ def test_batches_stay_full_and_the_damage_is_listed(
     assert copy.labels is not None and all(labels[p] == copy.labels[i] for p, i in ids.items())  # type: ignore[call-overload]
 
 
-def test_any_ranks_take_the_same_substitutes(copy: Manifest) -> None:
+def test_substitutes_do_not_depend_on_the_ranks(copy: Manifest) -> None:
     flipped_payload(copy)
     copy.shard_paths[0].unlink()
     one = batches(copy.folder)
@@ -154,7 +155,7 @@ def test_any_ranks_take_the_same_substitutes(copy: Manifest) -> None:
 
 
 @pytest.mark.multi
-def test_workers_hand_the_list_on(copy: Manifest) -> None:
+def test_workers_send_the_list(copy: Manifest) -> None:
     damaged = flipped_payload(copy)
     found = batches(copy.folder, workers=1)
     assert {d.sample for b in found for d in b.damage} == damaged
@@ -162,7 +163,7 @@ def test_workers_hand_the_list_on(copy: Manifest) -> None:
     assert key == copy.key(33)
 
 
-def test_where_nothing_can_be_read_the_run_ends(copy: Manifest) -> None:
+def test_an_error_if_nothing_can_be_read(copy: Manifest) -> None:
     for path in copy.shard_paths:
         path.write_bytes(b"")
     with pytest.raises(DamagedSample, match="data_prep verify"):
@@ -173,7 +174,7 @@ def damage(sample: int) -> Damage:
     return Damage(sample, "shard-000000.tar", f"key{sample}", "why")
 
 
-def test_the_ledger_counts_each_sample_once_over_ranks_and_launches(tmp_path: Path) -> None:
+def test_the_damage_log_counts_each_sample_once_over_ranks_and_launches(tmp_path: Path) -> None:
     path = tmp_path / "damaged.jsonl"
     damage_log, other = DamageLog(path, 2, RetryingWriter()), DamageLog(path, 2)
     damage_log.add([damage(4), damage(1), damage(4)])
@@ -192,7 +193,7 @@ def test_the_ledger_counts_each_sample_once_over_ranks_and_launches(tmp_path: Pa
     assert DamageLog(path, 5).total == 3
 
 
-def test_a_disk_that_refuses_delays_the_list_and_loses_nothing(tmp_path: Path) -> None:
+def test_lines_that_cannot_be_written_are_written_later(tmp_path: Path) -> None:
     path = tmp_path / "damaged.jsonl"
     writer = RetryingWriter()
     damage_log = DamageLog(path, 5, writer)
@@ -204,5 +205,5 @@ def test_a_disk_that_refuses_delays_the_list_and_loses_nothing(tmp_path: Path) -
     assert len(path.read_text().splitlines()) == 1
 
 
-def test_the_limit() -> None:
+def test_default_limit() -> None:
     assert default_limit(50_000) == 10 and default_limit(1_281_167) == 128

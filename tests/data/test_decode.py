@@ -1,4 +1,4 @@
-"""Odd files that real data sets hold: ImageNet has CMYK JPEGs, a PNG named .JPEG and damaged EXIF."""
+"""Unusual files of real data sets: ImageNet has CMYK JPEGs, a PNG named .JPEG and damaged EXIF data."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from PIL import Image
 
 from mimscale.data import decode as module
 from mimscale.data import noise
-from mimscale.data.decode import BadImage, Fast, Picture, decode, explain
-from mimscale.data.synthetic import picture
-from mimscale.data.transforms import padded_crop, random_box, resized, resized_crop, squeezed
+from mimscale.data.decode import ArrayImage, BadImage, SimpleJpegDecoder, decode, explain
+from mimscale.data.synthetic import synthetic_image
+from mimscale.data.transforms import (
+    padded_crop,
+    random_resized_crop_box,
+    resized_crop,
+    resized_short_side,
+    resized_to_square,
+)
 
-SOURCE = Image.fromarray(picture(1, 3, 96, 0, 0))
+SOURCE = Image.fromarray(synthetic_image(1, 3, 96, 0, 0))
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
@@ -36,7 +42,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert result.mode == "RGB" and result.size == image.size
 
 
-def test_progressive_and_trailing_bytes() -> None:
+def test_progressive_jpegs_and_trailing_bytes() -> None:
     plain = np.asarray(decode(encoded(SOURCE)))
     assert np.array_equal(np.asarray(decode(encoded(SOURCE, progressive=True))), plain)
     assert np.array_equal(np.asarray(decode(encoded(SOURCE) + bytes(100))), plain)
@@ -48,13 +54,13 @@ def test_exif_orientation_is_ignored() -> None:
     assert decode(encoded(SOURCE, exif=exif.tobytes())).size == SOURCE.size
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", encoded(SOURCE)[:-400], encoded(SOURCE, "PNG")[:300]])
+@pytest.mark.parametrize("data", [b"", b"no image", encoded(SOURCE)[:-400], encoded(SOURCE, "PNG")[:300]])
 def test_damage_is_an_error(data: bytes) -> None:
     with pytest.raises(BadImage):
         decode(data)
 
 
-def test_image_bombs_are_refused_before_they_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompression_bombs_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_PIXELS", SOURCE.width * SOURCE.height)
     decode(encoded(SOURCE))
     monkeypatch.setattr(module, "MAX_PIXELS", SOURCE.width * SOURCE.height - 1)
@@ -62,7 +68,7 @@ def test_image_bombs_are_refused_before_they_are_unpacked(monkeypatch: pytest.Mo
         decode(encoded(SOURCE))
 
 
-def test_formats_with_an_interpreter_are_not_opened() -> None:
+def test_postscript_is_not_opened() -> None:
     with pytest.raises(BadImage):
         decode(encoded(SOURCE, "EPS"))
 
@@ -74,67 +80,78 @@ def psnr(one: object, two: object) -> float:
 
 
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}])
-def test_the_fast_path_decodes_to_the_same_pixels(options: dict) -> None:
+def test_simplejpeg_decodes_to_the_same_pixels(options: dict) -> None:
     for number in range(6):
-        for image in (picture(number, 6, 90, 0, number), picture(number, 6, 90, 0, number)[:, :, 0]):
+        for image in (synthetic_image(number, 6, 90, 0, number), synthetic_image(number, 6, 90, 0, number)[:, :, 0]):
             data = encoded(Image.fromarray(image), **options)
-            assert np.array_equal(np.asarray(Fast()(data)), np.asarray(decode(data)))
+            assert np.array_equal(np.asarray(SimpleJpegDecoder()(data)), np.asarray(decode(data)))
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_fast_path_crops_to_nearly_the_same_pixels(interpolation) -> None:
-    """One grey level here and there: at least 60 dB on average, up and down, for every kind of crop."""
-    fast, found = Fast(), []
+def test_simplejpeg_crops_to_nearly_the_same_pixels(interpolation) -> None:
+    """At least 60 dB on average (some pixels differ by a grey level), up and down, for every kind of crop."""
+    decoder, found = SimpleJpegDecoder(), []
     for number in range(24):
-        data = encoded(Image.fromarray(picture(number % 3, 3, 160, 0, number)), quality=90)
+        data = encoded(Image.fromarray(synthetic_image(number % 3, 3, 160, 0, number)), quality=90)
         plain = decode(data)
         numbers = noise.uniform(0, "test", number, n=23).tolist()
-        box = random_box((plain.height, plain.width), (0.2, 1.0), (3 / 4, 4 / 3), numbers)
+        box = random_resized_crop_box((plain.height, plain.width), (0.2, 1.0), (3 / 4, 4 / 3), numbers)
         for side in (64, 160):
-            ours = resized_crop(fast(data), box, side, interpolation)
-            assert isinstance(ours, Picture) and ours.size == (side, side)
+            ours = resized_crop(decoder(data), box, side, interpolation)
+            assert isinstance(ours, ArrayImage) and ours.size == (side, side)
             found.append(psnr(ours, resized_crop(plain, box, side, interpolation)))
-        small = resized(fast(data), 64, interpolation)
+        small = resized_short_side(decoder(data), 64, interpolation)
         square = (-2, 1, 64, 64)
-        found.append(psnr(padded_crop(small, square, 4), padded_crop(resized(plain, 64, interpolation), square, 4)))
         found.append(
-            psnr(squeezed(small, 48, interpolation), squeezed(resized(plain, 64, interpolation), 48, interpolation))
+            psnr(padded_crop(small, square, 4), padded_crop(resized_short_side(plain, 64, interpolation), square, 4))
+        )
+        found.append(
+            psnr(
+                resized_to_square(small, 48, interpolation),
+                resized_to_square(resized_short_side(plain, 64, interpolation), 48, interpolation),
+            )
         )
     assert np.mean(found) >= 60 and min(found) > 48
 
 
 @pytest.mark.parametrize("data", [encoded(SOURCE.convert("CMYK")), encoded(SOURCE, "PNG"), encoded(SOURCE) + bytes(9)])
-def test_the_fast_path_falls_back_to_pillow(data: bytes) -> None:
-    assert np.array_equal(np.asarray(Fast()(data)), np.asarray(decode(data)))
+def test_simplejpeg_falls_back_to_pillow(data: bytes) -> None:
+    assert np.array_equal(np.asarray(SimpleJpegDecoder()(data)), np.asarray(decode(data)))
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xd8", encoded(SOURCE)[:-400], encoded(SOURCE)[:200], b"no picture"])
-def test_damage_is_an_error_on_the_fast_path(data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8", encoded(SOURCE)[:-400], encoded(SOURCE)[:200], b"no image"])
+def test_damage_is_an_error_with_simplejpeg(data: bytes) -> None:
     with pytest.raises(BadImage):
-        Fast()(data)
+        SimpleJpegDecoder()(data)
 
 
-def test_bombs_are_refused_on_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompression_bombs_are_refused_with_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_PIXELS", SOURCE.width * SOURCE.height - 1)
     with pytest.raises(BadImage, match="pixels, more than"):
-        Fast()(encoded(SOURCE))
+        SimpleJpegDecoder()(encoded(SOURCE))
 
 
-def test_a_picture_is_valid_until_the_next_call() -> None:
-    fast, other = Fast(), Image.new("RGB", (200, 200), (9, 9, 9))
-    kept = np.array(fast(encoded(SOURCE)))
-    fast(encoded(other, quality=95))
-    assert np.array_equal(np.asarray(fast(encoded(SOURCE))), kept)
+def test_results_share_a_buffer() -> None:
+    decoder, other = SimpleJpegDecoder(), Image.new("RGB", (200, 200), (9, 9, 9))
+    copied = np.array(decoder(encoded(SOURCE)))
+    decoder(encoded(other, quality=95))
+    assert np.array_equal(np.asarray(decoder(encoded(SOURCE))), copied)
 
 
-def test_large_photos_may_be_decoded_small() -> None:
-    """Only on request, only while the short side stays long enough, and close to a resize of the whole picture."""
+def test_large_jpegs_may_be_decoded_at_a_fraction_of_their_size() -> None:
+    """Only on request, only while the short side stays long enough, and close to a resize of the full-size image."""
     data = encoded(SOURCE.resize((1603, 1205), Image.Resampling.BICUBIC), quality=95)
-    assert Fast()(data).size == (1603, 1205) and Fast(1000)(data).size == (1603, 1205)
-    assert Fast(600)(data).size == (802, 603) and Fast(256)(data).size == (401, 302)
-    assert psnr(squeezed(Fast(600)(data), 224, "bicubic"), squeezed(decode(data), 224, "bicubic")) > 30
-    assert Fast(600)(encoded(SOURCE)).size == SOURCE.size
+    assert SimpleJpegDecoder()(data).size == (1603, 1205) and SimpleJpegDecoder(1000)(data).size == (1603, 1205)
+    assert SimpleJpegDecoder(600)(data).size == (802, 603) and SimpleJpegDecoder(256)(data).size == (401, 302)
+    assert (
+        psnr(
+            resized_to_square(SimpleJpegDecoder(600)(data), 224, "bicubic"),
+            resized_to_square(decode(data), 224, "bicubic"),
+        )
+        > 30
+    )
+    assert SimpleJpegDecoder(600)(encoded(SOURCE)).size == SOURCE.size
 
 
-def test_the_path_is_named() -> None:
+def test_explain_names_the_decoder() -> None:
     assert explain("simplejpeg").startswith("simplejpeg 1.") and "chosen by data.decoder" in explain("pillow")

@@ -1,4 +1,4 @@
-"""Batches: bit by bit the same for any ranks, workers, micro-batches and resume."""
+"""Batches are bit-identical for any ranks, workers, micro-batches and resumes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from PIL import Image
 
 from mimscale.data import sample_reader as module
 from mimscale.data.config import DataConfig
-from mimscale.data.decode import decode, decoder
+from mimscale.data.decode import decode, make_decoder
 from mimscale.data.loader import TrainLoader, eval_batches
 from mimscale.data.manifest import Manifest
-from mimscale.data.sample_reader import DamagedSample, Reader
-from mimscale.data.transforms import pixels, resized, resized_crop
+from mimscale.data.sample_reader import DamagedSample, SampleReader
+from mimscale.data.transforms import resized_crop, resized_short_side, to_pixels
 from mimscale.errors import Stopped, UserError
 from mimscale.types import Batch, Needs, Noise
 
@@ -72,12 +72,12 @@ def assert_same(one: dict[int, dict[str, torch.Tensor]], two: dict[int, dict[str
 
 
 @pytest.fixture(scope="module")
-def never_stopped(shards: Path) -> dict[int, dict[str, torch.Tensor]]:
+def uninterrupted(shards: Path) -> dict[int, dict[str, torch.Tensor]]:
     """All steps, by one rank without workers."""
     return by_position(islice(loader(Manifest.load(shards)), STEPS))
 
 
-def test_what_a_batch_holds(manifest: Manifest) -> None:
+def test_contents_of_a_batch(manifest: Manifest) -> None:
     data = config(manifest)
     batch = next(iter(loader(manifest, data)))
     shapes = {name: (tuple(value.shape), value.dtype) for name, value in tensors(batch).items()}
@@ -94,10 +94,10 @@ def test_what_a_batch_holds(manifest: Manifest) -> None:
     }
     assert batch.labels is not None and manifest.labels is not None
     for row, sample in enumerate(batch.ids.tolist()):
-        source = decoder(data.decoder)(manifest.read(sample))
+        source = make_decoder(data.decoder)(manifest.read(sample))
         height, width = source.height, source.width
         box = (batch.boxes[row].double() * torch.tensor([height, width, height, width])).round().int().tolist()
-        expected = pixels(resized_crop(source, tuple(box), 32, "bicubic"), bool(batch.flips[row]))
+        expected = to_pixels(resized_crop(source, tuple(box), 32, "bicubic"), bool(batch.flips[row]))
         assert np.array_equal(batch.images[row].numpy(), expected)
         assert batch.labels[row] == manifest.labels[sample]
 
@@ -109,8 +109,8 @@ def test_an_epoch_has_every_sample_once(manifest: Manifest) -> None:
 
 @pytest.mark.multi
 @pytest.mark.parametrize(("world", "workers", "micro"), [(1, 1, 24), (1, 2, 4), (2, 0, 12), (4, 2, 3), (12, 0, 1)])
-def test_ranks_workers_and_micro_batches_do_not_show(
-    manifest: Manifest, never_stopped, world: int, workers: int, micro: int
+def test_batches_do_not_depend_on_ranks_workers_and_micro_batches(
+    manifest: Manifest, uninterrupted, world: int, workers: int, micro: int
 ) -> None:
     per_rank = STEPS * GLOBAL // (world * micro)
     batches = []
@@ -118,25 +118,27 @@ def test_ranks_workers_and_micro_batches_do_not_show(
         part = loader(manifest, config(manifest, workers=workers), micro_batch=micro, rank=rank, world=world)
         batches += list(islice(part, per_rank))
         part.close()
-    assert_same(by_position(iter(batches)), never_stopped)
+    assert_same(by_position(iter(batches)), uninterrupted)
 
 
 @pytest.mark.multi
 @pytest.mark.parametrize(("step", "world", "workers"), [(1, 1, 0), (3, 1, 2), (5, 2, 1)])
-def test_resume_equals_never_stopping(manifest: Manifest, never_stopped, step: int, world: int, workers: int) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    manifest: Manifest, uninterrupted, step: int, world: int, workers: int
+) -> None:
     batches = []
     for rank in range(world):
         data = config(manifest, workers=workers)
         part = loader(manifest, data, micro_batch=GLOBAL // world, rank=rank, world=world, start_step=step)
         batches += list(islice(part, STEPS - step))
         part.close()
-    rest = {position: fields for position, fields in never_stopped.items() if position >= step * GLOBAL}
+    rest = {position: fields for position, fields in uninterrupted.items() if position >= step * GLOBAL}
     assert_same(by_position(iter(batches)), rest)
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 24), (2, 12), (4, 2), (12, 1)])
-def test_whole_images_belong_to_positions(manifest: Manifest, world: int, micro: int) -> None:
-    """The first 5 of each 24 positions bring the uncut picture as well, whoever holds them; the rest stays as it is."""
+def test_uncropped_images_belong_to_positions(manifest: Manifest, world: int, micro: int) -> None:
+    """The first 5 of every 24 positions have the uncropped image too, on whatever rank; nothing else changes."""
     found, plain = {}, by_position(islice(loader(manifest), 2))
     for rank in range(world):
         part = loader(manifest, needs=replace(NEEDS, uncropped_images=5), micro_batch=micro, rank=rank, world=world)
@@ -145,29 +147,29 @@ def test_whole_images_belong_to_positions(manifest: Manifest, world: int, micro:
             assert (
                 batch.uncropped.shape == (len(batch.uncropped_rows), 3, 32, 32) and batch.uncropped.dtype == torch.uint8
             )
-            for picture, row in zip(batch.uncropped, batch.uncropped_rows.tolist(), strict=True):
-                source = decoder(config(manifest).decoder)(manifest.read(int(batch.ids[row])))
+            for image, row in zip(batch.uncropped, batch.uncropped_rows.tolist(), strict=True):
+                source = make_decoder(config(manifest).decoder)(manifest.read(int(batch.ids[row])))
                 expected = source.resize((32, 32), Image.Resampling.BICUBIC)
-                assert np.array_equal(picture.numpy(), pixels(expected))
-                found[int(batch.positions[row])] = picture
+                assert np.array_equal(image.numpy(), to_pixels(expected))
+                found[int(batch.positions[row])] = image
             for row, position in enumerate(batch.positions.tolist()):
                 assert torch.equal(batch.images[row], plain[position]["images"])
     assert sorted(found) == [0, 1, 2, 3, 4, 24, 25, 26, 27, 28]
 
 
-def test_noise_is_independent_of_what_else_is_asked(manifest: Manifest, never_stopped) -> None:
-    """Purposes do not share numbers, and one more of them changes neither the others nor the pixels."""
+def test_noise_does_not_depend_on_other_noise(manifest: Manifest, uninterrupted) -> None:
+    """Purposes do not share random numbers, and another purpose changes neither the others nor the pixels."""
     alone = by_position(islice(loader(manifest, needs=Needs(noise={"mask": NEEDS.noise["mask"]})), 1))
     for position, fields in alone.items():
         for name in ("images", "boxes", "noise/mask"):
-            assert torch.equal(fields[name], never_stopped[position][name])
-        assert not torch.equal(fields["noise/mask"], never_stopped[position]["noise/jitter"])
+            assert torch.equal(fields[name], uninterrupted[position][name])
+        assert not torch.equal(fields["noise/mask"], uninterrupted[position]["noise/jitter"])
         assert "labels" not in fields
 
 
-def test_epochs_and_seeds_differ(manifest: Manifest, never_stopped) -> None:
-    seen = {int(fields["ids"]): fields for position, fields in never_stopped.items() if position < 80}
-    later = [fields for position, fields in never_stopped.items() if 80 <= position < 160]
+def test_epochs_and_seeds_differ(manifest: Manifest, uninterrupted) -> None:
+    seen = {int(fields["ids"]): fields for position, fields in uninterrupted.items() if position < 80}
+    later = [fields for position, fields in uninterrupted.items() if 80 <= position < 160]
     other = by_position(islice(loader(manifest, seed=4), 4))
     for fields in (*later, *(f for p, f in other.items() if p < 80)):
         for name in ("boxes", "noise/mask", "noise/wait"):
@@ -181,54 +183,56 @@ def test_flip_and_crop_follow_the_configuration(manifest: Manifest) -> None:
     assert not never.flips.any() and torch.equal(never.boxes, next(iter(loader(manifest))).boxes)
 
 
-def test_padded_crops_hold_what_their_boxes_say(manifest: Manifest) -> None:
-    """Inside the stored image a crop is the resized image; the box of a padded crop may reach a little outside."""
+def test_padded_crops_match_their_boxes(manifest: Manifest) -> None:
+    """Inside the image a crop equals the resized image; the box of a padded crop may reach a little outside of it."""
     batch = next(iter(loader(manifest, config(manifest, crop="padded", crop_padding=6, interpolation="bilinear"))))
-    outside, read = 0, Reader(manifest, decoder(config(manifest).decoder))
+    outside, reader = 0, SampleReader(manifest, make_decoder(config(manifest).decoder))
     for image, sample, box, flip in zip(batch.images, batch.ids, batch.boxes, batch.flips, strict=True):
-        whole = pixels(resized(read.load(int(sample)), 32, "bilinear"))
-        height, width = whole.shape[1:]
+        resized = to_pixels(resized_short_side(reader.load(int(sample)), 32, "bilinear"))
+        height, width = resized.shape[1:]
         top, left = round(float(box[0]) * height), round(float(box[1]) * width)
         assert box.tolist() == pytest.approx([top / height, left / width, 32 / height, 32 / width], abs=1e-6)
         assert -6 <= top <= height + 6 - 32 and -6 <= left <= width + 6 - 32
         rows, columns = np.arange(max(top, 0), min(top + 32, height)), np.arange(max(left, 0), min(left + 32, width))
         ours = image.flip(2) if flip else image
-        assert np.array_equal(ours[:, rows[:, None] - top, columns - left], whole[:, rows[:, None], columns])
+        assert np.array_equal(ours[:, rows[:, None] - top, columns - left], resized[:, rows[:, None], columns])
         outside += len(rows) < 32 or len(columns) < 32
     assert outside > len(batch.ids) / 2 and batch.flips.any() and not batch.flips.all()
 
 
 @pytest.mark.parametrize(("world", "micro", "start"), [(1, 24, 0), (2, 4, 0), (1, 12, 4), (3, 8, 5)])
-def test_crops_of_one_decode_go_to_consecutive_steps(manifest: Manifest, world: int, micro: int, start: int) -> None:
-    """Three steps see the images of one place in the order, each with other crops and masks; ranks do not show."""
+def test_consecutive_steps_take_other_crops_of_one_decoded_image(
+    manifest: Manifest, world: int, micro: int, start: int
+) -> None:
+    """With data.crops=3 three steps get the same images with different crops and masks, for any number of ranks."""
     data, plain = config(manifest, crops=3), by_position(islice(loader(manifest), 3))
-    whole = by_position(islice(loader(manifest, data), 9))
-    assert sorted(whole) == list(range(9 * GLOBAL))
+    expected = by_position(islice(loader(manifest, data), 9))
+    assert sorted(expected) == list(range(9 * GLOBAL))
     moved = 0
-    for position, fields in whole.items():
+    for position, fields in expected.items():
         step, offset = divmod(position, GLOBAL)
         assert fields["ids"] == plain[step // 3 * GLOBAL + offset]["ids"]
         if step % 3:
-            moved += not torch.equal(fields["boxes"], whole[position - GLOBAL]["boxes"])
-            assert not torch.equal(fields["noise/mask"], whole[position - GLOBAL]["noise/mask"])
-    assert moved > 0.95 * 6 * GLOBAL  # pictures are small: two boxes may coincide
-    assert_same({p: whole[p] for p in range(GLOBAL)}, {p: plain[p] for p in range(GLOBAL)})
+            moved += not torch.equal(fields["boxes"], expected[position - GLOBAL]["boxes"])
+            assert not torch.equal(fields["noise/mask"], expected[position - GLOBAL]["noise/mask"])
+    assert moved > 0.95 * 6 * GLOBAL  # the images are small, so two boxes may coincide
+    assert_same({p: expected[p] for p in range(GLOBAL)}, {p: plain[p] for p in range(GLOBAL)})
     batches = []
     for rank in range(world):
         part = loader(manifest, data, micro_batch=micro, rank=rank, world=world, start_step=start)
         batches += list(islice(part, (9 - start) * GLOBAL // (world * micro)))
         steps = [int(batch.positions[0]) // GLOBAL for batch in batches[-(9 - start) * GLOBAL // (world * micro) :]]
         assert steps == sorted(steps)
-    assert_same(by_position(iter(batches)), {p: f for p, f in whole.items() if p >= start * GLOBAL})
+    assert_same(by_position(iter(batches)), {p: f for p, f in expected.items() if p >= start * GLOBAL})
 
 
-def test_a_second_iteration_begins_again(manifest: Manifest) -> None:
+def test_a_second_iteration_starts_again(manifest: Manifest) -> None:
     both = loader(manifest, start_step=2)
     assert torch.equal(next(iter(both)).positions, next(iter(both)).positions)
     assert next(iter(both)).positions[0] == 2 * GLOBAL
 
 
-def test_the_global_generators_are_left_alone(manifest: Manifest) -> None:
+def test_the_global_generators_are_not_used(manifest: Manifest) -> None:
     torch.manual_seed(0)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
     next(iter(loader(manifest)))
@@ -244,7 +248,7 @@ def test_wrong_sizes_are_refused(manifest: Manifest) -> None:
         next(iter(loader(manifest, world=2, micro_batch=12, rank=2)))
 
 
-def test_labels_that_are_not_there(manifest: Manifest) -> None:
+def test_missing_labels(manifest: Manifest) -> None:
     manifest.labels = None
     with pytest.raises(UserError, match="needs labels"):
         loader(manifest)
@@ -254,7 +258,7 @@ def test_labels_that_are_not_there(manifest: Manifest) -> None:
 
 @pytest.mark.parametrize(("world", "batch"), [(1, 80), (1, 7), (3, 7), (4, 4), (7, 100), (100, 2)])
 def test_evaluation_takes_every_sample_once_in_order(manifest: Manifest, world: int, batch: int) -> None:
-    """Batches are as many and as large on every rank; what fills them up has weight 0 and stands at the end."""
+    """Every rank has the same number of batches of the same size; padding has weight 0 and comes last."""
     parts = [list(eval_batches(manifest, 16, batch=batch, workers=0, rank=r, world=world)) for r in range(world)]
     assert {len(part) for part in parts} == {len(parts[0])}
     assert {len(one.ids) for part in parts for one in part} == {min(batch, -(-80 // world))}
@@ -276,8 +280,8 @@ def test_evaluation_is_the_same_with_workers(manifest: Manifest) -> None:
 
 @pytest.fixture
 def damaged(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest, int]:
-    """A copy of the data in which one picture's bytes are overwritten."""
-    monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.0))
+    """A copy of the data set in which the bytes of one image are overwritten."""
+    monkeypatch.setattr(module, "RETRY_PAUSES_S", (0.0, 0.0))
     manifest = Manifest.load(Path(shutil.copytree(shards, tmp_path / "damaged")))
     with open(manifest.shard_paths[2], "r+b") as file:
         file.seek(int(manifest.offsets[40]))
@@ -293,12 +297,12 @@ def test_damage_names_shard_and_key(damaged: tuple[Manifest, int], workers: int)
         list(eval_batches(manifest, 16, batch=10, workers=workers))
     for part in (f"sample {sample} ", manifest.key(sample), "shard-000002.tar", "data_prep verify"):
         assert part in str(caught.value)
-    assert isinstance(caught.value, Stopped) and "\n" not in str(caught.value)  # one line for the user
-    assert not multiprocessing.active_children()  # though `caught` still holds the frames of the failure
+    assert isinstance(caught.value, Stopped) and "\n" not in str(caught.value)  # one line
+    assert not multiprocessing.active_children()  # although `caught` still holds the frames of the traceback
 
 
-def test_a_passing_fault_is_survived(damaged: tuple[Manifest, int], shards: Path) -> None:
-    """The file is replaced by a whole one after the first try: the next opens it anew."""
+def test_a_temporary_fault_is_retried(damaged: tuple[Manifest, int], shards: Path) -> None:
+    """The shard is replaced by an undamaged one after the first try: the next try opens it again."""
     manifest, sample = damaged
     broken = manifest.shard_paths[2]
 
@@ -314,7 +318,7 @@ def test_a_passing_fault_is_survived(damaged: tuple[Manifest, int], shards: Path
 
     again = Repaired.load(manifest.folder)
     assert isinstance(again, Repaired)
-    assert Reader(again, decode).load(sample).size == decode(Manifest.load(shards).read(sample)).size
+    assert SampleReader(again, decode).load(sample).size == decode(Manifest.load(shards).read(sample)).size
     assert again.tries == 2
 
 
@@ -342,8 +346,8 @@ def run_script(shards: Path, ending: str) -> tuple[subprocess.Popen[str], list[i
     return script, [int(pid) for pid in script.stdout.readline().split()]
 
 
-def gone(pids: list[int], patience_s: float) -> bool:
-    end = time.monotonic() + patience_s
+def have_ended(pids: list[int], timeout_s: float) -> bool:
+    end = time.monotonic() + timeout_s
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         if time.monotonic() > end:
             return False
@@ -358,13 +362,13 @@ def test_the_program_ends_with_its_workers(shards: Path, ending: str) -> None:
     assert len(workers) == 2
     script.communicate(timeout=30)
     assert script.returncode == {"": 0, "sys.exit(3)": 3}.get(ending, 1)
-    assert gone(workers, 0.5)
+    assert have_ended(workers, 0.5)
 
 
 @pytest.mark.multi
 @pytest.mark.slow
-def test_workers_outlive_the_signals_of_a_job_and_not_their_trainer(shards: Path) -> None:
-    """SLURM signals every process of a job; what it means is for the trainer alone to decide."""
+def test_workers_ignore_the_signals_of_a_job_and_end_with_their_trainer(shards: Path) -> None:
+    """SLURM signals every process of a job; only the trainer acts on it."""
     script, workers = run_script(shards, "\nfor batch in batches: time.sleep(0.01)")
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         for pid in workers:
@@ -373,17 +377,17 @@ def test_workers_outlive_the_signals_of_a_job_and_not_their_trainer(shards: Path
     assert script.poll() is None and all(Path(f"/proc/{pid}").exists() for pid in workers)
     script.kill()
     script.communicate()
-    assert gone(workers, 20)
+    assert have_ended(workers, 20)
 
 
 @pytest.mark.multi
-def test_a_worker_killed_at_the_end_harms_nothing(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the out-of-memory killer may do, while the run already closes its loader."""
+def test_a_worker_may_be_killed_during_close(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the out-of-memory killer may do."""
 
-    def doomed(worker: int) -> None:
+    def kill_at_exit(worker: int) -> None:
         multiprocessing.util.Finalize(None, os.kill, (os.getpid(), signal.SIGKILL), exitpriority=0)
 
-    monkeypatch.setattr("mimscale.data.loader._ignore_signals", doomed)
-    running = loader(manifest, config(manifest, workers=2))
-    next(iter(running))
-    running.close()
+    monkeypatch.setattr("mimscale.data.loader._ignore_signals", kill_at_exit)
+    train_loader = loader(manifest, config(manifest, workers=2))
+    next(iter(train_loader))
+    train_loader.close()

@@ -1,4 +1,4 @@
-"""The data set on disk: reading by number, what identifies it, and what is refused."""
+"""The data set on disk: reading samples by id, the fingerprint, and what is refused."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def copy(shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "copy"))
 
 
-def test_reads_what_the_archives_hold(manifest: Manifest) -> None:
-    stored = []
+def test_reads_the_members_of_the_shards(manifest: Manifest) -> None:
+    expected = []
     for path in manifest.shard_paths:
         with tarfile.open(path) as tar:
             members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
-        stored += [
+        expected += [
             (os.path.splitext(n)[0], data, int(members[os.path.splitext(n)[0] + ".cls"]))
             for n, data in members.items()
             if n.endswith(".jpg")
         ]
-    assert len(stored) == manifest.samples == 80 and manifest.labels is not None
-    for sample, (key, data, label) in enumerate(stored):
+    assert len(expected) == manifest.samples == 80 and manifest.labels is not None
+    for sample, (key, data, label) in enumerate(expected):
         assert (manifest.key(sample), manifest.read(sample), manifest.labels[sample]) == (key, data, label)
     assert manifest.classes == [f"class_{label:03d}" for label in range(4)]
 
@@ -52,7 +52,7 @@ def test_locate(manifest: Manifest) -> None:
             manifest.read(wrong)
 
 
-def test_fingerprint_names_content_and_not_the_place(manifest: Manifest, copy: Path) -> None:
+def test_fingerprint_depends_on_content_and_not_on_location(manifest: Manifest, copy: Path) -> None:
     assert Manifest.load(copy / "manifest.json").fingerprint == manifest.fingerprint
     file = json.loads((copy / "manifest.json").read_text())
     shards = [{**file["shards"][0], "sha256": "0" * 64}, *file["shards"][1:]]
@@ -69,18 +69,18 @@ def test_fingerprint_names_content_and_not_the_place(manifest: Manifest, copy: P
 
 
 @pytest.mark.parametrize("name", ["index.npy", "labels.npy"])
-def test_a_changed_index_is_one_line(copy: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_index_is_refused(copy: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = bytearray((copy / name).read_bytes())
     data[-8] ^= 1
     (copy / name).write_bytes(data)
     with pytest.raises(UserError, match=f"{name}' has the sha256 .* as manifest.json says; copy it again") as caught:
         Manifest.load(copy)
     assert "\n" not in str(caught.value)
-    monkeypatch.setenv("LOCAL_RANK", "1")  # the node's first process has looked
+    monkeypatch.setenv("LOCAL_RANK", "1")  # only local rank 0 checks
     Manifest.load(copy)
 
 
-def test_open_files_are_bounded_and_threads_do_not_disturb(
+def test_open_files_are_bounded_and_threads_may_share_a_manifest(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch, shards: Path
 ) -> None:
     expected = [manifest.read(sample) for sample in range(80)]
@@ -106,7 +106,7 @@ def _read_all(manifest: Manifest, results) -> None:
 @pytest.mark.multi
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_read_the_same(manifest: Manifest, method: str) -> None:
-    expected = [manifest.read(sample) for sample in range(80)]  # leaves open files behind for the fork
+    expected = [manifest.read(sample) for sample in range(80)]  # leaves files open for the fork
     context: Any = multiprocessing.get_context(method)
     results = context.Queue()
     children = [context.Process(target=_read_all, args=(manifest, results)) for _ in range(2)]
@@ -118,12 +118,12 @@ def test_other_processes_read_the_same(manifest: Manifest, method: str) -> None:
     assert manifest.read(79) == expected[79]
 
 
-def test_pickled_it_is_small(manifest: Manifest) -> None:
+def test_a_pickled_manifest_is_small(manifest: Manifest) -> None:
     assert len(pickle.dumps(manifest)) < 500
     assert pickle.loads(pickle.dumps(manifest)).read(7) == manifest.read(7)
 
 
-def test_missing_things_are_named(copy: Path, tmp_path: Path) -> None:
+def test_missing_files_are_named(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         Manifest.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"has no manifest\.json"):
@@ -160,7 +160,7 @@ def test_damaged_files_are_refused(copy: Path) -> None:
         Manifest.load(copy)
 
 
-def test_a_shard_that_ends_early_is_an_error_and_not_short_data(copy: Path) -> None:
+def test_a_truncated_shard_is_an_error(copy: Path) -> None:
     manifest = Manifest.load(copy)
     os.truncate(copy / "shard-000000.tar", int(manifest.offsets[3]) + 10)
     with pytest.raises(OSError, match="ends early: 10 of"):

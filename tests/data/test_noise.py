@@ -1,4 +1,4 @@
-"""Keyed random numbers: pinned for ever, independent between keys, and of the right distribution."""
+"""Keyed random numbers: fixed values, independent between keys, and of the right distribution."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from numpy.random import Philox
 from mimscale.data import noise
 
 
-def test_the_streams_never_change() -> None:
-    """Runs that are under way depend on these numbers: a change here breaks every resume."""
+def test_the_numbers_never_change() -> None:
+    """A change here breaks the resume of every existing run."""
     assert noise.raw(0, "crop", 3, 17, n=3).tolist() == RAW
     assert noise.uniform(0, "crop", 3, 17, n=3).tolist() == [(number >> 40) / 2**24 for number in RAW]
     assert noise.permutation(7, "block", 0, 1, 2, n=8).tolist() == PERMUTATION
@@ -43,11 +43,11 @@ def test_other_keys_give_other_numbers(first: tuple, second: tuple) -> None:
     assert np.array_equal(one, two) == (first == second)
 
 
-def test_a_key_means_the_same_for_numpy_integers() -> None:
+def test_numpy_integers_give_the_same_key() -> None:
     assert np.array_equal(noise.raw(1, "x", 2, n=2), noise.raw(np.int64(1), "x", np.int32(2), n=2))
 
 
-def test_a_longer_draw_begins_with_the_shorter_one() -> None:
+def test_a_longer_draw_starts_with_the_shorter_one() -> None:
     assert np.array_equal(noise.uniform(1, "x", n=50)[:7], noise.uniform(1, "x", n=7))
 
 
@@ -55,7 +55,7 @@ def test_a_longer_draw_begins_with_the_shorter_one() -> None:
 def test_distribution(draw) -> None:
     """Kolmogorov-Smirnov against the true distribution; many short draws, as the loader makes them."""
     n = 20_000
-    sample = np.sort(np.concatenate([draw(5, "ks", place, n=20) for place in range(n // 20)]).astype(np.float64))
+    sample = np.sort(np.concatenate([draw(5, "ks", index, n=20) for index in range(n // 20)]).astype(np.float64))
     assert draw(5, "ks", 0, n=20).dtype == np.float32
     expected = sample if draw is noise.uniform else -np.expm1(-sample)
     distance = np.abs(expected - (np.arange(n) + 0.5) / n).max()
@@ -70,5 +70,5 @@ def test_the_ends_of_the_ranges() -> None:
 
 
 @given(st.integers(0, 300), st.integers(0, 5))
-def test_permutation_is_one(n: int, place: int) -> None:
-    assert sorted(noise.permutation(3, "p", place, n=n)) == list(range(n))
+def test_permutation(n: int, index: int) -> None:
+    assert sorted(noise.permutation(3, "p", index, n=n)) == list(range(n))

@@ -1,4 +1,4 @@
-"""The endless order: every sample once per epoch, the same for all ranks, workers, resumes and world sizes."""
+"""The endless order: every sample once per epoch, independent of ranks, workers, resumes and world sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ orders = st.builds(Order, counts, st.integers(0, 9), st.integers(1, 40), st.inte
 
 
 def test_the_order_never_changes() -> None:
-    """Runs that are under way depend on it: a change here breaks every resume."""
+    """A change here breaks the resume of every existing run."""
     order = Order([700, 300, 1100, 4000, 100], seed=5, streams=16, block=100)
     ids = order.ids(np.arange(3 * order.samples))
     assert ids[:6].tolist() == FIRST
@@ -37,21 +37,21 @@ def test_each_epoch_has_every_sample_once(order: Order, epoch: int) -> None:
 
 
 @given(orders, st.data())
-def test_a_position_means_the_same_however_it_is_reached(order: Order, data: st.DataObject) -> None:
-    """Resume at any point, in any portions, in any order, in another process: as if the run had never stopped."""
+def test_ids_do_not_depend_on_earlier_calls(order: Order, data: st.DataObject) -> None:
+    """Any start, any number of positions per call, any order, another process: the ids of an uninterrupted run."""
     total = 3 * order.samples
-    never_stopped = order.ids(np.arange(total))
+    uninterrupted = order.ids(np.arange(total))
     start = data.draw(st.integers(0, total - 1))
     fresh = pickle.loads(pickle.dumps(order))
     resumed = []
     while start < total:
-        portion = data.draw(st.integers(1, total))
-        resumed.append(fresh.ids(np.arange(start, min(total, start + portion))))
-        start += portion
+        count = data.draw(st.integers(1, total))
+        resumed.append(fresh.ids(np.arange(start, min(total, start + count))))
+        start += count
     tail = np.concatenate(resumed)
-    assert np.array_equal(tail, never_stopped[total - len(tail) :])
+    assert np.array_equal(tail, uninterrupted[total - len(tail) :])
     shuffled = np.array(data.draw(st.permutations(range(min(total, 50)))))
-    assert np.array_equal(order.ids(shuffled), never_stopped[shuffled])
+    assert np.array_equal(order.ids(shuffled), uninterrupted[shuffled])
 
 
 @given(orders, st.data())
@@ -79,21 +79,21 @@ def test_epochs_and_seeds_differ(samples: int, streams: int) -> None:
     assert len(distinct) == {1: 1, 3: 6}.get(samples, 40)
 
 
-def test_a_small_data_set_is_shuffled_whole() -> None:
-    """Up to one block, any order may come: no sample sticks to its neighbourhood, however many streams were asked."""
+def test_a_small_data_set_is_shuffled_completely() -> None:
+    """Up to one block every permutation is possible, however many streams were asked for."""
     epochs = Order([100], 0, 256, 8192).ids(np.arange(100 * 400)).reshape(400, 100)
-    mean_place = np.argsort(epochs, axis=1).mean(axis=0)
-    assert np.abs(mean_place - 49.5).max() < 4.5 * 28.9 / 20  # standard error of the mean of 400 uniform places
+    mean_index = np.argsort(epochs, axis=1).mean(axis=0)
+    assert np.abs(mean_index - 49.5).max() < 4.5 * 28.9 / 20  # standard error of the mean of 400 uniform indices
 
 
-def test_neighbours_come_from_all_over() -> None:
+def test_neighbours_come_from_many_shards() -> None:
     order = Order([1000] * 600, 0, streams=64, block=2048)
     assert order.streams == 64
     assert len(np.unique(order.ids(np.arange(4096)) // 1000)) > 64
 
 
 def test_a_rank_reads_only_its_own_streams() -> None:
-    """Where the world size divides the streams, a rank touches few shards per epoch; the others touch the rest."""
+    """If the world size divides the streams, a rank reads few shards per epoch."""
     order = Order([1000] * 512, 0, streams=64, block=2048)
     steps = order.samples // 256
     touched = [
@@ -106,24 +106,24 @@ def test_a_rank_reads_only_its_own_streams() -> None:
 @given(orders, st.integers(0, 5), st.data())
 def test_the_shards_of_a_stream(order: Order, epoch: int, data: st.DataObject) -> None:
     stream = data.draw(st.integers(0, order.streams - 1))
-    places = stream + order.streams * np.arange(order.length)
-    ids = order.ids(epoch * order.samples + places)
-    met = np.searchsorted(np.cumsum(order.counts), ids, side="right")
-    assert set(order.stream_shards(epoch, stream).tolist()) == set(met.tolist())
+    indices = stream + order.streams * np.arange(order.length)
+    ids = order.ids(epoch * order.samples + indices)
+    read = np.searchsorted(np.cumsum(order.counts), ids, side="right")
+    assert set(order.stream_shards(epoch, stream).tolist()) == set(read.tolist())
 
 
 @given(st.data())
-def test_any_world_size_any_stop_any_batch(data: st.DataObject) -> None:
-    """A run of several launches, each with its own ranks (1 to 512), workers and, in a fork, global batch.
+def test_launches_with_other_world_sizes_and_batches(data: st.DataObject) -> None:
+    """A run of several launches, each with its own ranks (1 to 512), workers and global batch.
 
-    Every launch takes up the endless sequence where the last one stopped: no sample is lost, repeated or out of place.
+    Every launch continues the endless sequence where the last one stopped: no sample is lost, repeated or moved.
     """
     order = data.draw(orders)
     consumed = 0
     for _ in range(data.draw(st.integers(1, 4))):
         world, micro = data.draw(st.integers(1, 512)), data.draw(st.integers(1, 3))
         batch = world * micro * data.draw(st.integers(1, 2))
-        first = -(-consumed // batch)  # a launch starts at a step of its own batch
+        first = -(-consumed // batch)  # a launch starts at a multiple of its own batch
         step = first + data.draw(st.integers(0, 3))
         parts = [rank_positions(step, batch, rank, world) for rank in range(world)]
         workers = data.draw(st.integers(1, 7))
@@ -133,8 +133,8 @@ def test_any_world_size_any_stop_any_batch(data: st.DataObject) -> None:
         ids = order.ids(positions)
         assert np.array_equal(ids, order.ids(positions[::-1])[::-1])
         consumed = (step + 1) * batch
-    whole = order.ids(np.arange(order.samples) + order.samples * (consumed // order.samples))
-    assert np.array_equal(np.sort(whole), np.arange(order.samples))
+    epoch = order.ids(np.arange(order.samples) + order.samples * (consumed // order.samples))
+    assert np.array_equal(np.sort(epoch), np.arange(order.samples))
 
 
 @given(st.integers(1, 10**9), st.integers(1, 512), st.integers(1, 10**4))
@@ -147,7 +147,7 @@ def test_fitting_streams(samples: int, streams: int, block: int) -> None:
 
 
 def test_four_hundred_million_samples_on_1024_ranks() -> None:
-    """A laptop seeks to any step of any rank: no list of samples is ever made."""
+    """Any step of any rank is found without a list of all samples."""
     shards = np.full(160_000, 2500)
     shards[::7] = 1234
     tracemalloc.start()
@@ -157,10 +157,10 @@ def test_four_hundred_million_samples_on_1024_ranks() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 128 << 20
-    whole = order.ids(np.arange(step * global_batch, (step + 1) * global_batch))
-    assert len(np.unique(whole)) == global_batch and whole.max() < order.samples
+    expected = order.ids(np.arange(step * global_batch, (step + 1) * global_batch))
+    assert len(np.unique(expected)) == global_batch and expected.max() < order.samples
     for rank, part in zip(range(0, world, 93), parts, strict=True):
-        assert np.array_equal(part, whole[rank::world])
+        assert np.array_equal(part, expected[rank::world])
 
 
 def test_a_batch_may_cross_the_end_of_an_epoch() -> None:

@@ -1,4 +1,4 @@
-"""Batches in shared slots: equal to what was laid in, and a slot is free when the last tensor over it is gone."""
+"""Batches in shared memory: equal to what was packed, and a slot is free when the last tensor in it is gone."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from mimscale.data import shm_pool
 from mimscale.data.config import DataConfig
 from mimscale.data.loader import TrainLoader, item_bytes
 from mimscale.data.manifest import Manifest
-from mimscale.data.shm_pool import PooledItem, SharedMemoryPool, opened
+from mimscale.data.shm_pool import PooledItem, SharedMemoryPool, unpack
 from mimscale.types import Batch, Damage, Needs, Noise
 
 BYTES = 8 << 20
 
 
 def batch(number: int, side: int = 400) -> Batch:
-    drawn = torch.Generator().manual_seed(number)
+    generator = torch.Generator().manual_seed(number)
     return Batch(
-        images=torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=drawn),
+        images=torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=generator),
         ids=torch.arange(3) + number,
         positions=torch.arange(3),
-        noise={"mask": torch.rand(3, 5, generator=drawn)},
-        boxes=torch.rand(3, 4, generator=drawn),
+        noise={"mask": torch.rand(3, 5, generator=generator)},
+        boxes=torch.rand(3, 4, generator=generator),
         flips=torch.tensor([True, False, True]),
         uncropped=torch.empty(0, 3, 8, 8, dtype=torch.uint8),
         damage=(Damage(1, "a", "b", "c"),),
@@ -52,36 +52,36 @@ def packed(pool: SharedMemoryPool, number: int) -> PooledItem:
     return pooled
 
 
-def free(pool: SharedMemoryPool) -> int:
+def free_slots(pool: SharedMemoryPool) -> int:
     taken = []
-    while (slot := pool._taken()) is not None:
+    while (slot := pool._take_slot()) is not None:
         taken.append(slot)
     for slot in taken:
-        pool._give(slot)
+        pool._free_slot(slot)
     return len(taken)
 
 
 def test_a_slot_is_free_when_its_last_tensor_is_gone() -> None:
     pool = SharedMemoryPool(2, BYTES)
     one, two = packed(pool, 0), packed(pool, 10)
-    assert free(pool) == 0 and pool.pack([batch(20)])[0].ids[0] == 20  # type: ignore[index]  # torch's way
-    first = opened(one)
-    assert same(first[0], batch(0)) and same(first[1], batch(1)) and free(pool) == 0
+    assert free_slots(pool) == 0 and pool.pack([batch(20)])[0].ids[0] == 20  # type: ignore[index]  # not pooled
+    first = unpack(one)
+    assert same(first[0], batch(0)) and same(first[1], batch(1)) and free_slots(pool) == 0
     ids, part = first[0].ids, first[1].images[1:, 0]
     del first
     gc.collect()
-    assert free(pool) == 0 and torch.equal(part, batch(1).images[1:, 0])
+    assert free_slots(pool) == 0 and torch.equal(part, batch(1).images[1:, 0])
     del part
     gc.collect()
-    assert free(pool) == 1 and ids.tolist() == [0, 1, 2]  # small tensors do not hold a slot
-    assert same(opened(two)[1], batch(11))
+    assert free_slots(pool) == 1 and ids.tolist() == [0, 1, 2]  # small tensors are copies
+    assert same(unpack(two)[1], batch(11))
     gc.collect()
-    assert free(pool) == 2
+    assert free_slots(pool) == 2
 
 
 def test_a_tensor_outlives_its_pool() -> None:
     pool = SharedMemoryPool(1, BYTES)
-    images, number = opened(packed(pool, 3))[0].images, pool.number
+    images, number = unpack(packed(pool, 3))[0].images, pool.number
     del pool
     gc.collect()
     assert torch.equal(images, batch(3).images)
@@ -90,14 +90,14 @@ def test_a_tensor_outlives_its_pool() -> None:
     assert number not in shm_pool._POOLS
 
 
-def test_what_does_not_fit_goes_another_way() -> None:
+def test_an_item_larger_than_a_slot_is_not_pooled() -> None:
     pool = SharedMemoryPool(1, 4096)
     item = [batch(0)]
-    assert pool.pack(item) is item and free(pool) == 1
+    assert pool.pack(item) is item and free_slots(pool) == 1
 
 
-def test_the_size_is_enough(manifest: Manifest) -> None:
-    """Also with whole images, labels, and several crops per image."""
+def test_item_bytes_is_enough(manifest: Manifest) -> None:
+    """Also with uncropped images, labels, and several crops per image."""
     needs = Needs(noise={"mask": Noise("uniform", (7,))}, labels=True, uncropped_images=80)
     data = DataConfig(shards=str(manifest.folder), image_size=32, workers=0, crops=3)
     loader = TrainLoader(manifest, data, needs, seed=0, global_batch=8, micro_batch=8, rank=0, world=1)
@@ -106,21 +106,21 @@ def test_the_size_is_enough(manifest: Manifest) -> None:
     assert isinstance(pool.pack(three), PooledItem)
 
 
-@pytest.mark.parametrize(("decoder", "whole"), [("simplejpeg", 1024), ("device", 0)])
-def test_the_size_is_enough_for_what_comes_with_pictures(
-    manifest: Manifest, decoder: Literal["simplejpeg", "device"], whole: int
+@pytest.mark.parametrize(("decoder", "uncropped"), [("simplejpeg", 1024), ("device", 0)])
+def test_item_bytes_is_enough_for_small_images(
+    manifest: Manifest, decoder: Literal["simplejpeg", "device"], uncropped: int
 ) -> None:
-    """It outweighs small ones; JPEGs that are not decoded yet lie in the slot as well."""
+    """The other tensors are larger than very small images; JPEGs for the device are in the slot too."""
     data = DataConfig(
         shards=str(manifest.folder), image_size=8, workers=1, decoder=decoder, colour_jitter=(0.4, 0.4, 0.4)
     )
-    needs = Needs(labels=True, uncropped_images=whole)
+    needs = Needs(labels=True, uncropped_images=uncropped)
     loader = TrainLoader(manifest, data, needs, seed=0, global_batch=1024, micro_batch=1024, rank=0, world=1)
-    (samples, _), pool, at = loader._open.args, loader._pool(), np.arange(1024)
-    assert pool is not None and isinstance(pool.pack(samples[at, at[None]]), PooledItem)
+    (dataset, _), pool, positions = loader._make_loader.args, loader._make_pool(), np.arange(1024)
+    assert pool is not None and isinstance(pool.pack(dataset[positions, positions[None]]), PooledItem)
 
 
-def _work(pool: SharedMemoryPool, results: Any) -> None:
+def _pack_batches(pool: SharedMemoryPool, results: Any) -> None:
     for number in range(6):
         results.put(pool.pack([batch(number)]))
 
@@ -128,16 +128,16 @@ def _work(pool: SharedMemoryPool, results: Any) -> None:
 @pytest.mark.multi
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_from_another_process(start: str) -> None:
-    """A worker that is forked, and one that starts anew; a forked child that drops a batch does not free its slot."""
+    """A forked and a spawned worker; a forked child that drops a batch does not free its slot."""
     context: Any = multiprocessing.get_context(start)
     pool = SharedMemoryPool(8, BYTES)
     results = context.Queue()
-    worker = context.Process(target=_work, args=(pool, results))
+    worker = context.Process(target=_pack_batches, args=(pool, results))
     worker.start()
     items = [results.get(timeout=60) for _ in range(6)]
     worker.join()
-    assert all(isinstance(item, PooledItem) for item in items) and free(pool) == 2
-    held = [opened(item)[0] for item in items]
+    assert all(isinstance(item, PooledItem) for item in items) and free_slots(pool) == 2
+    held = [unpack(item)[0] for item in items]
     assert all(same(one, batch(number)) for number, one in enumerate(held))
     child = os.fork()
     if not child:
@@ -145,16 +145,16 @@ def test_from_another_process(start: str) -> None:
         gc.collect()
         os._exit(0)
     os.waitpid(child, 0)
-    assert free(pool) == 2
+    assert free_slots(pool) == 2
     held.clear()
     gc.collect()
-    assert free(pool) == 8
+    assert free_slots(pool) == 8
 
 
 @pytest.mark.multi
-def test_the_loader_uses_them(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every tensor left where it lies: nothing is overwritten while somebody holds it."""
-    monkeypatch.setattr(shm_pool, "KEPT_BYTES", 0)
+def test_the_loader_uses_the_pool(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all tensors as views of slots: nothing is overwritten while it is referenced."""
+    monkeypatch.setattr(shm_pool, "MIN_VIEW_BYTES", 0)
     needs = Needs(noise={"mask": Noise("exponential", (7,))})
     data = DataConfig(shards=str(manifest.folder), image_size=32, workers=2)
 

@@ -1,4 +1,4 @@
-"""Shards without an index: streamed whole, dealt out to ranks and workers, never through a shell or a pickle."""
+"""Shards without an index: streamed, distributed over ranks and workers, never through a shell or a pickle."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,10 @@ from mimscale.data.manifest import Manifest
 from mimscale.data.sample_reader import DamagedSample
 from mimscale.data.wds_stream import Source, WebDatasetStream, open_source
 from mimscale.errors import UserError
-from mimscale.training.setup import prepare
+from mimscale.training.plan import prepare
 from mimscale.types import Batch, Needs, Noise
 from tests import ranks
-from tests.data.servers import Web
+from tests.data.servers import WebServer
 
 NEEDS = Needs(noise={"mask": Noise("uniform", (4,))})
 GLOBAL = 16  # of 80 samples in 5 shards
@@ -36,10 +37,8 @@ def config(shards: Path | str, **changes) -> DataConfig:
 
 
 def loader(source: Source, data: DataConfig, rank: int = 0, world: int = 1, start_step: int = 0) -> TrainLoader:
-    micro, begin = GLOBAL // world, start_step
-    return TrainLoader(
-        source, data, NEEDS, seed=3, global_batch=GLOBAL, micro_batch=micro, rank=rank, world=world, start_step=begin
-    )
+    sizes: Any = {"global_batch": GLOBAL, "micro_batch": GLOBAL // world, "rank": rank, "world": world}
+    return TrainLoader(source, data, NEEDS, seed=3, start_step=start_step, **sizes)
 
 
 def batches(data: DataConfig, steps: int, world: int = 1, start_step: int = 0) -> list[Batch]:
@@ -55,21 +54,21 @@ def ids(found: list[Batch]) -> list[int]:
     return torch.cat([batch.ids for batch in found]).tolist()
 
 
-def every(shards: Path) -> str:
+def all_shards(shards: Path) -> str:
     return f"wds:{shards}/shard-{{000000..000004}}.tar"
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_pass_over_all_shards_has_every_picture_once_and_the_next_another_order(shards: Path, world: int) -> None:
-    """One reader per rank sees its shards whole before it starts over; a buffer's worth of pictures hangs over."""
-    found = batches(config(every(shards), stream={"samples": 80, "buffer": 1}), 5 if world == 1 else 2, world)
+def test_a_pass_over_all_shards_has_every_image_once_and_the_next_has_another_order(shards: Path, world: int) -> None:
+    """A reader reads all of its shards before it starts again."""
+    found = batches(config(all_shards(shards), stream={"samples": 80, "buffer": 1}), 5 if world == 1 else 2, world)
     assert len(set(ids(found))) == len(ids(found)) == (80 if world == 1 else 32)
-    again = batches(config(every(shards), stream={"samples": 80, "buffer": 1}), 10)
+    again = batches(config(all_shards(shards), stream={"samples": 80, "buffer": 1}), 10)
     assert ids(again[:5]) != ids(again[5:]) and sorted(ids(again[:5])) == sorted(ids(again[5:]))
 
 
-def test_positions_noise_and_crops_are_those_of_any_run(shards: Path) -> None:
-    (batch,) = batches(config(every(shards)), 1, start_step=2)
+def test_positions_noise_and_flips_are_those_of_an_indexed_run(shards: Path) -> None:
+    (batch,) = batches(config(all_shards(shards)), 1, start_step=2)
     data = DataConfig(shards=str(shards), image_size=16, workers=0)
     exact = next(iter(loader(Manifest.load(shards), data, start_step=2)))
     assert torch.equal(batch.positions, exact.positions) and torch.equal(batch.flips, exact.flips)
@@ -77,18 +76,18 @@ def test_positions_noise_and_crops_are_those_of_any_run(shards: Path) -> None:
 
 
 @pytest.mark.multi
-def test_workers_take_turns_with_the_positions(shards: Path) -> None:
-    found = batches(config(every(shards), workers=2), 4)
+def test_workers_take_the_positions_in_turn(shards: Path) -> None:
+    found = batches(config(all_shards(shards), workers=2), 4)
     assert torch.cat([batch.positions for batch in found]).tolist() == list(range(4 * GLOBAL))
     assert len(set(ids(found))) > 2 * GLOBAL
 
 
-def test_a_resume_and_a_seed_start_the_shards_in_another_order(shards: Path) -> None:
-    first, later = (ids(batches(config(every(shards)), 1, start_step=step)) for step in (0, 7))
-    assert first != later and first == ids(batches(config(every(shards)), 1))
+def test_a_resumed_run_reads_the_shards_in_another_order(shards: Path) -> None:
+    first, later = (ids(batches(config(all_shards(shards)), 1, start_step=step)) for step in (0, 7))
+    assert first != later and first == ids(batches(config(all_shards(shards)), 1))
 
 
-def shard_of(path: Path, members: dict[str, bytes]) -> str:
+def write_shard(path: Path, members: dict[str, bytes]) -> str:
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
             entry = tarfile.TarInfo(name)
@@ -97,53 +96,53 @@ def shard_of(path: Path, members: dict[str, bytes]) -> str:
     return f"wds:{path}"
 
 
-class Bomb:
+class FailsWhenUnpickled:
     def __reduce__(self):
         return (pytest.fail, ("a pickle was decoded",))
 
 
-def test_no_pickle_is_decoded_and_other_members_are_left_alone(shards: Path, tmp_path: Path) -> None:
-    picture = Manifest.load(shards).read(0)
-    bad = pickle.dumps(Bomb())
-    address = shard_of(tmp_path / "a.tar", {"x/1.jpg": picture, "x/1.pyd": bad, "x/1.pkl": bad, "x/1.pth": bad})
-    (batch,) = batches(config(address), 1)
+def test_nothing_is_unpickled_and_other_members_are_ignored(shards: Path, tmp_path: Path) -> None:
+    jpeg = Manifest.load(shards).read(0)
+    bad = pickle.dumps(FailsWhenUnpickled())
+    url = write_shard(tmp_path / "a.tar", {"x/1.jpg": jpeg, "x/1.pyd": bad, "x/1.pkl": bad, "x/1.pth": bad})
+    (batch,) = batches(config(url), 1)
     assert len(set(batch.ids.tolist())) == 1 and not batch.damage
 
 
-def test_damage_is_put_down_and_passed_over(shards: Path, tmp_path: Path) -> None:
+def test_damage_is_recorded_and_skipped(shards: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
-    picture = Manifest.load(shards).read(0)
-    shard_of(copy / "shard-000000.tar", {"a.jpg": b"no picture", "b.txt": b"text", "c.jpg": picture})
-    whole = (copy / "shard-000001.tar").read_bytes()
-    (copy / "shard-000001.tar").write_bytes(whole[: len(whole) // 2 + 700])
-    found = batches(config(every(copy)), 5)
+    jpeg = Manifest.load(shards).read(0)
+    write_shard(copy / "shard-000000.tar", {"a.jpg": b"no image", "b.txt": b"text", "c.jpg": jpeg})
+    data = (copy / "shard-000001.tar").read_bytes()
+    (copy / "shard-000001.tar").write_bytes(data[: len(data) // 2 + 700])
+    found = batches(config(all_shards(copy)), 5)
     damage = {(d.shard, d.key): d.reason for batch in found for d in batch.damage}
-    assert "not a picture" in damage["shard-000000.tar", "a"] and "no picture" in damage["shard-000000.tar", "b"]
-    assert "cut short" in damage["shard-000001.tar", ""]
+    assert "not an image" in damage["shard-000000.tar", "a"] and "no image" in damage["shard-000000.tar", "b"]
+    assert "truncated" in damage["shard-000001.tar", ""]
     assert all(len(batch.ids) == GLOBAL for batch in found)
 
 
 def test_nothing_usable_ends_the_stream(tmp_path: Path) -> None:
     with pytest.raises(DamagedSample, match="nothing in the shards of wds:.* can be used: a.tar: a"):
-        batches(config(shard_of(tmp_path / "a.tar", {"a.jpg": b"no picture"})), 1)
+        batches(config(write_shard(tmp_path / "a.tar", {"a.jpg": b"no image"})), 1)
     with pytest.raises(DamagedSample, match="they are empty"):
-        batches(config(shard_of(tmp_path / "b.tar", {})), 1)
+        batches(config(write_shard(tmp_path / "b.tar", {})), 1)
 
 
 @pytest.fixture
-def web(shards: Path) -> Iterator[Web]:
-    server = Web(shards)
+def web(shards: Path) -> Iterator[WebServer]:
+    server = WebServer(shards)
     yield server
     server.stop()
 
 
-def test_a_web_server(shards: Path, web: Web) -> None:
-    address = f"wds:{web.place}/shard-{{000000..000004}}.tar"
-    assert ids(batches(config(address), 3)) == ids(batches(config(every(shards)), 3))
+def test_a_web_server(shards: Path, web: WebServer) -> None:
+    url = f"wds:{web.url}/shard-{{000000..000004}}.tar"
+    assert ids(batches(config(url), 3)) == ids(batches(config(all_shards(shards)), 3))
 
 
 @pytest.mark.parametrize(
-    ("address", "world", "line"),
+    ("url", "world", "message"),
     [
         ("wds:pipe:cat {0}/shard-000000.tar", 1, "no shell is run for data"),
         ("wds:{0}/nowhere.tar", 1, "nowhere.tar' cannot be opened"),
@@ -152,42 +151,47 @@ def test_a_web_server(shards: Path, web: Web) -> None:
         ("wds:{0}/shard-{{000000..000004}}.tar", 6, "5 shards of .* are too few for 6 ranks x 1 workers"),
     ],
 )
-def test_bad_addresses_are_one_line(shards: Path, address: str, world: int, line: str) -> None:
-    with pytest.raises(UserError, match=line) as caught:
-        open_source(config(address.format(shards)), world)
+def test_urls_that_are_refused(shards: Path, url: str, world: int, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(config(url.format(shards)), world)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("data", "line"),
+    ("data", "message"),
     [
         ({"shards": "wds:a.tar"}, "set data.stream.samples"),
         ({"shards": "/folder", "stream": {"samples": 1}}, "set stream=null"),
         ({"shards": "wds:a.tar", "stream": {"samples": 1}, "cache": "/tmp"}, "set cache=null"),
     ],
 )
-def test_contradictions_are_refused(data: dict[str, object], line: str) -> None:
-    with pytest.raises(UserError, match=line):
+def test_contradictions_are_refused(data: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         validate({**load_recipe("mae_tiny").dump(), "data": data}, "test")
 
 
-def test_labels_and_stable_ids_are_refused(shards: Path, tmp_path: Path) -> None:
-    data = config(every(shards))
+def test_methods_that_need_labels_or_stable_ids_are_refused(shards: Path, tmp_path: Path) -> None:
+    data = config(all_shards(shards))
     with pytest.raises(UserError, match="needs labels"):
         TrainLoader(
             WebDatasetStream(data), data, Needs(labels=True), seed=0, global_batch=8, micro_batch=8, rank=0, world=1
         )
     with pytest.raises(UserError, match="stream, for training only"):
-        Manifest.load(every(shards))
-    words = [f"data.shards={every(shards)}", "data.stream.samples=80", "data.workers=0", "method.masking.policy=amt"]
+        Manifest.load(all_shards(shards))
+    words = [
+        f"data.shards={all_shards(shards)}",
+        "data.stream.samples=80",
+        "data.workers=0",
+        "method.masking.policy=amt",
+    ]
     recipe = ranks.recipe(tmp_path, shards, "mae")
     with pytest.raises(UserError, match="amt stores importance per sample"):
         prepare(load_recipe(str(recipe), words), tmp_path / "run", None, ())
 
 
 @pytest.mark.slow
-def test_training_says_that_it_is_not_exact_and_resumes(shards: Path, tmp_path: Path) -> None:
-    data = {"shards": every(shards), "stream": {"samples": 80}, "workers": 0}
+def test_training_warns_that_it_is_not_exact_and_resumes(shards: Path, tmp_path: Path) -> None:
+    data = {"shards": all_shards(shards), "stream": {"samples": 80}, "workers": 0}
     recipe = ranks.recipe(tmp_path, shards, "mae", data=data)
     ranks.train(1, recipe, tmp_path / "run")
     ranks.cut_back(tmp_path / "run", tmp_path / "again", step=8)

@@ -1,4 +1,4 @@
-"""Real digits as a picture folder."""
+"""Real digits as an image folder."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_every_digit_is_in_one_split_under_its_class(digits: Path) -> None:
         assert np.corrcoef(small.ravel(), real.images[number].ravel())[0, 1] > 0.95
 
 
-def test_both_sets_look_alike(digits: Path) -> None:
-    """White ink on black, RGB, one size: a model trained on one can be tried on the other."""
+def test_both_sets_have_the_same_format(digits: Path) -> None:
+    """White on black, RGB, one size: a model trained on one can be evaluated on the other."""
     for name in ("digits", "mnist"):
         images = [Image.open(path) for path in sorted((digits / name).glob("test/*/*.png"))[::25]]
         assert {(image.mode, image.size) for image in images} == {("RGB", (24, 24))}
@@ -57,6 +57,6 @@ def test_the_seed_decides_the_split(digits: Path) -> None:
     assert test != set(np.flatnonzero(_stratified(labels, 500, seed=0)))
 
 
-def test_a_used_folder_is_refused(digits: Path, capsys) -> None:
+def test_a_folder_that_is_not_empty_is_refused(digits: Path, capsys) -> None:
     assert main(["digits", str(digits)]) == 2
     assert "is not empty" in capsys.readouterr().err

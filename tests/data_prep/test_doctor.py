@@ -1,4 +1,4 @@
-"""Fit or not for a job, with a fix that then really makes it fit; and what info says."""
+"""The checks for a job, with fixes that work when they are applied; and the output of info."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def doctor(shards: Path, capsys: pytest.CaptureFixture[str], *options: str) -> t
 
 
 def test_one_node(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, said = doctor(shards, capsys, "--ranks", "4", "--global-batch", "16")
-    assert code == 1 and said.endswith("1 to fix\n")  # these shards are a few kilobytes
-    assert re.search(r"FIX  shards of 0\.\d to 0\.\d MiB: below 32 MiB", said) and "--shard-mb 256" in said
-    assert "ok   80 samples in 5 shards, all there" in said and "4 samples per rank, 5 steps per epoch" in said
+    code, output = doctor(shards, capsys, "--ranks", "4", "--global-batch", "16")
+    assert code == 1 and output.endswith("1 to fix\n")  # these shards are a few kilobytes
+    assert re.search(r"FIX  shards of 0\.\d to 0\.\d MiB: below 32 MiB", output) and "--shard-mb 256" in output
+    assert "ok   80 samples in 5 shards; all exist" in output and "4 samples per rank, 5 steps per epoch" in output
     assert fixes(shards, ranks=4, global_batch=16, labels=True) == []
 
 
@@ -48,7 +48,7 @@ def test_a_batch_larger_than_the_data(shards: Path) -> None:
 
 
 def test_locality(tmp_path: Path) -> None:
-    """Ranks that divide the streams keep each node to its own shards; others read many more and are told."""
+    """If the ranks divide the streams, a node reads its own shards only; otherwise many more, which is reported."""
     make_image_folder(tmp_path / "in", classes=1, per_class=480, side=16)
     assert main(["folder", str(tmp_path / "in"), str(tmp_path / "out"), "--shard-samples", "4", "--no-check"]) == 0
     text = {}
@@ -58,10 +58,10 @@ def test_locality(tmp_path: Path) -> None:
     read = {key: int(re.findall(r"reads ([\d,]+)", finding.text)[0]) for key, finding in text.items()}
     assert max(read[24], read[16]) < 30 and not text[24].fix and not text[16].fix
     assert read[13] > 50
-    assert text[13].fix == "1 ranks, or data.streams=16, so that ranks divide streams and each keeps its own"
+    assert text[13].fix == "1 ranks, or data.streams=16, so that every rank has streams of its own"
 
 
-def test_a_stream_shorter_than_a_block_can_be_had_back(tmp_path: Path) -> None:
+def test_a_smaller_block_keeps_all_streams(tmp_path: Path) -> None:
     make_image_folder(tmp_path / "in", classes=1, per_class=480, side=16)
     assert main(["folder", str(tmp_path / "in"), str(tmp_path / "out"), "--shard-samples", "4", "--no-check"]) == 0
     job = {"global_batch": 16, "ranks_per_node": 1, "ranks": 16, "streams": 16}
@@ -107,14 +107,14 @@ def test_empty_classes(shards: Path, tmp_path: Path) -> None:
 def test_info(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(shards), "--classes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("80 pictures in 5 shards")
+    assert lines[0].startswith("80 images in 5 shards")
     assert "4 classes of 20 (class_000) to 20 (class_000) samples (median 20)" in lines
     assert "made with shard_mb 256, shard_samples 16, check True, quality 95" in lines
     assert lines[-4:] == [f"{n} class_{n:03d} 20" for n in range(4)]
 
 
-def test_a_part_of_imagenet_is_not_taken_for_all_of_it(shards: Path, tmp_path: Path) -> None:
+def test_a_part_of_imagenet_is_reported(shards: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
     file = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**file, "source": {"kind": "imagenet val", "path": "x"}}))
-    assert "imagenet val has 50,000 pictures in 1,000 classes: this is not all of it" in describe_set(copy)
+    assert "imagenet val has 50,000 images in 1,000 classes: this is not all of it" in describe_set(copy)

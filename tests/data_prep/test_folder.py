@@ -1,4 +1,4 @@
-"""From a folder of pictures to shards that anybody can read."""
+"""From a folder of images to shards that any WebDataset reader can read."""
 
 from __future__ import annotations
 
@@ -20,26 +20,28 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from data_prep.__main__ import main
-from data_prep.finish import finished
 from data_prep.folder import read_folder
 from data_prep.plan import Plan
-from data_prep.write import unfinished, write
+from data_prep.write_manifest import read_sidecar
+from data_prep.write_shards import unfinished, write
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
 
+KILLED, NEVER = 9, 10**6
+
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 pictures in 4 classes and everything that also lies about in such folders."""
-    root = make_image_folder(tmp_path_factory.mktemp("pictures"), classes=4, per_class=10, side=40)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 images in 4 classes, and other files that are often found in such folders."""
+    root = make_image_folder(tmp_path_factory.mktemp("images"), classes=4, per_class=10, side=40)
     one = root / "class_001"
     Image.open(one / "000000.jpg").save(one / "named wrongly.JPEG", format="PNG")
     (one / "deeper.folder").mkdir()
     (one / "000001.jpg").rename(one / "deeper.folder" / "a.b.jpg")
     (one / ".hidden.jpg").write_bytes(b"x")
-    (one / "readme.txt").write_text("no picture")
-    (one / "broken.jpg").write_bytes(b"no picture either")
+    (one / "readme.txt").write_text("no image")
+    (one / "broken.jpg").write_bytes(b"no image either")
     (root / "stray.jpg").write_bytes((one / "000002.jpg").read_bytes())
     (root / ".git").mkdir()
     return root
@@ -54,14 +56,14 @@ def files(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def made(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "out"
-    assert run("folder", pictures, folder, "--shard-samples", 7) == 0
+    assert run("folder", images, folder, "--shard-samples", 7) == 0
     return folder
 
 
-def test_what_is_taken_and_what_is_left_out(pictures: Path, made: Path) -> None:
-    source = read_folder(pictures, labelled=True)
+def test_which_files_are_taken(images: Path, made: Path) -> None:
+    source = read_folder(images, labelled=True)
     assert dict(source.skipped) == {
         "hidden": 1,
         "without an image's extension": 1,
@@ -72,7 +74,7 @@ def test_what_is_taken_and_what_is_left_out(pictures: Path, made: Path) -> None:
     assert manifest.samples == 41 and manifest.classes == [f"class_{label:03d}" for label in range(4)]
     assert manifest.labels is not None and np.bincount(manifest.labels).tolist() == [10, 11, 10, 10]
     content = {
-        path.read_bytes() for path in pictures.glob("*/**/*.[jJ]*") if path.name not in (".hidden.jpg", "broken.jpg")
+        path.read_bytes() for path in images.glob("*/**/*.[jJ]*") if path.name not in (".hidden.jpg", "broken.jpg")
     }
     assert {manifest.read(sample) for sample in range(41)} == content
     for sample in range(41):
@@ -91,9 +93,9 @@ def test_classes_are_torchvisions(tmp_path: Path) -> None:
 def test_webdataset_reads_exactly_our_samples(made: Path) -> None:
     manifest = Manifest.load(made)
     urls = [str(path) for path in manifest.shard_paths]
-    foreign = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert len(foreign) == manifest.samples and manifest.labels is not None
-    for sample, theirs in enumerate(foreign):
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len(samples) == manifest.samples and manifest.labels is not None
+    for sample, theirs in enumerate(samples):
         extension = next(e for e in theirs if e in ("jpg", "png"))
         assert theirs["__key__"] == manifest.key(sample)
         assert theirs[extension] == manifest.read(sample)
@@ -117,8 +119,8 @@ def test_system_tar_reads_the_shards(made: Path) -> None:
     assert all("1970-01-01" in line for line in listing.stdout.splitlines())
 
 
-def test_unlabelled(pictures: Path, tmp_path: Path) -> None:
-    assert run("folder", pictures, tmp_path / "out", "--unlabelled") == 0
+def test_unlabelled(images: Path, tmp_path: Path) -> None:
+    assert run("folder", images, tmp_path / "out", "--unlabelled") == 0
     manifest = Manifest.load(tmp_path / "out")
     assert manifest.samples == 42 and manifest.labels is None and manifest.classes is None
     with tarfile.open(manifest.shard_paths[0]) as tar:
@@ -127,24 +129,24 @@ def test_unlabelled(pictures: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.multi
-def test_jobs_and_parts_give_the_same_bytes(pictures: Path, made: Path, tmp_path: Path, capsys) -> None:
-    assert run("folder", pictures, tmp_path / "jobs", "--shard-samples", 7, "--jobs", 2) == 0
+def test_jobs_and_parts_give_the_same_bytes(images: Path, made: Path, tmp_path: Path, capsys) -> None:
+    assert run("folder", images, tmp_path / "jobs", "--shard-samples", 7, "--jobs", 2) == 0
     assert files(tmp_path / "jobs") == files(made)
     for part in ("1/2", "0/2"):
         assert not (tmp_path / "parts" / "manifest.json").exists()
-        assert run("folder", pictures, tmp_path / "parts", "--shard-samples", 7, "--part", part) == 0
+        assert run("folder", images, tmp_path / "parts", "--shard-samples", 7, "--part", part) == 0
     assert files(tmp_path / "parts") == files(made)
     assert "of other parts are missing" in capsys.readouterr().err
 
 
 @pytest.mark.multi
-def test_two_parts_at_once(pictures: Path, made: Path, tmp_path: Path) -> None:
+def test_two_parts_at_once(images: Path, made: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
         "data_prep",
         "folder",
-        pictures,
+        images,
         tmp_path / "out",
         "--shard-samples",
         "7",
@@ -155,95 +157,98 @@ def test_two_parts_at_once(pictures: Path, made: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "out") == files(made)
 
 
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("moment", range(0, 90, 5))
-def test_interrupted_anywhere_and_continued(
-    pictures: Path, made: Path, tmp_path: Path, moment: int, monkeypatch, capsys
-) -> None:
-    """The process stops dead at a file-system call: nothing after it happens, no clean-up either."""
+@pytest.mark.parametrize("moment", [*range(0, 90, 5), NEVER])
+def test_interrupted_and_continued(images: Path, made: Path, tmp_path: Path, moment: int) -> None:
+    """The process ends at a file-system call, without any clean-up."""
     folder = tmp_path / "out"
-    plan = Plan(read_folder(pictures, labelled=True), seed=0, shard_mb=256, shard_samples=7)
+    plan = Plan(read_folder(images, labelled=True), seed=0, shard_mb=256, shard_samples=7)
+    child = os.fork()
+    if child == 0:
+        try:
+            end_at_call(moment)
+            write(plan, folder, unfinished(plan, folder))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WEXITSTATUS(status) == (0 if moment == NEVER else KILLED)
+    assert moment != NEVER or (folder / "manifest.json").exists()
+    assert run("folder", images, folder, "--shard-samples", 7) == 0
+    assert files(folder) == files(made)
+
+
+def end_at_call(moment: int) -> None:
+    """End this process at call number `moment` of those that rename, sync or read."""
     calls = 0
 
-    def dying(function):
+    def ending(function):
         def call(*arguments, **options):
             nonlocal calls
             calls += 1
             if calls > moment:
-                raise Killed
+                os._exit(KILLED)
             return function(*arguments, **options)
 
         return call
 
-    with monkeypatch.context() as patch:
-        for name in ("replace", "fsync", "pread"):
-            patch.setattr(os, name, dying(getattr(os, name)))
-        patch.setattr(Path, "unlink", lambda *a, **k: None)
-        try:
-            write(plan, folder, unfinished(plan, folder))
-        except Killed:
-            assert not (folder / "manifest.json").exists()
-    assert run("folder", pictures, folder, "--shard-samples", 7) == 0
-    assert files(folder) == files(made)
+    for name in ("replace", "fsync", "pread"):
+        setattr(os, name, ending(getattr(os, name)))
 
 
 @pytest.mark.multi
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_killed_for_real_and_started_again(tmp_path: Path, jobs: int) -> None:
-    pictures = make_image_folder(tmp_path / "many", classes=2, per_class=150, side=40)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    command = ["folder", str(pictures), "--shard-samples", "2"]
-    assert run(*command[:2], whole, *command[2:]) == 0
-    started = subprocess.Popen(
-        [sys.executable, "-m", "data_prep", *command[:2], str(broken), *command[2:], "--jobs", str(jobs)],
+def test_killed_and_started_again(tmp_path: Path, jobs: int) -> None:
+    images = make_image_folder(tmp_path / "many", classes=2, per_class=150, side=40)
+    expected, killed = tmp_path / "expected", tmp_path / "killed"
+    command = ["folder", str(images), "--shard-samples", "2"]
+    assert run(*command[:2], expected, *command[2:]) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_prep", *command[:2], str(killed), *command[2:], "--jobs", str(jobs)],
         stderr=subprocess.DEVNULL,
     )
-    while not (broken / "shard-000010.json").exists():
-        assert started.poll() is None
+    while not (killed / "shard-000010.json").exists():
+        assert process.poll() is None
         time.sleep(0.001)
-    started.kill()
-    started.wait()
-    assert not (broken / "manifest.json").exists()
-    time.sleep(0.2)  # its writers notice that it is gone
+    process.kill()
+    process.wait()
+    assert not (killed / "manifest.json").exists()
+    time.sleep(0.2)  # its writers notice that it has ended
     again = subprocess.run(
-        [sys.executable, "-m", "data_prep", *command[:2], str(broken), *command[2:]], capture_output=True, text=True
+        [sys.executable, "-m", "data_prep", *command[:2], str(killed), *command[2:]], capture_output=True, text=True
     )
     assert again.returncode == 0 and "shards were already written; skipped" in again.stderr
-    assert files(broken) == files(whole)
+    assert files(killed) == files(expected)
 
 
-def test_a_finished_data_set_is_left_alone(pictures: Path, made: Path, capsys) -> None:
+def test_a_finished_data_set_is_not_written_again(images: Path, made: Path, capsys) -> None:
     times = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
-    assert run("folder", pictures, made, "--shard-samples", 7) == 0
+    assert run("folder", images, made, "--shard-samples", 7) == 0
     assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == times
     assert "6 of 6 shards were already written" in capsys.readouterr().err
 
 
-def test_other_options_or_sources_are_refused(pictures: Path, made: Path, tmp_path: Path, capsys) -> None:
+def test_other_options_or_sources_are_refused(images: Path, made: Path, tmp_path: Path, capsys) -> None:
     before = files(made)
     for change, message in (
         (["--seed", 1], "--seed 0 -> 1"),
         (["--shard-samples", 8], "--shard-samples 7 -> 8"),
         (["--unlabelled"], "samples 41 -> 42"),
     ):
-        assert run("folder", pictures, made, "--shard-samples", 7, *change) == 2
+        assert run("folder", images, made, "--shard-samples", 7, *change) == 2
         assert message in capsys.readouterr().err
     (tmp_path / "notes.txt").write_text("mine")
-    assert run("folder", pictures, tmp_path) == 2
+    assert run("folder", images, tmp_path) == 2
     assert "already holds 'notes.txt'" in capsys.readouterr().err
     assert files(made) == before and os.listdir(tmp_path) == ["notes.txt"]
 
 
-def test_dry_run_writes_nothing(pictures: Path, tmp_path: Path, capsys) -> None:
-    assert run("folder", pictures, tmp_path / "out", "--shard-samples", 7, "--dry-run") == 0
-    assert "41 images, 4 classes" in (said := capsys.readouterr().err) and "in 6 shards" in said
+def test_dry_run_writes_nothing(images: Path, tmp_path: Path, capsys) -> None:
+    assert run("folder", images, tmp_path / "out", "--shard-samples", 7, "--dry-run") == 0
+    assert "41 images, 4 classes" in (output := capsys.readouterr().err) and "in 6 shards" in output
     assert not (tmp_path / "out").exists()
 
 
-def test_sources_that_cannot_be_used(tmp_path: Path, capsys) -> None:
+def test_sources_that_are_refused(tmp_path: Path, capsys) -> None:
     def refused(*arguments: object) -> str:
         assert run("folder", *arguments, tmp_path / "out") == 2
         assert not (tmp_path / "out").exists()
@@ -254,13 +259,13 @@ def test_sources_that_cannot_be_used(tmp_path: Path, capsys) -> None:
     assert "no such folder" in refused(tmp_path / "nowhere")
     (tmp_path / "source").mkdir()
     assert "no class sub-folders" in refused(tmp_path / "source")
-    assert "no pictures in" in refused(tmp_path / "source", "--unlabelled")
+    assert "no images in" in refused(tmp_path / "source", "--unlabelled")
     make_image_folder(tmp_path / "source", classes=1, per_class=1)
     (tmp_path / "source" / "empty").mkdir()
-    assert "empty' holds no picture" in refused(tmp_path / "source")
+    assert "empty' holds no image" in refused(tmp_path / "source")
 
 
-def test_a_source_that_changes_meanwhile(tmp_path: Path) -> None:
+def test_a_source_that_changes_after_it_was_listed(tmp_path: Path) -> None:
     root = make_image_folder(tmp_path / "source", classes=1, per_class=2)
     plan = Plan(read_folder(root, labelled=True), seed=0, shard_mb=1, shard_samples=None)
     for change in (b"more", None):
@@ -271,9 +276,9 @@ def test_a_source_that_changes_meanwhile(tmp_path: Path) -> None:
         assert sorted(os.listdir(tmp_path / "out")) == ["plan.json"]
 
 
-def test_sidecars_are_not_believed_blindly(pictures: Path, tmp_path: Path) -> None:
+def test_sidecars_are_checked_against_shards_and_plan(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    plan = Plan(read_folder(pictures, labelled=True), seed=0, shard_mb=256, shard_samples=7)
+    plan = Plan(read_folder(images, labelled=True), seed=0, shard_mb=256, shard_samples=7)
     assert write(plan, folder, unfinished(plan, folder)) == []
     assert unfinished(plan, folder) == []
     (folder / "shard-000001.tar").unlink()
@@ -282,20 +287,18 @@ def test_sidecars_are_not_believed_blindly(pictures: Path, tmp_path: Path) -> No
     sidecar = json.loads((folder / "shard-000004.json").read_text())
     (folder / "shard-000004.json").write_text(json.dumps({**sidecar, "plan": "other"}))
     assert unfinished(plan, folder) == [1, 2, 3, 4]
-    assert finished(folder, 0, plan.hash) is not None
+    assert read_sidecar(folder, 0, plan.hash) is not None
 
 
-def test_a_full_disk_is_one_line(
-    pictures: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Files may not become longer than a shard needs; with room, the same command goes on."""
-    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
-    command = ("folder", pictures, tmp_path / "out", "--shard-samples", 7)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, allowed[1]))
+def test_a_full_disk(images: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files are limited to less than the size of a shard; with more space, the same command continues."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    command = ("folder", images, tmp_path / "out", "--shard-samples", 7)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         code = run(*command)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     line = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and line.startswith("data_prep: File too large") and "the same command continues" in line
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]

@@ -1,4 +1,4 @@
-"""Tiny archives laid out as the official ones, with a devkit order that is not the sorted one."""
+"""Tiny archives with the layout of the official ones, and a devkit order that differs from the sorted order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mimscale.data.synthetic import make_image_folder
 
 WNIDS = ["n02119789", "n01440764", "n03100240", "n01443537"]  # line i = ILSVRC2012_ID i
 ANCESTOR = "n00001740"
-TRUTH = [3, 1, 2, 4, 4, 1]  # of pictures 1 .. 6
+TRUTH = [3, 1, 2, 4, 4, 1]  # of images 1 .. 6
 
 
 def pack(path: Path, members: dict[str, bytes], mode: str = "w") -> bytes:
@@ -32,15 +32,15 @@ def pack(path: Path, members: dict[str, bytes], mode: str = "w") -> bytes:
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("official")
-    pictures = [p.read_bytes() for p in sorted(make_image_folder(root / "p", classes=2, per_class=10).glob("*/*"))]
+    images = [p.read_bytes() for p in sorted(make_image_folder(root / "p", classes=2, per_class=10).glob("*/*"))]
     inner = {}
     for number, wnid in enumerate(sorted(WNIDS)):
-        content = {f"{wnid}_{k}.JPEG": pictures[3 * number + k] for k in range(3)}
+        content = {f"{wnid}_{k}.JPEG": images[3 * number + k] for k in range(3)}
         inner[f"{wnid}.tar"] = pack(root / f"{wnid}.tar", content)
     pack(root / "ILSVRC2012_img_train.tar", inner)
     pack(
         root / "ILSVRC2012_img_val.tar",
-        {f"ILSVRC2012_val_{n + 1:08d}.JPEG": pictures[n] for n in (4, 0, 2, 1, 5, 3)},
+        {f"ILSVRC2012_val_{n + 1:08d}.JPEG": images[n] for n in (4, 0, 2, 1, 5, 3)},
     )
     truth = "".join(f"{number}\n" for number in TRUTH)
     (root / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
@@ -78,7 +78,7 @@ def labels_by_key(manifest: Manifest) -> dict[str, str]:
     return {manifest.key(n): manifest.classes[manifest.labels[n]] for n in range(manifest.samples)}
 
 
-def test_train_archive_is_read_in_place(official: Path, tmp_path: Path) -> None:
+def test_train_archive(official: Path, tmp_path: Path) -> None:
     archive, out = official / "ILSVRC2012_img_train.tar", tmp_path / "out"
     assert main(["imagenet", "--train", str(archive), str(out), "--shard-samples", "5"]) == 0
     manifest = Manifest.load(out)
@@ -139,22 +139,22 @@ def test_mistakes_are_named(official: Path, tmp_path: Path, monkeypatch: pytest.
     assert "cannot be read" in refused("--val", val, "--truth", "nowhere.csv")
     assert "not one tar per class" in refused("--train", val)
     assert "No such file" in refused("--train", "nowhere.tar")
-    assert "not a whole tar archive" in refused("--train", "synsets.txt")
+    assert "not a complete tar archive" in refused("--train", "synsets.txt")
 
 
-def test_half_an_archive_is_not_half_a_data_set(official: Path, tmp_path: Path, capsys) -> None:
-    """Cut anywhere, also between two members, or with a damaged header: tarfile alone would take it for the end."""
-    whole = (official / "ILSVRC2012_img_train.tar").read_bytes()
+def test_incomplete_archives_are_refused(official: Path, tmp_path: Path, capsys) -> None:
+    """Truncated anywhere, also between two members, or with a damaged header, which tarfile takes for the end."""
+    data = (official / "ILSVRC2012_img_train.tar").read_bytes()
     with tarfile.open(official / "ILSVRC2012_img_train.tar") as tar:
         headers = [member.offset for member in tar]
     broken = tmp_path / "broken.tar"
-    for cut in (0, 100, *headers[1:], headers[2] + 512, headers[2] + 2000, headers[3] - 700):
-        broken.write_bytes(whole[:cut])
+    for length in (0, 100, *headers[1:], headers[2] + 512, headers[2] + 2000, headers[3] - 700):
+        broken.write_bytes(data[:length])
         assert main(["imagenet", "--train", str(broken), str(tmp_path / "out")]) == 2
-        assert "not a whole tar archive" in capsys.readouterr().err
+        assert "not a complete tar archive" in capsys.readouterr().err
     inner_header = headers[1] + 512
-    for place in (headers[0], headers[2], inner_header):
-        broken.write_bytes(whole[:place] + b"damage" + whole[place + 6 :])
+    for offset in (headers[0], headers[2], inner_header):
+        broken.write_bytes(data[:offset] + b"damage" + data[offset + 6 :])
         assert main(["imagenet", "--train", str(broken), str(tmp_path / "out")]) == 2
         capsys.readouterr()
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What is decided before anything is written."""
+"""The plan: keys, shuffle, shards and hash."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ def test_keys_stay_readable() -> None:
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=60), st.integers(1, 20))
-def test_every_picture_is_in_one_shard(sizes: list[int], per_shard: int) -> None:
-    made = plan(sizes, shard_samples=per_shard)
-    shards = [made.shard(number) for number in range(made.shards)]
+def test_every_image_is_in_one_shard(sizes: list[int], per_shard: int) -> None:
+    shuffled = plan(sizes, shard_samples=per_shard)
+    shards = [shuffled.shard(number) for number in range(shuffled.shards)]
     assert sorted(item for shard in shards for item in shard) == source(sizes).items
     assert min(map(len, shards)) >= 1 and max(map(len, shards)) <= per_shard
 
 
 def test_shards_by_size() -> None:
-    made = plan([100_000] * 95)
-    assert made.shards == 10  # 9.5 million bytes with their headers
-    assert max(sum(item.size for item in made.shard(n)) for n in range(10)) < 1.05 * 2**20
+    shuffled = plan([100_000] * 95)
+    assert shuffled.shards == 10  # 9.5 million bytes with their headers
+    assert max(sum(item.size for item in shuffled.shard(n)) for n in range(10)) < 1.05 * 2**20
     assert plan([10]).shards == 1
 
 
 def test_the_shuffle_is_global_and_follows_the_seed() -> None:
     one, again, other = (plan([10] * 500, seed=seed).items for seed in (1, 1, 2))
     assert one == again != other
-    places = [int(item.key[1:]) for item in one]
-    assert abs(np.corrcoef(places, np.arange(500))[0, 1]) < 0.15
+    numbers = [int(item.key[1:]) for item in one]
+    assert abs(np.corrcoef(numbers, np.arange(500))[0, 1]) < 0.15
 
 
-def test_the_hash_knows_everything_that_would_change_the_bytes() -> None:
+def test_the_hash_covers_everything_that_changes_the_bytes() -> None:
     sizes = [10, 20, 30]
     base = plan(sizes).hash
     assert plan(sizes).hash == base
@@ -67,10 +67,10 @@ def test_the_hash_knows_everything_that_would_change_the_bytes() -> None:
     assert len({base, *labelled}) == 3
 
 
-def test_nothing_to_do_is_an_error_that_says_what_was_there() -> None:
+def test_a_source_without_images_is_refused() -> None:
     empty = Source(
         {"kind": "folder", "path": "/x"}, [], None, Counter({"hidden": 1200, "without an image's content": 2})
     )
-    with pytest.raises(UserError, match="no pictures in '/x' .1,200 hidden, 2 without an image's content"):
+    with pytest.raises(UserError, match="no images in '/x' .1,200 hidden, 2 without an image's content"):
         Plan(empty, seed=0, shard_mb=1, shard_samples=None)
     assert describe(Counter()) == ""

@@ -1,4 +1,4 @@
-"""Lists of pictures: text, CSV and parquet give the samples that a folder of the same pictures gives."""
+"""Lists of images: text, CSV and parquet give the samples that a folder of the same images gives."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_image_folder(tmp_path_factory.mktemp("pictures"), classes=3, per_class=8, side=40)
+    return make_image_folder(tmp_path_factory.mktemp("images"), classes=3, per_class=8, side=40)
 
 
 def names(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.glob("*/*.jpg"))
 
 
-def made(folder: Path, *arguments: object) -> dict[bytes, str]:
-    """Picture -> class, of the shards that these arguments give; "" without labels."""
+def converted(folder: Path, *arguments: object) -> dict[bytes, str]:
+    """Encoded image -> class name, after a conversion with these arguments; "" without labels."""
     assert main(["table", *map(str, arguments), str(folder), "--shard-samples", "5"]) == 0
     assert main(["verify", "--decode", str(folder)]) == 0
     manifest = Manifest.load(folder)
@@ -44,9 +44,9 @@ def expected(root: Path, labelled: bool) -> dict[bytes, str]:
 
 def test_text(root: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("\n".join(names(root)) + "\n\n")
-    assert made(tmp_path / "out", tmp_path / "list.txt", "--root", root) == expected(root, False)
+    assert converted(tmp_path / "out", tmp_path / "list.txt", "--root", root) == expected(root, False)
     (tmp_path / "all.txt").write_text("\n".join(str(root / name) for name in names(root)))
-    assert made(tmp_path / "absolute", tmp_path / "all.txt") == expected(root, False)
+    assert converted(tmp_path / "absolute", tmp_path / "all.txt") == expected(root, False)
     keys = {Manifest.load(tmp_path / "absolute").key(n) for n in range(24)}
     assert keys == {name.removesuffix(".jpg") for name in names(root)}
 
@@ -55,41 +55,41 @@ def test_csv(root: Path, tmp_path: Path) -> None:
     rows = "".join(f"{name},{name.split('/')[0]},{n % 5}\n" for n, name in enumerate(names(root)))
     (tmp_path / "list.csv").write_text("path,label,other\n" + rows)
     arguments = (tmp_path / "list.csv", "--root", root)
-    assert made(tmp_path / "named", *arguments) == expected(root, True)
-    assert set(made(tmp_path / "numbers", *arguments, "--label", "other").values()) == set("01234")
-    assert made(tmp_path / "none", *arguments, "--label", "none") == expected(root, False)
+    assert converted(tmp_path / "named", *arguments) == expected(root, True)
+    assert set(converted(tmp_path / "numbers", *arguments, "--label", "other").values()) == set("01234")
+    assert converted(tmp_path / "none", *arguments, "--label", "none") == expected(root, False)
 
 
 def parquet(root: Path, path: Path, kind: str, rows: slice = slice(None)) -> Path:
     listed = names(root)[rows]
     data = [(root / name).read_bytes() for name in listed]
-    pictures = {
+    images = {
         "struct": [{"bytes": d, "path": None} for d in data],
         "bytes": data,
         "paths": [str(root / name) for name in listed],
     }[kind]
     labels = [name.split("/")[0] for name in listed]
     path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.table({"image": pictures, "label": labels}), path, row_group_size=3)
+    pq.write_table(pa.table({"image": images, "label": labels}), path, row_group_size=3)
     return path
 
 
 @pytest.mark.parametrize("kind", ["struct", "bytes", "paths"])
 def test_parquet(root: Path, tmp_path: Path, kind: str) -> None:
     table = parquet(root, tmp_path / "one.parquet", kind)
-    assert made(tmp_path / "out", table) == expected(root, True)
+    assert converted(tmp_path / "out", table) == expected(root, True)
 
 
 def test_a_folder_of_parquet_files(root: Path, tmp_path: Path) -> None:
     for part in range(3):
         parquet(root, tmp_path / "many" / f"{part}.parquet", "struct", slice(8 * part, 8 * part + 8))
-    assert made(tmp_path / "out", tmp_path / "many") == expected(root, True)
-    assert made(tmp_path / "again", tmp_path / "many") == expected(root, True)
+    assert converted(tmp_path / "out", tmp_path / "many") == expected(root, True)
+    assert converted(tmp_path / "again", tmp_path / "many") == expected(root, True)
     shards = [sorted((tmp_path / name).glob("*.tar")) for name in ("out", "again")]
     assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
 
 
-def test_row_groups_stay_together_and_are_mixed(root: Path, tmp_path: Path) -> None:
+def test_row_groups_stay_together_and_are_shuffled(root: Path, tmp_path: Path) -> None:
     source = read_table(parquet(root, tmp_path / "one.parquet", "struct"), None, None, None)
     plan = Plan(source, seed=0, shard_samples=6)
     groups = [{item.offset // 3 for item in plan.shard(n)} for n in range(plan.shards)]
@@ -99,10 +99,10 @@ def test_row_groups_stay_together_and_are_mixed(root: Path, tmp_path: Path) -> N
     assert [item.offset for item in Plan(source, seed=1, shard_samples=6).items] != rows
 
 
-def test_rows_without_a_picture_are_left_out(root: Path, tmp_path: Path) -> None:
+def test_rows_without_an_image_are_left_out(root: Path, tmp_path: Path) -> None:
     data = [(root / name).read_bytes() for name in names(root)[:3]]
     pq.write_table(pa.table({"bytes": [data[0], None, b"<html>", data[1]]}), tmp_path / "holes.parquet")
-    assert set(made(tmp_path / "out", tmp_path / "holes.parquet")) == set(data[:2])
+    assert set(converted(tmp_path / "out", tmp_path / "holes.parquet")) == set(data[:2])
     assert set(Manifest.load(tmp_path / "out").file.left_out) == {"holes/000000001", "holes/000000002"}
 
 
@@ -118,8 +118,8 @@ def test_mistakes_are_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "no such file" in refused("nowhere.txt", None)
     assert "must end in .txt, .csv or .parquet" in refused("list.json", "[]")
     assert "cannot be read: No such file" in refused("list.txt", "missing.jpg\n")
-    assert "no pictures in" in refused("empty.txt", "\n")
-    assert "name the one of the pictures" in refused("a.csv", "a,b\n1,2\n")
+    assert "no images in" in refused("empty.txt", "\n")
+    assert "name the one of the images" in refused("a.csv", "a,b\n1,2\n")
     assert "has columns path, not 'kind'" in refused("b.csv", "path\nx.jpg\n", "--label", "kind")
     assert "some rows have no path" in refused("c.csv", "path\n''\n\n,\n".replace("''", '""'))
     here = root / names(root)[0]

@@ -1,4 +1,4 @@
-"""Headers alone, against Python's own tarfile and against GNU tar; and everything that must be refused."""
+"""Listing archives, against Python's tarfile and GNU tar; and all that must be refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.tar import BLOCK, MAX_EXTENSION, BadArchive, members, opened
+from data_prep.tar import BLOCK, MAX_EXTENDED_HEADER, BadArchive, members, open_for_reading
 
 
 def pack(path: Path, names: dict[str, bytes], **options) -> Path:
@@ -25,12 +25,12 @@ def pack(path: Path, names: dict[str, bytes], **options) -> Path:
 
 
 def listed(path: Path) -> list[tuple[str, bytes]]:
-    with opened(path) as fd:
+    with open_for_reading(path) as fd:
         return [(m.name, os.pread(fd, m.size, m.offset)) for m in members(fd, path)]
 
 
-def forged(path: Path, **fields) -> Path:
-    info = tarfile.TarInfo("innocent.jpg")
+def with_header(path: Path, **fields) -> Path:
+    info = tarfile.TarInfo("image.jpg")
     for name, value in fields.items():
         setattr(info, name, value)
     path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(2 * BLOCK))
@@ -41,13 +41,13 @@ CONTENTS = {"a.jpg": b"x" * 700, "folder/b.jpg": b"", "long/" * 8 + "n" * 90 + "
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_every_format_lists_what_was_packed(tmp_path: Path, kind: int) -> None:
+def test_every_format_lists_the_packed_files(tmp_path: Path, kind: int) -> None:
     assert listed(pack(tmp_path / "a.tar", CONTENTS, format=kind)) == list(CONTENTS.items())
 
 
-def test_the_first_bytes_come_along(tmp_path: Path) -> None:
+def test_the_first_bytes_of_members(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.tar", CONTENTS)
-    with opened(path) as fd:
+    with open_for_reading(path) as fd:
         assert [member.start for member in members(fd, path)] == [data[:BLOCK] for data in CONTENTS.values()]
 
 
@@ -61,18 +61,18 @@ def test_gnu_tar(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_size_beyond_octal_digits(tmp_path: Path) -> None:
-    path = forged(tmp_path / "big.tar", size=1 << 34)
+    path = with_header(tmp_path / "big.tar", size=1 << 34)
     os.truncate(path, BLOCK + (1 << 34))  # a sparse file
     with open(path, "ab") as file:
         file.write(bytes(2 * BLOCK))
-    with opened(path) as fd:
+    with open_for_reading(path) as fd:
         assert [member.size for member in members(fd, path)] == [1 << 34]
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../up.jpg", "a/../../up.jpg", ".."])
 def test_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadArchive, match="refused the member .* leads out of the archive"):
-        listed(forged(tmp_path / "a.tar", name=name))
+        listed(with_header(tmp_path / "a.tar", name=name))
     pax = tarfile.TarInfo("harmless")
     pax.pax_headers = {"path": name}
     (tmp_path / "pax.tar").write_bytes(pax.tobuf(tarfile.PAX_FORMAT) + bytes(2 * BLOCK))
@@ -83,24 +83,26 @@ def test_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"S", b"?"]
 )
-def test_links_devices_and_the_unknown_are_refused(tmp_path: Path, kind: bytes) -> None:
-    with pytest.raises(BadArchive, match="refused the member 'innocent.jpg'"):
-        listed(forged(tmp_path / "a.tar", type=kind, linkname="/etc/passwd"))
+def test_links_devices_and_unknown_types_are_refused(tmp_path: Path, kind: bytes) -> None:
+    with pytest.raises(BadArchive, match="refused the member 'image.jpg'"):
+        listed(with_header(tmp_path / "a.tar", type=kind, linkname="/etc/passwd"))
 
 
 def test_sizes_are_bounded(tmp_path: Path) -> None:
     with pytest.raises(BadArchive, match="ends inside the member at byte 0"):
-        listed(forged(tmp_path / "a.tar", size=1 << 40))
-    path = forged(tmp_path / "b.tar", type=b"L", size=MAX_EXTENSION + 1)
-    os.truncate(path, 4 * MAX_EXTENSION)
+        listed(with_header(tmp_path / "a.tar", size=1 << 40))
+    path = with_header(tmp_path / "b.tar", type=b"L", size=MAX_EXTENDED_HEADER + 1)
+    os.truncate(path, 4 * MAX_EXTENDED_HEADER)
     with pytest.raises(BadArchive, match="an extended header of"):
         listed(path)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 3 * BLOCK), st.integers(1, 255))
-def test_no_flipped_byte_shortens_the_list_unseen(tmp_path_factory: pytest.TempPathFactory, at: int, flip: int) -> None:
-    """A header is either right or an error; contents are not its business."""
+def test_a_flipped_byte_never_shortens_the_list_without_an_error(
+    tmp_path_factory: pytest.TempPathFactory, at: int, flip: int
+) -> None:
+    """A damaged header is an error; damaged contents are not checked here."""
     path = pack(tmp_path_factory.mktemp("flip") / "a.tar", {"a.jpg": b"x" * BLOCK, "b.jpg": b"y"})
     data = bytearray(path.read_bytes())
     data[at] ^= flip

@@ -1,4 +1,4 @@
-"""Damage of every kind is found, and nothing else is called damage."""
+"""All kinds of damage are found, and an undamaged data set is reported as such."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def verify(folder: Path, capsys, *options: str) -> tuple[int, str]:
 
 @pytest.mark.multi
 @pytest.mark.parametrize("options", [[], ["--decode"], ["--decode", "--jobs", "2"]])
-def test_whole(shards: Path, capsys, options: list[str]) -> None:
-    code, said = verify(shards, capsys, *options)
-    assert code == 0 and said.endswith("whole\n")
-    assert "80 pictures in 5 shards" in said and "4 classes of 20 (class_000) to 20" in said
+def test_undamaged(shards: Path, capsys, options: list[str]) -> None:
+    code, output = verify(shards, capsys, *options)
+    assert code == 0 and output.endswith("undamaged\n")
+    assert "80 images in 5 shards" in output and "4 classes of 20 (class_000) to 20" in output
 
 
 def overwrite(path: Path, offset: int, data: bytes) -> None:
@@ -38,27 +38,27 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
         file.write(data)
 
 
-def test_damaged_picture(copy: Path, capsys) -> None:
+def test_damaged_image(copy: Path, capsys) -> None:
     manifest = Manifest.load(copy)
     sample = int(manifest.counts[0]) + 3
-    overwrite(copy / "shard-000001.tar", int(manifest.offsets[sample]), b"not a picture")
-    code, said = verify(copy, capsys)
-    assert code == 1 and "damaged: shard-000001.tar: its checksum" in said and "15 pictures, not 16" in said
-    code, said = verify(copy, capsys, "--decode")
-    assert code == 1 and f"shard-000001.tar: sample {sample} ({manifest.key(sample)})" in said
+    overwrite(copy / "shard-000001.tar", int(manifest.offsets[sample]), b"not an image")
+    code, output = verify(copy, capsys)
+    assert code == 1 and "damaged: shard-000001.tar: its checksum" in output and "15 images, not 16" in output
+    code, output = verify(copy, capsys, "--decode")
+    assert code == 1 and f"shard-000001.tar: sample {sample} ({manifest.key(sample)})" in output
 
 
-def test_damaged_header_and_cut_and_missing_shards(copy: Path, capsys) -> None:
+def test_damaged_header_and_truncated_and_missing_shards(copy: Path, capsys) -> None:
     manifest = Manifest.load(copy)
     overwrite(copy / "shard-000000.tar", int(manifest.offsets[2]) - 512, bytes(range(256)) * 2)
     os.truncate(copy / "shard-000002.tar", 5000)
     (copy / "shard-000003.tar").unlink()
-    code, said = verify(copy, capsys, "--decode")
+    code, output = verify(copy, capsys, "--decode")
     assert code == 1
-    assert "is not a whole tar archive: no member and no end at byte" in said
-    assert "shard-000002.tar: 5,000 bytes, not" in said and "ends early" in said
-    assert "shard-000003.tar: missing" in said
-    assert "shard-000004" not in said
+    assert "is not a complete tar archive: no member and no end at byte" in output
+    assert "shard-000002.tar: 5,000 bytes, not" in output and "ends early" in output
+    assert "shard-000003.tar: missing" in output
+    assert "shard-000004" not in output
 
 
 def test_damaged_index_and_labels(copy: Path, capsys) -> None:
@@ -66,15 +66,15 @@ def test_damaged_index_and_labels(copy: Path, capsys) -> None:
         array = np.load(copy / name)
         array[5] += 1
         np.save(copy / name, array)
-    code, said = verify(copy, capsys)
+    code, output = verify(copy, capsys)
     assert code == 1
     for line in (
         "index.npy: its checksum",
         "labels.npy: its checksum",
-        "shard-000000.tar: the index does not fit the members",
-        "shard-000000.tar: the labels in the shard are not those of the manifest",
+        "shard-000000.tar: the index does not match the members",
+        "shard-000000.tar: the labels in the shard differ from the manifest",
     ):
-        assert f"damaged: {line}" in said
+        assert f"damaged: {line}" in output
 
 
 def test_labels_beyond_the_classes(copy: Path, capsys) -> None:
@@ -89,8 +89,8 @@ def test_labels_beyond_the_classes(copy: Path, capsys) -> None:
         options={},
         source={},
     )
-    code, said = verify(copy, capsys)
-    assert code == 1 and "labels run from 0 to 3, for 3 classes" in said
+    code, output = verify(copy, capsys)
+    assert code == 1 and "labels run from 0 to 3, for 3 classes" in output
 
 
 def test_no_manifest(tmp_path: Path, capsys) -> None:
@@ -98,26 +98,26 @@ def test_no_manifest(tmp_path: Path, capsys) -> None:
     assert "has no manifest.json" in capsys.readouterr().err
 
 
-def test_copies_of_a_picture_are_listed(shards: Path, tmp_path: Path, capsys) -> None:
+def test_copies_of_an_image_are_listed(shards: Path, tmp_path: Path, capsys) -> None:
     root = make_image_folder(tmp_path / "in", classes=2, per_class=8, side=120)
     one, other = sorted(root.glob("*/*.jpg"))[0:16:12]
     (root / "class_000" / "again.jpg").write_bytes(one.read_bytes())
     (root / "class_001" / "again.jpg").write_bytes(one.read_bytes())
-    nearly = bytearray(other.read_bytes() + bytes(20_000))  # alike at both ends
+    nearly = bytearray(other.read_bytes() + bytes(20_000))  # equal at both ends
     nearly[10_000] ^= 1
     (root / "class_001" / "nearly.jpg").write_bytes(nearly)
     other.write_bytes(other.read_bytes() + bytes(20_000))
     assert main(["folder", str(root), str(tmp_path / "out"), "--shard-samples", "5"]) == 0
     for options in ([], ["--decode"]):
-        code, said = verify(tmp_path / "out", capsys, *options)
-        assert code == 0 and "2 pictures are copies of another" in said
-        (line,) = (line for line in said.splitlines() if line.startswith("same: "))
+        code, output = verify(tmp_path / "out", capsys, *options)
+        assert code == 0 and "2 images are copies of another" in output
+        (line,) = (line for line in output.splitlines() if line.startswith("same: "))
         names = {"class_000/again", "class_001/again", "class_000/000000"}
         assert set(line.removeprefix("same: ").split(" = ")) == names
-    assert "0 pictures are copies" in verify(shards, capsys)[1]
+    assert "0 images are copies" in verify(shards, capsys)[1]
 
 
-def test_the_number_of_samples_can_be_demanded(shards: Path, capsys) -> None:
+def test_expected_number_of_samples(shards: Path, capsys) -> None:
     assert verify(shards, capsys, "--samples", "80")[0] == 0
-    code, said = verify(shards, capsys, "--samples", "81")
-    assert code == 1 and "damaged: 80 samples, not 81" in said
+    code, output = verify(shards, capsys, "--samples", "81")
+    assert code == 1 and "damaged: 80 samples, not 81" in output

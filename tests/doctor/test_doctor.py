@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from data_prep.folder import read_folder
 from data_prep.plan import Plan
-from data_prep.write import unfinished, write
+from data_prep.write_shards import unfinished, write
 from mimscale.__main__ import main
 from mimscale.data.synthetic import make_image_folder
 

@@ -9,9 +9,11 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mimscale.__main__ import end_process
 from mimscale.config.deepspeed import load_ds_config
@@ -20,15 +22,20 @@ from mimscale.config.run import RunConfig, method_class
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
 from mimscale.distributed.world import close_process_group, from_environment
-from mimscale.engine.deepspeed_engine import Engine
+from mimscale.engine.base import Engine, unchanged
+from mimscale.engine.deepspeed_engine import DeepSpeedEngine
 from mimscale.engine.deepspeed_runtime import open_process_group
-from mimscale.engine.zero_layout import MOMENTS, Layout, LayoutError
+from mimscale.engine.factory import make_engine
+from mimscale.engine.zero_layout import Layout, LayoutError
 from mimscale.errors import UserError
 from mimscale.fault_tolerance.config import GuardConfig
 from mimscale.fault_tolerance.step_guard import StepGuard
+from mimscale.optim.optimizers.adamw import AdamW
 from mimscale.types import Batch
 
 CPU_CONFIGS = [f"cpu_zero{s}_fp32" for s in range(4)] + [f"cpu_zero{s}_{p}" for s in (2, 3) for p in ("fp16", "bf16")]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH = {f"torch {p}": ["engine.backend=torch", f"engine.ds_config=cpu_zero2_{p}"] for p in ("fp32", "bf16")}
 
 
 def all_configs(recipe: str) -> list[str]:
@@ -38,46 +45,62 @@ def all_configs(recipe: str) -> list[str]:
         values = {**load_ds_config(f"cpu_zero2_{precision}"), "data_types": {}}
         values["zero_optimization"]["stage"] = 1
         path.write_text(json.dumps(values))
-    return [*CPU_CONFIGS, *map(str, paths)]
+    return [*CPU_CONFIGS, *map(str, paths), *TORCH]
 
 
-def engines(recipe: str, names: list[str]) -> Iterator[tuple[str, Engine, Iterator[Batch], RunConfig]]:
+def build(run: RunConfig, method: Any = None) -> Any:
+    torch.manual_seed(0)
+    method = method_class(run.method.name)(run, {}) if method is None else method
+    ds_config = load_ds_config(run.engine.ds_config)
+    return make_engine(method, run, world, micro_batch=8, accumulation=1, ds_config=ds_config)
+
+
+def engines(recipe: str, names: list[str]) -> Iterator[tuple[str, Any, Iterator[Batch]]]:
+    """names: of ds_configs/, or TORCH."""
     for name in names:
-        run = load_recipe(recipe, [f"engine.ds_config={name}"])
-        torch.manual_seed(0)
-        engine = Engine(method_class("mae")(run, {}), run, world)
+        run = load_recipe(recipe, TORCH.get(name, [f"engine.ds_config={name}"]))
+        engine = build(run)
         loader = TrainLoader(
             Manifest.load(run.data.shards),
             run.data.model_copy(update={"workers": 0}),
-            engine.module.needs,  # type: ignore[arg-type]
+            method_class(run.method.name)(run, {}).needs,
             seed=0,
             global_batch=16,
             micro_batch=8,
             rank=world.rank,
             world=world.size,
         )
-        engine.set_lr(1e-3)
-        yield name, engine, (batch.normalised() for batch in loader), run
+        yield name, engine, (batch.normalised() for batch in loader)
         engine.close()
+
+
+def train(engine: Engine, batch: Batch, check_loss: Callable[[Tensor], Tensor] = unchanged, clip: float = 0.0) -> bool:
+    """One step; whether it was skipped."""
+    engine.forward_backward(batch, {}, check_loss)
+    return engine.step(1e-3, clip)
+
+
+def copies(engine: Engine) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in engine.fragments().items()}
 
 
 def oracle(recipe: str) -> None:
     """Our fragments equal what DeepSpeed's public, collective functions say, before and after steps."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    for name, engine, batches, _ in engines(recipe, [c for c in CPU_CONFIGS if "zero0" not in c]):
+    for name, engine, batches in engines(recipe, [c for c in CPU_CONFIGS if "zero0" not in c]):
         for _ in range(2):
-            engine.micro_step(next(batches), {})
+            train(engine, next(batches))
         for parameter_name, parameter in engine.layout.parameters.items():
             full = {"fp32": safe_get_full_fp32_param(parameter)}
-            full |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS}
+            full |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in AdamW.STATES}
             for f in engine.layout.fragments:
                 if f.name == parameter_name:
                     for kind, tensor in full.items():
                         mine = engine.layout.view(f, kind)
                         theirs = tensor.view(-1)[f.start : f.start + f.length]
                         assert torch.equal(mine, theirs), f"{name}: {kind} of {f.name}"
-        assert engine.layout.adam_step() == 2
+        assert engine.layout.optimizer_step() == 2
 
 
 def no_synchronise(recipe: str) -> None:
@@ -86,29 +109,32 @@ def no_synchronise(recipe: str) -> None:
 
     calls = []
     get_accelerator().synchronize = lambda *_: calls.append(1)
-    for name, engine, batches, _ in engines(recipe, CPU_CONFIGS):
+    for name, engine, batches in engines(recipe, CPU_CONFIGS):
         gc.collect()  # the engine before this one waits when it goes, and so does building one
         calls.clear()
         for _ in range(4):
-            engine.micro_step(next(batches), {})
+            train(engine, next(batches))
         assert not calls, f"{name}: {len(calls)} device-wide waits in 4 steps"
 
 
 def nonfinite(recipe: str) -> None:
     """A step whose gradients are not finite on ONE rank changes nothing on any, and is counted; the next one trains."""
-    for name, engine, batches, _ in engines(recipe, all_configs(recipe)):
-        engine.micro_step(next(batches), {})
-        before = engine.tensors()
+    for name, engine, batches in engines(recipe, all_configs(recipe)):
+        assert not train(engine, next(batches))
+        before = copies(engine)
         good = next(batches)
         poison = torch.full_like(good.images, torch.inf) if world.rank else good.images
-        engine.micro_step(dataclasses.replace(good, images=poison), {})
-        after = engine.tensors()
+        assert train(engine, dataclasses.replace(good, images=poison)), f"{name}: not skipped"
+        after = copies(engine)
         assert all(torch.equal(before[key], after[key]) for key in before), f"{name}: weights or moments moved"
         assert engine.skipped_steps == 1, f"{name}: {engine.skipped_steps} skips counted"
-        engine.layout.check()
-        engine.micro_step(next(batches), {})
-        moved = engine.tensors()
-        assert not all(torch.equal(after[key], moved[key]) for key in after), f"{name}: stuck"
+        if isinstance(engine, DeepSpeedEngine):
+            engine.layout.check()
+        assert not train(engine, next(batches))
+        moved = copies(engine)
+        for kind in ("fp32|student.", "ema|student."):
+            same = [torch.equal(after[key], moved[key]) for key in after if key.startswith(kind)]
+            assert same and not all(same), f"{name}: {kind} stuck"
         assert all(bool(t.isfinite().all()) for t in moved.values()), f"{name}: not finite"
         assert engine.skipped_steps == 1
 
@@ -116,34 +142,68 @@ def nonfinite(recipe: str) -> None:
 def guarded(recipe: str) -> None:
     """A loss that is not finite or spikes on ONE rank changes nothing on any; a gradient is limited inside its step."""
     config = GuardConfig(warmup=2, loss_spike=2.0, grad_spike=0.0)
-    for name, engine, batches, _ in engines(recipe, all_configs(recipe)):
-        engine.set_clip(1e-3)
-        engine.micro_step(next(batches), {})
-        squares = sum(float(t.square().sum()) for k, t in engine.tensors().items() if k.startswith("exp_avg|"))
+    for name, engine, batches in engines(recipe, all_configs(recipe)):
+        train(engine, next(batches), clip=1e-3)
+        squares = sum(float(t.square().sum()) for k, t in copies(engine).items() if k.startswith("exp_avg|"))
         total = torch.tensor(squares)
         dist.all_reduce(total)
         assert abs(float(total.sqrt()) / (0.1 * 1e-3) - 1) < 0.02, f"{name}: moments of norm {float(total.sqrt())}"
-        engine.set_clip(0.0)
         guard = StepGuard(config, 1, torch.device("cpu"))
         for _ in range(2):
-            engine.micro_step(next(batches), {}, guard.check_loss)
-        before, good = engine.tensors(), next(batches)
+            train(engine, next(batches), guard.check_loss)
+        before, good = copies(engine), next(batches)
         for value, why in ((math.nan, "not finite"), (30.0, "above its limit")):
             skips = engine.skipped_steps
             factor = value if world.rank else 1.0
-            engine.micro_step(good, {}, lambda loss: guard.check_loss(loss * factor))  # noqa: B023
-            after = engine.tensors()
+            skipped = train(engine, good, lambda loss: guard.check_loss(loss * factor))  # noqa: B023
+            after = copies(engine)
             assert all(torch.equal(before[key], after[key]) for key in before), f"{name}: {why}: weights moved"
-            assert engine.skipped and engine.skipped_steps == skips + 1, f"{name}: {why}: not skipped"
+            assert skipped and engine.skipped_steps == skips + 1, f"{name}: {why}: not skipped"
             assert why in guard.cause()["why"], f"{name}: {guard.cause()}"
-        engine.micro_step(good, {}, guard.check_loss)
-        moved = engine.tensors()
+        train(engine, good, guard.check_loss)
+        moved = copies(engine)
         assert not all(torch.equal(before[key], moved[key]) for key in before), f"{name}: stuck"
 
 
+def whole_parameters(recipe: str) -> None:
+    """`parameters` gives the rounded masters, whole and by prefix, and disturbs nothing."""
+    for name, engine, batches in engines(recipe, [*CPU_CONFIGS, *TORCH]):
+        first, second, third = (next(batches) for _ in range(3))
+        train(engine, first)
+        pieces: list[Any] = [None] * world.size
+        dist.all_gather_object(pieces, copies(engine))
+        shapes, masters = engine.describe()["shapes"], dict[str, Tensor]()
+        for key, piece in sorted((item for of_rank in pieces for item in of_rank.items()), key=lambda i: order(i[0])):
+            if key.startswith("fp32|"):
+                parameter = key.split("|")[1]
+                masters[parameter] = torch.cat((masters.get(parameter, piece[:0]), piece))
+        seen = {n: (p.clone(), p.dtype) for n, p in engine.parameters()}
+        assert list(seen) == [n for n in shapes if n in masters], f"{name}: names"
+        for parameter, (value, dtype) in seen.items():
+            expected = masters[parameter].view(shapes[parameter]).to(dtype)
+            assert torch.equal(value, expected), f"{name}: {parameter}"
+        assert {dtype for _, dtype in seen.values()} == {DTYPES.get(name.split("_")[-1], torch.float32)}, name
+        heads = [n for n, _ in engine.parameters("student.blocks.0.")]
+        assert heads and all(n.startswith("student.blocks.0.") for n in heads)
+        train(engine, second)
+        list(engine.parameters())
+        train(engine, third)
+        disturbed = copies(engine)
+        for _, again, _ in engines(recipe, [name]):
+            for batch in (first, second, third):
+                train(again, batch)
+            undisturbed = copies(again)
+        assert all(torch.equal(disturbed[key], undisturbed[key]) for key in disturbed), f"{name}: disturbed"
+
+
+def order(key: str) -> tuple[str, str, int]:
+    kind, name, start = key.split("|")
+    return kind, name, int(start)
+
+
 def planted_faults(recipe: str) -> None:
-    """The map's self-test notices weights that differ from their masters, and an Adam step that ran away."""
-    for name, engine, _, _ in engines(recipe, ["cpu_zero1_fp32", "cpu_zero2_bf16", "cpu_zero3_fp16"]):
+    """The map's self-test notices weights that differ from their masters, and a step counter that ran away."""
+    for name, engine, _ in engines(recipe, ["cpu_zero1_fp32", "cpu_zero2_bf16", "cpu_zero3_fp16"]):
         engine.layout.check()
         first = engine.layout.fragments[0]
         if world.rank == 1:
@@ -158,20 +218,20 @@ def planted_faults(recipe: str) -> None:
         engine.layout.fragments = saved
         if len(engine.layout._leaves) > 1:
             engine.layout._base.state[engine.layout._leaves[0]]["step"] += 1
-            expect(LayoutError, engine.layout.adam_step, f"{name}: one leaf is a step ahead")
+            expect(LayoutError, engine.layout.optimizer_step, f"{name}: one leaf is a step ahead")
         zero = engine._ds.optimizer
         clip = zero.clip_grad
         del zero.clip_grad
-        expect(LayoutError, lambda: Layout(engine._ds), f"{name}: a release that keeps its clip elsewhere")  # noqa: B023
+        expect(LayoutError, lambda: Layout(engine._ds, AdamW), f"{name}: a release that keeps its clip elsewhere")  # noqa: B023
         zero.clip_grad = clip
         steps = engine._ds.micro_steps
         del engine._ds.micro_steps
-        expect(LayoutError, lambda: Layout(engine._ds), f"{name}: a release that counts elsewhere")  # noqa: B023
+        expect(LayoutError, lambda: Layout(engine._ds, AdamW), f"{name}: a release that counts elsewhere")  # noqa: B023
         engine._ds.micro_steps = steps
     run = load_recipe(recipe)
     method = method_class("mae")(run, {})
     method.scale = torch.nn.Parameter(torch.tensor(1.0))
-    expect(UserError, lambda: Engine(method, run, world), "a 0-dimensional parameter")
+    expect(UserError, lambda: build(run, method), "a 0-dimensional parameter")
 
 
 def expect(kind: type[Exception], work: Callable[[], object], what: str) -> None:
@@ -185,7 +245,7 @@ def expect(kind: type[Exception], work: Callable[[], object], what: str) -> None
 if __name__ == "__main__":
     world = from_environment("cpu")
     open_process_group(world)
-    cases = (oracle, nonfinite, guarded, planted_faults, no_synchronise)
+    cases = (oracle, nonfinite, guarded, whole_parameters, planted_faults, no_synchronise)
     {case.__name__: case for case in cases}[sys.argv[2]](sys.argv[1])
     dist.barrier()
     close_process_group()

@@ -9,8 +9,10 @@ import pytest
 from tests import ranks
 
 pytestmark = pytest.mark.multi
+CASES = ["oracle", "nonfinite", "guarded", "whole_parameters", "planted_faults", "no_synchronise"]
 
 
-@pytest.mark.parametrize("case", ["oracle", "nonfinite", "guarded", "planted_faults", "no_synchronise"])
+@pytest.mark.parametrize("case", CASES)
 def test_on_two_ranks(case: str, shards: Path, tmp_path: Path) -> None:
-    ranks.run(2, "tests.engine.cases", ranks.recipe(tmp_path, shards), case)
+    recipe = ranks.recipe(tmp_path, shards, ema={"decay": 0.9})
+    ranks.run(2, "tests.engine.cases", recipe, case)

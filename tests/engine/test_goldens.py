@@ -1,4 +1,4 @@
-"""The official training runs, through our engine at every ZeRO stage."""
+"""The official training runs, through DeepSpeed's engine at every ZeRO stage and through plain PyTorch's."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mimscale.config.deepspeed import load_ds_config
 from mimscale.distributed.world import close_process_group, from_environment
+from mimscale.engine.base import Engine
 from mimscale.engine.config import EngineConfig
-from mimscale.engine.deepspeed_engine import Engine
 from mimscale.engine.deepspeed_runtime import open_process_group
+from mimscale.engine.factory import make_engine
 from mimscale.optim.lr_schedule import lr
 from tests import golden
 from tests.methods import training_golden
@@ -30,9 +32,23 @@ def process_group() -> Iterator[None]:
     os.environ.update(before)
 
 
-def build(t: TrainingGolden, stage: int) -> Engine:
-    section = EngineConfig(ds_config=f"cpu_zero{stage}_fp32", device="cpu")
-    return Engine(t.method, t.run.model_copy(update={"engine": section}), from_environment("cpu"))
+def build(t: TrainingGolden, name: str) -> Engine:
+    """name: a file of ds_configs/, or torch."""
+    section = EngineConfig(ds_config="cpu_zero0_fp32", device="cpu", backend="torch")
+    if name != "torch":
+        section = EngineConfig(ds_config=name, device="cpu")
+    return make_engine(
+        t.method,
+        t.run.model_copy(update={"engine": section}),
+        from_environment("cpu"),
+        micro_batch=len(t.batches[0].ids),
+        accumulation=1,
+        ds_config=load_ds_config(section.ds_config),
+    )
+
+
+def undecayed_in(engine: Engine) -> set[str]:
+    return {name for group in engine.describe()["groups"] for name in group["names"] if not group["weight_decay"]}
 
 
 def follow(t: TrainingGolden, engine: Engine) -> None:
@@ -48,8 +64,8 @@ def follow(t: TrainingGolden, engine: Engine) -> None:
             epochs=curve.epochs or 0,
         )
         assert rate == pytest.approx(t.lrs[step], rel=1e-9, abs=1e-15)
-        engine.set_lr(rate)
-        loss = engine.micro_step(batch, targets)["loss"]
+        loss = engine.forward_backward(batch, targets)["loss"]
+        assert not engine.step(rate, t.run.optim.clip)
         golden.loss_close(loss, t.losses[step])
         if t.norms:
             assert engine.gradient_norm() == pytest.approx(t.norms[step], rel=1e-5)
@@ -58,19 +74,18 @@ def follow(t: TrainingGolden, engine: Engine) -> None:
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
     """The masters and buffers as a checkpoint would hold them; one rank owns all of it."""
-    shapes = engine.meta()["shapes"]
-    parts = {key.split("|")[1]: t for key, t in engine.tensors().items() if key.startswith(("fp32|", "buffer|"))}
+    shapes = engine.describe()["shapes"]
+    parts = {key.split("|")[1]: t for key, t in engine.fragments().items() if key.startswith(("fp32|", "buffer|"))}
     return {name: tensor.view(shapes[name]) for name, tensor in parts.items()}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", [*(f"cpu_zero{stage}_fp32" for stage in range(4)), "torch"])
 @pytest.mark.parametrize("golden_run", [training_golden.mae, training_golden.maskalign])
-def test_official_training_run(golden_run: Callable[[], TrainingGolden], stage: int) -> None:
+def test_official_training_run(golden_run: Callable[[], TrainingGolden], name: str) -> None:
     t = golden_run()
-    engine = build(t, stage)
-    decayed = {name for group in engine.groups for name in group["names"] if group["weight_decay"]}
-    undecayed = {name for group in engine.groups for name in group["names"] if not group["weight_decay"]}
-    assert (decayed, undecayed) == (t.decayed, t.undecayed)
+    engine = build(t, name)
+    names = {name for group in engine.describe()["groups"] for name in group["names"]}
+    assert (names - undecayed_in(engine), undecayed_in(engine)) == (t.decayed, t.undecayed)
     follow(t, engine)
     engine.close()
 
@@ -78,16 +93,16 @@ def test_official_training_run(golden_run: Callable[[], TrainingGolden], stage: 
 def test_a_wrong_group_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     t = training_golden.mae()
     monkeypatch.setattr(t.method, "no_weight_decay", lambda: {"student.cls_token"})
-    engine = build(t, 2)
-    undecayed = {name for group in engine.groups for name in group["names"] if not group["weight_decay"]}
-    assert undecayed - t.undecayed == {"student.cls_token"}
+    engine = build(t, "cpu_zero2_fp32")
+    assert undecayed_in(engine) - t.undecayed == {"student.cls_token"}
     engine.close()
 
 
-def test_a_wrong_rate_of_one_group_is_noticed() -> None:
+@pytest.mark.parametrize("name", ["cpu_zero2_fp32", "torch"])
+def test_a_wrong_rate_of_one_group_is_noticed(name: str) -> None:
     t = training_golden.mae()
-    engine = build(t, 2)
-    engine.groups[1]["lr_scale"] = 0.95
+    engine = build(t, name)
+    engine._groups[1]["lr_scale"] = 0.95  # type: ignore[attr-defined]
     with pytest.raises(AssertionError):
         follow(t, engine)
     engine.close()

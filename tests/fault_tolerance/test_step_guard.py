@@ -32,7 +32,7 @@ def test_a_spike_is_judged_against_the_losses_before_it() -> None:
 
 
 def test_the_loss_of_a_step_is_the_mean_of_its_micro_steps() -> None:
-    """Judged once, before the last backward pass; what went backward before is thrown away with it."""
+    """Checked once, before the last backward pass; what went backward before is discarded with it."""
     guard = StepGuard(GuardConfig(), 2, CPU)
     assert accepted(guard, math.nan, 1.0, 1.0, 1.0) == [False, False, True, True]
     assert guard.cause()["bad_micro_steps"] == []

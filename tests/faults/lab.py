@@ -48,7 +48,7 @@ class Run:
         self.recipe, self.folder, self.world = recipe, folder, world
         self.overrides: tuple[str, ...] = ()
         self.plant: Plant = lambda: None  # besides the trail, in every start
-        self.pace_s = 0.0
+        self.step_s = 0.0
         self.undo = ExitStack()
         self.pids: list[int] = []
         self.statuses: dict[int, int] = {}  # exit codes of ended ranks, or minus the signal
@@ -78,7 +78,7 @@ class Run:
                 code = 1
                 try:
                     trail.plant()
-                    self._plant_pace()
+                    self._plant_delay()
                     self.plant()
                     code = main(words)
                 except BaseException:
@@ -86,14 +86,14 @@ class Run:
                 end_process(code)
             self.pids.append(pid)
 
-    def _plant_pace(self) -> None:
-        look, pace_s = StepGuard.update, self.pace_s
+    def _plant_delay(self) -> None:
+        update, step_s = StepGuard.update, self.step_s
 
-        def paced(self: StepGuard, *values: Any) -> bool:
-            time.sleep(pace_s)
-            return look(self, *values)
+        def delayed(self: StepGuard, *values: Any) -> bool:
+            time.sleep(step_s)
+            return update(self, *values)
 
-        StepGuard.update = paced  # type: ignore[method-assign, assignment]
+        StepGuard.update = delayed  # type: ignore[method-assign, assignment]
 
     def kill(self, number: int = signal.SIGKILL, which: list[int] | None = None) -> None:
         for pid in self.pids if which is None else which:
@@ -258,7 +258,7 @@ class Lab:
 
     def new_run(self, name: str, world: int) -> Run:
         run = Run(self.recipe, self.folder / name, world)
-        run.pace_s = 0.03
+        run.step_s = 0.03
         return run
 
     def undisturbed(self, world: int) -> tuple[Run, trail.Samples]:
@@ -275,7 +275,7 @@ class Lab:
             self._whole[world] = run, samples
         return self._whole[world]
 
-    def judged(self, run: Run) -> tuple[bool, bool, trail.Samples]:
+    def checked(self, run: Run) -> tuple[bool, bool, trail.Samples]:
         """(weights, moments and counters equal to the bit, the same samples in every step, samples)."""
         whole, expected = self.undisturbed(run.world)
         samples = trail.samples(run.folder, self.shards, STEPS)

@@ -1,4 +1,4 @@
-"""The fault layer below every trainer: a preloaded library (shim.c) and the page of memory that tells it what to do."""
+"""The fault layer below every trainer: a preloaded library (shim.c) and the page of memory that controls it."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Soak:
         bench.random.shuffle(self._queue)
 
     def next_run(self) -> bool:
-        """Strike one run as often as there is room, and judge it. False when no faults are left."""
+        """Strike one run as often as there is room, and check it. False when no faults are left."""
         if self._alone:
             self._strike_alone(self._alone.pop())
         elif self._queue or self._last:
@@ -103,7 +103,7 @@ class Soak:
     def _strike_alone(self, task: Task) -> None:
         run, outcome = self._new(task[2])
         self._strike(task, run, outcome)
-        self._judge(run, outcome)
+        self._check(run, outcome)
 
     def _strike_often(self) -> None:
         world = (self._queue or self._last)[0][2]
@@ -118,7 +118,7 @@ class Soak:
                 self._strike(task, run, outcome)
         except Exception as error:
             outcome.failure = f"{type(error).__name__}: {error}"
-        self._judge(run, outcome)
+        self._check(run, outcome)
 
     def _strike(self, task: Task, run: Run, outcome: Outcome) -> None:
         kind, number, _ = task
@@ -139,11 +139,11 @@ class Soak:
         if row.failure:
             run.down()
 
-    def _judge(self, run: Run, outcome: Outcome) -> None:
+    def _check(self, run: Run, outcome: Outcome) -> None:
         try:
             run.finish()
             outcome.done = run.done
-            outcome.same, outcome.same_samples, outcome.samples = self.lab.judged(run)
+            outcome.same, outcome.same_samples, outcome.samples = self.lab.checked(run)
         except Exception as error:
             outcome.failure = outcome.failure or f"{type(error).__name__}: {error}"
         finally:
@@ -166,10 +166,10 @@ def _next(queue: list[Task], world: int) -> Task | None:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """One line per kind of fault."""
+    """The table: one line per kind of fault."""
     heads = [
-        *("fault", "struck", "reached the last step", "bit-identical", "samples lost", "repeated", "replaced"),
-        *("steps redone (most)", "back after (s, median)", "result", "moments"),
+        *("fault", "injected", "finished", "bit-identical", "samples lost", "repeated", "replaced"),
+        *("steps redone (max)", "restart (s, median)", "result", "when"),
     ]
     lines = []
     for kind in KINDS.values():
@@ -199,9 +199,9 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def failures(rows: Sequence[Row]) -> str:
-    """A line for each fault that did not go as promised."""
+    """A line for each fault with a wrong result."""
     lines = [
-        f"- {row.kind.name} in {row.run.name}: {row.failure or row.run.failure or 'another end than promised'}"
+        f"- {row.kind.name} in {row.run.name}: {row.failure or row.run.failure or 'wrong result'}"
         for row in rows
         if not row.good
     ]
@@ -215,16 +215,21 @@ def text(rows: Sequence[Row], args: argparse.Namespace) -> str:
     runs = len({row.run.name for row in rows})
     bad = sum(not row.good for row in rows)
     torch, deepspeed = metadata.version("torch"), metadata.version("deepspeed")
-    return f"""# Faults and what became of the runs they struck
+    return f"""# Results of fault injection
 
-{len(rows)} faults in {runs} runs, {bad} of them with a result that is not as promised.
+{len(rows)} faults in {runs} runs, {bad} with a wrong result.
 
-Real trainers of {STEPS} steps that save at every {EVERY}th (ZeRO-2, fp32, CPU, 1 or 2 ranks), struck one fault after
-another and started again, as SLURM or their owner would. *struck*: the fault happened and showed. *bit-identical*:
-weights, moments, counters and the samples of every step are those of a run that nothing struck. Samples are those of
-the steps that led to the last weights, by a list that every checkpoint carries; a fault that takes samples away by
-intention has a run to itself, and each of them must stand in that run's logs. Steps redone come after the newest
-checkpoint. *back after*: from the start of the processes to the first new step; the imports are done by then.
+Every run is a real training of {STEPS} steps that saves every {EVERY} steps (ZeRO-2, fp32, CPU, 1 or 2 ranks). The
+suite injects one fault after another and restarts the run, as SLURM or its owner would.
+
+- *injected*: the fault happened and had an effect, of those planned. *finished*: the run reached its last step.
+- *bit-identical*: weights, moments, counters and the samples of every step equal those of an undisturbed run. A fault
+  that removes samples on purpose has a run of its own; the column then says what the run does with them, and each such
+  sample must stand in the run's logs.
+- *samples lost, repeated, replaced*: over the steps that led to the last weights, by a list that every checkpoint
+  carries.
+- *steps redone*: steps after the newest checkpoint. *restart*: from the start of the processes to the first new step;
+  the processes are forked with their imports done.
 
 {report(rows)}
 {failures(rows)}
@@ -259,5 +264,5 @@ def main() -> int:
             args.out.write_text(text(soak.rows, args))
     bad = [row for row in soak.rows if not row.good]
     print(report(soak.rows), failures(soak.rows))
-    print(f"{len(soak.rows)} faults, {len(bad)} of them not as promised, {time.monotonic() - start_s:.0f} s")
+    print(f"{len(soak.rows)} faults, {len(bad)} with a wrong result, {time.monotonic() - start_s:.0f} s")
     return 1 if bad else 0

@@ -1,8 +1,8 @@
 """Which samples made the weights: every checkpoint carries the ids of all the steps that led to it.
 
-Planted into the trainer: what goes into `Engine.micro_step` is noted, steps that the guard skipped are emptied, the
-notes of all ranks go into the saved train state and come back with it. So the trail in the last checkpoint is that of
-the last weights by construction, however often the run was killed and from wherever it went on.
+Planted into the trainer: what goes into the engine's `forward_backward` is noted, steps that the guard skipped are
+emptied, the notes of all ranks go into the saved train state and come back with it. So the trail in the last checkpoint
+is that of the last weights by construction, however often the run was killed and from wherever it went on.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mimscale.training.loop
+import mimscale.training.monitor
 from mimscale.data.manifest import Manifest
 from mimscale.data.order import Order, batch_of
-from mimscale.engine.deepspeed_engine import Engine
+from mimscale.engine.deepspeed_engine import DeepSpeedEngine
 from mimscale.fault_tolerance.step_guard import StepGuard
 from mimscale.training.state import TrainState
 from tests import ranks
@@ -29,20 +29,20 @@ def plant() -> None:
     saved: list[Step] = []  # of all ranks, up to the last checkpoint
     since: list[Step] = []  # of this rank, after it
     under_way: Step = []
-    micro_step, look, load = Engine.micro_step, StepGuard.update, TrainState.load
-    describe_state = mimscale.training.loop.describe_state
+    forward_backward, update, load = DeepSpeedEngine.forward_backward, StepGuard.update, TrainState.load
+    describe_state = mimscale.training.monitor.describe_state
 
-    def noted(self: Engine, batch: Any, *rest: Any) -> Any:
+    def noted(self: DeepSpeedEngine, batch: Any, *rest: Any) -> Any:
         under_way.extend(zip(batch.positions.tolist(), batch.ids.tolist(), strict=True))
-        return micro_step(self, batch, *rest)
+        return forward_backward(self, batch, *rest)
 
     def ended(self: StepGuard, skipped: bool, loss_scale: float | None) -> bool:
         since.append([] if skipped else under_way.copy())
         under_way.clear()
-        return look(self, skipped, loss_scale)
+        return update(self, skipped, loss_scale)
 
     def described(context: Any, state: TrainState) -> dict[str, Any]:
-        for steps in zip(*context.control.gather(since), strict=True):
+        for steps in zip(*context.coordinator.gather(since), strict=True):
             saved.append([sample for of_rank in steps for sample in of_rank])
         since.clear()
         meta = describe_state(context, state)
@@ -53,10 +53,10 @@ def plant() -> None:
         since.clear()
         return load({key: value for key, value in values.items() if key != "trail"})
 
-    Engine.micro_step = noted  # type: ignore[method-assign, assignment]
+    DeepSpeedEngine.forward_backward = noted  # type: ignore[method-assign, assignment]
     StepGuard.update = ended  # type: ignore[method-assign]
     TrainState.load = loaded  # type: ignore[method-assign]
-    mimscale.training.loop.describe_state = described
+    mimscale.training.monitor.describe_state = described  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

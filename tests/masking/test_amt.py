@@ -192,7 +192,7 @@ def batch_at(first: int, count: int = 2) -> Batch:
 
 
 def step_info(batch: Batch, skipped: bool = False) -> StepInfo:
-    return StepInfo(1, 10, skipped, torch.zeros(()), batch, {}, lambda prefix: iter(()))
+    return StepInfo(1, 10, skipped, ({"loss": torch.zeros(())},), batch, {}, lambda prefix: iter(()))
 
 
 def step(method: Any, first: int) -> Batch:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mimscale.convert.formats.maskalign import from_official
-from mimscale.convert.whole import levels_of
+from mimscale.convert.networks import levels_of
 from mimscale.errors import UserError
 from mimscale.methods.maskalign import MaskAlign
 from mimscale.models.heads import Alignment

@@ -16,7 +16,7 @@ from torch import Tensor
 from mimscale.config.run import RunConfig
 from mimscale.convert.formats import mae as mae_names
 from mimscale.convert.formats import maskalign as maskalign_names
-from mimscale.convert.whole import levels_of
+from mimscale.convert.networks import levels_of
 from mimscale.methods.base import Method
 from mimscale.types import IMAGENET_MEAN, IMAGENET_STD, Batch, Targets
 from tests import golden

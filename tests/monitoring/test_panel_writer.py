@@ -1,4 +1,4 @@
-"""Pictures are drawn in a thread that the loop never waits for."""
+"""Panels are drawn in a thread that the loop never waits for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_logger(folder: Path) -> RunLogger:
     return book
 
 
-def pictures(folder: Path) -> list[int]:
+def panels(folder: Path) -> list[int]:
     board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
     return [image.step for image in board.Images("view")] if "view" in board.Tags()["images"] else []
 
@@ -36,10 +36,10 @@ def test_close_finishes_what_waits(tmp_path: Path) -> None:
     logger = open_logger(tmp_path)
     logger.add_panel(3, view())
     logger.close()
-    assert pictures(tmp_path) == [3]
+    assert panels(tmp_path) == [3]
 
 
-def test_a_slow_picture_costs_pictures_and_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_panel_costs_panels_and_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go, draw = threading.Event(), threading.Event(), panel_writer.panel
 
     def slow(view: View) -> torch.Tensor:
@@ -55,10 +55,10 @@ def test_a_slow_picture_costs_pictures_and_no_time(tmp_path: Path, monkeypatch: 
         logger.add_panel(step, view())
     go.set()
     logger.close()
-    assert pictures(tmp_path) == list(range(1, panel_writer.WAITING + 2))
+    assert panels(tmp_path) == list(range(1, panel_writer.WAITING + 2))
 
 
-def test_a_picture_that_fails_is_an_event_and_the_next_one_is_drawn(tmp_path: Path) -> None:
+def test_a_panel_that_fails_is_an_event_and_the_next_one_is_drawn(tmp_path: Path) -> None:
     logger = open_logger(tmp_path)
     logger.add_panel(1, View(torch.rand(2, 3, 16, 16), mask=torch.ones(2, 5)))  # five patches are no square
     while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
@@ -66,5 +66,5 @@ def test_a_picture_that_fails_is_an_event_and_the_next_one_is_drawn(tmp_path: Pa
     logger.add_panel(2, view())
     logger.close()
     (event,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert event["event"] == "picture_failed" and event["at"] == 1
-    assert pictures(tmp_path) == [2]
+    assert event["event"] == "panel_failed" and event["at"] == 1
+    assert panels(tmp_path) == [2]

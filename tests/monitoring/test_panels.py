@@ -9,7 +9,7 @@ from mimscale.types import View
 
 
 def view() -> View:
-    """Two 8-px pictures with a 2 x 2 grid; the first patch of the first and the last of the second are masked."""
+    """Two 8-px images with a 2 x 2 grid; the first patch of the first and the last of the second are masked."""
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0]])
     return View(images, mask, reconstruction=torch.zeros(2, 3, 8, 8), attention=torch.tensor([[1.0, 2, 3, 4]] * 2))
@@ -53,10 +53,10 @@ def test_heat_ends_at_its_first_and_last_colour() -> None:
 
 
 def test_panel_shows_tile_row_by_row_and_sample_by_column() -> None:
-    picture = panel(view())
+    image = panel(view())
     side = 64  # 8 px, enlarged
-    assert picture.dtype == torch.uint8 and picture.shape == (3, 4 * side + 3 * GAP, 2 * side + GAP)
-    second_masked = picture[:, side + GAP : 2 * side + GAP, side + GAP :]
+    assert image.dtype == torch.uint8 and image.shape == (3, 4 * side + 3 * GAP, 2 * side + GAP)
+    second_masked = image[:, side + GAP : 2 * side + GAP, side + GAP :]
     assert torch.equal(second_masked[:, ::8, ::8], tiles(view())["masked"][1])
 
 
@@ -75,7 +75,7 @@ def test_dropped_patches_are_dark() -> None:
         assert torch.equal(rows[name][:, :, 4:], rows["input"][:, :, 4:])
 
 
-def test_components_tell_groups_of_patches_apart() -> None:
+def test_components_separate_groups_of_patches() -> None:
     """Three groups of features, hidden by noise and a rotation, get three colours."""
     generator = torch.Generator().manual_seed(0)
     groups = torch.tensor([0, 0, 1, 2]).repeat(5, 1)

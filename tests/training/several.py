@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 from mimscale.__main__ import end_process, main
-from mimscale.distributed.world import close_process_group
-from mimscale.training import loop
+from mimscale.distributed import world
 
 if __name__ == "__main__":
-    loop.close_process_group = lambda: None  # DeepSpeed holds on to the first group, so all runs share it
+    close_process_group = world.close_process_group
+    world.close_process_group = lambda: None  # DeepSpeed keeps the first group, so all runs share it
     code = max(main(["train", *words]) for words in json.loads(Path(sys.argv[1]).read_text()))
     close_process_group()
     end_process(code)

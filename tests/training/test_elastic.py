@@ -70,4 +70,4 @@ def test_four_two_one_four_ranks(shards: Path, tmp_path: Path) -> None:
     before, after = ranks.curve(half), ranks.curve(on)
     assert [after[step] for step in (1, 2)] == [before[step] for step in (1, 2)]
     assert list(after.values()) == pytest.approx(list(before.values()), abs=0.02)
-    assert ranks.meta(on)["engine"]["adam_step"] == STEPS
+    assert ranks.meta(on)["engine"]["optimizer_step"] == STEPS

@@ -98,5 +98,5 @@ def test_a_bad_teacher_and_bad_gradients_are_skipped(shards: Path, tmp_path: Pat
         (7, "gradients are not finite"),
     ]
     assert len(skips[0]["keys"]) == 8  # of rank 1
-    assert len(set(skips[1]["keys"])) == 16  # no loss tells which
+    assert len(set(skips[1]["keys"])) == 16  # no loss shows which
     assert (run_dir / "done").exists() and ranks.meta(run_dir)["engine"]["counters"]["skipped_steps"] == 2

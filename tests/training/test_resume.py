@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mimscale.checkpoint import format as checkpoint
 from tests import ranks
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
@@ -79,7 +80,7 @@ def test_only_proven_damage_is_passed_over(recipe: Path, whole: Path, tmp_path: 
     root = tmp_path / "run" / "checkpoints"
     manifest = root / "step-00000004" / "manifest.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace('"format": 2', '"format": 1'))
+    manifest.write_text(text.replace(f'"format": {checkpoint.FORMAT}', '"format": 1'))
     refused = ranks.run(1, "mimscale", "train", recipe, "--run-dir", tmp_path / "run", check=False)
     assert refused.returncode == 2 and "has format 1" in refused.stderr
     manifest.write_text(text[:-10])
@@ -112,5 +113,5 @@ def test_a_changed_recipe_is_refused_and_a_fork_starts_anew(recipe: Path, whole:
     shard.write_bytes(content)
     ranks.run(1, *words, "--fork", tmp_path / "fork")
     first = ranks.curve(tmp_path / "fork")
-    assert len(first) == 12 and ranks.meta(tmp_path / "fork")["engine"]["adam_step"] == 12
+    assert len(first) == 12 and ranks.meta(tmp_path / "fork")["engine"]["optimizer_step"] == 12
     assert first[1] < ranks.curve(whole)[1]  # it starts from trained weights

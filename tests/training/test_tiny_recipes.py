@@ -28,8 +28,8 @@ def promised(name: str) -> float:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """All of them, in one process."""
     folder = tmp_path_factory.mktemp("tiny")
-    assert data_prep(["synthetic", str(folder / "pictures")]) == 0
-    assert data_prep(["folder", str(folder / "pictures"), str(folder / "shards")]) == 0
+    assert data_prep(["synthetic", str(folder / "images")]) == 0
+    assert data_prep(["folder", str(folder / "images"), str(folder / "shards")]) == 0
     done = {name: folder / name for name in TINY}
     words = [[name, f"data.shards={folder / 'shards'}", "--run-dir", str(run_dir)] for name, run_dir in done.items()]
     (folder / "runs.json").write_text(json.dumps(words))

@@ -1,4 +1,4 @@
-"""Every ZeRO stage trains what plain PyTorch DDP trains."""
+"""Both engines and every ZeRO stage train what a hand-written loop in plain PyTorch trains."""
 
 from __future__ import annotations
 
@@ -11,37 +11,55 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests import ranks
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
+Curves = dict[str, list[float]]
+
+
+def curves(run_dir: Path) -> Curves:
+    names = {"loss": "loss", "norm": "grad_norm", "lr": "lr"}
+    return {name: list(ranks.curve(run_dir, logged).values()) for name, logged in names.items()}
+
+
+def assert_equal(ours: Curves, theirs: Curves) -> None:
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+    assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-5)
+    assert ours["lr"] == pytest.approx(theirs["lr"], rel=1e-12)
 
 
 @pytest.fixture(scope="module")
-def ddp(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> tuple[Path, dict[str, list[float]]]:
-    """Losses and gradient norms of a plain DDP loop, two ranks, two micro-steps per step."""
-    folder = tmp_path_factory.mktemp("ddp")
-    recipe = ranks.recipe(folder, shards, engine={"max_micro_batch": 4}, optim={"clip": 0.6})
-    ranks.run(2, "tests.training.ddp_reference", recipe, folder / "reference.json")
-    return recipe, json.loads((folder / "reference.json").read_text())
+def recipe(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """Two ranks, two micro-steps per step."""
+    return ranks.recipe(tmp_path_factory.mktemp("zero"), shards, engine={"max_micro_batch": 4}, optim={"clip": 0.6})
+
+
+@pytest.fixture(scope="module")
+def torch_engine(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Curves:
+    """The trainer with the engine in plain PyTorch, the reference for DeepSpeed's."""
+    run_dir = tmp_path_factory.mktemp("torch") / "run"
+    ranks.train(2, recipe, run_dir, "engine.backend=torch", "engine.ds_config=cpu_zero2_fp32")
+    return curves(run_dir)
+
+
+def test_the_trainer_equals_a_hand_written_loop(recipe: Path, torch_engine: Curves, tmp_path: Path) -> None:
+    ranks.run(2, "tests.training.plain_pytorch", recipe, tmp_path / "plain.json")
+    plain: Curves = json.loads((tmp_path / "plain.json").read_text())
+    assert_equal(torch_engine, plain)
+    assert min(plain["norm"]) < 0.6 < max(plain["norm"])  # some steps are clipped, others not
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_loss_curve_equals_ddp(stage: int, ddp: tuple[Path, dict[str, list[float]]], tmp_path: Path) -> None:
-    recipe, reference = ddp
-    watched = ["log.panels=5", "log.tensorboard=true"]  # looking at a run must not change it
+def test_every_zero_stage_equals_plain_pytorch(stage: int, recipe: Path, torch_engine: Curves, tmp_path: Path) -> None:
+    watched = ["log.panels=5", "log.tensorboard=true"]  # drawing panels must not change a run
     ranks.train(2, recipe, tmp_path / "run", f"engine.ds_config=cpu_zero{stage}_fp32", *watched)
-    assert list(ranks.curve(tmp_path / "run").values()) == pytest.approx(reference["loss"], abs=1e-6)
-    assert list(ranks.curve(tmp_path / "run", "grad_norm").values()) == pytest.approx(reference["norm"], rel=1e-5)
-    assert list(ranks.curve(tmp_path / "run", "lr").values()) == pytest.approx(reference["lr"], rel=1e-12)
-    assert min(reference["norm"]) < 0.6 < max(reference["norm"])  # some steps are clipped, others not
+    assert_equal(curves(tmp_path / "run"), torch_engine)
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [image.step for image in board.Images("view")] == [5, 10, 12]
-    assert [scalar.value for scalar in board.Scalars("loss")] == pytest.approx(reference["loss"], abs=1e-6)
+    assert [scalar.value for scalar in board.Scalars("loss")] == pytest.approx(torch_engine["loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(2, "bf16"), (3, "fp16")])
-def test_16_bit_stays_near_fp32(
-    stage: int, precision: str, ddp: tuple[Path, dict[str, list[float]]], tmp_path: Path
-) -> None:
-    recipe, reference = ddp
-    override = [f"engine.ds_config=cpu_zero{stage}_{precision}", "engine.activation_checkpointing=2"]
+@pytest.mark.parametrize(("name", "backend"), [("2_bf16", "deepspeed"), ("3_fp16", "deepspeed"), ("2_bf16", "torch")])
+def test_16_bit_stays_near_fp32(name: str, backend: str, recipe: Path, torch_engine: Curves, tmp_path: Path) -> None:
+    override = [f"engine.backend={backend}", f"engine.ds_config=cpu_zero{name}", "engine.activation_checkpointing=2"]
     ranks.train(2, recipe, tmp_path / "run", *override)
-    assert list(ranks.curve(tmp_path / "run").values()) == pytest.approx(reference["loss"], abs=2e-2)
+    losses = curves(tmp_path / "run")["loss"]
+    assert losses == pytest.approx(torch_engine["loss"], abs=2e-2) and losses != torch_engine["loss"]
     assert ranks.meta(tmp_path / "run")["engine"]["counters"]["skipped_steps"] == 0

@@ -10,7 +10,7 @@ from mimscale.convert.formats import mae
 from mimscale.convert.names import State, parts_of
 
 METHODS: tuple[str, ...] = ("convmae",)
-WHOLE = "stage1_output_decode."
+WHOLE_MODEL: str | None = "stage1_output_decode."
 ENCODER = ("cls_token", "pos_embed", "patch_embed", "blocks", "stage1_", "stage2_", "norm.")
 
 from_official, to_official = mae.from_official, mae.to_official

@@ -1,4 +1,4 @@
-"""A classifier's names, in MAE's, ConvMAE's and SimMIM's fine-tuning and in timm: the encoder, `fc_norm`, `head`."""
+"""Names of a fine-tuned classifier, in the code of MAE, ConvMAE and SimMIM and in timm: encoder, `fc_norm`, `head`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mimscale.config.run import RunConfig
-from mimscale.convert.formats import simmim
+from mimscale.convert.formats.timm import HEAD, with_index, without_index
 from mimscale.convert.names import Levels, Mapped, State, parts_of
 
 METHODS: tuple[str, ...] = ("finetune",)
-WHOLE = "head.weight"
-HEAD = ("fc_norm.", "head.")
+WHOLE_MODEL: str | None = "head.weight"
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
@@ -20,11 +19,11 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def encoder(state: Mapping[str, Tensor]) -> State:
-    return {name: tensor for name, tensor in simmim.without_index(state).items() if not name.startswith(HEAD)}
+    return {name: tensor for name, tensor in without_index(state).items() if not name.startswith(HEAD)}
 
 
 def from_official(state: Mapping[str, Tensor], levels: Levels | None = None) -> Mapped:
-    kept = simmim.without_index(state)
+    kept = without_index(state)
     return Mapped({n if n.startswith(HEAD) else f"student.{n}": tensor for n, tensor in kept.items()})
 
 
@@ -33,4 +32,4 @@ def fits(weights: Mapping[str, Tensor]) -> bool:
 
 
 def to_official(weights: Mapping[str, Tensor], run: RunConfig | None = None) -> Mapped:
-    return Mapped(simmim.with_index({name.removeprefix("student."): tensor for name, tensor in weights.items()}))
+    return Mapped(with_index({name.removeprefix("student."): tensor for name, tensor in weights.items()}))

@@ -1,7 +1,4 @@
-"""MAE's names: the encoder as timm has it, and beside it `mask_token` and `decoder_...`.
-
-AMT on MAE has them too. A file without a decoder is an encoder alone, as timm publishes MAE's, or timm's Beit.
-"""
+"""MAE's names: the encoder as timm has it, and beside it `mask_token` and `decoder_...`. AMT on MAE has them too."""
 
 from __future__ import annotations
 
@@ -10,21 +7,19 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mimscale.config.run import RunConfig
-from mimscale.convert.formats import simmim
-from mimscale.convert.names import Levels, Mapped, State, parts_of
+from mimscale.convert.formats import timm
+from mimscale.convert.names import Levels, Mapped, parts_of
 
 METHODS: tuple[str, ...] = ("mae",)
-WHOLE = "mask_token"
-ENCODER = ("cls_token", "pos_embed", "rel_pos_bias.", "patch_embed.", "blocks.", "norm.")
+WHOLE_MODEL: str | None = "mask_token"
+
+encoder = timm.encoder
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
+    own = any(name.startswith(("mask_token", "decoder_")) for name in state)
     other = any(name.startswith(("distill_", "head.", "backbone.", "encoder.", "student.")) for name in state)
-    return "patch_embed.proj.weight" in state and not other
-
-
-def encoder(state: Mapping[str, Tensor]) -> State:
-    return {name: tensor for name, tensor in simmim.without_index(state).items() if name.startswith(ENCODER)}
+    return "patch_embed.proj.weight" in state and own and not other
 
 
 def from_official(state: Mapping[str, Tensor], levels: Levels | None = None) -> Mapped:

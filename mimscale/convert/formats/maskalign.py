@@ -1,4 +1,4 @@
-"""MaskAlign's names: the student as timm has it, `distill_heads`, `distill_weights`, and the teacher beside them."""
+"""MaskAlign's names: the student as timm has it, `distill_heads`, `distill_weights`, and the teacher's own tensors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mimscale.config.run import RunConfig
-from mimscale.convert.formats import mae
+from mimscale.convert.formats import timm
 from mimscale.convert.names import Levels, Mapped, State, below, parts_of
 from mimscale.errors import UserError
 from mimscale.models.heads import initial_mixing
 
 METHODS: tuple[str, ...] = ("maskalign",)
-WHOLE = "distill_heads."
+WHOLE_MODEL: str | None = "distill_heads."
 TEACHERS = ("clip_model.", "dino_model.")
 
 
@@ -24,14 +24,14 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def encoder(state: Mapping[str, Tensor]) -> State:
-    """Without the last norm, which MaskAlign never trains."""
-    return {name: tensor for name, tensor in mae.encoder(state).items() if not name.startswith("norm.")}
+    """The student without its last norm, which MaskAlign never trains."""
+    return {name: tensor for name, tensor in timm.encoder(state).items() if not name.startswith("norm.")}
 
 
 def from_official(state: Mapping[str, Tensor], levels: Levels | None = None) -> Mapped:
-    """levels: of one teacher; adaptors and mixing rows of levels that no loss reads were never trained.
+    """Official names -> our names. levels: of one teacher; the rest of the adaptors and mixing rows was never trained.
 
-    Raises UserError for several teachers, which the release does not know.
+    Raises UserError for several teachers, which the official code does not have.
     """
     if levels is None or len(levels) != 1:
         raise UserError("a MaskAlign file has one teacher, and method.targets of this recipe has none or several")
@@ -44,10 +44,10 @@ def from_official(state: Mapping[str, Tensor], levels: Levels | None = None) -> 
             level, rest = name.removeprefix("distill_heads.").split(".", 1)
             if int(level) in read:
                 weights[f"alignment.{teacher}.adaptors.{level}.{rest}"] = tensor
-    notes = ["left out: the student's last norm and all heads of unsupervised levels, which are never trained"]
+    notes = ["left out: the student's last norm and the heads of unsupervised levels, which are never trained"]
     frozen = sum(tensor.numel() for name, tensor in state.items() if name.startswith(TEACHERS))
     if frozen:
-        notes.append(f"left out: the teacher inside the checkpoint ({frozen / 1e6:.1f} M numbers)")
+        notes.append(f"left out: the teacher inside the checkpoint ({frozen / 1e6:.1f} M parameters)")
     return Mapped(weights, tuple(notes))
 
 
@@ -56,7 +56,11 @@ def fits(weights: Mapping[str, Tensor]) -> bool:
 
 
 def to_official(weights: Mapping[str, Tensor], run: RunConfig) -> Mapped:
-    """Rows of the mixing matrix and the last norm that we do not build get the initial values that they keep there."""
+    """Our names -> official names. Raises UserError for what the official code does not have.
+
+    It builds the last norm and a mixing row for every level, and trains neither beyond the supervised levels; they are
+    filled in with the initial values that they keep there.
+    """
     method: Any = run.method
     if method.adaptor_position == "before":
         raise UserError(
@@ -73,7 +77,7 @@ def to_official(weights: Mapping[str, Tensor], run: RunConfig) -> Mapped:
     if method.fusion == "sum" and (not isinstance(rule, str) or rule.startswith("mid")):
         raise UserError(
             f"method.levels = {rule} with fusion = sum: the official mixing has a row for each level up to the "
-            "teacher's last, and the weights do not tell which that is; use --to timm"
+            "teacher's last, and the weights do not show which that is; use --to timm"
         )
     heads = below(f"alignment.{teacher}.", weights)
     state = below("student.", weights)

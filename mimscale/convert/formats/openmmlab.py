@@ -1,6 +1,6 @@
 """OpenMMLab's names (mmpretrain, mmselfsup): MFF and PixMIM, and their MAE.
 
-The position tables come along and are never made anew: OpenMMLab's have MAE's two halves swapped.
+Position tables are copied from the file and never recomputed: OpenMMLab's have the two halves of MAE's swapped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mimscale.config.run import RunConfig
 from mimscale.convert.names import Levels, Mapped, State, below, parts_of, renamed
 
 METHODS: tuple[str, ...] = ("mff", "pixmim")
-WHOLE = "neck.mask_token"
+WHOLE_MODEL: str | None = "neck.mask_token"
 PREFIXES = (  # theirs, ours; the first that fits is replaced
     ("backbone.patch_embed.projection.", "student.patch_embed.proj."),
     ("backbone.layers.", "student.blocks."),
@@ -57,6 +57,6 @@ def fits(weights: Mapping[str, Tensor]) -> bool:
 
 
 def to_official(weights: Mapping[str, Tensor], run: RunConfig | None = None) -> Mapped:
-    """What is not trained there (see `from_official`) is not filled in: load with strict=False."""
+    """Our names -> official names, without what is not trained there (see `from_official`): load with strict=False."""
     prefixes, inside = ([(ours, theirs) for theirs, ours in pairs] for pairs in (PREFIXES, INSIDE))
     return Mapped({renamed(name, prefixes, inside): tensor for name, tensor in weights.items()})

@@ -47,5 +47,5 @@ def fault(
 def soon(lab: Lab, run: Run) -> int:
     """Wait for a random step from here on, and a random part of the next one."""
     run.until_step(run.step() + lab.random.randint(1, 4))
-    time.sleep(lab.random.uniform(0, 2 * run.pace_s))
+    time.sleep(lab.random.uniform(0, 2 * run.step_s))
     return run.step()

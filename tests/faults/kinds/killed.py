@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mimscale.data.samples import TrainSamples
+from mimscale.data.datasets import TrainDataset
 from tests.faults.kinds._kind import Moments, fault, soon
 from tests.faults.lab import Lab, Missed, Run
 from tests.faults.layer import KILL
@@ -94,13 +94,13 @@ def worker_out_of_memory(lab: Lab, run: Run, number: int) -> Moments:
 
 def plant_hunger(wish: Path) -> None:
     """A worker takes 64 MiB for its next batch once the file is there."""
-    make = TrainSamples.__getitem__
+    make = TrainDataset.__getitem__
 
-    def hungry(self: TrainSamples, item: Any) -> Any:
+    def hungry(self: TrainDataset, item: Any) -> Any:
         self.eaten = b"\1" * (64 << 20 if wish.exists() else 0)  # type: ignore[attr-defined]
         return make(self, item)
 
-    TrainSamples.__getitem__ = hungry  # type: ignore[method-assign]
+    TrainDataset.__getitem__ = hungry  # type: ignore[method-assign]
 
 
 def _starved_group(pid: int) -> Path | None:

@@ -1,4 +1,4 @@
-"""Numbers and pictures that must not reach the weights. The run goes on without their samples, and says so."""
+"""Numbers and images that must not reach the weights. The run goes on without their samples, and says so."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def nan_from_the_teacher(lab: Lab, run: Run, number: int) -> Moments:
 
 @fault(times=3, takes="replaced, named")
 def corrupted_shard_in_mid_run(lab: Lab, run: Run, number: int) -> Moments:
-    """The pictures of one shard turn to noise: others take their places, counted and named."""
+    """The images of one shard turn to noise: others take their places, counted and named."""
     shards = run.folder.with_name(f"{run.folder.name}-shards")
     shutil.copytree(lab.shards, shards)
     run.overrides = (f"data.shards={shards}", "data.max_damaged=80")

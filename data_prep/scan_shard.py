@@ -1,0 +1,96 @@
+"""Finds the samples of a WebDataset shard from its tar headers.
+
+Consecutive members with the same key are one sample. As in webdataset, the key is the path up to the first dot of the
+file name, and the rest is the extension. Only the header of the image and the label are read, and no other member.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.images import SIGNATURE_BYTES, sniff
+from data_prep.tar import Member, members
+from mimscale.data.decode import EXTENSIONS
+from mimscale.data.manifest import Ints
+from mimscale.errors import UserError
+
+MAX_LABEL_BYTES = 1 << 16  # of the member that holds the label
+
+
+class ShardContents(NamedTuple):
+    """spans: int64 [n, 2], offset and size of each image. labels: int64 [n] or None. left_out: key -> reason."""
+
+    spans: Ints
+    labels: Ints | None
+    left_out: dict[str, str]
+
+
+def scan_shard(fd: int, path: Path, image: str | None, label: str | None) -> ShardContents:
+    """All samples of the shard that is open as `fd`; `path` is for messages.
+
+    image: extension of the image; None = any extension of an image format. label: extension of a member that holds the
+    class index as text, or json:KEY for a number in a json member; None = no labels. Raises UserError.
+    """
+    spans: list[tuple[int, int]] = []
+    labels: list[int] = []
+    left_out: dict[str, str] = {}
+    for key, sample in _samples(fd, path):
+        member = _image_member(key, sample, path, image)
+        if member is None:
+            left_out[key] = "no image"
+        elif sniff(member.start[:SIGNATURE_BYTES]) is None:
+            left_out[key] = "not an image"
+        else:
+            spans.append((member.offset, member.size))
+            if label is not None:
+                labels.append(_label(fd, key, sample, path, label))
+    return ShardContents(
+        np.array(spans, dtype=np.int64).reshape(-1, 2),
+        None if label is None else np.array(labels, dtype=np.int64),
+        left_out,
+    )
+
+
+def _samples(fd: int, path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
+    for key, group in groupby(members(fd, path), key=lambda member: _split(member.name)[0]):
+        yield key, {_split(member.name)[1]: member for member in group}
+
+
+def _split(name: str) -> tuple[str, str]:
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _image_member(key: str, sample: dict[str, Member], path: Path, image: str | None) -> Member | None:
+    if image is not None:
+        return sample.get(image)
+    images = [extension for extension in sample if extension in EXTENSIONS]
+    if len(images) > 1:
+        raise UserError(f"sample '{key}' of '{path}' has images {', '.join(images)}; choose with --image EXTENSION")
+    return sample[images[0]] if images else None
+
+
+def _label(fd: int, key: str, sample: dict[str, Member], path: Path, label: str) -> int:
+    extension, _, field = label.partition(":")
+    member = sample.get(extension)
+    if member is None:
+        raise UserError(f"sample '{key}' of '{path}' has no label .{extension}; see --label, or --label none")
+    if member.size > MAX_LABEL_BYTES:
+        raise UserError(f"sample '{key}' of '{path}': its label .{extension} has {member.size:,} bytes; see --label")
+    text = member.start if len(member.start) == member.size else os.pread(fd, member.size, member.offset)
+    try:
+        value = json.loads(text)[field] if field else text
+        number = int(value)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"sample '{key}' of '{path}': {label} is not a class number; see --label") from None
+    if number < 0:
+        raise UserError(f"sample '{key}' of '{path}': label {number} is below 0; see --label")
+    return number

@@ -1,0 +1,228 @@
+"""Everything that a run does besides training: watch the ranks, check the step, log, draw, save, roll back and stop."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import asdict, replace
+from functools import partial
+
+from mimscale.checkpoint import format as checkpoint
+from mimscale.checkpoint import run_folder
+from mimscale.checkpoint.async_writer import AsyncCheckpointWriter
+from mimscale.data.wds_stream import NOT_EXACT
+from mimscale.errors import Stopped
+from mimscale.fault_tolerance import activations
+from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_marker, there
+from mimscale.monitoring.metrics import ThroughputMeter
+from mimscale.monitoring.panels import SAMPLES
+from mimscale.monitoring.phase_timer import BETWEEN, SAVING, WAITING
+from mimscale.training.bad_steps import explain, flush_writes, roll_back
+from mimscale.training.context import TrainContext
+from mimscale.training.recovery import describe_state
+from mimscale.training.state import TrainState
+from mimscale.types import StepInfo
+
+GC_EVERY = 200
+"""Steps between garbage collections. Python's own would start in other steps on each rank, and all ranks would wait for
+each of them; between collections the few cycles of a step are small."""
+
+
+class Monitor:
+    """One per run, made when the parts of the run are built and its state is restored. Every call is collective.
+
+    stopped: whether the run is to end before its last step, because a signal or a stop file asked, or because too many
+    samples are damaged. The state was saved then, or said not to be.
+    """
+
+    def __init__(self, run: TrainContext, state: TrainState) -> None:
+        plan = run.plan
+        self._run, self.stopped = run, False
+        run.coordinator.on_rank0(open_folder, run, state)
+        self._checkpoints = AsyncCheckpointWriter(
+            run.checkpoints,
+            run.coordinator,
+            plan.config.checkpoint,
+            run.fragments(),
+            run.lock.check if run.lock is not None else lambda: None,
+            run.logger.log_event,
+            alive=run.watchdog.alive,
+        )
+        run.guard.load(state.guard)
+        run.startup.end("buffers")
+
+        run.inputs.start(state)
+        run.logger.start(total=plan.total_steps, step=state.step, tensorboard=plan.config.log.tensorboard)
+        run.logger.print("\n".join((describe_run(run, state), *run.init_notes)))
+        if state.step < plan.total_steps:
+            run.inputs.wait_for_first()
+        run.startup.end("workers")
+        self._throughput = ThroughputMeter(plan.world.device, waited_s=lambda: run.timer.seconds[WAITING])
+        gc.collect()
+        run.closing.callback(gc.enable)
+        run.closing.callback(gc.unfreeze)
+        gc.freeze()
+        gc.disable()
+        run.timer.lap()
+
+    def after_step(self, state: TrainState, info: StepInfo) -> TrainState:
+        """The state to continue from: one step further, or that of an older checkpoint after a row of bad steps."""
+        run, config = self._run, self._run.plan.config
+        for scalars in info.scalars:
+            self._throughput.add(scalars, images=len(info.batch.ids) * run.plan.world.size)
+        state = state.advanced(config.schedule.global_batch, run.timer.lap())
+        run.watchdog.beat(info.step)
+        run.timer.enter(BETWEEN)
+        if info.step % GC_EVERY == 0:
+            gc.collect()
+
+        rolled_back = self._check_step(state, info)
+        if rolled_back is not None:
+            state = rolled_back
+            if state.step < info.step:
+                run.inputs.start(state)
+                self._throughput.restart()
+                return state
+        self._log_step(info)
+        self._draw_panel(info)
+        self._save_and_stop(state, info)
+        return state
+
+    def finish(self, state: TrainState) -> None:
+        """Wait for the last save, write `done` or a wish to run again, and free the engine.
+
+        Raises Stopped where the last step could not be saved, or too many samples are damaged.
+        """
+        run = self._run
+        failure = self._say_how_it_ended(state, saved=bool(self._checkpoints.wait_for_writes()))
+        run.logger.close()
+        run.coordinator.finish_pending()
+        run.coordinator.on_rank0(flush_writes, run)
+        run.inputs.close()
+        run.coordinator.barrier()
+        run.engine.close()
+        if failure is not None:  # the same on all ranks
+            raise Stopped(failure)
+
+    # ---------------------------------------------------------------------------------------------- parts of a step
+
+    def _check_step(self, state: TrainState, info: StepInfo) -> TrainState | None:
+        """Explain a skipped step. After a row of them: the state of an older checkpoint, else None."""
+        run = self._run
+        if run.guard.reads_norm_at(info.step):
+            run.guard.observe_norm(run.engine.gradient_norm())
+        row_is_full = run.guard.update(info.skipped, run.engine.loss_scale)
+        if info.skipped:
+            explain(run, info)
+        if not row_is_full:
+            return None
+        self._checkpoints.wait_for_writes()
+        return roll_back(run, state)
+
+    def _log_step(self, info: StepInfo) -> None:
+        """What is due after a step: the start-up times once, the slow ranks, the line of metrics."""
+        run, step = self._run, info.step
+        plan, config = run.plan, run.plan.config
+        if "first_step" not in run.startup.seconds:
+            run.startup.end("first_step")
+            run.logger.log_event("first_step", seconds=run.startup.seconds, cpu_s=run.startup.cpu_s)
+        if config.watchdog.every and step % config.watchdog.every == 0:
+            for line in run.timer.compare(run.coordinator):
+                run.logger.print(line)
+                run.logger.log_event("spread", at=step, line=line)
+        if step == info.total or step % config.log.every == 0:
+            metrics = self._throughput.read()
+            metrics |= {
+                "lr": plan.lr(step - 1),
+                "grad_norm": run.engine.gradient_norm(),
+                "loss_scale": run.engine.loss_scale or 1.0,
+                "epoch": step / plan.steps_per_epoch,
+                "skipped_steps": float(run.engine.skipped_steps),
+            }
+            self._log_damage()
+            run.logger.log_step(step, metrics | {"damaged": float(run.damage_log.total)})
+
+    def _draw_panel(self, info: StepInfo) -> None:
+        run, every = self._run, self._run.plan.config.log.panels
+        if every and (info.step == info.total or info.step % every == 0):
+            targets = {name: seen.first(SAMPLES) for name, seen in info.targets.items()}
+            run.logger.add_panel(info.step, run.method.visualise(info.batch.first(SAMPLES), targets))
+
+    def _save_and_stop(self, state: TrainState, info: StepInfo) -> None:
+        run, last = self._run, info.step == info.total
+        every = run.plan.config.checkpoint.every
+        asked = run.preemption.raised() or run.damage_log.full
+        self.stopped = self._checkpoints.agree_to_stop(asked) and not last
+        if self.stopped or last:
+            run.timer.enter(SAVING)
+            ignore_signals()
+            self._checkpoints.wait_for_writes()
+        if self.stopped or last or (every and info.step % every == 0):
+            self._log_damage()  # a run that goes on from here does not meet it again
+            self._save(state, info)
+
+    def _save(self, state: TrainState, info: StepInfo) -> None:
+        """Begin a checkpoint. In fp16 the guard keeps how large the layers' outputs are when all is well."""
+        run = self._run
+        state = replace(state, guard=run.guard.dump())
+        if run.engine.loss_scale is not None:
+            forward = partial(run.method, info.batch, info.targets)
+            run.guard.usual = activations.magnitudes(run.method, forward)
+        self._checkpoints.save(state.step, run.fragments(), describe_state(run, state))
+
+    def _log_damage(self) -> None:
+        """What any rank could not use since the last call goes into the run's list."""
+        run = self._run
+        for damage in run.damage_log.merge(run.coordinator.gather(run.damage_log.take())):
+            run.logger.log_event("damaged", **asdict(damage))
+            run.logger.print(
+                f"damaged: {damage.shard}, key {damage.key}: {damage.reason}; another sample took its place"
+            )
+
+    def _say_how_it_ended(self, state: TrainState, saved: bool) -> str | None:
+        """Log it and leave the file that says it; a line where the run failed."""
+        run, plan = self._run, self._run.plan
+        newest = checkpoint.newest_step(plan.run_dir)
+        if state.step < plan.total_steps:
+            reason = "too many damaged samples" if run.damage_log.full else run.preemption.reason
+            run.logger.log_event("stopped", at=state.step, reason=reason)
+            fate = "saved" if saved else f"NOT saved; {newest} is the newest"
+            run.logger.print(f"stopped at step {state.step} ({reason or 'asked by another rank'}), {fate}")
+            if run.damage_log.full:
+                return run.damage_log.verdict()
+            if plan.world.rank == 0 and not there(run_folder.stop_wish(plan.run_dir)):
+                leave_requeue_marker(run.writer, newest)
+            return None
+        if not saved:
+            return f"the last checkpoint could not be written; {newest} is the newest"
+        if plan.world.rank == 0:
+            run.writer.replace(plan.run_dir / "done", f"{state.step}\n")
+        run.logger.print(f"done: {plan.run_dir}, step {state.step}")
+        return None
+
+
+def open_folder(run: TrainContext, state: TrainState) -> None:
+    """Rank 0: the configuration once, a line about this launch each time."""
+    plan = run.plan
+    if not (plan.run_dir / "config.yaml").exists():
+        run_folder.create(plan.run_dir, plan.config)
+    launch = run_folder.launch(
+        plan.command,
+        ranks=plan.world.size,
+        device=str(plan.world.device.type),
+        ds_config=plan.config.engine.ds_config,
+        step=state.step,
+        forked_from=None if plan.parent is None else str(plan.parent),
+    )
+    run.writer.append(plan.run_dir / "launches.jsonl", json.dumps(launch) + "\n")
+
+
+def describe_run(run: TrainContext, state: TrainState) -> str:
+    plan, config = run.plan, run.plan.config
+    return (
+        f"{config.method.name}: {run.parameter_count / 1e6:.1f} M parameters, {config.engine.ds_config}, "
+        f"{plan.world.size} ranks on {plan.world.device.type}, batch {config.schedule.global_batch} = "
+        f"{plan.micro_batch} x {plan.accumulation} x {plan.world.size}, peak lr {config.schedule.peak_lr:.3g}, "
+        f"{plan.manifest.samples} images, step {state.step} of {plan.total_steps}, folder {plan.run_dir}"
+        + ("" if config.data.stream is None else f"\n{NOT_EXACT}")
+    )

@@ -1,0 +1,135 @@
+"""Every check that needs no other rank, before anything is built: recipe, machine, teachers, run folder, data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mimscale.checkpoint import format as checkpoint
+from mimscale.checkpoint import run_folder
+from mimscale.config.deepspeed import load_ds_config, precision_of
+from mimscale.config.run import RunConfig, method_class
+from mimscale.data import device_decode
+from mimscale.data.wds_stream import Source, open_source
+from mimscale.distributed.world import World, check_precision, from_environment
+from mimscale.engine.factory import check_backend
+from mimscale.errors import UserError
+from mimscale.fault_tolerance.retrying_writer import RetryingWriter
+from mimscale.monitoring.damage_log import DamageLog, default_limit
+from mimscale.optim import lr_schedule
+from mimscale.teachers.base import Teacher
+from mimscale.teachers.ensemble import build_skeletons, describe
+from mimscale.teachers.quantise import check as check_quantised
+from mimscale.training import init_weights
+from mimscale.training.micro_batch import solve_micro_batch
+from mimscale.types import TeacherInfo
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that passed every check that needs no other rank.
+
+    config: the resolved recipe. parent: the checkpoint whose weights a fork starts from. fresh: whether there is no
+    checkpoint of this run to continue from. ds_config: DeepSpeed's JSON, parsed. micro_batch: images per rank and
+    forward pass; accumulation: micro-batches per optimiser step. skeletons: every teacher on the meta
+    device, for `TeacherEnsemble`. command: for launches.jsonl.
+    """
+
+    config: RunConfig
+    run_dir: Path
+    parent: Path | None
+    fresh: bool
+    world: World
+    ds_config: Mapping[str, Any]
+    micro_batch: int
+    accumulation: int
+    manifest: Source
+    skeletons: Mapping[str, Teacher]
+    steps_per_epoch: int
+    total_steps: int
+    command: tuple[str, ...]
+
+    @property
+    def teachers(self) -> dict[str, TeacherInfo]:
+        return describe(self.skeletons)
+
+    def lr(self, step: int) -> float:
+        """The peak group's learning rate for optimiser step `step`, from 0."""
+        return lr_schedule.lr_of(self.config.schedule, step, self.steps_per_epoch, self.total_steps)
+
+
+def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:
+    """Every check, before a process group is opened. Raises UserError."""
+    world = from_environment(config.engine.device)
+    ds_config = load_ds_config(config.engine.ds_config)
+    check_precision(world.device, precision_of(ds_config))
+    check_backend(config.engine, ds_config)
+    batch = config.schedule.global_batch
+    micro_batch, accumulation = solve_micro_batch(batch, world.size, config.engine.max_micro_batch)
+    skeletons = build_skeletons(config.teachers, config.data.image_size)
+    for name, teacher in config.teachers.items():
+        if world.device.type == "cuda" or teacher.shard:
+            check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
+            check_quantised(name, teacher.precision, world.device)
+    method_class(config.method.name).check(config, describe(skeletons))
+    if config.data.decoder == "device":
+        device_decode.check(world.device)
+
+    stored = run_folder.existing_run(run_dir)
+    parent = None
+    if fork is not None:
+        parent = checkpoint.newest(run_dir)
+        if parent is None:
+            raise UserError(f"--fork: {run_dir} has no checkpoint to start from; let it save one first")
+        if config.init is not None:
+            raise UserError(f"--fork starts from {run_dir} and init.weights from {config.init.weights}; set init=null")
+        run_dir, stored = fork, run_folder.existing_run(fork)
+    fresh = not checkpoint.steps(run_dir / "checkpoints") and not checkpoint.damaged(run_dir / "checkpoints")
+    config = init_weights.with_sha256(config, stored, resumes=not fresh)
+    if stored is not None:
+        run_folder.refuse_changes(stored, config, run_dir)
+    if run_folder.stop_wish(run_dir).exists():
+        raise UserError(f"{run_folder.stop_wish(run_dir)} asks this run to stop; remove it to go on")
+
+    manifest = open_source(config.data, world.size)
+    steps_per_epoch = manifest.samples // config.schedule.global_batch
+    if config.schedule.steps is None and steps_per_epoch == 0:
+        raise UserError(
+            f"schedule.global_batch = {config.schedule.global_batch} exceeds the {manifest.samples} samples of "
+            f"{config.data.shards}; lower it, or give schedule.steps instead of schedule.epochs"
+        )
+    damage_log = open_damage_log(config, run_dir, manifest)
+    if damage_log.full:
+        raise UserError(damage_log.verdict())
+    total = config.schedule.steps or round((config.schedule.epochs or 0) * steps_per_epoch)
+    steps_per_epoch = max(1, steps_per_epoch)
+    if total <= config.schedule.warmup_epochs * steps_per_epoch:
+        raise UserError(
+            f"the run has {total} steps and a warm-up of schedule.warmup_epochs = {config.schedule.warmup_epochs} "
+            f"({config.schedule.warmup_epochs * steps_per_epoch:g} steps); lengthen the one or shorten the other"
+        )
+    return Plan(
+        config,
+        run_dir,
+        parent,
+        fresh,
+        world,
+        ds_config,
+        micro_batch,
+        accumulation,
+        manifest,
+        skeletons,
+        steps_per_epoch,
+        total,
+        command,
+    )
+
+
+def open_damage_log(
+    config: RunConfig, run_dir: Path, manifest: Source, writer: RetryingWriter | None = None
+) -> DamageLog:
+    """What is known of damaged samples in a run's folder."""
+    limit = config.data.max_damaged
+    return DamageLog(run_dir / "damaged.jsonl", default_limit(manifest.samples) if limit is None else limit, writer)

@@ -1,0 +1,174 @@
+"""The official programs' own states: recognised by their names, mapped there and back, with the official numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from torch import Tensor
+
+from mimscale.__main__ import main
+from mimscale.checkpoint import run_folder
+from mimscale.config.run import RunConfig
+from mimscale.convert.formats import maskalign, openmmlab, timm
+from mimscale.convert.formats.base import encoder_of, format_of, formats
+from mimscale.convert.names import same
+from mimscale.convert.networks import is_whole_model, student_from
+from mimscale.errors import UserError
+from tests import golden
+from tests.convert.runs import METHODS, build
+from tests.golden import close, mae_run, run_config
+
+STATES = {
+    "mae_dev": "mae",
+    "amt_mae_dev": "mae",
+    "amt_update_mask_dev": "timm",  # without a decoder
+    "maskmr_mae_dev": "mae",
+    "simmim_dev": "simmim",
+    "simmim_ape": "simmim",
+    "amt_simmim_dev": "simmim",
+    "amt_simmim_layerscale": "simmim",
+    "maskalign_default_dev": "maskalign",
+    "maskalign_clip14_dev": "maskalign",
+    "maskalign_dino_attn_dev": "maskalign",
+    "maskalign_simple_random_dev": "maskalign",
+    "maskalign_sum_mlp_dev": "maskalign",
+    "convmae_dev": "convmae",
+    "convvit_finetune_dev": "finetune",
+    "mff_dev": "openmmlab",
+    "pixmim_dev": "openmmlab",
+}
+
+
+@pytest.mark.parametrize("file", STATES)
+def test_every_official_state_has_one_format(file: str) -> None:
+    state = golden.load(file).part("state")
+    assert [name for name, names in formats().items() if names.recognises(state)] == [STATES[file]]
+    assert format_of(state) == STATES[file]
+    encoder = encoder_of(state)
+    assert encoder and not [name for name in encoder if name.startswith(("student.", "encoder.", "backbone."))]
+
+
+@pytest.mark.parametrize("file", [f for f, name in STATES.items() if name in ("mae", "simmim", "convmae", "finetune")])
+def test_names_there_and_back(file: str) -> None:
+    """Every name and every value, SimMIM's index of its bias table included."""
+    state, names = golden.load(file).part("state"), formats()[STATES[file]]
+    again = names.to_official(names.from_official(state).weights, run_config(*METHODS["mae"][1:], {"size": "tiny"}))
+    assert again.weights.keys() == state.keys()
+    assert all(again.weights[n].dtype == t.dtype and torch.equal(again.weights[n], t) for n, t in state.items())
+
+
+@pytest.mark.parametrize("file", ["mff_dev", "pixmim_dev"])
+def test_openmmlab_there_and_back(file: str) -> None:
+    state = golden.load(file).part("state")
+    again = openmmlab.to_official(openmmlab.from_official(state).weights).weights
+    assert same(again, {n: t for n, t in state.items() if not n.startswith("target_generator.")})
+
+
+def test_maskalign_there_and_back() -> None:
+    """For the parts that we do not build the values that they keep there."""
+    g = golden.load("maskalign_default_dev")
+    state = g.part("state")
+    weights = maskalign.from_official(state, {"clip": (1, 2, 3)}).weights
+    again = maskalign.to_official(weights, golden.maskalign_run(g.config)).weights
+    missing = {n for n in state.keys() - again.keys() if not n.startswith("clip_model.")}
+    assert missing == {"distill_heads.0.weight", "distill_heads.0.bias"}
+    assert torch.equal(again["distill_weights"][1:], state["distill_weights"][1:])
+    assert torch.equal(again["distill_weights"][0], torch.eye(4)[0] + 0.01)
+    dead = {"norm.weight", "norm.bias", "distill_weights"}
+    assert all(torch.equal(again[n], state[n]) for n in again.keys() - dead)
+
+
+def test_several_teachers_have_no_official_names() -> None:
+    state = golden.load("maskalign_default_dev").part("state")
+    with pytest.raises(UserError, match="a MaskAlign file has one teacher, and method.targets"):
+        maskalign.from_official(state, {"clip": (1,), "dino": (1,)})
+    weights = maskalign.from_official(state, {"clip": (1, 2, 3)}).weights
+    both = weights | {n.replace("alignment.clip.", "alignment.dino."): t for n, t in weights.items()}
+    with pytest.raises(UserError, match="clip and dino have no official names, .* use --to timm"):
+        maskalign.to_official(both, golden.maskalign_run({**golden.load("maskalign_default_dev").config}))
+
+
+@pytest.mark.parametrize("levels", ["mid1", [0, 1]])
+def test_a_mixing_of_unknown_height_has_no_official_name(levels: str | list[int]) -> None:
+    """The teacher of the golden is deeper than its level 1."""
+    g = golden.load("maskalign_sum_mlp_dev")
+    weights = maskalign.from_official(g.part("state"), {"clip": (0, 1)}).weights
+    with pytest.raises(UserError, match="with fusion = sum: .* use --to timm"):
+        maskalign.to_official(weights, golden.maskalign_run({**g.config, "loss_weights": levels}))
+
+
+def official_file(path: Path, file: str) -> tuple[golden.Golden, dict[str, Tensor]]:
+    g = golden.load(file)
+    torch.save({"model": g.part("state")}, path)
+    return g, g.part("state")
+
+
+def recipe(folder: Path, run: RunConfig) -> list[str]:
+    run_folder.create(folder, run)
+    return ["--recipe", str(folder / "config.yaml")]
+
+
+@pytest.mark.parametrize("file", ["mae_dev", "amt_mae_dev", "pixmim_dev"])
+def test_whole_official_files_become_ours_and_official_again(file: str, tmp_path: Path) -> None:
+    """OpenMMLab's PixMIM into a MAE recipe, too: their MAE has the same names and the same swapped positions."""
+    g, state = official_file(tmp_path / "official.pth", file)
+    words = recipe(tmp_path / "recipe", mae_run(g.config))
+    ours, back = tmp_path / "ours.safetensors", tmp_path / "back.safetensors"
+    assert main(["convert", str(tmp_path / "official.pth"), str(ours), "--to", "mimscale", *words]) == 0
+    found = json.loads((tmp_path / "ours.safetensors.json").read_text())["differences"]
+    assert found.keys() == {"encoder", "decoder"} and max(found.values()) < 1e-5
+    assert main(["convert", str(ours), str(back), "--to", STATES[file]]) == 0
+    assert same(load_file(back), {n: t for n, t in state.items() if not n.startswith("target_generator.")})
+
+
+def test_amt_on_simmim_becomes_a_beit(tmp_path: Path) -> None:
+    g, _ = official_file(tmp_path / "official.pth", "amt_simmim_dev")
+    student, info = student_from(tmp_path / "official.pth", heads=g.config["heads"])
+    assert info.image_size == g.config["img"] and student.state_dict().keys() >= {"pos_embed", "blocks.0.attn.q_bias"}
+    run = run_config(
+        {"name": "simmim", "positions": "absolute", "layer_scale": None},
+        {"width": g.config["embed"], "depth": g.config["depth"], "heads": g.config["heads"]},
+        g.config["img"],
+    )
+    words = recipe(tmp_path / "recipe", run)
+    out = tmp_path / "ours.safetensors"
+    assert main(["convert", str(tmp_path / "official.pth"), str(out), "--to", "mimscale", *words]) == 0
+    found = json.loads((tmp_path / "ours.safetensors.json").read_text())["differences"]
+    assert found.keys() == {"encoder", "head"} and max(found.values()) < 1e-5
+
+
+def test_convmae_has_no_timm_class_and_is_compared_with_a_second_network(tmp_path: Path) -> None:
+    g, state = official_file(tmp_path / "official.pth", "convmae_dev")
+    out = tmp_path / "student.safetensors"
+    words = ["convert", str(tmp_path / "official.pth"), str(out), "--to", "student", "--heads", str(g.config["heads"])]
+    assert main(words) == 0
+    found = json.loads((tmp_path / "student.safetensors.json").read_text())["differences"]
+    assert 0 <= found["encoder"] < 1e-5
+    assert same(load_file(out), encoder_of(state))
+    student, _ = student_from(out)
+    close(student(g["input/images"], g["mask/ids_keep"]).tokens, g["latent"])
+
+
+@pytest.mark.parametrize("file", ["mae_dev", "simmim_dev"])
+def test_an_encoder_alone_has_timms_names(file: str) -> None:
+    """As timm publishes MAE's and BEiT's; there is no decoder that would show the method."""
+    alone = encoder_of(golden.load(file).part("state"))
+    assert [name for name, names in formats().items() if names.recognises(alone)] == ["timm"]
+    assert not is_whole_model(alone) and same(encoder_of(alone), alone)
+    ours = timm.from_official(alone).weights
+    assert timm.fits(ours) and encoder_of(timm.to_official(ours).weights).items() >= alone.items()
+    network: Any = TimmViT(embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    assert format_of(network.state_dict()) == "timm" and same(encoder_of(network.state_dict()), network.state_dict())
+
+
+def test_our_names_are_no_official_ones() -> None:
+    for name in METHODS:
+        weights = build(name)[0].state_dict()
+        assert format_of(weights) is None
+        assert any(names.fits(weights) for names in formats().values())

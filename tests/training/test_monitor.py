@@ -1,0 +1,185 @@
+"""What a run does after each step, on the plain PyTorch engine in this process: nothing is replaced by a stand-in."""
+
+from __future__ import annotations
+
+import gc
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mimscale.checkpoint import format as checkpoint
+from mimscale.config.recipes import load_recipe
+from mimscale.errors import Stopped
+from mimscale.fault_tolerance.preemption import SIGNALS
+from mimscale.monitoring.metrics import StartupTimer
+from mimscale.training import recovery, setup
+from mimscale.training.context import TrainContext
+from mimscale.training.loop import train_step
+from mimscale.training.monitor import Monitor
+from mimscale.training.plan import prepare
+from mimscale.training.state import TrainState
+from mimscale.types import Damage, StepInfo
+from tests import ranks
+
+Open = Callable[..., tuple[TrainContext, Monitor, TrainState]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, shards: Path) -> Iterator[Open]:
+    """Build a run of 12 steps that saves every 4, and its monitor. Everything is closed after the test."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    closing = ExitStack()
+
+    def build(**sections: dict[str, Any]) -> tuple[TrainContext, Monitor, TrainState]:
+        sections["engine"] = {"backend": "torch", "ds_config": "cpu_zero0_fp32", **sections.get("engine", {})}
+        path = ranks.recipe(tmp_path, shards, **sections)
+        plan = prepare(load_recipe(str(path)), tmp_path / "run", None, ("test",))
+        run = setup.build(plan, StartupTimer(), closing)
+        state = recovery.restore(run).launched()
+        return run, Monitor(run, state), state
+
+    yield build
+    closing.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def advance(run: TrainContext, monitor: Monitor, state: TrainState, steps: int) -> TrainState:
+    for _ in range(steps):
+        state = monitor.after_step(state, train_step(run, state.step))
+    return state
+
+
+def skipped(run: TrainContext, state: TrainState) -> StepInfo:
+    """A step whose loss is not finite, through the run's own guard and engine."""
+    scalars = []
+    for _ in range(run.plan.accumulation):
+        batch, targets = run.inputs.next_batch()
+        scalars.append(run.engine.forward_backward(batch, targets, lambda loss: run.check_loss(loss * math.nan)))
+    did_skip = run.engine.step(lr=1e-3, clip=0.0)
+    assert did_skip
+    return StepInfo(state.step + 1, run.plan.total_steps, True, tuple(scalars), batch, targets, run.engine.parameters)
+
+
+def events(run: TrainContext, name: str) -> list[dict[str, Any]]:
+    return [line for line in ranks.lines(run.plan.run_dir) if line.get("event") == name]
+
+
+def weights(run: TrainContext) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in run.engine.fragments().items() if name.startswith("fp32")}
+
+
+def test_it_logs_when_due_and_the_start_once(start: Open) -> None:
+    run, monitor, state = start(log={"every": 2})
+    state = advance(run, monitor, state, 5)
+    assert list(ranks.curve(run.plan.run_dir)) == [2, 4]
+    assert len(events(run, "first_step")) == 1
+    line = next(line for line in ranks.lines(run.plan.run_dir) if line.get("step") == 4)
+    assert line["lr"] == run.plan.lr(3) and line["skipped_steps"] == 0 and line["images_per_s"] > 0
+    assert state.step == 5 and state.samples == 5 * 16
+
+
+def test_a_skipped_step_is_explained_and_leaves_the_weights_alone(start: Open) -> None:
+    run, monitor, state = start()
+    state = advance(run, monitor, state, 1)
+    before = weights(run)
+    state = monitor.after_step(state, skipped(run, state))
+    assert state.step == 2
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(run).items())
+    (event,) = events(run, "skipped")
+    assert event["at"] == 2 and event["why"] == "the loss is not finite" and len(event["keys"]) == 16
+
+
+def test_a_row_of_skipped_steps_goes_back_to_the_checkpoint_before_it(start: Open) -> None:
+    run, monitor, state = start(guard={"skips": 2, "margin": 0})
+    state = advance(run, monitor, state, 4)  # saved
+    saved = weights(run)
+    state = advance(run, monitor, state, 1)
+    state = monitor.after_step(state, skipped(run, state))
+    ids = run.inputs.ids
+    state = monitor.after_step(state, skipped(run, state))
+    assert state.step == 4 and state.rollbacks == 1 and state.jumps == ((5, 2),)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in weights(run).items())
+    info = train_step(run, state.step)  # step 5 again, on the same samples
+    state = monitor.after_step(state, info)
+    info = train_step(run, state.step)  # over the two bad ones
+    assert not {int(i) for part in run.inputs.ids for i in part} & {int(i) for part in ids for i in part}
+    assert [event["to"] for event in events(run, "rollback")] == [4]
+
+
+def test_without_a_checkpoint_a_row_of_skipped_steps_goes_on(start: Open) -> None:
+    run, monitor, state = start(guard={"skips": 1})
+    state = monitor.after_step(state, skipped(run, state))
+    assert state.step == 1 and state.rollbacks == 1 and state.jumps == ()
+
+
+def test_panels_are_drawn_when_due_and_at_the_end(start: Open) -> None:
+    run, monitor, state = start(log={"panels": 5, "tensorboard": True})
+    state = advance(run, monitor, state, 12)
+    monitor.finish(state)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run.plan.run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [image.step for image in board.Images("view")] == [5, 10, 12]
+
+
+def test_a_stop_file_saves_and_stops(start: Open) -> None:
+    run, monitor, state = start(checkpoint={"every": 0})
+    state = advance(run, monitor, state, 2)
+    (run.plan.run_dir / "stop").touch()
+    run.preemption._next_poll_s = 0.0  # it is read every few seconds only
+    while not monitor.stopped:
+        state = advance(run, monitor, state, 1)
+    monitor.finish(state)
+    assert state.step < 12 and checkpoint.newest_step(run.plan.run_dir) == state.step
+    assert not (run.plan.run_dir / "done").exists()
+    assert events(run, "stopped")[0]["at"] == state.step
+
+
+def test_the_last_step_is_saved_and_the_folder_marked_done(start: Open) -> None:
+    run, monitor, state = start()
+    state = advance(run, monitor, state, 12)
+    assert not monitor.stopped
+    monitor.finish(state)
+    assert (run.plan.run_dir / "done").read_text() == "12\n"
+    assert [checkpoint.step_of(path) for path in checkpoint.steps(run.checkpoints)] == [4, 8, 12]
+
+
+def test_too_many_damaged_samples_end_the_run_with_one_line(start: Open) -> None:
+    run, monitor, state = start(data={"max_damaged": 0})
+    run.damage_log.add([Damage(3, "shard-0.tar", "a", "cut short")])
+    run.damage_log.add([Damage(4, "shard-0.tar", "b", "cut short")])
+    while not monitor.stopped:
+        state = advance(run, monitor, state, 1)
+    with pytest.raises(Stopped, match=r"2 samples cannot be used, data.max_damaged allows 0"):
+        monitor.finish(state)
+    assert checkpoint.newest_step(run.plan.run_dir) == state.step
+
+
+def test_python_collects_garbage_only_at_set_steps(start: Open) -> None:
+    run, monitor, state = start()
+    assert not gc.isenabled()
+    state = advance(run, monitor, state, 12)
+    monitor.finish(state)
+    run.closing.close()
+    assert gc.isenabled()
+
+
+def test_a_finished_state_resumes_as_it_was(start: Open) -> None:
+    run, monitor, state = start()
+    state = advance(run, monitor, state, 4)
+    kept = weights(run)
+    run.preemption.reason = "SIGUSR1"
+    state = advance(run, monitor, state, 1)
+    monitor.finish(state)
+    run.closing.close()
+    again, _, resumed = start()
+    assert resumed == replace(state, launches=2, guard=resumed.guard)
+    assert kept.keys() == weights(again).keys()
