@@ -52,7 +52,7 @@ class AMTConfig(MaskingConfig):
 
 
 class UncroppedImages(NamedTuple):
-    """The uncropped images of one micro-batch, with the samples and positions of every rank's.
+    """The uncropped images of one micro-batch, and the samples and positions of those of every rank.
 
     ids, positions: W arrays int64 [F_r]. images: this rank's, uint8 [F, 3, H, W] in host memory.
     """
