@@ -53,7 +53,7 @@ def _folder(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    return _write(options, read_table(options.source, options.root, options.picture, options.label))
+    return _write(options, read_table(options.source, options.root, options.image, options.label))
 
 
 def _imagenet(options: argparse.Namespace) -> int:
@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("source", type=Path, metavar="SRC", help="the file, or a folder of .parquet files")
     table.add_argument("--root", type=Path, metavar="DIR", help="folder of relative paths (default: the folder of SRC)")
     table.add_argument(
-        "--picture", metavar="COLUMN", help="of image paths or bytes (default: the first of the usual names)"
+        "--image", metavar="COLUMN", help="of image paths or bytes (default: the first of the usual names)"
     )
     table.add_argument("--label", metavar="COLUMN", help="number or name of the class; none = unlabelled")
     _add_writing(table)

@@ -116,7 +116,7 @@ def _columns(table: Path, columns: list[str], image: str | None, label: str | No
     """Names of the columns of images and of labels (None = unlabelled). Raises UserError."""
     chosen = image or next((name for name in IMAGE_COLUMNS if name in columns), None)
     if chosen is None or chosen not in columns:
-        raise UserError(f"table '{table}' has columns {', '.join(columns)}; name the one of the images with --picture")
+        raise UserError(f"table '{table}' has columns {', '.join(columns)}; name the one of the images with --image")
     if label is not None and label != "none" and label not in columns:
         raise UserError(f"table '{table}' has columns {', '.join(columns)}, not '{label}'; see --label")
     found = label or next((name for name in LABEL_COLUMNS if name in columns), None)

@@ -1,9 +1,9 @@
-"""Timed all-reduces inside and between nodes, so that a slow node gets a name. One process per rank (COMM_CHECK=1).
+"""Timed all-reduces inside and between nodes, to find slow nodes. One process per rank (COMM_CHECK=1).
 
-Between nodes: in each of a few rounds the nodes are paired, and all ranks of a pair reduce together. A node's time is
-that of its BEST pair: a healthy node with a slow partner in one round has a healthy partner in another. Inside a node:
-its ranks alone. A node is bad where its time exceeds COMM_CHECK_FACTOR (2) x the lower median over the nodes. Two nodes
-form a single pair, so between two nodes a slow link is seen in the table but cannot be blamed on either.
+Between nodes: in each of a few rounds the nodes are paired, and all ranks of a pair reduce together. The time of a node
+is that of its BEST pair, because a healthy node with a slow partner in one round has a healthy partner in another.
+Inside a node: its ranks alone. A node is bad if its time exceeds COMM_CHECK_FACTOR (2) x the lower median over the
+nodes. Two nodes form a single pair, so a slow link between two nodes is in the table, but neither is called bad.
 
 COMM_CHECK_MB: size of the reduced buffer, default 64 on GPUs, 1 on CPUs.
 """
@@ -24,7 +24,7 @@ ROUNDS, REPEATS = 4, 5
 
 
 def rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """Up to ROUNDS rounds of disjoint pairs of nodes, no pair twice (circle method; an odd node out rests)."""
+    """Up to ROUNDS rounds of disjoint pairs of nodes, no pair twice (circle method)."""
     ring: list[int | None] = [*range(nodes), *([None] if nodes % 2 else [])]
     plan = []
     for _ in range(min(ROUNDS, len(ring) - 1)):
@@ -38,16 +38,16 @@ def slow_nodes(seconds: Mapping[str, float], factor: float) -> dict[str, str]:
     """Nodes whose time exceeds factor x the lower median, each with the reason."""
     if not seconds:
         return {}
-    middle = statistics.median_low(seconds.values())
+    median_s = statistics.median_low(seconds.values())
     return {
-        node: f"{own * 1e3:.1f} ms, the median node takes {middle * 1e3:.1f} ms"
-        for node, own in seconds.items()
-        if own > factor * middle
+        node: f"{own_s * 1e3:.1f} ms, the median node takes {median_s * 1e3:.1f} ms"
+        for node, own_s in seconds.items()
+        if own_s > factor * median_s
     }
 
 
-def timed(ranks: Iterable[int], buffer: torch.Tensor) -> float | None:
-    """Median seconds of an all-reduce among `ranks`; None for a process outside."""
+def all_reduce_s(ranks: Iterable[int], buffer: torch.Tensor) -> float | None:
+    """Median seconds of an all-reduce among `ranks`; None for other processes."""
     members = sorted(ranks)
     if dist.get_rank() not in members:
         return None
@@ -80,19 +80,19 @@ def main() -> None:
     def ranks_of(node: int) -> range:
         return range(node * per_node, (node + 1) * per_node)
 
-    inside = timed(ranks_of(me), buffer) if per_node > 1 else None
+    inside = all_reduce_s(ranks_of(me), buffer) if per_node > 1 else None
     pairs = []
     for pairing in rounds(nodes):
         for a, b in pairing:
-            if me in (a, b) and (taken := timed([*ranks_of(a), *ranks_of(b)], buffer)) is not None:
-                pairs.append(taken)
+            if me in (a, b) and (time_s := all_reduce_s([*ranks_of(a), *ranks_of(b)], buffer)) is not None:
+                pairs.append(time_s)
         dist.barrier()
 
     mine = (os.environ.get("SLURMD_NODENAME", f"node{me}"), inside, min(pairs, default=None))
-    everyone: list[tuple[str, float | None, float | None]] = [mine] * world
-    dist.all_gather_object(everyone, mine)
+    gathered: list[tuple[str, float | None, float | None]] = [mine] * world
+    dist.all_gather_object(gathered, mine)
     if rank == 0:
-        report(everyone[::per_node], megabytes, float(os.environ.get("COMM_CHECK_FACTOR", "2")))
+        report(gathered[::per_node], megabytes, float(os.environ.get("COMM_CHECK_FACTOR", "2")))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -104,9 +104,9 @@ def report(table: list[tuple[str, float | None, float | None]], megabytes: int, 
         print(f"  {node} {' '.join('-' if t is None else f'{t * 1e3:.1f}' for t in (inside, best))}")
     alone = {node: inside for node, inside, _ in table if inside is not None}
     paired = {node: best for node, _, best in table if best is not None}
-    for place, seconds in (("inside the node", alone), ("with its best partner", paired)):
+    for where, seconds in (("inside the node", alone), ("with its best partner", paired)):
         for node, why in slow_nodes(seconds, factor).items():
-            print(f"BAD NODE {node}: all-reduce {place} takes {why}")
+            print(f"BAD NODE {node}: all-reduce {where} takes {why}")
     sys.stdout.flush()
 
 

@@ -1,6 +1,6 @@
-"""Teacher -> masked students -> frozen-feature accuracy, on real handwritten digits. See README, "Demo".
+"""Teacher -> masked students -> accuracy of frozen features, on real handwritten digits. See README, "Demo".
 
-Every stage is one command of the project, the first line of its log. Training that is done is not done again.
+Every stage is one command of the project, which is the first line of its log. Finished training is not repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEVICE = os.environ.get("DEMO_DEVICE", "cpu")
 RANKS = 2 if DEVICE == "cpu" else min(2, max(1, torch.cuda.device_count()))
 RUNS = ("teacher", "mae", "control", "maskalign")
-ROWS = {  # network in the reports -> (title, what it saw before the test)
+ROWS = {  # network in the reports -> (title, its training data)
     "raw pixels": ("raw pixels", "no network"),
     "random init": ("random initialisation", "nothing"),
     "teacher": ("teacher, transferred", "4,000 MNIST digits with labels"),
@@ -50,7 +50,7 @@ EXTRAS = {  # with --all: network -> (title, recipe, changes)
 }
 CONV_RANDOM = "random init ConvViT"
 METRICS = {"knn": "kNN", "linear": "linear", "few_shot": "5-shot"}
-OVER_RANDOM, OVER_CONTROL = 12.0, 8.0  # points that MaskAlign has to be ahead in kNN and with 5 labels per class
+OVER_RANDOM, OVER_CONTROL = 12.0, 8.0  # required margins of MaskAlign, in points, in kNN and with 5 labels per class
 Scores = dict[str, dict[str, float]]  # network -> metric -> percent, of one seed
 console = Console(highlight=False)
 
@@ -59,14 +59,14 @@ console = Console(highlight=False)
 
 
 class Stages:
-    """Runs commands one after the other, each with its time; their output goes to log files."""
+    """Runs commands one after the other and prints the time of each; their output goes to log files."""
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
         logs.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, name: str, *words: object, ranks: int = 0) -> None:
-        """python WORDS, or `ranks` of them under torchrun. The demo ends here if the command fails."""
+        """Run python WORDS, with ranks > 0 as many processes under torchrun. Exits if the command fails."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
         command = [sys.executable, *launcher, *map(str, words)]
         log = self.logs / f"{name.replace(' ', '-').replace(',', '')}.log"
@@ -101,19 +101,21 @@ def prepare(out: Path, stage: Stages) -> dict[str, Path]:
     shards = {name: out / "shards" / name for name in wanted}
     missing = [name for name, folder in shards.items() if not (folder / "manifest.json").is_file()]
     if missing:
-        pictures = out / "pictures"
-        shutil.rmtree(pictures, ignore_errors=True)
-        stage("data: pictures", "-m", "data_prep", "digits", pictures)
+        images = out / "images"
+        shutil.rmtree(images, ignore_errors=True)
+        stage("data: images", "-m", "data_prep", "digits", images)
         for name in missing:
             source, flags = wanted[name]
-            stage(f"data: shards {name}", "-m", "data_prep", "folder", pictures / source, shards[name], *flags)
+            stage(f"data: shards {name}", "-m", "data_prep", "folder", images / source, shards[name], *flags)
     return shards
 
 
 def rows(extras: bool) -> dict[str, tuple[str, str]]:
-    """network in the reports -> (title, what it saw before the test)."""
-    unlabelled, taught = ROWS["mae"][1], ROWS["maskalign"][1]
-    more = {n: (title, taught if recipe == "demo_mrmae" else unlabelled) for n, (title, recipe, _) in EXTRAS.items()}
+    """network in the reports -> (title, its training data)."""
+    unlabelled, with_teacher = ROWS["mae"][1], ROWS["maskalign"][1]
+    more = {
+        n: (title, with_teacher if recipe == "demo_mrmae" else unlabelled) for n, (title, recipe, _) in EXTRAS.items()
+    }
     return {**ROWS, CONV_RANDOM: ("ConvMAE's encoder, random", "nothing"), **more} if extras else ROWS
 
 
@@ -127,8 +129,8 @@ def pretrain(
 
     def train(title: str, recipe: str, name: str, data: str, *overrides: str) -> None:
         words = ["-m", "mimscale", "train", recipe, "--run-dir", folder / name, f"data.shards={shards[data]}"]
-        asked = [change.removeprefix(f"{name}:") for change in changes if change.startswith(f"{name}:")]
-        stage(f"seed {seed}: {title}", *words, *common, *overrides, *asked, ranks=RANKS)
+        own_changes = [change.removeprefix(f"{name}:") for change in changes if change.startswith(f"{name}:")]
+        stage(f"seed {seed}: {title}", *words, *common, *overrides, *own_changes, ranks=RANKS)
 
     train("teacher on MNIST, with labels", "demo_teacher", "teacher", "mnist")
     weights = folder / "teacher.safetensors"
@@ -148,18 +150,18 @@ def pretrain(
 
 
 def evaluate(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages, extras: bool) -> Scores:
-    """Percent right on the 500 test digits. One process per protocol for all networks."""
+    """Accuracy in percent on the 500 test digits. One process per protocol for all networks."""
     runs = [folder / name for name in (*RUNS, *(EXTRAS if extras else ()))]
     common = ["--train", shards["digits-train"], "--val", shards["digits-test"], "--crop-pct", 1, "--workers", 0]
     common += ["--seed", seed, "--device", DEVICE]
     scores: Scores = {name: {} for name in rows(extras)}
-    for protocol, flags in (("knn", []), ("linear", ["--shots", 5, "--draws", 3])):
+    for protocol, flags in (("knn", []), ("linear", []), ("fewshot", ["--shots", 5, "--draws", 3])):
         report = folder / f"{protocol}.json"
         words = ["-m", "mimscale", "evaluate", protocol, *runs, *common, *flags, "--out", report]
         stage(f"seed {seed}: evaluate {protocol}", *words)
         for row in json.loads(report.read_text())["rows"]:
             network = row["network"]
-            if network.startswith("random init"):  # names its shape where there are several
+            if network.startswith("random init"):  # its shape is in the name if there are several
                 network = CONV_RANDOM if "ConvViT" in network else "random init"
             scores[network] |= {metric: row[metric] for metric in METRICS if metric in row}
     return scores
@@ -173,10 +175,10 @@ def mean(scores: Sequence[Scores], network: str, metric: str) -> float:
 
 
 def cells(scores: Sequence[Scores]) -> list[list[str]]:
-    """One line per network: title, what it saw, and mean (± standard deviation over seeds) of each metric."""
+    """One line per network: title, training data, and mean (± standard deviation over seeds) of each metric."""
     lines = []
-    for network, (title, saw) in rows("mrmae" in scores[0]).items():
-        line = [title, saw]
+    for network, (title, trained_on) in rows("mrmae" in scores[0]).items():
+        line = [title, trained_on]
         for metric in METRICS:
             values = [of_seed[network][metric] for of_seed in scores]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -186,14 +188,13 @@ def cells(scores: Sequence[Scores]) -> list[list[str]]:
 
 
 def findings(scores: Sequence[Scores]) -> list[str]:
-    """What the numbers say, whichever way they fall."""
-
+    """Sentences with the differences between networks."""
     titles = rows(extras := "mrmae" in scores[0])
 
     def compare(first: str, second: str) -> str:
         gaps = [(m, mean(scores, first, m) - mean(scores, second, m)) for m in ("knn", "few_shot")]
-        told = " and ".join(f"{gap:+.1f} points in {METRICS[m]}" for m, gap in gaps)
-        return f"{titles[first][0]} against {titles[second][0]}: {told}."
+        text = " and ".join(f"{gap:+.1f} points in {METRICS[m]}" for m, gap in gaps)
+        return f"{titles[first][0]} against {titles[second][0]}: {text}."
 
     pairs = [("maskalign", other) for other in ("random init", "control", "teacher", "raw pixels")]
     for name in ("mae", *(EXTRAS if extras else ())):
@@ -202,7 +203,7 @@ def findings(scores: Sequence[Scores]) -> list[str]:
 
 
 def failures(scores: Sequence[Scores], scale: float) -> list[str]:
-    """Margins that are not reached."""
+    """One line for each margin that is not reached."""
     out = []
     pairs = [("maskalign", "random init", OVER_RANDOM), ("maskalign", "control", OVER_CONTROL)]
     pairs += [("mrmae", "random init", OVER_RANDOM)] if "mrmae" in scores[0] else []
@@ -216,7 +217,7 @@ def failures(scores: Sequence[Scores], scale: float) -> list[str]:
 
 
 def verdict(scores: Sequence[Scores], scale: float) -> int:
-    """Say which margins are not reached. Exit code 1 if there are any."""
+    """Print the margins that are not reached. Exit code 1 if there are any."""
     missed = failures(scores, scale)
     for line in missed:
         console.print(f"[red]not reached[/red]  {line}")
@@ -224,6 +225,7 @@ def verdict(scores: Sequence[Scores], scale: float) -> int:
 
 
 def caption(scores: Sequence[Scores], changes: Sequence[str]) -> str:
+    """Text below the table: data, metrics, command, versions."""
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{RANKS} processes on a CPU"
     over = f"Mean ± standard deviation over {len(scores)} seeds" if len(scores) > 1 else "One seed"
     flags = ["--all"] * ("mrmae" in scores[0]) + [f"--set {change}" for change in changes]
@@ -239,7 +241,7 @@ def caption(scores: Sequence[Scores], changes: Sequence[str]) -> str:
 
 
 def publish(out: Path, scores: Sequence[Scores], caption: str, seconds: float) -> None:
-    """The table on the terminal, in demo.md and, with the single values, in demo.json."""
+    """Print the table, write it to demo.md, and write all single values to demo.json."""
     headings = ["network", "has seen", *METRICS.values()]
     table = Table(title="top-1 in percent, frozen features")
     for number, heading in enumerate(headings):
@@ -249,10 +251,10 @@ def publish(out: Path, scores: Sequence[Scores], caption: str, seconds: float) -
         table.add_row(*line, style="bold" if line[0] == "MaskAlign" else None)
     console.print(table)
     markdown = [headings, ["---", "---", *("---:" for _ in METRICS)], *lines]
-    told = "\n".join(f"- {finding}" for finding in findings(scores))
+    sentences = "\n".join(f"- {finding}" for finding in findings(scores))
     text = "\n".join(f"| {' | '.join(line)} |" for line in markdown)
-    (out / "demo.md").write_text(f"{text}\n\n{caption}\n\n{told}\n")
-    console.print(f"{caption}\n{told}")
+    (out / "demo.md").write_text(f"{text}\n\n{caption}\n\n{sentences}\n")
+    console.print(f"{caption}\n{sentences}")
     report = {"caption": caption, "seconds": round(seconds, 1), "scores": list(scores)}
     (out / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
 
@@ -294,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = out / f"seed-{seed}"
         pretrain(folder, seed, shards, stage, args.all, args.set)
         scores.append(evaluate(folder, seed, shards, stage, args.all))
-    stage("picture", ROOT / "jobs" / "demo_picture.py", out / "seed-0", shards["digits-test"], out / "demo.png")
+    stage("figure", ROOT / "jobs" / "demo_figure.py", out / "seed-0", shards["digits-test"], out / "demo.png")
     publish(out, scores, caption(scores, args.set), time.monotonic() - start_s)
     console.print(
         f"{time.monotonic() - start_s:.0f} s in all. {out}: demo.md, demo.json, demo.png, logs/", soft_wrap=True

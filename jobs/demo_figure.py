@@ -1,4 +1,4 @@
-"""Draws what the demo's networks see and do on ten test digits: demo_picture.py SEED_FOLDER TEST_SHARDS OUT.png."""
+"""Draws inputs and outputs of the demo's networks for ten digits: demo_figure.py SEED_FOLDER TEST_SHARDS OUT.png."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mimscale.data import noise
 from mimscale.data.loader import eval_batches
 from mimscale.data.manifest import Manifest
 from mimscale.monitoring.panels import tiles
-from mimscale.teachers.ensemble import TeacherEnsemble, describe
+from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons, describe
 from mimscale.types import Batch, View
 
 matplotlib.use("Agg")
@@ -24,7 +24,7 @@ from matplotlib import pyplot
 
 
 def one_of_each_class(shards: Path) -> Batch:
-    """Ten test digits, 0 to 9, normalised."""
+    """Ten test digits, one of each class from 0 to 9, normalised."""
     manifest = Manifest.load(shards)
     (batch,) = eval_batches(manifest, 32, batch=manifest.samples, workers=0, crop_pct=1.0)
     assert batch.labels is not None
@@ -32,14 +32,15 @@ def one_of_each_class(shards: Path) -> Batch:
     return replace(batch, images=batch.images[rows], ids=batch.ids[rows], labels=None).normalised()
 
 
-def look(run_dir: Path, batch: Batch) -> View:
-    """What a trained method shows of these pictures, on the CPU."""
+def visualise(run_dir: Path, batch: Batch) -> View:
+    """The view of a trained method on these images, on the CPU."""
     run, newest = load_recipe(str(run_dir / "config.yaml")), checkpoint.newest(run_dir)
     assert newest is not None
-    teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
-    method = method_class(run.method.name)(run, teachers)
+    size = run.data.image_size
+    skeletons = build_skeletons(run.teachers, size)
+    method = method_class(run.method.name)(run, describe(skeletons))
     method.load_state_dict(checkpoint.load_weights(newest))
-    ensemble = TeacherEnsemble(run.teachers, method.needs.teachers, run.data.image_size, torch.device("cpu"))
+    ensemble = TeacherEnsemble(run.teachers, skeletons, method.needs.teachers, size, torch.device("cpu"))
     mask = method.needs.noise["mask"]
     draw = noise.uniform if mask.kind == "uniform" else noise.exponential
     numbers = draw(0, "demo picture", n=len(batch.ids) * mask.shape[0]).reshape(-1, *mask.shape)
@@ -50,12 +51,12 @@ def look(run_dir: Path, batch: Batch) -> View:
 
 
 def draw(rows: dict[str, torch.Tensor], out: Path) -> None:
-    """Labelled rows of uint8 pictures [B, 3, H, W]."""
+    """Save a figure with labelled rows of uint8 images [B, 3, H, W]."""
     columns = len(next(iter(rows.values())))
     figure, axes = pyplot.subplots(len(rows), columns, figsize=(0.95 * columns + 1.5, 0.98 * len(rows)))
-    for axis_row, (label, pictures) in zip(axes, rows.items(), strict=True):
-        for axis, picture in zip(axis_row, pictures, strict=True):
-            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+    for axis_row, (label, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(axis_row, images, strict=True):
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
             for spine in axis.spines.values():
@@ -69,11 +70,11 @@ def draw(rows: dict[str, torch.Tensor], out: Path) -> None:
 
 def main(folder: Path, shards: Path, out: Path) -> None:
     batch = one_of_each_class(shards)
-    mae, aligned = (tiles(look(folder / name, batch), samples=10) for name in ("mae", "maskalign"))
+    mae, aligned = (tiles(visualise(folder / name, batch), samples=10) for name in ("mae", "maskalign"))
     rows = {
         "test digit": mae["input"],
         "MAE sees\n4 of 16 patches": mae["masked"],
-        "MAE paints\nthe other 12": mae["reconstruction"],
+        "MAE reconstructs\nthe other 12": mae["reconstruction"],
         "the teacher's\nCLS attention": aligned["attention"],
         "MaskAlign sees\n8, drawn by it": aligned["masked"],
     }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Is this node fit to train on? Run by one task per node; prints "OK NODE name" or "BAD NODE name: why".
+# Checks whether this node can train. Run by one task per node; prints "OK NODE name" or "BAD NODE name: why".
 #   MIN_FREE_GB=10  free space that the node-local disk must have     CHECK_ECC=1  refuse uncorrected memory errors
 set -u
 node=${SLURMD_NODENAME:-$(hostname -s)}
@@ -10,7 +10,7 @@ bad() {
 
 asked=${SLURM_GPUS_ON_NODE:-0}
 if [ "$asked" -gt 0 ]; then
-  command -v nvidia-smi > /dev/null || bad "no NVIDIA driver (nvidia-smi is not there)"
+  command -v nvidia-smi > /dev/null || bad "no NVIDIA driver (nvidia-smi not found)"
   list=$(timeout 60 nvidia-smi -L 2>&1) || bad "nvidia-smi fails: ${list%%$'\n'*}"
   found=$(grep -c '^GPU [0-9]' <<< "$list")
   [ "$found" -ge "$asked" ] || bad "$found of $asked GPUs answer"
@@ -23,7 +23,7 @@ if [ "$asked" -gt 0 ]; then
 fi
 
 folder=${LOCAL_DIR:-/tmp}
-# shellcheck disable=SC2174 # only the deepest folder is ours
+# shellcheck disable=SC2174 # only the last folder of the path needs this mode
 mkdir -p -m 700 "$folder" 2> /dev/null && [ -w "$folder" ] || bad "$folder cannot be written"
 free_gb=$(($(df -Pk "$folder" | awk 'NR == 2 {print $4}') / 1048576))
 [ "$free_gb" -ge "${MIN_FREE_GB:-10}" ] || bad "$free_gb GB free on $folder, MIN_FREE_GB=${MIN_FREE_GB:-10}"

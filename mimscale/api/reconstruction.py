@@ -19,7 +19,7 @@ from mimscale.convert.read import read
 from mimscale.errors import UserError
 from mimscale.methods.base import MaskedConfig, MaskedMethod, masking_class
 from mimscale.monitoring.panels import GREY
-from mimscale.teachers.ensemble import skeleton
+from mimscale.teachers.ensemble import build_skeleton
 from mimscale.types import IMAGENET_MEAN, IMAGENET_STD, Batch, TeacherInfo
 
 PIXEL_METHODS = "mae, mff, pixmim, convmae, simmim and mrmae"
@@ -129,7 +129,7 @@ def _with_uniform_masks(
     section = cast(MaskedConfig, config.method).masking
     counts = masking_class(cast(MaskedConfig, config.method)).counts(section, config)
     ratio = mask_ratio or 1 - (counts.visible + 0.5) / counts.units  # half a unit: whichever way a policy rounds
-    known = {name: skeleton(name, one, config.data.image_size).info for name, one in config.teachers.items()}
+    known = {name: build_skeleton(name, one, config.data.image_size).info for name, one in config.teachers.items()}
     read = kind.teacher_needs(config, known)
     values = config.dump()
     values["teachers"] = {name: one for name, one in values["teachers"].items() if name in read}

@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> int:
 
     node = range(args.ranks_per_node)
     streams = np.unique(np.concatenate([positions(0, rank) for rank in node]) % order.streams)
-    touched = len(np.unique(np.concatenate([order.stream_shards(0, int(stream)) for stream in streams])))
+    in_epoch = len(np.unique(np.concatenate([order.stream_shards(0, int(stream)) for stream in streams])))
     window = np.concatenate([positions(step, rank) for step in range(8) for rank in node])
-    at_once = len(np.unique(order.ids(window) // args.shard_samples))
+    in_8_steps = len(np.unique(order.ids(window) // args.shard_samples))
     wrong = sum(
         not np.array_equal(np.sort(order.ids(np.arange(s * args.global_batch, (s + 1) * args.global_batch))), everyone)
         for s in (0, steps // 2)
@@ -60,14 +60,14 @@ def run(args: argparse.Namespace) -> int:
     rows = [
         ["samples in shards", f"{order.samples:,} in {shards:,}"],
         [
-            "first batch of a rank after a resume, CPU ms (median, most)",
+            "first batch of a rank after a resume, CPU ms (median, maximum)",
             f"{np.median(seeks_ms):.0f}, {max(seeks_ms):.0f}",
         ],
         ["every later position, CPU us", f"{np.median(next_us):.1f}"],
         ["memory of the order in a process, MiB", f"{grown:.0f}"],
         ["streams that a node reads", f"{len(streams)} of {order.streams}"],
-        ["shards that a node touches in an epoch", f"{touched:,} of {shards:,} ({100 * touched / shards:.2f} %)"],
-        ["shards that a node touches in 8 steps", f"{at_once:,}"],
+        ["shards that a node reads in an epoch", f"{in_epoch:,} of {shards:,} ({100 * in_epoch / shards:.2f} %)"],
+        ["shards that a node reads in 8 steps", f"{in_8_steps:,}"],
         ["global batches that the ranks together do not fill exactly", f"{wrong} of 2"],
     ]
     print(_report.table([f"{args.ranks:,} ranks, {args.ranks_per_node} per node", ""], rows))

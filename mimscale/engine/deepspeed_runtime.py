@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +25,9 @@ def import_deepspeed(device: torch.device) -> Any:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls these two collectives; torch 2.15 renames them and warns once per rank and call site
+    names = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=names, category=FutureWarning)
     if device.type == "cpu" and os.environ.get(EMULATE_FP16):
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     return deepspeed

@@ -1,4 +1,4 @@
-"""The table of compositions is what the checks say, and what it says yes to can be trained."""
+"""The table of compositions agrees with the checks, and every composition trains."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_answers() -> None:
 
 
 def build(name: str, policy: str, section: dict[str, Any]) -> tuple[MaskedMethod, Batch, dict[str, Targets]]:
-    """A method on 64-px images with a teacher where one is read, and what it wants to see."""
+    """A method on 64-px images, with a teacher if it uses one, and its inputs."""
     torch.manual_seed(3)
     decoder = DECODER if name in PIXELS else {"levels": "top2"} if name == "maskalign" else {}
     stages = {"stages": {"widths": [8, 12], "depths": [1, 1]}} if name == "convmae" else {}
@@ -46,8 +46,8 @@ def build(name: str, policy: str, section: dict[str, Any]) -> tuple[MaskedMethod
         {"name": name, "masking": masking, **decoder, **stages, **section}, {"width": 32, "depth": 12, "heads": 2}
     )
     info = TeacherInfo("t", dim=24, depth=12, grid=(4, 4), image_size=64, has_cls=True)
-    taught = name in ("maskalign", "mrmae") or policy in ("attention", "topk")
-    method = method_class(name)(run, {"t": info} if taught else {})
+    has_teacher = name in ("maskalign", "mrmae") or policy in ("attention", "topk")
+    method = method_class(name)(run, {"t": info} if has_teacher else {})
     generator = torch.Generator().manual_seed(4)
     noise = {
         purpose: torch.rand(2, *wanted.shape, generator=generator) + 0.01
@@ -57,7 +57,7 @@ def build(name: str, policy: str, section: dict[str, Any]) -> tuple[MaskedMethod
     cls = {level: torch.randn(2, 24, generator=generator) for level in range(12)}
     attention = torch.rand(2, 16, generator=generator).softmax(dim=1)
     batch = batch_of(torch.randn(2, 3, 64, 64, generator=generator), **noise)
-    return method, batch, {"t": Targets(levels, cls, attention)} if taught else {}
+    return method, batch, {"t": Targets(levels, cls, attention)} if has_teacher else {}
 
 
 @pytest.mark.parametrize("policy", names_in("mimscale.masking"))

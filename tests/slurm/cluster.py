@@ -1,7 +1,7 @@
-"""A real SLURM of a few nodes on this host: own folder, ports and key; nothing outside the folder is touched.
+"""A real SLURM of a few nodes on this host, with its own folder, ports and key; no other files are changed.
 
-The daemons run in the foreground as children of this process, and the kernel kills them if it dies. Where namespaces
-are permitted each node has its own hostname, an /etc/hosts that knows its neighbours, and its own `local` folder.
+The daemons run in the foreground as children of this process, and the kernel kills them if it dies. If namespaces are
+permitted, each node has its own hostname, an /etc/hosts with the names of all nodes, and its own `local` folder.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ PartitionName=low Nodes=ALL MaxTime=7-00:00:00 State=UP PriorityTier=1 PreemptMo
 
 
 class Cluster:
-    """Start with `start()`, and always `stop()`. `root` holds everything; `local` is node-local where isolated."""
+    """`start()` it, and always `stop()` it. `root` holds all files; `local` is node-local if the nodes are isolated."""
 
     def __init__(self, nodes: int = 2) -> None:
         self.nodes = [f"n{i + 1}" for i in range(nodes)]
-        self.root = Path(tempfile.mkdtemp(prefix="ms", dir="/tmp"))  # a unix socket's path is limited to 108 bytes
+        self.root = Path(tempfile.mkdtemp(prefix="ms", dir="/tmp"))  # the path of a unix socket is limited to 108 bytes
         self.local = self.root / "local"
         self.isolated = subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode == 0
         self.config = self.root / "etc" / "slurm.conf"
@@ -106,16 +106,16 @@ class Cluster:
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait()
-            outlived = [process for node in self.nodes for process in self._daemons_of(node)]
-            _send(signal.SIGKILL, [*outlived, *self.tasks()])
+            survivors = [process for node in self.nodes for process in self._daemons_of(node)]
+            _send(signal.SIGKILL, [*survivors, *self.tasks()])
             shutil.rmtree(self.root, ignore_errors=True)
 
     # ----------------------------------------------------------------------------------------------------- clients
 
     def environment(self, **more: str) -> dict[str, str]:
-        """This process's environment without anything that a user may have set for another SLURM."""
-        mine = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SITE_", "MIMSCALE_"))}
-        return {**mine, "SLURM_CONF": str(self.config), **more}
+        """The environment of this process without variables for another SLURM."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SITE_", "MIMSCALE_"))}
+        return {**clean, "SLURM_CONF": str(self.config), **more}
 
     def run(
         self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 60
@@ -155,40 +155,40 @@ class Cluster:
         self._until(what, condition, timeout_s)
 
     def start_now(self, job: str, timeout_s: float = 30) -> None:
-        """A requeued job waits until its old credential has expired; shorten that.
+        """Start a requeued job early: SLURM delays it until its old credential has expired.
 
-        Not to zero: a credential of the second in which the old one was revoked is taken for the old one.
+        Not at once: a credential made in the same second in which the old one was revoked counts as revoked.
         """
         self._until(f"requeue of job {job}", lambda: self.show(job)["JobState"] == "PENDING", timeout_s)
         self._client("scontrol", "update", f"jobid={job}", "starttime=now+2")
 
     def end_in(self, job: str, seconds: int) -> None:
-        """Shorten its time limit. SLURM looks for jobs that are over theirs every 30 s."""
+        """Shorten the time limit of a job. SLURM checks time limits every 30 s."""
         self._client("scontrol", "update", f"jobid={job}", f"endtime=now+{seconds}")
 
     # ------------------------------------------------------------------------------------------------------ failures
 
     def lose(self, node: str) -> None:
-        """A power cut: the node's daemons and ranks are gone at once, and SLURM has to find out by itself."""
-        _send(signal.SIGKILL, self._daemons_of(node))  # first, or they would report the death of a rank
+        """A power failure: kill the daemons and ranks of a node; SLURM is not informed."""
+        _send(signal.SIGKILL, self._daemons_of(node))  # before the ranks, or they would report the death of a rank
         _send(signal.SIGKILL, self.tasks(node))
         self._daemons.pop(node).wait()
 
     def lose_daemon(self, node: str) -> None:
-        """slurmd dies, the ranks that it started live on."""
+        """Kill slurmd; the ranks that it started go on running."""
         daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait()
 
     def back(self, node: str) -> None:
-        """After either. What is left of older jobs on the node SLURM ends when it hears of it."""
+        """Start slurmd again after either. SLURM then ends what is left of older jobs on the node."""
         self._start_node(node)
         if "DRAIN" in self._state(node) or "DOWN" in self._state(node):
             self._client("scontrol", "update", f"nodename={node}", "state=resume")
         self._until_up(node)
 
     def stop_controller(self) -> None:
-        """As an administrator would; it keeps its state."""
+        """Stop slurmctld; it keeps its state."""
         daemon = self._daemons.pop("slurmctld")
         daemon.terminate()
         daemon.wait()
@@ -198,16 +198,16 @@ class Cluster:
         self._until("the controller", lambda: self.run("scontrol", "ping").returncode == 0, 30)
 
     def until_down(self, node: str) -> None:
-        """SLURM notices by itself, within seconds instead of its usual five minutes."""
+        """Wait until SLURM marks the node as down, within seconds instead of the usual five minutes."""
         self._set("SlurmdTimeout=300", "SlurmdTimeout=4")
         self._until(f"{node} to be down", lambda: self._state(node).startswith("DOWN"), 60)
 
     def declare_down(self, node: str) -> None:
-        """What SLURM does when it notices, now."""
+        """Mark the node as down at once, as SLURM does after its timeout."""
         self._client("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def repair(self) -> None:
-        """Everything that a test took away is there again."""
+        """Restart everything that a test stopped."""
         if "slurmctld" not in self._daemons:
             self.controller_back()
         for node in self.nodes:
@@ -239,7 +239,7 @@ class Cluster:
             (self.root / name).mkdir()
         for node in self.nodes:
             (self.root / f"spool.{node}").mkdir()
-        self.root.chmod(0o755)  # munge wants a socket that others may reach, behind a key that they may not read
+        self.root.chmod(0o755)  # munge requires a socket that is open to others and a key that is not
         (self.root / "munge").chmod(0o700)
         key = self.root / "munge" / "key"
         key.touch(mode=0o600)
@@ -255,14 +255,14 @@ class Cluster:
         self.config.with_name("gres.conf").write_text(
             f"AutoDetect=off\nNodeName=n[1-{len(self.nodes)}] Name=gpu {devices}\n"
         )
-        known = Path("/etc/hosts").read_text().rstrip("\n")
-        self.config.with_name("hosts").write_text("\n".join([known, *(f"127.0.0.1 {n}" for n in self.nodes), ""]))
+        hosts = Path("/etc/hosts").read_text().rstrip("\n")
+        self.config.with_name("hosts").write_text("\n".join([hosts, *(f"127.0.0.1 {n}" for n in self.nodes), ""]))
 
     def _daemon(self, name: str, *command: str) -> None:
-        dies_with_us = ["setpriv", "--pdeathsig", "KILL", *command]
+        with_parent = ["setpriv", "--pdeathsig", "KILL", *command]
         with (self.root / "log" / f"start.{name}").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                dies_with_us,
+                with_parent,
                 env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -295,12 +295,12 @@ class Cluster:
         )
 
     def _daemons_of(self, node: str) -> list[int]:
-        """slurmd and the step daemons, which hide their command line and environment, but share slurmd's log."""
+        """slurmd and its step daemons, which can be found only by the log file that they have open."""
         log = str(self.root / "log" / f"slurmd.{node}.log")
         return [process for process, folder in _processes() if log in _links(folder / "fd")]
 
     def tasks(self, node: str | None = None) -> list[int]:
-        """Whatever else was started under our configuration, on one node or anywhere."""
+        """All other processes that were started under our configuration, on one node or on all."""
         marks = {f"SLURM_CONF={self.config}".encode()}
         if node is not None:
             marks.add(f"SLURMD_NODENAME={node}".encode())
@@ -313,7 +313,7 @@ def _processes() -> Iterator[tuple[int, Path]]:
 
 def _links(folder: Path) -> set[str]:
     found = set()
-    with contextlib.suppress(OSError):  # of another user, or just gone
+    with contextlib.suppress(OSError):  # of another user, or just ended
         for path in folder.iterdir():
             found.add(os.readlink(path))
     return found

@@ -1,4 +1,4 @@
-"""One cluster for the whole session; for each test a site of its own: stub Python, fake nvidia-smi, folders."""
+"""One cluster for the test session; every test has its own site: stub Python, fake nvidia-smi, folders."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cluster() -> Iterator[Cluster]:
     if missing:
         pytest.skip(f"{', '.join(missing)} not on this machine; tests/run.sh installs SLURM where it may")
     cluster = Cluster()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # jobs do not end with us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise the jobs would survive this process
     try:
         cluster.start()
         yield cluster
@@ -46,7 +46,7 @@ def cluster() -> Iterator[Cluster]:
 
 @dataclass
 class Site:
-    """A user of the cluster: where a test submits from and what its jobs/site.env says."""
+    """A user of the cluster: the folder from which a test submits, and its jobs/site.env."""
 
     cluster: Cluster
     folder: Path
@@ -69,17 +69,17 @@ class Site:
         return Path(self.cluster.show(job)["StdOut"]).read_text()
 
     def launch(self, rank: int = 0, restart: int = 0) -> dict[str, Any]:
-        """What the stub wrote down at its start."""
+        """Arguments, environment and pid that the stub recorded at its start."""
         found: dict[str, Any] = json.loads((self.run_dir / f"launch.{restart}.{rank}.json").read_text())
         return found
 
     def saves(self) -> list[tuple[int, int]]:
-        """(restart, step) of each of the stub's checkpoints."""
+        """(restart, step) of each checkpoint of the stub."""
         lines = (self.run_dir / "saves").read_text().splitlines()
         return [(int(restart), int(step)) for restart, step in map(str.split, lines)]
 
     def interrupt(self, job: str) -> None:
-        """What SLURM does 300 s before the time limit."""
+        """Send the signal that SLURM sends 300 s before the time limit."""
         done = self.cluster.run("scancel", "--batch", "--signal=USR1", job)
         assert done.returncode == 0, done.stderr
 
@@ -101,13 +101,13 @@ def site(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
     for name, text in {"python": python, "nvidia-smi": NVIDIA_SMI}.items():
         (bin_dir / name).write_text(text)
         (bin_dir / name).chmod(0o755)
-    made = Site(cluster, tmp_path, tmp_path / "run", {"SITE_ENV": str(tmp_path / "site.env")})
-    made.write_env(
+    site = Site(cluster, tmp_path, tmp_path / "run", {"SITE_ENV": str(tmp_path / "site.env")})
+    site.write_env(
         MIMSCALE_PYTHON=str(bin_dir / "python"),
         SITE_RUN_ROOT=str(tmp_path / "runs"),
         SITE_LOCAL_DIR=str(cluster.local),
         MIN_FREE_GB="1",
     )
-    yield made
+    yield site
     cluster.repair()
     cluster.cancel_all()

@@ -1,15 +1,15 @@
-"""A stand-in for Python: keeps the trainer's contract with the batch scripts without torch, so it starts in 0.1 s.
+"""A stub for Python that behaves like the trainer towards the batch scripts, without torch, so it starts in 0.1 s.
 
     python stub.py -m mimscale train RECIPE --run-dir DIR [stub.steps=5] [stub.step_s=0.02] [anything else]
     python stub.py -m mimscale evaluate VERB DIR ...
     python stub.py -m data_prep ... DESTINATION --part I/N
     python stub.py -m data_prep finish --wait S DESTINATION ...
 
-stub.deaf_s: seconds before the signal handlers are there.  stub.deaf: never heeds a signal.
-stub.crash_rank: exits 9 when there is a file `crash`.  stub.exit: leaves at once with this code.
-stub.frozen: no step counts.  stub.hang_at: saves at this step of the first start and ends as the watchdog does.
-stub.every: rank 0 saves at every so many steps.
-Rank 0 holds the run's real lock, and `saves` has a line "RESTART STEP" for each of its checkpoints.
+stub.deaf_s: seconds before the signal handlers are installed.  stub.deaf: ignores signals.
+stub.crash_rank: this rank exits with 9 if there is a file `crash`.  stub.exit: exits at once with this code.
+stub.frozen: the step number does not increase.  stub.hang_at: at this step of the first start, saves and ends as the
+watchdog does.  stub.every: rank 0 saves every this many steps.
+Rank 0 holds the run lock, and the file `saves` has a line "RESTART STEP" for each of its checkpoints.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def train(arguments: list[str]) -> int:
     saves = run_dir / "saves"
     step = int(saves.read_text().split()[-1]) if saves.exists() else 0
     time.sleep(float(options.get("deaf_s", "0")))
-    asked: list[int] = []
+    signals: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN if "deaf" in options else lambda number, frame: asked.append(number))
+        signal.signal(number, signal.SIG_IGN if "deaf" in options else lambda number, frame: signals.append(number))
     stop_file = Path(os.environ["MIMSCALE_STOP_FILE"])
     if rank == 0:
         print(f"stub starts at step {step} on {os.environ['WORLD_SIZE']} ranks", flush=True)
@@ -68,7 +68,7 @@ def train(arguments: list[str]) -> int:
             return 75
         if "every" in options and step % int(options["every"]) == 0:
             save()
-        if asked or (stop_file.exists() and "deaf" not in options):
+        if signals or (stop_file.exists() and "deaf" not in options):
             save()
             if rank == 0:
                 Path(os.environ["MIMSCALE_REQUEUE_FILE"]).write_text(f"{step}\n")
@@ -107,7 +107,7 @@ def main() -> int:
             return 0
         case ["-m", "data_prep", *arguments]:
             return prepare(arguments)
-    raise SystemExit(f"stub: not understood: {sys.argv[1:]}")
+    raise SystemExit(f"stub: unknown arguments: {sys.argv[1:]}")
 
 
 if __name__ == "__main__":

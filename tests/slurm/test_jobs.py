@@ -1,4 +1,4 @@
-"""jobs/ on a real SLURM of two nodes, with a stub in the trainer's place."""
+"""jobs/ on a real SLURM of two nodes, with a stub instead of the trainer."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_slurm_accepts_every_header(site: Site, name: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_bare_sbatch_from_another_folder(site: Site) -> None:
-    """The script finds its own folder although SLURM runs a copy; each rank gets its numbers and a meeting point."""
+def test_plain_sbatch_from_another_folder(site: Site) -> None:
+    """The script finds its own folder although SLURM runs a copy; every rank gets its numbers and the rendezvous."""
     job = site.sbatch(
         "--nodes=2", "--cpus-per-task=1", str(JOBS / "pretrain_vit_h.sbatch")
-    )  # 2 x 8 ranks, as it stands
+    )  # 2 x 8 ranks, as in the header
     assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.log(job)
     site.run_dir = next((site.folder / "runs").iterdir())
     assert site.run_dir.name.endswith(job)
@@ -89,7 +89,7 @@ def test_bad_input_ends_with_2(site: Site, env: dict[str, str], options: tuple[s
     assert not list(site.folder.glob("run/launch.*"))
 
 
-# ------------------------------------------------------------------------------------------------- stop and go on
+# ------------------------------------------------------------------------------------------------- save and requeue
 
 
 def test_time_limit_requeues_and_resumes(site: Site) -> None:
@@ -100,14 +100,14 @@ def test_time_limit_requeues_and_resumes(site: Site) -> None:
     end = site.cluster.wait(job)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), site.log(job)
     assert (site.run_dir / "done").read_text() == "30\n"
-    starts = [int(n) for n in re.findall(r"stub starts at step (\d+)", site.log(job))]  # one log for both turns
+    starts = [int(n) for n in re.findall(r"stub starts at step (\d+)", site.log(job))]  # one log for both starts
     assert starts[0] == 0 and 0 < starts[1] < 30
     assert f"job {job} restart 0 step {starts[1]}" in (site.run_dir / "job" / "restarts.txt").read_text()
     assert [p.name for p in (site.run_dir / "job").iterdir()] == ["restarts.txt"]
 
 
-def test_signal_before_the_trainer_listens(site: Site) -> None:
-    """Neither kills the ranks nor gets lost."""
+def test_signal_before_the_handlers_are_installed(site: Site) -> None:
+    """The signal neither kills the ranks nor is lost."""
     job = site.pretrain("stub.steps=1000", "stub.step_s=0.1", "stub.deaf_s=2")
     site.until_started()
     site.interrupt(job)
@@ -122,12 +122,13 @@ def test_cancel_saves_and_does_not_requeue(site: Site) -> None:
     site.cluster.run("scancel", job)
     end = site.cluster.wait(job)
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0")
+    site.until_saved()  # SLURM sets the state before the ranks have ended
     assert site.saves()[-1][1] > 0
     site.cluster.until("the batch script's end", lambda: not list((site.run_dir / "job").iterdir()))
 
 
 def test_preemption_saves_and_slurm_requeues(site: Site) -> None:
-    """A job of higher rank takes the nodes: ours gets TERM, saves within the grace time and comes back afterwards."""
+    """A job of higher priority takes the nodes: the first one gets TERM, saves within the grace time and runs again."""
     job = site.pretrain("stub.steps=30", "stub.step_s=0.1", options=["--partition=low"])
     site.until_started()
     other = site.sbatch("--nodes=2", "--exclusive", "--wrap=sleep 1")
@@ -158,7 +159,7 @@ def test_crash_of_one_rank_ends_the_job(site: Site) -> None:
 
 
 def test_a_hang_is_requeued(site: Site) -> None:
-    """The watchdog ends the ranks with a failure, but after a marker."""
+    """The watchdog ends the ranks with a failure, after it has written the requeue file."""
     job = site.pretrain("stub.hang_at=3")
     site.cluster.start_now(job)
     end = site.cluster.wait(job)
@@ -171,8 +172,8 @@ def test_bad_input_to_the_trainer_is_not_requeued(site: Site) -> None:
     assert (end["JobState"], end["Restarts"]) == ("FAILED", "0")
 
 
-def test_leaving_unfinished_is_a_failure(site: Site) -> None:
-    """Exit code 0 without the file `done` must not start what waits for this job's success."""
+def test_exit_code_0_without_the_file_done_is_a_failure(site: Site) -> None:
+    """Otherwise stages that depend on the success of this job would start."""
     job = site.pretrain("stub.exit=0")
     assert site.cluster.wait(job)["ExitCode"] == "1:0"
     assert "without finishing" in site.log(job)
@@ -182,7 +183,7 @@ def test_leaving_unfinished_is_a_failure(site: Site) -> None:
     ("trainer", "env", "message"),
     [
         ("stub.steps=1000", {"MAX_RESTARTS": "0"}, "MAX_RESTARTS=0 are used up"),
-        ("stub.frozen=1", {}, "no further than the last time"),
+        ("stub.frozen=1", {}, "no further than before the last restart"),
     ],
 )
 def test_requeue_has_limits(site: Site, trainer: str, env: dict[str, str], message: str) -> None:
@@ -194,7 +195,7 @@ def test_requeue_has_limits(site: Site, trainer: str, env: dict[str, str], messa
     assert message in site.log(job)
 
 
-def test_a_stop_file_made_by_a_person_is_not_requeued(site: Site) -> None:
+def test_a_run_with_a_stop_file_is_not_requeued(site: Site) -> None:
     job = site.pretrain("stub.steps=1000", "stub.step_s=0.1")
     site.until_started()
     (site.run_dir / "stop").touch()
@@ -213,7 +214,7 @@ def test_a_stop_file_made_by_a_person_is_not_requeued(site: Site) -> None:
         ({"FAKE_ECC_NODE": "n2", "CHECK_ECC": "1"}, "7 uncorrected ECC errors"),
     ],
 )
-def test_bad_node_is_named(site: Site, env: dict[str, str], why: str) -> None:
+def test_bad_node_is_reported(site: Site, env: dict[str, str], why: str) -> None:
     job = site.pretrain(env=env)
     assert site.cluster.wait(job)["ExitCode"] == "3:0", site.log(job)
     assert f"BAD NODE n2: {why}" in site.log(job) and "--exclude=n2 " in site.log(job)
@@ -293,8 +294,8 @@ def test_dry_run_submits_nothing(site: Site) -> None:
     assert refused.returncode == 1 and "would refuse stage 'pretrain'" in refused.stderr
 
 
-def test_bare_array(site: Site) -> None:
-    """The array's last task bears the number of the whole array, about which SLURM answers once per task."""
+def test_plain_array(site: Site) -> None:
+    """The last task has the job number of the whole array, for which SLURM answers once per task."""
     out = site.folder / "out"
     job = site.sbatch(
         "--array=0-2", "--cpus-per-task=1", str(JOBS / "prepare_imagenet.sbatch"), "folder", "/in", str(out)
@@ -304,7 +305,7 @@ def test_bare_array(site: Site) -> None:
     assert sorted(p.name for p in out.iterdir()) == ["0-of-3", "1-of-3", "2-of-3"]
 
 
-def test_parts_of_a_partial_array_must_be_told(site: Site) -> None:
+def test_a_partial_array_needs_the_number_of_parts(site: Site) -> None:
     script, arguments = str(JOBS / "prepare_imagenet.sbatch"), ("folder", "/in", str(site.folder / "out"))
     job = site.sbatch("--array=2", "--cpus-per-task=1", script, *arguments)
     assert site.cluster.wait(job)["ExitCode"] == "2:0"
@@ -315,18 +316,18 @@ def test_parts_of_a_partial_array_must_be_told(site: Site) -> None:
 
 @pytest.mark.slow
 def test_communication_check(site: Site) -> None:
-    """2 x 2 real ranks over gloo; the limit is set so that the noise of a busy host accuses nobody."""
+    """2 x 2 real ranks over gloo; the factor is so high that a busy host causes no false alarm."""
     job = site.pretrain(env={"COMM_CHECK": "1", "COMM_CHECK_FACTOR": "1000"})
     assert site.cluster.wait(job, timeout_s=300)["JobState"] == "COMPLETED", site.log(job)
     assert "all-reduce of 1 MiB" in site.log(job)
     for node in site.cluster.nodes:
         assert re.search(rf"^  {node} [\d.]+ [\d.]+$", site.log(job), re.MULTILINE)
-    assert site.launch()["environment"]["RANK"] == "0"  # the training went ahead
+    assert site.launch()["environment"]["RANK"] == "0"  # the training started
 
 
 @pytest.mark.slow
-def test_communication_check_names_a_slow_node(site: Site) -> None:
-    """Under a limit that nobody can meet all are named, and the training does not start."""
+def test_communication_check_reports_slow_nodes(site: Site) -> None:
+    """With a factor that no node can meet all are reported, and the training does not start."""
     job = site.pretrain(env={"COMM_CHECK": "1", "COMM_CHECK_FACTOR": "0.0001"})
     assert site.cluster.wait(job, timeout_s=300)["ExitCode"] == "3:0", site.log(job)
     assert "BAD NODE n1: all-reduce" in site.log(job) and "--exclude=n1,n2 " in site.log(job)

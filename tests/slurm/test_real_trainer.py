@@ -43,12 +43,12 @@ def until_saved(site: Site, after: int = 0) -> None:
 
 
 def prepare(site: Site, seed: int) -> Path:
-    """Shards of 20 made-up pictures each, written by an array of two jobs."""
-    pictures, shards = site.folder / f"pictures{seed}", site.folder / f"shards{seed}"
-    command = [sys.executable, "-m", "data_prep", "synthetic", str(pictures), "--per-class=8", f"--seed={seed}"]
+    """Shards of 20 synthetic images each, written by an array of two tasks."""
+    images, shards = site.folder / f"images{seed}", site.folder / f"shards{seed}"
+    command = [sys.executable, "-m", "data_prep", "synthetic", str(images), "--per-class=8", f"--seed={seed}"]
     subprocess.run(command, check=True, capture_output=True)
     real_python(site)
-    script = (str(JOBS / "prepare_imagenet.sbatch"), "folder", str(pictures), str(shards), "--shard-samples=20")
+    script = (str(JOBS / "prepare_imagenet.sbatch"), "folder", str(images), str(shards), "--shard-samples=20")
     job = site.sbatch("--array=0-1", "--cpus-per-task=1", *script)
     for part in (f"{job}_0", f"{job}_1"):
         assert site.cluster.wait(part, timeout_s=200)["JobState"] == "COMPLETED", site.log(part)
@@ -56,14 +56,14 @@ def prepare(site: Site, seed: int) -> Path:
     return shards
 
 
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(site: Site) -> None:
+def test_an_interrupted_run_equals_an_uninterrupted_one(site: Site) -> None:
     """Preparation, pre-training with and without a time limit and a lost node, evaluation."""
     shards, other = prepare(site, seed=0), prepare(site, seed=1)
     plain = pretrain(site, shards, site.folder / "plain")
     assert site.cluster.wait(plain, timeout_s=400)["JobState"] == "COMPLETED", site.log(plain)
     assert launches(site) == [(4, 0)]
 
-    # srun ends ranks that run on for longer than this after another has left: not below what leaving takes
+    # srun ends ranks that still run this long after another has exited; it must be longer than an orderly exit takes
     job = pretrain(site, shards, site.folder / "interrupted", "checkpoint.every=10", SLURM_WAIT="15")
     until_saved(site)
     site.interrupt(job)
@@ -71,8 +71,8 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(site: Site) -> None:
     site.cluster.until("the second start", lambda: len(launches(site)) == 2, timeout_s=400)
     until_saved(site, after=launches(site)[1][1])
     site.cluster.lose("n2")
-    # the other ranks crash on it long before SLURM misses the node; the job waits until it does
-    site.cluster.until("the search", lambda: "nothing can be started on n2\n" in site.log(job), timeout_s=200)
+    # the other ranks crash long before SLURM marks the node as down; the job waits for that
+    site.cluster.until("the unreachable node", lambda: "nothing can be started on n2\n" in site.log(job), timeout_s=200)
     site.cluster.declare_down("n2")
     site.cluster.back("n2")
     site.cluster.start_now(job, timeout_s=120)
@@ -98,12 +98,12 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(site: Site) -> None:
 
 
 def test_fewer_nodes_than_before(site: Site, shards: Path) -> None:
-    """The run goes on with the nodes that are left: the batch is solved anew, no step is missing."""
+    """The run continues with the remaining nodes: micro-batch and accumulation are recomputed, no step is missing."""
     changes = ("schedule.steps=40", "checkpoint.every=5")
     job = pretrain(site, shards, site.folder / "run", *changes, options=["--nodes=1-2"], MIN_NODES="1")
     until_saved(site)
     site.cluster.lose("n2")
-    site.cluster.declare_down("n2")  # before the other ranks have told that they crash
+    site.cluster.declare_down("n2")  # before SLURM knows that the other ranks have crashed
     site.cluster.start_now(job)
     end = site.cluster.wait(job, timeout_s=400)
     assert (end["JobState"], end["NodeList"]) == ("COMPLETED", "n1"), site.log(job)
@@ -114,8 +114,8 @@ def test_fewer_nodes_than_before(site: Site, shards: Path) -> None:
     assert {line["step"] for line in lines if "step" in line} == set(range(1, 41))
 
 
-def test_a_bare_srun_is_one_run(site: Site, shards: Path) -> None:
-    """Without jobs/: the tasks of a step find each other by SLURM's own variables."""
+def test_a_plain_srun_is_one_run(site: Site, shards: Path) -> None:
+    """Without jobs/: the ranks read SLURM's own variables."""
     run_dir = site.folder / "bare"
     step = ("srun", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", sys.executable, "-m", "mimscale", "train")
     changes = (f"data.shards={shards}", "schedule.steps=3", "log.every=1", "engine.ds_config=cpu_zero2_fp32")
@@ -125,7 +125,7 @@ def test_a_bare_srun_is_one_run(site: Site, shards: Path) -> None:
     assert launch["ranks"] == 4 and (run_dir / "done").exists()
 
 
-def test_bad_input_is_told_and_not_requeued(site: Site, tmp_path: Path) -> None:
+def test_bad_input_is_reported_and_not_requeued(site: Site, tmp_path: Path) -> None:
     one_rank_each = ["--ntasks-per-node=1", "--gpus-per-node=1"]
     job = pretrain(site, tmp_path / "nowhere", site.folder / "run", options=one_rank_each)
     end = site.cluster.wait(job, timeout_s=200)

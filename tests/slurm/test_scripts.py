@@ -1,4 +1,4 @@
-"""What can be said about jobs/ without a cluster: syntax, headers, one body for all sizes, containers, slow nodes."""
+"""Tests of jobs/ without a cluster: syntax, headers, one body for all sizes, container commands, slow nodes."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def test_sizes_differ_in_header_and_recipe_only() -> None:
 def test_headers(path: Path) -> None:
     options = header(path)
     site = {"partition", "account", "qos", "constraint", "gres", "exclude", "mail-user", "no-kill"}
-    assert not site & options.keys(), "what belongs to a site stands in site.env"
-    assert options.get("gpus-per-node", "1").isdigit(), "a GPU type is a site's matter"
-    assert options["ntasks-per-node"] == options.get("gpus-per-node", "1"), "one rank drives one GPU"
-    assert options["output"].startswith("slurm-%x-"), "a folder that does not exist loses the log"
+    assert not site & options.keys(), "settings of a site belong into site.env"
+    assert options.get("gpus-per-node", "1").isdigit(), "the GPU type is a setting of the site"
+    assert options["ntasks-per-node"] == options.get("gpus-per-node", "1"), "one rank uses one GPU"
+    assert options["output"].startswith("slurm-%x-"), "without the folder there would be no log"
     assert options["job-name"] == path.stem and options["open-mode"] == "append" and "requeue" in options
     assert path not in PRETRAIN or options["signal"] == "B:USR1@300"
 
@@ -64,7 +64,7 @@ def test_every_site_setting_is_in_the_example() -> None:
     assert used - {"SITE_ENV"} <= set(re.findall(r"\bSITE_\w+", example))
 
 
-def test_the_example_is_valid_with_every_line_switched_on() -> None:
+def test_the_example_is_valid_with_every_line_enabled() -> None:
     text = re.sub(r"^#export", "export", (JOBS / "site.env.example").read_text(), flags=re.MULTILINE)
     done = subprocess.run(
         ["bash", "-euc", f"SHARDS=/mine\n{text}\nenv"],
@@ -135,7 +135,7 @@ def test_rounds_pair_every_node_with_new_partners(comm_check: ModuleType, nodes:
 
 @pytest.mark.parametrize("nodes", [3, 4, 9])
 @pytest.mark.parametrize("slow", [0, 1, 2])
-def test_one_slow_node_is_named_and_no_other(
+def test_only_the_slow_node_is_reported(
     comm_check: ModuleType, nodes: int, slow: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     best = [
@@ -147,8 +147,6 @@ def test_one_slow_node_is_named_and_no_other(
     assert len(bad) == 1 and bad[0].startswith(f"BAD NODE n{slow}: all-reduce with its best partner takes 500.0 ms")
 
 
-def test_two_nodes_are_told_apart_by_what_happens_inside(
-    comm_check: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_nodes_are_compared_by_the_time_inside(comm_check: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     comm_check.report([("n1", 0.1, 0.7), ("n2", 0.5, 0.7)], megabytes=1, factor=2.0)
     assert re.findall(r"BAD NODE (\w+)", capsys.readouterr().out) == ["n2"]
