@@ -5,7 +5,7 @@
     python -m tests.evals.record --compare BEFORE.json AFTER.json
 
 Three small students at their seeded initialisation (two methods, two image sizes), both poolings, two seeds and two
-batch sizes, on images whose classes are hard to tell apart: every metric of every row, and the sha256 of predictions
+batch sizes, on images whose classes are hard to distinguish: every metric of every row, and the sha256 of predictions
 behind them. The files are equal only on one machine with one set of packages.
 """
 
