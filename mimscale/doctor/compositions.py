@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -34,7 +35,9 @@ def methods() -> list[str]:
 
 def fusions(method: str) -> list[tuple[str, dict[str, Any]]]:
     """The fusions of a method: (label, section of the recipe)."""
-    field: Any = method_class(method).Config.model_fields["fusion"]
+    field: Any = method_class(method).Config.model_fields.get("fusion")
+    if field is None:
+        return [("none", {})]
     if not isinstance(field.default, FusionConfig):
         return [(kind, {"fusion": kind}) for kind in get_args(field.annotation)]
     options = type(field.default).model_fields
@@ -65,12 +68,15 @@ def answer(method: str, policy: str, section: dict[str, Any]) -> tuple[str, list
     return "no", reasons
 
 
-def table() -> str:
-    """Markdown: a row per method and fusion, a column per policy; below it the reasons of refusals."""
-    policies = names_in("mimscale.masking")
+def table(names: Sequence[str] = (), policies: Sequence[str] = ()) -> str:
+    """Markdown: a row per method and fusion, a column per policy; below it the reasons of refusals.
+
+    names, policies: of the rows and columns; without them all that there are.
+    """
+    policies = policies or names_in("mimscale.masking")
     rows = [f"| method | fusion | {' | '.join(policies)} |", f"| --- | --- |{' --- |' * len(policies)}"]
     known: dict[str, int] = {}
-    for method in methods():
+    for method in names or methods():
         for fusion, section in fusions(method):
             cells = []
             for policy in policies:
