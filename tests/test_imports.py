@@ -149,7 +149,7 @@ def test_imported_modules_exist() -> None:
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for module in modules:
-                if module.split(".")[0] in ("mimscale", "data_prep", "tests"):
+                if module.split(".")[0] in ("mimscale", "data_prep"):
                     file = checkout.joinpath(*module.split("."))
                     if not file.is_dir() and not file.with_suffix(".py").is_file():
                         wrong.append(f"{path.relative_to(checkout)} imports {module}")

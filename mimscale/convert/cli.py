@@ -143,7 +143,7 @@ def _encoder_check(vit: Student) -> Check:
 
 
 def _sizes(vit: Student) -> dict[str, Any]:
-    """Metadata for a file of a student alone: its tensors show neither the heads nor the drop path."""
+    """Metadata for a file of a student alone: its tensors determine neither the heads nor the drop path."""
     return {"student": vit.config.model_dump(mode="json"), "image_size": vit.grid[0] * vit.config.patch}
 
 

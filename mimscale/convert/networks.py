@@ -135,7 +135,7 @@ def _config_from(
         heads = table.shape[1]
     if heads is None and (width, depth) not in usual:
         raise UserError(
-            f"{path}: width {width}, depth {depth} is no usual size and weights do not show them; give the heads"
+            f"{path}: width {width}, depth {depth} is no usual size and weights do not show it; give the heads"
         )
     heads = usual[width, depth] if heads is None else heads
     if heads < 1 or width % heads:
