@@ -123,7 +123,8 @@ class SimpleJpegDecoder:
 
     def __call__(self, data: bytes) -> ArrayImage:
         array = self._decode_jpeg(data) if data[:2] == b"\xff\xd8" else None
-        return ArrayImage(np.asarray(decode(data)) if array is None else array)
+        # a copy, because Pillow's array is read-only, about which torch warns in `resize`
+        return ArrayImage(np.array(decode(data)) if array is None else array)
 
     def _decode_jpeg(self, data: bytes) -> NDArray[np.uint8] | None:
         """None if the data is not a plain JPEG or simplejpeg warns; then Pillow decides whether it is damaged."""
