@@ -155,7 +155,7 @@ def evaluate(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages,
     common = ["--train", shards["digits-train"], "--val", shards["digits-test"], "--crop-pct", 1, "--workers", 0]
     common += ["--seed", seed, "--device", DEVICE]
     scores: Scores = {name: {} for name in rows(extras)}
-    for protocol, flags in (("knn", []), ("linear", ["--shots", 5, "--draws", 3])):
+    for protocol, flags in (("knn", []), ("linear", []), ("fewshot", ["--shots", 5, "--draws", 3])):
         report = folder / f"{protocol}.json"
         words = ["-m", "mimscale", "evaluate", protocol, *runs, *common, *flags, "--out", report]
         stage(f"seed {seed}: evaluate {protocol}", *words)

@@ -16,7 +16,7 @@ from mimscale.data import noise
 from mimscale.data.loader import eval_batches
 from mimscale.data.manifest import Manifest
 from mimscale.monitoring.panels import tiles
-from mimscale.teachers.ensemble import TeacherEnsemble, describe
+from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons, describe
 from mimscale.types import Batch, View
 
 matplotlib.use("Agg")
@@ -36,10 +36,11 @@ def visualise(run_dir: Path, batch: Batch) -> View:
     """The view of a trained method on these images, on the CPU."""
     run, newest = load_recipe(str(run_dir / "config.yaml")), checkpoint.newest(run_dir)
     assert newest is not None
-    teachers = {name: describe(name, config, run.data.image_size) for name, config in run.teachers.items()}
-    method = method_class(run.method.name)(run, teachers)
+    size = run.data.image_size
+    skeletons = build_skeletons(run.teachers, size)
+    method = method_class(run.method.name)(run, describe(skeletons))
     method.load_state_dict(checkpoint.load_weights(newest))
-    ensemble = TeacherEnsemble(run.teachers, method.needs.teachers, run.data.image_size, torch.device("cpu"))
+    ensemble = TeacherEnsemble(run.teachers, skeletons, method.needs.teachers, size, torch.device("cpu"))
     mask = method.needs.noise["mask"]
     draw = noise.uniform if mask.kind == "uniform" else noise.exponential
     numbers = draw(0, "demo picture", n=len(batch.ids) * mask.shape[0]).reshape(-1, *mask.shape)

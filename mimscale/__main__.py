@@ -16,9 +16,9 @@ from mimscale.errors import Stopped, UserError
 VERBS = {
     "train": ("mimscale.training.cli", "pre-train a student; resumes what the run folder holds"),
     "recipes": ("mimscale.config.recipe_table", "list the recipes of this package: what each should reach and cost"),
-    "evaluate": ("mimscale.evals.cli", "kNN and linear accuracy of frozen features"),
+    "evaluate": ("mimscale.evals.cli", "accuracy of frozen features: kNN, linear, few-shot"),
     "convert": ("mimscale.convert.cli", "official checkpoints <-> ours <-> timm, each with an equality check"),
-    "reconstruct": ("mimscale.api.cli", "draw what a pre-trained method paints where patches are masked"),
+    "reconstruct": ("mimscale.api.cli", "a figure of masked images and their reconstructions"),
     "doctor": ("mimscale.doctor.cli", "check this machine, a recipe, its data and its teachers"),
     "bench": ("mimscale.bench", "measurements behind the documentation's tables"),
 }

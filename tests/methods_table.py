@@ -35,7 +35,6 @@ KINDS = {
     "mask": "masks",
     "pixel": "cropped pixels",
     "table": "position tables",
-    "weight": "patch weights",
     "rate": "learning rates",
 }
 WHERE = (
@@ -183,7 +182,7 @@ def long_table(measured: Measured) -> Iterator[str]:
 
 
 UNITS = (
-    "Activations and patch weights: absolute. Loss and learning rates: relative. Gradients: relative to the tensor's "
+    "Activations: absolute. Loss and learning rates: relative. Gradients: relative to the tensor's "
     "largest entry. Without a tolerance: equal to the bit. Networks of a few blocks, random weights and images, fp32 "
     "on a CPU."
 )

@@ -145,14 +145,14 @@ def tensors(run_dir: Path) -> dict[str, Tensor]:
     """Everything in the newest checkpoint, whole, by "kind|name"."""
     path = checkpoint.newest(run_dir)
     assert path is not None, f"{run_dir} has no checkpoint"
-    reader = checkpoint.Reader(path)
+    reader = checkpoint.CheckpointReader(path)
     return {f"{kind}|{name}": reader.full(kind, name) for kind in reader.kinds() for name in reader.names(kind)}
 
 
 def meta(run_dir: Path) -> dict[str, Any]:
     path = checkpoint.newest(run_dir)
     assert path is not None
-    return checkpoint.Reader(path).meta
+    return checkpoint.CheckpointReader(path).meta
 
 
 def difference(a: Path, b: Path) -> float:

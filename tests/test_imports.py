@@ -138,3 +138,19 @@ def test_imports_inside_convert_go_down() -> None:
                 wrong.append(f"convert/{'/'.join(here)} imports {'.'.join(there)}")
     assert not wrong, "\n".join(wrong)
     assert tuple(TopologicalSorter(graph).static_order())  # raises CycleError for a circle among the formats
+
+
+def test_imported_modules_exist() -> None:
+    """Also those inside functions. mypy takes a missing module for an untyped one."""
+    checkout = ROOT.parent
+    wrong = []
+    for path in sorted(p for folder in ("mimscale", "data_prep", "tests") for p in (checkout / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                if module.split(".")[0] in ("mimscale", "data_prep", "tests"):
+                    file = checkout.joinpath(*module.split("."))
+                    if not file.is_dir() and not file.with_suffix(".py").is_file():
+                        wrong.append(f"{path.relative_to(checkout)} imports {module}")
+    assert not wrong, "\n".join(wrong)

@@ -23,7 +23,7 @@ INSTEAD = {
     "foreign": "WebDataset stream",
     "thrown?|throwing": "dropped patches, drop_ratio",
     "tells?": "log",
-    "judges?": "check",
+    "judge[sd]?": "check",
     "looks?|looked|looking": "read, forward pass, visualise",
     "settle[sd]?": "wait",
     "list_damage": "log_damage",
@@ -47,8 +47,7 @@ EXACT = {
 ALLOWED = {
     ("mimscale/masking/amt.py", "throwing"),  # the paper's word, said once
     ("tests/masking/test_amt.py", "throw"),  # a key of the golden files
-    ("README.md", "picture"),  # an element of HTML
-    ("jobs/demo_figure.py", "picture"),  # a noise purpose: another word would draw other masks
+    ("jobs/demo_figure.py", "picture"),  # a purpose of noise: another name would be other numbers
 }
 
 

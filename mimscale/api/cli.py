@@ -1,4 +1,4 @@
-"""`mimscale reconstruct SOURCE IMAGE... OUT.png`: what a pre-trained method paints where patches are masked."""
+"""`mimscale reconstruct SOURCE IMAGE... OUT.png`: a figure of masked images and their reconstructions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mimscale.api.reconstruction import Reconstruction, load_method, painted
+from mimscale.api.reconstruction import Reconstruction, load_method, reconstruct_with
 from mimscale.data.decode import BadImage, decode
 from mimscale.errors import UserError
 
@@ -23,7 +23,7 @@ SMALLEST, GAP, TITLE = 160, 4, 18  # pixels: smaller images are enlarged; betwee
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="run folder, checkpoint folder or file, decoder included")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    parser.add_argument("out", type=Path, metavar="OUT.png", help="picture to write; it must not exist")
+    parser.add_argument("out", type=Path, metavar="OUT.png", help="figure to write; it must not exist")
     parser.add_argument("--mask-ratio", type=float, metavar="R", help="share of patches masked (default: as trained)")
     parser.add_argument("--seed", type=int, default=0, help="of the masks (default 0)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="masks, and so rows, per image (default 1)")
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.out.suffix != ".png":
-        raise UserError(f"{args.out} must end in .png: the last name is the picture to write")
+        raise UserError(f"{args.out} must end in .png: the last name is the figure to write")
     if args.out.exists():
         raise UserError(f"{args.out} exists; choose another name")
     if args.samples < 1:
@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     images = [image for path in args.images for image in [_opened(path)] * args.samples]
     method, config = load_method(args.source, args.recipe, args.set, args.mask_ratio, args.ema)
-    found = painted(method, config, images, args.seed, torch.device(args.device))
+    found = reconstruct_with(method, config, images, args.seed, torch.device(args.device))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    drawn(found).save(args.out)
+    figure(found).save(args.out)
     masked = int(found.mask[0].sum())
     print(
         f"{masked} of {found.mask.shape[1]} patches masked, uniformly, seed {args.seed}", f"wrote {args.out}", sep="\n"
@@ -54,21 +54,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def drawn(found: Reconstruction) -> Image.Image:
+def figure(found: Reconstruction) -> Image.Image:
     """One row per image: the columns of COLUMNS, each under its title, on white."""
     parts = (found.input, found.masked, found.reconstruction, found.pasted)
     tiles = torch.stack(parts, dim=1)
     rows, columns, side = tiles.shape[0], tiles.shape[1], tiles.shape[-1]
     scale = max(1, math.ceil(SMALLEST / side))
     step = side * scale + GAP
-    picture = Image.new("RGB", (columns * step - GAP, TITLE + rows * step - GAP), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default()
+    canvas = Image.new("RGB", (columns * step - GAP, TITLE + rows * step - GAP), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default()
     for column, title in enumerate(COLUMNS):
         pen.text((column * step, 2), title, fill="black", font=font)
         for row in range(rows):
             tile = Image.fromarray(_array(tiles[row, column])).resize((side * scale,) * 2, Image.Resampling.NEAREST)
-            picture.paste(tile, (column * step, TITLE + row * step))
-    return picture
+            canvas.paste(tile, (column * step, TITLE + row * step))
+    return canvas
 
 
 def _array(image_3HW: Tensor) -> NDArray[np.uint8]:

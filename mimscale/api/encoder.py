@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mimscale.api.images import Images, normalised_batch
 from mimscale.api.pretrained_folder import Pretrained, folder_of, load_folder
-from mimscale.convert.student import student_from
+from mimscale.convert.networks import student_from
 from mimscale.errors import UserError
 from mimscale.models.vit import LN_EPS
 from mimscale.types import IMAGENET_MEAN, IMAGENET_STD
@@ -71,10 +71,10 @@ class Encoder(nn.Module):
         """images: a list of Pillow images of any size; uint8 [B, 3, H, W]; or floating point [B, 3, image_size,
         image_size], taken as normalised with `mean` and `std`. They may be on any device.
 
-        Pillow and uint8 images that are not image_size x image_size already are resized and cropped in the centre as
-        `mimscale evaluate` does it: short side to image_size / 0.875, bicubic. A network whose training has no last
-        norm (MaskAlign) gets one of weight 1 and bias 0, as in evaluation. Gradients reach float images that ask for
-        them. Raises UserError.
+        Pillow images are resized and cropped in the centre as `mimscale evaluate` does it with stored images: short
+        side to image_size / 0.875, bicubic. So are uint8 tensors, except those of image_size x image_size, which are
+        taken as cropped already. A network whose training has no last norm (MaskAlign) gets one of weight 1 and bias 0,
+        as in evaluation. Gradients reach float images that ask for them. Raises UserError.
         """
         pixels = self.preprocess(images).to(next(self.network.parameters()).dtype)
         timm_model = hasattr(self.network, "forward_features")
@@ -99,11 +99,12 @@ def load_encoder(
 
     path: a run folder (its newest checkpoint), one checkpoint folder, a file that `mimscale convert` wrote, an official
         file of a method (.pth, .safetensors), a folder that timm saved (config.json with `architecture`, and
-        model.safetensors), or one of Hugging Face transformers (config.json with `model_type` vit, vit_mae, clip or
-        clip_vision_model). Of such a folder the file model.safetensors may be named instead. Nothing is downloaded.
+        model.safetensors or pytorch_model.bin), or one of Hugging Face transformers (config.json with `model_type` vit,
+        vit_mae, clip or clip_vision_model). Of such a folder the file of weights may be named instead. Nothing is
+        downloaded, and no code in a file is run.
     ema: the exponential moving average of the weights, where the run kept one.
     image_size: pixels per side; None: as it was trained. Positions are resized bicubically.
-    heads: attention heads of an official file of an unusual size, which its weights do not tell.
+    heads: attention heads of an official file of an unusual size; its weights do not say how many.
     device: None is the CPU. dtype: of weights and computation; None is float32.
 
     Images are normalised with ImageNet's mean and standard deviation, except for a timm or transformers folder, which

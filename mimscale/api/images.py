@@ -21,9 +21,9 @@ def normalised_batch(
 ) -> Tensor:
     """float32 [B, 3, image_size, image_size] on `device`, per channel (value / 255 - mean) / std.
 
-    images: a list of Pillow images of any size and mode; or uint8 [B, 3, H, W]. Those that are not image_size x
-    image_size already are resized and cropped in the centre as evaluation does it. A floating-point tensor is taken as
-    normalised already and must have the size. Raises UserError.
+    images: a list of Pillow images of any size and mode, which are resized and cropped in the centre as evaluation does
+    it; or uint8 [B, 3, H, W], where those of image_size x image_size are taken as cropped already. A floating-point
+    tensor is taken as normalised already and must have the size. Raises UserError.
     """
     if not isinstance(images, Tensor):
         return _normalised(_cropped(images, image_size), mean, std, device)

@@ -1,4 +1,4 @@
-"""Folders with config.json and model.safetensors, as timm and Hugging Face transformers save a model.
+"""Folders with config.json and one file of weights, as timm and Hugging Face transformers save a model.
 
 Both are built as a timm model: transformers' ViTs differ from timm's in names and constants only. Nothing is downloaded
 and no code in a folder is run.
@@ -23,13 +23,13 @@ from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from mimscale.convert.source import read
+from mimscale.convert.read import read
 from mimscale.errors import UserError
 from mimscale.teachers import huggingface
 from mimscale.teachers.base import one_line
 from mimscale.types import IMAGENET_MEAN, IMAGENET_STD
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 
 
 class Pretrained(NamedTuple):
@@ -66,6 +66,15 @@ _FAMILIES = {
     "clip": _Family(_CLIP, True, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "clip_vision_model": _Family(_CLIP, True, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
 }
+_SOURCES = (
+    "source",
+    "url",
+    "file",
+    "hf_hub_id",
+    "hf_hub_filename",
+    "custom_load",
+)  # timm would read from there instead
+_NOT_OF_THE_CARD = ("architecture", "num_features", "labels", "model_args")  # in timm's older config.json, of one level
 _TANH_GELU = partial(nn.GELU, approximate="tanh")
 _ACTIVATIONS: dict[str, Any] = {
     "gelu": nn.GELU,
@@ -77,8 +86,8 @@ _ACTIVATIONS: dict[str, Any] = {
 
 
 def folder_of(path: Path) -> Path | None:
-    """The folder of this kind that a path stands for: itself, or that of its file model.safetensors; else None."""
-    folder = path.parent if path.name == WEIGHTS else path
+    """The folder of this kind that a path stands for: itself, or that of its file of weights; else None."""
+    folder = path.parent if path.name in WEIGHTS else path
     ours = (folder / "config.yaml").exists() or (folder / "manifest.json").exists()
     return folder if (folder / CONFIG).is_file() and not ours else None
 
@@ -89,15 +98,16 @@ def load_folder(folder: Path, image_size: int | None = None) -> Pretrained:
     image_size: pixels per side, which timm resizes positions to; None: as saved. Not for transformers' folders.
     """
     config = _json(folder / CONFIG)
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder} has {CONFIG} and no {WEIGHTS}; save the model as safetensors")
-    if "architecture" in config:
-        return _timm(folder, image_size)
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise UserError(f"{folder} has {CONFIG}, but neither {' nor '.join(WEIGHTS)}; save the model in one file")
     kind = config.get("model_type")
+    if "architecture" in config:
+        return _timm(folder, config, weights, image_size)
     if kind in _FAMILIES:
         if image_size is not None:
             raise UserError(f"image_size = {image_size}: a transformers model keeps its own size; leave it out")
-        return _transformers(folder, config, _FAMILIES[kind])
+        return _transformers(folder, config, weights, _FAMILIES[kind])
     if kind is not None:
         raise UserError(
             f"{folder} holds a '{kind}' of transformers; {', '.join(sorted(_FAMILIES))} are read. Others: take timm's "
@@ -106,11 +116,16 @@ def load_folder(folder: Path, image_size: int | None = None) -> Pretrained:
     raise UserError(f"{folder / CONFIG} has neither 'architecture' (timm) nor 'model_type' (transformers)")
 
 
-def _timm(folder: Path, image_size: int | None) -> Pretrained:
+def _timm(folder: Path, config: Mapping[str, Any], weights: Path, image_size: int | None) -> Pretrained:
+    facts = config.get("pretrained_cfg") or {k: v for k, v in config.items() if k not in _NOT_OF_THE_CARD}
+    classes = {"num_classes": config["num_classes"]} if "num_classes" in config else {}
+    options = {**config.get("model_args", {}), "num_classes": 0}
+    if image_size is not None:  # not every architecture takes it
+        options["img_size"] = image_size
+    state = read(weights).weights
+    card = {**{k: v for k, v in facts.items() if k not in _SOURCES}, **classes, "state_dict": state}
     try:
-        # img_size is passed only where it is asked for: not every architecture takes it
-        size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **size)
+        model: Any = timm.create_model(config["architecture"], pretrained=True, pretrained_cfg=card, **options)
     except Exception as error:  # of whatever kind the architecture raises for options that it does not know
         raise UserError(f"{folder}: timm cannot load it ({one_line(error)})") from None
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
@@ -120,11 +135,11 @@ def _timm(folder: Path, image_size: int | None) -> Pretrained:
         )
     if grid[0] != grid[1]:
         raise UserError(f"{folder} takes images of {grid[0]} x {grid[1]} patches; only square images are read")
-    facts = model.pretrained_cfg
-    return Pretrained(model, tuple(facts["mean"]), tuple(facts["std"]))
+    card = model.pretrained_cfg
+    return Pretrained(model, tuple(card["mean"]), tuple(card["std"]))
 
 
-def _transformers(folder: Path, config: Mapping[str, Any], family: _Family) -> Pretrained:
+def _transformers(folder: Path, config: Mapping[str, Any], weights: Path, family: _Family) -> Pretrained:
     values = {**_DEFAULTS, **family.defaults, **(config.get("vision_config") or config)}
     if values["hidden_act"] not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
@@ -144,20 +159,26 @@ def _transformers(folder: Path, config: Mapping[str, Any], family: _Family) -> P
             norm_layer=partial(nn.LayerNorm, eps=values["layer_norm_eps"]),
             act_layer=_ACTIVATIONS[values["hidden_act"]],
         )
-        state = huggingface.to_timm(read(folder / WEIGHTS).weights)
+        state = huggingface.to_timm(read(weights).weights)
         if state is None:
-            raise UserError(f"{folder / WEIGHTS} does not hold the tensors of a {config['model_type']}")
+            raise UserError(f"{weights} does not hold the tensors of a {config['model_type']}")
         model.load_state_dict(state)
     except KeyError as error:
-        raise UserError(f"{folder / WEIGHTS}: the tensor {error} is missing") from None
+        raise UserError(f"{weights}: the tensor {error} is missing") from None
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, UserError):
             raise
         text = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit together ({text})") from None
-    path = folder / "preprocessor_config.json"
+        raise UserError(f"{folder}: {CONFIG} and {weights.name} do not fit together ({text})") from None
+    return Pretrained(model, *_normalisation(folder / "preprocessor_config.json", family))
+
+
+def _normalisation(path: Path, family: _Family) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of a transformers folder."""
     facts = _json(path) if path.is_file() else {}
-    return Pretrained(model, tuple(facts.get("image_mean", family.mean)), tuple(facts.get("image_std", family.std)))
+    if facts.get("do_normalize") is False:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return tuple(facts.get("image_mean") or family.mean), tuple(facts.get("image_std") or family.std)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`mimscale.reconstruct`: what a pre-trained method paints where patches are masked."""
+"""`mimscale.reconstruct`: masked images, and what a pre-trained method predicts for them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from mimscale.api.images import Images, normalised_batch
 from mimscale.api.overrides import as_words
 from mimscale.config.recipes import load_recipe, validate
 from mimscale.config.run import RunConfig, method_class
-from mimscale.convert.source import read
-from mimscale.convert.student import load
-from mimscale.convert.whole import method_from
+from mimscale.convert.networks import load, method_from
+from mimscale.convert.read import read
 from mimscale.errors import UserError
 from mimscale.methods.base import MaskedConfig, MaskedMethod, masking_class
 from mimscale.monitoring.panels import GREY
-from mimscale.teachers.ensemble import skeleton
+from mimscale.teachers.ensemble import build_skeleton
 from mimscale.types import IMAGENET_MEAN, IMAGENET_STD, Batch, TeacherInfo
 
 PIXEL_METHODS = "mae, mff, pixmim, convmae, simmim and mrmae"
@@ -52,8 +51,8 @@ def reconstruct(
     ema: bool = False,
     device: str | torch.device | None = None,
 ) -> Reconstruction:
-    """Mask images at random and let a method that predicts pixels paint them: MAE, MFF, PixMIM, ConvMAE, SimMIM, and
-    the pixel branch of MR-MAE.
+    """Mask images at random and predict their pixels: MAE, MFF, PixMIM, ConvMAE, SimMIM, and the pixel branch of
+    MR-MAE.
 
     path: a run folder (its newest checkpoint), a checkpoint folder, a file of `mimscale convert --to mimscale`, or a
         whole official file, decoder included.
@@ -62,8 +61,8 @@ def reconstruct(
     mask_ratio: share of the patches that is masked; None: so many are seen as in training. Masks are uniform, whatever
         the policy of the run was, so no teacher is needed.
     seed: of the masks; an image's mask depends on it and on the image's place in the batch.
-    recipe: of an official file, which does not tell its method and sizes, such as mae_vit_l16; overrides: "section.key"
-        -> value for it, as in `mimscale.train`.
+    recipe: of an official file, which names neither its method nor its sizes, such as mae_vit_l16.
+    overrides: "section.key" -> value for that recipe, as in `mimscale.train`.
     ema: the exponential moving average of the student. device: None is the CPU.
 
     With `norm_pix_loss` a patch is predicted up to its mean and contrast only, and these are taken from the image.
@@ -71,15 +70,17 @@ def reconstruct(
 
     >>> import mimscale, torch
     >>> images = torch.randint(256, (2, 3, 48, 48), dtype=torch.uint8)
-    >>> input, masked, painted, pasted, mask = mimscale.reconstruct("runs/first", images, mask_ratio=0.5)
-    >>> painted.shape, mask.sum(dim=1).tolist()
+    >>> input, masked, predicted, pasted, mask = mimscale.reconstruct("runs/first", images, mask_ratio=0.5)
+    >>> predicted.shape, mask.sum(dim=1).tolist()
     (torch.Size([2, 3, 48, 48]), [18.0, 18.0])
     """
     method, config = load_method(Path(path), recipe, as_words(overrides or {}), mask_ratio, ema)
-    return painted(method, config, images, seed, torch.device(device or "cpu"))
+    return reconstruct_with(method, config, images, seed, torch.device(device or "cpu"))
 
 
-def painted(method: MaskedMethod, config: RunConfig, images: Images, seed: int, device: torch.device) -> Reconstruction:
+def reconstruct_with(
+    method: MaskedMethod, config: RunConfig, images: Images, seed: int, device: torch.device
+) -> Reconstruction:
     """What `reconstruct` returns, for a method of `load_method`."""
     pixels = normalised_batch(images, config.data.image_size, IMAGENET_MEAN, IMAGENET_STD, device)
     view = method.to(device).view(_batch(pixels, method, seed), {})
@@ -106,7 +107,7 @@ def load_method(
         raise UserError(f"{path} is a checkpoint of ours and knows its recipe; leave recipe out")
     if loaded.run is None and recipe is None:
         raise UserError(
-            f"{path} does not tell its method and sizes; give the recipe that it belongs to, such as mae_vit_l16"
+            f"{path} does not say its method and sizes; give the recipe that it belongs to, such as mae_vit_l16"
         )
     config = loaded.run or load_recipe(str(recipe), overrides)
     kind = method_class(config.method.name)
@@ -128,7 +129,7 @@ def _with_uniform_masks(
     section = cast(MaskedConfig, config.method).masking
     counts = masking_class(cast(MaskedConfig, config.method)).counts(section, config)
     ratio = mask_ratio or 1 - (counts.visible + 0.5) / counts.units  # half a unit: whichever way a policy rounds
-    known = {name: skeleton(name, one, config.data.image_size).info for name, one in config.teachers.items()}
+    known = {name: build_skeleton(name, one, config.data.image_size).info for name, one in config.teachers.items()}
     read = kind.teacher_needs(config, known)
     values = config.dump()
     values["teachers"] = {name: one for name, one in values["teachers"].items() if name in read}

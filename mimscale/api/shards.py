@@ -11,7 +11,6 @@ from pathlib import Path
 from torch import Tensor
 
 from mimscale.api.images import CROP_PCT
-from mimscale.data.config import DataConfig
 from mimscale.data.loader import eval_batches
 from mimscale.data.manifest import Manifest
 from mimscale.data.shard_cache import Cache
@@ -81,11 +80,12 @@ class Shards:
 
         >>> import mimscale
         >>> shards = mimscale.open_shards("runs/tiny/shards")
-        >>> [len(batch) for batch in shards.batches(100, image_size=48)]
-        [100, 28]
+        >>> [len(batch) for batch in shards.batches(300, image_size=48)]
+        [300, 300, 300, 100]
         """
-        if size < 1:
-            raise UserError(f"size = {size}: a batch has at least one image")
+        for name, value, least in (("size", size, 1), ("image_size", image_size, 1), ("workers", workers or 0, 0)):
+            if value < least:
+                raise UserError(f"{name} = {value} must be {least} or more")
         stored = self._manifest.labels
         if labels and (stored is None or stored.min() < 0):
             raise UserError(
@@ -116,8 +116,8 @@ def open_shards(path: str | Path, *, cache: str | Path | None = None, cache_gib:
 
     >>> import mimscale
     >>> shards = mimscale.open_shards("runs/tiny/shards")
-    >>> len(shards), shards.classes
-    (128, ('class_000', 'class_001', 'class_002', 'class_003'))
+    >>> len(shards), shards.classes[:2]
+    (1000, ('class_000', 'class_001'))
     >>> batch = next(shards.batches(32, image_size=48))
     >>> batch.images.shape, batch.images.dtype
     (torch.Size([32, 3, 48, 48]), torch.uint8)
@@ -128,5 +128,8 @@ def open_shards(path: str | Path, *, cache: str | Path | None = None, cache_gib:
         raise UserError(f"{path} is remote: give cache=, a folder on this machine's own disk")
     if not cache_gib > 0:
         raise UserError(f"cache_gib = {cache_gib:g} must be above 0")
-    config = DataConfig(shards=str(path), cache=None if cache is None else Path(cache), cache_gib=cache_gib)
-    return Shards(Manifest.load(config.shards, cache=Cache.from_config(config)))
+    try:
+        opened = None if cache is None else Cache(Path(cache), int(cache_gib * 2**30))
+    except OSError as error:
+        raise UserError(f"cache = {cache} cannot be made: {error.strerror}") from None
+    return Shards(Manifest.load(path, cache=opened))

@@ -57,7 +57,7 @@ def costs(recipe: str, batch: int, rounds: int, overrides: Sequence[str] = ()) -
         for name, (work, _) in parts.items():
             seconds[name].append(_cpu_s(work))
     ms = {name: 1000 * statistics.median(seconds[name]) * share / batch for name, (_, share) in parts.items()}
-    ms["resize the uncropped image"] -= ms.pop("load") * refresh  # measured together with the crop
+    ms["resize the uncropped image"] -= ms.pop("load") * refresh  # it was measured together with the crop
     step = ms.pop("step")
     ms["draw the masks by importance"] -= ms.pop("draw uniform masks")
     rows = [["step: forward, backward, AdamW", f"{step:.1f}", "100 %"]]
@@ -99,17 +99,17 @@ def _step_parts(run: Any, batch: int, refresh: float) -> dict[str, Part]:
         optimizer.step()
         optimizer.zero_grad()
 
-    def forward_uncropped() -> None:
+    def attend() -> None:
         with torch.no_grad():
             method.student(normalised(pixels), attention=True)
 
     step()  # the first step allocates the optimizer state
     return {
         "step": (step, 1.0),
-        "forward pass on uncropped images": (forward_uncropped, refresh),
-        "fetch the rows": (lambda: method.prepare(host), 1.0),
+        "forward pass of uncropped images": (attend, refresh),
+        "read the importance": (lambda: method.prepare(host), 1.0),
         "draw the masks by importance": (lambda: policy.choose(ready, {}), 1.0),
-        "draw uniform masks": (lambda: policy.plain.choose(ready, {}), 1.0),
+        "draw uniform masks": (lambda: policy.warmup.choose(ready, {}), 1.0),
     }
 
 

@@ -117,7 +117,7 @@ def measure(sizes: dict[str, int], kinds: tuple[str, ...], world: int, folder: P
     meta = {"step": 1, "shapes": {name: [count] for name, count in sizes.items()}}
     commit_s, _ = timed(lambda: checkpoint.commit(temporary, final, shards, meta))
     cpu_s = time.process_time()
-    open_s, reader = timed(lambda: checkpoint.Reader(final))
+    open_s, reader = timed(lambda: checkpoint.CheckpointReader(final))
     open_cpu_s = time.process_time() - cpu_s
     sent = pickle.dumps(reader)
     cpu_s = time.process_time()

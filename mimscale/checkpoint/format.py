@@ -18,7 +18,7 @@ rounded masters. All is data: safetensors and JSON, no pickle.
 
 Training writes checkpoints with async_writer.py, which calls `commit` here; this file defines the format and reads it.
 A folder gets its final name by an atomic rename after every file in it is on disk, so a folder that is there is whole
-as far as the writer could see; `Reader` checks the manifest and the sizes, `verify` the sha256 of every file.
+as far as the writer could see; `CheckpointReader` checks the manifest and the sizes, `verify` the sha256 of every file.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def remove(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-class Reader:
+class CheckpointReader:
     """Random access to a checkpoint's fragments. Raises CheckpointError, UserError.
 
     meta: the manifest without its list of shards, which at 512 ranks is long: it is kept as arrays, so one process can
@@ -287,7 +287,7 @@ def load_weights(checkpoint: Path, ema: bool = False) -> dict[str, Tensor]:
     ema: the student's parameters are those of its exponential moving average, everything else is as trained. Raises
     UserError where the checkpoint has none, CheckpointError where it is damaged.
     """
-    reader = Reader(checkpoint)
+    reader = CheckpointReader(checkpoint)
     averaged = set(reader.names("ema")) if ema else set()
     if ema and not averaged:
         raise UserError(f"{checkpoint} has no moving average (kind ema); leave --ema out")

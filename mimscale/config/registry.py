@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -24,9 +24,12 @@ class MethodConfig(Strict):
 
 
 def names_in(package: str) -> list[str]:
-    """Files of a package that define a class each: all but base.py and those that start with an underscore."""
-    files = (entry.name for entry in resources.files(package).iterdir())
-    return sorted(f[:-3] for f in files if f.endswith(".py") and not f.startswith("_") and f != "base.py")
+    """Files of a package that define a class each: all but base.py and those that start with an underscore.
+
+    Folders that were added to the package's `__path__` count, so files may lie outside of the installed package.
+    """
+    modules = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    return sorted(m.name for m in modules if not m.ispkg and not m.name.startswith("_") and m.name != "base")
 
 
 def class_in(package: str, name: str, key: str) -> Any:

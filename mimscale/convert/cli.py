@@ -42,14 +42,17 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.out, report_path(args.out)):
         if path.exists():
             raise UserError(f"{path} exists; choose another name")
-    if args.out.parent.is_dir():
-        remove_leftovers(args.out.parent)
-    if args.to in full_state.TARGETS:
-        if args.ema:
-            raise UserError(f"--ema: --to {args.to} keeps trained weights and moving average; leave --ema out")
-        lines = full_state.TARGETS[args.to](args.source, args.out)
-    else:
-        lines = TARGETS.get(args.to, _to_official)(args, read(args.source, args.ema))
+    if args.to in full_state.TARGETS and args.ema:
+        raise UserError(f"--ema: --to {args.to} keeps trained weights and moving average; leave --ema out")
+    try:
+        if args.out.parent.is_dir():
+            remove_leftovers(args.out.parent)
+        if args.to in full_state.TARGETS:
+            lines = full_state.TARGETS[args.to](args.source, args.out)
+        else:
+            lines = TARGETS.get(args.to, _to_official)(args, read(args.source, args.ema))
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be written: {error}; make room, or check both paths") from error
     print(*lines, f"wrote {args.out}", sep="\n")
     return 0
 
@@ -140,7 +143,7 @@ def _encoder_check(vit: Student) -> Check:
 
 
 def _sizes(vit: Student) -> dict[str, Any]:
-    """Metadata for a file of a student alone: its tensors tell neither the heads nor the drop path."""
+    """Metadata for a file of a student alone: its tensors show neither the heads nor the drop path."""
     return {"student": vit.config.model_dump(mode="json"), "image_size": vit.grid[0] * vit.config.patch}
 
 

@@ -46,7 +46,7 @@ def _export(folder: Path, out: Path) -> list[str]:
         raise UserError(f"{folder} holds weights only; --to state reads a run folder or a checkpoint folder")
     run = run_of(folder)
     try:
-        reader = checkpoint.Reader(folder)
+        reader = checkpoint.CheckpointReader(folder)
         reader.verify()
     except checkpoint.CheckpointError as error:
         raise UserError(f"{error}; take an older checkpoint of the run") from None
@@ -87,7 +87,7 @@ def restore(source: Path, out: Path) -> list[str]:
             fragments = {f"{kinds[name]}|{name}|0": tensor.flatten() for name, tensor in tensors.items()}
             shards.append(_write_shard(writing, fragments, index, len(about["files"])))
         checkpoint.commit(writing, final, shards, meta)
-        reader = checkpoint.Reader(final)
+        reader = checkpoint.CheckpointReader(final)
         for file in about["files"]:
             for name, tensor in _read_file(source / f"{file}.safetensors").items():
                 kind = file if file != "weights" else "buffer" if name in buffers else "fp32"

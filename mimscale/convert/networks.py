@@ -52,7 +52,7 @@ def student_from(
     """The student of any checkpoint that `read` understands, and what is known of it.
 
     image_size: resize the position table to this input, in pixels. heads: number of attention heads, needed for an
-    official file of an unusual size because tensors do not tell it. ema: the student's exponential moving average.
+    official file of an unusual size because tensors do not show it. ema: the student's exponential moving average.
     Raises UserError.
     """
     return student_of(read(path, ema), image_size=image_size, heads=heads)
@@ -135,7 +135,7 @@ def _config_from(
         heads = table.shape[1]
     if heads is None and (width, depth) not in usual:
         raise UserError(
-            f"{path}: width {width}, depth {depth} is no usual size and weights do not tell; give the heads"
+            f"{path}: width {width}, depth {depth} is no usual size and weights do not show them; give the heads"
         )
     heads = usual[width, depth] if heads is None else heads
     if heads < 1 or width % heads:
@@ -190,7 +190,7 @@ def levels_of(method: Method) -> Levels:
 
 
 def _teachers_in(state: Mapping[str, Tensor], run: RunConfig) -> dict[str, TeacherInfo]:
-    """The recipe's teachers, with the sizes that the heads of a MaskAlign file tell; empty for other files."""
+    """The recipe's teachers, with the sizes that the heads of a MaskAlign file show; empty for other files."""
     heads = [key for key in state if key.startswith("distill_heads.")]
     if not heads:
         return {}

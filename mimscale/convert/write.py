@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,14 +31,19 @@ def report_path(path: Path) -> Path:
 def save(path: Path, weights: Mapping[str, Tensor], carried: Mapping[str, Any]) -> None:
     """Write tensors to a file. A .pth file gets MAE's wrapper key `model`; anything else is safetensors.
 
-    carried: JSON for the metadata of a safetensors file, where `read` finds the recipe or the student's sizes.
+    carried: JSON for the metadata of a safetensors file, where `read` finds the recipe or the student's sizes. Raises
+    OSError.
     """
-    if path.suffix == ".pth":
-        with path.open("wb") as file:  # given a path, torch would write its name into the file
-            torch.save({"model": dict(weights)}, file)
-    else:
-        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_file(tensors, path, metadata={METADATA: json.dumps(carried), "format": "pt"})
+    try:
+        if path.suffix == ".pth":
+            with path.open("wb") as file:  # given a path, torch would write its name into the file
+                torch.save({"model": dict(weights)}, file)
+        else:
+            tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(tensors, path, metadata={METADATA: json.dumps(carried), "format": "pt"})
+    except (SafetensorError, RuntimeError) as error:  # what safetensors and torch raise for a full disk
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(str(reason)) from error
 
 
 def write(

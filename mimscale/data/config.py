@@ -42,10 +42,10 @@ class DataConfig(Strict):
     random order on the device; no published recipe in this project uses it.
 
     decoder: decides the pixel values, so a resumed run must use the one that it was started with (see data/decode.py).
-    Default: simplejpeg if it is installed. device: decodes in the trainer's process, with nvJPEG on a GPU.
-    decode_short_side: larger JPEGs are decoded at a fraction of their size, down to a short side of this many pixels;
-    0 = off. crops: each image is decoded once for this many consecutive steps, each with another crop; every crop
-    counts as a sample.
+    Default: simplejpeg if it is installed. device (experimental): decodes in the trainer's process, with nvJPEG on a
+    GPU. decode_short_side: larger JPEGs are decoded at a fraction of their size, down to a short side of this many
+    pixels; 0 = off. crops (experimental): each image is decoded once for this many consecutive steps, each with another
+    crop; every crop counts as a sample.
     max_damaged: a run stops when more samples than this cannot be used; default: one in 10,000, at least 10.
     """
 

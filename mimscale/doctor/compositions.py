@@ -1,10 +1,11 @@
-"""Which method goes with which masking policy and fusion: every pair is asked of the checks that a run passes first.
+"""Which method works with which masking policy and fusion, according to the checks before a run.
 
-`mimscale doctor --compositions` prints it; docs/compositions.md is what it printed.
+`mimscale doctor --compositions` prints the table of docs/compositions.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -19,7 +20,7 @@ from mimscale.types import TeacherInfo
 DEPTH, SIZE = 12, 64
 NO_CLASS_TOKEN = TeacherInfo("t", dim=24, depth=DEPTH + 1, grid=(4, 4), image_size=SIZE, has_cls=False)
 OTHER_DEPTH = replace(NO_CLASS_TOKEN, has_cls=True)
-TEACHERS = {  # from nothing to the teacher that asks the least of a method
+TEACHERS = {  # from no teacher to the one that satisfies most requirements
     "yes": {},
     "teacher": {"t": NO_CLASS_TOKEN},
     "teacher with class token": {"t": OTHER_DEPTH},
@@ -28,13 +29,15 @@ TEACHERS = {  # from nothing to the teacher that asks the least of a method
 
 
 def methods() -> list[str]:
-    """Those that mask."""
+    """The methods that mask."""
     return [name for name in method_names() if issubclass(method_class(name).Config, MaskedConfig)]
 
 
 def fusions(method: str) -> list[tuple[str, dict[str, Any]]]:
-    """The fusions that a method offers: (what it is called, its section)."""
-    field: Any = method_class(method).Config.model_fields["fusion"]
+    """The fusions of a method: (label, section of the recipe)."""
+    field: Any = method_class(method).Config.model_fields.get("fusion")
+    if field is None:
+        return [("none", {})]
     if not isinstance(field.default, FusionConfig):
         return [(kind, {"fusion": kind}) for kind in get_args(field.annotation)]
     options = type(field.default).model_fields
@@ -48,7 +51,7 @@ def fusions(method: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def answer(method: str, policy: str, section: dict[str, Any]) -> tuple[str, list[str]]:
-    """The first of `TEACHERS` with which the checks pass, else no; and why they refused those before."""
+    """(the first of `TEACHERS` with which the checks pass, or "no"; the reasons why those before were refused)."""
     values = {
         "data": {"shards": "shards", "image_size": SIZE},
         "student": {"width": 32, "depth": DEPTH, "heads": 2},
@@ -65,12 +68,15 @@ def answer(method: str, policy: str, section: dict[str, Any]) -> tuple[str, list
     return "no", reasons
 
 
-def table() -> str:
-    """Markdown: a row for each method and fusion, a column for each policy; below it the reasons of refusals."""
-    policies = names_in("mimscale.masking")
+def table(names: Sequence[str] = (), policies: Sequence[str] = ()) -> str:
+    """Markdown: a row per method and fusion, a column per policy; below it the reasons of refusals.
+
+    names, policies: of the rows and columns; without them all that there are.
+    """
+    policies = policies or names_in("mimscale.masking")
     rows = [f"| method | fusion | {' | '.join(policies)} |", f"| --- | --- |{' --- |' * len(policies)}"]
     known: dict[str, int] = {}
-    for method in methods():
+    for method in names or methods():
         for fusion, section in fusions(method):
             cells = []
             for policy in policies:

@@ -1,7 +1,7 @@
-"""`mimscale doctor [RECIPE] --teacher NAME`: what a teacher is, and what low precision does to its targets.
+"""`mimscale doctor [RECIPE] --teacher NAME`: describe a teacher and measure the error of its targets in low precision.
 
-NAME is a section of the recipe's `teachers`, or without a recipe a model of timm or open_clip. Works offline: where the
-weights are not on this machine, they are drawn at random and every table says so.
+NAME is a teacher of the recipe, or without a recipe a model of timm or open_clip. Works offline: if the weights are not
+on this machine, random weights are used and the output says so.
 """
 
 from __future__ import annotations
@@ -26,47 +26,46 @@ from mimscale.data.decode import BadImage, decode
 from mimscale.errors import UserError
 from mimscale.teachers import quantise, weights
 from mimscale.teachers.config import TeacherConfig
-from mimscale.teachers.ensemble import TeacherEnsemble, adapter, describe
+from mimscale.teachers.ensemble import TeacherEnsemble, adapter, build_skeleton, build_skeletons, describe
 from mimscale.teachers.fidelity import cosine, relative_error, top_overlap
 from mimscale.types import Targets, TeacherInfo, TeacherNeeds, imagenet_statistics
 
 LIBRARIES: tuple[Literal["timm", "open_clip"], ...] = ("timm", "open_clip")
 PRECISIONS = get_args(TeacherConfig.model_fields["precision"].annotation)
-SHARE = 0.3  # of the patches that MaskAlign's student sees
-CROPS = 2  # per picture
+SHARE = 0.3  # of the patches: those that are visible in MaskAlign
+CROPS = 2  # per image
 STUDENT_PATCHES = (14, 16)
 STUDENT_SIZES = (192, 196, 224, 256)
-KEY = "teacher"  # of a teacher that no recipe names
+KEY = "teacher"  # name of a teacher without a recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", metavar="NAME", help="measure a teacher: the recipe's name of it, or a model")
-    parser.add_argument("--weights", type=Path, help="with --teacher and no recipe: its file")
+    parser.add_argument("--teacher", metavar="NAME", help="measure a teacher: its name in the recipe, or a model")
+    parser.add_argument("--weights", type=Path, help="with --teacher and no recipe: its weights")
     parser.add_argument("--image-size", type=int, help="with --teacher and no recipe: pixels (default 224)")
     parser.add_argument(
-        "--levels", help="with --teacher: blocks to compare, from 0, as in 5,11 (default: what is read)"
+        "--levels", help="with --teacher: blocks to compare, from 0, as in 5,11 (default: those that the method uses)"
     )
-    parser.add_argument("--images", type=Path, nargs="+", help="with --teacher: pictures (default: two photographs)")
+    parser.add_argument("--images", type=Path, nargs="+", help="with --teacher: image files (default: two photographs)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the facts and the tables. Raises UserError."""
+    """Print the description and the tables. Raises UserError."""
     if args.recipe is None:
-        name, config, size, needs = KEY, unnamed(args.teacher, args.weights), args.image_size or 224, TeacherNeeds()
+        name, config, size = KEY, config_of_model(args.teacher, args.weights), args.image_size or 224
+        info, needs = build_skeleton(name, config, size).info, TeacherNeeds()
     else:
         if args.weights or args.image_size:
             raise UserError("--weights and --image-size are for a teacher without a recipe; override the recipe's keys")
-        config_of_run = load_recipe(args.recipe, args.overrides)
-        name, size = args.teacher, config_of_run.data.image_size
-        config, needs = named(config_of_run, name)
-    if args.levels is None and not needs.levels:
-        needs = TeacherNeeds((describe(name, config, size).depth - 1,))
+        run = load_recipe(args.recipe, args.overrides)
+        name, size = args.teacher, run.data.image_size
+        config, info, needs = teacher_of_recipe(run, name)
     config, origin = with_weights_or_random(name, config)
-    info = describe(name, config, size)
+    levels = needs.levels or (info.depth - 1,)
     if args.levels is not None:
-        needs = TeacherNeeds(parse_levels(args.levels, info), needs.cls_attention)
-    needs = TeacherNeeds(needs.levels, info.has_cls)
-    images, shown = pictures(args.images, size)
+        levels = parse_levels(args.levels, info)
+    needs = TeacherNeeds(levels, info.has_cls)
+    images, shown = load_images(args.images, size)
     grid = f"{info.grid[0]}x{info.grid[1]} patches at {info.image_size} px"
     cls = "with class token" if info.has_cls else "no class token, so no attention masking"
     print(f"{config.library} {config.model}: {info.dim} wide, {info.depth} blocks, {grid}, {cls}")
@@ -77,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def unnamed(model: str, file: Path | None) -> TeacherConfig:
-    """The configuration of a model that timm or open_clip knows: MODEL or MODEL.TAG. Raises UserError."""
+def config_of_model(model: str, file: Path | None) -> TeacherConfig:
+    """The configuration of a model of timm or open_clip: MODEL or MODEL.TAG. Raises UserError."""
     base, _, tag = model.partition(".")
     for library in LIBRARIES:
         if base in adapter(library).models():
@@ -90,19 +89,19 @@ def unnamed(model: str, file: Path | None) -> TeacherConfig:
     raise UserError(f"--teacher {model}: neither timm nor open_clip has it; {fix}")
 
 
-def named(config: RunConfig, name: str) -> tuple[TeacherConfig, TeacherNeeds]:
-    """A teacher of a run, and what the run's method reads of it. Raises UserError."""
-    if name not in config.teachers:
-        have = ", ".join(config.teachers) or "none"
+def teacher_of_recipe(run: RunConfig, name: str) -> tuple[TeacherConfig, TeacherInfo, TeacherNeeds]:
+    """A teacher of a run, and the targets that the run's method uses. Raises UserError."""
+    if name not in run.teachers:
+        have = ", ".join(run.teachers) or "none"
         raise UserError(f"--teacher {name}: the recipe's teachers are {have}; choose one, or leave the recipe out")
-    infos = {key: describe(key, teacher, config.data.image_size) for key, teacher in config.teachers.items()}
+    infos = describe(build_skeletons(run.teachers, run.data.image_size))
     with torch.device("meta"):
-        method: Any = method_class(config.method.name)(config, infos)
-    return config.teachers[name], method.needs.teachers.get(name, TeacherNeeds())
+        method: Any = method_class(run.method.name)(run, infos)
+    return run.teachers[name], infos[name], method.needs.teachers.get(name, TeacherNeeds())
 
 
 def with_weights_or_random(name: str, config: TeacherConfig) -> tuple[TeacherConfig, str]:
-    """The configuration that can be loaded here, and where its weights come from. Raises UserError."""
+    """(a configuration that can be loaded on this machine, origin of its weights). Raises UserError."""
     if config.random:
         return config, "random initialisation, as the recipe says"
     hub = partial(adapter(config.library).hub_file, name, config)
@@ -112,8 +111,8 @@ def with_weights_or_random(name: str, config: TeacherConfig) -> tuple[TeacherCon
     except UserError as error:
         if config.weights is not None:
             raise
-        drawn = config.model_copy(update={"random": True, "sha256": None})
-        return drawn, f"RANDOM INITIALISATION, so these errors are not those of the trained teacher ({error})"
+        random = config.model_copy(update={"random": True, "sha256": None})
+        return random, f"RANDOM INITIALISATION, so these errors are not those of the trained teacher ({error})"
 
 
 def parse_levels(text: str, info: TeacherInfo) -> tuple[int, ...]:
@@ -127,20 +126,22 @@ def parse_levels(text: str, info: TeacherInfo) -> tuple[int, ...]:
     return levels
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ images
 
 
-def pictures(paths: Sequence[Path] | None, size: int) -> tuple[Tensor, str]:
-    """(float32 ImageNet-normalised [B, 3, S, S], what they are): left and right square of each. Raises UserError."""
+def load_images(paths: Sequence[Path] | None, size: int) -> tuple[Tensor, str]:
+    """(square crops at both ends of each image, float32 ImageNet-normalised [B, 3, S, S]; a description). paths: None:
+    two photographs of scikit-learn. Raises UserError.
+    """
     if paths is None:
         from sklearn.datasets import load_sample_images
 
-        whole = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images]
+        uncropped = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images]
         what = "two photographs of scikit-learn"
     else:
-        whole = [_read(path) for path in paths]
-        what = f"{len(paths)} of yours"
-    crops = [tvf.resize(crop, [size, size], antialias=True) for image in whole for crop in _squares(image)]
+        uncropped = [_read(path) for path in paths]
+        what = f"{len(paths)} given by --images"
+    crops = [tvf.resize(crop, [size, size], antialias=True) for image in uncropped for crop in _squares(image)]
     mean, std = imagenet_statistics(torch.device("cpu"))
     return (torch.stack(crops).float() / 255 - mean) / std, f"{what}, {CROPS} crops of each"
 
@@ -149,7 +150,7 @@ def _read(path: Path) -> Tensor:
     try:
         return tvf.pil_to_tensor(decode(path.read_bytes()))
     except (OSError, BadImage) as error:
-        raise UserError(f"--images {path}: {error}; give files of pictures") from None
+        raise UserError(f"--images {path}: {error}; give image files") from None
 
 
 def _squares(image: Tensor) -> list[Tensor]:
@@ -162,19 +163,20 @@ def _squares(image: Tensor) -> list[Tensor]:
 
 
 def show_precisions(name: str, config: TeacherConfig, needs: TeacherNeeds, size: int, images: Tensor) -> None:
-    """Each precision against fp32: relative error and cosine of each level, top-30 % overlap of the CLS attention."""
+    """Compare each precision with fp32: error and cosine of each level, top-30 % overlap of the CLS attention."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def targets(precision: str) -> Targets:
         quantise.check(name, precision, device)
-        own = config.model_copy(update={"precision": precision})
-        return TeacherEnsemble({name: own}, {name: needs}, size, device)(images.to(device))[name]
+        configs = {name: config.model_copy(update={"precision": precision})}
+        ensemble = TeacherEnsemble(configs, build_skeletons(configs, size), {name: needs}, size, device)
+        return ensemble(images.to(device))[name]
 
     reference = targets("fp32")
     label = "random initialisation" if config.random else "trained weights"
-    table = Table(title=f"against fp32, {len(images)} images, {label}, on {device.type}", title_justify="left")
+    table = Table(title=f"compared with fp32, {len(images)} images, {label}, on {device.type}", title_justify="left")
     overlap = (f"top-{SHARE:.0%} overlap",) if needs.cls_attention else ()
-    for column in ("precision", "level", "error", "cosine", "smallest", *overlap):
+    for column in ("precision", "level", "error", "mean cosine", "min cosine", *overlap):
         table.add_column(column)
     refused = []
     for precision in PRECISIONS:
@@ -188,7 +190,9 @@ def show_precisions(name: str, config: TeacherConfig, needs: TeacherNeeds, size:
         for number, level in enumerate(needs.levels):
             table.add_row(precision if number == 0 else "", *_row(ours, reference, level, first=number == 0))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    print("error: L2 norm of the difference / of the reference, patch tokens of the raw residual stream")
+    print(
+        "error: L2 norm of the difference divided by that of the fp32 output, over the patch tokens of a block's output"
+    )
     print(*refused, sep="\n", end="\n" if refused else "")
 
 
@@ -202,7 +206,7 @@ def _row(ours: Targets, reference: Targets, level: int, first: bool) -> list[str
 
 
 def show_grids(info: TeacherInfo) -> None:
-    """Which image_size of the teacher gives the grid of a student."""
+    """Print the image_size of the teacher that gives the grid of a student."""
     patch = info.image_size // info.grid[0]
     table = Table(title=f"image_size of this patch-{patch} teacher, by student", title_justify="left")
     table.add_column("student")

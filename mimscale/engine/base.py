@@ -65,7 +65,7 @@ class Engine(Protocol):
         """The engine's part of a checkpoint's manifest: shapes, parameter groups, counters, loss scale."""
 
     def load(self, reader: Any) -> None:
-        """Continue from a checkpoint (`checkpoint.format.Reader`), whatever engine, ZeRO stage and ranks wrote it.
+        """Continue from a checkpoint (a `CheckpointReader`), whatever engine, ZeRO stage and ranks wrote it.
 
         Local, so that a failure can be agreed on before `finish_load`. Raises UserError where it does not fit.
         """

@@ -16,8 +16,9 @@ class EngineConfig(Strict):
         precision is used.
     max_micro_batch: images per rank and forward pass at most; accumulation is solved from it and the world size.
     activation_checkpointing: 0 off, k = recompute every k-th block.
-    teachers_ahead: the teachers run one micro-batch ahead of the student, on a GPU in a stream of their own, so that
-        they compute while the student waits for other ranks; costs the memory of one more micro-batch and its targets.
+    teachers_ahead: experimental. The teachers run one micro-batch ahead of the student, on a GPU in their own stream,
+        so that they compute while the student waits for other ranks; costs the memory of one more micro-batch and its
+        targets. Targets are equal with and without it (tested on a GPU); its speed has not been measured.
     """
 
     backend: Literal["deepspeed", "torch"] = "deepspeed"

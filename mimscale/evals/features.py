@@ -1,8 +1,8 @@
-"""Features of frozen networks, streamed through a data set once for all networks that look at the same images."""
+"""Features of frozen networks: one pass over a data set for all networks that take images of the same size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -16,21 +16,23 @@ from mimscale.models.beit import Beit
 from mimscale.models.convvit import ConvViT
 from mimscale.models.vit import LN_EPS, ViT
 
-SharedMemoryPool = Literal["mean", "cls"]
+Pooling = Literal["mean", "cls", "tokens"]
+"""mean: of the patch tokens [B, D]; cls: the class token [B, D]; tokens: the patch tokens as they are [B, T, D]."""
+Key = tuple[str, str]
+"""Name of a network, pooling."""
 Student = ViT | Beit | ConvViT
 Extractor = Callable[[Tensor], dict[str, Tensor]]
-"""float32 ImageNet-normalised images [B, 3, H, W] -> pool -> float32 features [B, D]."""
+"""float32 ImageNet-normalised images [B, 3, H, W] -> pooling -> float32 features."""
 
 PIXELS = "pixels"
-PIXEL_SIDE = 32  # larger pictures are averaged down to it: 3,072 numbers per picture
+PIXEL_SIDE = 32  # larger images are averaged down to it: 3,072 numbers per image
 
 
-def frozen(vit: Student, pools: Sequence[SharedMemoryPool]) -> Extractor:
+def frozen(vit: Student, pools: Sequence[Pooling]) -> Extractor:
     """Tokens after the last norm, in the type of the network's parameters, pooled.
 
-    mean: of the patch tokens; cls: the class token. A student without a last norm (MaskAlign trains none) gets one of
-    weight 1 and bias 0, as in MaskAlign's own linear probe. ConvMAE's encoder keeps the fusion that it was trained
-    with. Raises UserError for cls without a class token.
+    A student without a last norm (MaskAlign trains none) gets one of weight 1 and bias 0, as in MaskAlign's own linear
+    probe. ConvMAE's encoder keeps the fusion that it was trained with. Raises UserError for cls without a class token.
     """
     if "cls" in pools and not vit.prefix:
         raise UserError("--pool cls: this network has no class token; choose --pool mean")
@@ -42,16 +44,27 @@ def frozen(vit: Student, pools: Sequence[SharedMemoryPool]) -> Extractor:
         if not isinstance(vit.norm, nn.LayerNorm):
             tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=LN_EPS)
         tokens = tokens.float()
-        return {pool: tokens[:, vit.prefix :].mean(dim=1) if pool == "mean" else tokens[:, 0] for pool in pools}
+        patches = tokens[:, vit.prefix :]
+        return {
+            pool: patches.mean(dim=1) if pool == "mean" else tokens[:, 0] if pool == "cls" else patches
+            for pool in pools
+        }
 
     return extract
 
 
 def raw_pixels(images: Tensor) -> dict[str, Tensor]:
-    """The picture itself, averaged down to 32 x 32 where it is larger: what a network has to beat."""
-    if images.shape[-1] > PIXEL_SIDE:
-        images = F.adaptive_avg_pool2d(images, PIXEL_SIDE)
-    return {PIXELS: images.flatten(1)}
+    """The image itself, averaged down to 32 x 32 where it is larger: what a network has to beat."""
+    return {PIXELS: _reduced(images).flatten(1)}
+
+
+def raw_pixel_tokens(images: Tensor) -> dict[str, Tensor]:
+    """The same for a protocol that needs tokens: each pixel is a token of three numbers, [B, at most 1024, 3]."""
+    return {PIXELS: _reduced(images).flatten(2).transpose(1, 2)}
+
+
+def _reduced(images: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(images, PIXEL_SIDE) if images.shape[-1] > PIXEL_SIDE else images
 
 
 def random_like(vit: Student, seed: int) -> Student:
@@ -72,18 +85,34 @@ def stream(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[tuple[dict[tuple[str, str], Tensor], Tensor]]:
-    """({(name, pool): float32 [B, D]}, int64 labels [B]) on `device`, batch by batch: every sample of this rank's part
-    once, in order.
+) -> Iterator[tuple[dict[Key, Tensor], Tensor]]:
+    """({(name, pooling): float32 [B, ...]}, int64 labels [B]) on `device`, batch by batch: every sample of this rank's
+    part once, in order. Labels are -1 where the data set has none.
 
     All ranks pass equally many batches of one size through the networks (see `eval_batches`); B leaves out the rows of
     weight 0, which fill these up, and may be 0.
     """
     options = {"batch": batch, "workers": workers, "rank": rank, "world": world}
     for images in eval_batches(manifest, image_size, crop_pct=crop_pct, **options):
-        assert images.labels is not None and images.weights is not None
+        assert images.weights is not None
         real = int(images.weights.sum())  # the others stand at the end
         images = images.to(device).normalised()
-        seen = {(n, pool): f[:real] for n, extract in extractors.items() for pool, f in extract(images.images).items()}
-        assert images.labels is not None
-        yield seen, images.labels[:real]
+        found = {(n, pool): f[:real] for n, extract in extractors.items() for pool, f in extract(images.images).items()}
+        labels = images.labels
+        if labels is None:
+            labels = torch.full((len(images.images),), -1, device=device)
+        yield found, labels[:real]
+
+
+def collect(batches: Iterable[tuple[dict[Key, Tensor], Tensor]]) -> tuple[dict[Key, Tensor], Tensor]:
+    """All of a `stream` in host memory: {(name, pooling): float32 [N, ...]}, int64 labels [N].
+
+    Takes N x D x 4 bytes for each network and pooling.
+    """
+    pieces: dict[Key, list[Tensor]] = {}
+    labels = []
+    for features, of_batch in batches:
+        for key, piece in features.items():
+            pieces.setdefault(key, []).append(piece.cpu())
+        labels.append(of_batch.cpu())
+    return {key: torch.cat(parts) for key, parts in pieces.items()}, torch.cat(labels)

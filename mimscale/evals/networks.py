@@ -12,7 +12,15 @@ import torch
 from mimscale.checkpoint import format as checkpoint
 from mimscale.convert.networks import StudentInfo, student_from
 from mimscale.convert.read import identity_file, with_newest
-from mimscale.evals.features import Extractor, SharedMemoryPool, Student, frozen, random_like, raw_pixels
+from mimscale.evals.features import (
+    Extractor,
+    Pooling,
+    Student,
+    frozen,
+    random_like,
+    raw_pixel_tokens,
+    raw_pixels,
+)
 from mimscale.models.config import StudentConfig
 from mimscale.models.convvit import ConvStages
 
@@ -30,13 +38,17 @@ class Network:
 def load_networks(
     paths: Sequence[Path],
     *,
-    pools: Sequence[SharedMemoryPool],
+    pools: Sequence[Pooling],
     image_size: int | None,
     seed: int,
     device: torch.device,
     precision: str,
+    ema: bool = False,
 ) -> list[Network]:
-    """Raw pixels for each image size, a random network for each shape, then the runs in the order given."""
+    """Raw pixels for each image size, a random network for each shape, then the runs in the order given.
+
+    ema: of each run the moving average of its student. Raises UserError, also where a checkpoint has none.
+    """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def extractor(vit: Student) -> Extractor:
@@ -44,7 +56,7 @@ def load_networks(
         return lambda images: extract(images.to(dtype))
 
     def load(source: Path) -> tuple[Student, StudentInfo, dict[str, Any]]:
-        return *student_from(source, image_size=image_size), _checkpoint_identity(source)
+        return *student_from(source, image_size=image_size, ema=ema), _checkpoint_identity(source)
 
     trained = []
     shapes: dict[tuple[type, StudentConfig, ConvStages | None, int], Student] = {}
@@ -53,10 +65,12 @@ def load_networks(
         shape = info.config.model_copy(update={"size": None, "drop_path": 0.0})
         shapes.setdefault((type(vit), shape, info.stages, info.image_size), vit)
         name = path.name if [p.name for p in paths].count(path.name) == 1 else str(path)
+        name += " (ema)" if ema else ""
         about = {**identity, "method": info.method}
         trained.append(Network(name, info.image_size, extractor(vit), about))
     sizes = list(dict.fromkeys(size for *_, size in shapes))
-    raw = [Network(f"raw pixels at {size}" if len(sizes) > 1 else "raw pixels", size, raw_pixels) for size in sizes]
+    pixels = raw_pixel_tokens if "tokens" in pools else raw_pixels
+    raw = [Network(f"raw pixels at {size}" if len(sizes) > 1 else "raw pixels", size, pixels) for size in sizes]
     untrained = [
         Network(
             f"random init {kind.__name__} {c.width}x{c.depth}/{c.patch} at {size}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,20 @@ def write(report: Mapping[str, Any], out: Path) -> None:
 
 
 def table(report: Mapping[str, Any]) -> Table:
-    """The rows of a report for the terminal."""
-    protocol = report["protocol"]
-    columns: dict[str, Callable[[Mapping[str, Any]], str]]
-    if protocol["name"] == "knn":
-        columns = {f"kNN (k = {protocol['k']})": lambda row: f"{row['knn']:.1f}"}
-    else:
-        columns = {"linear, all labels": lambda row: f"{row['linear']:.1f}"}
-        if protocol["shots"]:
-            heading = f"{protocol['shots']} labels per class"
-            columns[heading] = lambda row: f"{row['few_shot']:.1f} ± {row['few_shot_sd']:.1f}"
-    out = Table(title=f"top-1 in percent on {report['val']['samples']:,} samples of {report['val']['shards']}")
+    """The rows of a report for the terminal: one column per metric of its protocol."""
+    val = report["val"]
+    out = Table(title=f"{report['unit']} on {val['samples']:,} samples of {val['shards']}")
     for heading in ("network", "pool", "step"):
         out.add_column(heading)
-    for heading in columns:
+    for heading in report["metrics"].values():
         out.add_column(heading, justify="right")
     for row in report["rows"]:
         step = row.get("step")
-        out.add_row(
-            row["network"], row["pool"], "" if step is None else f"{step:,}", *(f(row) for f in columns.values())
-        )
+        values = (_value(row, metric) for metric in report["metrics"])
+        out.add_row(row["network"], row["pool"], "" if step is None else f"{step:,}", *values)
     return out
+
+
+def _value(row: Mapping[str, Any], metric: str) -> str:
+    spread = row.get(f"{metric}_sd")
+    return f"{row[metric]:.1f}" if spread is None else f"{row[metric]:.1f} ± {spread:.1f}"

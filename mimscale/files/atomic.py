@@ -110,7 +110,7 @@ def sync(path: Path) -> None:
 def temporary_path(path: Path) -> Path:
     """A hidden name beside `path` that no other writer takes: .NAME.HOST.PID.RANDOM.tmp.SUFFIX
 
-    Libraries tell the type of a file by its suffix, so that is kept.
+    Libraries infer the type of a file from its suffix, so that is kept.
     """
     owner = f"{os.uname().nodename}.{os.getpid()}.{secrets.token_hex(4)}"
     return path.with_name(f".{path.name}.{owner}.tmp{path.suffix}")

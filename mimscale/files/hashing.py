@@ -1,4 +1,4 @@
-"""What a file is known by."""
+"""File hashes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """AMT's table of patch importance: one row of bytes per sample of the data set, split over the ranks.
 
-Rank r of W holds the rows [N r / W, N (r + 1) / W) on its device. A small exchange between hosts (`gather`) tells every
+Rank r of W holds the rows [N r / W, N (r + 1) / W) on its device. A small exchange between hosts (`gather`) gives every
 rank which samples are in which rank's batch. So every rank knows all message sizes, the rows travel in one all-to-all
 on the network of the training, and nothing is copied from a device to the host.
 """

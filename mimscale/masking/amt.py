@@ -2,8 +2,8 @@
 
 From time to time the student sees an uncropped image; the attention of its last block gives one importance per patch,
 which is stored per sample. Patches are drawn without replacement in proportion to their importance: the first are
-masked, the next are dropped (neither seen nor predicted; the paper says thrown), the rest is visible. So patches with
-high attention tend to be masked. For a student without a class token the mean of the patches' attention is used.
+masked, the next are dropped (neither seen nor predicted; the paper calls it throwing), the rest is visible. So patches
+with high attention tend to be masked. For a student without a class token the mean of the patches' attention is used.
 
 Differences: the release passes all images through the student every 40 epochs, keeps a float copy of all importance in
 every process and does not save it. Here the first positions of every global batch come with their uncropped image, so
@@ -52,7 +52,7 @@ class AMTConfig(MaskingConfig):
 
 
 class UncroppedImages(NamedTuple):
-    """The uncropped images of one micro-batch, with the samples and positions of every rank's.
+    """The uncropped images of one micro-batch, and the samples and positions of those of every rank.
 
     ids, positions: W arrays int64 [F_r]. images: this rank's, uint8 [F, 3, H, W] in host memory.
     """

@@ -1,6 +1,6 @@
 """MR-MAE: teacher features on the visible patches, pixels on the masked ones (arXiv 2303.05475, IJCV 2023).
 
-A re-implementation from the paper. The authors' code is not public, so nobody has shown that it reproduces theirs.
+A re-implementation from the paper. The authors' code is not public, so it was never compared with theirs.
 Certain from the abstract: two losses on disjoint patches, features of a frozen CLIP or DINO teacher for the visible
 quarter, predicted from the encoder's output, and MAE's pixels for the masked rest. With `stages` the encoder is
 ConvMAE's (MR-MCMAE, called ConvMAE-v2 by its authors, with a class token). The rest is our interpretation, see

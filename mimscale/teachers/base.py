@@ -1,7 +1,7 @@
-"""What a frozen teacher is: pixels in, token features and one row of attention out.
+"""The base class of frozen teachers: images -> features of patch tokens and the attention of the class token.
 
-A teacher is a plain pre-norm vision transformer of a library. The adapters say how that library names its parts; the
-walk over the blocks, the input affine and the attention row stand here once.
+A teacher is a plain pre-norm vision transformer of a library. An adapter per library gives access to its parts; input
+normalisation, the loop over the blocks and the CLS attention are implemented here.
 
 Shape letters: B images, N = P + L tokens (P prefix tokens: class token, registers; L patches), D channels, H heads.
 """
@@ -23,12 +23,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher(nn.Module, ABC):
-    """A frozen ViT with its own input normalisation and size. Lives outside the engine and outside checkpoints.
+    """A frozen ViT with its own input normalisation and size. It is not part of the engine or of checkpoints.
 
-    tower: the library's module without the parts that no target reads (final norm, pooling, head).
-    prefix: tokens before the patches; the class token, where there is one, is the first of them.
-    norm_eps: of every LayerNorm, where it is not the library's.
-    input: image size, mean and std; teachers in which these are equal see the same pixels.
+    tower: the library's module without the parts that no target uses (final norm, pooling, head).
+    prefix: number of tokens before the patches; the class token, if there is one, is the first of them.
+    norm_eps: eps of every LayerNorm; None: the library's.
+    input: image size, mean and std; teachers with the same values share their input pixels.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Teacher(nn.Module, ABC):
         self.input = (info.image_size, tuple(mean), tuple(std))
         scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std, strict=True)]
         shift = [(ours - theirs) / s for ours, theirs, s in zip(IMAGENET_MEAN, mean, std, strict=True)]
-        for name, values in (("scale", scale), ("shift", shift)):  # on the CPU even while the tower is built on meta
+        for name, values in (("scale", scale), ("shift", shift)):  # on the CPU also if the tower is on the meta device
             tensor = torch.tensor(values, dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
             self.register_buffer(name, tensor, persistent=False)
         self.scale: Tensor
@@ -62,29 +62,29 @@ class Teacher(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, pixels: Tensor) -> Tensor:
-        """[B, 3, S, S] in the teacher's precision and normalisation -> tokens [B, N, D] that enter the first block."""
+        """[B, 3, S, S] in the teacher's precision and normalisation -> input tokens of the first block [B, N, D]."""
 
     def run(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        """One block on tokens [B, N, D]."""
+        """Run one block on tokens [B, N, D]."""
         out: Tensor = block(tokens)
         return out
 
     @abstractmethod
     def query_and_keys(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens before a block -> scaled query of the first token [B, H, 1, d], keys of all tokens [B, H, N, d]."""
+        """Input tokens of a block -> scaled query of the first token [B, H, 1, d], keys of all tokens [B, H, N, d]."""
 
     @abstractmethod
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors under the tower's names, position table resampled to the tower's grid.
+        """Rename a checkpoint's tensors to the tower's names and resize the position table to the tower's grid.
 
-        The resampling is bicubic without antialiasing, as the official MaskAlign does it once at construction.
+        Bicubic without antialiasing, as in the official MaskAlign.
         """
 
     def preprocess(self, images: Tensor) -> Tensor:
         """float32 [B, 3, h, w], ImageNet-normalised -> float32 [B, 3, S, S] in the teacher's own normalisation.
 
-        A resize where sizes differ: bicubic, no antialiasing, on the normalised tensor (official MaskAlign), then one
-        affine x * (s_i / s_t) + (m_i - m_t) / s_t, which is undoing ImageNet's and applying the teacher's statistics.
+        If the sizes differ, a bicubic resize without antialiasing of the normalised tensor (as in the official
+        MaskAlign); then x * (s_i / s_t) + (m_i - m_t) / s_t, which replaces ImageNet's mean and std by the teacher's.
         """
         size = (self.info.image_size, self.info.image_size)
         if images.shape[-2:] != size:
@@ -93,7 +93,9 @@ class Teacher(nn.Module, ABC):
 
     @torch.no_grad()  # not inference_mode: the student's loss saves the targets for its backward pass
     def forward(self, pixels: Tensor, needs: TeacherNeeds) -> Targets:
-        """float32 [B, 3, S, S] out of `preprocess` -> what `needs` names, and no block is run beyond it."""
+        """float32 [B, 3, S, S] from `preprocess` -> the targets in `needs`. Stops after the last block that they
+        need.
+        """
         dtype = next(self.tower.parameters()).dtype
         tokens = self.embed(pixels.to(dtype))
         levels: dict[int, Tensor] = {}
@@ -102,7 +104,7 @@ class Teacher(nn.Module, ABC):
         last = self.info.depth - 1
         runs = max((level + 1 for level in needs.levels), default=0)
         if needs.cls_attention:
-            runs = max(runs, last)  # the row is read from the tokens that enter the last block
+            runs = max(runs, last)  # it is computed from the input of the last block
         for index, block in enumerate(self.blocks):
             if index == last and needs.cls_attention:
                 attention = cls_attention(*self.query_and_keys(block, tokens))[:, self.prefix :]
@@ -116,8 +118,9 @@ class Teacher(nn.Module, ABC):
         return Targets(levels, cls, attention)
 
     def load(self, state: Mapping[str, Tensor], precision: str, source: str) -> None:
-        """Take a checkpoint's weights, cast once. Raises UserError naming the first tensor that does not fit or is not
-        finite, which would give NaN as features and attention."""
+        """Load a checkpoint's tensors, cast to `precision`. source: for messages. Raises UserError with the first
+        tensor that does not fit or is not finite.
+        """
         try:
             given = self.adapt(state)
         except (AssertionError, AttributeError, LookupError, ValueError, RuntimeError) as error:
@@ -136,26 +139,26 @@ class Teacher(nn.Module, ABC):
         self.tower.load_state_dict(cast, strict=True, assign=True)
 
     def train(self, mode: bool = True) -> Teacher:
-        """A teacher stays in evaluation mode."""
+        """Does nothing: a teacher stays in evaluation mode."""
         return super().train(False)
 
 
 def project(tokens: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """A linear layer and the split into heads: [B, N, D] -> [B, H, N, d]."""
+    """Apply a linear layer and split into heads: [B, N, D] -> [B, H, N, d]."""
     return F.linear(tokens, weight, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def cls_attention(query: Tensor, keys: Tensor) -> Tensor:
-    """Attention from one token to all: scaled query [B, H, 1, d], keys [B, H, N, d] -> float32 [B, N], mean over heads.
+    """Attention of one token: scaled query [B, H, 1, d], keys [B, H, N, d] -> float32 [B, N], mean over heads.
 
-    Softmax over all N keys in float32. MaskAlign drops the prefix columns without renormalising, and so does the
-    caller: with registers, their share of the attention is missing from the patches' sum like the class token's own.
+    Softmax over all N keys in float32. As in MaskAlign the caller removes the prefix columns without renormalising, so
+    the patches' values sum to less than 1: the attention to class token and registers is missing.
     """
     return (query.float() @ keys.float().transpose(-1, -2)).softmax(-1).mean(1).squeeze(1)
 
 
 def fault_of(targets: Targets) -> str | None:
-    """What makes targets useless, None where they are not. Waits for the device."""
+    """Why targets are unusable, None if they are fine. Synchronises with the device."""
     for part, levels in (("patch", targets.levels), ("class", targets.cls)):
         for level, tokens in levels.items():
             if not tokens.isfinite().all():
@@ -169,10 +172,10 @@ def fault_of(targets: Targets) -> str | None:
 
 
 def check_needs(info: TeacherInfo, needs: TeacherNeeds) -> None:
-    """Refuse what this teacher cannot give. Raises UserError."""
+    """Refuse targets that this teacher does not have. Raises UserError."""
     for level in needs.levels:
         if not 0 <= level < info.depth:
-            raise UserError(f"teachers.{info.name} has blocks 0 to {info.depth - 1}; level {level} is outside of them")
+            raise UserError(f"teachers.{info.name} has blocks 0 to {info.depth - 1}; level {level} does not exist")
     if needs.cls_attention and not info.has_cls:
         raise UserError(
             f"teachers.{info.name} has no class token, so there is no CLS attention; "
@@ -183,7 +186,7 @@ def check_needs(info: TeacherInfo, needs: TeacherNeeds) -> None:
 def info_of(
     name: str, config: TeacherConfig, size: int, patch: tuple[int, int], dim: int, depth: int, has_cls: bool
 ) -> TeacherInfo:
-    """Facts of a teacher at an image size. Raises UserError where the patches do not tile the image."""
+    """TeacherInfo at an image size. Raises UserError if the patches do not tile the image."""
     if size % patch[0] or size % patch[1]:
         fits = [patch[0] * (size // patch[0] + more) for more in (0, 1)]
         raise UserError(
@@ -194,7 +197,7 @@ def info_of(
 
 
 def one_line(error: Exception) -> str:
-    """The first line of a library's message."""
+    """The first line of an exception's message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

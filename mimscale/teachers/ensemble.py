@@ -1,4 +1,8 @@
-"""All teachers of a run behind one call."""
+"""All teachers of a run behind one call.
+
+A teacher is built once without memory (`build_skeletons`, before the process group opens): that shows its width, depth
+and grid and most mistakes of the recipe. `TeacherEnsemble` then loads weights into these skeletons.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +24,29 @@ from mimscale.types import Targets, TeacherInfo, TeacherNeeds
 
 
 def adapter(library: str) -> Any:
-    """The module that knows a library; imported only for the libraries that a run uses."""
+    """The adapter module of a library; imported only if a run uses that library."""
     return importlib.import_module(f"mimscale.teachers.{library}_adapter")
 
 
-def skeleton(name: str, config: TeacherConfig, default_image_size: int) -> Teacher:
-    """The teacher without its weights (on the meta device): cheap at any size, and offline. Raises UserError."""
-    adapter(config.library)  # imported before the context: libraries compute tables while they are imported
+def build_skeleton(name: str, config: TeacherConfig, default_image_size: int) -> Teacher:
+    """The teacher on the meta device: without memory and without weights, offline. Raises UserError.
+
+    default_image_size: of the run; `config.image_size` takes precedence.
+    """
+    quantise.check(name, config.precision)
+    adapter(config.library)  # imported outside of the context: libraries compute tables at import
     with torch.device("meta"):
         return _build(name, config, default_image_size)
 
 
-def describe(name: str, config: TeacherConfig, default_image_size: int) -> TeacherInfo:
-    """Width, depth and grid of a teacher at its image size, else at the run's. Raises UserError."""
-    quantise.check(name, config.precision)
-    return skeleton(name, config, default_image_size).info
+def build_skeletons(configs: Mapping[str, TeacherConfig], default_image_size: int) -> dict[str, Teacher]:
+    """`build_skeleton` of each teacher. Raises UserError."""
+    return {name: build_skeleton(name, config, default_image_size) for name, config in configs.items()}
+
+
+def describe(skeletons: Mapping[str, Teacher]) -> dict[str, TeacherInfo]:
+    """Width, depth and grid of each teacher at its image size."""
+    return {name: skeleton.info for name, skeleton in skeletons.items()}
 
 
 def _build(name: str, config: TeacherConfig, default_image_size: int) -> Teacher:
@@ -42,16 +54,18 @@ def _build(name: str, config: TeacherConfig, default_image_size: int) -> Teacher
     return teacher
 
 
-def load(
-    name: str, config: TeacherConfig, default_image_size: int, device: torch.device
-) -> tuple[Teacher, dict[str, Any]]:
-    """(teacher with its weights on a device, its identity). Raises UserError."""
+def load(name: str, config: TeacherConfig, skeleton: Teacher, device: torch.device) -> tuple[Teacher, dict[str, Any]]:
+    """Load a teacher's weights into its skeleton. Returns (the teacher on the device, its identity). Raises UserError.
+
+    A random teacher is built anew, because its initialisation needs memory; the skeleton is then not used.
+    """
     identity: dict[str, Any] = {"library": config.library, "model": config.model, "sha256": None, "random": False}
     if config.random:
-        teacher = _random(name, config, default_image_size)
+        teacher = _build_random(name, config, skeleton.info.image_size)
         identity["random"] = True
     else:
-        teacher = skeleton(name, config, default_image_size)
+        assert next(skeleton.tower.parameters()).is_meta, f"teachers.{name}: a skeleton can be loaded once"
+        teacher = skeleton
         path = weights.locate(
             name, config, lambda: adapter(config.library).hub_file(name, config), weights.downloads_allowed()
         )
@@ -61,16 +75,16 @@ def load(
     if config.precision == "int8" or config.precision == "fp8":
         quantise.quantise(teacher, config.precision)
     if config.compile:
-        for block in teacher.blocks:  # one by one: the walk around them reads a few tokens of some
+        for block in teacher.blocks:  # one by one, because `Teacher.forward` reads tokens between blocks
             block.compile()
     return teacher, identity
 
 
-def _random(name: str, config: TeacherConfig, default_image_size: int) -> Teacher:
-    """Seeded by the teacher's name alone, on the CPU; the global generators are left as they were."""
+def _build_random(name: str, config: TeacherConfig, image_size: int) -> Teacher:
+    """Randomly initialised on the CPU, seeded by the teacher's name; the global generators are not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big"))
-        teacher = _build(name, config, default_image_size)
+        teacher = _build(name, config, image_size)
     teacher.tower.to(DTYPES[config.storage])
     return teacher
 
@@ -78,62 +92,65 @@ def _random(name: str, config: TeacherConfig, default_image_size: int) -> Teache
 class TeacherEnsemble:
     """The teachers that a method needs, loaded and frozen on one device.
 
-    Nothing is downloaded inside a SLURM job or with HF_HUB_OFFLINE=1. Every mistake that can be seen without the
-    weights is reported before any is read. Raises UserError.
+    skeletons: from `build_skeletons`, for at least the teachers in `needs`; they become the teachers. image_size: of
+    the run. Inside a SLURM job or with HF_HUB_OFFLINE=1 nothing is downloaded. Mistakes that do not depend on the
+    weights are reported before any file is read. Raises UserError.
     """
 
     def __init__(
         self,
         configs: Mapping[str, TeacherConfig],
+        skeletons: Mapping[str, Teacher],
         needs: Mapping[str, TeacherNeeds],
-        default_image_size: int,
+        image_size: int,
         device: torch.device,
     ) -> None:
         for name, wanted in needs.items():
             if name not in configs:
                 raise UserError(f"the method needs teachers.{name}, which the recipe does not have; add that section")
-            check_needs(describe(name, configs[name], default_image_size), wanted)
+            check_needs(skeletons[name].info, wanted)
         self.needs = dict(needs)
         self.teachers: dict[str, Teacher] = {}
         self._identities: dict[str, dict[str, Any]] = {}
         self._calls: dict[str, Callable[[Tensor, TeacherNeeds], Targets]] = {}
         for name in needs:
             home = torch.device("cpu") if configs[name].shard else device
-            teacher, self._identities[name] = load(name, configs[name], default_image_size, home)
+            teacher, self._identities[name] = load(name, configs[name], skeletons[name], home)
             self.teachers[name] = self._calls[name] = teacher
         self._sharded = [name for name in needs if configs[name].shard]
         self._compiled = any(configs[name].compile for name in needs)
         self._precisions = {name: configs[name].precision for name in needs}
-        self._image_size, self._device = default_image_size, device
+        self._image_size, self._device = image_size, device
 
     def shard(self, split: Callable[[Teacher], Callable[[Tensor, TeacherNeeds], Targets]]) -> None:
-        """Collective: split the teachers that ask for it over the ranks. `split` returns what is called instead."""
+        """Split the teachers with `shard: true` over the ranks. `split` returns what is called instead. Collective."""
         for name in self._sharded:
             self._calls[name] = split(self.teachers[name])
 
     def check(self) -> None:
-        """Refuse teachers that make no numbers of a flat, a smooth and a noisy picture. Collective. Raises UserError.
+        """Refuse teachers whose targets are not finite for a flat, a smooth and a noisy image. Collective. Raises
+        UserError.
 
-        Every rank looks at the same pictures, so all of them refuse.
+        The images are the same on every rank, so all ranks refuse.
         """
         if not self.teachers:
             return
         noise = torch.Generator().manual_seed(0)
         sides = (1, 8, self._image_size)
-        pictures = [F.interpolate(torch.randn(1, 3, s, s, generator=noise), (sides[-1], sides[-1])) for s in sides]
-        # compiled blocks would be slower for all time if they had seen a second size of batch
+        images = [F.interpolate(torch.randn(1, 3, s, s, generator=noise), (sides[-1], sides[-1])) for s in sides]
+        # eager: after a second batch size, compiled blocks would use slower kernels for dynamic shapes
         with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
-            targets = self(torch.cat(pictures).to(self._device))
-        for name, seen in targets.items():
-            fault, precision = fault_of(seen), self._precisions[name]
+            targets = self(torch.cat(images).to(self._device))
+        for name, result in targets.items():
+            fault, precision = fault_of(result), self._precisions[name]
             if fault is not None:
                 fix = "" if precision in ("fp32", "bf16") else "use bf16, or "
                 raise UserError(
-                    f"teachers.{name}.precision = {precision}: {fault} for a made-up picture; {fix}take other weights"
+                    f"teachers.{name}.precision = {precision}: {fault} for a synthetic image; {fix}take other weights"
                 )
 
     def __call__(self, images: Tensor) -> dict[str, Targets]:
-        """float32 ImageNet-normalised [B, 3, H, W] on the device -> teacher's name -> what was asked of it."""
+        """float32 ImageNet-normalised [B, 3, H, W] on the device -> teacher -> its targets, as in `needs`."""
         pixels: dict[Any, Tensor] = {}
         targets = {}
         for name, teacher in self.teachers.items():
@@ -143,5 +160,5 @@ class TeacherEnsemble:
         return targets
 
     def identities(self) -> dict[str, dict[str, Any]]:
-        """Which weights these are, for the checkpoint's record: name -> library, model, sha256 (null if random)."""
+        """Which weights these are, for the checkpoint: name -> library, model, sha256 (null if random), random."""
         return {name: dict(identity) for name, identity in self._identities.items()}

@@ -1,4 +1,4 @@
-"""How far a teacher's targets in a low precision are from those in fp32. Pure functions."""
+"""Distance of a teacher's targets in low precision from those in fp32. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import Tensor
 
 
 def relative_error(ours_BLD: Tensor, reference_BLD: Tensor) -> float:
-    """L2 norm of the difference over that of the reference, all tokens of all images together."""
+    """L2 norm of the difference divided by that of the reference, over all tokens of all images."""
     reference = reference_BLD.double()
     return float((ours_BLD.double() - reference).norm() / reference.norm())
 
 
 def cosine(ours_BLD: Tensor, reference_BLD: Tensor) -> tuple[float, float]:
-    """(mean, smallest) cosine similarity of a token with its reference."""
+    """(mean, minimum) over tokens of the cosine similarity with the reference."""
     values = F.cosine_similarity(ours_BLD.double(), reference_BLD.double(), dim=-1)
     return float(values.mean()), float(values.min())
 
 
 def top_overlap(ours_BL: Tensor, reference_BL: Tensor, share: float) -> float:
-    """Share of the tokens with the largest values that are the same ones, mean over images.
+    """Overlap of the tokens with the largest values, as a fraction of their number, mean over images.
 
-    share: how many tokens count, as a fraction of L (rounded, at least one).
+    share: number of tokens compared, as a fraction of L (rounded, at least one).
     """
     count = max(1, round(share * ours_BL.shape[1]))
 

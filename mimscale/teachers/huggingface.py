@@ -1,8 +1,8 @@
-"""Hugging Face's names of CLIP vision towers and ViTs, turned into timm's.
+"""Convert Hugging Face's parameter names of CLIP vision towers and ViTs to timm's.
 
-Official MaskAlign checkpoints carry their teacher under these names, and so do the model files that people download.
-A file does not say its constants: CLIP has LayerNorm eps 1e-5 and QuickGELU; DINO's ViT has eps 1e-12, which timm's
-own models have not (set `norm_eps`).
+Official MaskAlign checkpoints hold their teacher under these names, and so do the files of Hugging Face's hub. A file
+does not record constants: CLIP has LayerNorm eps 1e-5 and QuickGELU; Hugging Face's DINO has eps 1e-12, unlike timm's
+(set `norm_eps`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_CLIP_ANCHOR = "vision_model.embeddings.class_embedding"
+_CLIP_ANCHOR = "embeddings.class_embedding"  # below vision_model., or at the root, as transformers 5 saves the tower
 _VIT_ANCHOR = "embeddings.cls_token"
 _CLIP_BLOCK = {
     "self_attn.out_proj": "attn.proj",
@@ -32,7 +32,7 @@ _VIT_BLOCK = {
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The same weights under timm's names; None where the names are not Hugging Face's."""
+    """The same weights under timm's names; None if the names are not Hugging Face's."""
     if any(key.endswith(_CLIP_ANCHOR) for key in state):
         return from_huggingface_clip(state)
     if any(key.endswith(_VIT_ANCHOR) for key in state):
@@ -43,9 +43,9 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
 def from_huggingface_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """CLIPVisionModel, or any model that contains one -> timm's VisionTransformer (pre-norm, no patch bias, no head).
 
-    Raises KeyError where a tensor of the tower is missing.
+    Raises KeyError if a tensor of the tower is missing.
     """
-    state = _below(state, _CLIP_ANCHOR, "embeddings.class_embedding")
+    state = _below(state, _CLIP_ANCHOR, _CLIP_ANCHOR)
     out = {
         "cls_token": state["embeddings.class_embedding"].view(1, 1, -1),
         "pos_embed": state["embeddings.position_embedding.weight"].unsqueeze(0),
@@ -60,7 +60,7 @@ def from_huggingface_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_huggingface_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """ViTModel (supervised, DINO), or any model that contains one -> timm's VisionTransformer without head.
 
-    Raises KeyError where a tensor of the tower is missing.
+    Raises KeyError if a tensor of the tower is missing.
     """
     state = _below(state, _VIT_ANCHOR, _VIT_ANCHOR)
     out = {
@@ -74,7 +74,7 @@ def from_huggingface_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _below(state: Mapping[str, Tensor], anchor: str, kept: str) -> dict[str, Tensor]:
-    """The tensors of the module that owns `anchor`, named from there."""
+    """The tensors of the module that owns `anchor`, without the module's prefix."""
     found = next(key for key in state if key.endswith(anchor))
     prefix = found.removesuffix(kept)
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}

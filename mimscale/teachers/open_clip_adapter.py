@@ -1,4 +1,4 @@
-"""Teachers from open_clip: the image tower of every model whose tower is open_clip's own VisionTransformer."""
+"""Teachers from open_clip: image towers that are instances of open_clip's VisionTransformer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from mimscale.teachers.base import Teacher, info_of, one_line, project
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.weights import OPEN_CLIP_FILE, HubFile
 
-_UNREAD = ("ln_post", "proj", "attn_pool", "attn_pool_contrastive")  # of the tower; targets are the raw residual stream
-_NO_TEXT = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}  # create_model builds one anyway
+_UNREAD = ("ln_post", "proj", "attn_pool", "attn_pool_contrastive")  # of the tower; targets are block outputs
+_NO_TEXT = {
+    "context_length": 8,
+    "vocab_size": 8,
+    "width": 8,
+    "heads": 1,
+    "layers": 1,
+}  # create_model always builds a text tower
 
 _WORD = {True: "quickgelu", False: "gelu"}
 
 
 class OpenClipTeacher(Teacher):
-    """An open_clip image tower. Its parameters are where the surrounding `torch.device` puts them."""
+    """An open_clip image tower, on the device of the surrounding `torch.device` context."""
 
     tower: Any  # VisionTransformer
 
@@ -57,7 +63,7 @@ class OpenClipTeacher(Teacher):
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         named = dict(state)
-        if "visual.class_embedding" not in named:  # a file of the image tower alone
+        if "visual.class_embedding" not in named:  # a file of the image tower only
             named = {f"visual.{key}": tensor for key, tensor in named.items()}
         resize_pos_embed(named, SimpleNamespace(visual=self.tower), antialias=False)
         tower = {key.removeprefix("visual."): tensor for key, tensor in named.items() if key.startswith("visual.")}
@@ -65,17 +71,17 @@ class OpenClipTeacher(Teacher):
 
 
 def models() -> list[str]:
-    """Every name that the library knows, teacher or not."""
+    """All model names of the library, including those that cannot be teachers."""
     return open_clip.list_models()
 
 
 def build(name: str, config: TeacherConfig, image_size: int) -> OpenClipTeacher:
-    """The teacher without its weights. Raises UserError."""
+    """Build the teacher, without loading weights. Raises UserError."""
     return OpenClipTeacher(name, config, image_size)
 
 
 def hub_file(name: str, config: TeacherConfig) -> HubFile:
-    """The file that open_clip's tag stands for. Raises UserError where there is none."""
+    """The file of open_clip's pretrained tag. Raises UserError if there is none."""
     if config.pretrained is None:
         raise UserError(
             f"teachers.{name} has neither weights nor pretrained; open_clip's tags for {config.model} are "
@@ -90,7 +96,7 @@ def hub_file(name: str, config: TeacherConfig) -> HubFile:
 
 
 def _tag(config: TeacherConfig) -> dict[str, Any]:
-    """What open_clip knows of the pretrained tag: hf_hub, mean, std, quick_gelu."""
+    """open_clip's configuration of the pretrained tag: hf_hub, mean, std, quick_gelu."""
     return open_clip.get_pretrained_cfg(config.model, config.pretrained) if config.pretrained else {}
 
 
@@ -129,22 +135,24 @@ def _build(name: str, config: TeacherConfig, image_size: int) -> Any:
             f"VisionTransformer; choose a ViT-* model"
         )
     for block in tower.transformer.resblocks:
-        block.attn.batch_first = True  # open_clip before 2.25 keeps [N, B, D] inside
+        block.attn.batch_first = True  # open_clip before 2.25 uses [N, B, D] inside
     tower.ln_post, tower.attn_pool, tower.attn_pool_contrastive = nn.Identity(), None, None
     del tower.proj
     return tower
 
 
 def _check_activation(name: str, config: TeacherConfig, quick: bool) -> None:
-    """A file cannot say whether it was trained with QuickGELU, and the wrong choice is silent. Raises UserError."""
+    """Refuse an unknown or wrong activation: a file does not record it, and the wrong one gives no error. Raises
+    UserError.
+    """
     if config.random:
         return
     tagged = bool(_tag(config).get("quick_gelu", config.pretrained == "openai")) if config.pretrained else None
     stated = config.activation == "quickgelu" if config.activation is not None else None
     if tagged is None and stated is None:
         raise UserError(
-            f"teachers.{name}.activation is missing: a local open_clip file does not say it; set quickgelu for weights "
-            f"of OpenAI, gelu for most others"
+            f"teachers.{name}.activation is missing: a local open_clip file does not record it; set quickgelu for "
+            f"OpenAI's weights, gelu for most others"
         )
     if tagged is not None and stated is not None and tagged != stated:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Micro-batches with what the teachers saw in them, in order or one micro-batch ahead of the student.
+"""Micro-batches and the teachers' targets for them, computed in order or one micro-batch ahead of the student.
 
-Ahead, on a GPU, the teachers run in a stream of their own: while the student of micro-batch i computes and waits
-for other ranks, the teachers work on i + 1. That costs the memory of one more batch and its targets.
+With `ahead` on a GPU, the teachers run in their own CUDA stream: while the student computes micro-batch i and waits for
+other ranks, the teachers compute the targets of i + 1. That costs the memory of one more batch and its targets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mimscale.types import Batch, PrefetchedBatch, Targets, keep_for
 
 @dataclass(frozen=True)
 class _Submitted:
-    """A micro-batch that the teachers are at. done: when they are through; None where nothing runs beside the host."""
+    """A micro-batch whose targets are being computed. done: recorded after them; None without an own stream."""
 
     batch: Batch
     targets: dict[str, Targets]
@@ -27,10 +27,10 @@ class _Submitted:
 
 
 class TeacherPrefetcher:
-    """`next_batch`, then `teach`, for each micro-batch: the same batches and targets whether `ahead` or not.
+    """Call `next_batch`, then `targets`, for each micro-batch. `ahead` changes neither batches nor targets.
 
-    prepare: the method's, called with each batch in host memory just before the student gets it; it leaves the images
-    alone.
+    ahead: experimental; equal targets on a GPU were tested, its speed was not measured. prepare: `Method.prepare`,
+    called with each batch in host memory just before it is returned; must not change the images.
     """
 
     def __init__(
@@ -48,10 +48,12 @@ class TeacherPrefetcher:
         self._submitted: deque[_Submitted] = deque()
         self._stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(device))  # the teachers' weights are still on their way
+            self._stream.wait_stream(
+                torch.cuda.current_stream(device)
+            )  # the copies of the teachers' weights to the device may not be finished
 
     def next_batch(self) -> Batch:
-        """Wait for the loader; the batch whose turn it is, in host memory. Raises StopIteration after the last."""
+        """Wait for the loader; returns the next batch, in host memory. Raises StopIteration after the last."""
         while len(self._fetched) < self._depth:
             batch = next(self._batches, None)
             if batch is None:
@@ -62,7 +64,7 @@ class TeacherPrefetcher:
         return self._fetched[0].raw
 
     def targets(self) -> tuple[Batch, dict[str, Targets]]:
-        """(the batch that `next_batch` gave, normalised on the device; targets by teacher)."""
+        """(the batch that `next_batch` returned, normalised on the device; teacher -> targets)."""
         for prefetched in list(self._fetched)[len(self._submitted) :]:
             self._submitted.append(self._submit(prefetched))
         raw, now = self._fetched.popleft().raw, self._submitted.popleft()

@@ -1,10 +1,10 @@
-"""Teachers in 8 bits: int8 or fp8 (e4m3) weights and activations in the blocks' linear layers, by torchao.
+"""Teachers in 8 bits: int8 or fp8 (e4m3) weights and activations in the blocks' linear layers, with torchao.
 
-Weights have one scale per output row, activations one per token, found while running. The rest stays in bf16: patch
-embedding, norms, softmax, the residual stream, and the last block's attention, from which the CLS row is read.
-Layers with a side that is no multiple of 16 stay too (the MLPs of EVA02-L); GPUs cannot multiply them in 8 bits.
-open_clip keeps its attention in one fused module, so there only the MLPs (two thirds of the arithmetic) are quantised;
-timm has the same models with separate layers.
+Weights have one scale per output row, activations one per token, computed at run time. The rest stays in bf16: patch
+embedding, norms, softmax, the residual stream, the last block's attention (the CLS attention is computed from it), and
+linear layers with a side that is not a multiple of 16 (the MLPs of EVA02-L), for which GPUs have no 8-bit kernels.
+open_clip's attention is one fused module, so only its MLPs (two thirds of the arithmetic) are quantised; timm has the
+same models with separate layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mimscale.teachers.base import Teacher
 
 FP8 = torch.float8_e4m3fn
 FP8_CAPABILITY = (8, 9)
-SIDE = 16  # of the matrices that the 8-bit kernels of GPUs take
+SIDE = 16  # both sides of a matrix must be multiples of this for the 8-bit kernels of GPUs
 
 
 def is_quantised(precision: str) -> bool:
@@ -29,41 +29,41 @@ def is_quantised(precision: str) -> bool:
 
 @cache
 def unavailable() -> str:
-    """Why torchao cannot be used here; empty where it can. torchao is built for a range of torch versions."""
+    """Why torchao cannot be used here; empty if it can. torchao supports a range of torch versions."""
     try:
         from torchao.quantization import Float8Tensor, Int8DynamicActivationInt8WeightConfig  # noqa: F401
-    except Exception as error:  # a torchao for another torch fails in many ways
+    except Exception as error:  # a torchao for another torch version fails in many ways
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     return ""
 
 
 def check(name: str, precision: str, device: torch.device | None = None) -> None:
-    """Refuse a precision that this machine, or this device, cannot compute. Raises UserError."""
+    """Refuse a precision that this machine, or this device, does not support. Raises UserError."""
     if not is_quantised(precision):
         return
     if unavailable():
         raise UserError(
-            f"teachers.{name}.precision = {precision} needs a torchao that fits torch {torch.__version__} "
+            f"teachers.{name}.precision = {precision} needs a torchao for torch {torch.__version__} "
             f"({unavailable()}); pip install 'mimscale[fp8]', or use bf16"
         )
     on_gpu = device is not None and device.type == "cuda"
     if precision == "fp8" and on_gpu and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise UserError(
-            f"teachers.{name}.precision = fp8, which {torch.cuda.get_device_name(device)} lacks "
-            f"(compute capability 8.9); use int8 or bf16"
+            f"teachers.{name}.precision = fp8, which {torch.cuda.get_device_name(device)} does not support "
+            f"(compute capability 8.9 is needed); use int8 or bf16"
         )
 
 
 @torch.no_grad()
 def quantise(teacher: Teacher, precision: Literal["int8", "fp8"]) -> None:
-    """Replace, in place, the bf16 weights of the blocks' linear layers. `check` has passed."""
+    """Quantise the bf16 weights of the blocks' linear layers in place. Call `check` before."""
     for linear in linears(teacher):
         weight: Any = _int8(linear) if precision == "int8" else _fp8(linear.weight)
         linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def linears(teacher: Teacher) -> list[nn.Linear]:
-    """The layers that are quantised, in the order of the blocks."""
+    """The layers to quantise, in the order of the blocks."""
     kept = set(teacher.blocks[-1].get_submodule("attn").modules())
     candidates = [m for block in teacher.blocks for m in block.modules() if type(m) is nn.Linear and m not in kept]
     return [m for m in candidates if m.in_features % SIDE == m.out_features % SIDE == 0]
@@ -77,7 +77,9 @@ def _int8(linear: nn.Linear) -> Any:
 
 
 def _fp8(weight: torch.Tensor) -> Any:
-    """What torchao's configuration for dynamic fp8 makes. That one refuses CPUs, where torch's scaled matmul works."""
+    """The tensor that torchao's configuration for dynamic fp8 makes. That configuration refuses CPUs, although torch's
+    scaled matmul supports them.
+    """
     from torchao.quantization import Float8MMConfig, Float8Tensor, PerRow
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 

@@ -1,6 +1,6 @@
 """Teachers from timm: the plain `VisionTransformer` (CLIP, DINO, DINOv2, SigLIP2) and `Eva` (DINOv3, EVA02, PE).
 
-The second class rotates the queries and keys of the patches by their place in the grid (rotary positions).
+`Eva` rotates the queries and keys of the patches by their position in the grid (rotary position embedding).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from mimscale.teachers.base import Teacher, info_of, one_line, project
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.weights import TIMM_FILE, HubFile
 
-_UNREAD = ("norm", "fc_norm", "attn_pool", "head")  # of the tower; targets are the raw residual stream
+_UNREAD = ("norm", "fc_norm", "attn_pool", "head")  # of the tower; targets are block outputs
 _ACTIVATIONS = {"gelu": "gelu", "quickgelu": "quick_gelu"}
 _CHOICES = "choose a CLIP, DINO, DINOv2, DINOv3, EVA02 or SigLIP2 model"
 
 
 class TimmTeacher(Teacher):
-    """A timm VisionTransformer. Its parameters are where the surrounding `torch.device` puts them."""
+    """A timm VisionTransformer, on the device of the surrounding `torch.device` context."""
 
-    tower: Any  # VisionTransformer, whose attributes timm does not annotate
+    tower: Any  # VisionTransformer; timm does not annotate its attributes
 
     def __init__(self, name: str, config: TeacherConfig, image_size: int, tower: Any) -> None:
         patch = tower.patch_embed.patch_size
@@ -70,9 +70,10 @@ class TimmTeacher(Teacher):
 
 
 class RotaryTeacher(TimmTeacher):
-    """A timm Eva: as above, and queries and keys of the patches are rotated in every block, prefix tokens are not.
+    """A timm Eva: queries and keys of the patches are rotated in every block, those of prefix tokens are not.
 
-    angles: sine and cosine per patch, float32 [L, 2d] in every precision; None for the first EVA, which has none.
+    angles: sine and cosine per patch, float32 [L, 2d] whatever the precision; None for the first EVA, which has no
+    rotary positions.
     """
 
     angles: Tensor | None
@@ -82,7 +83,9 @@ class RotaryTeacher(TimmTeacher):
         tower.rope = None
         for block in tower.blocks:
             if getattr(block.attn, "k_bias", None) is not None:
-                block.attn.register_buffer("k_bias", block.attn.k_bias)  # of zeros; persistent, so that `load` fills it
+                block.attn.register_buffer(
+                    "k_bias", block.attn.k_bias
+                )  # zeros; persistent, so that `load` fills it on meta
         super().__init__(name, config, image_size, tower)
         self.register_buffer("angles", angles, persistent=False)
 
@@ -116,12 +119,12 @@ class RotaryTeacher(TimmTeacher):
 
 
 def models() -> list[str]:
-    """Every name that the library knows, teacher or not."""
+    """All model names of the library, including those that cannot be teachers."""
     return timm.list_models()
 
 
 def build(name: str, config: TeacherConfig, image_size: int) -> TimmTeacher:
-    """The teacher without its weights. Raises UserError."""
+    """Build the teacher, without loading weights. Raises UserError."""
     tower = _tower(name, config, image_size)
     return (RotaryTeacher if type(tower) is Eva else TimmTeacher)(name, config, image_size, tower)
 
@@ -136,9 +139,9 @@ def _heads(tower: Any) -> int:
 
 
 def _angles(name: str, config: TeacherConfig, image_size: int, head_dim: int) -> Tensor:
-    """The table of a model's rotary positions, from a model of one small block: it depends on no weight.
+    """A model's table of rotary positions, taken from a model with one small block: it does not depend on weights.
 
-    On the CPU, even where the tower itself is built without memory.
+    On the CPU also if the tower is on the meta device.
     """
     small = {**config.options, "embed_dim": head_dim, "num_heads": 1, "depth": 1}
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -148,9 +151,9 @@ def _angles(name: str, config: TeacherConfig, image_size: int, head_dim: int) ->
 
 
 def hub_file(name: str, config: TeacherConfig) -> HubFile:
-    """The file that timm's tag stands for. Raises UserError where there is none."""
+    """The file of timm's pretrained tag. Raises UserError if there is none."""
     model, tag = _tagged(name, config)
-    if not tag:  # timm's default tag of a model changes between its versions
+    if not tag:  # a model's default tag changes between versions of timm
         raise UserError(f"teachers.{name} has neither weights nor a tag; timm's tags for {model} are {_tags(model)}")
     facts = timm.get_pretrained_cfg(model)
     if facts is None or not facts.hf_hub_id:
@@ -189,7 +192,7 @@ def _is_plain(tower: Any) -> bool:
 
 
 def _is_rotary(tower: Any) -> bool:
-    """timm's Eva with one table of angles for all blocks, and as many keys as queries."""
+    """timm's Eva with one table of angles for all blocks and as many key heads as query heads."""
     return (
         type(tower) is Eva
         and not tower.rope_mixed
@@ -200,7 +203,7 @@ def _is_rotary(tower: Any) -> bool:
 
 
 def _tagged(name: str, config: TeacherConfig) -> tuple[str, str]:
-    """(model.tag as timm wants it, tag). Raises UserError for a model or tag that timm does not know."""
+    """(model.tag, as timm's create_model takes it, and the tag). Raises UserError for an unknown model or tag."""
     model, _, tag = config.model.partition(".")
     tag = config.pretrained or tag
     if not timm.is_model(model):
@@ -219,7 +222,7 @@ def _tags(model: str) -> str:
 
 
 def _refuse_ambiguous_activation(name: str, config: TeacherConfig, tag: str) -> None:
-    """timm lists some CLIP weights under two models, exact GELU and QuickGELU; they were trained with one of them."""
+    """timm lists some CLIP weights for a model with GELU and one with QuickGELU; they were trained with QuickGELU."""
     model = config.model.partition(".")[0]
     twin = model.replace("_clip_", "_clip_quickgelu_")
     if config.activation is not None or "_quickgelu_" in model or twin == model or not tag:
@@ -227,5 +230,5 @@ def _refuse_ambiguous_activation(name: str, config: TeacherConfig, tag: str) -> 
     if f"{twin}.{tag}" in timm.list_pretrained(f"{twin}.*"):
         raise UserError(
             f"teachers.{name}.model = '{config.model}' uses exact GELU, but these weights were trained with QuickGELU; "
-            f"use {twin}.{tag} (or say activation: gelu if you mean it)"
+            f"use {twin}.{tag} (or set activation: gelu to confirm GELU)"
         )

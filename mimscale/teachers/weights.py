@@ -1,4 +1,4 @@
-"""Where a teacher's file is, that it is the right one, and what is in it."""
+"""Find, download, verify and read a teacher's file."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from mimscale.teachers.config import TeacherConfig
 
 FETCH = "run `mimscale doctor RECIPE --fetch` on a machine with internet and paste the lines that it prints"
 
-# One repository may hold the same weights under timm's and under open_clip's names: the file's name tells them apart.
+# A repository may hold the same weights under timm's and open_clip's parameter names, in files with these names.
 TIMM_FILE, OPEN_CLIP_FILE = "pytorch_model.bin", "open_clip_pytorch_model.bin"
-_SAFE_TWINS = {TIMM_FILE: "model.safetensors", OPEN_CLIP_FILE: "open_clip_model.safetensors"}
+_SAFETENSORS = {TIMM_FILE: "model.safetensors", OPEN_CLIP_FILE: "open_clip_model.safetensors"}
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a Hugging Face repository. names: tried in this order."""
+    """A file of a Hugging Face repository. names: of the file, tried in this order."""
 
     repo: str
     names: tuple[str, ...]
 
     @classmethod
     def of(cls, repo: str, name: str) -> HubFile:
-        """The repository's file `name`, or its safetensors twin where there is one."""
-        return cls(repo, (_SAFE_TWINS.get(name, f"{name.rpartition('.')[0]}.safetensors"), name))
+        """The repository's file `name`, or its safetensors version if there is one."""
+        return cls(repo, (_SAFETENSORS.get(name, f"{name.rpartition('.')[0]}.safetensors"), name))
 
 
 def locate(name: str, config: TeacherConfig, hub: Callable[[], HubFile], may_download: bool) -> Path:
     """The teacher's file on this machine: `weights`, else the local hub cache, else (if allowed) a download.
 
-    Raises UserError with the command that gets the file.
+    Raises UserError with the command that fetches the file.
     """
     if config.weights is not None:
         if not config.weights.is_file():
-            fix = FETCH if names_a_tag(config) else "make it or copy it there (no tag says where to fetch it)"
+            fix = FETCH if names_a_tag(config) else "copy it there (it has no tag from which it could be fetched)"
             raise UserError(f"teachers.{name}.weights = {config.weights} does not exist; {fix}")
         return config.weights
     file = hub()
@@ -61,12 +61,12 @@ def locate(name: str, config: TeacherConfig, hub: Callable[[], HubFile], may_dow
 
 
 def names_a_tag(config: TeacherConfig) -> bool:
-    """Whether the library knows which published file this is."""
+    """Whether the configuration names a published file."""
     return config.pretrained is not None or (config.library == "timm" and "." in config.model)
 
 
 def downloads_allowed() -> bool:
-    """No in a SLURM job (a thousand ranks would ask the hub at once) and where HF_HUB_OFFLINE is set."""
+    """False in a SLURM job (a thousand ranks would query the hub at once) and if HF_HUB_OFFLINE is set."""
     return "SLURM_JOB_ID" not in os.environ and os.environ.get("HF_HUB_OFFLINE", "0").lower() in (
         "",
         "0",
@@ -76,7 +76,7 @@ def downloads_allowed() -> bool:
 
 
 def cached(file: HubFile) -> Path | None:
-    """The file in the local Hugging Face cache."""
+    """The file in the local Hugging Face cache, None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in file.names:
@@ -87,7 +87,7 @@ def cached(file: HubFile) -> Path | None:
 
 
 def download(name: str, file: HubFile, folder: Path | None = None) -> Path:
-    """Get the file from the hub, into `folder` or into the cache. Raises UserError where that fails."""
+    """Download the file from the hub, into `folder` or into the cache. Raises UserError if that fails."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -107,35 +107,36 @@ def _unreachable(name: str, file: HubFile, error: Exception) -> UserError:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     reason = type(error.__cause__ or error).__name__
     return UserError(
-        f"teachers.{name}: cannot get {file.repo} from {endpoint} ({reason}); use a machine with internet, "
+        f"teachers.{name}: cannot download {file.repo} from {endpoint} ({reason}); use a machine with internet, "
         f"or copy the file here and set teachers.{name}.weights"
     )
 
 
 def verify(name: str, config: TeacherConfig, path: Path) -> str:
-    """The file's sha256, compared with the configured one. Raises UserError with both."""
+    """The file's sha256. Raises UserError if the recipe has another one."""
     found = sha256(path)
     if config.sha256 is not None and found != config.sha256:
         raise UserError(
-            f"teachers.{name}.sha256 = {config.sha256}, but {path} has {found}; get the right file or correct the hash"
+            f"teachers.{name}.sha256 = {config.sha256}, but {path} has {found}; use the right file or correct the hash"
         )
     return found
 
 
 def read(name: str, path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file, by name, without running code from it. Raises UserError."""
+    """Read the tensors of a .safetensors or torch file, by name, without executing code from it. Raises UserError."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE-style files carry their arguments
+        with torch.serialization.safe_globals([argparse.Namespace]):  # files of MAE's code hold their arguments
             state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if isinstance(error, pickle.UnpicklingError):  # torch's text asks to trust the file
-            reason = "it is cut short, or holds more than tensors"
-        fix = "get it again" if path.suffix == ".safetensors" else "get it again, or convert it to .safetensors"
+        if isinstance(error, pickle.UnpicklingError):  # torch's message advises to trust the file
+            reason = "it is truncated, or holds more than tensors"
+        download = "download it again"
+        fix = download if path.suffix == ".safetensors" else f"{download}, or convert it to .safetensors"
         raise UserError(f"teachers.{name}: {path} cannot be read as plain tensors ({reason}); {fix}") from None
-    for key in ("model", "state_dict", "teacher"):  # how training scripts wrap their weights
+    for key in ("model", "state_dict", "teacher"):  # the keys under which training scripts save their weights
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):

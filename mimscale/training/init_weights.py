@@ -116,7 +116,7 @@ def _same_shape(loaded: Loaded, run: RunConfig, weights: State, own: State, pref
 
 
 def _describe(state: Mapping[str, Tensor], prefix: str) -> str:
-    """Kind and sizes of a student, as far as its tensors tell."""
+    """Kind and sizes of a student, as far as its tensors show."""
     convolutional = f"{prefix}patch_embed1.proj.weight" in state
     blocks = f"{prefix}blocks3." if convolutional else f"{prefix}blocks."
     if f"{blocks}0.mlp.fc1.weight" not in state:

@@ -19,7 +19,8 @@ from mimscale.errors import UserError
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.monitoring.damage_log import DamageLog, default_limit
 from mimscale.optim import lr_schedule
-from mimscale.teachers.ensemble import describe
+from mimscale.teachers.base import Teacher
+from mimscale.teachers.ensemble import build_skeletons, describe
 from mimscale.teachers.quantise import check as check_quantised
 from mimscale.training import init_weights
 from mimscale.training.micro_batch import solve_micro_batch
@@ -32,7 +33,8 @@ class Plan:
 
     config: the resolved recipe. parent: the checkpoint whose weights a fork starts from. fresh: whether there is no
     checkpoint of this run to continue from. ds_config: DeepSpeed's JSON, parsed. micro_batch: images per rank and
-    forward pass; accumulation: micro-batches per optimiser step. command: for launches.jsonl.
+    forward pass; accumulation: micro-batches per optimiser step. skeletons: every teacher on the meta
+    device, for `TeacherEnsemble`. command: for launches.jsonl.
     """
 
     config: RunConfig
@@ -44,10 +46,14 @@ class Plan:
     micro_batch: int
     accumulation: int
     manifest: Source
-    teachers: Mapping[str, TeacherInfo]
+    skeletons: Mapping[str, Teacher]
     steps_per_epoch: int
     total_steps: int
     command: tuple[str, ...]
+
+    @property
+    def teachers(self) -> dict[str, TeacherInfo]:
+        return describe(self.skeletons)
 
     def lr(self, step: int) -> float:
         """The peak group's learning rate for optimiser step `step`, from 0."""
@@ -62,12 +68,12 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     check_backend(config.engine, ds_config)
     batch = config.schedule.global_batch
     micro_batch, accumulation = solve_micro_batch(batch, world.size, config.engine.max_micro_batch)
-    teachers = {name: describe(name, teacher, config.data.image_size) for name, teacher in config.teachers.items()}
+    skeletons = build_skeletons(config.teachers, config.data.image_size)
     for name, teacher in config.teachers.items():
         if world.device.type == "cuda" or teacher.shard:
             check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
             check_quantised(name, teacher.precision, world.device)
-    method_class(config.method.name).check(config, teachers)
+    method_class(config.method.name).check(config, describe(skeletons))
     if config.data.decoder == "device":
         device_decode.check(world.device)
 
@@ -114,7 +120,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
         micro_batch,
         accumulation,
         manifest,
-        teachers,
+        skeletons,
         steps_per_epoch,
         total,
         command,

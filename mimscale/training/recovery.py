@@ -83,12 +83,14 @@ def load_newest(
     return None
 
 
-def opened(path: Path, coordinator: Coordinator, done: Callable[[str], None]) -> tuple[checkpoint.Reader | None, str]:
+def opened(
+    path: Path, coordinator: Coordinator, done: Callable[[str], None]
+) -> tuple[checkpoint.CheckpointReader | None, str]:
     """A reader of a checkpoint all of whose files were checked, else None and what is damaged in it. Collective.
 
     Rank 0 reads the manifest and checks the files' sizes for all; each rank reads its share of the files.
     """
-    reader, damage = coordinator.on_rank0(read_twice, checkpoint.Reader, path)
+    reader, damage = coordinator.on_rank0(read_twice, checkpoint.CheckpointReader, path)
     done("manifest")
     if reader is not None:
         _, mine = coordinator.on_all_ranks(read_twice, reader.verify, coordinator.rank, coordinator.world)
@@ -119,7 +121,7 @@ def unless_refused(work: Callable[..., None], *args: Any) -> None:
         warn(f"{error}; left as it is")
 
 
-def refuse_other_inputs(reader: checkpoint.Reader, plan: Plan, teachers: TeacherEnsemble) -> None:
+def refuse_other_inputs(reader: checkpoint.CheckpointReader, plan: Plan, teachers: TeacherEnsemble) -> None:
     """The images and the teachers are inputs like the recipe, but are known only by their content."""
     if reader.meta["data"] != plan.manifest.fingerprint:
         raise UserError(

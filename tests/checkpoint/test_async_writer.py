@@ -76,7 +76,7 @@ def test_a_save_is_whole_and_carries_the_values_of_its_moment(tmp_path: Path) ->
     while not run.events:
         run.step()
     (path,) = checkpoint.complete(run.root)
-    reader = checkpoint.Reader(path)
+    reader = checkpoint.CheckpointReader(path)
     reader.verify()
     assert torch.equal(reader.full("exp_avg", "w"), torch.full((300_000,), 3.0))
     part = torch.zeros(2, dtype=torch.uint8)

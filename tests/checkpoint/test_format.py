@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mimscale.checkpoint import format as checkpoint
-from mimscale.checkpoint.format import CheckpointError, Reader
+from mimscale.checkpoint.format import CheckpointError, CheckpointReader
 from mimscale.errors import UserError
 from tests.checkpoint.shards import write_shard
 
@@ -44,7 +44,7 @@ def test_any_cut_reads_any_other(tmp_path_factory: pytest.TempPathFactory, n: in
     numbers = torch.arange(n, dtype=torch.float32)
     cuts = st.lists(st.integers(1, n - 1), unique=True, max_size=6).map(sorted)
     path = write(tmp_path_factory.mktemp("cut"), 1, numbers, data.draw(cuts))
-    reader = Reader(path)
+    reader = CheckpointReader(path)
     edges = [0, *data.draw(cuts), n]
     for start, end in zip(edges, edges[1:], strict=False):
         target = torch.full((end - start,), -1.0)
@@ -55,7 +55,7 @@ def test_any_cut_reads_any_other(tmp_path_factory: pytest.TempPathFactory, n: in
 
 def test_a_reader_can_be_sent_to_a_process_that_never_sees_the_manifest(tmp_path: Path) -> None:
     path = write(tmp_path, 1, torch.arange(10.0), [4])
-    reader = Reader(path)
+    reader = CheckpointReader(path)
     assert torch.equal(reader.full("fp32", "w"), torch.arange(10.0))
     (path / "manifest.json").unlink()
     sent = pickle.loads(pickle.dumps(reader))
@@ -71,7 +71,7 @@ def test_a_piece_without_elements_hides_no_other(tmp_path: Path) -> None:
         for rank, (start, end) in enumerate(((0, 3), (3, 3), (3, 5), (5, 5)))
     ]
     checkpoint.commit(tmp_path / ".tmp", tmp_path / "step-00000001", shards, {"shapes": {}})
-    reader = Reader(tmp_path / "step-00000001")
+    reader = CheckpointReader(tmp_path / "step-00000001")
     target = torch.zeros(2, dtype=torch.int64)
     reader.into("table", "t", 3, target)
     assert target.tolist() == [3, 4] and reader.full("table", "t").tolist() == [0, 1, 2, 3, 4]
@@ -90,33 +90,33 @@ def test_damage_is_named(tmp_path: Path) -> None:
     whole = second.read_bytes()
     second.write_bytes(whole[:-8])
     with pytest.raises(CheckpointError, match="shard-00001.* bytes, not"):
-        Reader(path)
+        CheckpointReader(path)
     flipped = bytearray(whole)
     flipped[-3] ^= 16
     second.write_bytes(flipped)
-    Reader(path).verify(0, 2)  # the other rank's share
+    CheckpointReader(path).verify(0, 2)  # the other rank's share
     with pytest.raises(CheckpointError, match="shard-00001.*sha256"):
-        Reader(path).verify(1, 2)
+        CheckpointReader(path).verify(1, 2)
     second.unlink()
     with pytest.raises(CheckpointError, match="shard-00001.*missing"):
-        Reader(path)
+        CheckpointReader(path)
     second.write_bytes(whole)
     with pytest.raises(CheckpointError, match="found 0 of 3 elements"):
-        Reader(path).into("exp_avg", "w", 0, torch.empty(3))
+        CheckpointReader(path).into("exp_avg", "w", 0, torch.empty(3))
     manifest = path / "manifest.json"
     text = manifest.read_text()
     manifest.write_text('{"format": 99}')
     with pytest.raises(UserError, match="format 99; this version of mimscale reads 3"):
-        Reader(path)
+        CheckpointReader(path)
     manifest.write_text("{")
     with pytest.raises(CheckpointError, match="manifest.json is not a manifest"):
-        Reader(path)
+        CheckpointReader(path)
     manifest.write_text(text.replace("1000", "1001"))
     with pytest.raises(CheckpointError, match="sha256 differs from COMPLETE"):
-        Reader(path)
+        CheckpointReader(path)
     (path / "COMPLETE").unlink()
     with pytest.raises(CheckpointError, match="COMPLETE is missing"):
-        Reader(path)
+        CheckpointReader(path)
 
 
 def test_a_manifest_reaches_no_file_outside_its_folder(tmp_path: Path) -> None:
@@ -127,14 +127,14 @@ def test_a_manifest_reaches_no_file_outside_its_folder(tmp_path: Path) -> None:
         (path / "manifest.json").write_text(text)
         (path / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())
         with pytest.raises(UserError, match="outside of its folder"):
-            Reader(path)
+            CheckpointReader(path)
 
 
 def test_half_a_copy_does_not_block_the_step(tmp_path: Path) -> None:
     (tmp_path / "step-00000003").mkdir()
     (tmp_path / "step-00000003" / "shard").touch()
     path = write(tmp_path, 3, torch.arange(4.0), [])
-    assert torch.equal(Reader(path).full("fp32", "w"), torch.arange(4.0))
+    assert torch.equal(CheckpointReader(path).full("fp32", "w"), torch.arange(4.0))
     assert [p.name[:21] for p in checkpoint.damaged(tmp_path)] == ["damaged-step-00000003"]
 
 
@@ -174,7 +174,7 @@ def test_a_kill_while_writing_leaves_the_older_one(tmp_path: Path) -> None:
             os.kill(process.pid, signal.SIGKILL)
         path = checkpoint.newest(run_dir)
         assert path is not None
-        reader = Reader(path)
+        reader = CheckpointReader(path)
         reader.verify()
         assert bool((reader.full("fp32", "w") == reader.meta["shapes"]["w"][0] // 10_000_000 + 1).all())
         seen.add(path.name)

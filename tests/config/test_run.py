@@ -45,7 +45,7 @@ def recipe(tmp_path: Path) -> Path:
         ("ema.decai=0.9", "unknown key ema.decai; did you mean 'decay'?"),
         ("engine.backend=tourch", "engine.backend = 'tourch': input should be 'deepspeed' or 'torch'"),
         ("data.image_size=36", "data.image_size = 36 is not a multiple of student.patch = 8"),
-        ("data.crop_scale=[0.5,0.2]", "crop_scale = [0.5, 0.2]: must rise"),
+        ("data.crop_scale=[0.5,0.2]", "crop_scale = [0.5, 0.2]: must be ascending"),
         ("data.crop_padding=32", "crop_padding = 32: must be below image_size = 32"),
         ("data.crop=pad", "data.crop = 'pad': input should be 'random_resized' or 'padded'"),
         ("student.heads=5", "width = 32 must be divisible by heads = 5"),

@@ -28,6 +28,7 @@ from mimscale.models import pos_embed
 from tests import golden
 from tests.convert.runs import IMAGES, build, refused, save_run, saved_run
 from tests.golden import batch_of, close
+from tests.monitoring.test_run_logger import no_file_may_exceed
 
 
 @pytest.fixture(params=["mae", "maskalign", "finetune", "mff", "pixmim"])
@@ -89,6 +90,30 @@ def test_the_measurement_lies_beside_the_weights(tmp_path: Path) -> None:
     assert all(0 <= value < report["limit"] for value in report["differences"].values())
 
 
+@pytest.mark.parametrize(
+    ("to", "name"), [("mimscale", "out.safetensors"), ("official", "out.pth"), ("state", "out"), ("run", "out")]
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    to: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, _ = saved_run(tmp_path / "run", "mae")
+    if to == "run":
+        assert main(["convert", str(source), str(tmp_path / "state"), "--to", "state"]) == 0
+        source = tmp_path / "state"
+    before = sorted(tmp_path.iterdir())
+    with no_file_may_exceed(20_000):
+        message = refused([str(source), str(tmp_path / name), "--to", to], capsys)
+    assert f"{tmp_path / name} cannot be written: " in message and "File too large" in message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_same_weights_give_the_same_pth_file(tmp_path: Path) -> None:
+    folder, _ = saved_run(tmp_path / "run", "mae")
+    for name in ("one.pth", "another.pth"):
+        assert main(["convert", str(folder), str(tmp_path / name), "--to", "official"]) == 0
+    assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "another.pth").read_bytes()
+
+
 @pytest.mark.parametrize("to", ["timm", "student", "mimscale", "official"])
 def test_a_difference_is_an_error_and_leaves_nothing(
     to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -116,12 +141,12 @@ def test_the_checks_see_a_wrong_tensor() -> None:
     assert check.method_differences(method, weights)["decoder"] > LIMIT
 
 
-def test_names_of_another_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_another_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """MAE in OpenMMLab's names and PixMIM in MAE's: the weights are of the same parts."""
-    for name, family in (("mae", "openmmlab"), ("pixmim", "mae")):
+    for name, other in (("mae", "openmmlab"), ("pixmim", "mae")):
         folder, method = saved_run(tmp_path / name, name)
         official, ours = tmp_path / f"{name}.pth", tmp_path / f"{name}.safetensors"
-        assert main(["convert", str(folder), str(official), "--to", family]) == 0
+        assert main(["convert", str(folder), str(official), "--to", other]) == 0
         recipe = str(folder / "config.yaml")
         assert main(["convert", str(official), str(ours), "--to", "mimscale", "--recipe", recipe]) == 0
         assert same(load_file(ours), method.state_dict())

@@ -157,7 +157,7 @@ def test_convmae_has_no_timm_class_and_is_compared_with_a_second_network(tmp_pat
 
 @pytest.mark.parametrize("file", ["mae_dev", "simmim_dev"])
 def test_an_encoder_alone_has_timms_names(file: str) -> None:
-    """As timm publishes MAE's and BEiT's; there is no decoder that would tell the method."""
+    """As timm publishes MAE's and BEiT's; there is no decoder that would show the method."""
     alone = encoder_of(golden.load(file).part("state"))
     assert [name for name, names in formats().items() if names.recognises(alone)] == ["timm"]
     assert not is_whole_model(alone) and same(encoder_of(alone), alone)

@@ -71,15 +71,15 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(
     run_dir, method = saved_run(tmp_path / "run", "mae")
     old, new = (checkpoint.step_folder(run_dir / "checkpoints", step) for step in (7, 8))
     shutil.copytree(old, tmp_path / "kept")
-    full = checkpoint.Reader.full
+    full = checkpoint.CheckpointReader.full
 
-    def removed_meanwhile(self: checkpoint.Reader, kind: str, name: str) -> torch.Tensor:
+    def removed_meanwhile(self: checkpoint.CheckpointReader, kind: str, name: str) -> torch.Tensor:
         if self.path == old and old.exists():
             shutil.copytree(old, new)
             checkpoint.remove(old)
         return full(self, kind, name)
 
-    monkeypatch.setattr(checkpoint.Reader, "full", removed_meanwhile)
+    monkeypatch.setattr(checkpoint.CheckpointReader, "full", removed_meanwhile)
     loaded = read(run_dir)
     assert loaded.path == new
     assert all(torch.equal(loaded.weights[name], tensor) for name, tensor in method.state_dict().items())

@@ -25,7 +25,7 @@ def exported(tmp_path: Path) -> Path:
 
 
 def test_plain_tensors_under_plain_names(exported: Path, tmp_path: Path) -> None:
-    reader = checkpoint.Reader(tmp_path / "run" / "checkpoints" / "step-00000007")
+    reader = checkpoint.CheckpointReader(tmp_path / "run" / "checkpoints" / "step-00000007")
     weights = load_file(exported / "weights.safetensors")
     assert same(weights, checkpoint.load_weights(reader.path)) and "student.pos_embed" in weights
     for kind in ("exp_avg", "exp_avg_sq"):
@@ -43,7 +43,9 @@ def test_plain_tensors_under_plain_names(exported: Path, tmp_path: Path) -> None
 
 def test_back_into_a_run_folder(exported: Path, tmp_path: Path) -> None:
     assert main(["convert", str(exported), str(tmp_path / "again"), "--to", "run"]) == 0
-    first, again = (checkpoint.Reader(tmp_path / n / "checkpoints" / "step-00000007") for n in ("run", "again"))
+    first, again = (
+        checkpoint.CheckpointReader(tmp_path / n / "checkpoints" / "step-00000007") for n in ("run", "again")
+    )
     again.verify()
     assert first.kinds() == again.kinds()
     for kind in first.kinds():

@@ -90,7 +90,7 @@ def test_every_page_is_in_the_index() -> None:
 
 
 def test_paths_exist() -> None:
-    """Whatever stands in backquotes and looks like a path of the project, but for patterns."""
+    """Whatever stands in backquotes and has the form of a path of the project, but for patterns."""
     wrong = []
     for page in PAGES:
         for word in re.findall(r"`([^`\s]+)`", without_code(page.read_text())):

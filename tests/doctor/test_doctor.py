@@ -33,9 +33,9 @@ TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 4}
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures in 3 shards."""
+    """24 images in 3 shards."""
     base = tmp_path_factory.mktemp("data")
-    plan = Plan(read_folder(make_image_folder(base / "pictures", classes=2, per_class=12, side=32), labelled=True),
+    plan = Plan(read_folder(make_image_folder(base / "images", classes=2, per_class=12, side=32), labelled=True),
                 seed=0, shard_mb=256, shard_samples=8)  # fmt: skip
     assert not write(plan, base / "shards", unfinished(plan, base / "shards"))
     return base / "shards"
@@ -73,7 +73,7 @@ def test_machine(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for package in ("torch", "deepspeed", "timm", "open_clip_torch"):
         assert re.search(rf"{package} +│ {re.escape(version(package))} ", out)
-    for row in ("python", "CPU", "SLURM", "free disk"):
+    for row in ("python", "CPU", "SLURM", "image decoder", "free disk"):
         assert row in out
 
 
@@ -197,7 +197,7 @@ def test_fetch_does_not_guess(tmp_path: Path, shards: Path, capsys: pytest.Captu
     """A file of one's own making is not on a hub."""
     own = recipe(tmp_path, shards, weights=str(tmp_path / "own.safetensors"), model="vit_tiny_patch16_224")
     assert main(["doctor", own, "--fetch", "--fetch-dir", str(tmp_path / "fetched")]) == 2
-    assert "own.safetensors does not exist; make it or copy it there" in capsys.readouterr().err
+    assert "own.safetensors does not exist; copy it there" in capsys.readouterr().err
     assert not (tmp_path / "fetched").exists()
 
 
@@ -205,7 +205,7 @@ def test_fetch_that_is_refused(tmp_path: Path, shards: Path, hub: str) -> None:
     result = doctor(tmp_path, hub, recipe(tmp_path, shards), "teachers.tiny.pretrained=augreg_in21k_ft_in1k", "--fetch")
     assert result.returncode == 2
     problems = [line for line in result.stderr.splitlines() if line.startswith("problem: ")]
-    assert len(problems) == 1 and "cannot get timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k" in problems[0]
+    assert len(problems) == 1 and "cannot download timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k" in problems[0]
     assert "Traceback" not in result.stderr
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mimscale.__main__ import main
-from mimscale.doctor.teacher import pictures
+from mimscale.doctor.teacher import load_images
 from mimscale.teachers import quantise
 from tests import ranks
 from tests.teachers import tiny
@@ -69,8 +69,8 @@ def test_random_weights_are_labelled_and_levels_chosen(capsys: pytest.CaptureFix
         (["--teacher", "resnet18.a1_in1k"], "timm cannot build resnet18"),
         (["--teacher", SMALL, "--levels", "99"], "--levels 99: teacher has blocks 0 to "),
         (["--teacher", SMALL, "--levels", "last"], "--levels last: give numbers from 0 to"),
-        (["--teacher", SMALL, "--images", "absent.png"], "--images absent.png: .*No such file.*give files of pictures"),
-        (["--teacher", SMALL, "--images", __file__], "--images .*give files of pictures"),
+        (["--teacher", SMALL, "--images", "absent.png"], "--images absent.png: .*No such file.*give image files"),
+        (["--teacher", SMALL, "--images", __file__], "--images .*give image files"),
         (["--teacher", SMALL, "--weights", "absent.pth"], "absent.pth does not exist"),
         (["--teacher", SMALL, "--image-size", "70"], "image size 70 is not a multiple of the patch 16"),
         (["RECIPE", "--teacher", "clip"], "--teacher clip: the recipe's teachers are tiny; choose one"),
@@ -83,12 +83,12 @@ def test_refusals(arguments: list[str], line: str, recipe: str, capsys: pytest.C
     assert re.search(line, err) and err.count("\n") == 1
 
 
-def test_pictures_are_the_two_ends(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (40, 20), "black")
-    picture.paste("white", (20, 0, 40, 20))
-    picture.save(tmp_path / "p.png")
-    images, what = pictures([tmp_path / "p.png"], 16)
-    assert what == "1 of yours, 2 crops of each" and images.shape == (2, 3, 16, 16)
+def test_crops_are_the_two_ends_of_an_image(tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("white", (20, 0, 40, 20))
+    image.save(tmp_path / "p.png")
+    images, what = load_images([tmp_path / "p.png"], 16)
+    assert what == "1 given by --images, 2 crops of each" and images.shape == (2, 3, 16, 16)
     low, high = ((v - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]) for v in (0.0, 1.0))
     torch.testing.assert_close(images[0].mean((1, 2)), low, atol=1e-5, rtol=0)
     torch.testing.assert_close(images[1].mean((1, 2)), high, atol=1e-5, rtol=0)

@@ -10,7 +10,6 @@ from typing import Any
 from mimscale.distributed.world import close_process_group, from_environment
 from mimscale.engine.deepspeed_runtime import open_process_group
 from mimscale.engine.sharded_module import split_over_ranks
-from mimscale.teachers.ensemble import TeacherEnsemble
 from tests.teachers import tiny
 
 SIZE = 64
@@ -18,8 +17,8 @@ SIZE = 64
 
 def compare(config: Any, rank: int, split: Any) -> dict[str, float]:
     """Largest difference to the whole teacher over two batches of this rank's own images; share of the parameters."""
-    whole = TeacherEnsemble({"t": config}, {"t": tiny.ALL}, SIZE, tiny.CPU)
-    ours = TeacherEnsemble({"t": config.model_copy(update={"shard": True})}, {"t": tiny.ALL}, SIZE, tiny.CPU)
+    whole = tiny.ensemble(config, SIZE)
+    ours = tiny.ensemble(config.model_copy(update={"shard": True}), SIZE)
     ours.shard(split)
     error = 0.0
     for step in range(2):

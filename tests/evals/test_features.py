@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from mimscale.data.manifest import Manifest
-from mimscale.evals.features import frozen, random_like, raw_pixels, stream
-from mimscale.evals.knn import knn
+from mimscale.evals.features import collect, frozen, random_like, raw_pixel_tokens, raw_pixels, stream
+from mimscale.evals.protocols.knn import Neighbours
 from mimscale.models.beit import Beit
 from mimscale.models.config import StudentConfig
 from mimscale.models.vit import LN_EPS, ViT
@@ -38,14 +38,14 @@ def test_what_fills_up_batches_never_counts(data: tuple[Path, Path], batch: int)
     train = Manifest.load(data[0])
     sizes = []
 
-    def look(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def extract(images: torch.Tensor) -> dict[str, torch.Tensor]:
         sizes.append(len(images))
         return raw_pixels(images)
 
     def everything(batch: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
         options = {"batch": batch, "workers": 0, "world": world}
         passes = [
-            list(stream({"raw": look}, train, 32, crop_pct=1.0, device=torch.device("cpu"), rank=r, **options))
+            list(stream({"raw": extract}, train, 32, crop_pct=1.0, device=torch.device("cpu"), rank=r, **options))
             for r in range(world)
         ]
         assert len({len(one) for one in passes}) == 1
@@ -53,12 +53,18 @@ def test_what_fills_up_batches_never_counts(data: tuple[Path, Path], batch: int)
         return torch.cat([f["raw", "pixels"] for f, _ in pieces]), torch.cat([labels for _, labels in pieces])
 
     features, labels = everything(120, 1)
-    expected = knn(features, labels, features, 10, k=5)
+
+    def votes(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        neighbours = Neighbours(features, 5)
+        neighbours.add(features, labels)
+        return neighbours.votes(10, 0.07)
+
+    expected = votes(features, labels)
     for world in (1, 3):
         sizes.clear()
         ours, of_ours = everything(batch, world)
         assert len(set(sizes)) == 1 and torch.equal(ours, features) and torch.equal(of_ours, labels)
-        assert torch.equal(knn(ours, of_ours, ours, 10, k=5), expected)
+        assert torch.equal(votes(ours, of_ours), expected)
 
 
 def test_a_student_without_last_norm_gets_an_untrained_one() -> None:
@@ -79,7 +85,23 @@ def test_random_networks_are_seeded_and_leave_the_global_generator_alone() -> No
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_large_pictures_are_averaged_for_the_raw_row() -> None:
+def test_large_images_are_averaged_for_the_raw_row() -> None:
     images = torch.arange(64.0).view(1, 1, 1, 64).expand(2, 3, 64, 64)
     pixels = raw_pixels(images)["pixels"].view(2, 3, 32, 32)
     assert torch.equal(pixels[0, 0, 0], torch.arange(32.0) * 2 + 0.5)
+    tokens = raw_pixel_tokens(images)["pixels"]
+    assert tokens.shape == (2, 1024, 3) and torch.equal(tokens[0].T.reshape(3, 32, 32), pixels[0])
+
+
+def test_tokens_are_those_whose_mean_is_the_pooled_feature() -> None:
+    vit = random_like(ViT(SMALL, 32), seed=0)
+    images = torch.randn(2, 3, 32, 32)
+    tokens = frozen(vit, ["tokens"])(images)["tokens"]
+    assert tokens.shape == (2, 16, 32)
+    assert torch.equal(tokens.mean(dim=1), frozen(vit, ["mean"])(images)["mean"])
+
+
+def test_collect_joins_the_pieces_in_order() -> None:
+    pieces = [({("a", "mean"): torch.full((2, 1), float(i))}, torch.full((2,), i)) for i in range(3)]
+    features, labels = collect(pieces)
+    assert features["a", "mean"].flatten().tolist() == labels.tolist() == [0, 0, 1, 1, 2, 2]

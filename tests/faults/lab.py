@@ -275,7 +275,7 @@ class Lab:
             self._whole[world] = run, samples
         return self._whole[world]
 
-    def judged(self, run: Run) -> tuple[bool, bool, trail.Samples]:
+    def checked(self, run: Run) -> tuple[bool, bool, trail.Samples]:
         """(weights, moments and counters equal to the bit, the same samples in every step, samples)."""
         whole, expected = self.undisturbed(run.world)
         samples = trail.samples(run.folder, self.shards, STEPS)

@@ -103,7 +103,7 @@ class Soak:
     def _strike_alone(self, task: Task) -> None:
         run, outcome = self._new(task[2])
         self._strike(task, run, outcome)
-        self._judge(run, outcome)
+        self._check(run, outcome)
 
     def _strike_often(self) -> None:
         world = (self._queue or self._last)[0][2]
@@ -118,7 +118,7 @@ class Soak:
                 self._strike(task, run, outcome)
         except Exception as error:
             outcome.failure = f"{type(error).__name__}: {error}"
-        self._judge(run, outcome)
+        self._check(run, outcome)
 
     def _strike(self, task: Task, run: Run, outcome: Outcome) -> None:
         kind, number, _ = task
@@ -139,11 +139,11 @@ class Soak:
         if row.failure:
             run.down()
 
-    def _judge(self, run: Run, outcome: Outcome) -> None:
+    def _check(self, run: Run, outcome: Outcome) -> None:
         try:
             run.finish()
             outcome.done = run.done
-            outcome.same, outcome.same_samples, outcome.samples = self.lab.judged(run)
+            outcome.same, outcome.same_samples, outcome.samples = self.lab.checked(run)
         except Exception as error:
             outcome.failure = outcome.failure or f"{type(error).__name__}: {error}"
         finally:

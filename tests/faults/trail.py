@@ -42,7 +42,7 @@ def plant() -> None:
         return update(self, skipped, loss_scale)
 
     def described(context: Any, state: TrainState) -> dict[str, Any]:
-        for steps in zip(*context.control.gather(since), strict=True):
+        for steps in zip(*context.coordinator.gather(since), strict=True):
             saved.append([sample for of_rank in steps for sample in of_rank])
         since.clear()
         meta = describe_state(context, state)

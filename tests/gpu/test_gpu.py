@@ -16,7 +16,7 @@ from mimscale.data.config import DataConfig
 from mimscale.data.device_prefetch import DevicePrefetcher
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
-from mimscale.teachers.ensemble import TeacherEnsemble, describe
+from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons, describe
 from mimscale.teachers.prefetcher import TeacherPrefetcher
 from mimscale.types import Batch, Needs, Noise
 from tests import ranks
@@ -46,9 +46,9 @@ def drawn(noise: Noise, batch: int) -> torch.Tensor:
 def test_forward_and_backward_never_wait_for_the_device(name: str, tmp_path: Path) -> None:
     run = load_recipe(str(ranks.recipe(tmp_path, tmp_path, name, engine={"device": "cuda"})))
     device = torch.device("cuda")
-    teachers = {key: describe(key, teacher, 32) for key, teacher in run.teachers.items()}
-    method = method_class(name)(run, teachers).to(device)
-    ensemble = TeacherEnsemble(run.teachers, method.needs.teachers, 32, device)
+    skeletons = build_skeletons(run.teachers, 32)
+    method = method_class(name)(run, describe(skeletons)).to(device)
+    ensemble = TeacherEnsemble(run.teachers, skeletons, method.needs.teachers, 32, device)
     batch = Batch(
         images=torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8),
         ids=torch.arange(4),
@@ -78,7 +78,7 @@ def test_teachers_ahead_in_their_own_stream(precision: str) -> None:
     device = torch.device("cuda")
     config = tiny.timm_config("vit_base_patch16_dinov3", None, random=True, precision=precision,
                               options={"embed_dim": 128, "depth": 3, "num_heads": 4})  # fmt: skip
-    ensemble = TeacherEnsemble({"t": config}, {"t": tiny.ALL}, 64, device)
+    ensemble = tiny.ensemble(config, 64, device=device)
     batches = [
         Batch(
             images=torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8),

@@ -217,9 +217,9 @@ def test_patches_of_high_importance_are_masked_and_those_of_low_importance_visib
     importance = torch.linspace(0, 1, 16).expand(4000, 16)
     noise = torch.empty(4000, 16).exponential_(generator=torch.Generator().manual_seed(0))
     masks = policy(method).draw(importance, noise)
-    share = torch.zeros(16).scatter_add(0, masks.masked.flatten(), torch.ones(masks.masked.numel())) / 4000
-    seen = torch.zeros(16).scatter_add(0, masks.visible.flatten(), torch.ones(masks.visible.numel())) / 4000
-    assert share[0] == 0 and share[15] > 0.7 and seen[0] == 1 and seen[15] < 0.03
+    masked = torch.zeros(16).scatter_add(0, masks.masked.flatten(), torch.ones(masks.masked.numel())) / 4000
+    visible = torch.zeros(16).scatter_add(0, masks.visible.flatten(), torch.ones(masks.visible.numel())) / 4000
+    assert masked[0] == 0 and masked[15] > 0.7 and visible[0] == 1 and visible[15] < 0.03
     assert masks.visible.shape[1] == 3 and masks.masked.shape[1] == 7
     together = torch.cat(masks, dim=1).sort().values
     assert (together[:, 1:] > together[:, :-1]).all()

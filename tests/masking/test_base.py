@@ -43,8 +43,8 @@ def test_every_patch_is_in_one_part_at_most(name: str, unit: int | None) -> None
     masking = policy(64, 16, teacher(), policy=name, unit=unit)
     generator = torch.Generator().manual_seed(1)
     noise = {key: torch.rand(3, *n.shape, generator=generator) + 0.01 for key, n in masking.needs.noise.items()}
-    seen = attention_targets(torch.rand(3, 16, generator=generator))
-    drawn = [masking.choose(batch_of(torch.zeros(3, 3, 64, 64), **noise), seen) for _ in range(2)]
+    targets = attention_targets(torch.rand(3, 16, generator=generator))
+    drawn = [masking.choose(batch_of(torch.zeros(3, 3, 64, 64), **noise), targets) for _ in range(2)]
     for part, again in zip(*drawn, strict=True):
         assert part.dtype == torch.int64 and torch.equal(part, again)
     ids = torch.cat(drawn[0], dim=1)

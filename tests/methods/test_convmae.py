@@ -54,11 +54,11 @@ def inputs(method: ConvMAE, count: int = 3) -> tuple[Tensor, Tensor]:
 
 def outputs_of(student: ConvViT) -> dict[str, Tensor]:
     """Filled with what each part gives when the student runs, maps as NCHW, under the names of the golden."""
-    seen: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def watch(name: str, module: torch.nn.Module) -> None:
         def keep(_module: torch.nn.Module, _inputs: Any, output: Tensor) -> None:
-            seen[name] = to_map(output, student.grid) if output.dim() == 5 else output
+            outputs[name] = to_map(output, student.grid) if output.dim() == 5 else output
 
         module.register_forward_hook(keep)
 
@@ -69,7 +69,7 @@ def outputs_of(student: ConvViT) -> dict[str, Tensor]:
     watch("patch_embed4", student.patch_embed4)
     watch("stage1_down", student.get_submodule("stage1_output_decode"))
     watch("stage2_down", student.get_submodule("stage2_output_decode"))
-    return seen
+    return outputs
 
 
 @pytest.mark.parametrize("skip_masked", [True, False])
@@ -101,11 +101,11 @@ def test_golden(skip_masked: bool) -> None:
         assert torch.equal(to_map(windows, method.student.grid), g[f"mask/stage{stage}_visible"])
 
     if not skip_masked:  # maps are whole
-        seen = outputs_of(method.student)
+        outputs = outputs_of(method.student)
         method.student(g["input/images"], ids_keep)
         stored = g.part("enc")
-        assert seen.keys() == stored.keys() and len(stored) == 13
-        for name, output in seen.items():
+        assert outputs.keys() == stored.keys() and len(stored) == 13
+        for name, output in outputs.items():
             close(output, stored[name])
     out = method.student(g["input/images"], ids_keep, levels=range(3))
     for level, output in out.levels.items():

@@ -34,11 +34,11 @@ def inputs(method: MAE, count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 def block_outputs(modules: torch.nn.ModuleList) -> dict[int, torch.Tensor]:
     """Filled with the output of each block when the model runs."""
-    seen: dict[int, torch.Tensor] = {}
+    caught: dict[int, torch.Tensor] = {}
     for index, block in enumerate(modules):
-        block.register_forward_hook(lambda _, inputs, output, index=index: seen.update({index: output}))
-    modules[0].register_forward_hook(lambda _, inputs, output: seen.update({-1: inputs[0]}))
-    return seen
+        block.register_forward_hook(lambda _, inputs, output, index=index: caught.update({index: output}))
+    modules[0].register_forward_hook(lambda _, inputs, output: caught.update({-1: inputs[0]}))
+    return caught
 
 
 @pytest.mark.parametrize("name", ["mae_dev", "maskmr_mae_dev"])
@@ -125,7 +125,7 @@ def test_needs() -> None:
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_picture_of_a_perfect_prediction_is_the_image(norm_pix: bool) -> None:
+def test_reconstruction_of_a_perfect_prediction_is_the_image(norm_pix: bool) -> None:
     method = small(norm_pix_loss=norm_pix)
     images, noise = inputs(method)
     images = images * 0.3  # so that the pixels lie within 0..1

@@ -153,10 +153,10 @@ def test_needs() -> None:
 
 def test_view_shows_what_the_student_sees() -> None:
     method = build()
-    batch, seen = batch_of(images(), **noise_for(method)), targets()
-    view = method.view(batch, {"t": seen})
+    batch, all_targets = batch_of(images(), **noise_for(method)), targets()
+    view = method.view(batch, {"t": all_targets})
     assert view.mask is not None and view.mask.sum(1).tolist() == [12, 12]
-    assert view.attention is seen.cls_attention and 0 <= view.images.min() <= view.images.max() <= 1
+    assert view.attention is all_targets.cls_attention and 0 <= view.images.min() <= view.images.max() <= 1
 
 
 def test_teacher_without_class_token() -> None:
@@ -212,8 +212,8 @@ def test_one_teacher_is_aligned_with_and_another_masks() -> None:
     method = MaskAlign(run_config(section, STUDENT), {"t": INFO, "eye": INFO})
     assert method.needs.teachers["eye"].cls_attention and not method.needs.teachers["eye"].levels
     assert method.needs.teachers["t"].levels == (1, 2) and not method.needs.teachers["t"].cls_attention
-    batch, seen = batch_of(images(), **noise_for(method)), {"t": targets(), "eye": targets()}
-    assert method(batch, seen)["loss"].isfinite()
+    batch, all_targets = batch_of(images(), **noise_for(method)), {"t": targets(), "eye": targets()}
+    assert method(batch, all_targets)["loss"].isfinite()
     run = run_config({**section, "targets": {name: {"weight": 0} for name in ("eye", "third")}}, STUDENT)
     with pytest.raises(
         UserError, match="teachers.third: neither maskalign nor the masking policy attention uses it; remove"
@@ -222,8 +222,8 @@ def test_one_teacher_is_aligned_with_and_another_masks() -> None:
 
 
 WIDE = TeacherInfo("wide", dim=40, depth=3, grid=(4, 4), image_size=56, has_cls=True)
-BARE = TeacherInfo("bare", dim=20, depth=5, grid=(4, 4), image_size=64, has_cls=False)  # as SigLIP2
-SEVERAL = {"t": INFO, "wide": WIDE, "bare": BARE}
+NO_CLS = TeacherInfo("siglip", dim=20, depth=5, grid=(4, 4), image_size=64, has_cls=False)
+SEVERAL = {"t": INFO, "wide": WIDE, "siglip": NO_CLS}
 
 
 @pytest.mark.parametrize("position", ["after", "before"])
@@ -233,7 +233,7 @@ def test_several_teachers_weigh_as_their_single_runs(position: str) -> None:
     own: dict[str, dict[str, Any]] = {
         "t": {"weight": 0.5},
         "wide": {"levels": [0, 2], "target_norm": "l2", "cls_target": False},
-        "bare": {"levels": "mean", "cls_target": False, "weight": 2.0},
+        "siglip": {"levels": "mean", "cls_target": False, "weight": 2.0},
     }
     torch.manual_seed(5)
     method = MaskAlign(run_config({**section, "targets": own}, STUDENT), SEVERAL)
@@ -241,17 +241,20 @@ def test_several_teachers_weigh_as_their_single_runs(position: str) -> None:
     assert {n: needs.levels for n, needs in method.needs.teachers.items()} == {
         "t": (1, 2),
         "wide": (0, 2),
-        "bare": (0, 1, 2, 3, 4),
+        "siglip": (0, 1, 2, 3, 4),
     }
-    batch, seen = batch_of(images(), **noise_for(method)), {name: targets(info) for name, info in SEVERAL.items()}
-    out = method(batch, seen)
+    batch, all_targets = (
+        batch_of(images(), **noise_for(method)),
+        {name: targets(info) for name, info in SEVERAL.items()},
+    )
+    out = method(batch, all_targets)
     expected = torch.zeros(())
     for name, info in SEVERAL.items():
         alone = {**section, "masking": {"policy": "random"}, "targets": {name: {**own[name], "weight": 1.0}}}
         single = MaskAlign(run_config(alone, STUDENT), {name: info})
         single.load_state_dict({k: t for k, t in method.state_dict().items() if k in single.state_dict()})
         single.masking = method.masking
-        one = single(batch, seen)
+        one = single(batch, all_targets)
         expected = expected + own[name].get("weight", 1.0) * one["loss"].detach()
         for scalar, value in one.items():
             torch.testing.assert_close(out[scalar], value) if scalar != "loss" else None
@@ -267,14 +270,14 @@ def test_several_teachers_weigh_as_their_single_runs(position: str) -> None:
     [
         (
             {"fusion": "linear", "cls_target": False},
-            r"needs teachers as deep as the student \(teachers.bare 5 blocks, the student 3\)",
+            r"needs teachers as deep as the student \(teachers.siglip 5 blocks, the student 3\)",
         ),
-        ({}, "teachers.bare has no class token; set method.targets.bare.cls_target = false"),
+        ({}, "teachers.siglip has no class token; set method.targets.siglip.cls_target = false"),
         (
-            {"masking": {"teacher": "bare"}, "cls_target": False},
-            "bare is not a teacher with a class token; choose one of t, w",
+            {"masking": {"teacher": "siglip"}, "cls_target": False},
+            "siglip is not a teacher with a class token; choose one of t, w",
         ),
-        ({"targets": {"clip": {}}}, "method.targets.clip: no such teacher; choose from t, wide, bare"),
+        ({"targets": {"clip": {}}}, "method.targets.clip: no such teacher; choose from t, wide, siglip"),
     ],
 )
 def test_refusals_of_several_teachers(section: dict[str, Any], fragment: str) -> None:

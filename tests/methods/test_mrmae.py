@@ -26,7 +26,7 @@ SECTION = {"name": "mrmae", "decoder_width": 16, "decoder_depth": 1, "decoder_he
 STAGES = {"widths": [8, 12], "depths": [1, 2], "class_token": True}
 CLIP = TeacherInfo("clip", dim=24, depth=4, grid=(4, 4), image_size=64, has_cls=True)
 DINO = TeacherInfo("dino", dim=20, depth=3, grid=(4, 4), image_size=64, has_cls=True)
-BARE = TeacherInfo("bare", dim=20, depth=3, grid=(4, 4), image_size=64, has_cls=False)
+NO_CLS = TeacherInfo("siglip", dim=20, depth=3, grid=(4, 4), image_size=64, has_cls=False)
 
 
 def build(*teachers: TeacherInfo, student: dict[str, Any] = STUDENT, **method: Any) -> MRMAE:
@@ -39,7 +39,7 @@ def head(method: MRMAE, teacher: str, level: int) -> nn.Module:
     return cast(nn.ModuleDict, method.mimic[teacher])[str(level)]
 
 
-def seen_by(*teachers: TeacherInfo, count: int = 3) -> dict[str, Targets]:
+def targets_of(*teachers: TeacherInfo, count: int = 3) -> dict[str, Targets]:
     targets = {}
     for seed, info in enumerate(teachers or (CLIP,)):
         generator = torch.Generator().manual_seed(seed)
@@ -60,8 +60,8 @@ def images(count: int = 3) -> Tensor:
     return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(8))
 
 
-def losses(method: MRMAE, targets: Mapping[str, Targets], picture: Tensor | None = None) -> dict[str, Tensor]:
-    return method(batch_of(images() if picture is None else picture, **noise_for(method)), targets)
+def losses(method: MRMAE, targets: Mapping[str, Targets], inputs: Tensor | None = None) -> dict[str, Tensor]:
+    return method(batch_of(images() if inputs is None else inputs, **noise_for(method)), targets)
 
 
 def test_the_pixel_branch_is_mae() -> None:
@@ -81,7 +81,7 @@ def test_the_pixel_branch_is_mae() -> None:
     assert {name.split(".")[0] for name in missing.missing_keys} == {"mimic"} and not missing.unexpected_keys
     batch = batch_of(g["input/images"], mask=g["mask/noise"])
     assert torch.equal(method.masking.choose(batch, {}).visible, g["mask/ids_keep"])
-    out = method(batch, seen_by(count=2))
+    out = method(batch, targets_of(count=2))
     golden.loss_close(out["pixel"], g["loss/total"][0])
 
 
@@ -101,9 +101,9 @@ def test_focused_mimicking_is_the_official_draw() -> None:
 
 
 def test_each_loss_reads_its_own_patches() -> None:
-    """Pixels: masked patches only. Features: visible ones only, and only what the encoder saw."""
+    """Pixels: masked patches only. Features: visible ones only, and only from the encoder's input."""
     method = build(masking={"policy": "random"})
-    targets = seen_by()
+    targets = targets_of()
     batch = batch_of(images(), **noise_for(method))
     ids = method.masking.choose(batch, targets).visible
     hidden = mask_of(ids, 16)[:, :, None]
@@ -118,14 +118,14 @@ def test_each_loss_reads_its_own_patches() -> None:
     assert other["mimic_clip"] != before["mimic_clip"] and torch.equal(other["pixel"], before["pixel"])
 
     scribble = torch.randn(patchify(images(), 16).shape, generator=torch.Generator().manual_seed(2))
-    picture = unpatchify(patchify(images(), 16) + hidden[:, :, :, None, None] * scribble, (4, 4))
-    other = losses(method, targets, picture)
+    scribbled = unpatchify(patchify(images(), 16) + hidden[:, :, :, None, None] * scribble, (4, 4))
+    other = losses(method, targets, scribbled)
     assert torch.equal(other["mimic_clip"], before["mimic_clip"]) and other["pixel"] != before["pixel"]
 
 
 def test_losses_by_hand() -> None:
     method = build(CLIP, DINO, masking={"policy": "random"}, targets={"dino": {"weight": 0.25}}, pixel_weight=2.0)
-    targets = seen_by(CLIP, DINO)
+    targets = targets_of(CLIP, DINO)
     batch = batch_of(images(), **noise_for(method))
     ids = method.masking.choose(batch, targets).visible
     tokens = method.student(batch.images, ids).tokens[:, 1:]
@@ -146,7 +146,7 @@ def test_losses_by_hand() -> None:
 @pytest.mark.parametrize("norm", ["whiten", "none"])
 def test_mimic_losses(kind: str, norm: str) -> None:
     method = build(masking={"policy": "random"}, mimic_loss=kind, target_norm=norm)
-    targets = seen_by()
+    targets = targets_of()
     batch = batch_of(images(), **noise_for(method))
     ids = method.masking.choose(batch, targets).visible
     target = method.targets["clip"].features(targets["clip"], 3, ids)
@@ -179,18 +179,18 @@ def test_mimic_losses(kind: str, norm: str) -> None:
 @pytest.mark.parametrize("stages", [None, STAGES])
 def test_every_parameter_learns(method: dict[str, Any], stages: dict[str, Any] | None) -> None:
     built = build(CLIP, DINO, stages=stages, **method)
-    losses(built, seen_by(CLIP, DINO))["loss"].backward()
+    losses(built, targets_of(CLIP, DINO))["loss"].backward()
     golden.every_parameter_has_a_gradient(built)
     assert all(p.dim() > 0 for p in built.parameters())
 
 
 def test_without_a_class_token() -> None:
     method = build(stages={**STAGES, "class_token": False}, fusion={"kind": "sum", "levels": [0, 1]})
-    losses(method, seen_by())["loss"].backward()
+    losses(method, targets_of())["loss"].backward()
     golden.every_parameter_has_a_gradient(method)
-    bare = build(BARE, masking={"policy": "random"})
-    losses(bare, seen_by(BARE))["loss"].backward()
-    golden.every_parameter_has_a_gradient(bare)
+    method = build(NO_CLS, masking={"policy": "random"})
+    losses(method, targets_of(NO_CLS))["loss"].backward()
+    golden.every_parameter_has_a_gradient(method)
 
 
 @pytest.mark.parametrize("stages", [None, STAGES])
@@ -229,7 +229,7 @@ def test_mff_under_two_losses() -> None:
     section = {"name": "mff", "fusion": fusion, **{k: v for k, v in SECTION.items() if k != "name"}}
     mff = MFF(run_config(section, STUDENT), {})
     mff.load_state_dict({name: t for name, t in both.state_dict().items() if not name.startswith("mimic.")})
-    batch, targets = batch_of(images(), **noise_for(both)), seen_by()
+    batch, targets = batch_of(images(), **noise_for(both)), targets_of()
     ours, theirs = both(batch, targets), mff(batch, {})
     assert torch.equal(ours["pixel"], theirs["loss"])
     assert {"weight_0", "weight_2"} <= ours.keys() and torch.equal(ours["weight_0"], theirs["weight_0"])
@@ -240,7 +240,7 @@ def test_mff_under_two_losses() -> None:
 def test_each_teacher_is_mimicked_at_its_own_level() -> None:
     default, inner = build(CLIP, DINO), build(CLIP, DINO, targets={"clip": {"levels": [1]}})
     assert {name: needs.levels for name, needs in inner.needs.teachers.items()} == {"clip": (1,), "dino": (2,)}
-    targets = seen_by(CLIP, DINO)
+    targets = targets_of(CLIP, DINO)
     moved = {**targets, "clip": replace(targets["clip"], levels={1: targets["clip"].levels[3]})}
     assert torch.equal(losses(inner, moved)["loss"], losses(default, targets)["loss"])
 
@@ -248,7 +248,7 @@ def test_each_teacher_is_mimicked_at_its_own_level() -> None:
 def test_several_levels_of_one_teacher_share_its_loss() -> None:
     both = build(CLIP, DINO, masking={"policy": "random"}, targets={"clip": {"levels": [1, 3], "weight": 0.5}})
     assert both.needs.teachers["clip"].levels == (1, 3) and list(cast(nn.ModuleDict, both.mimic["clip"])) == ["1", "3"]
-    targets = seen_by(CLIP, DINO)
+    targets = targets_of(CLIP, DINO)
     other = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(9))
     targets["clip"] = replace(targets["clip"], levels={**targets["clip"].levels, 1: other})
     out = losses(both, targets)
@@ -265,7 +265,7 @@ def test_several_levels_of_one_teacher_share_its_loss() -> None:
 
 def test_class_token_target_comes_first() -> None:
     method = build(cls_target=True, target_norm="none")
-    targets = seen_by()["clip"]
+    targets = targets_of()["clip"]
     target = method.targets["clip"].features(targets, 3, torch.tensor([[2, 5]] * 3))
     assert torch.equal(target[:, 0], targets.cls[3]) and torch.equal(target[:, 2], targets.levels[3][:, 5])
 
@@ -276,7 +276,7 @@ def test_needs() -> None:
     assert method.needs.teachers["clip"].levels == (3,) and not method.needs.teachers["clip"].cls_attention
     assert method.needs.teachers["dino"].levels == (2,) and method.needs.teachers["dino"].cls_attention
     assert build(DINO, CLIP, masking={"teacher": "clip"}).needs.teachers["clip"].cls_attention
-    assert build(BARE, CLIP).needs.teachers["clip"].cls_attention
+    assert build(NO_CLS, CLIP).needs.teachers["clip"].cls_attention
     random = build(masking={"policy": "random"}, student={**STUDENT, "drop_path": 0.1}, stages=STAGES)
     assert random.needs.noise["mask"].kind == "uniform" and random.needs.noise["drop_path"].shape == (6, 2)
     assert not random.needs.teachers["clip"].cls_attention
@@ -289,7 +289,7 @@ def test_drop_path_comes_from_noise(stages: dict[str, Any] | None) -> None:
     shape = noise["drop_path"].shape
     before = torch.get_rng_state()
     kept, dropped, again = (
-        method(batch_of(images(), **{**noise, "drop_path": torch.full(shape, value)}), seen_by())["loss"]
+        method(batch_of(images(), **{**noise, "drop_path": torch.full(shape, value)}), targets_of())["loss"]
         for value in (0.5, 0.0, 0.5)
     )
     assert kept != dropped and torch.equal(kept, again) and torch.equal(torch.get_rng_state(), before)
@@ -298,7 +298,7 @@ def test_drop_path_comes_from_noise(stages: dict[str, Any] | None) -> None:
 @pytest.mark.parametrize("policy", ["random", "attention", "topk"])
 def test_view(policy: str) -> None:
     method = build(masking={"policy": policy})
-    targets = seen_by()
+    targets = targets_of()
     view = method.view(batch_of(images(), **noise_for(method)), targets)
     assert view.mask is not None and view.mask.sum(1).tolist() == [12, 12, 12]
     assert view.reconstruction is not None and view.reconstruction.shape == images().shape
@@ -308,10 +308,10 @@ def test_view(policy: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
     method = build(stages=STAGES, fusion={"kind": "mff", "levels": [0, 2]})
-    full = losses(method, seen_by())
+    full = losses(method, targets_of())
     for parameter in method.parameters():
         parameter.data = parameter.data.to(dtype)
-    half = losses(method, seen_by())
+    half = losses(method, targets_of())
     half["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
     for name, value in half.items():

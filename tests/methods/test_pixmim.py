@@ -86,7 +86,7 @@ def test_whole_image_is_filtered_before_it_is_cut() -> None:
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_picture_of_a_perfect_prediction_is_the_filtered_image(norm_pix: bool) -> None:
+def test_reconstruction_of_a_perfect_prediction_is_the_filtered_image(norm_pix: bool) -> None:
     method, (images, noise) = small(norm_pix_loss=norm_pix), inputs()
     images = images * 0.3
     mean, std = imagenet_statistics(images.device)

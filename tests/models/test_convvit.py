@@ -31,7 +31,7 @@ def small(student: StudentConfig = STUDENT, image_size: int = 64, fusion: bool =
     return network
 
 
-def pictures(count: int = 2, side: int = 64) -> Tensor:
+def images(count: int = 2, side: int = 64) -> Tensor:
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
@@ -93,12 +93,12 @@ def test_skipping_masked_windows_changes_no_number(stages: dict[str, Any], patch
     noise = torch.rand(3, plain.depth, 2, generator=torch.Generator().manual_seed(3))
     results = []
     for network in (plain, fast):
-        picture = pictures(3, side).requires_grad_()
-        out = network(picture, ids, noise, levels=(0, 1))
+        image = images(3, side).requires_grad_()
+        out = network(image, ids, noise, levels=(0, 1))
         direction = torch.randn(out.tokens.shape, generator=torch.Generator().manual_seed(4))
         (out.tokens * direction + out.levels[0]).sum().backward()
         gradients = {name: p.grad for name, p in network.named_parameters()}
-        results.append((out, {**gradients, "picture": picture.grad}))
+        results.append((out, {**gradients, "image": image.grad}))
     (plain_out, plain_gradients), (fast_out, fast_gradients) = results
     close(fast_out.tokens, plain_out.tokens, 1e-6)
     close(fast_out.levels[1], plain_out.levels[1], 1e-6)
@@ -113,22 +113,22 @@ def test_skipping_masked_windows_changes_no_number(stages: dict[str, Any], patch
 def test_no_masked_pixel_reaches_the_latent(skip_masked: bool, seed: int) -> None:
     network = small(skip_masked=skip_masked)
     ids = some_ids(network, seed=seed)
-    latent = network(pictures(), ids).tokens
+    latent = network(images(), ids).tokens
     hidden = mask_of(ids, network.patches)[:, :, None, None, None]
-    noise = torch.randn(patchify(pictures(), 16).shape, generator=torch.Generator().manual_seed(seed))
-    changed = unpatchify(patchify(pictures(), 16) + 9 * hidden * noise, network.grid)
-    assert not torch.equal(changed, pictures())
+    noise = torch.randn(patchify(images(), 16).shape, generator=torch.Generator().manual_seed(seed))
+    changed = unpatchify(patchify(images(), 16) + 9 * hidden * noise, network.grid)
+    assert not torch.equal(changed, images())
     assert torch.equal(network(changed, ids).tokens, latent)
-    changed = unpatchify(patchify(pictures(), 16) + 9 * (1 - hidden) * noise, network.grid)
+    changed = unpatchify(patchify(images(), 16) + 9 * (1 - hidden) * noise, network.grid)
     assert not torch.equal(network(changed, ids).tokens, latent)
-    whole = network(pictures()).tokens  # and without a mask the neighbours do reach it
+    whole = network(images()).tokens  # without a mask the neighbouring windows do reach it
     assert all((whole[sample, ids[sample]] - latent[sample]).abs().max() > 1e-2 for sample in range(2))
 
 
 def test_all_patches_in_raster_order_are_the_whole_image() -> None:
     for skip_masked in (True, False):
         network = small(skip_masked=skip_masked)
-        close(network(pictures(), torch.arange(16).expand(2, -1)).tokens, network(pictures()).tokens)
+        close(network(images(), torch.arange(16).expand(2, -1)).tokens, network(images()).tokens)
 
 
 def test_drop_path_rises_over_all_stages() -> None:
@@ -136,13 +136,13 @@ def test_drop_path_rises_over_all_stages() -> None:
     ids = some_ids(network)
     noise = torch.full((2, network.depth, 2), 0.35)
     assert network.depth == 5
-    dropped = network(pictures(), ids, noise, levels=(0, 1))  # rates 0 0.1 0.2 0.3 0.4: the last block alone falls
+    dropped = network(images(), ids, noise, levels=(0, 1))  # rates 0 0.1 0.2 0.3 0.4: only the last block is dropped
     assert torch.equal(dropped.levels[0], dropped.levels[1])
-    kept = network(pictures(), ids, torch.full((2, 5, 2), 0.45), levels=(0, 1))
+    kept = network(images(), ids, torch.full((2, 5, 2), 0.45), levels=(0, 1))
     assert not torch.equal(kept.levels[0], kept.levels[1])
     noise[:, 1:] = 0
-    one = network(pictures(), ids, noise)
-    assert torch.equal(one.tokens, network(pictures(), ids, noise).tokens) and not torch.equal(one.tokens, kept.tokens)
+    one = network(images(), ids, noise)
+    assert torch.equal(one.tokens, network(images(), ids, noise).tokens) and not torch.equal(one.tokens, kept.tokens)
 
 
 def test_recomputation_changes_no_gradient() -> None:
@@ -150,7 +150,7 @@ def test_recomputation_changes_no_gradient() -> None:
     for every in (0, 1):
         network = small()
         network.recompute_every = every
-        network(pictures(), some_ids(network)).tokens.square().sum().backward()
+        network(images(), some_ids(network)).tokens.square().sum().backward()
         gradients.append([p.grad for p in network.parameters()])
     for ours, stored in zip(*gradients, strict=True):
         assert ours is not None and torch.equal(ours, stored)

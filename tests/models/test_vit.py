@@ -87,11 +87,11 @@ def test_drop_path_is_exact() -> None:
 
 def images_in(vit: ViT) -> Tensor:
     """What enters the first block for `images(1)`."""
-    seen: list[Tensor] = []
-    handle = vit.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    caught: list[Tensor] = []
+    handle = vit.blocks[0].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     vit(images(1))
     handle.remove()
-    return seen[0]
+    return caught[0]
 
 
 def test_drop_path_keeps_the_expectation_and_follows_the_rate() -> None:

@@ -39,7 +39,7 @@ def test_close_finishes_what_waits(tmp_path: Path) -> None:
     assert panels(tmp_path) == [3]
 
 
-def test_a_slow_picture_costs_pictures_and_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_panel_costs_panels_and_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go, draw = threading.Event(), threading.Event(), panel_writer.panel
 
     def slow(view: View) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_a_slow_picture_costs_pictures_and_no_time(tmp_path: Path, monkeypatch: 
     assert panels(tmp_path) == list(range(1, panel_writer.WAITING + 2))
 
 
-def test_a_picture_that_fails_is_an_event_and_the_next_one_is_drawn(tmp_path: Path) -> None:
+def test_a_panel_that_fails_is_an_event_and_the_next_one_is_drawn(tmp_path: Path) -> None:
     logger = open_logger(tmp_path)
     logger.add_panel(1, View(torch.rand(2, 3, 16, 16), mask=torch.ones(2, 5)))  # five patches are no square
     while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():

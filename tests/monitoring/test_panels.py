@@ -75,7 +75,7 @@ def test_dropped_patches_are_dark() -> None:
         assert torch.equal(rows[name][:, :, 4:], rows["input"][:, :, 4:])
 
 
-def test_components_tell_groups_of_patches_apart() -> None:
+def test_components_separate_groups_of_patches() -> None:
     """Three groups of features, hidden by noise and a rotation, get three colours."""
     generator = torch.Generator().manual_seed(0)
     groups = torch.tensor([0, 0, 1, 2]).repeat(5, 1)

@@ -105,11 +105,11 @@ def test_teacher_is_frozen_and_stays_in_evaluation_mode(clip: Path) -> None:
 @pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.03), ("fp16", 0.004)])
 def test_low_precision_is_close_and_cast_once(clip: Path, precision: str, limit: float) -> None:
     exact = tiny.ensemble(clip_config(clip), 32)(tiny.images(2, 32))["t"]
-    low_bank = tiny.ensemble(clip_config(clip, precision=precision), 32)
-    low = low_bank(tiny.images(2, 32))["t"]
+    low_ensemble = tiny.ensemble(clip_config(clip, precision=precision), 32)
+    low = low_ensemble(tiny.images(2, 32))["t"]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    assert {p.dtype for p in low_bank.teachers["t"].parameters()} == {dtype}
-    assert low_bank.teachers["t"].scale.dtype == torch.float32
+    assert {p.dtype for p in low_ensemble.teachers["t"].parameters()} == {dtype}
+    assert low_ensemble.teachers["t"].scale.dtype == torch.float32
     assert exact.cls_attention is not None and low.cls_attention is not None
     pairs = [(low.levels[i], exact.levels[i]) for i in exact.levels] + [(low.cls_attention, exact.cls_attention)]
     for ours, reference in pairs:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from mimscale.errors import UserError
 from mimscale.teachers import quantise, weights
 from mimscale.teachers.config import TeacherConfig
-from mimscale.teachers.ensemble import TeacherEnsemble, describe
+from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons
 from mimscale.types import TeacherNeeds
 from tests.teachers import tiny
 
@@ -38,13 +38,15 @@ def test_two_teachers_and_only_those_that_are_needed(dino: Path) -> None:
         "unused": tiny.timm_config(DINO, Path("absent.safetensors")),
     }
     needs = {"dino": TeacherNeeds(cls_attention=True), "siglip": TeacherNeeds(levels=(2,))}
-    ensemble = TeacherEnsemble(configs, needs, 32, tiny.CPU)
+    skeletons = build_skeletons(configs, 32)
+    ensemble = TeacherEnsemble(configs, skeletons, needs, 32, tiny.CPU)
     targets = ensemble(tiny.images(2, 32))
     assert set(targets) == {"dino", "siglip"}
     assert targets["dino"].cls_attention is not None and targets["dino"].cls_attention.shape == (2, 4)
     assert targets["siglip"].levels[2].shape == (2, 16, 32) and not targets["siglip"].cls
     for name in needs:
-        assert ensemble.teachers[name].info == describe(name, configs[name], 32)
+        assert ensemble.teachers[name].info == skeletons[name].info
+    assert ensemble.teachers["dino"] is skeletons["dino"]  # built once
 
 
 def test_teachers_with_equal_input_share_their_pixels() -> None:
@@ -52,14 +54,14 @@ def test_teachers_with_equal_input_share_their_pixels() -> None:
         return tiny.timm_config(model, None, random=True, **changes)
 
     configs = {"a": of(DINO), "b": of("deit3_small_patch16_224"), "c": of(SIGLIP), "d": of(DINO, image_size=64)}
-    ensemble = TeacherEnsemble(configs, dict.fromkeys(configs, TeacherNeeds(levels=(0,))), 32, tiny.CPU)
-    seen: dict[str, torch.Tensor] = {}
+    ensemble = tiny.ensemble_of(configs, dict.fromkeys(configs, TeacherNeeds(levels=(0,))), 32)
+    inputs_of: dict[str, torch.Tensor] = {}
     for name, teacher in ensemble.teachers.items():
-        teacher.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0]}))
+        teacher.register_forward_pre_hook(lambda module, inputs, name=name: inputs_of.update({name: inputs[0]}))
     ensemble(tiny.images(1, 32))
-    assert seen["a"] is seen["b"] and len({tensor.data_ptr() for tensor in seen.values()}) == 3
+    assert inputs_of["a"] is inputs_of["b"] and len({tensor.data_ptr() for tensor in inputs_of.values()}) == 3
     for name, teacher in ensemble.teachers.items():
-        assert torch.equal(seen[name], teacher.preprocess(tiny.images(1, 32)))
+        assert torch.equal(inputs_of[name], teacher.preprocess(tiny.images(1, 32)))
 
 
 @pytest.mark.slow
@@ -88,7 +90,7 @@ def test_what_cannot_be_split_over_ranks(change: dict[str, Any]) -> None:
 
 def test_identities_are_content_and_json(dino: Path) -> None:
     configs = {"a": tiny.timm_config(DINO, dino), "b": tiny.timm_config(DINO, None, random=True)}
-    identities = TeacherEnsemble(configs, dict.fromkeys(configs, TeacherNeeds()), 32, tiny.CPU).identities()
+    identities = tiny.ensemble_of(configs, dict.fromkeys(configs, TeacherNeeds()), 32).identities()
     assert identities["a"] == {"library": "timm", "model": DINO, "sha256": weights.sha256(dino), "random": False}
     assert identities["b"] == {"library": "timm", "model": DINO, "sha256": None, "random": True}
     assert json.loads(json.dumps(identities)) == identities
@@ -100,7 +102,7 @@ def test_random_weights_depend_on_the_name_alone(config: TeacherConfig) -> None:
     def build(name: str, seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        ensemble = TeacherEnsemble({name: config}, {name: TeacherNeeds()}, 32, tiny.CPU)
+        ensemble = tiny.ensemble_of({name: config}, {name: TeacherNeeds()}, 32)
         assert torch.equal(torch.get_rng_state(), before)
         return ensemble.teachers[name].state_dict()
 
@@ -119,8 +121,8 @@ def test_loading_draws_no_random_numbers(dino: Path) -> None:
     ("config", "needs", "line"),
     [
         (tiny.timm_config(SIGLIP, None), TeacherNeeds(cls_attention=True), "no class token.*use random masking or a"),
-        (tiny.timm_config(DINO, None), TeacherNeeds(levels=(3,)), "blocks 0 to 2; level 3 is outside"),
-        (tiny.timm_config("vit_base_patch16_224", Path("none.pth")), TeacherNeeds(), "not exist; make it or copy it"),
+        (tiny.timm_config(DINO, None), TeacherNeeds(levels=(3,)), "blocks 0 to 2; level 3 does not exist"),
+        (tiny.timm_config("vit_base_patch16_224", Path("none.pth")), TeacherNeeds(), "not exist; copy it there"),
         (tiny.timm_config("vit_base_patch16_224", None), TeacherNeeds(), "neither weights nor a tag; .* are .*dino"),
         (tiny.timm_config(DINO, Path("nowhere.pth")), TeacherNeeds(), "nowhere.pth does not exist; run `mimscale"),
     ],
@@ -133,7 +135,7 @@ def test_refusals(config: TeacherConfig, needs: TeacherNeeds, line: str) -> None
 
 def test_a_teacher_that_is_not_in_the_recipe() -> None:
     with pytest.raises(UserError, match="needs teachers.clip, which the recipe does not have"):
-        TeacherEnsemble({}, {"clip": TeacherNeeds()}, 32, tiny.CPU)
+        tiny.ensemble_of({}, {"clip": TeacherNeeds()}, 32)
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -231,8 +233,8 @@ def test_weights_that_are_not_finite(value: float, precision: str, dino: Path, t
     assert "\n" not in str(error.value)
 
 
-def test_a_teacher_that_makes_no_numbers(dino: Path, tmp_path: Path) -> None:
-    """Finite weights that overflow in 16 bit; the same ones are sound in fp32."""
+def test_a_teacher_whose_targets_are_not_finite(dino: Path, tmp_path: Path) -> None:
+    """Finite weights that overflow in 16 bit; the same ones are finite in fp32."""
     state = load_file(dino)
     state["patch_embed.proj.weight"] *= 2e4
     save_file(state, tmp_path / "w.safetensors")
@@ -245,8 +247,8 @@ def test_a_teacher_that_makes_no_numbers(dino: Path, tmp_path: Path) -> None:
     assert "\n" not in str(e.value)
 
 
-def test_no_teacher_is_sound() -> None:
-    TeacherEnsemble({}, {}, 32, tiny.CPU).check()
+def test_no_teacher_passes_the_check() -> None:
+    tiny.ensemble_of({}, {}, 32).check()
 
 
 # ------------------------------------------------------------------------------------------------ the hub's cache

@@ -16,7 +16,7 @@ from mimscale.types import Targets, TeacherNeeds
 from tests import golden
 from tests.teachers import tiny
 
-LIMIT = 1e-5  # absolute, float32; 2.4e-6 was seen
+LIMIT = 1e-5  # absolute, float32; 2.4e-6 was measured
 CASES = [f"maskalign_{case}_dev" for case in ("default", "sum_mlp", "clip14", "dino_attn", "simple_random")]
 CLIP_CASES = [case for case in CASES if "dino" not in case]
 TO_OPEN_CLIP = {
@@ -34,7 +34,7 @@ TO_OPEN_CLIP = {
 }
 
 
-def timm_bank(g: golden.Golden, weights: dict[str, Tensor], folder: Path) -> TeacherEnsemble:
+def timm_ensemble(g: golden.Golden, weights: dict[str, Tensor], folder: Path) -> TeacherEnsemble:
     """The golden's teacher as a custom-size timm model that reads the official names."""
     c = {"teacher_depth": g.config.get("depth"), "teacher_patch": 16, "teacher_mlp": 2 * g.config["teacher_dim"]}
     c |= g.config
@@ -71,7 +71,7 @@ def check(targets: Targets, g: golden.Golden) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_timm_equals_official(case: str, tmp_path: Path) -> None:
     g = golden.load(case)
-    ensemble = timm_bank(g, g.part("state"), tmp_path)
+    ensemble = timm_ensemble(g, g.part("state"), tmp_path)
     images = g["input/images"]
     if "teacher/pixel_values" in g.tensors:
         golden.close(ensemble.teachers["t"].preprocess(images), g["teacher/pixel_values"], 1e-6)
@@ -86,8 +86,8 @@ def test_open_clip_equals_official(case: str, tmp_path: Path) -> None:
     for key, tensor in from_huggingface_clip(g.part("state")).items():
         for ours, theirs in TO_OPEN_CLIP.items():
             key = key.replace(ours, theirs)
-        squeezed = {"class_embedding": tensor.flatten(), "positional_embedding": tensor.squeeze(0)}
-        state[f"visual.{key.replace('norm.', 'ln_post.')}"] = squeezed.get(key, tensor).contiguous()
+        reshaped = {"class_embedding": tensor.flatten(), "positional_embedding": tensor.squeeze(0)}
+        state[f"visual.{key.replace('norm.', 'ln_post.')}"] = reshaped.get(key, tensor).contiguous()
     save_file(state, tmp_path / "w.safetensors")
     options: dict[str, Any] = {
         "width": c["teacher_dim"],
@@ -104,7 +104,7 @@ def test_open_clip_equals_official(case: str, tmp_path: Path) -> None:
 
 def test_kept_patches_of_official_training_follow_from_our_attention(tmp_path: Path) -> None:
     g = golden.load("maskalign_train_dev")
-    ensemble = timm_bank(g, g.part("state0"), tmp_path)
+    ensemble = timm_ensemble(g, g.part("state0"), tmp_path)
     for step in range(g.config["steps"]):
         importance = ensemble(g[f"step{step}/images"])["t"].cls_attention
         ids = g[f"step{step}/ids_keep"]
@@ -116,7 +116,7 @@ def test_kept_patches_of_official_training_follow_from_our_attention(tmp_path: P
 def test_dino_at_timm_s_own_eps_is_off(tmp_path: Path) -> None:
     """The constant matters: without norm_eps the comparison above fails."""
     g = golden.load("maskalign_dino_attn_dev")
-    ensemble = timm_bank(g, g.part("state"), tmp_path)
+    ensemble = timm_ensemble(g, g.part("state"), tmp_path)
     for module in ensemble.teachers["t"].modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-6

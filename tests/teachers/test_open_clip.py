@@ -12,22 +12,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mimscale.errors import UserError
-from mimscale.teachers.ensemble import describe, skeleton
+from mimscale.teachers.ensemble import build_skeleton
 from mimscale.types import TeacherNeeds
 from tests.teachers import tiny
 
 
 def block_inputs(visual: Any, pixels: Tensor) -> list[Tensor]:
     """What goes into each block and what leaves the last, [B, N, D], by open_clip's own forward."""
-    seen: list[Tensor] = []
+    caught: list[Tensor] = []
     blocks = visual.transformer.resblocks
-    handles = [b.register_forward_pre_hook(lambda m, a, k: seen.append((a or (k["q_x"],))[0]), with_kwargs=True)
+    handles = [b.register_forward_pre_hook(lambda m, a, k: caught.append((a or (k["q_x"],))[0]), with_kwargs=True)
                for b in blocks]  # fmt: skip
-    handles.append(blocks[-1].register_forward_hook(lambda m, i, output: seen.append(output)))
+    handles.append(blocks[-1].register_forward_hook(lambda m, i, output: caught.append(output)))
     visual(pixels)
     for handle in handles:
         handle.remove()
-    return [x if blocks[0].attn.batch_first else x.transpose(0, 1) for x in seen]
+    return [x if blocks[0].attn.batch_first else x.transpose(0, 1) for x in caught]
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-16-quickgelu", "ViT-L-14"])
@@ -48,14 +48,14 @@ def test_equals_open_clip(name: str, tmp_path: Path) -> None:
     normed = last.ln_1(states[2])
     _, matrix = last.attn(normed, normed, normed, need_weights=True, average_attn_weights=True)
     torch.testing.assert_close(targets.cls_attention, matrix[:, 0, 1:], atol=1e-6, rtol=0)
-    assert ensemble.teachers["t"].info == describe("t", tiny.open_clip_config(name, None), size)
+    assert ensemble.teachers["t"].info == tiny.describe(tiny.open_clip_config(name, None), size)
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.03), ("fp16", 0.004)])
 def test_low_precision_is_close(precision: str, limit: float, tmp_path: Path) -> None:
     path = tiny.saved(tiny.open_clip_model("ViT-B-16", 64), tmp_path / "w.safetensors")
-    banks = [tiny.ensemble(tiny.open_clip_config("ViT-B-16", path, precision=p), 64) for p in ("fp32", precision)]
-    exact, low = (ensemble(tiny.images(2, 64))["t"] for ensemble in banks)
+    ensembles = [tiny.ensemble(tiny.open_clip_config("ViT-B-16", path, precision=p), 64) for p in ("fp32", precision)]
+    exact, low = (ensemble(tiny.images(2, 64))["t"] for ensemble in ensembles)
     assert exact.cls_attention is not None and low.cls_attention is not None
     for ours, reference in ((low.levels[2], exact.levels[2]), (low.cls_attention, exact.cls_attention)):
         assert 0 < float((ours.float() - reference).norm() / reference.norm()) < limit
@@ -85,8 +85,8 @@ def test_the_tag_gives_the_statistics(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file({}, path)
     config = tiny.open_clip_config("ViT-L-14-CLIPA", path, pretrained="datacomp1b", activation=None)
-    clip = skeleton("t", tiny.open_clip_config("ViT-L-14", path), 56)
-    clipa = skeleton("t", config, 56)
+    clip = build_skeleton("t", tiny.open_clip_config("ViT-L-14", path), 56)
+    clipa = build_skeleton("t", config, 56)
     assert torch.allclose(clipa.scale, torch.ones(1, 3, 1, 1)) and not torch.allclose(clip.scale, clipa.scale)
 
 
@@ -112,7 +112,7 @@ def test_the_tag_gives_the_statistics(tmp_path: Path) -> None:
 )
 def test_refusals(model: str, changes: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line) as error:
-        describe("t", tiny.open_clip_config(model, Path("absent"), **changes), 64)
+        tiny.describe(tiny.open_clip_config(model, Path("absent"), **changes), 64)
     assert "\n" not in str(error.value) and "teachers.t" in str(error.value)
 
 

@@ -32,24 +32,24 @@ def raw(number: int) -> Batch:
     )
 
 
-def prefetcher(
+def iterate(
     batches: Iterator[Batch], ensemble: TeacherEnsemble, **how: Any
 ) -> Iterator[tuple[Batch, dict[str, Targets]]]:
-    taught = TeacherPrefetcher(ensemble, tiny.CPU, DevicePrefetcher(batches, tiny.CPU), **how)
+    prefetcher = TeacherPrefetcher(ensemble, tiny.CPU, DevicePrefetcher(batches, tiny.CPU), **how)
     while True:
         try:
-            raw = taught.next_batch()
+            raw = prefetcher.next_batch()
         except StopIteration:
             return
-        batch, targets = taught.targets()
+        batch, targets = prefetcher.targets()
         assert torch.equal(raw.ids, batch.ids)
         yield batch, targets
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
-def test_same_lessons_ahead_and_in_order(count: int) -> None:
+def test_same_batches_and_targets_ahead_and_in_order(count: int) -> None:
     ensemble = tiny.ensemble(tiny.timm_config(DINO, None, random=True), 32)
-    plain, early = (list(prefetcher(map(raw, range(count)), ensemble, ahead=ahead)) for ahead in (False, True))
+    plain, early = (list(iterate(map(raw, range(count)), ensemble, ahead=ahead)) for ahead in (False, True))
     assert len(plain) == len(early) == count
     for number, ((batch, targets), (other, same)) in enumerate(zip(plain, early, strict=True)):
         assert batch.ids[0] == other.ids[0] == number
@@ -74,7 +74,7 @@ def test_a_batch_is_prepared_when_it_is_used(ahead: bool) -> None:
         return replace(batch, noise={"mask": torch.full((2, 4), learned)})
 
     ensemble = tiny.ensemble(tiny.timm_config(DINO, None, random=True), 32)
-    for number, (batch, _) in enumerate(prefetcher(source(), ensemble, ahead=ahead, prepare=prepare)):
+    for number, (batch, _) in enumerate(iterate(source(), ensemble, ahead=ahead, prepare=prepare)):
         assert float(batch.noise["mask"].mean()) == learned == float(number)
         assert torch.equal(batch.images, raw(number).normalised().images)
         assert fetched == [0, 1, 2][: number + (2 if ahead else 1)]

@@ -15,7 +15,6 @@ from torch import Tensor
 from mimscale.errors import UserError
 from mimscale.teachers import quantise
 from mimscale.teachers.config import TeacherConfig
-from mimscale.teachers.ensemble import TeacherEnsemble, describe
 from mimscale.types import TeacherNeeds
 from tests.teachers import tiny
 
@@ -70,9 +69,9 @@ def test_what_is_quantised_and_what_stays(precision: str, tmp_path: Path) -> Non
 def test_row_of_the_first_block_is_that_of_bf16(tmp_path: Path) -> None:
     """With one block nothing before the row is quantised."""
     config = tiny.timm_config(DINO, None, random=True, precision="fp8", options={**tiny.TIMM, "depth": 1})
-    banks = [TeacherEnsemble({"t": c}, {"t": TeacherNeeds(cls_attention=True)}, 64, tiny.CPU)
+    ensembles = [tiny.ensemble(c, 64, TeacherNeeds(cls_attention=True))
              for c in (config, config.model_copy(update={"precision": "bf16"}))]  # fmt: skip
-    ours, reference = (ensemble(tiny.images(2, 64))["t"].cls_attention for ensemble in banks)
+    ours, reference = (ensemble(tiny.images(2, 64))["t"].cls_attention for ensemble in ensembles)
     assert ours is not None and reference is not None and torch.equal(ours, reference)
 
 
@@ -114,9 +113,9 @@ def without_torchao(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_without_the_extra_it_is_one_line(without_torchao: None) -> None:
     config = tiny.timm_config(DINO, None, random=True, precision="fp8")
     with pytest.raises(UserError, match=r"teachers.t.precision = fp8 needs .*pip install 'mimscale\[fp8\]'") as error:
-        describe("t", config, 64)
+        tiny.describe(config, 64)
     assert "\n" not in str(error.value)
-    assert describe("t", config.model_copy(update={"precision": "bf16"}), 64).depth == 3
+    assert tiny.describe(config.model_copy(update={"precision": "bf16"}), 64).depth == 3
 
 
 def test_unknown_precision() -> None:

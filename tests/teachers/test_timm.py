@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mimscale.errors import UserError
-from mimscale.teachers.ensemble import describe, skeleton
+from mimscale.teachers.ensemble import build_skeleton
 from mimscale.types import TeacherNeeds
 from tests import golden
 from tests.teachers import tiny
@@ -37,13 +37,13 @@ ROTARY = {
 
 def full_attention(model: Any, pixels: Tensor) -> Tensor:
     """[B, H, N, N] of the last block, from timm's unfused path."""
-    seen: list[Tensor] = []
+    caught: list[Tensor] = []
     attention = model.blocks[-1].attn
     attention.fused_attn = False
-    handle = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    handle = attention.attn_drop.register_forward_hook(lambda module, inputs, output: caught.append(output))
     model.forward_features(pixels)
     handle.remove()
-    return seen[0]
+    return caught[0]
 
 
 CASES = [(name, size, {"qk_norm": norm}) for name, size in SIZES.items() for norm in (False, True)]
@@ -57,7 +57,7 @@ def test_equals_timm(name: str, size: int, options: dict[str, Any], tmp_path: Pa
     options.pop("dynamic_img_size", None)  # the adapter's own
     path = tiny.saved(model, tmp_path / "w.safetensors")
     config = tiny.timm_config(name, path, options={**tiny.TIMM, **options})
-    info = describe("t", config, size)
+    info = tiny.describe(config, size)
     needs = TeacherNeeds(levels=(0, 1, 2), cls_attention=info.has_cls)
     ensemble = tiny.ensemble(config, size, needs)
     images = tiny.images(2, size)
@@ -157,7 +157,9 @@ def test_activation_replaces_the_model_s() -> None:
 
 
 def test_skeleton_of_a_giant_takes_no_memory() -> None:
-    teacher = skeleton("t", tiny.timm_config("vit_giant_patch14_reg4_dinov2", None, options={}, image_size=196), 224)
+    teacher = build_skeleton(
+        "t", tiny.timm_config("vit_giant_patch14_reg4_dinov2", None, options={}, image_size=196), 224
+    )
     assert all(p.is_meta for p in teacher.parameters()) and sum(p.numel() for p in teacher.parameters()) > 1e9
     assert (teacher.info.dim, teacher.info.depth, teacher.info.grid) == (1536, 40, (14, 14))
 
@@ -182,5 +184,5 @@ def test_skeleton_of_a_giant_takes_no_memory() -> None:
 )
 def test_refusals(model: str, changes: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line) as error:
-        describe("t", tiny.timm_config(model, None, **changes), 64)
+        tiny.describe(tiny.timm_config(model, None, **changes), 64)
     assert "\n" not in str(error.value) and "teachers.t" in str(error.value)

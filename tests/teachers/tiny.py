@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mimscale.teachers.config import TeacherConfig
-from mimscale.teachers.ensemble import TeacherEnsemble
-from mimscale.types import TeacherNeeds
+from mimscale.teachers.ensemble import TeacherEnsemble, build_skeleton, build_skeletons
+from mimscale.types import TeacherInfo, TeacherNeeds
 
 CPU = torch.device("cpu")
 TIMM = {"embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -72,8 +72,25 @@ def open_clip_config(name: str, weights: Path | None, **changes: Any) -> Teacher
     return timm_config(name, weights, **{**values, **changes})
 
 
-def ensemble(config: TeacherConfig, size: int, needs: TeacherNeeds = ALL) -> TeacherEnsemble:
-    return TeacherEnsemble({"t": config}, {"t": needs}, size, CPU)
+def ensemble(
+    config: TeacherConfig, size: int, needs: TeacherNeeds = ALL, device: torch.device = CPU
+) -> TeacherEnsemble:
+    """One teacher, named t."""
+    return ensemble_of({"t": config}, {"t": needs}, size, device)
+
+
+def ensemble_of(
+    configs: Mapping[str, TeacherConfig],
+    needs: Mapping[str, TeacherNeeds],
+    size: int,
+    device: torch.device = CPU,
+) -> TeacherEnsemble:
+    return TeacherEnsemble(configs, build_skeletons(configs, size), needs, size, device)
+
+
+def describe(config: TeacherConfig, size: int) -> TeacherInfo:
+    """What is known of a teacher named t without its weights."""
+    return build_skeleton("t", config, size).info
 
 
 def images(count: int, size: int, seed: int = 1) -> Tensor:

@@ -51,7 +51,7 @@ def test_the_table_is_cut_over_the_ranks(whole: Path) -> None:
     assert table(whole).max() == UNKNOWN and table(whole)[(table(whole) != UNKNOWN).any(dim=1)].float().std() > 10
 
 
-def test_zero_3_accumulation_and_pictures_change_nothing(recipe: Path, whole: Path, tmp_path: Path) -> None:
+def test_zero_3_accumulation_and_panels_change_nothing(recipe: Path, whole: Path, tmp_path: Path) -> None:
     changes = ["engine.ds_config=cpu_zero3_fp32", "engine.max_micro_batch=4", "log.panels=5"]
     ranks.train(2, recipe, tmp_path / "run", *changes)
     assert_same_run(tmp_path / "run", whole)

@@ -38,7 +38,7 @@ def test_a_damaged_run_goes_on_and_stops_at_its_limit(shards: Path, tmp_path: Pa
     assert again.returncode == 2 and "raise data.max_damaged" in again.stderr
 
 
-def test_pictures_decoded_in_the_trainer(shards: Path, tmp_path: Path) -> None:
+def test_images_decoded_in_the_trainer(shards: Path, tmp_path: Path) -> None:
     """With jittered colours, and damage that only that decoder meets: stopped and resumed, the same run and list."""
     folder = Path(shutil.copytree(shards, tmp_path / "shards"))
     manifest = Manifest.load(folder)

@@ -67,7 +67,7 @@ def initial(recipe: Path, name: str) -> dict[str, Tensor]:
 
 def saved(run_dir: Path, step: int, kind: str) -> dict[str, Tensor]:
     """The student's numbers of one kind in a checkpoint."""
-    reader = checkpoint.Reader(checkpoint.step_folder(run_dir / "checkpoints", step))
+    reader = checkpoint.CheckpointReader(checkpoint.step_folder(run_dir / "checkpoints", step))
     return {name: reader.full(kind, name) for name in reader.names(kind) if name.startswith("student.")}
 
 
@@ -89,7 +89,7 @@ def test_equals_a_plain_computation(name: str, recipe: Path, whole: Runs) -> Non
     ours, weights = saved(whole[name], STEPS, "ema"), saved(whole[name], STEPS, "fp32")
     moved = [n for n in weights if not torch.equal(weights[n], start[n])]
     assert moved and all((ours[n] - weights[n]).abs().max() > 1e-4 for n in moved if n.endswith("fc1.weight"))
-    reader = checkpoint.Reader(checkpoint.step_folder(whole[name] / "checkpoints", STEPS))
+    reader = checkpoint.CheckpointReader(checkpoint.step_folder(whole[name] / "checkpoints", STEPS))
     assert all(n.startswith("student.") for n in reader.names("ema"))
 
 

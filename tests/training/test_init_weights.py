@@ -159,14 +159,14 @@ def test_what_does_not_fit_is_one_line(
     assert line in str(error.value) and "\n" not in str(error.value)
 
 
-def test_weights_are_known_by_their_hash(tmp_path: Path) -> None:
+def test_weights_are_identified_by_their_hash(tmp_path: Path) -> None:
     folder, _ = saved_run(tmp_path / "run", "mae")
     digest = checkpoint.sha256(identity_file(resolve(folder)))
     plain = run_config(FINETUNE, STUDENT, init={"weights": str(folder)})
     first = init_weights.with_sha256(plain, None, resumes=False)
     assert first.init is not None and first.init.sha256 == digest
     moved = plain.model_copy(update={"init": plain.init.model_copy(update={"weights": tmp_path / "gone"})})  # type: ignore[union-attr]
-    again = init_weights.with_sha256(moved, first, resumes=True)  # the file is not looked at
+    again = init_weights.with_sha256(moved, first, resumes=True)  # the file is not read
     assert again.init is not None and again.init.sha256 == digest and again.shaping() == first.shaping()
     wrong = run_config(FINETUNE, STUDENT, init={"weights": str(folder), "sha256": "0" * 64})
     with pytest.raises(UserError, match=f"init.sha256 = {'0' * 64}, but .* has {digest}"):

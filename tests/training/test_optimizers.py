@@ -63,7 +63,7 @@ def test_a_checkpoint_holds_this_optimisers_state(whole: Runs) -> None:
     for name, run_dir in whole.items():
         path = checkpoint.newest(run_dir)
         assert path is not None
-        reader = checkpoint.Reader(path)
+        reader = checkpoint.CheckpointReader(path)
         assert reader.kinds() == ["buffer", "fp32", "momentum_buffer"], name
         assert sorted(reader.names("momentum_buffer")) == sorted(reader.names("fp32"))
         assert all(reader.full("momentum_buffer", parameter).any() for parameter in reader.names("fp32"))

@@ -83,7 +83,7 @@ def test_a_file_read_that_never_returns(shards: Path, tmp_path: Path, run_dir: P
 
     assert hang(1, run_dir, mute_the_shards, "mimscale", "train", recipe, "data.workers=0") == EXIT_CODE
     assert_waits_for_data(run_dir)
-    assert "in __init__" in told(run_dir, 0) and "shards.py" in told(run_dir, 0)
+    assert "in __init__" in told(run_dir, 0) and "shard_files.py" in told(run_dir, 0)
 
 
 @pytest.mark.multi

@@ -77,7 +77,7 @@ def to_official(weights: Mapping[str, Tensor], run: RunConfig) -> Mapped:
     if method.fusion == "sum" and (not isinstance(rule, str) or rule.startswith("mid")):
         raise UserError(
             f"method.levels = {rule} with fusion = sum: the official mixing has a row for each level up to the "
-            "teacher's last, and the weights do not tell which that is; use --to timm"
+            "teacher's last, and the weights do not show which that is; use --to timm"
         )
     heads = below(f"alignment.{teacher}.", weights)
     state = below("student.", weights)

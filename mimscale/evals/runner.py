@@ -1,0 +1,186 @@
+"""Runs one protocol on the features of some networks: reads images once, measures each network, gathers a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from mimscale.config.base import Strict
+from mimscale.config.registry import class_in, names_in
+from mimscale.data.manifest import Manifest
+from mimscale.errors import UserError, warn
+from mimscale.evals.features import Key, Pooling, collect, stream
+from mimscale.evals.networks import Network, load_networks
+from mimscale.evals.protocols.base import Context, Features, Protocol, Results, StreamingProtocol
+
+PROTOCOLS = "mimscale.evals.protocols"
+PACKAGES = ("mimscale", "torch", "torchmetrics", "scikit-learn", "numpy", "pillow")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every protocol.
+
+    pools: for protocols that need "pooled". image_size: None for that of each run. crop_pct: share of the short side
+    that the centre crop keeps. seed: of random networks and of what a protocol draws. precision: of the networks, fp32
+    or bf16. ema: measure the moving average of each student.
+    """
+
+    device: torch.device
+    precision: str
+    pools: tuple[Pooling, ...] = ("mean",)
+    image_size: int | None = None
+    crop_pct: float = 0.875
+    batch: int = 256
+    workers: int = 8
+    seed: int = 0
+    ema: bool = False
+
+
+def protocol_names() -> list[str]:
+    return names_in(PROTOCOLS)
+
+
+def protocol_class(name: str) -> type[Protocol]:
+    """Raises UserError for a name that no file has."""
+    try:
+        found: type[Protocol] = class_in(PROTOCOLS, name, "protocol")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return found
+
+
+def evaluate(
+    name: str, config: Strict, runs: Sequence[Path], train_path: Path, val_path: Path, settings: Settings
+) -> dict[str, Any]:
+    """The report: what was measured, how, on which data, and a row for each network and pooling.
+
+    name: of the protocol; config: of its Config. runs: run folders, checkpoint folders or files. Warnings of the
+    protocol are printed, too. Raises UserError.
+    """
+    kind = protocol_class(name)
+    train, val = _data(train_path, val_path, labelled="labels" in kind.needs)
+    kind.check(config, train, val)
+    pools: tuple[Pooling, ...] = settings.pools if "pooled" in kind.needs else ("tokens",)
+    networks = load_networks(
+        list(dict.fromkeys(runs)),
+        pools=pools,
+        image_size=settings.image_size,
+        seed=settings.seed,
+        device=settings.device,
+        precision=settings.precision,
+        ema=settings.ema,
+    )
+    results: dict[Key, Results] = {}
+    for size in sorted({network.image_size for network in networks}):
+        group = [network for network in networks if network.image_size == size]
+        results |= _run(kind, config, group, train, val, settings)
+    rows = [
+        {"network": network.name, "pool": pool, **network.about, **result}
+        for network in networks
+        for (name_of, pool), result in results.items()
+        if name_of == network.name
+    ]
+    for row in rows:
+        for line in row.setdefault("warnings", []):
+            warn(f"mimscale evaluate: warning: {row['network']}, {row['pool']}: {line}")
+    options = config.model_dump(mode="json")
+    return {
+        "protocol": {
+            "name": name,
+            "pool": list(pools),
+            "crop_pct": settings.crop_pct,
+            "seed": settings.seed,
+            "precision": settings.precision,
+            "device": torch.cuda.get_device_name() if settings.device.type == "cuda" else "cpu",
+            "ema": settings.ema,
+            **options,
+            **kind.constants,
+        },
+        "unit": kind.unit,
+        "metrics": {key: heading.format(**options) for key, heading in kind.metrics.items()},
+        "train": _identity(train_path, train),
+        "val": _identity(val_path, val),
+        "versions": {package: metadata.version(package) for package in PACKAGES},
+        "rows": rows,
+    }
+
+
+def _run(
+    kind: type[Protocol],
+    config: Strict,
+    networks: Sequence[Network],
+    train: Manifest,
+    val: Manifest,
+    settings: Settings,
+) -> dict[Key, Results]:
+    """Results of networks that take images of one size: one pass over each data set for all of them."""
+    extractors, image_size = {network.name: network.extract for network in networks}, networks[0].image_size
+    context = Context(_classes(train, val), settings.seed, settings.device)
+
+    def batches(manifest: Manifest, what: str) -> Iterator[tuple[dict[Key, Tensor], Tensor]]:
+        pieces = stream(
+            extractors,
+            manifest,
+            image_size,
+            batch=settings.batch,
+            workers=settings.workers,
+            crop_pct=settings.crop_pct,
+            device=settings.device,
+        )
+        return _progress(pieces, -(-manifest.samples // settings.batch), what)
+
+    of_val, val_labels = collect(batches(val, "val"))
+    if issubclass(kind, StreamingProtocol):
+        protocols = {key: kind(config, context) for key in of_val}
+        for key, protocol in protocols.items():
+            protocol.start(Features(of_val.pop(key), val_labels))
+        for of_batch, labels in batches(train, "train"):
+            for key, values in of_batch.items():
+                protocols[key].add(Features(values, labels))
+        return {key: protocol.finish() for key, protocol in protocols.items()}
+    of_train, train_labels = collect(batches(train, "train"))
+    return {
+        key: kind(config, context).run(Features(of_train.pop(key), train_labels), Features(of_val.pop(key), val_labels))
+        for key in _progress(list(of_train), len(of_train), "fit")
+    }
+
+
+def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """A bar for a person who watches, nothing in a file."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        items = track(items, what, total, console=console, transient=True)
+    yield from items
+
+
+def _data(train_path: Path, val_path: Path, labelled: bool) -> tuple[Manifest, Manifest]:
+    train, val = Manifest.load(train_path), Manifest.load(val_path)
+    for flag, path, manifest in (("--train", train_path, train), ("--val", val_path, val)):
+        if labelled and (manifest.labels is None or manifest.labels.min() < 0):
+            raise UserError(f"{flag} {path} has samples without labels; prepare it without --unlabelled")
+    if labelled and train.classes != val.classes:
+        differ = sorted(set(train.classes or ()) ^ set(val.classes or ()))
+        what = f"'{differ[0]}' is in one of them only" if differ else "their order differs"
+        raise UserError(f"--train {train_path} and --val {val_path} have different classes: {what}")
+    if train.fingerprint == val.fingerprint:
+        raise UserError(f"--val {val_path} is the training set itself; give data that --train does not hold")
+    return train, val
+
+
+def _classes(*manifests: Manifest) -> int:
+    """The largest label of all plus one; 0 without labels."""
+    return 1 + max(int(m.labels.max()) if m.labels is not None else -1 for m in manifests)
+
+
+def _identity(path: Path, manifest: Manifest) -> dict[str, Any]:
+    return {"shards": str(path), "samples": manifest.samples, "fingerprint": manifest.fingerprint}
