@@ -48,7 +48,7 @@ allow_fewer_nodes() { # for --nodes=A-B with MIN_NODES=A: otherwise a requeued j
 }
 
 requeue_job() { # STEP WHY: requeue this job, unless it made no progress or was stopped, or restarts are used up
-  local saved=$1 why=$2 restart=${SLURM_RESTART_COUNT:-0} history=$RUN_DIR/job/restarts.txt last=0 pause_s gone=''
+  local saved=$1 why=$2 restart=${SLURM_RESTART_COUNT:-0} history=$RUN_DIR/job/restarts.txt last=0 pause_s terminated=''
   local again="submit again with RUN_DIR='$RUN_DIR' to go on"
   [ ! -s "$history" ] || last=$(sed -n '$s/.* step //p' "$history")
   echo "job $SLURM_JOB_ID restart $restart step $saved" >> "$history"
@@ -58,12 +58,12 @@ requeue_job() { # STEP WHY: requeue this job, unless it made no progress or was 
   [ "$restart" -lt "${MAX_RESTARTS:-20}" ] ||
     die 1 "saved at step $saved; MAX_RESTARTS=${MAX_RESTARTS:-20} are used up; $again"
   echo "$(date '+%F %T') saved at step $saved: requeue $((restart + 1)) of at most ${MAX_RESTARTS:-20}"
-  trap 'gone=1' TERM
+  trap 'terminated=1' TERM
   for pause_s in 5 10 20 40 0; do # slurmctld may be restarting
     if scontrol requeue "$SLURM_JOB_ID"; then
       allow_fewer_nodes
       trap 'exit 1' TERM
-      [ -n "$gone" ] || { sleep 300 & wait; } # SLURM ends this shell; exiting earlier would end the job
+      [ -n "$terminated" ] || { sleep 300 & wait; } # SLURM ends this shell; exiting earlier would end the job
       exit 1
     fi
     [ "$pause_s" = 0 ] || echo "the requeue failed; trying again in $pause_s s"

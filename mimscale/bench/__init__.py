@@ -1,4 +1,4 @@
-"""`mimscale bench NAME`: measurements whose printed tables stand in the documentation.
+"""`mimscale bench NAME`: measurements whose printed tables are in the documentation.
 
 A benchmark is a file in this folder, found by its name, with `add_arguments(parser)` and `run(args) -> exit code`. The
 first line of its docstring is its help. Heavy imports belong into `run`. A new benchmark needs no change here.

@@ -123,7 +123,8 @@ class SimpleJpegDecoder:
 
     def __call__(self, data: bytes) -> ArrayImage:
         array = self._decode_jpeg(data) if data[:2] == b"\xff\xd8" else None
-        return ArrayImage(np.asarray(decode(data)) if array is None else array)
+        # a copy, because Pillow's array is read-only, about which torch warns in `resize`
+        return ArrayImage(np.array(decode(data)) if array is None else array)
 
     def _decode_jpeg(self, data: bytes) -> NDArray[np.uint8] | None:
         """None if the data is not a plain JPEG or simplejpeg warns; then Pillow decides whether it is damaged."""
@@ -162,7 +163,7 @@ class UndecodedJpeg:
 def defer_jpeg(data: bytes) -> UndecodedJpeg | Image.Image:
     """Leave a plain upright JPEG with an end marker encoded; decode everything else with `decode`. Raises BadImage."""
     if data[:2] == b"\xff\xd8" and data.rstrip(b"\0").endswith(b"\xff\xd9"):
-        # an error here is not reported: `decode` below meets it again and reports it
+        # an error here is ignored: `decode` below raises it again
         with suppress(Exception), Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             _check_size(image.width, image.height)
             upright = image.getexif().get(Base.Orientation, 1) == 1  # TorchCodec would rotate it

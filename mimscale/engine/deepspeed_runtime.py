@@ -25,7 +25,7 @@ def import_deepspeed(device: torch.device) -> Any:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed 0.19 calls these two collectives; torch 2.15 renames them and warns once per rank and call site
+    # DeepSpeed 0.19 calls these two collectives, which recent releases of torch have renamed; each rank would log it
     names = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", message=names, category=FutureWarning)
     if device.type == "cpu" and os.environ.get(EMULATE_FP16):

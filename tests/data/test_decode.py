@@ -116,7 +116,9 @@ def test_simplejpeg_crops_to_nearly_the_same_pixels(interpolation) -> None:
 
 @pytest.mark.parametrize("data", [encoded(SOURCE.convert("CMYK")), encoded(SOURCE, "PNG"), encoded(SOURCE) + bytes(9)])
 def test_simplejpeg_falls_back_to_pillow(data: bytes) -> None:
-    assert np.array_equal(np.asarray(SimpleJpegDecoder()(data)), np.asarray(decode(data)))
+    image = SimpleJpegDecoder()(data)
+    assert np.array_equal(np.asarray(image), np.asarray(decode(data)))
+    assert image.array.flags.writeable  # torch warns of arrays that are not
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8", encoded(SOURCE)[:-400], encoded(SOURCE)[:200], b"no image"])
