@@ -76,7 +76,7 @@ def main(folder: Path, shards: Path, out: Path) -> None:
         "MAE sees\n4 of 16 patches": mae["masked"],
         "MAE reconstructs\nthe other 12": mae["reconstruction"],
         "the teacher's\nCLS attention": aligned["attention"],
-        "MaskAlign sees\n8, drawn by it": aligned["masked"],
+        "MaskAlign sees\n8, drawn by attention": aligned["masked"],
     }
     draw(rows, out)
 

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(sub)
     args, rest = parser.parse_known_args(arguments)
     assert module is not None
-    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    overrides = [word for word in rest if not word.startswith("-")]
     if hasattr(args, "overrides"):  # argparse takes positionals in one place only; ours may also follow the options
         args.overrides += overrides
         rest = [word for word in rest if word not in overrides]

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -159,11 +159,11 @@ def from_paper(told: Facts) -> bool:
     return told.differences.startswith("unknown")
 
 
-def short_table(measured: Measured) -> Iterator[str]:
+def short_table(measured: Measured, names: Sequence[str] = ()) -> Iterator[str]:
     """The README's: one line per method."""
     yield row("method", "paper", "recipes, one per student", "numbers equal to the official code")
     yield row(*["---"] * 4)
-    for name in rows():
+    for name in names or rows():
         told = facts(name)
         equal = "yes" if name in measured else "not compared"
         if from_paper(told):
@@ -171,11 +171,11 @@ def short_table(measured: Measured) -> Iterator[str]:
         yield row(told.title, told.source, quoted(one_per_student(recipes_of(name))), equal)
 
 
-def long_table(measured: Measured) -> Iterator[str]:
+def long_table(measured: Measured, names: Sequence[str] = ()) -> Iterator[str]:
     """docs/methods.md's: every recipe and the errors."""
     yield row("method", "paper", "recipes", "largest error against the official code (tolerance)")
     yield row(*["---"] * 4)
-    for name in rows():
+    for name in names or rows():
         told = facts(name)
         part = "code not public; the part that others published: " if from_paper(told) else ""
         yield row(told.title, told.source, quoted(recipes_of(name)), part + errors(measured.get(name, {})))
@@ -188,10 +188,10 @@ UNITS = (
 )
 
 
-def page(measured: Measured) -> Iterator[str]:
+def page(measured: Measured, names: Sequence[str] = ()) -> Iterator[str]:
     yield from ("# Methods", "", "Written by `python -m tests.methods_table` from test results; do not edit.", "")
-    yield from (*long_table(measured), "", UNITS, "")
-    for name in rows():
+    yield from (*long_table(measured, names), "", UNITS, "")
+    for name in names or rows():
         told, cases = facts(name), measured.get(name, {})
         yield from (f"## {told.title}", "", f"{told.what[0].upper()}{told.what[1:]} ({told.source}).", "")
         yield from (f"Differences: {told.differences}", "")
@@ -201,12 +201,12 @@ def page(measured: Measured) -> Iterator[str]:
             yield ""
 
 
-def written(measured: Measured) -> dict[Path, str]:
-    """What the two files should hold."""
+def written(measured: Measured, names: Sequence[str] = ()) -> dict[Path, str]:
+    """What the two files should hold. names: of the methods and policies; without them all that there are."""
     readme = README.read_text()
     start, end = (readme.index(mark) for mark in MARKS)
-    block = "\n".join((MARKS[0], "", *short_table(measured), ""))
-    page_text = "\n".join(page(measured)).rstrip() + "\n"
+    block = "\n".join((MARKS[0], "", *short_table(measured, names), ""))
+    page_text = "\n".join(page(measured, names)).rstrip() + "\n"
     return {README: readme[:start] + block + "\n" + readme[end:], DOCS: page_text}
 
 

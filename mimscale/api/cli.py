@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
     parser.add_argument("out", type=Path, metavar="OUT.png", help="figure to write; it must not exist")
     parser.add_argument("--mask-ratio", type=float, metavar="R", help="share of patches masked (default: as trained)")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the masks (default 0)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="masks, and so rows, per image (default 1)")
     parser.add_argument("--recipe", help="the recipe that an official file belongs to, such as mae_vit_l16")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of --recipe")

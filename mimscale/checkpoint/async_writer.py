@@ -1,7 +1,7 @@
 """Saving beside the training: the step waits for a copy to host memory, a thread does the rest.
 
 One save at a time. Every rank's thread writes its shard; that all have done so is agreed on by the loop's own per-step
-reduction (`agree_to_stop`), so no rank ever waits for another's disk; then rank 0's thread commits and prunes. A disk
+reduction (`poll`), so no rank ever waits for another's disk; then rank 0's thread commits and prunes. A disk
 that is full or slow costs warnings and tries; when `patience_s` is over the save is given up, the training goes on, and
 what was saved before stays. The threads use no collectives and end with their save, so none lives while loader workers
 are forked.
@@ -72,7 +72,7 @@ class AsyncCheckpointWriter:
         everyone = coordinator.gather(checkpoint.fragments(tensors))
         self._fragments = everyone if coordinator.rank == 0 else []  # at 512 ranks of ZeRO-3 some 100 MB
         self._job: _Job | None = None
-        self._number = 0  # saves begun; the same on all ranks, like all that `agree_to_stop` decides by
+        self._number = 0  # saves begun; the same on all ranks, like all that `poll` decides by
         self._written = self._handled = 0  # this rank's last shard on disk or given up; rank 0's last save dealt with
         self._tries = 0
 
@@ -98,13 +98,13 @@ class AsyncCheckpointWriter:
         job.stalled_s = time.perf_counter() - start_s
         self._start(job, self._write)
 
-    def agree_to_stop(self, raised: bool = False) -> bool:
+    def poll(self, stop_requested: bool = False) -> bool:
         """Once per step: go on with the save under way. Waits for nothing; all ranks do the same.
 
         The one agreement of a step carries the loop's flag too: returns whether any rank had raised it a step ago.
         """
         handled = self._handled if self._coordinator.rank == 0 else _NEVER
-        asked, *least = self._coordinator.agree(raised, -self._written, -handled)
+        asked, *least = self._coordinator.agree(stop_requested, -self._written, -handled)
         job, (written, handled) = self._job, (-number for number in least)
         if job is not None and not job.ready and written >= self._number:
             self._gather(job)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -19,7 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mimscale.config.recipes import read_recipe, recipe_names
+from mimscale.errors import UserError
 
+WIDE = 140
+"""Columns of a terminal that holds the expected results too."""
 LEGEND = (
     "student: ViT-size/patch, or width x depth/patch. `mimscale train RECIPE --show` prints a recipe whole; --json "
     "adds where each comes from, how its cost was found, and what it extends."
@@ -91,29 +95,43 @@ def student_name(student: Mapping[str, Any], stages: bool) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only recipes whose names contain one of these")
     parser.add_argument("--json", action="store_true", help="everything that is known of each, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    rows = [row(recipe) for recipe in recipe_names()]
+    chosen = [name for name in recipe_names() if not args.names or any(part in name for part in args.names)]
+    if not chosen:
+        raise UserError(f"no recipe's name contains {' or '.join(args.names)}; `mimscale recipes` lists all")
+    rows = [row(recipe) for recipe in chosen]
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+    wide = console.width >= WIDE
     table = Table()
-    for column in ("recipe", "method", "student"):
-        table.add_column(column, no_wrap=True)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("method", no_wrap=wide)
+    table.add_column("student", no_wrap=True)
     table.add_column("epochs", justify="right", no_wrap=True)
-    table.add_column("expected cost", max_width=24)
-    table.add_column("expected result")
+    if wide:
+        table.add_column("expected cost", max_width=24)
+        table.add_column("expected result")
+    else:
+        table.add_column("A100-hours", justify="right", no_wrap=True)
     for one in rows:
         method = one["method"] if one["masking"] in (None, "random") else f"{one['method']}, {one['masking']}"
         epochs = f"{one['steps']} steps" if one["epochs"] is None else f"{one['epochs']:g}"
-        hours = one["a100_hours"]
-        cost = _first_sentence(one["expected_cost"]) if hours is None else f"{hours:,} A100-hours"
-        words = (one["recipe"], method, one["student"], epochs, cost, _first_sentence(one["expected_result"]))
+        words, hours = [one["recipe"], method, one["student"], epochs], one["a100_hours"]
+        if wide:
+            cost = _first_sentence(one["expected_cost"]) if hours is None else f"{hours:,} A100-hours"
+            words += [cost, _first_sentence(one["expected_result"])]
+        else:
+            words.append("" if hours is None else f"{hours:,}")
         table.add_row(*map(Text, words))
-    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table, Text(LEGEND))
+    if not wide:
+        console.print(f"The expected results fit a terminal of {WIDE} columns; --json prints them too.")
     return 0
 
 

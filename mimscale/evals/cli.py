@@ -57,9 +57,13 @@ def _add_common(parser: argparse.ArgumentParser, pooled: bool) -> None:
     parser.add_argument(
         "--workers", type=_at_least(0), default=8, metavar="N", help="processes that read images (default 8)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random networks and draws (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of random networks and draws (default 0)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the networks (default bf16 on cuda)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="number format of the networks (default bf16 on cuda)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: eval/ in the folder of each run")
 
 

@@ -1,6 +1,6 @@
-"""A signal asks, the step boundary answers: preemption as a flag.
+"""Preemption: SIGUSR1, SIGTERM or a stop file set a flag, and the loop ends at its next step.
 
-SIGUSR1 and SIGTERM, or a stop file, raise the flag; the loop saves at a step all ranks agree on and leaves with 0.
+All ranks agree on that step, save, and leave with exit code 0.
 """
 
 from __future__ import annotations

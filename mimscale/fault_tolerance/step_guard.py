@@ -43,7 +43,7 @@ class StepGuard:
         self._stats = torch.zeros(3, dtype=torch.float64, device=device)  # mean, variance, count of accepted losses
         self._usual_norm, self._norms = 0.0, 0
         self._seen: list[Tensor] = []  # this rank's losses of the step under way, or of the last one
-        self._judged: Tensor | None = None  # the step's loss over all ranks, and the limit it had
+        self._checked: Tensor | None = None  # the step's loss over all ranks, and the limit it had
         self.streak = 0
         self.incidents = deque[dict[str, Any]](maxlen=100)  # the last skipped steps of this launch
         self.usual: dict[str, float] = {}  # size of each layer's output when all was well
@@ -64,7 +64,7 @@ class StepGuard:
         limit = self._limit()
         good = total.isfinite() & (total <= limit)
         self._learn(total, good)
-        self._judged = torch.stack((total, limit))
+        self._checked = torch.stack((total, limit))
         return loss * torch.where(good, 1.0, math.nan).to(loss.dtype)
 
     def _limit(self) -> Tensor:
@@ -116,8 +116,8 @@ class StepGuard:
 
     def cause(self) -> dict[str, Any]:
         """Why the last step was skipped, as far as this rank sees. Reads from the device."""
-        assert self._judged is not None
-        loss, limit = self._judged.tolist()
+        assert self._checked is not None
+        loss, limit = self._checked.tolist()
         mine = torch.stack(self._seen).tolist()
         if not math.isfinite(loss):
             why = "the loss is not finite"

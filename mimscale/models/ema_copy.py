@@ -1,4 +1,7 @@
-"""A network that follows another one: its weights are an exponential moving average of the other's."""
+"""A network whose weights are an exponential moving average of another network's, for methods that learn from it.
+
+The moving average of the student that a recipe asks for (`ema:`) is another one: `mimscale/optim/ema.py`.
+"""
 
 from __future__ import annotations
 

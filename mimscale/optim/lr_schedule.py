@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from mimscale.optim.config import ScheduleConfig
 
 
-def lr_at(
+def cosine_with_warmup(
     epoch: float, *, peak: float, min_lr: float, warmup_epochs: float, epochs: float, warmup_lr: float = 0.0
 ) -> float:
     """Rate at a fractional epoch: linear from `warmup_lr` to `peak` over the warm-up, then half a cosine to `min_lr`.
@@ -24,7 +24,7 @@ def lr_at(
     return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def lr(
+def cosine_at_step(
     step: int,
     steps_per_epoch: float,
     *,
@@ -35,7 +35,7 @@ def lr(
     warmup_lr: float = 0.0,
 ) -> float:
     """Learning rate of optimiser step `step` (0-based): the first step of a warm-up has exactly `warmup_lr`."""
-    return lr_at(
+    return cosine_with_warmup(
         step / steps_per_epoch,
         peak=peak,
         min_lr=min_lr,
@@ -57,14 +57,14 @@ def multistep(clock: int, *, peak: float, milestones: Sequence[float], gamma: fl
     return peak * gamma ** bisect_right(milestones, clock)
 
 
-def lr_of(curve: ScheduleConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
+def lr_at_step(curve: ScheduleConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """Learning rate of optimiser step `step` (0-based) of a run of `total_steps`.
 
     timm_cosine and multistep are SimMIM's and keep the lag of its loop, which moves the scheduler after the optimiser:
     step t uses the rate of clock t - 1, so that steps 0 and 1 both use `warmup_lr`.
     """
     if curve.kind == "cosine":
-        return lr(
+        return cosine_at_step(
             step,
             steps_per_epoch,
             peak=curve.peak_lr,

@@ -1,4 +1,4 @@
-"""Parameter groups for AdamW: who is decayed, and who learns more slowly."""
+"""Parameter groups: weight decay, and layer-wise decay of the learning rate."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from mimscale.checkpoint import format as checkpoint
 from mimscale.data.order import Order, batch_of, jumped, rank_positions
 from mimscale.data.wds_stream import Source, WebDatasetStream
 from mimscale.errors import Stopped, warn
-from mimscale.fault_tolerance import activations
+from mimscale.fault_tolerance import activation_magnitudes
 from mimscale.monitoring.run_logger import finite
 from mimscale.training.context import TrainContext
 from mimscale.training.recovery import load_newest, unless_refused
@@ -40,9 +40,9 @@ def explain(run: TrainContext, info: StepInfo) -> None:
         suspected = [sample for sample, _ in samples]
     if guard.serious(scale):
         sizes = run.coordinator.gather(
-            activations.magnitudes(run.method, partial(run.method, info.batch, info.targets))
+            activation_magnitudes.magnitudes(run.method, partial(run.method, info.batch, info.targets))
         )
-        layer = activations.suspect(activations.largest(sizes), guard.usual)
+        layer = activation_magnitudes.suspect(activation_magnitudes.largest(sizes), guard.usual)
     keys = keys_of(run.plan.manifest, suspected) if run.coordinator.rank == 0 else []
     guard.incidents.append(
         finite({"at": info.step, **cause, "row": guard.streak, "loss_scale": scale, "layer": layer, "keys": keys})

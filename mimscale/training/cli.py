@@ -14,7 +14,7 @@ from mimscale.config.recipes import load_recipe
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe (`mimscale recipes` lists them) or a path to a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="changes to the recipe")
     parser.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/RECIPE); resumes what it holds")
     parser.add_argument("--fork", type=Path, metavar="NEW", help="start a new run in NEW from --run-dir's weights")
     parser.add_argument(

@@ -12,7 +12,7 @@ from mimscale.checkpoint import run_folder
 from mimscale.checkpoint.async_writer import AsyncCheckpointWriter
 from mimscale.data.wds_stream import NOT_EXACT
 from mimscale.errors import Stopped
-from mimscale.fault_tolerance import activations
+from mimscale.fault_tolerance import activation_magnitudes
 from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_marker, there
 from mimscale.monitoring.metrics import ThroughputMeter
 from mimscale.monitoring.panels import SAMPLES
@@ -152,7 +152,7 @@ class Monitor:
         run, last = self._run, info.step == info.total
         every = run.plan.config.checkpoint.every
         asked = run.preemption.raised() or run.damage_log.full
-        self.stopped = self._checkpoints.agree_to_stop(asked) and not last
+        self.stopped = self._checkpoints.poll(asked) and not last
         if self.stopped or last:
             run.timer.enter(SAVING)
             ignore_signals()
@@ -167,7 +167,7 @@ class Monitor:
         state = replace(state, guard=run.guard.dump())
         if run.engine.loss_scale is not None:
             forward = partial(run.method, info.batch, info.targets)
-            run.guard.usual = activations.magnitudes(run.method, forward)
+            run.guard.usual = activation_magnitudes.magnitudes(run.method, forward)
         self._checkpoints.save(state.step, run.fragments(), describe_state(run, state))
 
     def _log_damage(self) -> None:
@@ -221,8 +221,8 @@ def describe_run(run: TrainContext, state: TrainState) -> str:
     plan, config = run.plan, run.plan.config
     return (
         f"{config.method.name}: {run.parameter_count / 1e6:.1f} M parameters, {config.engine.ds_config}, "
-        f"{plan.world.size} ranks on {plan.world.device.type}, batch {config.schedule.global_batch} = "
-        f"{plan.micro_batch} x {plan.accumulation} x {plan.world.size}, peak lr {config.schedule.peak_lr:.3g}, "
+        f"{plan.world.device.type}, global batch {config.schedule.global_batch} = micro-batch {plan.micro_batch} x "
+        f"accumulation {plan.accumulation} x ranks {plan.world.size}, peak lr {config.schedule.peak_lr:.3g}, "
         f"{plan.manifest.samples} images, step {state.step} of {plan.total_steps}, folder {plan.run_dir}"
         + ("" if config.data.stream is None else f"\n{NOT_EXACT}")
     )

@@ -57,7 +57,7 @@ class Plan:
 
     def lr(self, step: int) -> float:
         """The peak group's learning rate for optimiser step `step`, from 0."""
-        return lr_schedule.lr_of(self.config.schedule, step, self.steps_per_epoch, self.total_steps)
+        return lr_schedule.lr_at_step(self.config.schedule, step, self.steps_per_epoch, self.total_steps)
 
 
 def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:

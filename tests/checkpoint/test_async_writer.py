@@ -53,7 +53,7 @@ class Run:
 
     def step(self) -> None:
         """What the loop does at each step."""
-        self.saver.agree_to_stop()
+        self.saver.poll()
 
     def saved(self) -> list[int]:
         return [checkpoint.step_of(path) for path in checkpoint.complete(self.root)]

@@ -22,7 +22,7 @@ from mimscale.config.recipes import load_recipe, read_recipe, recipe_names, vali
 from mimscale.config.run import RunConfig, method_class
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE, MAEConfig
-from mimscale.optim.lr_schedule import lr_of
+from mimscale.optim.lr_schedule import lr_at_step
 from mimscale.teachers.ensemble import build_skeletons, describe
 from mimscale.training.micro_batch import solve_micro_batch
 from mimscale.types import Noise, TeacherInfo, TeacherNeeds
@@ -275,7 +275,7 @@ def test_simmim(name: str) -> None:
     wanted = {"mask": (units,), "drop_path": (run.student.depth, 2)}
     assert {noise: needed.shape for noise, needed in method.needs.noise.items()} == wanted
     steps = 1_281_167 // 2048
-    rates = [lr_of(run.schedule, step, steps, 800 * steps) for step in (0, 1, 10 * steps + 1, 700 * steps + 1)]
+    rates = [lr_at_step(run.schedule, step, steps, 800 * steps) for step in (0, 1, 10 * steps + 1, 700 * steps + 1)]
     assert rates == pytest.approx([2e-6, 2e-6, 4e-4, 4e-5])
 
 

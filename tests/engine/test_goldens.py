@@ -15,7 +15,7 @@ from mimscale.engine.base import Engine
 from mimscale.engine.config import EngineConfig
 from mimscale.engine.deepspeed_runtime import open_process_group
 from mimscale.engine.factory import make_engine
-from mimscale.optim.lr_schedule import lr
+from mimscale.optim.lr_schedule import cosine_at_step
 from tests import golden
 from tests.methods import training_golden
 from tests.methods.training_golden import TrainingGolden
@@ -55,7 +55,7 @@ def follow(t: TrainingGolden, engine: Engine) -> None:
     """All steps of the golden run, with its losses, rates and norms; then the end weights."""
     curve = t.run.schedule
     for step, (batch, targets) in enumerate(zip(t.batches, t.targets, strict=True)):
-        rate = lr(
+        rate = cosine_at_step(
             step,
             t.steps_per_epoch,
             peak=curve.peak_lr,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mimscale.data.order import batch_of, jumped
-from mimscale.fault_tolerance.activations import largest, magnitudes, suspect
+from mimscale.fault_tolerance.activation_magnitudes import largest, magnitudes, suspect
 from mimscale.fault_tolerance.config import GuardConfig
 from mimscale.fault_tolerance.step_guard import StepGuard
 
@@ -20,7 +20,7 @@ def accepted(guard: StepGuard, *losses: float) -> list[bool]:
     return [math.isfinite(float(guard.check_loss(torch.tensor(loss)))) for loss in losses]
 
 
-def test_a_spike_is_judged_against_the_losses_before_it() -> None:
+def test_a_spike_is_checked_against_the_losses_before_it() -> None:
     guard = StepGuard(GuardConfig(loss_spike=5.0, warmup=50), 1, CPU)
     assert all(accepted(guard, *(1.0 + 0.01 * (i % 3) for i in range(60))))
     assert accepted(guard, 1.08, 1.5, math.nan, math.inf, 1.0) == [True, False, False, False, True]

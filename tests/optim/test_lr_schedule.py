@@ -10,7 +10,7 @@ import pytest
 from mimscale.config.recipes import validate
 from mimscale.errors import UserError
 from mimscale.optim.config import ScheduleConfig
-from mimscale.optim.lr_schedule import lr, lr_of
+from mimscale.optim.lr_schedule import cosine_at_step, lr_at_step
 from tests import golden
 
 
@@ -28,7 +28,7 @@ def test_golden_curve_simmim(kind: str) -> None:
         milestones=tuple(c["milestone_epochs"]),
     )
     total = c["epochs"] * c["steps_per_epoch"]
-    ours = [lr_of(curve, step, c["steps_per_epoch"], total) for step in range(total + 1)]
+    ours = [lr_at_step(curve, step, c["steps_per_epoch"], total) for step in range(total + 1)]
     golden.rates_close(ours[:total], g[f"{kind}/lr_used"].tolist())
     golden.rates_close(ours[1:], g[f"{kind}/lr_after_step_update"].tolist())
     assert ours[0] == ours[1] == c["warmup_lr"]
@@ -37,26 +37,26 @@ def test_golden_curve_simmim(kind: str) -> None:
 def test_the_default_is_maes_curve_to_the_bit() -> None:
     curve = curve_of(epochs=7.5, warmup_epochs=1.3, min_lr=1e-5, base_lr=1.5e-4)
     for step in range(40):
-        maes = lr(step, 5, peak=curve.peak_lr, min_lr=1e-5, warmup_epochs=1.3, epochs=7.5)
-        assert lr_of(curve, step, 5, 38) == maes
+        maes = cosine_at_step(step, 5, peak=curve.peak_lr, min_lr=1e-5, warmup_epochs=1.3, epochs=7.5)
+        assert lr_at_step(curve, step, 5, 38) == maes
 
 
 def test_length_in_steps() -> None:
     """A run of given steps has its epochs from the data; a cosine ends with the run."""
     by_steps, by_epochs = curve_of(steps=20, warmup_epochs=1), curve_of(epochs=4, warmup_epochs=1)
-    assert [lr_of(by_steps, t, 5, 20) for t in range(20)] == [lr_of(by_epochs, t, 5, 20) for t in range(20)]
+    assert [lr_at_step(by_steps, t, 5, 20) for t in range(20)] == [lr_at_step(by_epochs, t, 5, 20) for t in range(20)]
     timm = curve_of(kind="timm_cosine", steps=20, min_lr=0.25)
-    assert lr_of(timm, 21, 5, 20) == lr_of(timm, 50, 5, 20) == 0.25 < lr_of(timm, 20, 5, 20)
+    assert lr_at_step(timm, 21, 5, 20) == lr_at_step(timm, 50, 5, 20) == 0.25 < lr_at_step(timm, 20, 5, 20)
 
 
 def test_without_warm_up_the_first_step_has_the_peak() -> None:
     for values in ({"kind": "timm_cosine"}, {"kind": "multistep", "milestones": (2.0,)}, {}):
-        assert lr_of(curve_of(epochs=4, **values), 0, 5, 20) == 1.0
+        assert lr_at_step(curve_of(epochs=4, **values), 0, 5, 20) == 1.0
 
 
 def test_several_milestones_multiply() -> None:
     curve = curve_of(kind="multistep", epochs=9, milestones=(2.0, 4.5, 6.0), gamma=0.5)
-    rates = [lr_of(curve, step, 4, 36) for step in range(36)]
+    rates = [lr_at_step(curve, step, 4, 36) for step in range(36)]
     changes = [step for step, (a, b) in enumerate(pairwise(rates), start=1) if a != b]
     assert changes == [9, 19, 25] and rates[-1] == 0.5**3  # one step after the milestones
 
@@ -64,7 +64,7 @@ def test_several_milestones_multiply() -> None:
 def test_a_warm_up_may_start_above_zero_in_every_curve() -> None:
     for kind in ("cosine", "timm_cosine"):
         curve = curve_of(kind=kind, epochs=4, warmup_epochs=2, warmup_lr=0.5)
-        rates = [lr_of(curve, step, 5, 20) for step in range(10)]
+        rates = [lr_at_step(curve, step, 5, 20) for step in range(10)]
         assert rates[0] == 0.5 and all(a <= b for a, b in pairwise(rates)) and rates[-1] < 1
 
 

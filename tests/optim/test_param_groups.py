@@ -9,7 +9,7 @@ from torch import nn
 from mimscale.errors import UserError
 from mimscale.methods.finetune import Finetune
 from mimscale.models.layer_order import convvit_layer_of, vit_layer_of
-from mimscale.optim.lr_schedule import lr, lr_at
+from mimscale.optim.lr_schedule import cosine_at_step, cosine_with_warmup
 from mimscale.optim.param_groups import parameter_groups
 from tests import golden
 
@@ -79,7 +79,7 @@ def test_golden_curve_maskalign() -> None:
     c = golden.load_json("schedules_dev.json")["lr_schedule"]
     values = {"peak": c["peak_lr"], "min_lr": c["min_lr"], "warmup_epochs": c["warmup_epochs"], "epochs": c["epochs"]}
     epochs, stored = zip(*c["epoch_lr"], strict=True)
-    golden.rates_close([lr_at(epoch, **values) for epoch in epochs], list(stored))
+    golden.rates_close([cosine_with_warmup(epoch, **values) for epoch in epochs], list(stored))
 
 
 @pytest.mark.parametrize("curve", CURVES)
@@ -88,14 +88,15 @@ def test_golden_curve_mae(curve: str) -> None:
     peak, low, warmup, epochs, steps = g[f"{curve}/params_lr_min_warmup_epochs_steps"].tolist()
     values = {"peak": peak, "min_lr": low, "warmup_epochs": warmup, "epochs": epochs}
     at, stored = g[f"{curve}/epoch"].tolist(), g[f"{curve}/lr"].tolist()
-    golden.rates_close([lr_at(epoch, **values) for epoch in at], stored)
-    golden.rates_close([lr_at(epoch, **values) * 0.65**3 for epoch in at], g[f"{curve}/lr_scaled_0.65^3"].tolist())
-    golden.rates_close([lr(round(epoch * steps), steps, **values) for epoch in at], stored)
+    golden.rates_close([cosine_with_warmup(epoch, **values) for epoch in at], stored)
+    scaled = [cosine_with_warmup(epoch, **values) * 0.65**3 for epoch in at]
+    golden.rates_close(scaled, g[f"{curve}/lr_scaled_0.65^3"].tolist())
+    golden.rates_close([cosine_at_step(round(epoch * steps), steps, **values) for epoch in at], stored)
 
 
 def test_ends_of_the_curve() -> None:
     values = {"peak": 2.0, "min_lr": 0.5, "epochs": 10.0}
-    assert lr(0, 5, warmup_epochs=1, **values) == 0
-    assert lr(0, 5, warmup_epochs=0, **values) == 2
-    assert lr(50, 5, warmup_epochs=1, **values) == lr(90, 5, warmup_epochs=1, **values) == 0.5
-    assert lr(60, 5, warmup_epochs=10, **values) == 2
+    assert cosine_at_step(0, 5, warmup_epochs=1, **values) == 0
+    assert cosine_at_step(0, 5, warmup_epochs=0, **values) == 2
+    assert cosine_at_step(50, 5, warmup_epochs=1, **values) == cosine_at_step(90, 5, warmup_epochs=1, **values) == 0.5
+    assert cosine_at_step(60, 5, warmup_epochs=10, **values) == 2

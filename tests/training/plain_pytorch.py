@@ -50,7 +50,7 @@ def main(recipe: str, out: str) -> None:
     batches, per_epoch = iter(loader), manifest.samples // curve.global_batch
     result: dict[str, list[float]] = {"loss": [], "norm": [], "lr": []}
     for step in range(curve.steps or 0):
-        rate = lr_schedule.lr(
+        rate = lr_schedule.cosine_at_step(
             step,
             per_epoch,
             peak=curve.peak_lr,

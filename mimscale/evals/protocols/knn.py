@@ -18,7 +18,7 @@ from mimscale.evals.protocols.base import Context, Features, Results, StreamingP
 
 class KnnConfig(Strict):
     k: int = Field(20, ge=1, description="neighbours that vote")
-    temperature: float = Field(0.07, gt=0, description="of their votes: weight exp(similarity / temperature)")
+    temperature: float = Field(0.07, gt=0, description="of the votes, whose weight is exp(similarity / temperature)")
 
 
 class Knn(StreamingProtocol):
