@@ -27,6 +27,8 @@ from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
 
+SKIP_UNLABELLED = "leave out images whose label is missing, empty, NaN or -1, instead of refusing them"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 damage found, 2 bad input or a full disk, 130 interrupted."""
@@ -53,7 +55,8 @@ def _folder(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    return _write(options, read_table(options.source, options.root, options.image, options.label))
+    skip = options.skip_unlabelled
+    return _write(options, read_table(options.source, options.root, options.image, options.label, skip_unlabelled=skip))
 
 
 def _imagenet(options: argparse.Namespace) -> int:
@@ -146,6 +149,7 @@ def _index(options: argparse.Namespace) -> int:
             image=options.image,
             label=None if options.label == "none" else options.label,
             classes=classes,
+            skip_unlabelled=options.skip_unlabelled,
             checksums=options.checksums,
             jobs=options.jobs,
             done=advance,
@@ -223,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         "--image", metavar="COLUMN", help="of image paths or bytes (default: the first of the usual names)"
     )
     table.add_argument("--label", metavar="COLUMN", help="number or name of the class; none = unlabelled")
+    table.add_argument("--skip-unlabelled", action="store_true", help=SKIP_UNLABELLED)
     _add_writing(table)
     table.set_defaults(run=_table)
 
@@ -270,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--image", metavar="EXT", help="extension of the images, if samples have several")
     label = "extension of the class number, json:KEY, or none (default: cls if there is one)"
     index.add_argument("--label", default="cls", metavar="EXT", help=label)
+    index.add_argument("--skip-unlabelled", action="store_true", help=SKIP_UNLABELLED)
     index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one per line, from class 0")
     index.add_argument(
         "--checksums", action="store_true", help="also store the sha256 of every shard, so that changes can be found"

@@ -31,15 +31,16 @@ def index_shards(
     image: str | None = None,
     label: str | None = "cls",
     classes: list[str] | None = None,
+    skip_unlabelled: bool = False,
     checksums: bool = False,
     jobs: int = 1,
     done: Callable[[int], None] = lambda shards: None,
 ) -> Path:
     """Write the manifest for the tar files in `folder`: into `folder`, or into `to` with links to them. Returns where.
 
-    image, label: see `scan_shard`; label "cls" means unlabelled if no sample of the first shard has one. checksums:
-    also read all bytes and store the sha256 of each shard. done: called with 1 after each shard. Raises UserError
-    before anything is written.
+    image, label, skip_unlabelled: see `scan_shard`; label "cls" means unlabelled if no sample of the first shard has
+    one. checksums: also read all bytes and store the sha256 of each shard. done: called with 1 after each shard. Raises
+    UserError before anything is written.
     """
     paths = tar_files(folder)
     target = folder if to is None else to
@@ -51,7 +52,7 @@ def index_shards(
         raise UserError(f"destination '{to}' is not empty; choose a new folder")
     if label == "cls" and not _has_labels(paths[0]):
         label = None
-    scan = partial(_scan, image=image, label=label, checksum=checksums)
+    scan = partial(_scan, image=image, label=label, skip_unlabelled=skip_unlabelled, checksum=checksums)
     scans: list[_Scan] = []
     if jobs == 1:
         for path in paths:
@@ -62,7 +63,13 @@ def index_shards(
             for result in pool.map(scan, paths):
                 scans.append(result)
                 done(1)
-    _save(target, paths, scans, classes, {"image": image, "label": label})
+    _save(
+        target,
+        paths,
+        scans,
+        classes,
+        {"image": image, "label": label} | ({"skip_unlabelled": True} if skip_unlabelled else {}),
+    )
     return target
 
 
@@ -87,9 +94,9 @@ def _has_labels(path: Path) -> bool:
 _Scan = tuple[ShardContents, int, str | None]  # contents, length in bytes, sha256
 
 
-def _scan(path: Path, *, image: str | None, label: str | None, checksum: bool) -> _Scan:
+def _scan(path: Path, *, image: str | None, label: str | None, skip_unlabelled: bool, checksum: bool) -> _Scan:
     with open_for_reading(path) as fd:
-        contents = scan_shard(fd, path, image, label)
+        contents = scan_shard(fd, path, image, label, skip_unlabelled)
         return contents, os.fstat(fd).st_size, sha256(fd) if checksum else None
 
 
