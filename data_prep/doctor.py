@@ -170,6 +170,8 @@ def _checksums(manifest: Manifest) -> Iterator[Finding]:
         source, options = manifest.file.source.get("path", manifest.folder), manifest.file.options
         words = ["--checksums", f"--label {options.get('label') or 'none'}"]
         words += [f"--image {options['image']}"] if options.get("image") else []
+        words += ["--skip-unlabelled"] if options.get("skip_unlabelled") else []
+        words += [f"--files '{options['files']}'"] if options.get("files") else []
         words += ["--classes FILE"] if manifest.classes else []
         words += ["--to NEW_FOLDER"] if Path(source).resolve() != manifest.folder.resolve() else []
         fix = f"python -m data_prep index {source} {' '.join(words)}"

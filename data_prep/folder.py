@@ -9,7 +9,9 @@ from pathlib import Path
 
 from data_prep.images import SIGNATURE_BYTES, sniff
 from data_prep.plan import Item, Source, unique_keys
+from data_prep.splits import check_classes
 from mimscale.data.decode import EXTENSIONS
+from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
 
 PROBE_THREADS = 16  # opening a file on a network file system is mostly waiting
@@ -48,9 +50,10 @@ def read_folder(root: Path, labelled: bool) -> Source:
 
 
 def _classes(root: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_sidecar(entry.name))
     if not names:
         raise UserError(f"source '{root}' has no class sub-folders; for images without classes add --unlabelled")
+    check_classes(root, names)
     return names
 
 
@@ -58,7 +61,7 @@ def _image_names(root: Path, skipped: Counter[str]) -> list[str]:
     """Paths, relative to root, of all files with an image's extension."""
     names = []
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+        folders[:] = [f for f in folders if not is_sidecar(f)]
         for file in files:
             if file.startswith("."):
                 skipped["hidden"] += 1

@@ -16,6 +16,7 @@ from data_prep.images import SIGNATURE_BYTES, sniff
 from data_prep.plan import Item, Source, unique_keys
 from data_prep.tar import Member, members, open_for_reading
 from data_prep.val_labels import read_val_labels
+from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
 
 MD5 = {  # of the downloaded files; the same values as in torchvision and on image-net.org
@@ -62,18 +63,28 @@ def read_21k(source: Path) -> Source:
 
 
 def read_val(archive: Path, truth: Path, synsets: Path | None) -> Source:
-    """ILSVRC2012_img_val.tar and its labels, see `read_val_labels`. Raises UserError, also if they do not match."""
+    """ILSVRC2012_img_val.tar, or a flat folder of its files, with labels, see `read_val_labels`.
+
+    Raises UserError, also if they do not match.
+    """
     wnid_of = read_val_labels(truth, synsets)
     images = _ImageList()
-    with open_for_reading(archive) as fd:
-        member_of = {_stem(member.name): member for member in members(fd, archive)}
+    path_of: dict[str, Path] = {}
+    if archive.is_dir():
+        path_of = {
+            path.stem: path for path in sorted(archive.iterdir()) if path.is_file() and not is_sidecar(path.name)
+        }
+        member_of = {stem: _file_member(path) for stem, path in path_of.items()}
+    else:
+        with open_for_reading(archive) as fd:
+            member_of = {_stem(member.name): member for member in members(fd, archive)}
     if member_of.keys() != wnid_of.keys():
         odd = sorted(member_of.keys() ^ wnid_of.keys())[0]
         raise UserError(
             f"'{archive}' has {len(member_of):,} images, '{truth}' labels {len(wnid_of):,}; '{odd}' is in only one"
         )
     for name, member in member_of.items():
-        images.add(wnid_of[name], archive, [member])
+        images.add(wnid_of[name], path_of.get(name, archive), [member])
     return images.source("imagenet val", archive)
 
 
@@ -134,6 +145,15 @@ def _class_archives(archive: Path, kind: str) -> Source:
                 raise UserError(f"'{archive}' holds '{outer.name}', not one tar per class; give the right archive")
             images.add(wnid, archive, members(fd, archive, outer.offset, outer.offset + outer.size))
     return images.source(kind, archive)
+
+
+def _file_member(path: Path) -> Member:
+    """A file of its own, as a member at offset 0. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            return Member(path.name, 0, os.fstat(file.fileno()).st_size, file.read(SIGNATURE_BYTES))
+    except OSError as error:
+        raise UserError(f"source file '{path}' cannot be read: {error.strerror}") from None
 
 
 def _stem(name: str) -> str:

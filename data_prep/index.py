@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.scan_shard import ShardContents, scan_shard
+from data_prep.splits import chosen_files
 from data_prep.tar import members, open_for_reading
 from data_prep.write_manifest import PLAN
 from mimscale.data.manifest import Shard, save_manifest
@@ -28,6 +29,7 @@ def index_shards(
     folder: Path,
     *,
     to: Path | None = None,
+    files: str | None = None,
     image: str | None = None,
     label: str | None = "cls",
     classes: list[str] | None = None,
@@ -38,11 +40,12 @@ def index_shards(
 ) -> Path:
     """Write the manifest for the tar files in `folder`: into `folder`, or into `to` with links to them. Returns where.
 
+    files: pattern of the names, see `chosen_files`.
     image, label, skip_unlabelled: see `scan_shard`; label "cls" means unlabelled if no sample of the first shard has
     one. checksums: also read all bytes and store the sha256 of each shard. done: called with 1 after each shard. Raises
     UserError before anything is written.
     """
-    paths = tar_files(folder)
+    paths = tar_files(folder, files)
     target = folder if to is None else to
     if (target / PLAN).exists():
         raise UserError(
@@ -68,18 +71,24 @@ def index_shards(
         paths,
         scans,
         classes,
-        {"image": image, "label": label} | ({"skip_unlabelled": True} if skip_unlabelled else {}),
+        {
+            "image": image,
+            "label": label,
+            **({"skip_unlabelled": True} if skip_unlabelled else {}),
+            **({"files": files} if files else {}),
+        },
     )
     return target
 
 
-def tar_files(folder: Path) -> list[Path]:
-    """The .tar files of a folder, sorted by name. Raises UserError."""
+def tar_files(folder: Path, pattern: str | None = None) -> list[Path]:
+    """The .tar files of a folder whose names match the pattern, sorted by name. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"shards '{folder}': no such folder")
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".tar" and not path.name.startswith("."))
     if not paths:
         raise UserError(f"'{folder}' holds no .tar files; compressed shards must be unpacked to .tar first")
+    paths = chosen_files(folder, paths, pattern)
     for path in paths:
         if not SHARD_NAME.fullmatch(path.name):
             raise UserError(f"shard '{path}': only letters, digits, '.', '_' and '-' may be in its name; rename it")

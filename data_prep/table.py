@@ -14,6 +14,7 @@ from data_prep.folder import PROBE_THREADS, probe
 from data_prep.item_reader import COLUMN, parquet_library
 from data_prep.labels import classes_of, label_value
 from data_prep.plan import Item, Source, unique_keys
+from data_prep.splits import chosen_files
 from mimscale.errors import UserError
 
 IMAGE_COLUMNS = ("path", "file", "file_name", "image", "jpg", "bytes")
@@ -30,9 +31,16 @@ class Row(NamedTuple):
 
 
 def read_table(
-    table: Path, root: Path | None, image: str | None, label: str | None, *, skip_unlabelled: bool = False
+    table: Path,
+    root: Path | None,
+    image: str | None,
+    label: str | None,
+    *,
+    skip_unlabelled: bool = False,
+    files: str | None = None,
 ) -> Source:
-    """table: a file, or a folder of parquet files. root: folder of relative paths (default: the folder of the table).
+    """table: a file, or a folder of parquet files, of which `files` is a pattern of names. root: folder of relative
+    paths (default: the folder of the table).
 
     image, label: names of the columns; by default the first of IMAGE_COLUMNS and of LABEL_COLUMNS that exists. label
     "none" = unlabelled. If all labels are whole numbers, these are the class indices; otherwise the classes are the
@@ -45,7 +53,7 @@ def read_table(
     kind = "parquet" if table.is_dir() else table.suffix.lower().lstrip(".")
     runs: list[int] | None = None
     if kind == "parquet":
-        rows, runs = _parquet(table, image, label)
+        rows, runs = _parquet(table, image, label, files)
     elif kind == "csv":
         rows = _csv(table, image, label)
     elif kind in ("txt", "lst", "list"):
@@ -139,10 +147,14 @@ def _columns(table: Path, columns: list[str], image: str | None, label: str | No
     return chosen, None if found == "none" else found
 
 
-def _parquet(table: Path, image: str | None, label: str | None) -> tuple[list[Row], list[int] | None]:
+def _parquet(
+    table: Path, image: str | None, label: str | None, pattern: str | None
+) -> tuple[list[Row], list[int] | None]:
     """(rows, lengths of the row groups); the lengths are None if the files hold paths instead of images."""
     pq, pa = parquet_library()
-    files = sorted(table.glob("*.parquet")) if table.is_dir() else [table]
+    files = [table]
+    if table.is_dir():
+        files = chosen_files(table, sorted(p for p in table.glob("*.parquet") if p.name[0] != "."), pattern)
     if not files:
         raise UserError(f"table '{table}': the folder holds no .parquet files")
     rows: list[Row] = []

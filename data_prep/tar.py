@@ -50,6 +50,8 @@ def padded_size(size: int, unit: int = BLOCK) -> int:
 @contextmanager
 def open_for_reading(path: Path) -> Iterator[int]:
     """A file descriptor. Raises UserError."""
+    if path.is_dir():
+        raise UserError(f"archive '{path}' is a folder; give the .tar file, or for a folder of images the verb folder")
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:
