@@ -52,10 +52,12 @@ def read_21k(source: Path) -> Source:
     """
     if not source.is_dir():
         return _class_archives(source, "imagenet-21k")
-    archives = sorted(source.rglob("*.tar"))
+    found = sorted(source.rglob("*.tar"))
+    archives = [path for path in found if not is_sidecar(str(path.relative_to(source)))]
     if not archives:
         raise UserError(f"source '{source}' holds no wnid.tar; for folders of images use the verb folder")
     images = _ImageList()
+    images.skipped["hidden"] += len(found) - len(archives)
     for archive in archives:
         with open_for_reading(archive) as fd:
             images.add(archive.stem, archive, members(fd, archive))
@@ -77,7 +79,7 @@ def read_val(archive: Path, truth: Path, synsets: Path | None) -> Source:
         member_of = {stem: _file_member(path) for stem, path in path_of.items()}
     else:
         with open_for_reading(archive) as fd:
-            member_of = {_stem(member.name): member for member in members(fd, archive)}
+            member_of = {_stem(m.name): m for m in members(fd, archive) if not is_sidecar(m.name)}
     if member_of.keys() != wnid_of.keys():
         odd = sorted(member_of.keys() ^ wnid_of.keys())[0]
         raise UserError(
@@ -115,7 +117,9 @@ class _ImageList:
         """Add the files that are images to a class; count the others as skipped."""
         self.wnids.add(wnid)
         for name, offset, size, start in files:
-            if sniff(start[:SIGNATURE_BYTES]) is None:
+            if is_sidecar(name):
+                self.skipped["hidden"] += 1
+            elif sniff(start[:SIGNATURE_BYTES]) is None:
                 self.skipped["without an image's content"] += 1
             else:
                 self.images.append(ArchiveImage(name, wnid, str(path), offset, size))
@@ -129,7 +133,7 @@ class _ImageList:
             Item(key, label_of[wnid], source, offset, size)
             for key, (_, wnid, source, offset, size) in zip(keys, self.images, strict=True)
         ]
-        return Source({"kind": kind, "path": str(path)}, items, classes, self.skipped)
+        return Source({"kind": kind, "path": str(path)}, items, classes, +self.skipped)
 
 
 def _class_archives(archive: Path, kind: str) -> Source:
@@ -140,6 +144,9 @@ def _class_archives(archive: Path, kind: str) -> Source:
                 f"'{archive}' is compressed, so its members cannot be read; `tar -xzf` it and give the folder of tars"
             )
         for outer in members(fd, archive):
+            if is_sidecar(outer.name):
+                images.skipped["hidden"] += 1
+                continue
             wnid, extension = _stem(outer.name), os.path.splitext(outer.name)[1]
             if extension != ".tar":
                 raise UserError(f"'{archive}' holds '{outer.name}', not one tar per class; give the right archive")

@@ -19,6 +19,7 @@ from data_prep.splits import chosen_files
 from data_prep.tar import members, open_for_reading
 from data_prep.write_manifest import PLAN
 from mimscale.data.manifest import Shard, save_manifest
+from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
 
 CHUNK = 4 << 20
@@ -97,7 +98,7 @@ def tar_files(folder: Path, pattern: str | None = None) -> list[Path]:
 
 def _has_labels(path: Path) -> bool:
     with open_for_reading(path) as fd:
-        return any(member.name.lower().endswith(".cls") for member in members(fd, path))
+        return any(member.name.lower().endswith(".cls") and not is_sidecar(member.name) for member in members(fd, path))
 
 
 _Scan = tuple[ShardContents, int, str | None]  # contents, length in bytes, sha256

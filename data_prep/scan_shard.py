@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from data_prep.labels import check_class, label_value
 from data_prep.tar import Member, members
 from mimscale.data.decode import EXTENSIONS
 from mimscale.data.manifest import Ints
+from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
 
 MAX_LABEL_BYTES = 1 << 16  # of the member that holds the label
@@ -46,20 +46,29 @@ def scan_shard(
     labels: list[int] = []
     left_out: dict[str, str] = {}
     unlabelled: list[str] = []
-    for key, sample in _samples(fd, path):
+    apart: set[str] = set()  # keys of labels without an image beside them
+    for key, sample in _samples(fd, path, left_out):
         member = _image_member(key, sample, path, image)
         if member is None:
-            left_out[key] = "no image"
+            _leave_out(left_out, key, "no image")
+            if label is not None and label.partition(":")[0] in sample:
+                apart.add(key)
         elif sniff(member.start[:SIGNATURE_BYTES]) is None:
-            left_out[key] = "not an image"
+            _leave_out(left_out, key, "not an image")
         else:
             number = None if label is None else _label(fd, key, sample, path, label)
             if label is not None and number is None:
                 unlabelled.append(key)
-                left_out[key] = "no label"
+                _leave_out(left_out, key, "no label")
                 continue
             spans.append((member.offset, member.size))
             labels += [] if number is None else [number]
+    separate = [key for key in unlabelled if key in apart]
+    if separate:
+        raise UserError(
+            f"image and label of {len(separate):,} samples of '{path}' do not stand together, the first is "
+            f"'{separate[0]}'; make the shard again with its members sorted by name (tar --sort=name)"
+        )
     if unlabelled and not skip_unlabelled:
         total = len(spans) + len(unlabelled)
         raise UserError(
@@ -73,9 +82,35 @@ def scan_shard(
     )
 
 
-def _samples(fd: int, path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
-    for key, group in groupby(members(fd, path), key=lambda member: _split(member.name)[0]):
-        yield key, {_split(member.name)[1]: member for member in group}
+def _samples(fd: int, path: Path, left_out: dict[str, str]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(key, extension -> member). Members that belong to no sample are passed over, as by webdataset, and recorded.
+
+    A second member with the same key and extension begins another sample, so that none takes the place of the first.
+    """
+    current, sample = "", dict[str, Member]()
+    for member in members(fd, path):
+        key, extension = _split(member.name)
+        if is_sidecar(member.name):
+            _leave_out(left_out, member.name, "hidden or of the system")
+        elif not extension:
+            _leave_out(left_out, key, "no image")
+        else:
+            if sample and (key != current or extension in sample):
+                yield current, sample
+                sample = {}
+            current = key
+            sample[extension] = member
+    if sample:
+        yield current, sample
+
+
+def _leave_out(left_out: dict[str, str], key: str, reason: str) -> None:
+    """Record the reason; a key that is repeated gets a number."""
+    name, number = key, 1
+    while name in left_out:
+        number += 1
+        name = f"{key} ({number})"
+    left_out[name] = reason
 
 
 def _split(name: str) -> tuple[str, str]:

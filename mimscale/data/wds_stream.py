@@ -35,6 +35,7 @@ from mimscale.data.decode import EXTENSIONS, AnyImage, BadImage, make_decoder
 from mimscale.data.manifest import BLOCK, MAX_REQUESTS, Ints, Manifest
 from mimscale.data.sample_reader import DamagedSample
 from mimscale.data.shard_cache import Cache, read_exactly
+from mimscale.data.sidecars import is_sidecar
 from mimscale.data.storage import storage, with_retries
 from mimscale.data.tar_end import is_header, joined_archive
 from mimscale.errors import UserError
@@ -211,7 +212,8 @@ def _members(shard: _ShardFile, url: str, record: Callable[[Exception], bool]) -
             with tarfile.open(fileobj=stream, mode="r|*") as archive:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
-                    file = archive.extractfile(member) if member.isreg() and not METADATA.match(member.name) else None
+                    skip = not member.isreg() or METADATA.match(member.name) or is_sidecar(member.name)
+                    file = None if skip else archive.extractfile(member)
                     if file is not None:
                         yield {"fname": member.name, "data": file.read(), "__url__": url}
                 length = archive.offset  # where its end mark stands
