@@ -27,6 +27,9 @@ from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
 
+FILES = "only the files of SRC with such names, for example 'train-*'"
+SKIP_UNLABELLED = "leave out images whose label is missing, empty, NaN or -1, instead of refusing them"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 damage found, 2 bad input or a full disk, 130 interrupted."""
@@ -53,7 +56,9 @@ def _folder(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    return _write(options, read_table(options.source, options.root, options.image, options.label))
+    skip = options.skip_unlabelled
+    table = (options.source, options.root, options.image, options.label)
+    return _write(options, read_table(*table, skip_unlabelled=skip, files=options.files))
 
 
 def _imagenet(options: argparse.Namespace) -> int:
@@ -139,13 +144,15 @@ def _synthetic(options: argparse.Namespace) -> int:
 
 def _index(options: argparse.Namespace) -> int:
     classes = _lines(options.classes) if options.classes else None
-    with progress("indexing", len(tar_files(options.source)), "shards") as advance:
+    with progress("indexing", len(tar_files(options.source, options.files)), "shards") as advance:
         target = index_shards(
             options.source,
             to=options.to,
+            files=options.files,
             image=options.image,
             label=None if options.label == "none" else options.label,
             classes=classes,
+            skip_unlabelled=options.skip_unlabelled,
             checksums=options.checksums,
             jobs=options.jobs,
             done=advance,
@@ -218,11 +225,13 @@ def _parser() -> argparse.ArgumentParser:
 
     table = verbs.add_parser("table", help="shards from a list of images: .txt, .csv or .parquet")
     table.add_argument("source", type=Path, metavar="SRC", help="the file, or a folder of .parquet files")
+    table.add_argument("--files", metavar="PATTERN", help=FILES)
     table.add_argument("--root", type=Path, metavar="DIR", help="folder of relative paths (default: the folder of SRC)")
     table.add_argument(
         "--image", metavar="COLUMN", help="of image paths or bytes (default: the first of the usual names)"
     )
     table.add_argument("--label", metavar="COLUMN", help="number or name of the class; none = unlabelled")
+    table.add_argument("--skip-unlabelled", action="store_true", help=SKIP_UNLABELLED)
     _add_writing(table)
     table.set_defaults(run=_table)
 
@@ -231,7 +240,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     split = imagenet.add_mutually_exclusive_group(required=True)
     split.add_argument("--train", type=Path, metavar="TAR", help="ILSVRC2012_img_train.tar")
-    split.add_argument("--val", type=Path, metavar="TAR", help="ILSVRC2012_img_val.tar; needs --truth")
+    split.add_argument(
+        "--val", type=Path, metavar="TAR", help="ILSVRC2012_img_val.tar or a folder of its files; needs --truth"
+    )
     truth = "ILSVRC2012_devkit_t12.tar.gz, LOC_val_solution.csv, or ILSVRC2012_validation_ground_truth.txt + --synsets"
     imagenet.add_argument("--truth", type=Path, metavar="FILE", help=truth)
     imagenet.add_argument("--synsets", type=Path, metavar="FILE", help="wnids: line i is the class with devkit id i")
@@ -266,10 +277,12 @@ def _parser() -> argparse.ArgumentParser:
 
     index = verbs.add_parser("index", help="a manifest for WebDataset shards that exist; copies nothing")
     index.add_argument("source", type=Path, metavar="SRC", help="folder of .tar files")
+    index.add_argument("--files", metavar="PATTERN", help=FILES)
     index.add_argument("--to", type=Path, metavar="DST", help="new folder for manifest and links, instead of SRC")
     index.add_argument("--image", metavar="EXT", help="extension of the images, if samples have several")
     label = "extension of the class number, json:KEY, or none (default: cls if there is one)"
     index.add_argument("--label", default="cls", metavar="EXT", help=label)
+    index.add_argument("--skip-unlabelled", action="store_true", help=SKIP_UNLABELLED)
     index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one per line, from class 0")
     index.add_argument(
         "--checksums", action="store_true", help="also store the sha256 of every shard, so that changes can be found"

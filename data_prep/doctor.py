@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.images import SIGNATURE_BYTES, sniff
 from data_prep.info import class_lines, class_sizes, known_size
+from data_prep.tar import BLOCK, members, open_for_reading
 from mimscale.data.manifest import Manifest
 from mimscale.data.order import Order, rank_positions
+from mimscale.errors import UserError
 
 SMALL_SHARD, LARGE_SHARD = 32 << 20, 2 << 30  # bytes; in between, reads are sequential and a lost shard is cheap
 MAX_SIZE_RATIO = 1.5  # of the largest shard to the smallest; above, it is hard to choose the size of a cache
@@ -47,6 +50,7 @@ def examine(folder: Path, job: Job) -> list[Finding]:
         *map(Finding, known_size(manifest)),
         *_batch(manifest, job),
         *_shards(manifest),
+        *_rest(manifest),
         *_workers(manifest, job),
         *_locality(manifest, job),
         *_classes(manifest, job),
@@ -88,6 +92,28 @@ def _shards(manifest: Manifest) -> Iterator[Finding]:
         yield Finding(f"{text}: the largest is {sizes.max() / sizes.min():.1f} times the smallest", again)
     else:
         yield Finding(text)
+
+
+def _rest(manifest: Manifest) -> Iterator[Finding]:
+    """Images behind the last one of the index: an index that is older than the shard, or that ended at zero blocks."""
+    ends = np.cumsum(manifest.counts)
+    for path, count, end in zip(manifest.shard_paths, manifest.counts, ends, strict=True):
+        if not count or not isinstance(path, Path):
+            continue
+        last = slice(int(end - count), int(end))
+        tail = int((manifest.offsets[last] + -(-manifest.sizes[last] // BLOCK) * BLOCK).max())
+        try:
+            with open_for_reading(path) as fd:
+                more = sum(
+                    sniff(member.start[:SIGNATURE_BYTES]) is not None for member in members(fd, path, tail, archive=0)
+                )
+        except UserError as error:
+            yield Finding(str(error), f"python -m data_prep verify {manifest.folder}")
+            continue
+        if more:
+            yield Finding(
+                f"'{path.name}' holds {more:,} images behind the last one of the index", "write the index again"
+            )
 
 
 def _workers(manifest: Manifest, job: Job) -> Iterator[Finding]:
@@ -144,6 +170,8 @@ def _checksums(manifest: Manifest) -> Iterator[Finding]:
         source, options = manifest.file.source.get("path", manifest.folder), manifest.file.options
         words = ["--checksums", f"--label {options.get('label') or 'none'}"]
         words += [f"--image {options['image']}"] if options.get("image") else []
+        words += ["--skip-unlabelled"] if options.get("skip_unlabelled") else []
+        words += [f"--files '{options['files']}'"] if options.get("files") else []
         words += ["--classes FILE"] if manifest.classes else []
         words += ["--to NEW_FOLDER"] if Path(source).resolve() != manifest.folder.resolve() else []
         fix = f"python -m data_prep index {source} {' '.join(words)}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data_prep.images import SIGNATURE_BYTES, sniff
 from data_prep.plan import Item, Source, unique_keys
+from data_prep.splits import check_classes
 from mimscale.data.decode import EXTENSIONS
+from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
 
 PROBE_THREADS = 16  # opening a file on a network file system is mostly waiting
@@ -48,25 +51,53 @@ def read_folder(root: Path, labelled: bool) -> Source:
 
 
 def _classes(root: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_sidecar(entry.name))
     if not names:
         raise UserError(f"source '{root}' has no class sub-folders; for images without classes add --unlabelled")
+    check_classes(root, names)
     return names
 
 
 def _image_names(root: Path, skipped: Counter[str]) -> list[str]:
-    """Paths, relative to root, of all files with an image's extension."""
-    names = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        for file in files:
-            if file.startswith("."):
-                skipped["hidden"] += 1
-            elif os.path.splitext(file)[1][1:].lower() not in EXTENSIONS:
-                skipped["without an image's extension"] += 1
-            else:
-                names.append(os.path.relpath(os.path.join(folder, file), root))
+    """Paths, relative to root, of all files with an image's extension.
+
+    Each folder (device, inode) is walked once: first the real ones, then those that links lead to. A file that is
+    reached by several paths is kept and counted.
+    """
+    names: list[str] = []
+    links, walked, files_seen, again = [str(root)], set[tuple[int, int]](), set[tuple[int, int]](), 0
+    while links:
+        start, links = links, []
+        for top in start:
+            for folder, folders, files in os.walk(top):
+                if _seen(folder, walked):
+                    skipped["folders reached a second time"] += 1
+                    folders.clear()
+                    continue
+                paths = {name: os.path.join(folder, name) for name in sorted(folders) if not is_sidecar(name)}
+                links += [path for path in paths.values() if os.path.islink(path)]
+                folders[:] = [name for name, path in paths.items() if not os.path.islink(path)]
+                for file in files:
+                    if file.startswith("."):
+                        skipped["hidden"] += 1
+                    elif os.path.splitext(file)[1][1:].lower() not in EXTENSIONS:
+                        skipped["without an image's extension"] += 1
+                    else:
+                        path = os.path.join(folder, file)
+                        again += os.path.exists(path) and _seen(path, files_seen)
+                        names.append(os.path.relpath(path, root))
+    if again:
+        print(f"'{root}': {again:,} images are reached by a second path too, and are kept twice", file=sys.stderr)
     return names
+
+
+def _seen(path: str, seen: set[tuple[int, int]]) -> bool:
+    """Whether a file or folder was seen by any path; adds it."""
+    status = os.stat(path)
+    identity = status.st_dev, status.st_ino
+    known = identity in seen
+    seen.add(identity)
+    return known
 
 
 def probe(path: Path) -> tuple[bool, int]:

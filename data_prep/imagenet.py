@@ -16,6 +16,7 @@ from data_prep.images import SIGNATURE_BYTES, sniff
 from data_prep.plan import Item, Source, unique_keys
 from data_prep.tar import Member, members, open_for_reading
 from data_prep.val_labels import read_val_labels
+from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
 
 MD5 = {  # of the downloaded files; the same values as in torchvision and on image-net.org
@@ -51,10 +52,12 @@ def read_21k(source: Path) -> Source:
     """
     if not source.is_dir():
         return _class_archives(source, "imagenet-21k")
-    archives = sorted(source.rglob("*.tar"))
+    found = sorted(source.rglob("*.tar"))
+    archives = [path for path in found if not is_sidecar(str(path.relative_to(source)))]
     if not archives:
         raise UserError(f"source '{source}' holds no wnid.tar; for folders of images use the verb folder")
     images = _ImageList()
+    images.skipped["hidden"] += len(found) - len(archives)
     for archive in archives:
         with open_for_reading(archive) as fd:
             images.add(archive.stem, archive, members(fd, archive))
@@ -62,18 +65,28 @@ def read_21k(source: Path) -> Source:
 
 
 def read_val(archive: Path, truth: Path, synsets: Path | None) -> Source:
-    """ILSVRC2012_img_val.tar and its labels, see `read_val_labels`. Raises UserError, also if they do not match."""
+    """ILSVRC2012_img_val.tar, or a flat folder of its files, with labels, see `read_val_labels`.
+
+    Raises UserError, also if they do not match.
+    """
     wnid_of = read_val_labels(truth, synsets)
     images = _ImageList()
-    with open_for_reading(archive) as fd:
-        member_of = {_stem(member.name): member for member in members(fd, archive)}
+    path_of: dict[str, Path] = {}
+    if archive.is_dir():
+        path_of = {
+            path.stem: path for path in sorted(archive.iterdir()) if path.is_file() and not is_sidecar(path.name)
+        }
+        member_of = {stem: _file_member(path) for stem, path in path_of.items()}
+    else:
+        with open_for_reading(archive) as fd:
+            member_of = {_stem(m.name): m for m in members(fd, archive) if not is_sidecar(m.name)}
     if member_of.keys() != wnid_of.keys():
         odd = sorted(member_of.keys() ^ wnid_of.keys())[0]
         raise UserError(
             f"'{archive}' has {len(member_of):,} images, '{truth}' labels {len(wnid_of):,}; '{odd}' is in only one"
         )
     for name, member in member_of.items():
-        images.add(wnid_of[name], archive, [member])
+        images.add(wnid_of[name], path_of.get(name, archive), [member])
     return images.source("imagenet val", archive)
 
 
@@ -104,7 +117,9 @@ class _ImageList:
         """Add the files that are images to a class; count the others as skipped."""
         self.wnids.add(wnid)
         for name, offset, size, start in files:
-            if sniff(start[:SIGNATURE_BYTES]) is None:
+            if is_sidecar(name):
+                self.skipped["hidden"] += 1
+            elif sniff(start[:SIGNATURE_BYTES]) is None:
                 self.skipped["without an image's content"] += 1
             else:
                 self.images.append(ArchiveImage(name, wnid, str(path), offset, size))
@@ -118,7 +133,7 @@ class _ImageList:
             Item(key, label_of[wnid], source, offset, size)
             for key, (_, wnid, source, offset, size) in zip(keys, self.images, strict=True)
         ]
-        return Source({"kind": kind, "path": str(path)}, items, classes, self.skipped)
+        return Source({"kind": kind, "path": str(path)}, items, classes, +self.skipped)
 
 
 def _class_archives(archive: Path, kind: str) -> Source:
@@ -129,11 +144,23 @@ def _class_archives(archive: Path, kind: str) -> Source:
                 f"'{archive}' is compressed, so its members cannot be read; `tar -xzf` it and give the folder of tars"
             )
         for outer in members(fd, archive):
+            if is_sidecar(outer.name):
+                images.skipped["hidden"] += 1
+                continue
             wnid, extension = _stem(outer.name), os.path.splitext(outer.name)[1]
             if extension != ".tar":
                 raise UserError(f"'{archive}' holds '{outer.name}', not one tar per class; give the right archive")
             images.add(wnid, archive, members(fd, archive, outer.offset, outer.offset + outer.size))
     return images.source(kind, archive)
+
+
+def _file_member(path: Path) -> Member:
+    """A file of its own, as a member at offset 0. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            return Member(path.name, 0, os.fstat(file.fileno()).st_size, file.read(SIGNATURE_BYTES))
+    except OSError as error:
+        raise UserError(f"source file '{path}' cannot be read: {error.strerror}") from None
 
 
 def _stem(name: str) -> str:

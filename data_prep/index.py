@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from data_prep.scan_shard import ShardContents, scan_shard
+from data_prep.splits import chosen_files
 from data_prep.tar import members, open_for_reading
 from data_prep.write_manifest import PLAN
 from mimscale.data.manifest import Shard, save_manifest
+from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
 
 CHUNK = 4 << 20
@@ -28,20 +30,23 @@ def index_shards(
     folder: Path,
     *,
     to: Path | None = None,
+    files: str | None = None,
     image: str | None = None,
     label: str | None = "cls",
     classes: list[str] | None = None,
+    skip_unlabelled: bool = False,
     checksums: bool = False,
     jobs: int = 1,
     done: Callable[[int], None] = lambda shards: None,
 ) -> Path:
     """Write the manifest for the tar files in `folder`: into `folder`, or into `to` with links to them. Returns where.
 
-    image, label: see `scan_shard`; label "cls" means unlabelled if no sample of the first shard has one. checksums:
-    also read all bytes and store the sha256 of each shard. done: called with 1 after each shard. Raises UserError
-    before anything is written.
+    files: pattern of the names, see `chosen_files`.
+    image, label, skip_unlabelled: see `scan_shard`; label "cls" means unlabelled if no sample of the first shard has
+    one. checksums: also read all bytes and store the sha256 of each shard. done: called with 1 after each shard. Raises
+    UserError before anything is written.
     """
-    paths = tar_files(folder)
+    paths = tar_files(folder, files)
     target = folder if to is None else to
     if (target / PLAN).exists():
         raise UserError(
@@ -51,7 +56,7 @@ def index_shards(
         raise UserError(f"destination '{to}' is not empty; choose a new folder")
     if label == "cls" and not _has_labels(paths[0]):
         label = None
-    scan = partial(_scan, image=image, label=label, checksum=checksums)
+    scan = partial(_scan, image=image, label=label, skip_unlabelled=skip_unlabelled, checksum=checksums)
     scans: list[_Scan] = []
     if jobs == 1:
         for path in paths:
@@ -62,17 +67,29 @@ def index_shards(
             for result in pool.map(scan, paths):
                 scans.append(result)
                 done(1)
-    _save(target, paths, scans, classes, {"image": image, "label": label})
+    _save(
+        target,
+        paths,
+        scans,
+        classes,
+        {
+            "image": image,
+            "label": label,
+            **({"skip_unlabelled": True} if skip_unlabelled else {}),
+            **({"files": files} if files else {}),
+        },
+    )
     return target
 
 
-def tar_files(folder: Path) -> list[Path]:
-    """The .tar files of a folder, sorted by name. Raises UserError."""
+def tar_files(folder: Path, pattern: str | None = None) -> list[Path]:
+    """The .tar files of a folder whose names match the pattern, sorted by name. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"shards '{folder}': no such folder")
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".tar" and not path.name.startswith("."))
     if not paths:
         raise UserError(f"'{folder}' holds no .tar files; compressed shards must be unpacked to .tar first")
+    paths = chosen_files(folder, paths, pattern)
     for path in paths:
         if not SHARD_NAME.fullmatch(path.name):
             raise UserError(f"shard '{path}': only letters, digits, '.', '_' and '-' may be in its name; rename it")
@@ -81,15 +98,15 @@ def tar_files(folder: Path) -> list[Path]:
 
 def _has_labels(path: Path) -> bool:
     with open_for_reading(path) as fd:
-        return any(member.name.lower().endswith(".cls") for member in members(fd, path))
+        return any(member.name.lower().endswith(".cls") and not is_sidecar(member.name) for member in members(fd, path))
 
 
 _Scan = tuple[ShardContents, int, str | None]  # contents, length in bytes, sha256
 
 
-def _scan(path: Path, *, image: str | None, label: str | None, checksum: bool) -> _Scan:
+def _scan(path: Path, *, image: str | None, label: str | None, skip_unlabelled: bool, checksum: bool) -> _Scan:
     with open_for_reading(path) as fd:
-        contents = scan_shard(fd, path, image, label)
+        contents = scan_shard(fd, path, image, label, skip_unlabelled)
         return contents, os.fstat(fd).st_size, sha256(fd) if checksum else None
 
 

@@ -6,12 +6,15 @@ import csv
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, compress, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.folder import PROBE_THREADS, probe
 from data_prep.item_reader import COLUMN, parquet_library
+from data_prep.labels import classes_of, label_value
 from data_prep.plan import Item, Source, unique_keys
+from data_prep.splits import chosen_files
 from mimscale.errors import UserError
 
 IMAGE_COLUMNS = ("path", "file", "file_name", "image", "jpg", "bytes")
@@ -27,12 +30,22 @@ class Row(NamedTuple):
     size: int = -1
 
 
-def read_table(table: Path, root: Path | None, image: str | None, label: str | None) -> Source:
-    """table: a file, or a folder of parquet files. root: folder of relative paths (default: the folder of the table).
+def read_table(
+    table: Path,
+    root: Path | None,
+    image: str | None,
+    label: str | None,
+    *,
+    skip_unlabelled: bool = False,
+    files: str | None = None,
+) -> Source:
+    """table: a file, or a folder of parquet files, of which `files` is a pattern of names. root: folder of relative
+    paths (default: the folder of the table).
 
     image, label: names of the columns; by default the first of IMAGE_COLUMNS and of LABEL_COLUMNS that exists. label
     "none" = unlabelled. If all labels are whole numbers, these are the class indices; otherwise the classes are the
-    sorted names. Images inside parquet files are shuffled by row groups and inside each shard, so that every group is
+    sorted names (see `label_value`). skip_unlabelled: leave out rows without a label, which are refused by default.
+    Images inside parquet files are shuffled by row groups and inside each shard, so that every group is
     read about once. Raises UserError.
     """
     if not table.exists():
@@ -40,7 +53,7 @@ def read_table(table: Path, root: Path | None, image: str | None, label: str | N
     kind = "parquet" if table.is_dir() else table.suffix.lower().lstrip(".")
     runs: list[int] | None = None
     if kind == "parquet":
-        rows, runs = _parquet(table, image, label)
+        rows, runs = _parquet(table, image, label, files)
     elif kind == "csv":
         rows = _csv(table, image, label)
     elif kind in ("txt", "lst", "list"):
@@ -50,11 +63,14 @@ def read_table(table: Path, root: Path | None, image: str | None, label: str | N
     skipped: Counter[str] = Counter()
     if runs is None:
         rows = _files(rows, table.parent if root is None else root, skipped)
-    classes, label_of = _classes(table, rows)
-    names = _file_names(rows) if runs is None else _row_names(rows)
+    rows, runs = _labelled_rows(table, rows, runs, skip_unlabelled, skipped)
+    names = {row.label for row in rows}
+    labelled = bool(names) and names != {""}
+    classes, label_of = classes_of(names, f"table '{table}', {len(rows):,} rows") if labelled else (None, {})
+    keys = unique_keys(_file_names(rows) if runs is None else _row_names(rows))
     items = [
         Item(key, label_of.get(row.label, -1), row.path, row.offset, row.size)
-        for key, row in zip(unique_keys(names), rows, strict=True)
+        for key, row in zip(keys, rows, strict=True)
     ]
     return Source({"kind": "table", "path": str(table)}, items, classes, skipped, runs)
 
@@ -83,17 +99,25 @@ def _files(rows: list[Row], root: Path, skipped: Counter[str]) -> list[Row]:
     return kept
 
 
-def _classes(table: Path, rows: list[Row]) -> tuple[list[str] | None, dict[str, int]]:
-    names = {row.label for row in rows}
-    if not names or names == {""}:
-        return None, {}
-    if "" in names or "None" in names:
-        raise UserError(f"table '{table}': some rows have no label; complete them, or give --label none")
-    if all(name.isdecimal() for name in names):
-        classes = [str(number) for number in range(max(map(int, names)) + 1)]
-        return classes, {name: int(name) for name in names}
-    classes = sorted(names)
-    return classes, {name: number for number, name in enumerate(classes)}
+def _labelled_rows(
+    table: Path, rows: list[Row], runs: list[int] | None, skip: bool, skipped: Counter[str]
+) -> tuple[list[Row], list[int] | None]:
+    """The rows with a label, all if none has one; others are refused, or with `skip` counted. Raises UserError."""
+    if all(row.label == "" for row in rows):
+        return rows, runs
+    kept = [label_value(row.label) is not None for row in rows]
+    missing = len(rows) - sum(kept)
+    if missing and not skip:
+        raise UserError(
+            f"table '{table}': {missing:,} of {len(rows):,} rows have no label (empty, NaN or -1); complete them, "
+            "leave them out with --skip-unlabelled, or give --label none"
+        )
+    if missing:
+        skipped["without a label"] += missing
+    if runs is not None:
+        ends = [0, *accumulate(runs)]
+        runs = [total for first, end in pairwise(ends) if (total := sum(kept[first:end]))]
+    return list(compress(rows, kept)), runs
 
 
 def _text(path: Path) -> str:
@@ -123,10 +147,14 @@ def _columns(table: Path, columns: list[str], image: str | None, label: str | No
     return chosen, None if found == "none" else found
 
 
-def _parquet(table: Path, image: str | None, label: str | None) -> tuple[list[Row], list[int] | None]:
+def _parquet(
+    table: Path, image: str | None, label: str | None, pattern: str | None
+) -> tuple[list[Row], list[int] | None]:
     """(rows, lengths of the row groups); the lengths are None if the files hold paths instead of images."""
     pq, pa = parquet_library()
-    files = sorted(table.glob("*.parquet")) if table.is_dir() else [table]
+    files = [table]
+    if table.is_dir():
+        files = chosen_files(table, sorted(p for p in table.glob("*.parquet") if p.name[0] != "."), pattern)
     if not files:
         raise UserError(f"table '{table}': the folder holds no .parquet files")
     rows: list[Row] = []
@@ -142,7 +170,11 @@ def _parquet(table: Path, image: str | None, label: str | None) -> tuple[list[Ro
                 total = file.metadata.row_group(group).num_rows
                 names = [name for name in (None if holds_images else column, label_column) if name]
                 columns = file.read_row_group(group, columns=names).to_pydict() if names else {}
-                labels = [str(value) for value in columns[label_column]] if label_column else [""] * total
+                labels = (
+                    ["" if value is None else str(value) for value in columns[label_column]]
+                    if label_column
+                    else [""] * total
+                )
                 if holds_images:
                     size = max(1, _column_bytes(file.metadata.row_group(group), column) // max(1, total))
                     rows += [Row(f"{path}{COLUMN}{column}", name, first + row, size) for row, name in enumerate(labels)]

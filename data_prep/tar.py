@@ -2,7 +2,8 @@
 
 Stricter than Python's tarfile, which treats a damaged header or a missing end marker as the end of the archive. Here an
 incomplete download is an error, and so are members that a data set must not have: links, devices, and names that lead
-out of the folder. Nothing is written to the disk or executed.
+out of the folder. Zero blocks are not taken for the end: a joined archive behind them is read too, and anything else
+behind them is an error. Nothing is written to the disk or executed.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from mimscale.data.tar_end import BLOCK, RECORD, RestOfArchive, is_header, joined_archive, number
 from mimscale.errors import UserError
 
-BLOCK = 512  # the unit of tar: a header is one block, contents are padded to a multiple of it
-RECORD = 20 * BLOCK  # archives end with two zero blocks and are padded to a multiple of this
+__all__ = ["BLOCK", "RECORD", "BadArchive", "Member", "members", "open_for_reading", "padded_size"]
+
 MAX_EXTENDED_HEADER = 1 << 20  # bytes of a long name or a pax header
 _EMPTY = bytes(BLOCK)
 _REFUSED_KINDS = {
@@ -48,6 +50,8 @@ def padded_size(size: int, unit: int = BLOCK) -> int:
 @contextmanager
 def open_for_reading(path: Path) -> Iterator[int]:
     """A file descriptor. Raises UserError."""
+    if path.is_dir():
+        raise UserError(f"archive '{path}' is a folder; give the .tar file, or for a folder of images the verb folder")
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -58,25 +62,37 @@ def open_for_reading(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def members(fd: int, path: Path, start: int = 0, end: int | None = None) -> Iterator[Member]:
+def members(
+    fd: int, path: Path, start: int = 0, end: int | None = None, *, archive: int | None = None
+) -> Iterator[Member]:
     """The regular files of the archive at bytes [start, end) of an open file (default: all of it), in archive order.
 
-    Reads two blocks per member. Supports ustar, GNU and pax headers. Raises BadArchive, with the offset, for anything
-    but a complete archive of regular files and folders; `path` is for the message.
+    archive: where the archive begins, if `start` is a later member of it.
+
+    Reads two blocks per member. Supports ustar, GNU and pax headers, and archives that are joined. Raises BadArchive,
+    with the offset, for anything but complete archives of regular files and folders; `path` is for the message.
     """
     end = os.fstat(fd).st_size if end is None else end
     offset, long_name, long_size = start, None, None
+    start = start if archive is None else archive
     while True:
         head = os.pread(fd, 2 * BLOCK, offset) if offset + BLOCK <= end else b""
         header = head[:BLOCK]
         if header == _EMPTY:
-            return
-        if len(header) < BLOCK or not _checksum_matches(header):
+            try:
+                following = joined_archive(lambda at, length: os.pread(fd, length, at), start, offset, end)
+            except RestOfArchive as rest:
+                raise BadArchive(f"'{path}' is not a complete tar archive: {rest}; download or make it again") from None
+            if following is None:
+                return
+            start = offset = following
+            continue
+        if len(header) < BLOCK or not is_header(header):
             raise BadArchive(
                 f"'{path}' is not a complete tar archive: no member and no end at byte {offset:,}; "
                 "download or make it again"
             )
-        size, kind = _number(header[124:136]), header[156:157]
+        size, kind = number(header[124:136]), header[156:157]
         if long_size is not None and kind in b"0\0":
             size = long_size
         data, offset = offset + BLOCK, offset + BLOCK + padded_size(size)
@@ -107,24 +123,6 @@ def _name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
     return (prefix + b"/" + name if prefix else name).decode(errors="surrogateescape")
-
-
-def _number(text: bytes) -> int:
-    """Octal digits, or, with the first bit set, a big-endian binary number; -1 if it is neither."""
-    if text[0] & 0x80:
-        return int.from_bytes(text[1:], "big")
-    try:
-        return int(text.split(b"\0", 1)[0].strip() or b"0", 8)
-    except ValueError:
-        return -1
-
-
-def _checksum_matches(header: bytes) -> bool:
-    checksum, field = _number(header[148:156]), header[148:156]
-    if sum(header) - sum(field) + 256 == checksum:
-        return True
-    signed = sum(byte - 256 if byte > 127 else byte for byte in header[:148] + header[156:])  # by some old programs
-    return signed + 256 == checksum
 
 
 def _pax(data: bytes, name: str | None) -> tuple[str | None, int | None]:

@@ -110,7 +110,7 @@ def _check_members(manifest: Manifest, fd: int, path: Path, rows: range) -> list
     options = manifest.file.options
     label = None if manifest.labels is None else options.get("label", "cls")
     try:
-        contents = scan_shard(fd, path, options.get("image"), label)
+        contents = scan_shard(fd, path, options.get("image"), label, options.get("skip_unlabelled", False))
     except UserError as error:
         return [str(error)]
     part = slice(rows.start, rows.stop)

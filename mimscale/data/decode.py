@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
+from mimscale.data.to_rgb import NoRgb, to_rgb
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = {
     "jpg",
@@ -47,14 +49,16 @@ class BadImage(ValueError):
 def decode(data: bytes) -> Image.Image:
     """The first frame as 8-bit RGB, in stored orientation (EXIF is ignored, as torchvision's ImageFolder does).
 
-    CMYK, grey and palette images are converted as Pillow does; transparency is dropped. Raises BadImage.
+    See `to_rgb` for modes with other than 8 bits, transparency and CMYK. Raises BadImage.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.width, image.height)
-            return image.convert("RGB")
+            return to_rgb(image)
     except BadImage:
         raise
+    except NoRgb as error:
+        raise BadImage(str(error)) from None
     except UnidentifiedImageError:
         raise BadImage(f"not an image ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise whatever their format's parser meets

@@ -14,7 +14,10 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count, islice
@@ -23,7 +26,7 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from mimscale.data import noise
 from mimscale.data.config import DataConfig
@@ -32,12 +35,15 @@ from mimscale.data.decode import EXTENSIONS, AnyImage, BadImage, make_decoder
 from mimscale.data.manifest import BLOCK, MAX_REQUESTS, Ints, Manifest
 from mimscale.data.sample_reader import DamagedSample
 from mimscale.data.shard_cache import Cache, read_exactly
+from mimscale.data.sidecars import is_sidecar
 from mimscale.data.storage import storage, with_retries
+from mimscale.data.tar_end import is_header, joined_archive
 from mimscale.errors import UserError
 from mimscale.types import Batch, Damage, Needs
 
 PREFIX = "wds:"
 CHUNK = 4 << 20  # bytes per read of a shard
+METADATA = re.compile(r"__[^/]*__($|/)")  # names that webdataset passes over
 MAX_DAMAGED_IN_A_ROW = 1000  # samples; after more of them a reader gives up
 NOT_EXACT = (
     "data is streamed without an index, which is not exact: a resume starts the shards again, and another number of "
@@ -189,12 +195,39 @@ def _read_samples(url: str, damage: list[Damage]) -> Iterator[dict[str, Any]]:
 
     try:
         shard = _ShardFile(url)
-        with io.BufferedReader(shard, CHUNK) as stream:
-            members = tar_file_expander([{"url": url, "stream": stream}], handler=record)
-            yield from group_by_keys(members, handler=record)
-            if stream.read().strip(b"\0") or shard.is_truncated():  # tarfile reports neither of them
-                record(OSError("it is truncated, or a header in it is damaged: what follows was left out"))
     except OSError as error:
+        record(error)
+        return
+    yield from group_by_keys(_members(shard, url, record), handler=record)
+
+
+def _members(shard: _ShardFile, url: str, record: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+    """The files of a shard, {} after each archive of it, for `group_by_keys`. Archives may be joined in one shard."""
+    start: int | None = 0
+    try:
+        while start is not None:
+            shard.offset = start
+            plain = is_header(shard.read_at(start, min(BLOCK, shard.end - start)))
+            stream = io.BufferedReader(shard, CHUNK)
+            with tarfile.open(fileobj=stream, mode="r|*") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
+                    skip = not member.isreg() or METADATA.match(member.name) or is_sidecar(member.name)
+                    file = None if skip else archive.extractfile(member)
+                    if file is not None:
+                        yield {"fname": member.name, "data": file.read(), "__url__": url}
+                length = archive.offset  # where its end mark stands
+            yield {}
+            if plain:
+                stream.detach()
+                start = joined_archive(shard.read_at, start, start + length, shard.end)
+            elif stream.read().strip(b"\0"):
+                raise OSError("a header in it is damaged: what follows was left out")
+            else:
+                start = None
+        if shard.is_truncated():  # tarfile does not report it
+            raise OSError("it is truncated, or a header in it is damaged: what follows was left out")
+    except (OSError, tarfile.TarError, ValueError, EOFError, zlib.error) as error:
         record(error)
 
 
@@ -213,17 +246,17 @@ class _ShardFile(io.RawIOBase):
     def is_truncated(self) -> bool:
         """Whether the zero blocks that end a tar archive are missing."""
         start = max(0, self.end - 2 * BLOCK)
-        return bool(self._read(start, self.end - start).strip(b"\0"))
+        return bool(self.read_at(start, self.end - start).strip(b"\0"))
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         size = min(len(buffer), self.end - self.offset)
-        buffer[:size] = self._read(self.offset, size)
+        buffer[:size] = self.read_at(self.offset, size)
         self.offset += size
         return size
 
-    def _read(self, offset: int, size: int) -> bytes:
+    def read_at(self, offset: int, size: int) -> bytes:
         read = partial(self.storage.read, self.name)
         return with_retries(partial(read_exactly, read, offset, size)) if size else b""

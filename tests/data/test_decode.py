@@ -34,14 +34,6 @@ def test_lossless_formats_by_content(kind: str) -> None:
     assert np.array_equal(np.asarray(decode(encoded(SOURCE, kind))), np.asarray(SOURCE))
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB", "1", "P", "RGBA", "LA", "I;16"])
-def test_every_mode_becomes_rgb(mode: str) -> None:
-    kind = "JPEG" if mode in ("L", "CMYK", "RGB") else "PNG"
-    image = Image.fromarray(np.arange(6, dtype=np.uint16).reshape(2, 3)) if mode == "I;16" else SOURCE.convert(mode)
-    result = decode(encoded(image, kind))
-    assert result.mode == "RGB" and result.size == image.size
-
-
 def test_progressive_jpegs_and_trailing_bytes() -> None:
     plain = np.asarray(decode(encoded(SOURCE)))
     assert np.array_equal(np.asarray(decode(encoded(SOURCE, progressive=True))), plain)

@@ -122,6 +122,22 @@ def test_damage_is_recorded_and_skipped(shards: Path, tmp_path: Path) -> None:
     assert all(len(batch.ids) == GLOBAL for batch in found)
 
 
+def test_archives_joined_in_one_shard_are_read_and_zeros_over_members_recorded(shards: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(shards)
+    for number in range(3):
+        write_shard(tmp_path / f"{number}.tar", {f"{number}.jpg": manifest.read(number), f"{number}.cls": b"1"})
+    data = [(tmp_path / f"{number}.tar").read_bytes() for number in range(3)]
+    (tmp_path / "all.tar").write_bytes(b"".join(data))
+    (batch,) = batches(config(f"wds:{tmp_path}/all.tar"), 1)
+    assert len(set(batch.ids.tolist())) == 3 and not batch.damage
+    write_shard(tmp_path / "hole.tar", {f"{n}.jpg": manifest.read(n) for n in range(3)})
+    whole = (tmp_path / "hole.tar").read_bytes()
+    at = whole.index(b"1.jpg")
+    (tmp_path / "hole.tar").write_bytes(whole[:at] + bytes(512) + whole[at + 512 :])
+    (batch,) = batches(config(f"wds:{tmp_path}/hole.tar"), 1)
+    assert len(set(batch.ids.tolist())) == 1 and f"zeros at byte {at:,}, then" in batch.damage[0].reason
+
+
 def test_nothing_usable_ends_the_stream(tmp_path: Path) -> None:
     with pytest.raises(DamagedSample, match="nothing in the shards of wds:.* can be used: a.tar: a"):
         batches(config(write_shard(tmp_path / "a.tar", {"a.jpg": b"no image"})), 1)

@@ -118,3 +118,13 @@ def test_a_part_of_imagenet_is_reported(shards: Path, tmp_path: Path) -> None:
     file = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**file, "source": {"kind": "imagenet val", "path": "x"}}))
     assert "imagenet val has 50,000 images in 1,000 classes: this is not all of it" in describe_set(copy)
+
+
+def test_images_behind_the_last_one_of_the_index(shards: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    first, second = (copy / f"shard-00000{n}.tar" for n in range(2))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    file = json.loads((copy / "manifest.json").read_text())
+    file["shards"][0]["bytes"] = first.stat().st_size
+    (copy / "manifest.json").write_text(json.dumps(file))
+    assert "write the index again" in fixes(copy, ranks=4, global_batch=16)

@@ -303,3 +303,22 @@ def test_a_full_disk(images: Path, made: Path, tmp_path: Path, capsys: pytest.Ca
     assert code == 2 and line.startswith("data_prep: File too large") and "the same command continues" in line
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
     assert run(*command) == 0 and files(tmp_path / "out") == files(made)
+
+
+def test_each_folder_is_walked_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Links to a parent, from two folders, to a sibling and to a folder outside. Real folders come before links."""
+    root = make_image_folder(tmp_path / "in", classes=2, per_class=3, side=16)
+    expected = [(item.path, item.label) for item in read_folder(root, labelled=True).items]
+    for name, to in (("class_000/all", ".."), ("class_001/all", ".."), ("class_000/other", "../class_001")):
+        (root / name).symlink_to(to)
+    source = read_folder(root, labelled=True)
+    assert [(item.path, item.label) for item in source.items] == expected
+    assert source.skipped == {"folders reached a second time": 3}
+    outside = make_image_folder(tmp_path / "outside", classes=1, per_class=2, side=16)
+    (root / "class_002").symlink_to(outside / "class_000")
+    assert len(read_folder(root, labelled=True).items) == 8
+    assert not capsys.readouterr().err
+    os.link(root / "class_000" / "000000.jpg", root / "class_001" / "same.jpg")
+    (root / "class_001" / "link.jpg").symlink_to("000001.jpg")
+    assert len(read_folder(root, labelled=True).items) == 10
+    assert "2 images are reached by a second path too" in capsys.readouterr().err

@@ -113,6 +113,20 @@ def test_validation_labels(official: Path, tmp_path: Path, truth: list[str], mon
             assert member is not None and manifest.read(sample) == member.read()
 
 
+def test_the_flat_folder_of_the_validation_images(official: Path, tmp_path: Path, capsys) -> None:
+    with tarfile.open(official / "ILSVRC2012_img_val.tar") as tar:
+        tar.extractall(tmp_path / "val", filter="data")
+    (tmp_path / "val" / "._ILSVRC2012_val_00000001.JPEG").write_bytes(b"x")
+    truth = ("--truth", str(official / "LOC_val_solution.csv"))
+    for name, source in (("a", official / "ILSVRC2012_img_val.tar"), ("b", tmp_path / "val")):
+        assert main(["imagenet", "--val", str(source), *truth, str(tmp_path / name)]) == 0
+    shards = [next((tmp_path / name).glob("*.tar")).read_bytes() for name in "ab"]
+    assert shards[0] == shards[1]
+    capsys.readouterr()
+    assert main(["imagenet", "--train", str(tmp_path / "val"), str(tmp_path / "c")]) == 2
+    assert "is a folder; give the .tar file, or for a folder of images the verb folder" in capsys.readouterr().err
+
+
 def test_mistakes_are_named(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(official)
 

@@ -162,7 +162,7 @@ def test_mistakes_are_named(wds_shards: Path, shards: Path, tmp_path: Path, caps
     assert "no such folder" in refused(tmp_path / "nowhere")
     assert "holds no .tar files" in refused(tmp_path)
     assert "was written by data_prep" in refused(shards)
-    assert "has no label .index" in refused(wds_shards, "--label", "index")
+    assert "4 of 4 samples of" in refused(wds_shards, "--label", "index")
     assert "json is not a class number" in refused(wds_shards, "--label", "json")
     assert "json:caption is not a class number" in refused(wds_shards, "--label", "json:caption")
     assert "hold no images" in refused(wds_shards, "--image", "png", "--label", "none")
@@ -179,3 +179,19 @@ def test_mistakes_are_named(wds_shards: Path, shards: Path, tmp_path: Path, caps
     assert "label -3 is below 0" in refused(negative)
     large = write(tmp_path / "large" / "a.tar", {"one.jpg": JPEG, "one.json": json.dumps({"a": "x" * 70000}).encode()})
     assert "its label .json has" in refused(large, "--label", "json:a")
+
+
+def test_labels_by_their_values_and_samples_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = [b"2", b" 2.0\n", b"2e0", b"-1", b"", b"nan", b"10"]
+    members = {f"{n}.{kind}": data for n, v in enumerate(values) for kind, data in (("jpg", JPEG), ("cls", v))}
+    folder = write(tmp_path / "in" / "a.tar", members)
+    assert index(folder) == 2
+    assert "3 of 7 samples of" in (error := capsys.readouterr().err) and "the first is '3'" in error
+    assert index(folder, "--skip-unlabelled") == 0
+    assert [label for _, _, label in contents(folder)] == [2, 2, 2, 10]
+    assert set(Manifest.load(folder).file.left_out.values()) == {"no label"}
+    capsys.readouterr()
+    assert main(["verify", str(folder)]) == 0
+    for value, message in ((b"2.5", "is no whole number"), (b"1585214400", "is an id"), (b"cat", "not a class number")):
+        assert index(write(tmp_path / "bad" / "a.tar", {"0.jpg": JPEG, "0.cls": value})) == 2
+        assert message in capsys.readouterr().err

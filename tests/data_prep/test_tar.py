@@ -111,3 +111,50 @@ def test_a_flipped_byte_never_shortens_the_list_without_an_error(
         assert [name for name, _ in listed(path)] == ["a.jpg", "b.jpg"]
     except BadArchive as error:
         assert "\n" not in str(error)
+
+
+def joined(path: Path, *parts: bytes) -> Path:
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+@pytest.mark.parametrize("unpadded", [False, True])
+def test_joined_archives_are_all_read(tmp_path: Path, unpadded: bool) -> None:
+    """`cat b.tar >> a.tar`, of archives padded to records and of archives that end after two zero blocks."""
+    contents = [{f"{n}.jpg": bytes([n + 1]) * (300 + 700 * n)} for n in range(4)]
+    parts = [pack(tmp_path / f"{n}.tar", files).read_bytes() for n, files in enumerate([*contents, {}])]
+    if unpadded:
+        parts = [part.rstrip(b"\0") for part in parts]
+        parts = [part + bytes(-len(part) % BLOCK + 2 * BLOCK) for part in parts]
+    expected = [item for files in contents for item in files.items()]
+    assert listed(joined(tmp_path / "all.tar", *parts)) == expected
+    assert listed(joined(tmp_path / "empty_first.tar", parts[4], *parts)) == expected
+    assert listed(joined(tmp_path / "zeros.tar", *parts, bytes(5_000_000))) == expected  # a file that was preallocated
+
+
+def test_a_joined_archive_inside_an_archive(tmp_path: Path) -> None:
+    inner = [pack(tmp_path / f"{n}.tar", {f"{n}.jpg": b"x"}).read_bytes() for n in range(2)]
+    path = pack(tmp_path / "outer.tar", {"one.tar": inner[0] + inner[1], "two.tar": inner[1]})
+    with open_for_reading(path) as fd:
+        names = [[m.name for m in members(fd, path, o.offset, o.offset + o.size)] for o in members(fd, path)]
+    assert names == [["0.jpg", "1.jpg"], ["1.jpg"]]
+
+
+@pytest.mark.parametrize(("first", "blocks"), [(0, 1), (2, 1), (2, 3), (2, 6), (3, 5), (4, 4), (0, 8)])
+def test_zeros_over_members_are_damage(tmp_path: Path, first: int, blocks: int) -> None:
+    """Also if the zeros end where a member begins. The message gives offset and size of what follows."""
+    path = pack(tmp_path / "a.tar", {f"{n}.jpg": bytes([n + 1]) * 400 for n in range(8)})  # a member has two blocks
+    data = path.read_bytes()
+    start, stop = first * BLOCK, (first + blocks) * BLOCK
+    path.write_bytes(data[:start] + bytes(stop - start) + data[stop:])
+    start += first % 2 * BLOCK  # contents are zero, and the header behind them
+    with pytest.raises(BadArchive, match=f"zeros at byte {start:,}, then {len(data) - stop:,} bytes at byte {stop:,}"):
+        listed(path)
+
+
+@pytest.mark.parametrize("tail", [b"x", b"<html>" * 300, bytes(700) + b"x"])
+def test_bytes_behind_the_end_are_named(tmp_path: Path, tail: bytes) -> None:
+    path = pack(tmp_path / "a.tar", CONTENTS)
+    path.write_bytes(path.read_bytes() + tail)
+    with pytest.raises(BadArchive, match="that are no joined archive"):
+        listed(path)

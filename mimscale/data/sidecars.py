@@ -1,0 +1,11 @@
+"""Files that operating systems put beside others: AppleDouble (`._x`), `__MACOSX`, Thumbs.db, and hidden files."""
+
+from __future__ import annotations
+
+SIDECARS = ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def is_sidecar(name: str) -> bool:
+    """name: of a file or folder, or a path in an archive: whether one of its parts is hidden or of the system."""
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    return any(part.startswith(".") or part in SIDECARS for part in parts)

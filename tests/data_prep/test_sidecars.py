@@ -1,0 +1,75 @@
+"""Members that operating systems add, and members of one sample that stand apart."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from data_prep.__main__ import main
+from data_prep.imagenet import read_21k
+from mimscale.data.manifest import Manifest
+from mimscale.data.sidecars import is_sidecar
+
+JPEG = b"\xff\xd8\xff\xe0 the header only"
+APPLE = b"\0\5\x16\7" + bytes(100)
+
+
+def write(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path.parent
+
+
+def sample(number: int, between: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    return [(f"{number}.jpg", JPEG + bytes([number])), *between, (f"{number}.cls", str(number).encode())]
+
+
+@pytest.mark.parametrize("name", ["._a.jpg", "x/._a.jpg", "__MACOSX/a.jpg", ".DS_Store", "a/Thumbs.db", ".git/a.jpg"])
+def test_names_of_sidecars(name: str) -> None:
+    assert is_sidecar(name)
+    assert not is_sidecar("./a.jpg") and not is_sidecar("a/b.c.jpg") and not is_sidecar("__meta__/a.jpg")
+
+
+@pytest.mark.parametrize("name", ["._0.jpg", "__MACOSX/._0.jpg", ".DS_Store", "Thumbs.db", "README"])
+def test_they_are_skipped_and_counted_and_split_no_sample(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "in" / "a.tar", [m for n in range(3) for m in sample(n, [(name, APPLE)])])
+    assert main(["index", str(folder)]) == 0
+    manifest = Manifest.load(folder)
+    assert manifest.labels is not None and manifest.labels.tolist() == [0, 1, 2]
+    assert len(manifest.file.left_out) == 3
+    assert main(["verify", str(folder)]) == 0
+
+
+def test_a_second_sample_with_the_same_key_is_kept(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in" / "a.tar", [*sample(1, []), *sample(1, []), ("1.jpg", JPEG), ("1.cls", b"5")])
+    assert main(["index", str(folder)]) == 0
+    labels = Manifest.load(folder).labels
+    assert labels is not None and labels.tolist() == [1, 1, 5]
+
+
+@pytest.mark.parametrize("first", ["jpg", "cls"])
+def test_image_and_label_apart_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], first: str) -> None:
+    data = {"jpg": JPEG, "cls": b"1"}
+    second = "cls" if first == "jpg" else "jpg"
+    members = [(f"{n}.{kind}", data[kind]) for kind in (first, second) for n in range(3)]
+    assert main(["index", str(write(tmp_path / "in" / "a.tar", members))]) == 2
+    assert "image and label of 3 samples of" in (error := capsys.readouterr().err) and "stand together" in error
+
+
+def test_archives_of_classes(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in" / "n01.tar", [("n01_1.JPEG", JPEG), ("._n01_1.JPEG", JPEG)])
+    (folder / "._n01.tar").write_bytes(APPLE)
+    source = read_21k(folder)
+    assert source.classes == ["n01"] and len(source.items) == 1 and source.skipped == {"hidden": 2}
+    whole = write(
+        tmp_path / "whole" / "all.tar", [("n01.tar", (folder / "n01.tar").read_bytes()), ("._n01.tar", APPLE)]
+    )
+    again = read_21k(whole / "all.tar")
+    assert again.classes == ["n01"] and len(again.items) == 1 and again.skipped == {"hidden": 2}

@@ -1,0 +1,78 @@
+"""Splits that lie in one folder are not merged."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_prep.__main__ import main
+from data_prep.splits import check_classes, chosen_files
+from mimscale.data.manifest import Manifest
+from mimscale.data.synthetic import make_image_folder
+from mimscale.errors import UserError
+
+
+def chosen(names: list[str], pattern: str | None = None) -> list[str]:
+    return [path.name for path in chosen_files(Path("x"), [Path("x", name) for name in names], pattern)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-0.tar", "imagenet1k-validation-00.tar"],
+        ["TRAIN_00.tar", "Val_00.tar"],
+        ["a_train.parquet", "a_test.parquet"],
+        ["dev-0.tar", "test-0.tar", "part.tar"],
+    ],
+)
+def test_files_of_several_splits_are_refused(names: list[str]) -> None:
+    with pytest.raises(UserError, match="holds files of several splits .* choose one with --files '.*' or --files"):
+        chosen(names)
+    assert chosen(names, names[0]) == names[:1] and chosen(names, "*") == names
+
+
+@pytest.mark.parametrize(
+    "names", [["train-0.tar", "train-1.tar"], ["trained.tar", "latest.tar"], ["val.tar", "valid-1.tar"], []]
+)
+def test_files_of_one_split(names: list[str]) -> None:
+    assert chosen(names) == names
+
+
+def test_a_pattern_without_a_file() -> None:
+    with pytest.raises(UserError, match="matches none of the 1 files"):
+        chosen(["a.tar"], "b*")
+
+
+@pytest.mark.parametrize("names", [["train", "val"], ["test", "train", "other"], ["train"], ["Train", "Validation"]])
+def test_the_root_of_a_data_set_is_no_folder_of_classes(names: list[str]) -> None:
+    with pytest.raises(UserError, match="is the root of a data set"):
+        check_classes(Path("x"), names)
+
+
+@pytest.mark.parametrize("names", [["bus", "train"], ["cat"], ["training set", "x"]])
+def test_folders_of_classes(names: list[str]) -> None:
+    check_classes(Path("x"), names)
+
+
+def test_choose_one_of_the_splits(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.copy(shards / "shard-000000.tar", folder / "set-train-0.tar")
+    shutil.copy(shards / "shard-000001.tar", folder / "set-val-0.tar")
+    assert main(["index", str(folder)]) == 2
+    assert "--files 'set-train*' or --files 'set-val*'" in capsys.readouterr().err
+    assert main(["index", str(folder), "--files", "set-train*"]) == 0
+    assert [shard.name for shard in Manifest.load(folder).file.shards] == ["set-train-0.tar"]
+
+
+def test_a_root_and_a_zip_of_macos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        make_image_folder(tmp_path / "in" / split, classes=2, per_class=1, side=16)
+    assert main(["folder", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert f"give '{tmp_path}/in/train'" in capsys.readouterr().err
+    (tmp_path / "in/train/__MACOSX/class_000").mkdir(parents=True)
+    (tmp_path / "in/train/__MACOSX/class_000/._000000.jpg").write_bytes(b"x")
+    assert main(["folder", str(tmp_path / "in" / "train"), str(tmp_path / "out")]) == 0
+    assert Manifest.load(tmp_path / "out").classes == ["class_000", "class_001"]
