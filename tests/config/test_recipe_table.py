@@ -16,13 +16,32 @@ from mimscale.config.recipes import load_recipe, recipe_names
 from tests import ranks
 
 
-def test_every_recipe_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_recipe_has_a_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     first_words = [line.split()[1] for line in lines if line.startswith("│ ") and line.split()[1] != "│"]
     assert first_words == recipe_names()
     (line,) = (line for line in lines if line.startswith("│ mff_vit_b16 "))
     assert all(words in line for words in ("mff", "ViT-B/16", "800", "135 A100-hours", "83.7"))
+
+
+def test_a_narrow_terminal_gets_fewer_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["recipes", "mff", "mae_vit_l16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    (line,) = (line for line in lines if line.startswith("│ mff_vit_b16 "))
+    assert all(words in line for words in ("mff", "ViT-B/16", "800", "135"))
+    assert any(line.startswith("│ mae_vit_l16 ") for line in lines)
+    assert not any(line.startswith("│ simmim") for line in lines)
+
+
+def test_a_name_that_no_recipe_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "nosuch"]) == 2
+    assert "no recipe's name contains nosuch" in capsys.readouterr().err
 
 
 def test_rows_say_what_the_resolved_recipes_say(capsys: pytest.CaptureFixture[str]) -> None:
