@@ -11,9 +11,9 @@ nobody knows stays an error in either. The rule:
 3. What the base says about something that the recipe exchanges does not carry over (`DEPENDENTS`). Another
    `method.name`, `method.masking.policy`, `method.fusion.kind` or `optim.name`, or another `library` or `model` of a
    teacher, replaces that section whole. `schedule.epochs` takes the place of `steps` and the reverse, `student.size`
-   that of `width`, `depth` and `heads`, `width` that of `size`. Another `schedule.kind` drops `milestones`, `gamma` and
-   `min_lr`, another `data.crop` drops `crop_scale`, `crop_ratio` and `crop_padding`, other `data.shards` drop
-   `data.stream`, and other `weights` drop their `sha256`.
+   that of `width`, `depth` and `heads`, `width` that of `size`. Another `schedule.kind` drops `milestones`, `gamma`,
+   `min_lr` and `warmup_start_factor`, another `data.crop` drops `crop_scale`, `crop_ratio` and `crop_padding`, other
+   `data.shards` drop `data.stream`, and other `weights` drop their `sha256`.
 
 Teachers keep the base's order, new ones follow. A value that is the base's own may be repeated.
 """
@@ -36,7 +36,11 @@ DEPENDENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "method.masking": {"policy": WHOLE},
     "method.fusion": {"kind": WHOLE},
     "optim": {"name": WHOLE},
-    "schedule": {"epochs": ("steps",), "steps": ("epochs",), "kind": ("milestones", "gamma", "min_lr")},
+    "schedule": {
+        "epochs": ("steps",),
+        "steps": ("epochs",),
+        "kind": ("milestones", "gamma", "min_lr", "warmup_start_factor"),
+    },
 }
 # What a recipe means that does not say. The defaults of masking and fusion are each method's own, so any is another.
 UNSAID = {"data": {"crop": "random_resized"}, "optim": {"name": "adamw"}, "schedule": {"kind": "cosine"}}

@@ -1,7 +1,6 @@
 """MFF: MAE whose decoder gets several fused encoder levels (Liu et al., ICCV 2023, arXiv 2308.00261).
 
-Differences from the release: the MLP biases of the encoder start at zero, as in MAE (theirs at N(0, 1e-6)), and the
-warm-up of the recipes at zero (theirs at 1e-9 of the peak).
+Differences from the release: the MLP biases of the encoder start at zero, as in MAE (theirs at N(0, 1e-6)).
 """
 
 from __future__ import annotations

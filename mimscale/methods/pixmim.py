@@ -4,7 +4,7 @@ Two changes to MAE: the target is low-pass filtered (`low_pass_radius`, see `mim
 encoder's input is not; and the crop keeps nearly the whole image (`data.crop: padded` in a recipe).
 
 Differences from the release: none in target, crop, network and loss; the filter is the released one, including its
-centre half a bin off and its modulus. The warm-up of the recipe starts at zero (theirs at 1e-9 of the peak).
+centre half a bin off and its modulus.
 """
 
 from __future__ import annotations

@@ -33,14 +33,16 @@ class EmaConfig(Strict):
 
 
 class ScheduleConfig(Strict):
-    """How the learning rate moves; the peak is base_lr x global_batch / lr_batch. The curves are in schedule.py.
+    """How the learning rate moves; the peak is base_lr x global_batch / lr_batch. The curves are in lr_schedule.py.
 
-    kind: cosine is MAE's; timm_cosine and multistep (x gamma at each epoch of `milestones`) are SimMIM's.
+    kind: cosine is MAE's; timm_cosine and multistep (x gamma at each epoch of `milestones`) are SimMIM's;
+    openmmlab_cosine is that of MFF's and PixMIM's release.
     warmup_lr, min_lr: where the warm-up starts and the cosine ends, absolute.
+    warmup_start_factor: of openmmlab_cosine instead of warmup_lr, where the warm-up starts as a share of the peak.
     Give `epochs` (steps per epoch = floor(samples / global_batch)) or, for a short run, `steps`.
     """
 
-    kind: Literal["cosine", "timm_cosine", "multistep"] = "cosine"
+    kind: Literal["cosine", "timm_cosine", "multistep", "openmmlab_cosine"] = "cosine"
     global_batch: int = Field(ge=1)
     epochs: float | None = Field(None, gt=0)
     steps: int | None = Field(None, ge=1)
@@ -48,6 +50,7 @@ class ScheduleConfig(Strict):
     base_lr: float = Field(gt=0)
     lr_batch: int = Field(256, ge=1)
     warmup_lr: float = Field(0.0, ge=0)
+    warmup_start_factor: float = Field(0.0, ge=0, le=1)
     min_lr: float = Field(0.0, ge=0)
     milestones: tuple[float, ...] = ()
     gamma: float = Field(0.1, gt=0, le=1)
@@ -69,6 +72,15 @@ class ScheduleConfig(Strict):
             raise ValueError(f"{given}: must rise and not lie inside the warm-up of {self.warmup_epochs:g} epochs")
         if self.kind == "multistep" and self.min_lr:
             raise ValueError(f"min_lr = {self.min_lr} with kind = multistep: only a cosine has a floor; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _one_warmup_start(self) -> ScheduleConfig:
+        if self.kind == "openmmlab_cosine" and self.warmup_lr:
+            raise ValueError(f"warmup_lr = {self.warmup_lr} with kind = {self.kind}: give warmup_start_factor instead")
+        if self.kind != "openmmlab_cosine" and self.warmup_start_factor:
+            given = f"warmup_start_factor = {self.warmup_start_factor}"
+            raise ValueError(f"{given} with kind = {self.kind}: only openmmlab_cosine has one; give warmup_lr instead")
         return self
 
     @property

@@ -57,6 +57,22 @@ def multistep(clock: int, *, peak: float, milestones: Sequence[float], gamma: fl
     return peak * gamma ** bisect_right(milestones, clock)
 
 
+def openmmlab_cosine(
+    step: int, *, peak: float, min_lr: float, warmup_steps: int, steps: int, warmup_start_factor: float
+) -> float:
+    """OpenMMLab's LinearLR, then its CosineAnnealingLR, both moved once per step (mmengine, convert_to_iter_based).
+
+    Step k of W warm-up steps has peak x (f + (1 - f) k / (W - 1)): the last of them already has the peak, and so has
+    step W, where half a cosine to `min_lr` starts. W = 1 is one step at f x peak. Constant from step `steps` on.
+    """
+    if step < warmup_steps:
+        return peak * (warmup_start_factor + (1 - warmup_start_factor) * step / max(warmup_steps - 1, 1))
+    if steps <= warmup_steps:
+        return peak
+    progress = min((step - warmup_steps) / (steps - warmup_steps), 1.0)
+    return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def lr_at_step(curve: ScheduleConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """Learning rate of optimiser step `step` (0-based) of a run of `total_steps`.
 
@@ -73,7 +89,17 @@ def lr_at_step(curve: ScheduleConfig, step: int, steps_per_epoch: int, total_ste
             epochs=curve.epochs or total_steps / steps_per_epoch,
             warmup_lr=curve.warmup_lr,
         )
-    clock, warmup = max(step - 1, 0), int(curve.warmup_epochs * steps_per_epoch)
+    warmup = int(curve.warmup_epochs * steps_per_epoch)
+    if curve.kind == "openmmlab_cosine":
+        return openmmlab_cosine(
+            step,
+            peak=curve.peak_lr,
+            min_lr=curve.min_lr,
+            warmup_steps=warmup,
+            steps=total_steps,
+            warmup_start_factor=curve.warmup_start_factor,
+        )
+    clock = max(step - 1, 0)
     if clock < warmup:
         return curve.warmup_lr + (curve.peak_lr - curve.warmup_lr) * clock / warmup
     if curve.kind == "timm_cosine":

@@ -107,6 +107,11 @@ DINO = {"library": "timm", "model": "dino"}
             {"schedule": {"kind": "timm_cosine", "epochs": 800}},
         ),
         (
+            {"schedule": {"kind": "openmmlab_cosine", "warmup_start_factor": 1e-9, "epochs": 800}},
+            {"schedule": {"kind": "cosine"}},
+            {"schedule": {"kind": "cosine", "epochs": 800}},
+        ),
+        (
             {"student": {"size": "base", "width": 768, "depth": 12, "heads": 12, "patch": 16}},
             {"student": {"size": "large"}},
             {"student": {"size": "large", "patch": 16}},

@@ -34,6 +34,32 @@ def test_golden_curve_simmim(kind: str) -> None:
     assert ours[0] == ours[1] == c["warmup_lr"]
 
 
+@pytest.mark.parametrize("name", ["mff_train_dev", "pixmim_train_dev"])
+def test_golden_curve_openmmlab(name: str) -> None:
+    g = golden.load(name)
+    c = g.config
+    curve = curve_of(
+        kind="openmmlab_cosine",
+        base_lr=c["peak_lr"],
+        epochs=c["epochs"],
+        warmup_epochs=c["warmup_epochs"],
+        warmup_start_factor=c["start_factor"],
+    )
+    steps = c["optsteps_per_epoch"]
+    ours = [lr_at_step(curve, step, steps, c["epochs"] * steps) for step in range(c["micro_steps"])]
+    golden.rates_close(ours, g["lr_per_optstep"].tolist())
+    warmup = c["warmup_epochs"] * steps
+    assert ours[0] == c["start_factor"] * c["peak_lr"] and ours[warmup - 1] == ours[warmup] == c["peak_lr"]
+
+
+def test_openmmlab_warm_up_of_two_steps_and_of_one() -> None:
+    """Two steps: the first at the start factor, the second at the peak. One step stays at the start factor."""
+    two = curve_of(kind="openmmlab_cosine", epochs=4, warmup_epochs=2, warmup_start_factor=0.25, min_lr=0.5)
+    assert [lr_at_step(two, step, 1, 4) for step in range(6)] == pytest.approx([0.25, 1, 1, 0.75, 0.5, 0.5])
+    one = curve_of(kind="openmmlab_cosine", epochs=4, warmup_epochs=1, warmup_start_factor=0.25)
+    assert [lr_at_step(one, step, 1, 4) for step in range(2)] == [0.25, 1]
+
+
 def test_the_default_is_maes_curve_to_the_bit() -> None:
     curve = curve_of(epochs=7.5, warmup_epochs=1.3, min_lr=1e-5, base_lr=1.5e-4)
     for step in range(40):
@@ -50,7 +76,12 @@ def test_length_in_steps() -> None:
 
 
 def test_without_warm_up_the_first_step_has_the_peak() -> None:
-    for values in ({"kind": "timm_cosine"}, {"kind": "multistep", "milestones": (2.0,)}, {}):
+    for values in (
+        {"kind": "timm_cosine"},
+        {"kind": "multistep", "milestones": (2.0,)},
+        {"kind": "openmmlab_cosine"},
+        {},
+    ):
         assert lr_at_step(curve_of(epochs=4, **values), 0, 5, 20) == 1.0
 
 
@@ -76,6 +107,8 @@ def test_a_warm_up_may_start_above_zero_in_every_curve() -> None:
         ({"kind": "multistep", "milestones": [3, 2]}, r"milestones = \[3.0, 2.0\]: must rise"),
         ({"kind": "multistep", "milestones": [1], "warmup_epochs": 2}, "inside the warm-up of 2 epochs"),
         ({"kind": "multistep", "milestones": [1], "min_lr": 0.1}, "min_lr = 0.1 with kind = multistep"),
+        ({"kind": "openmmlab_cosine", "warmup_lr": 1e-6}, "warmup_lr = 1e-06 with kind = openmmlab_cosine: give"),
+        ({"warmup_start_factor": 1e-4}, "warmup_start_factor = 0.0001 with kind = cosine: only openmmlab_cosine"),
         ({"kind": "linear"}, "schedule.kind = 'linear'"),
     ],
 )
