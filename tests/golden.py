@@ -161,6 +161,7 @@ def mae_run(c: dict[str, Any], changes: Mapping[str, Any] | None = None, **secti
         **(changes or {}),
     }
     student = {"width": pick("embed_dim", "embed"), "depth": c["depth"], "heads": pick("num_heads", "heads")}
+    student["patch"] = c.get("patch", 16)
     return run_config(method, student, pick("img_size", "img"), **sections)
 
 

@@ -22,7 +22,7 @@ def test_a_wrong_move_is_seen() -> None:
     t = training_golden.mae()
     with pytest.raises(AssertionError, match="in a move of"):
         t.check_weights(t.start)
-    almost = {name: end + 0.05 * (end - t.start[name]) for name, end in t.end.items()}
+    almost = {name: end + 5e-4 * (end - t.start[name]) for name, end in t.end.items()}
     with pytest.raises(AssertionError):
         t.check_weights(almost)
     t.check_weights(t.end)
