@@ -15,6 +15,7 @@ from torch import Tensor
 from mimscale.api.reconstruction import Reconstruction, load_method, reconstruct_with
 from mimscale.data.decode import BadImage, decode
 from mimscale.errors import UserError
+from mimscale.files.atomic import atomic_path
 
 COLUMNS = ("input", "masked", "reconstruction", "visible patches true")
 SMALLEST, GAP, TITLE = 160, 4, 18  # pixels: smaller images are enlarged; between images; height of the column titles
@@ -45,8 +46,12 @@ def run(args: argparse.Namespace) -> int:
     images = [image for path in args.images for image in [_opened(path)] * args.samples]
     method, config = load_method(args.source, args.recipe, args.set, args.mask_ratio, args.ema)
     found = reconstruct_with(method, config, images, args.seed, torch.device(args.device))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure(found).save(args.out)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(args.out) as part:
+            figure(found).save(part)
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be written: {error.strerror or error}; name another file") from None
     masked = int(found.mask[0].sum())
     print(
         f"{masked} of {found.mask.shape[1]} patches masked, uniformly, seed {args.seed}", f"wrote {args.out}", sep="\n"

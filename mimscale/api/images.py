@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mimscale.data.to_rgb import NoRgb, to_rgb
 from mimscale.data.transforms import center_crop, to_pixels
 from mimscale.errors import UserError
 
@@ -55,7 +56,10 @@ def _cropped(images: Sequence[Image.Image], image_size: int) -> Tensor:
     if wrong is not None or not len(images):
         what = "is empty" if wrong is None else f"holds a {type(wrong).__name__}"
         raise UserError(f"the list of images {what}; give Pillow images, or a tensor [B, 3, H, W]")
-    crops = [center_crop(image.convert("RGB"), image_size, CROP_PCT)[0] for image in images]
+    try:
+        crops = [center_crop(to_rgb(image), image_size, CROP_PCT)[0] for image in images]
+    except NoRgb as error:
+        raise UserError(f"an image has no defined 8-bit RGB: {error}") from None
     return torch.from_numpy(np.stack([to_pixels(crop) for crop in crops]))
 
 

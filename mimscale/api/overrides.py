@@ -21,4 +21,4 @@ def _flow(key: str, value: Any) -> str:
             return str(value)
         raise UserError(f"override {key}: a {type(value).__name__} has no place in a recipe; give plain values")
 
-    return json.dumps(value, default=plain)
+    return json.dumps(value, default=plain, ensure_ascii=False)

@@ -86,9 +86,11 @@ def _is_file(recipe: str) -> bool:
 def _read_yaml(recipe: str) -> dict[str, Any]:
     if _is_file(recipe):
         try:
-            text = Path(recipe).read_text()
+            text = Path(recipe).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"recipe '{recipe}' cannot be read: {error.strerror}") from None
+        except ValueError:  # not UTF-8, or a path with a null byte
+            raise UserError(f"recipe '{recipe}' is not a text file in UTF-8; save it in UTF-8") from None
     elif recipe in recipe_names():
         text = resources.files("mimscale.recipes").joinpath(f"{recipe}.yaml").read_text()
     else:
@@ -97,7 +99,7 @@ def _read_yaml(recipe: str) -> dict[str, Any]:
         raise UserError(f"recipe '{recipe}' is unknown; {hint}`mimscale recipes` lists them, a path ends in .yaml")
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that no calendar has is a ValueError
         raise UserError(f"recipe '{recipe}' is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe '{recipe}' must be a mapping of sections, found {type(values).__name__}")
@@ -107,7 +109,7 @@ def _read_yaml(recipe: str) -> dict[str, Any]:
 def _parse_value(key: str, text: str) -> Any:
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"override {key}={text}: the value is not YAML") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
         try:

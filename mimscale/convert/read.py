@@ -136,7 +136,7 @@ def _read_pickle(path: Path) -> State:
     try:
         with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+    except Exception as error:  # a file that is no pickle fails in as many ways as there are bytes
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, pickle.UnpicklingError):  # torch's text asks to trust the file
             reason = "it is cut short, or holds more than tensors"
@@ -144,7 +144,8 @@ def _read_pickle(path: Path) -> State:
     for wrapper in ("model", "state_dict"):  # of MAE and timm, of OpenMMLab
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    tensors = {n: t for n, t in content.items() if isinstance(t, Tensor)} if isinstance(content, Mapping) else {}
+    named = content.items() if isinstance(content, Mapping) else ()
+    tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors under names; a state dict is expected, bare or under 'model'")
     return {name: tensor.float() for name, tensor in tensors.items()}

@@ -86,11 +86,14 @@ def run(args: argparse.Namespace) -> int:
     )
     report = evaluate(args.protocol, config, args.runs, args.train, args.val, settings)
     outs = [args.out] if args.out else list(dict.fromkeys(_default_out(path, args, config) for path in args.runs))
-    for out in outs:
-        write(report, out)
     console = Console()
-    console.print(table(report))
+    console.print(table(report))  # first: a file that cannot be written does not cost the numbers
     for out in outs:
+        try:
+            write(report, out)
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(f"{out} cannot be written: {why}; name another file with --out") from None
         console.print(f"wrote {out}", soft_wrap=True, highlight=False)
     return 0
 
