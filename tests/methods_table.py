@@ -36,12 +36,19 @@ KINDS = {
     "pixel": "cropped pixels",
     "table": "position tables",
     "rate": "learning rates",
+    "move": "trained weights",
 }
 WHERE = (
     "test_*.py",
-    *(f"{folder}/test_*.py" for folder in ("data", "engine", "masking", "methods", "models", "teachers")),
+    *(f"{folder}/test_*.py" for folder in ("data", "engine", "masking", "methods", "models", "optim", "teachers")),
 )
-PARTS = {"sincos": "maskalign", "clip14": "maskalign", "attentive": "maskalign", "schedules": "finetune"}
+PARTS = {
+    "sincos": "maskalign",
+    "clip14": "maskalign",
+    "attentive": "maskalign",
+    "schedules": "finetune",
+    "mae_finetune": "finetune",
+}
 POLICIES = ("amt",)
 Measured = dict[str, dict[str, dict[str, list[float]]]]  # method -> golden -> kind -> [largest error, tolerance]
 
@@ -128,7 +135,7 @@ def method_of(test: str, golden: str) -> str | None:
     name = Path(test.partition("::")[0]).stem.removeprefix("test_")
     if name in rows():
         return name
-    part = PARTS.get(golden.partition("_")[0])
+    part = next((method for start, method in PARTS.items() if golden.startswith(f"{start}_")), None)
     return part or max((name for name in rows() if golden.startswith(name)), key=len, default=None)
 
 
@@ -183,7 +190,8 @@ def long_table(measured: Measured, names: Sequence[str] = ()) -> Iterator[str]:
 
 UNITS = (
     "Activations: absolute. Loss and learning rates: relative. Gradients: relative to the tensor's "
-    "largest entry. Without a tolerance: equal to the bit. Networks of a few blocks, random weights and images, fp32 "
+    "largest entry. Trained weights: after the steps of an official run, at ZeRO 0 to 3, relative to the norm of the "
+    "tensor's move. Without a tolerance: equal to the bit. Networks of a few blocks, random weights and images, fp32 "
     "on a CPU."
 )
 

@@ -7,7 +7,6 @@ code calls these numbers weights. Pure functions.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,18 +31,33 @@ def from_bytes(bytes_BL: Tensor) -> Tensor:
     return bytes_BL.float() / 255
 
 
-def crop_importance(importance_BL: Tensor, grid: tuple[int, int], boxes_B4: Tensor, flips_B: Tensor) -> Tensor:
+def crop_importance(
+    importance_BL: Tensor, grid: tuple[int, int], patch: int, boxes_B4: Tensor, flips_B: Tensor
+) -> Tensor:
     """Importance of the uncropped image's patches -> of the crop's patches, float32 [B, L].
 
-    Bilinear interpolation at the centres of the crop's patches; beyond the outermost centres the edge value is
-    repeated. grid: rows and columns of both. boxes: crop (top, left, height, width) as fractions of the image; flips:
-    bool [B], mirrored left-right after the crop.
+    The map is interpolated bilinearly at each pixel of the crop, and a patch gets the mean over its pixels (released:
+    the sum). Beyond the outermost centres of the map the edge value is repeated. So the crop of a whole image blurs the
+    map slightly, as released. grid: rows and columns of both. patch: side of a patch in pixels. boxes: crop (top, left,
+    height, width) as fractions of the image; flips: bool [B], mirrored left-right after the crop.
     """
-    top, left, height, width = boxes_B4.float()[:, :, None].unbind(1)
-    rows, columns = ((torch.arange(n, device=boxes_B4.device) + 0.5) / n for n in grid)
-    across = torch.where(flips_B[:, None], 1 - columns, columns)
-    y_BR, x_BC = 2 * (top + height * rows) - 1, 2 * (left + width * across) - 1  # grid_sample counts from -1 to 1
-    batch = len(boxes_B4)
-    centres = torch.stack([x_BC[:, None].expand(batch, *grid), y_BR[:, :, None].expand(batch, *grid)], dim=3)
-    maps = importance_BL.float().unflatten(1, grid)[:, None]
-    return F.grid_sample(maps, centres, mode="bilinear", padding_mode="border", align_corners=False).flatten(1)
+    top, left, height, width = boxes_B4.float().unbind(1)
+    left, width = left + torch.where(flips_B, width, 0), torch.where(flips_B, -width, width)  # from right to left
+    rows_BRr = _patch_weights(top, height, grid[0], patch)
+    columns_BCc = _patch_weights(left, width, grid[1], patch)
+    maps_Brc = importance_BL.float().unflatten(1, grid)
+    # Products and sums in place of matmul, which TF32 would round.
+    maps_BRc = (rows_BRr[..., None] * maps_Brc[:, None]).sum(2)
+    return (maps_BRc[:, :, None] * columns_BCc[:, None]).sum(3).flatten(1)
+
+
+def _patch_weights(start_B: Tensor, length_B: Tensor, count: int, patch: int) -> Tensor:
+    """Weights of the map's `count` cells in each of a crop's `count` patches along one axis, float32 [B, count, count].
+
+    Mean over the pixels of a patch of the two weights of linear interpolation. Bilinear interpolation on a rectangle of
+    pixels is separable, so the map takes these weights along rows and along columns.
+    """
+    pixels = (torch.arange(count * patch, device=start_B.device) + 0.5) / (count * patch)
+    cells_BP = ((start_B[:, None] + length_B[:, None] * pixels) * count - 0.5).clamp(0, count - 1)
+    weights_BPc = (1 - (cells_BP[:, :, None] - torch.arange(count, device=start_B.device)).abs()).clamp_min(0)
+    return weights_BPc.unflatten(1, (count, patch)).mean(2)

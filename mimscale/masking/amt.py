@@ -10,8 +10,8 @@ every process and does not save it. Here the first positions of every global bat
 each sample is updated about once in 1 / `refresh` epochs, by the student of that step; importance is stored in bytes,
 split over the ranks and saved in the checkpoint; a sample without an update yet is drawn uniformly. Importance is
 cropped and flipped like the image; the release enlarges the same corner of the map for every crop (an integer
-division). SimMIM's layer scale of the attention is applied; the release omits it, and with ones in its place the
-numbers are equal.
+division). A crop of the whole image has the release's numbers. SimMIM's layer scale of the attention is applied; the
+release omits it, and with ones in its place the numbers are equal.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class AMT(Masking):
     def __init__(self, config: Any, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__(config, run, teachers)
         self.warmup = Random(_warmup_config(config, run), run, teachers)
+        self.patch = run.student.patch
         self.global_batch = run.schedule.global_batch
         self.needs = Needs(
             noise={"mask": Noise("exponential", (self.count.units,))},
@@ -144,7 +145,7 @@ class AMT(Masking):
     def importance(self, batch: Batch, targets: Mapping[str, Targets]) -> Tensor | None:
         if batch.importance is None:
             return None
-        return crop_importance(from_bytes(batch.importance), self.grid, batch.boxes, batch.flips)
+        return crop_importance(from_bytes(batch.importance), self.grid, self.patch, batch.boxes, batch.flips)
 
     @torch.no_grad()
     def after_step(self, info: StepInfo, student: nn.Module) -> None:

@@ -260,7 +260,7 @@ def test_a_batch_holds_the_importance_of_its_samples_and_crops_it() -> None:
     boxed = replace(batch, boxes=torch.rand(4, 4) * 0.5, flips=torch.tensor([True, False, True, False]))
     importance = policy(method).importance(boxed, {})
     assert importance is not None
-    close(importance, crop_importance(batch.importance / 255, (4, 4), boxed.boxes, boxed.flips))
+    close(importance, crop_importance(batch.importance / 255, (4, 4), 16, boxed.boxes, boxed.flips))
 
 
 def test_during_the_warm_up_masks_are_those_of_random() -> None:

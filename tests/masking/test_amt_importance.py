@@ -15,6 +15,8 @@ from mimscale.masking._amt_importance import (
     importance_from_attention,
     to_bytes,
 )
+from mimscale.masking.amt import AMT
+from mimscale.methods.mae import MAE
 from mimscale.models.beit import Beit
 from mimscale.models.config import StudentConfig
 from mimscale.models.convvit import ConvStages, ConvViT
@@ -31,21 +33,52 @@ def maps(rows: int = 5, columns: int = 7, batch: int = 3) -> Tensor:
     return torch.rand(batch, rows * columns, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_crop_of_the_whole_image_changes_nothing_and_a_flip_mirrors() -> None:
-    values = maps()
-    unchanged = crop_importance(values, (5, 7), WHOLE.expand(3, 4), torch.tensor([False, True, False]))
-    torch.testing.assert_close(unchanged[::2], values[::2])
-    torch.testing.assert_close(unchanged[1].view(5, 7), values[1].view(5, 7).flip(1))
+def by_pixels(
+    maps_BL: Tensor, grid: tuple[int, int], patch: int, zoom: int, corner: tuple[int, int], flip: bool
+) -> Tensor:
+    """The map enlarged to `zoom` times the image's pixels, cut at a corner (in these pixels), mirrored, mean per patch.
+
+    The pixels of a crop of 1 / zoom of each side, resized to the whole image's size, lie where those of the enlarged
+    map are.
+    """
+    height, width = grid[0] * patch, grid[1] * patch
+    enlarged = F.interpolate(maps_BL.unflatten(1, grid)[:, None], (zoom * height, zoom * width), mode="bilinear")
+    cut = enlarged[:, :, corner[0] : corner[0] + height, corner[1] : corner[1] + width]
+    return F.avg_pool2d(cut.flip(3) if flip else cut, patch).flatten(1)
 
 
-def test_a_crop_of_whole_patches_is_that_part_of_the_map() -> None:
-    """A box of 2 x 2 of 4 x 4 patches: the centres of its 4 x 4 patches lie a quarter patch from those of the map."""
-    values = maps(4, 4, 1)
-    cropped = crop_importance(values, (4, 4), torch.tensor([[0.25, 0.5, 0.5, 0.5]]), torch.tensor([False])).view(4, 4)
-    full = values.view(4, 4)
-    expected = (full[1, 2] * 0.75 + full[1, 3] * 0.25) * 0.75 + (full[2, 2] * 0.75 + full[2, 3] * 0.25) * 0.25
-    torch.testing.assert_close(cropped[1, 1], expected)
-    torch.testing.assert_close(cropped[1, 3], full[1, 3] * 0.75 + full[2, 3] * 0.25)  # outside it goes on
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("zoom", "corner"), [(1, (0, 0)), (2, (0, 0)), (2, (7, 12)), (2, (20, 28)), (3, (31, 2))])
+def test_a_patch_has_the_mean_of_the_enlarged_map_over_its_pixels(
+    zoom: int, corner: tuple[int, int], flip: bool
+) -> None:
+    grid, patch = (5, 7), 4
+    values = maps(*grid)
+    box = torch.tensor([[corner[0] / zoom / 20, corner[1] / zoom / 28, 1 / zoom, 1 / zoom]]).expand(3, 4)
+    ours = crop_importance(values, grid, patch, box, torch.full((3,), flip))
+    golden.close(ours, by_pixels(values, grid, patch, zoom, corner, flip))
+
+
+def test_any_box_and_mirror_of_each_image() -> None:
+    """Against the map at each pixel of the crop, and against the mean over the area of a patch in a fine raster."""
+    grid, patch = (6, 6), 14
+    values = maps(*grid, batch=4)
+    boxes = torch.tensor([[0.1, 0.3, 0.55, 0.4], [0.0, 0.0, 1, 1], [-0.05, 0.02, 1.02, 1], [0.71, 0.25, 0.29, 0.68]])
+    flips = torch.tensor([True, False, True, False])
+    ours = crop_importance(values, grid, patch, boxes, flips)
+    for side, limit in ((patch, 1e-5), (10 * patch, 1e-3)):
+        theta = torch.zeros(4, 2, 3)  # from the crop to the image, both from -1 to 1
+        theta[:, 0, 0] = boxes[:, 3] * torch.where(flips, -1, 1)
+        theta[:, 1, 1] = boxes[:, 2]
+        theta[:, 0, 2] = 2 * boxes[:, 1] + boxes[:, 3] - 1
+        theta[:, 1, 2] = 2 * boxes[:, 0] + boxes[:, 2] - 1
+        places = F.affine_grid(theta, [4, 1, 6 * side, 6 * side], align_corners=False)
+        images = values.unflatten(1, grid)[:, None]
+        pixels = F.grid_sample(images, places, mode="bilinear", padding_mode="border", align_corners=False)
+        torch.testing.assert_close(ours, F.avg_pool2d(pixels, side).flatten(1), atol=limit, rtol=0)
+    centres = F.affine_grid(theta, [4, 1, 6, 6], align_corners=False)
+    at_centres = F.grid_sample(images, centres, mode="bilinear", padding_mode="border", align_corners=False)
+    assert (ours - at_centres.flatten(1)).abs().max() > 0.05  # the centre of a patch alone is another number
 
 
 def test_importance_is_cropped_like_the_image() -> None:
@@ -54,10 +87,27 @@ def test_importance_is_cropped_like_the_image() -> None:
     """
     place = (torch.arange(16) + 0.5) / 16
     box = torch.tensor([[0.25, 0.125, 0.5, 0.75]])
-    down = crop_importance(place.repeat_interleave(16)[None], (16, 16), box, torch.tensor([True])).view(16, 16)
-    right = crop_importance(place.repeat(16)[None], (16, 16), box, torch.tensor([True])).view(16, 16)
+    down = crop_importance(place.repeat_interleave(16)[None], (16, 16), 8, box, torch.tensor([True])).view(16, 16)
+    right = crop_importance(place.repeat(16)[None], (16, 16), 8, box, torch.tensor([True])).view(16, 16)
     torch.testing.assert_close(down[:, 3], 0.25 + 0.5 * place)
     torch.testing.assert_close(right[5], (0.125 + 0.75 * place).flip(0))
+
+
+def test_golden_weights_of_the_patches_and_what_is_drawn() -> None:
+    """Whole images: the release's sums over the pixels, and the patches that it masks and drops."""
+    g = golden.load("amt_mae_train_dev")
+    c = g.config
+    patch = c["patch"]
+    masking = {"policy": "amt", "ratio": c["mask_ratio"], "drop_ratio": c["throw_ratio"]}
+    policy = MAE(golden.mae_run(c, {"masking": masking}), {}).masking
+    assert isinstance(policy, AMT) and policy.patch == patch
+    for row, step in enumerate(c["amt_microsteps"]):
+        table = g["table/1"][g["sample_ids"][step]].flatten(1)
+        ours = crop_importance(table, (14, 14), patch, WHOLE.expand(2, 4), torch.zeros(2, dtype=torch.bool))
+        golden.close(ours, g["patch_weights"][row] / patch**2)
+        masks = policy.draw(ours, g["exponential_noise"][row])
+        assert torch.equal(masks.masked.sort(dim=1).values, g["ids_masked"][row].sort(dim=1).values)
+        golden.equal(masks.visible.sort(dim=1).values, g["ids_visible"][row].sort(dim=1).values)
 
 
 def released_crop(
@@ -89,7 +139,7 @@ def test_the_release_enlarges_a_corner_and_we_do_not() -> None:
         flips = torch.tensor([bool(flip)])
         released = released_crop(weights, (14, 14), boxes, flips, 224)
         torch.testing.assert_close(released[0], g[f"{k}/patch_weights_196"], atol=2e-4, rtol=0)
-        ours = crop_importance(weights, (14, 14), boxes, flips) * 256
+        ours = crop_importance(weights, (14, 14), 16, boxes, flips) * 256
         assert (ours - released).abs().max() > 50  # of 256
 
 

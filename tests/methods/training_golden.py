@@ -74,13 +74,15 @@ class TrainingGolden:
         noise in its place into full steps. Raises AssertionError. weights: fp32, by our names, buffers may be there.
         """
         assert self.end.keys() <= weights.keys()
-        wrong = []
+        wrong, largest = [], 0.0
         for name, end in self.end.items():
             move, error = (_without_key_bias(name, x) for x in (end - self.start[name], weights[name] - end))
             small = error.norm() < MOVE * move.norm() if move.any() else not error.any()
+            largest = max(largest, float(error.norm() / move.norm())) if move.any() else largest
             if not small:
                 wrong.append(f"{name}: an error of {error.norm():.1e} in a move of {move.norm():.1e}")
         assert not wrong, "; ".join(wrong)
+        golden.report("move", largest, MOVE)
 
 
 def _without_key_bias(name: str, tensor: Tensor) -> Tensor:
