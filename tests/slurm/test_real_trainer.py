@@ -109,7 +109,8 @@ def test_fewer_nodes_than_before(site: Site, shards: Path) -> None:
     assert (end["JobState"], end["NodeList"]) == ("COMPLETED", "n1"), site.log(job)
     (ranks, _), (fewer, step) = launches(site)
     assert (ranks, fewer) == (4, 2) and 0 < step < 40
-    assert "batch 8 = 2 x 1 x 4" in site.log(job) and "batch 8 = 2 x 2 x 2" in site.log(job)
+    assert "= micro-batch 2 x accumulation 1 x ranks 4" in site.log(job)
+    assert "= micro-batch 2 x accumulation 2 x ranks 2" in site.log(job)
     lines = map(json.loads, (site.run_dir / "metrics.jsonl").read_text().splitlines())
     assert {line["step"] for line in lines if "step" in line} == set(range(1, 41))
 

@@ -13,7 +13,7 @@ from tests import ranks
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 STEPS, EVERY = 8, 2
-CHAIN = ((4, 1, "4 x 1 x 4"), (2, 2, "8 x 1 x 2"), (1, 3, "8 x 2 x 1"), (4, 2, "4 x 1 x 4"))  # ranks, ZeRO, batch of 16
+CHAIN = ((4, 1, 4, 1), (2, 2, 8, 1), (1, 3, 8, 2), (4, 2, 4, 1))  # ranks, ZeRO stage, micro-batch, accumulation
 SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "finetune": {"method": {"classes": 4, "head_std": 0.02}, "optim": {"layer_decay": 0.7}},
     "amt": {},
@@ -42,7 +42,7 @@ def test_four_two_one_four_ranks(shards: Path, tmp_path: Path) -> None:
     whole = {method: tmp_path / f"{method}-whole" for method in recipes}
     half, on = tmp_path / "fp16", tmp_path / "bf16"
 
-    for turn, (count, stage, batch) in enumerate(CHAIN):
+    for turn, (count, stage, micro, accumulation) in enumerate(CHAIN):
         runs = [(recipe, f"zero{stage}_fp32", tmp_path / f"{method}-{turn}") for method, recipe in recipes.items()]
         if turn:
             for method in recipes:
@@ -54,7 +54,8 @@ def test_four_two_one_four_ranks(shards: Path, tmp_path: Path) -> None:
             ranks.cut_back(half, on, EVERY)
             runs.append((recipes["finetune"], "zero3_bf16", on))
         done = train_all(count, *runs)
-        assert f"batch 16 = {batch}," in done.stdout + done.stderr
+        batch = f"global batch 16 = micro-batch {micro} x accumulation {accumulation} x ranks {count},"
+        assert batch in done.stdout + done.stderr
 
     for method in recipes:
         last = tmp_path / f"{method}-{len(CHAIN) - 1}"
