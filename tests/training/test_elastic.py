@@ -61,7 +61,7 @@ def test_four_two_one_four_ranks(shards: Path, tmp_path: Path) -> None:
         last = tmp_path / f"{method}-{len(CHAIN) - 1}"
         launches = [json.loads(line) for line in (last / "launches.jsonl").read_text().splitlines()]
         assert [(launch["ranks"], launch["step"]) for launch in launches] == [
-            (count, EVERY * turn) for turn, (count, _, _) in enumerate(CHAIN)
+            (count, EVERY * turn) for turn, (count, *_) in enumerate(CHAIN)
         ]
         assert list(ranks.curve(last).values()) == pytest.approx(list(ranks.curve(whole[method]).values()), abs=1e-6)
         assert ranks.difference(last, whole[method]) < 1e-4
