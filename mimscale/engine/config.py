@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
 from mimscale.config.base import Strict
+
+FastPath = Literal["flat_parameters", "norm_check", "fused_update", "masked_decoder"]
+"""Parts of a step that are computed in another way than the plain one to be fast; see docs/engine.md.
+
+flat_parameters: DeepSpeed holds one parameter per Block and parameter group. Plain: one per natural parameter.
+norm_check: inf and NaN are found in the gradient norm. Plain: in every gradient.
+fused_update: the optimiser's step is one kernel per tensor on a CPU too. Plain: PyTorch's default there.
+masked_decoder: the decoder's last block computes only the patches that the loss reads. Plain: all patches.
+"""
 
 
 class EngineConfig(Strict):
@@ -19,6 +28,7 @@ class EngineConfig(Strict):
     teachers_ahead: experimental. The teachers run one micro-batch ahead of the student, on a GPU in their own stream,
         so that they compute while the student waits for other ranks; costs the memory of one more micro-batch and its
         targets. Targets are equal with and without it (tested on a GPU); its speed has not been measured.
+    plain: fast paths whose plain twin is computed instead, or `all`; each gives the same numbers within rounding.
     """
 
     backend: Literal["deepspeed", "torch"] = "deepspeed"
@@ -26,4 +36,9 @@ class EngineConfig(Strict):
     max_micro_batch: int = Field(64, ge=1)
     activation_checkpointing: int = Field(0, ge=0)
     teachers_ahead: bool = False
+    plain: tuple[FastPath, ...] | Literal["all"] = ()
     device: Literal["auto", "cuda", "cpu"] = "auto"
+
+    def uses(self, path: FastPath) -> bool:
+        """Whether the recipe admits this fast path; the engine may still leave it, with a printed reason."""
+        return path not in (get_args(FastPath) if self.plain == "all" else self.plain)
