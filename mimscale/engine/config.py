@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mimscale.config.base import Strict
 
@@ -28,6 +28,8 @@ class EngineConfig(Strict):
     teachers_ahead: experimental. The teachers run one micro-batch ahead of the student, on a GPU in their own stream,
         so that they compute while the student waits for other ranks; costs the memory of one more micro-batch and its
         targets. Targets are equal with and without it (tested on a GPU); its speed has not been measured.
+    compile: of the student. off; blocks: a few consecutive blocks per graph; whole: the forward pass in one graph;
+        auto: off on a CPU and under ZeRO-3, else the faster of off and blocks. Equal within rounding.
     plain: fast paths whose plain twin is computed instead, or `all`; each gives the same numbers within rounding.
     """
 
@@ -36,8 +38,14 @@ class EngineConfig(Strict):
     max_micro_batch: int = Field(64, ge=1)
     activation_checkpointing: int = Field(0, ge=0)
     teachers_ahead: bool = False
+    compile: Literal["auto", "off", "blocks", "whole"] = "auto"
     plain: tuple[FastPath, ...] | Literal["all"] = ()
     device: Literal["auto", "cuda", "cpu"] = "auto"
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, value: Any) -> Any:
+        return {False: "off", True: "on"}.get(value, value) if isinstance(value, bool) else value  # YAML reads off so
 
     def uses(self, path: FastPath) -> bool:
         """Whether the recipe admits this fast path; the engine may still leave it, with a printed reason."""

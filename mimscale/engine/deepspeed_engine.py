@@ -13,6 +13,7 @@ from mimscale.config.run import RunConfig
 from mimscale.distributed.world import World
 from mimscale.engine.base import method_groups, refuse_other_groups, refuse_other_parameters, refuse_unfit, unchanged
 from mimscale.engine.clip_and_skip import ClipAndSkip, guarded
+from mimscale.engine.compile import StudentCompiler
 from mimscale.engine.deepspeed_runtime import import_deepspeed
 from mimscale.engine.zero_layout import Layout
 from mimscale.optim.optimizers.base import optimizer_class
@@ -66,12 +67,14 @@ class DeepSpeedEngine:
             },
         )
         self.layout = Layout(self._ds, kind, None if config.ema is None else config.ema.decay)
+        self._compiler = StudentCompiler(method, config.engine, world.device, stage)
 
     # ------------------------------------------------------------------------------------------------------- training
 
     def forward_backward(
         self, batch: Batch, targets: Mapping[str, Targets], check_loss: Callable[[Tensor], Tensor] = unchanged
     ) -> dict[str, Tensor]:
+        self._compiler.before_forward(lambda: self._module(batch, targets)["loss"])
         outputs: Mapping[str, Tensor] = self._ds(batch, targets)
         self._ds.backward(check_loss(outputs["loss"]))
         if not self._ds.is_gradient_accumulation_boundary():
@@ -98,6 +101,10 @@ class DeepSpeedEngine:
             return self._optimizer.norm
         norm = self._ds.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
+
+    @property
+    def notes(self) -> list[str]:
+        return self._compiler.notes
 
     @property
     def loss_scale(self) -> float | None:
@@ -140,7 +147,7 @@ class DeepSpeedEngine:
         return {
             "shapes": {**self.layout.shapes(), **{n: list(b.shape) for n, b in self._module.named_buffers()}},
             "groups": self._groups,
-            "engine": self.layout.engine_state(),
+            "engine": {**self.layout.engine_state(), "compiled": self._compiler.state()},
         }
 
     def load(self, reader: Any) -> None:
@@ -165,6 +172,7 @@ class DeepSpeedEngine:
         self.layout.refresh_weights()
         if counters:
             self.layout.load_engine_state(reader.meta["engine"])
+            self._compiler.load(reader.meta["engine"])
         self.layout.check()
 
     def close(self) -> None:

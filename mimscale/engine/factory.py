@@ -8,7 +8,7 @@ from typing import Any
 from mimscale.config.deepspeed import precision_of
 from mimscale.config.run import RunConfig
 from mimscale.distributed.world import World
-from mimscale.engine import deepspeed_runtime, torch_engine
+from mimscale.engine import compile, deepspeed_runtime, torch_engine
 from mimscale.engine.base import Engine
 from mimscale.engine.config import EngineConfig
 from mimscale.engine.deepspeed_engine import DeepSpeedEngine
@@ -23,6 +23,8 @@ def check_backend(engine: EngineConfig, ds_config: Mapping[str, Any]) -> None:
             f"engine.backend = torch has no loss scale for engine.ds_config = {engine.ds_config}, which is fp16; "
             f"use a bf16 or fp32 file, or engine.backend = deepspeed"
         )
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    compile.check(engine.compile, 0 if engine.backend == "torch" else stage)
 
 
 def open_process_group(world: World, engine: EngineConfig, timeout_s: float = 1800.0) -> None:

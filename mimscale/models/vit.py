@@ -8,6 +8,7 @@ parameters module by module). Parameters may be fp32, bf16 or fp16; LayerNorm an
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -157,6 +158,43 @@ def drop_path_scales(noise_BN2: Tensor, rate: float) -> Tensor:
     return torch.floor(noise_BN2.float() + keep[:, None]) / keep[:, None]
 
 
+def run_segment(
+    blocks: tuple[nn.Module, ...],
+    x_BTD: Tensor,
+    scales_BN2: Tensor | None,
+    extra: tuple[Any, ...],
+    recompute: tuple[bool, ...],
+    keep: tuple[bool, ...],
+) -> tuple[Tensor, list[Tensor]]:
+    """Some consecutive blocks: (output of the last, outputs of those to `keep`). recompute: in the backward pass.
+
+    All that varies between segments is an argument, so that equal segments share one compiled graph.
+    """
+    kept = []
+    for index, block in enumerate(blocks):
+        scales = None if scales_BN2 is None else scales_BN2[:, index]
+        if recompute[index]:
+            x_BTD = checkpoint(block, x_BTD, scales, *extra, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x_BTD = block(x_BTD, scales, *extra)
+        if keep[index]:
+            kept.append(x_BTD)
+    return x_BTD, kept
+
+
+class SegmentRunner(NamedTuple):
+    """How an engine wants blocks to be run: `length` at a time, by `run`, which computes what `run_segment` does.
+
+    An engine sets it as the attribute `runner` of each block.
+    """
+
+    length: int
+    run: Callable[..., tuple[Tensor, list[Tensor]]]
+
+
+PLAIN = SegmentRunner(1000, run_segment)
+
+
 def run_blocks(
     blocks: nn.ModuleList,
     x_BTD: Tensor,
@@ -171,19 +209,30 @@ def run_blocks(
     extra: further arguments of every block. attention_prefix: the number of tokens before the patch tokens; if given,
     the attention of the last block is returned as well.
     """
+    chain: list[Any] = list(blocks)  # to mypy the items of a ModuleList are plain Modules
+    runner: SegmentRunner = PLAIN
+    starts = list(range(0, len(chain), PLAIN.length))
+    if attention_prefix is not None:
+        starts = sorted({0, len(chain) - 1})  # the last on its own
+    elif chain:
+        runner = getattr(chain[0], "runner", PLAIN)
+        starts = list(range(0, len(chain), runner.length))
+    recomputes = bool(recompute_every) and torch.is_grad_enabled()
     kept: dict[int, Tensor] = {}
     attention = None
-    block: Any  # to mypy the items of a ModuleList are plain Modules
-    for index, block in enumerate(blocks):
-        if attention_prefix is not None and index == len(blocks) - 1:
-            attention = block.attn(block.norm1(x_BTD), *extra, prefix=attention_prefix)
-        scales = None if scales_BN2 is None else scales_BN2[:, index]
-        if recompute_every and index % recompute_every == 0 and torch.is_grad_enabled():
-            x_BTD = checkpoint(block, x_BTD, scales, *extra, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x_BTD = block(x_BTD, scales, *extra)
-        if index in levels:
-            kept[index] = x_BTD
+    for start, stop in pairwise([*starts, len(chain)]):
+        if attention_prefix is not None and stop == len(chain):
+            attention = chain[-1].attn(chain[-1].norm1(x_BTD), *extra, prefix=attention_prefix)
+        which = range(start, stop)
+        x_BTD, outputs = runner.run(
+            tuple(chain[start:stop]),
+            x_BTD,
+            None if scales_BN2 is None else scales_BN2[:, start:stop],
+            extra,
+            tuple(recomputes and index % recompute_every == 0 for index in which),
+            tuple(index in levels for index in which),
+        )
+        kept |= zip((index for index in which if index in levels), outputs, strict=True)
     return ViTOutput(x_BTD, kept, attention)
 
 
