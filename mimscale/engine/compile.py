@@ -8,22 +8,18 @@ nothing is left to hide their communication behind. Equal segments share a compi
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mimscale.config.compiler import compiler_fault, options, uncompiled, use_cache_dir
 from mimscale.engine.config import EngineConfig
 from mimscale.errors import UserError
 from mimscale.models import beit, convvit, vit
@@ -33,7 +29,6 @@ SEGMENT = 4
 BLOCKS = (vit.Block, beit.Block, convvit.ConvBlock)
 TRIALS = 5
 BACKEND: Any = "inductor"  # of torch.compile
-TRITON_CAPABILITY = (7, 0)
 
 Asked = Literal["auto", "off", "blocks", "whole"]
 Chosen = Literal["off", "blocks", "whole", "measure"]
@@ -57,19 +52,6 @@ def choose(asked: Asked, device: torch.device, stage: int, fault: str) -> tuple[
     return asked, f"engine.compile = {asked}"
 
 
-def compiler_fault(device: torch.device) -> str:
-    """Why torch.compile cannot make code for this device here; empty if it can."""
-    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
-    if not any(shutil.which(name) for name in compilers):
-        return f"no C++ compiler was found ({', '.join(compilers)})"
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        if torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
-            return f"{torch.cuda.get_device_name(device)} is older than Triton supports"
-    return ""
-
-
 def check(asked: Asked, stage: int) -> None:
     """Refuse what was asked for by name and cannot be. Raises UserError."""
     if stage == 3 and asked in ("blocks", "whole"):
@@ -77,33 +59,6 @@ def check(asked: Asked, stage: int) -> None:
             f"engine.compile = {asked} with ZeRO-3: its hooks run between the operators of a block and break the "
             f"graph (44 breaks in six steps); set engine.compile = auto, or a ZeRO-2 file as engine.ds_config"
         )
-
-
-def options() -> dict[str, Any]:
-    """Of Inductor: kernels are chosen by rule and not by timing, so that a resume computes the same bits."""
-    import torch._inductor.config as inductor
-
-    return {"deterministic": True} if hasattr(inductor, "deterministic") else {}
-
-
-def use_cache_dir() -> None:
-    """Compiled kernels are kept in CACHE_DIR, which jobs/ set to a folder on the node's disk."""
-    if os.environ.get("CACHE_DIR"):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(os.environ["CACHE_DIR"]) / "inductor"))
-
-
-def compile_seconds() -> float:
-    """Wall time that this process has spent in torch.compile so far."""
-    if "torch._dynamo.utils" not in sys.modules:
-        return 0.0
-    return float(sys.modules["torch._dynamo.utils"].calculate_time_spent()["total_wall_time"])
-
-
-def uncompiled() -> AbstractContextManager[Any]:
-    """Inside, everything that is compiled is computed eagerly: for passes of another shape, or with hooks, which would
-    otherwise be compiled too.
-    """
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class StudentCompiler:
@@ -147,9 +102,8 @@ class StudentCompiler:
 
     def _apply(self) -> None:
         use_cache_dir()
-        how: dict[str, Any] = {"dynamic": False, "backend": BACKEND}
-        if BACKEND == "inductor":
-            how["options"] = options()
+        chosen = options() if BACKEND == "inductor" else None
+        how: dict[str, Any] = {"dynamic": False, "backend": BACKEND, "options": chosen}
         if self.chosen == "whole":
             self._method.compile(**how)
             return

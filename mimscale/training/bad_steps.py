@@ -12,9 +12,9 @@ from dataclasses import replace
 from functools import partial
 
 from mimscale.checkpoint import format as checkpoint
+from mimscale.config.compiler import uncompiled
 from mimscale.data.order import Order, batch_of, jumped, rank_positions
 from mimscale.data.wds_stream import Source, WebDatasetStream
-from mimscale.engine.compile import uncompiled
 from mimscale.errors import Stopped, warn
 from mimscale.fault_tolerance import activation_magnitudes
 from mimscale.monitoring.run_logger import finite

@@ -10,8 +10,8 @@ from functools import partial
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.checkpoint.async_writer import AsyncCheckpointWriter
+from mimscale.config.compiler import compile_seconds, uncompiled
 from mimscale.data.wds_stream import NOT_EXACT
-from mimscale.engine.compile import compile_seconds, uncompiled
 from mimscale.errors import Stopped
 from mimscale.fault_tolerance import activation_magnitudes
 from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_marker, there
@@ -54,7 +54,7 @@ class Monitor:
 
         run.inputs.start(state)
         run.logger.start(total=plan.total_steps, step=state.step, tensorboard=plan.config.log.tensorboard)
-        run.logger.print("\n".join((describe_run(run, state), *run.init_notes, *run.engine.notes)))
+        run.logger.print("\n".join((describe_run(run, state), *run.init_notes, *run.teachers.notes, *run.engine.notes)))
         self._engine_notes = len(run.engine.notes)
         if state.step < plan.total_steps:
             run.inputs.wait_for_first()

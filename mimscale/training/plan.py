@@ -20,7 +20,7 @@ from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.monitoring.damage_log import DamageLog, default_limit
 from mimscale.optim import lr_schedule
 from mimscale.teachers.base import Teacher
-from mimscale.teachers.ensemble import build_skeletons, describe
+from mimscale.teachers.ensemble import build_skeletons, check_compiled, describe
 from mimscale.teachers.quantise import check as check_quantised
 from mimscale.training import init_weights
 from mimscale.training.micro_batch import solve_micro_batch
@@ -73,6 +73,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
         if world.device.type == "cuda" or teacher.shard:
             check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
             check_quantised(name, teacher.precision, world.device)
+        check_compiled(name, teacher, world.device)
     method_class(config.method.name).check(config, describe(skeletons))
     if config.data.decoder == "device":
         device_decode.check(world.device)
@@ -90,6 +91,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     config = init_weights.with_sha256(config, stored, resumes=not fresh)
     if stored is not None:
         run_folder.refuse_changes(stored, config, run_dir)
+        config = run_folder.compiled_as_before(stored, config)
     if run_folder.stop_wish(run_dir).exists():
         raise UserError(f"{run_folder.stop_wish(run_dir)} asks this run to stop; remove it to go on")
 

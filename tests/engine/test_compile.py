@@ -13,6 +13,8 @@ import torch
 import yaml
 from torch._dynamo.utils import counters
 
+from mimscale.checkpoint import run_folder
+from mimscale.config.compiler import compile_seconds, uncompiled, use_cache_dir
 from mimscale.config.deepspeed import load_ds_config
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig, method_class
@@ -81,7 +83,7 @@ def train(recipe: Path, *overrides: str, steps: int = 4) -> tuple[list[float], l
         losses.append(float(engine.forward_backward(batch, targets)["loss"]))
         assert not engine.step(1e-2, 0.0)
         graphs.append(counters["stats"]["unique_graphs"])
-    with compile.uncompiled():
+    with uncompiled():
         method.visualise(batch, targets)  # all tokens: another shape
     graphs.append(counters["stats"]["unique_graphs"])
     engine.close()
@@ -136,11 +138,11 @@ def test_the_whole_forward_pass_gives_the_eager_losses_and_compiles_once(
 def test_inductor_gives_the_eager_losses(tmp_path: Path) -> None:
     recipe = ranks.recipe(tmp_path, tmp_path, student={"depth": 1})
     eager, *_ = train(recipe, steps=3)
-    before_s = compile.compile_seconds()
+    before_s = compile_seconds()
     losses, graphs, _ = train(recipe, "engine.compile=blocks", steps=3)
     assert losses == pytest.approx(eager, rel=1e-5)
     assert graphs[0] > 0 and graphs == [graphs[0]] * 4, f"recompiled: {graphs}"
-    assert compile.compile_seconds() > before_s
+    assert compile_seconds() > before_s
 
 
 def test_equal_segments_share_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +251,18 @@ def test_yaml_reads_off_as_a_boolean() -> None:
 def test_kernels_are_kept_in_the_jobs_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("CACHE_DIR", "/node/cache")
-    compile.use_cache_dir()
+    use_cache_dir()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/node/cache/inductor"
     monkeypatch.setenv("CACHE_DIR", "/other")
-    compile.use_cache_dir()
+    use_cache_dir()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/node/cache/inductor"
+
+
+def test_a_resume_compiles_its_teachers_as_the_run_began(tmp_path: Path) -> None:
+    wanted = load_recipe(str(ranks.recipe(tmp_path, tmp_path, "maskalign")))
+    older = load_recipe(str(ranks.recipe(tmp_path, tmp_path, "maskalign")), ["teachers.tiny.compile=false"])
+    run_folder.refuse_changes(older, wanted, tmp_path)
+    assert wanted.teachers["tiny"].compile == "auto"
+    assert run_folder.compiled_as_before(older, wanted).teachers["tiny"].compile is False
+    asked = load_recipe(str(tmp_path / "recipe.yaml"), ["teachers.tiny.compile=true"])
+    assert run_folder.compiled_as_before(older, asked) == asked
