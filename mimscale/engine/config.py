@@ -30,6 +30,8 @@ class EngineConfig(Strict):
         targets. Targets are equal with and without it (tested on a GPU); its speed has not been measured.
     compile: of the student. off; blocks: a few consecutive blocks per graph; whole: the forward pass in one graph;
         auto: off on a CPU and under ZeRO-3, else the faster of off and blocks. Equal within rounding.
+    student_fp8: experimental. The linear layers of the student's and the decoder's blocks multiply in fp8; needs a bf16
+        ds_config without ZeRO-3 and the extra [fp8]. Not equal to bf16 within its rounding; see docs/engine.md.
     plain: fast paths whose plain twin is computed instead, or `all`; each gives the same numbers within rounding.
     """
 
@@ -39,6 +41,7 @@ class EngineConfig(Strict):
     activation_checkpointing: int = Field(0, ge=0)
     teachers_ahead: bool = False
     compile: Literal["auto", "off", "blocks", "whole"] = "auto"
+    student_fp8: bool = False
     plain: tuple[FastPath, ...] | Literal["all"] = ()
     device: Literal["auto", "cuda", "cpu"] = "auto"
 

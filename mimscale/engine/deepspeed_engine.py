@@ -15,6 +15,7 @@ from mimscale.engine.base import method_groups, refuse_other_groups, refuse_othe
 from mimscale.engine.clip_and_skip import ClipAndSkip, guarded
 from mimscale.engine.compile import StudentCompiler
 from mimscale.engine.deepspeed_runtime import import_deepspeed
+from mimscale.engine.student_fp8 import use_fp8
 from mimscale.engine.zero_layout import Layout
 from mimscale.optim.optimizers.base import optimizer_class
 from mimscale.types import Batch, Targets
@@ -67,6 +68,7 @@ class DeepSpeedEngine:
             },
         )
         self.layout = Layout(self._ds, kind, None if config.ema is None else config.ema.decay)
+        self._fp8_notes = [use_fp8(method, world.device)] if config.engine.student_fp8 else []
         self._compiler = StudentCompiler(method, config.engine, world.device, stage)
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -104,7 +106,7 @@ class DeepSpeedEngine:
 
     @property
     def notes(self) -> list[str]:
-        return self._compiler.notes
+        return [*self._fp8_notes, *self._compiler.notes]
 
     @property
     def loss_scale(self) -> float | None:

@@ -65,7 +65,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     world = from_environment(config.engine.device)
     ds_config = load_ds_config(config.engine.ds_config)
     check_precision(world.device, precision_of(ds_config))
-    check_backend(config.engine, ds_config)
+    check_backend(config.engine, ds_config, world.device)
     batch = config.schedule.global_batch
     micro_batch, accumulation = solve_micro_batch(batch, world.size, config.engine.max_micro_batch)
     skeletons = build_skeletons(config.teachers, config.data.image_size)
