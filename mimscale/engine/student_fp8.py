@@ -58,7 +58,8 @@ def use_fp8(method: nn.Module, device: torch.device) -> str:
     ]
     fitting = [layer for layer in layers if layer.in_features % SIDE == layer.out_features % SIDE == 0]
     for layer in fitting:
-        layer.__class__ = _fp8_class(type(layer), device.type == "cpu")
+        kind: Any = type(layer)
+        layer.__class__ = _fp8_class(kind, device.type == "cpu")
     how = "emulated on a CPU" if device.type == "cpu" else "torchao, dynamic per-row scales"
     return f"student_fp8: {len(fitting)} of {len(layers)} linear layers of the blocks ({how})"
 

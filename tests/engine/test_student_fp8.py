@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def rounded(rows: Tensor, dim: int) -> Tensor:
 def test_two_products_are_of_fp8_and_the_weights_gradient_is_not() -> None:
     """Against the definition, in float64; without rounding all three differ by more."""
     torch.manual_seed(0)
-    layer = Linear(32, 48).bfloat16()
+    layer: Any = Linear(32, 48).bfloat16()
     layer.__class__ = student_fp8._fp8_class(Linear, True)
     x = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
     gradient = torch.randn(64, 48, dtype=torch.bfloat16)
