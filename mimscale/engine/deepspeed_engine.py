@@ -14,6 +14,7 @@ from mimscale.distributed.world import World
 from mimscale.engine.base import method_groups, refuse_other_groups, refuse_other_parameters, refuse_unfit, unchanged
 from mimscale.engine.clip_and_skip import ClipAndSkip, guarded
 from mimscale.engine.compile import StudentCompiler
+from mimscale.engine.cuda_graphs import StudentGraphs
 from mimscale.engine.deepspeed_runtime import import_deepspeed
 from mimscale.engine.student_fp8 import use_fp8
 from mimscale.engine.zero_layout import Layout
@@ -70,13 +71,15 @@ class DeepSpeedEngine:
         self.layout = Layout(self._ds, kind, None if config.ema is None else config.ema.decay)
         self._fp8_notes = [use_fp8(method, world.device)] if config.engine.student_fp8 else []
         self._compiler = StudentCompiler(method, config.engine, world.device, stage)
+        self._graphs = StudentGraphs(method, config.engine, world.device, stage, accumulation)
 
     # ------------------------------------------------------------------------------------------------------- training
 
     def forward_backward(
         self, batch: Batch, targets: Mapping[str, Targets], check_loss: Callable[[Tensor], Tensor] = unchanged
     ) -> dict[str, Tensor]:
-        self._compiler.before_forward(lambda: self._module(batch, targets)["loss"])
+        for fast_path in (self._compiler, self._graphs):
+            fast_path.before_forward(lambda: self._module(batch, targets)["loss"])
         outputs: Mapping[str, Tensor] = self._ds(batch, targets)
         self._ds.backward(check_loss(outputs["loss"]))
         if not self._ds.is_gradient_accumulation_boundary():
@@ -106,7 +109,7 @@ class DeepSpeedEngine:
 
     @property
     def notes(self) -> list[str]:
-        return [*self._fp8_notes, *self._compiler.notes]
+        return [*self._fp8_notes, *self._compiler.notes, *self._graphs.notes]
 
     @property
     def loss_scale(self) -> float | None:

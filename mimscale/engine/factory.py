@@ -10,7 +10,7 @@ import torch
 from mimscale.config.deepspeed import precision_of
 from mimscale.config.run import RunConfig
 from mimscale.distributed.world import World
-from mimscale.engine import compile, deepspeed_runtime, student_fp8, torch_engine
+from mimscale.engine import compile, cuda_graphs, deepspeed_runtime, student_fp8, torch_engine
 from mimscale.engine.base import Engine
 from mimscale.engine.config import EngineConfig
 from mimscale.engine.deepspeed_engine import DeepSpeedEngine
@@ -18,7 +18,7 @@ from mimscale.engine.torch_engine import TorchEngine
 from mimscale.errors import UserError
 
 
-def check_backend(engine: EngineConfig, ds_config: Mapping[str, Any], device: torch.device) -> None:
+def check_backend(engine: EngineConfig, ds_config: Mapping[str, Any], device: torch.device, accumulation: int) -> None:
     """Refuse what the backend or the device cannot do, before anything is built. Raises UserError."""
     if engine.backend == "torch" and precision_of(ds_config) == "fp16":
         raise UserError(
@@ -27,6 +27,7 @@ def check_backend(engine: EngineConfig, ds_config: Mapping[str, Any], device: to
         )
     stage = 0 if engine.backend == "torch" else ds_config.get("zero_optimization", {}).get("stage", 0)
     compile.check(engine.compile, stage)
+    cuda_graphs.check(engine, device, stage, accumulation)
     if engine.student_fp8:
         student_fp8.check(device, stage, precision_of(ds_config))
 
@@ -41,7 +42,7 @@ def make_engine(
     method: Any, config: RunConfig, world: World, *, micro_batch: int, accumulation: int, ds_config: Mapping[str, Any]
 ) -> Engine:
     """`engine.backend` of the recipe, around a method. Collective. Raises UserError."""
-    check_backend(config.engine, ds_config, world.device)
+    check_backend(config.engine, ds_config, world.device, accumulation)
     precision = precision_of(ds_config)
     if config.engine.backend == "torch" and precision != "fp16":
         return TorchEngine(method, config, world, accumulation=accumulation, precision=precision)

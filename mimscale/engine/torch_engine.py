@@ -21,6 +21,7 @@ from mimscale.config.run import RunConfig
 from mimscale.distributed.world import World
 from mimscale.engine.base import method_groups, refuse_other_groups, refuse_other_parameters, refuse_unfit, unchanged
 from mimscale.engine.compile import StudentCompiler
+from mimscale.engine.cuda_graphs import StudentGraphs
 from mimscale.engine.student_fp8 import use_fp8
 from mimscale.optim.ema import STUDENT, MovingAverage
 from mimscale.optim.optimizers.base import optimizer_class
@@ -67,6 +68,7 @@ class TorchEngine:
             self._model = DistributedDataParallel(self._module, broadcast_buffers=False)
         self._fp8_notes = [use_fp8(method, world.device)] if config.engine.student_fp8 else []
         self._compiler = StudentCompiler(self._module, config.engine, world.device, stage=0)
+        self._graphs = StudentGraphs(self._module, config.engine, world.device, 0, accumulation)  # says why not
         self._autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
         self._micro_step = self._steps = self._skipped = 0
         self._norm = math.nan
@@ -110,7 +112,7 @@ class TorchEngine:
 
     @property
     def notes(self) -> list[str]:
-        return [*self._fp8_notes, *self._compiler.notes]
+        return [*self._fp8_notes, *self._compiler.notes, *self._graphs.notes]
 
     @property
     def loss_scale(self) -> float | None:

@@ -20,6 +20,7 @@ from mimscale.errors import UserError
 from mimscale.teachers import quantise, weights
 from mimscale.teachers.base import DTYPES, Teacher, check_needs, fault_of
 from mimscale.teachers.config import TeacherConfig
+from mimscale.teachers.cuda_graphs import GraphedTeacher
 from mimscale.types import Targets, TeacherInfo, TeacherNeeds
 
 
@@ -154,6 +155,17 @@ class TeacherEnsemble:
         """Split the teachers with `shard: true` over the ranks. `split` returns what is called instead. Collective."""
         for name in self._sharded:
             self._calls[name] = split(self.teachers[name])
+
+    def use_cuda_graphs(self) -> None:
+        """From the next call on, each teacher that is not split is one CUDA graph, if the device is a GPU."""
+        for name in self.teachers:
+            why = "its parameters are split over the ranks" if name in self._sharded else ""
+            why = why or ("" if self._device.type == "cuda" else "CUDA graphs need a CUDA device")
+            if not why:
+                self._calls[name] = GraphedTeacher(self._calls[name])
+            self.notes.append(
+                f"cuda_graphs: off for teachers.{name} ({why})" if why else f"cuda_graphs: on for teachers.{name}"
+            )
 
     def check(self) -> None:
         """Refuse teachers whose targets are not finite for a flat, a smooth and a noisy image. Collective. Raises

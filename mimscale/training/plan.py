@@ -65,9 +65,9 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     world = from_environment(config.engine.device)
     ds_config = load_ds_config(config.engine.ds_config)
     check_precision(world.device, precision_of(ds_config))
-    check_backend(config.engine, ds_config, world.device)
     batch = config.schedule.global_batch
     micro_batch, accumulation = solve_micro_batch(batch, world.size, config.engine.max_micro_batch)
+    check_backend(config.engine, ds_config, world.device, accumulation)
     skeletons = build_skeletons(config.teachers, config.data.image_size)
     for name, teacher in config.teachers.items():
         if world.device.type == "cuda" or teacher.shard:

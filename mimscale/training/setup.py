@@ -65,6 +65,8 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
     )
     teachers.shard(partial(split_over_ranks, world=world))
     teachers.check()
+    if config.engine.cuda_graphs != "off":
+        teachers.use_cuda_graphs()
     method.before_run(plan.manifest.samples)
     startup.end("engine")
 

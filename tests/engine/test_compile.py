@@ -116,7 +116,7 @@ def test_blocks_give_the_eager_losses_and_compile_once(
     recipe = ranks.recipe(tmp_path, tmp_path, method)
     eager, none, _ = train(recipe, *overrides)
     losses, graphs, notes = train(recipe, *overrides, "engine.compile=blocks")
-    assert notes == ["compile: blocks (engine.compile = blocks)"] and none == [0] * 5
+    assert notes[0] == "compile: blocks (engine.compile = blocks)" and none == [0] * 5
     assert losses == pytest.approx(eager, rel=1e-2 if "bf16" in case else 1e-6)
     assert losses[-1] != pytest.approx(losses[0], rel=1e-2)
     assert graphs[0] > 0 and graphs == [graphs[0]] * 5, f"recompiled: {graphs}"
