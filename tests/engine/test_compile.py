@@ -18,28 +18,19 @@ from mimscale.config.compiler import compile_seconds, uncompiled, use_cache_dir
 from mimscale.config.deepspeed import load_ds_config
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig, method_class
-from mimscale.distributed.world import close_process_group, from_environment
+from mimscale.distributed.world import from_environment
 from mimscale.engine import compile
 from mimscale.engine.compile import Asked, StudentCompiler
 from mimscale.engine.config import EngineConfig
-from mimscale.engine.deepspeed_runtime import open_process_group
 from mimscale.engine.factory import make_engine
 from mimscale.errors import UserError
 from mimscale.types import Batch, Noise, Targets
 from tests import ranks
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    before = dict(os.environ)
-    open_process_group(from_environment("cpu"))
-    yield
-    close_process_group()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +12,18 @@ from torch._dynamo.utils import counters
 
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import method_class
-from mimscale.distributed.world import close_process_group, from_environment
 from mimscale.engine import compile, student_fp8
-from mimscale.engine.deepspeed_runtime import open_process_group
 from mimscale.errors import UserError
 from mimscale.models.vit import Linear
 from mimscale.teachers import quantise
 from tests import ranks
 from tests.engine.test_compile import train
 
-pytestmark = pytest.mark.skipif(bool(quantise.unavailable()), reason="torchao does not fit this torch")
+pytestmark = [
+    pytest.mark.skipif(bool(quantise.unavailable()), reason="torchao does not fit this torch"),
+    pytest.mark.usefixtures("process_group"),
+]
 BF16 = "engine.ds_config=cpu_zero2_bf16"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    before = dict(os.environ)
-    open_process_group(from_environment("cpu"))
-    yield
-    close_process_group()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def rounded(rows: Tensor, dim: int) -> Tensor:
