@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mimscale.config.compiler import compiler_fault, options, uncompiled, use_cache_dir
+from mimscale.config.compiler import compiler_fault, options, uncompiled
 from mimscale.engine.config import EngineConfig
 from mimscale.errors import UserError
 from mimscale.models import beit, convvit, vit
@@ -101,7 +101,6 @@ class StudentCompiler:
                 self._apply()
 
     def _apply(self) -> None:
-        use_cache_dir()
         chosen = options() if BACKEND == "inductor" else None
         how: dict[str, Any] = {"dynamic": False, "backend": BACKEND, "options": chosen}
         if self.chosen == "whole":

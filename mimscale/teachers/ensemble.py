@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimscale.config.compiler import compiler_fault, options, uncompiled, use_cache_dir
+from mimscale.config.compiler import compiler_fault, options, uncompiled
 from mimscale.errors import UserError
 from mimscale.teachers import quantise, weights
 from mimscale.teachers.base import DTYPES, Teacher, check_needs, fault_of
@@ -100,7 +100,6 @@ def load(name: str, config: TeacherConfig, skeleton: Teacher, device: torch.devi
 
 def compile_blocks(teacher: Teacher) -> None:
     """One by one, because `Teacher.forward` reads tokens between blocks; equal blocks share a graph of static shape."""
-    use_cache_dir()
     for block in teacher.blocks:
         block.compile(dynamic=False, options=options())
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
+from mimscale.config.compiler import use_cache_dir
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig, method_class
 from mimscale.data import device_decode
@@ -62,6 +63,7 @@ class Plan:
 
 def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:
     """Every check, before a process group is opened. Raises UserError."""
+    use_cache_dir()
     world = from_environment(config.engine.device)
     ds_config = load_ds_config(config.engine.ds_config)
     check_precision(world.device, precision_of(ds_config))
