@@ -1,4 +1,4 @@
-"""Convert Hugging Face's parameter names of CLIP vision towers and ViTs to timm's.
+"""Convert Hugging Face's parameter names of CLIP vision towers, ViTs and DINOv2 to timm's.
 
 Official MaskAlign checkpoints hold their teacher under these names, and so do the files of Hugging Face's hub. A file
 does not record constants: CLIP has LayerNorm eps 1e-5 and QuickGELU; Hugging Face's DINO has eps 1e-12, unlike timm's
@@ -15,6 +15,9 @@ from torch import Tensor
 
 _CLIP_ANCHOR = "embeddings.class_embedding"  # below vision_model., or at the root, as transformers 5 saves the tower
 _VIT_ANCHOR = "embeddings.cls_token"
+ANCHORS = (_CLIP_ANCHOR, _VIT_ANCHOR)
+"""How the name of one tensor of each tower ends that has Hugging Face's names."""
+
 _CLIP_BLOCK = {
     "self_attn.out_proj": "attn.proj",
     "layer_norm1": "norm1",
@@ -29,6 +32,14 @@ _VIT_BLOCK = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
+_DINOV2_BLOCK = {
+    "attention.output.dense": "attn.proj",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_LAYER_SCALE = (("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.gamma"))
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -58,7 +69,9 @@ def from_huggingface_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_huggingface_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """ViTModel (supervised, DINO), or any model that contains one -> timm's VisionTransformer without head.
+    """ViTModel (supervised, DINO, MAE) or Dinov2Model, or any model that contains one -> timm's VisionTransformer.
+
+    Without head; DINOv2's mask token is left out, and its SwiGLU (giant) is not known.
 
     Raises KeyError if a tensor of the tower is missing.
     """
@@ -69,8 +82,16 @@ def from_huggingface_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
     for theirs, ours in (("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("layernorm", "norm")):
         out |= {f"{ours}.{kind}": state[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+    if "embeddings.register_tokens" in state:
+        out["reg_token"] = state["embeddings.register_tokens"]
     attention = [f"attention.attention.{part}" for part in ("query", "key", "value")]
-    return out | _blocks(state, "encoder.layer", attention, _VIT_BLOCK)
+    dinov2 = any(key.endswith(_LAYER_SCALE[0][0]) for key in state)
+    out |= _blocks(state, "encoder.layer", attention, _DINOV2_BLOCK if dinov2 else _VIT_BLOCK)
+    for key, tensor in state.items():
+        for theirs, ours in _LAYER_SCALE:
+            if key.startswith("encoder.layer.") and key.endswith(theirs):
+                out[f"blocks.{key.split('.')[2]}.{ours}"] = tensor
+    return out
 
 
 def _below(state: Mapping[str, Tensor], anchor: str, kept: str) -> dict[str, Tensor]:
