@@ -42,12 +42,40 @@ _DINOV2_BLOCK = {
 _LAYER_SCALE = (("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.gamma"))
 
 
+_OF_FILES = (  # names of the modules of a ViT in transformers 5 -> those in its files, which are transformers 4's
+    (re.compile(r"(^|\.)layers\.(?=\d)"), r"\1encoder.layer."),
+    (re.compile(r"\.attention\.q_proj\."), ".attention.attention.query."),
+    (re.compile(r"\.attention\.k_proj\."), ".attention.attention.key."),
+    (re.compile(r"\.attention\.v_proj\."), ".attention.attention.value."),
+    (re.compile(r"\.attention\.o_proj\."), ".attention.output.dense."),
+)
+_OF_FILES_MLP = ((".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."))  # but for DINOv2
+
+
+def names_of_files(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT's state dict under the names that its files have, where it was saved under its modules' in transformers 5.
+
+    `save_pretrained` writes the names of transformers 4, `torch.save` of a state dict those of the modules.
+    """
+    if not any(_OF_FILES[1][0].search(name) for name in state):
+        return dict(state)
+    dinov2 = any(name.endswith(_LAYER_SCALE[0][0]) for name in state)
+    out = {}
+    for name, tensor in state.items():
+        for pattern, replacement in _OF_FILES:
+            name = pattern.sub(replacement, name)
+        for theirs, files in () if dinov2 else _OF_FILES_MLP:
+            name = name.replace(theirs, files)
+        out[name] = tensor
+    return out
+
+
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """The same weights under timm's names; None if the names are not Hugging Face's."""
     if any(key.endswith(_CLIP_ANCHOR) for key in state):
         return from_huggingface_clip(state)
     if any(key.endswith(_VIT_ANCHOR) for key in state):
-        return from_huggingface_vit(state)
+        return from_huggingface_vit(names_of_files(state))
     return None
 
 

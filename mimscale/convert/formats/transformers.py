@@ -58,6 +58,7 @@ def from_official(state: Mapping[str, Tensor], levels: Levels | None = None) -> 
     if WHOLE_MODEL not in state:
         return timm.from_official(encoder(state))
     official: State = {}
+    state = huggingface.names_of_files(state)
     for name, tensor in state.items():
         left, query, right = name.partition(f".attention.attention.{QKV[0]}.")
         if query:
