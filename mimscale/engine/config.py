@@ -33,8 +33,8 @@ class EngineConfig(Strict):
 
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     ds_config: str = "zero2_bf16"
-    max_micro_batch: int = Field(64, ge=1)
-    activation_checkpointing: int = Field(0, ge=0)
+    max_micro_batch: int = Field(64, ge=1, le=2**20)
+    activation_checkpointing: int = Field(0, ge=0, le=1024)
     teachers_ahead: bool = False
     plain: tuple[FastPath, ...] | Literal["all"] = ()
     device: Literal["auto", "cuda", "cpu"] = "auto"

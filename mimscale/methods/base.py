@@ -44,6 +44,13 @@ class Method(nn.Module):
         UserError.
         """
 
+    @classmethod
+    def check_classes(cls, run: RunConfig, classes: int) -> None:
+        """Refuse a data set with another number of classes than the method has outputs for. Raises UserError.
+
+        classes: of the data set's class names, or its largest label plus one. Not called where there are no labels.
+        """
+
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__()
         self.check(run, teachers)

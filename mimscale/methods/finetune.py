@@ -34,7 +34,7 @@ class BeitConfig(Strict):
     """
 
     positions: Positions = "per_block"
-    layer_scale: float | None = Field(LAYER_SCALE, gt=0)
+    layer_scale: float | None = Field(LAYER_SCALE, gt=0, le=1e3)
 
 
 class FinetuneConfig(MethodConfig):
@@ -44,12 +44,12 @@ class FinetuneConfig(MethodConfig):
     Neither: a plain ViT.
     """
 
-    classes: int = Field(ge=2)
+    classes: int = Field(ge=2, le=10**6)
     stages: ConvStages | None = None
     beit: BeitConfig | None = None
     pool: Literal["mean", "cls"] = "mean"
     label_smoothing: Fraction = 0.1
-    head_std: float = Field(2e-5, gt=0)
+    head_std: float = Field(2e-5, gt=0, le=10)
 
 
 class Classifier(nn.Linear):
@@ -78,6 +78,14 @@ class Finetune(base.Method):
             check_stages(config.stages, run.student)
             if config.pool == "cls" and not config.stages.class_token:
                 raise UserError("method.pool = cls, but stages.class_token is false; set method.pool = mean")
+
+    @classmethod
+    def check_classes(cls, run: RunConfig, classes: int) -> None:
+        outputs = cast(FinetuneConfig, run.method).classes
+        if outputs != classes:
+            raise UserError(
+                f"method.classes = {outputs}, but {run.data.shards} has {classes} classes; set method.classes={classes}"
+            )
 
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__(run, teachers)

@@ -36,12 +36,12 @@ class MAEConfig(base.MaskedConfig):
     """
 
     norm_pix_loss: bool = True
-    low_pass_radius: float | None = Field(None, gt=0)
+    low_pass_radius: float | None = Field(None, gt=0, le=1e4)
     fusion: FusionConfig = FusionConfig()
-    decoder_width: int = Field(512, ge=4)
-    decoder_depth: int = Field(8, ge=1)
-    decoder_heads: int = Field(16, ge=1)
-    decoder_mlp_ratio: float = Field(4.0, gt=0)
+    decoder_width: int = Field(512, ge=4, le=2**16)
+    decoder_depth: int = Field(8, ge=1, le=1024)
+    decoder_heads: int = Field(16, ge=1, le=2**12)
+    decoder_mlp_ratio: float = Field(4.0, gt=0, le=256)
 
     @model_validator(mode="after")
     def _divisible(self) -> MAEConfig:

@@ -59,7 +59,7 @@ class MRMAEConfig(FeatureConfig, mae.MAEConfig):
     masking: base.AnyMasking = base.masking_default("attention", 0.75)
     fusion: MimicFusion = MimicFusion()
     mimic_loss: FeatureLoss = "l2"
-    pixel_weight: float = Field(1.0, gt=0)
+    pixel_weight: float = Field(1.0, gt=0, le=1e6)
 
 
 class MRMAE(mae.MAE):

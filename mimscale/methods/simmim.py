@@ -36,7 +36,7 @@ class SimMIMConfig(base.MaskedConfig):
     masking: base.AnyMasking = base.masking_default("random", 0.6, unit=32)
     fusion: FusionConfig = FusionConfig()
     positions: Positions = "relative"
-    layer_scale: float | None = Field(LAYER_SCALE, gt=0)
+    layer_scale: float | None = Field(LAYER_SCALE, gt=0, le=1e3)
 
 
 class Prediction(NamedTuple):

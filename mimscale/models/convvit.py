@@ -27,8 +27,8 @@ from mimscale.models.vit import LN_EPS, Block, Encoder, Linear, Mlp, drop_path, 
 STAGE_EPS = 1e-5  # LayerNorm eps before the attention stage, as released; LN_EPS from there on
 KERNEL = 5
 
-Count = Annotated[int, Field(ge=1)]
-Ratio = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, le=2**16)]
+Ratio = Annotated[float, Field(gt=0, le=256)]
 
 
 class ConvStages(Strict):

@@ -94,6 +94,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
         raise UserError(f"{run_folder.stop_wish(run_dir)} asks this run to stop; remove it to go on")
 
     manifest = open_source(config.data, world.size)
+    check_classes(config, manifest)
     steps_per_epoch = manifest.samples // config.schedule.global_batch
     if config.schedule.steps is None and steps_per_epoch == 0:
         raise UserError(
@@ -125,6 +126,13 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
         total,
         command,
     )
+
+
+def check_classes(config: RunConfig, manifest: Source) -> None:
+    """Raises UserError where the method has outputs for another number of classes than the data set has."""
+    if manifest.labels is not None:
+        classes = len(manifest.classes) if manifest.classes is not None else int(manifest.labels.max()) + 1
+        method_class(config.method.name).check_classes(config, classes)
 
 
 def open_damage_log(
