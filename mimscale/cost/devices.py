@@ -25,18 +25,18 @@ class HostCost:
 
     kernel_s: to launch one operator of the forward or backward pass in eager PyTorch.
     parameter_s, update_parameter_s: what DeepSpeed adds per parameter tensor that it holds, in a backward pass (hook,
-        copy into the bucket) and in an update (slice of the partition, norm, and in 16 bit a check), at ZeRO 1 and 2.
-    zero3_module_s, zero3_parameter_s: gathering and releasing under ZeRO-3, per module with parameters and pass, and
-        per parameter tensor and backward pass.
+        copy into the bucket) and in an update (slice of the partition, norm, and in 16 bit a check).
+    zero3_parameter_s: what gathering and releasing under ZeRO-3 adds per parameter tensor and micro-batch.
+    recompute_block_s: what activation checkpointing adds per block that is recomputed.
     step_s: per optimiser step, whatever the model.
     """
 
-    kernel_s: float = 10e-6
-    parameter_s: float = 80e-6
-    update_parameter_s: float = 110e-6
-    zero3_module_s: float = 300e-6
-    zero3_parameter_s: float = 250e-6
-    step_s: float = 4e-3
+    kernel_s: float = 15e-6
+    parameter_s: float = 200e-6
+    update_parameter_s: float = 150e-6
+    zero3_parameter_s: float = 700e-6
+    recompute_block_s: float = 2.6e-3
+    step_s: float = 80e-3
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class Device:
     """One accelerator. Rates are per second.
 
     peak: dense matrix products, FLOP/s by precision. matmul: share of it that large products reach. efficiency: share
-    of that which the products of a ViT reach, which are smaller. memory: bytes. reserved: bytes that CUDA's context,
-    NCCL and fragmentation take. bandwidth: bytes/s of memory that elementwise kernels reach. link: bytes/s of NVLink
-    (or PCIe) per GPU and direction inside a node. host: see `HostCost`. source: where the numbers are from.
+    of that which the products of a ViT reach, which are smaller. memory: bytes, as the
+    driver reports them. reserved: bytes that CUDA's context, NCCL and fragmentation take. bandwidth: bytes/s of memory
+    that elementwise kernels reach. link: bytes/s of NVLink (or PCIe) per GPU and direction inside a node. host: see
+    `HostCost`. source: where the numbers are from.
     """
 
     name: str
@@ -86,8 +87,8 @@ DEVICES = {
         {"bf16": 989e12, "fp16": 989e12, "fp32": 494e12, "fp8": 1979e12, "int8": 1979e12},
         matmul=0.80,
         efficiency=0.75,
-        memory=80e9,
-        reserved=3e9,
+        memory=78 * GIB,
+        reserved=5 * GIB,
         bandwidth=2.6e12,
         link=450e9,
         cores=16,
@@ -100,8 +101,8 @@ DEVICES = {
         {"bf16": 989e12, "fp16": 989e12, "fp32": 494e12, "fp8": 1979e12, "int8": 1979e12},
         matmul=0.79,
         efficiency=0.75,
-        memory=141e9,
-        reserved=3e9,
+        memory=139 * GIB,
+        reserved=7 * GIB,
         bandwidth=3.8e12,
         link=450e9,
         cores=16,
@@ -114,8 +115,8 @@ DEVICES = {
         {"bf16": 312e12, "fp16": 312e12, "fp32": 156e12, "int8": 624e12},
         matmul=0.85,
         efficiency=0.80,
-        memory=80e9,
-        reserved=3e9,
+        memory=79 * GIB,
+        reserved=5 * GIB,
         bandwidth=1.6e12,
         link=300e9,
         cores=16,
@@ -127,8 +128,8 @@ DEVICES = {
         {"bf16": 312e12, "fp16": 312e12, "fp32": 156e12, "int8": 624e12},
         matmul=0.85,
         efficiency=0.80,
-        memory=40e9,
-        reserved=3e9,
+        memory=39 * GIB,
+        reserved=3 * GIB,
         bandwidth=1.25e12,
         link=300e9,
         cores=16,
@@ -140,8 +141,8 @@ DEVICES = {
         {"fp16": 125e12, "fp32": 15.7e12},
         matmul=0.75,
         efficiency=0.75,
-        memory=32e9,
-        reserved=2e9,
+        memory=31.7 * GIB,
+        reserved=2.5 * GIB,
         bandwidth=0.75e12,
         link=150e9,
         cores=10,
@@ -153,8 +154,8 @@ DEVICES = {
         {"fp32": 90e9, "bf16": 90e9, "fp16": 90e9},
         matmul=1.0,
         efficiency=0.95,
-        memory=16e9,
-        reserved=0.5e9,
+        memory=16 * GIB,
+        reserved=0.5 * GIB,
         bandwidth=10e9,
         link=10e9,
         cores=1,

@@ -63,7 +63,8 @@ class Counter(TorchDispatchMode):
     """Counts what is dispatched while it is active.
 
     work: (part, phase) -> Work; a part is the last of `parts` at that time. alive, peak: bytes of tensors that were
-    allocated while it was active, now and at most.
+    allocated while it was active, now and at most since `gradient_done`. gradients: elements of the parameters whose
+    gradients are done. timeline: (peak, gradients) at each of them.
     """
 
     def __init__(self) -> None:
@@ -71,13 +72,21 @@ class Counter(TorchDispatchMode):
         self.work: dict[tuple[str, Phase], Work] = {}
         self.parts: list[str] = ["other"]
         self.phase: Phase = "forward"
-        self.alive = self.peak = 0
+        self.alive = self.peak = self.gradients = 0
+        self.timeline: list[tuple[int, int]] = []
         self._known: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
 
     def exempt(self, tensors: Sequence[Tensor]) -> None:
         """Their memory is accounted for elsewhere."""
         for tensor in tensors:
             self._known[tensor.untyped_storage()] = None
+
+    def gradient_done(self, parameter: Tensor) -> None:
+        """As ZeRO does: a gradient leaves the parameter as soon as it is there. A hook of the parameter."""
+        self.timeline.append((self.peak, self.gradients))
+        self.gradients += parameter.numel()
+        parameter.grad = None
+        self.peak = self.alive
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -230,9 +239,9 @@ class Trace:
 
     student: (part of the method, phase) -> Work. teachers: name -> Work. uncropped: Work of one uncropped image that a
     masking policy passes through the student. activations: bytes that are alive after the forward pass, for the
-    backward pass. backward_peak: bytes alive at most during the backward pass, gradients of parameters left out.
-    teacher_peak: the same while the teachers run. inputs, targets: bytes of the micro-batch and of what teachers
-    give for it.
+    backward pass. backward: (bytes alive at most, elements of the gradients that are already elsewhere) from each
+    parameter's gradient to the next, during the backward pass. teacher_peak: the same while the teachers run. inputs,
+    targets: bytes of the micro-batch and of what teachers give for it.
     """
 
     micro_batch: int
@@ -240,7 +249,7 @@ class Trace:
     teachers: Mapping[str, Work]
     uncropped: Work
     activations: int
-    backward_peak: int
+    backward: tuple[tuple[int, int], ...]
     teacher_peak: int
     inputs: int
     targets: int
@@ -251,6 +260,29 @@ class Trace:
 
     def phase(self, phase: Phase) -> Work:
         return total({key: work for key, work in self.student.items() if key[1] == phase})
+
+
+def at(first: Trace, second: Trace, micro_batch: int) -> Trace:
+    """The trace of another micro-batch: everything in it is linear in the number of images."""
+    share = (micro_batch - first.micro_batch) / (second.micro_batch - first.micro_batch)
+
+    def number(a: int, b: int) -> int:
+        return max(0, round(a + share * (b - a)))
+
+    def work(a: Work, b: Work) -> Work:
+        return a * (1 - share) + b * share
+
+    return Trace(
+        micro_batch,
+        {key: work(value, second.student[key]) for key, value in first.student.items()},
+        {name: work(value, second.teachers[name]) for name, value in first.teachers.items()},
+        first.uncropped,
+        number(first.activations, second.activations),
+        tuple((number(a, b), done) for (a, done), (b, _) in zip(first.backward, second.backward, strict=True)),
+        number(first.teacher_peak, second.teacher_peak),
+        number(first.inputs, second.inputs),
+        number(first.targets, second.targets),
+    )
 
 
 def trace(
@@ -280,13 +312,13 @@ def trace(
         parameter.grad = None
     with ExitStack() as stack:
         _Hooks(counter, cuda).attach(method, stack)
-        for parameter in method.parameters():  # as ZeRO does: a gradient leaves once it is accumulated elsewhere
-            stack.callback(parameter.register_post_accumulate_grad_hook(_drop_gradient).remove)
+        for parameter in method.parameters():
+            stack.callback(parameter.register_post_accumulate_grad_hook(counter.gradient_done).remove)
         stack.enter_context(counter)
         outputs = method(batch, targets)
         activations, counter.phase, counter.peak = counter.alive, "backward", counter.alive
         outputs["loss"].backward()
-    backward_peak = counter.peak
+    counter.timeline.append((counter.peak, counter.gradients))
     del outputs
     return Trace(
         micro_batch,
@@ -294,15 +326,11 @@ def trace(
         teacher_work,
         _uncropped(shapes, cuda) if method.needs.uncropped_images else Work(),
         activations,
-        backward_peak,
+        tuple(counter.timeline),
         teacher_peak,
         inputs=sum(tensor.untyped_storage().nbytes() for tensor in _tensors(batch)),
         targets=_distinct_bytes(tensor for value in targets.values() for tensor in _tensors(value)),
     )
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 class _Hooks:

@@ -37,7 +37,7 @@ from mimscale.teachers import weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import adapter, build_skeleton, describe
 from mimscale.training import init_weights
-from mimscale.training.micro_batch import solve_micro_batch
+from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.types import TeacherInfo
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "webdataset", "huggingface_hub")

@@ -23,7 +23,7 @@ from mimscale.teachers.base import Teacher
 from mimscale.teachers.ensemble import build_skeletons, describe
 from mimscale.teachers.quantise import check as check_quantised
 from mimscale.training import init_weights
-from mimscale.training.micro_batch import solve_micro_batch
+from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.types import TeacherInfo
 
 
