@@ -30,6 +30,7 @@ from mimscale.data import device_decode
 from mimscale.data.config import default_decoder
 from mimscale.data.decode import explain
 from mimscale.data.wds_stream import open_source
+from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.distributed.world import check_precision
 from mimscale.doctor import compositions, teacher
 from mimscale.errors import UserError
@@ -37,7 +38,6 @@ from mimscale.teachers import weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import adapter, build_skeleton, describe
 from mimscale.training import init_weights
-from mimscale.training.micro_batch import solve_micro_batch
 from mimscale.training.plan import check_classes
 from mimscale.types import TeacherInfo
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mimscale.config.base import Strict
 
@@ -23,7 +23,9 @@ class EngineConfig(Strict):
 
     ds_config: a name in ds_configs/ (`zero2_fp16`) or a path to a JSON file of your own. With `backend: torch` only its
         precision is used.
-    max_micro_batch: images per rank and forward pass at most; accumulation is solved from it and the world size.
+    max_micro_batch: images per rank and forward pass at most; accumulation is solved from it and the world size. auto:
+        at the start of a run, the most whose predicted memory fits the GPU with the least memory (`mimscale plan` prints
+        it); on a CPU 64. What was found is written into the run's config.yaml, and a resume takes it from there.
     activation_checkpointing: 0 off, k = recompute every k-th block.
     teachers_ahead: experimental. The teachers run one micro-batch ahead of the student, on a GPU in their own stream,
         so that they compute while the student waits for other ranks; costs the memory of one more micro-batch and its
@@ -33,11 +35,19 @@ class EngineConfig(Strict):
 
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     ds_config: str = "zero2_bf16"
-    max_micro_batch: int = Field(64, ge=1, le=2**20)
+    max_micro_batch: int | Literal["auto"] = 64
     activation_checkpointing: int = Field(0, ge=0, le=1024)
     teachers_ahead: bool = False
     plain: tuple[FastPath, ...] | Literal["all"] = ()
     device: Literal["auto", "cuda", "cpu"] = "auto"
+
+    @field_validator("max_micro_batch", mode="before")
+    @classmethod
+    def _images_or_auto(cls, value: Any) -> Any:
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value != "auto" and not whole:
+            raise ValueError(f"engine.max_micro_batch = {value!r}: must be a number of images, at least 1, or auto")
+        return value
 
     def uses(self, path: FastPath) -> bool:
         """Whether the recipe admits this fast path; the engine may still leave it, with a printed reason."""

@@ -13,6 +13,7 @@ from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig, method_class
 from mimscale.data import device_decode
 from mimscale.data.wds_stream import Source, open_source
+from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.distributed.world import World, check_precision, from_environment
 from mimscale.engine.factory import check_backend
 from mimscale.errors import UserError
@@ -23,7 +24,6 @@ from mimscale.teachers.base import Teacher
 from mimscale.teachers.ensemble import build_skeletons, describe
 from mimscale.teachers.quantise import check as check_quantised
 from mimscale.training import init_weights
-from mimscale.training.micro_batch import solve_micro_batch
 from mimscale.types import TeacherInfo
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mimscale.config import deepspeed
 from mimscale.config.recipes import load_recipe, validate
 from mimscale.errors import UserError
-from mimscale.training.micro_batch import solve_micro_batch
+from mimscale.distributed.micro_batch import solve_micro_batch
 from tests import ranks
 
 
