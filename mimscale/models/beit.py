@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimscale.models.config import StudentConfig
-from mimscale.models.patches import patchify
+from mimscale.models.patches import patches_at, patchify
 from mimscale.models.rel_pos_bias import RelativePositionBias, bias_of, index_among, table_rows
-from mimscale.models.token_selection import gather_tokens
 from mimscale.models.vit import (
     LN_EPS,
     Encoder,
@@ -31,6 +30,7 @@ from mimscale.models.vit import (
     drop_path_scales,
     patch_attention,
     run_blocks,
+    split_heads,
 )
 
 Positions = Literal["relative", "per_block", "absolute"]
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         if self.relative_position_bias_table is not None and positions is not None:
             bias_BHTT = bias_of(self.relative_position_bias_table, positions)
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        q, k, v = self.qkv(x_BTD, qkv_bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = split_heads(self.qkv(x_BTD, qkv_bias), self.heads)
         if prefix is not None:
             return patch_attention(q, k, prefix, bias_BHTT)
         bias = None if bias_BHTT is None else bias_BHTT.to(q.dtype)
@@ -210,8 +210,9 @@ class Beit(Encoder):
         Returns tokens [B, 1+K, D] in the parameters' dtype. apply_norm: false skips the final norm, for a method that
         applies `norm` to something else.
         """
-        patches = patchify(images_B3HW, self.config.patch)
-        tokens = self.patch_embed(patches if ids_keep is None else gather_tokens(patches, ids_keep))
+        patch = self.config.patch
+        patches = patchify(images_B3HW, patch) if ids_keep is None else patches_at(images_B3HW, patch, ids_keep)
+        tokens = self.patch_embed(patches)
         if mask_BL is not None:
             assert self.mask_token is not None, "built without a mask token"
             mask = mask_BL if ids_keep is None else mask_BL.gather(1, ids_keep)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mimscale.config.base import Strict
 from mimscale.errors import UserError
 from mimscale.models.config import StudentConfig
-from mimscale.models.patches import patchify
+from mimscale.models.patches import patches_at, patchify
 from mimscale.models.pos_embed import sincos_2d
 from mimscale.models.token_selection import gather_tokens, mask_of, scatter_tokens
 from mimscale.models.vit import LN_EPS, Block, Encoder, Linear, Mlp, drop_path, drop_path_scales, run_blocks
@@ -259,11 +259,10 @@ class ConvViT(Encoder):
         Returns tokens in the parameters' dtype. apply_norm: false skips the final norm, for a method that applies
         `norm` to something else.
         """
-        windows, given, visible = patchify(images_B3HW, self.stages.patch), ids_keep, None
+        patch, given, visible = self.stages.patch, ids_keep, None
         if ids_keep is not None and not self.stages.skip_masked:
             given, visible = None, 1 - mask_of(ids_keep, self.patches)
-        if given is not None:
-            windows = gather_tokens(windows, given)
+        windows = patchify(images_B3HW, patch) if given is None else patches_at(images_B3HW, patch, given)
         scales1, scales2, scales3 = self._scales(drop_noise)
         every, masks = self.recompute_every, (self.grid, given, visible)
         first = run_blocks(self.blocks1, self.patch_embed1(windows.permute(0, 1, 3, 4, 2)), scales1, every, (), masks)
