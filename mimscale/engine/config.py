@@ -14,7 +14,8 @@ FastPath = Literal["flat_parameters", "norm_check", "fused_update", "masked_deco
 flat_parameters: DeepSpeed holds one parameter per Block and parameter group. Plain: one per natural parameter.
 norm_check: inf and NaN are found in the gradient norm. Plain: in every gradient.
 fused_update: the optimiser's step is one kernel per tensor on a CPU too. Plain: PyTorch's default there.
-masked_decoder: the decoder's last block computes only the patches that the loss reads. Plain: all patches.
+masked_decoder: the last block, head, target and loss compute only the patches that the loss reads. Plain: all patches,
+    and a loss that multiplies the others by zero.
 """
 
 
