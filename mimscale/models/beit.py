@@ -108,12 +108,15 @@ class Attention(nn.Module):
         if self.relative_position_bias_table is not None and positions is not None:
             bias_BHTT = bias_of(self.relative_position_bias_table, positions)
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        q, k, v = split_heads(self.qkv(x_BTD, qkv_bias), self.heads)
+        batch, tokens, width = x_BTD.shape
+        q, k, v = split_heads(self.qkv(x_BTD.flatten(0, 1), qkv_bias).view(batch, tokens, 3, self.heads, -1))
         if prefix is not None:
             return patch_attention(q, k, prefix, bias_BHTT)
         bias = None if bias_BHTT is None else bias_BHTT.to(q.dtype)
         out_BTD = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-        return self.proj(out_BTD if only_BM is None else gather_tokens(out_BTD, only_BM))
+        if only_BM is not None:
+            out_BTD = gather_tokens(out_BTD, only_BM)
+        return self.proj(out_BTD.flatten(0, 1)).view(out_BTD.shape)
 
 
 class Block(nn.Module):

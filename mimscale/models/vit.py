@@ -86,20 +86,22 @@ class Attention(nn.Module):
         """prefix: if given, return `patch_attention` instead of the output. first: only the tokens from this one on
         ask: [B, T - first, D]; keys and values are of all.
         """
-        q, k, v = split_heads(self.qkv(x_BTD), self.heads, first)
+        batch, tokens, width = x_BTD.shape
+        q, k, v = split_heads(self.qkv(x_BTD.flatten(0, 1)).view(batch, tokens, 3, self.heads, -1), first)
         if prefix is not None:
             return patch_attention(q, k, prefix)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out_BHTd = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out_BHTd.transpose(1, 2).reshape(-1, width)).view(batch, -1, width)
 
 
-def split_heads(qkv_BTE: Tensor, heads: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, T, 3 D], channels in the order (q k v, head, channel) -> queries of the tokens from `first` on, keys and
-    values of all: [B, H, T, d] each, all views.
+def split_heads(qkv_BT3Hd: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of `qkv` [B, T, 3, H, d] -> queries of the tokens from `first` on, keys and values of all, [B, H, T,
+    d] each, all views.
 
     The heads are moved after the three are parted: so their gradients lie in memory as [B, T, H, d] and one copy brings
     them together, where moving the heads first takes two.
     """
-    q, k, v = qkv_BTE.unflatten(2, (3, heads, -1)).unbind(2)
+    q, k, v = qkv_BT3Hd.unbind(2)
     return last_tokens(q, first).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -137,7 +139,8 @@ class Mlp(nn.Module):
         self.fc2 = fc2(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        """The layers get a matrix: of more dimensions each would flatten and restore them itself, twice as often."""
+        return self.fc2(F.gelu(self.fc1(x.flatten(0, -2)))).view(x.shape)
 
 
 class Block(nn.Module):
