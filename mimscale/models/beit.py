@@ -26,8 +26,8 @@ from mimscale.models.vit import (
     Mlp,
     PatchEmbed,
     PatchProjection,
+    Residual,
     ViTOutput,
-    drop_path,
     drop_path_scales,
     patch_attention,
     run_blocks,
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         return self.proj(out_BTD.flatten(0, 1)).view(out_BTD.shape)
 
 
-class Block(nn.Module):
+class Block(Residual):
     """x + gamma_1 attn(norm1(x)), then x + gamma_2 mlp(norm2(x)), with drop path per sample on each branch.
 
     layer: 1-based index; the last matrix of each branch starts with std divided by sqrt(2 layer). layer_scale: initial
@@ -160,9 +160,9 @@ class Block(nn.Module):
         """
         branch = self.attn(self.norm1(x_BTD), positions, only_BM=only_BM)
         x_BTD = x_BTD if only_BM is None else gather_tokens(x_BTD, only_BM)
-        x_BTD = x_BTD + drop_path(branch if self.gamma_1 is None else self.gamma_1 * branch, scales_B2, 0)
+        x_BTD = self.add_branch(x_BTD, branch if self.gamma_1 is None else self.gamma_1 * branch, scales_B2, 0)
         branch = self.mlp(self.norm2(x_BTD))
-        return x_BTD + drop_path(branch if self.gamma_2 is None else self.gamma_2 * branch, scales_B2, 1)
+        return self.add_branch(x_BTD, branch if self.gamma_2 is None else self.gamma_2 * branch, scales_B2, 1)
 
 
 class Beit(Encoder):

@@ -22,7 +22,7 @@ from mimscale.models.config import StudentConfig
 from mimscale.models.patches import patches_at, patchify
 from mimscale.models.pos_embed import sincos_2d
 from mimscale.models.token_selection import gather_tokens, mask_of, scatter_tokens
-from mimscale.models.vit import LN_EPS, Block, Encoder, Linear, Mlp, drop_path, drop_path_scales, run_blocks
+from mimscale.models.vit import LN_EPS, Block, Encoder, Linear, Mlp, Residual, drop_path_scales, run_blocks
 
 STAGE_EPS = 1e-5  # LayerNorm eps before the attention stage, as released; LN_EPS from there on
 KERNEL = 5
@@ -146,7 +146,7 @@ class StageEmbed(nn.Module):
         return F.gelu(self.norm(self.proj(x_BKhwC)))
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Residual):
     """x + conv2(attn(mask * conv1(norm1(x)))), then x + mlp(norm2(x)), with drop path per sample on each branch.
 
     attn is a depth-wise 5x5 convolution. The residual path and the MLP are not masked.
@@ -175,8 +175,8 @@ class ConvBlock(nn.Module):
         if visible_BL is not None:
             branch = branch * visible_BL[:, :, None, None, None].to(branch.dtype)
         branch = to_windows(self.attn(to_map(branch, grid, ids_keep_BK)), grid, ids_keep_BK)
-        x_BKhwC = x_BKhwC + drop_path(self.conv2(branch), scales_B2, 0)
-        return x_BKhwC + drop_path(self.mlp(self.norm2(x_BKhwC)), scales_B2, 1)
+        x_BKhwC = self.add_branch(x_BKhwC, self.conv2(branch), scales_B2, 0)
+        return self.add_branch(x_BKhwC, self.mlp(self.norm2(x_BKhwC)), scales_B2, 1)
 
 
 class ConvViT(Encoder):

@@ -143,7 +143,32 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x.flatten(0, -2)))).view(x.shape)
 
 
-class Block(nn.Module):
+class Residual(nn.Module):
+    """Base of all Blocks. Sets no parameter.
+
+    fused: drop path and the sum are one kernel, rounded once; else one after the other.
+    """
+
+    fused = True
+
+    def add_branch(self, x_BX: Tensor, branch_BX: Tensor, scales_B2: Tensor | None, which: int) -> Tensor:
+        """x + factor of the sample * branch. scales: a block's `drop_path_scales`, None: nothing is dropped. which: 0 =
+        attention branch, 1 = MLP branch.
+        """
+        if scales_B2 is None:
+            return x_BX + branch_BX
+        factor = scales_B2[:, which].to(branch_BX.dtype).view(-1, *(1,) * (branch_BX.dim() - 1))
+        return torch.addcmul(x_BX, branch_BX, factor) if self.fused else x_BX + branch_BX * factor
+
+
+def set_fused_residuals(module: nn.Module, fused: bool) -> None:
+    """Set `fused` of every Block in `module`."""
+    for part in module.modules():
+        if isinstance(part, Residual):
+            part.fused = fused
+
+
+class Block(Residual):
     """x + attn(norm1(x)), then x + mlp(norm2(x)), with drop path per sample on each branch."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
@@ -156,17 +181,8 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None, first: int = 0) -> Tensor:
         """first: compute only the tokens from this one on, [B, T - first, D]; they attend to all."""
         attended = self.attn(self.norm1(x_BTD), first=first)
-        x_BTD = last_tokens(x_BTD, first) + drop_path(attended, scales_B2, 0)
-        return x_BTD + drop_path(self.mlp(self.norm2(x_BTD)), scales_B2, 1)
-
-
-def drop_path(branch_BX: Tensor, scales_B2: Tensor | None, which: int) -> Tensor:
-    """Multiply a branch by the factor of each sample, in the branch's dtype. scales: a block's `drop_path_scales`,
-    None: nothing is dropped. which: 0 = attention branch, 1 = MLP branch.
-    """
-    if scales_B2 is None:
-        return branch_BX
-    return branch_BX * scales_B2[:, which].to(branch_BX.dtype).reshape(-1, *(1,) * (branch_BX.dim() - 1))
+        x_BTD = self.add_branch(last_tokens(x_BTD, first), attended, scales_B2, 0)
+        return self.add_branch(x_BTD, self.mlp(self.norm2(x_BTD)), scales_B2, 1)
 
 
 def drop_path_scales(noise_BN2: Tensor, rate: float) -> Tensor:

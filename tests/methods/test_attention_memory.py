@@ -1,8 +1,8 @@
 """No student and no decoder makes a tensor with one number per sample, head, query and key, forward or backward.
 
 The exception is a relative position bias (BEiT, SimMIM): the bias itself, one number per head, query and key for the
-whole batch, is unavoidable, and on a CPU PyTorch has no kernel for a bias that is trained, so there the scores are made
-as well. On a GPU it has one.
+whole batch, is unavoidable, and PyTorch has no kernel that sums the gradient of a trained bias over the batch: on a CPU
+it makes the scores, on a GPU the bias' gradient of every sample.
 """
 
 from __future__ import annotations
