@@ -23,7 +23,7 @@ from mimscale.methods import base
 from mimscale.models.beit import LAYER_SCALE, Beit, Positions
 from mimscale.models.convvit import ConvStages, ConvViT, check_stages
 from mimscale.models.layer_order import convvit_layer_of, vit_layer_of
-from mimscale.models.vit import LN_EPS, ViT
+from mimscale.models.vit import LN_EPS, ViT, set_fused_residuals
 from mimscale.types import Batch, Needs, Noise, Targets, TeacherInfo
 
 
@@ -92,6 +92,7 @@ class Finetune(base.Method):
         self.config = config = cast(FinetuneConfig, run.method)
         mean = config.pool == "mean"
         self.student = _student(run, config, final_norm=not mean)
+        set_fused_residuals(self.student, run.engine.uses("fused_residual"))
         self.fc_norm = nn.LayerNorm(run.student.width, eps=LN_EPS) if mean else nn.Identity()
         self.head = Classifier(run.student.width, config.classes, config.head_std)
         noise = {"drop_path": Noise("uniform", (self.student.depth, 2))} if run.student.drop_path else {}
