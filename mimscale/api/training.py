@@ -16,7 +16,7 @@ from mimscale.checkpoint import format as checkpoint
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
-from mimscale.fault_tolerance.preemption import SIGNALS
+from mimscale.fault_tolerance.preemption import HANDLED
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _refuse_another_device(kind: str) -> None:
 @contextmanager
 def _handlers_restored() -> Iterator[None]:
     """A run ignores its signals from its last save on, because its process usually ends then; this one goes on."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in HANDLED}
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import math
+import multiprocessing
 import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -246,9 +247,11 @@ def _iterate(loader: DataLoader[list[Batch]], micro_batches: int) -> BatchGenera
     Closing this generator, or an error in it, ends the workers. Dropping the iterator would not be enough: a traceback
     may hold it, and its workers ignore the SIGTERM that would end them.
     """
-    items: Any = iter(loader)
+    items: Any = None
     later_steps: list[list[Batch]] = []
+    others_before = set(multiprocessing.active_children())
     try:
+        items = iter(loader)
         for first, *others in map(unpack, items):
             yield first
             later_steps.append(others)
@@ -259,7 +262,10 @@ def _iterate(loader: DataLoader[list[Batch]], micro_batches: int) -> BatchGenera
     except DamagedSample as error:  # torch raises a worker's error again, with the traceback in its text
         raise DamagedSample(str(error).rstrip().rpartition("DamagedSample: ")[2]) from None
     finally:
-        if loader.num_workers:
+        if loader.num_workers and items is None:  # no more files or processes at the n-th worker, or a bad sampler
+            for worker in set(multiprocessing.active_children()) - others_before:
+                worker.kill()
+        elif loader.num_workers:
             with suppress(RuntimeError):  # a worker was killed, and its batches are no longer needed
                 items._shutdown_workers()
             for worker in items._workers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.base import Strict
+from mimscale.distributed import launcher
 from mimscale.errors import UserError
 from mimscale.evals.options import add_options, config_of, default_suffix
 from mimscale.evals.report import table, write
@@ -100,10 +100,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_one_process() -> None:
     """Several ranks would each measure everything and write the same file."""
-    name = next((name for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS") if os.environ.get(name)), None)
-    if name and int(os.environ[name]) > 1:
+    found = launcher.place()
+    if found.size > 1:
         raise UserError(
-            f"{name} = {os.environ[name]}: evaluate runs as one process; start it without torchrun, or with srun -n 1"
+            f"{found.variable} = {found.size}: evaluate runs as one process; start it without torchrun, or with "
+            f"srun -n 1"
         )
 
 
