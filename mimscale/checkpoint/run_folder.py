@@ -32,7 +32,7 @@ import yaml
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig
 from mimscale.distributed.coordination import Coordinator
-from mimscale.errors import UserError
+from mimscale.errors import UserError, printable
 from mimscale.files.atomic import atomic_write
 
 PACKAGES = (
@@ -49,6 +49,23 @@ PACKAGES = (
 )
 
 
+def check_names(*folders: Path) -> None:
+    """Raise UserError for folders that no file system or no library can name."""
+    for folder in folders:
+        shown = printable(str(folder)) if len(str(folder)) < 300 else f"{printable(str(folder)[:80])}..."
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--run-dir {shown} is not UTF-8; name a folder in UTF-8") from None
+        try:
+            os.lstat(folder)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            pass  # what it means depends on who asks
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"--run-dir {shown} cannot be used: {why}; name another folder") from None
+
+
 def existing_run(run_dir: Path) -> RunConfig | None:
     """The configuration of the run that lives in `run_dir`, None for a fresh folder.
 
@@ -56,6 +73,11 @@ def existing_run(run_dir: Path) -> RunConfig | None:
     """
     if (run_dir / "config.yaml").is_file():
         return load_recipe(str(run_dir / "config.yaml"))
+    if (run_dir / "checkpoints").is_dir() and any((run_dir / "checkpoints").iterdir()):
+        raise UserError(
+            f"{run_dir}/config.yaml is missing, but there are checkpoints; copy it back (the manifest.json of a "
+            f"checkpoint holds it under config), or name another --run-dir"
+        )
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file; name a folder")
     ours = ("job", "lock", "hang", "slurm-", ".config.yaml.")  # of batch scripts, and of a start that was killed

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.base import Strict
 from mimscale.distributed import launcher
-from mimscale.errors import UserError
+from mimscale.errors import UserError, printable
 from mimscale.evals.options import add_options, config_of, default_suffix
 from mimscale.evals.report import table, write
 from mimscale.evals.runner import Settings, evaluate, protocol_class, protocol_names
+from mimscale.files.console import plain_console
 
 EXAMPLE = """\
 `mimscale evaluate PROTOCOL --help` lists the options of a protocol. Example:
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     )
     report = evaluate(args.protocol, config, args.runs, args.train, args.val, settings)
     outs = [args.out] if args.out else list(dict.fromkeys(_default_out(path, args, config) for path in args.runs))
-    console = Console()
+    console = plain_console()
     console.print(table(report))  # first: a file that cannot be written does not cost the numbers
     for out in outs:
         try:
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"{out} cannot be written: {why}; name another file with --out") from None
-        console.print(f"wrote {out}", soft_wrap=True, highlight=False)
+        console.print(printable(f"wrote {out}"), soft_wrap=True)
     return 0
 
 
