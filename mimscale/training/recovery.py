@@ -45,9 +45,8 @@ def restore(run: TrainContext) -> TrainState:
     try:
         return _restore(run)
     except OSError as error:
-        raise UserError(
-            f"{error.filename or run.checkpoints} cannot be read ({error.strerror or error}); repair it, or move it away"
-        ) from None
+        what, why = error.filename or run.checkpoints, error.strerror or error
+        raise UserError(f"{what} cannot be read ({why}); repair it, or move it away") from None
 
 
 def _restore(run: TrainContext) -> TrainState:
