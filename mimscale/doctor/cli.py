@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -33,7 +32,8 @@ from mimscale.data.wds_stream import open_source
 from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.distributed.world import check_precision
 from mimscale.doctor import compositions, teacher
-from mimscale.errors import UserError
+from mimscale.errors import UserError, printable
+from mimscale.files.console import plain_console
 from mimscale.teachers import weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import adapter, build_skeleton, describe
@@ -257,5 +257,5 @@ def show(title: str, rows: list[tuple[str, str]]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for what, value in rows:
-        table.add_row(what, Text(value))
-    Console(width=None if sys.stdout.isatty() else 160).print(Text(title), table)
+        table.add_row(printable(what), Text(printable(value)))
+    plain_console(width=None if sys.stdout.isatty() else 160).print(Text(printable(title)), table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ class Plan:
 
 def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:
     """Every check, before a process group is opened. Raises UserError."""
+    run_folder.check_names(run_dir, *([fork] if fork is not None else []))
     world = from_environment(config.engine.device)
     ds_config = load_ds_config(config.engine.ds_config)
     check_precision(world.device, precision_of(ds_config))
@@ -85,6 +87,8 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
             raise UserError(f"--fork: {run_dir} has no checkpoint to start from; let it save one first")
         if config.init is not None:
             raise UserError(f"--fork starts from {run_dir} and init.weights from {config.init.weights}; set init=null")
+        if os.path.realpath(fork) == os.path.realpath(run_dir):
+            raise UserError(f"--fork {fork} is --run-dir itself; name a new folder for the new run")
         run_dir, stored = fork, run_folder.existing_run(fork)
     fresh = not checkpoint.steps(run_dir / "checkpoints") and not checkpoint.damaged(run_dir / "checkpoints")
     config = init_weights.with_sha256(config, stored, resumes=not fresh)
