@@ -82,7 +82,7 @@ setup_job() { # set the environment of the ranks
 set_run_dir() { # RECIPE SUFFIX: default of RUN_DIR; makes the folder
   RUN_DIR=$(realpath -m "${RUN_DIR:-${SITE_RUN_ROOT:-$ROOT/runs}/$(basename "$1" .yaml)-$2}")
   mkdir -p "$RUN_DIR/job" || die 2 "RUN_DIR='$RUN_DIR' cannot be made; set RUN_DIR or SITE_RUN_ROOT"
-  SHARED_FILE=$RUN_DIR/job/shared-$SLURM_JOB_ID
+  SHARED_FILE=$RUN_DIR/job/shared-${SLURM_JOB_ID:-0}
   export RUN_DIR SHARED_FILE
 }
 
