@@ -7,7 +7,7 @@ place in memory for the whole run: its inputs, its activations, and the gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,16 +59,20 @@ def check(config: EngineConfig, device: torch.device, stage: int, accumulation: 
 
 @dataclass(frozen=True)
 class SegmentCall:
-    """One call of `run_segment`, as a captured graph must repeat it. tensors: copies of its tensor arguments."""
+    """One call of `run_segment`, as a captured graph must repeat it.
+
+    tensors: copies of its tensor arguments. constants, names: see `separated`.
+    """
 
     blocks: tuple[nn.Module, ...]
     tensors: tuple[Tensor, ...]
-    arguments: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    names: tuple[str, ...]
     keep: tuple[bool, ...]
 
 
 class Segment(nn.Module):
-    """Blocks as a module of tensors: (x, then scales and what else is a tensor) -> (x, outputs that are kept).
+    """Blocks as a module of tensors: (x, then what else is a tensor) -> (x, outputs that are kept).
 
     run: computes them, see `run_segment`. The blocks are this module's only by its list of parameters.
     """
@@ -76,17 +80,23 @@ class Segment(nn.Module):
     def __init__(self, call: SegmentCall, run: Callable[..., tuple[Tensor, list[Tensor]]]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(call.blocks)
-        self._arguments, self._keep, self._run = call.arguments, call.keep, run
+        self._call, self._run = call, run
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        x, scales, *extra = joined(self._arguments, tensors)
-        out, kept = self._run(tuple(self.blocks), x, scales, tuple(extra), (False,) * len(self._keep), self._keep)
+        call = self._call
+        x, scales, *rest = joined(call.constants, tensors)
+        extra, last = rest[: len(rest) - len(call.names)], rest[len(rest) - len(call.names) :]
+        recompute = (False,) * len(call.keep)
+        named = dict(zip(call.names, last, strict=True))
+        out, kept = self._run(tuple(self.blocks), x, scales, tuple(extra), recompute, call.keep, named)
         return (out, *kept)
 
 
-def separated(x: Tensor, scales: Tensor | None, extra: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """The arguments with None for each tensor, wrapped to tell it from a None, and the tensors."""
-    values = (x, scales, *extra)
+def separated(
+    x: Tensor, scales: Tensor | None, extra: tuple[Any, ...], last: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """(the arguments of `run_segment`: None for a tensor, (value,) for what is none; the tensors)."""
+    values = (x, scales, *extra, *last.values())
     constants = tuple(None if isinstance(value, Tensor) else (value,) for value in values)
     return constants, [value for value in values if isinstance(value, Tensor)]
 
@@ -125,7 +135,7 @@ class StudentGraphs:
         blocks: list[Any] = [module for module in self._method.modules() if isinstance(module, BLOCKS)]
         inner: SegmentRunner = getattr(blocks[0], "runner", SegmentRunner(SEGMENT, run_segment))
         calls = record(blocks, inner, compute_loss)
-        keys = [key_of(call.blocks, call.keep, call.arguments, list(call.tensors)) for call in calls]
+        keys = [key_of(call.blocks, call.keep, call.constants, call.names, call.tensors) for call in calls]
         if len(set(keys)) < len(keys):
             self.notes.append("cuda_graphs: off for the student (a block runs more than once in a forward pass)")
             return
@@ -143,13 +153,14 @@ class StudentGraphs:
             extra: tuple[Any, ...],
             recompute: tuple[bool, ...],
             keep: tuple[bool, ...],
+            last: Mapping[str, Any],
         ) -> tuple[Tensor, list[Tensor]]:
-            arguments, tensors = separated(x, scales, extra)
+            constants, tensors = separated(x, scales, extra, last)
             graph = None
             if torch.is_grad_enabled():
-                graph = self._graphs.get(key_of(blocks, keep, arguments, tensors))
+                graph = self._graphs.get(key_of(blocks, keep, constants, tuple(last), tensors))
             if graph is None:
-                return inner.run(blocks, x, scales, extra, recompute, keep)
+                return inner.run(blocks, x, scales, extra, recompute, keep, last)
             out, *kept = graph(*tensors)
             return out, kept
 
@@ -167,11 +178,12 @@ def record(blocks: list[Any], inner: SegmentRunner, compute_loss: Callable[[], T
         extra: tuple[Any, ...],
         recompute: tuple[bool, ...],
         keep: tuple[bool, ...],
+        last: Mapping[str, Any],
     ) -> tuple[Tensor, list[Tensor]]:
-        arguments, tensors = separated(x, scales, extra)
+        constants, tensors = separated(x, scales, extra, last)
         copies = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
-        calls.append(SegmentCall(blocks, copies, arguments, keep))
-        return inner.run(blocks, x, scales, extra, recompute, keep)
+        calls.append(SegmentCall(blocks, copies, constants, tuple(last), keep))
+        return inner.run(blocks, x, scales, extra, recompute, keep, last)
 
     before = [getattr(block, "runner", None) for block in blocks]
     for block in blocks:
@@ -188,7 +200,11 @@ def record(blocks: list[Any], inner: SegmentRunner, compute_loss: Callable[[], T
 
 
 def key_of(
-    blocks: tuple[nn.Module, ...], keep: tuple[bool, ...], arguments: tuple[Any, ...], tensors: list[Tensor]
+    blocks: tuple[nn.Module, ...],
+    keep: tuple[bool, ...],
+    constants: tuple[Any, ...],
+    names: tuple[str, ...],
+    tensors: Sequence[Tensor],
 ) -> Key:
     """What must be equal for a captured segment to be replayed."""
-    return (id(blocks[0]), keep, arguments, *((t.shape, t.dtype, t.requires_grad) for t in tensors))
+    return (id(blocks[0]), keep, constants, names, *((t.shape, t.dtype, t.requires_grad) for t in tensors))
