@@ -22,11 +22,9 @@ from torch import Tensor, nn
 from mimscale.config.compiler import compiler_fault, options, uncompiled
 from mimscale.engine.config import EngineConfig
 from mimscale.errors import UserError
-from mimscale.models import beit, convvit, vit
-from mimscale.models.vit import SegmentRunner, run_segment
+from mimscale.models.vit import Residual, SegmentRunner, run_segment
 
 SEGMENT = 4
-BLOCKS = (vit.Block, beit.Block, convvit.ConvBlock)
 TRIALS = 5
 BACKEND: Any = "inductor"  # of torch.compile
 
@@ -116,7 +114,7 @@ class StudentCompiler:
             del block.runner
 
     def _blocks(self) -> list[Any]:
-        return [module for module in self._method.modules() if isinstance(module, BLOCKS)]
+        return [module for module in self._method.modules() if isinstance(module, Residual)]
 
     def _agreed(self, compute_loss: Callable[[], Tensor]) -> tuple[float, float]:
         """Seconds of an eager and a compiled pass on the slowest rank; inf where a pass fails."""

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mimscale.engine.compile import BLOCKS, SEGMENT
+from mimscale.engine.compile import SEGMENT
 from mimscale.engine.config import EngineConfig
 from mimscale.errors import UserError
-from mimscale.models.vit import SegmentRunner, run_segment
+from mimscale.models.vit import Residual, SegmentRunner, run_segment
 
 Asked = Literal["off", "auto", "on"]
 Key = tuple[Any, ...]
@@ -132,7 +132,7 @@ class StudentGraphs:
         if not self._wanted:
             return
         self._wanted = False
-        blocks: list[Any] = [module for module in self._method.modules() if isinstance(module, BLOCKS)]
+        blocks: list[Any] = [module for module in self._method.modules() if isinstance(module, Residual)]
         inner: SegmentRunner = getattr(blocks[0], "runner", SegmentRunner(SEGMENT, run_segment))
         calls = record(blocks, inner, compute_loss)
         keys = [key_of(call.blocks, call.keep, call.constants, call.names, call.tensors) for call in calls]

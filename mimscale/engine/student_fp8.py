@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimscale.engine.compile import BLOCKS
 from mimscale.errors import UserError
+from mimscale.models.vit import Residual
 from mimscale.teachers.quantise import FP8_CAPABILITY, SIDE, unavailable
 
 
@@ -52,7 +52,7 @@ def use_fp8(method: nn.Module, device: torch.device) -> str:
     layers = [
         layer
         for block in method.modules()
-        if isinstance(block, BLOCKS)
+        if isinstance(block, Residual)
         for layer in block.modules()
         if isinstance(layer, nn.Linear)
     ]
