@@ -62,15 +62,17 @@ def check(asked: Asked, stage: int) -> None:
 class StudentCompiler:
     """Compiles a method's blocks as the recipe asks, and measures first where that is `auto`.
 
-    method: the module whose `forward` the engine calls, on its device. notes: a line for each choice that was made.
+    method: the module whose `forward` the engine calls, on its device. notes: gets a line for each choice.
     """
 
-    def __init__(self, method: nn.Module, config: EngineConfig, device: torch.device, stage: int) -> None:
+    def __init__(
+        self, method: nn.Module, config: EngineConfig, device: torch.device, stage: int, notes: list[str]
+    ) -> None:
         check(config.compile, stage)
-        self._method, self._device = method, device
+        self._method, self._device, self._notes = method, device, notes
         wanted = config.compile not in ("off", "auto") or device.type == "cuda"
         self.chosen, why = choose(config.compile, device, stage, compiler_fault(device) if wanted else "")
-        self.notes = [f"compile: {self.chosen} ({why})"]
+        notes.append(f"compile: {self.chosen} ({why})")
         if self.chosen in ("blocks", "whole"):
             self._apply()
 
@@ -84,7 +86,7 @@ class StudentCompiler:
         if compiled_s >= eager_s:
             self._remove()
         times = f"forward and backward pass: eager {eager_s * 1e3:.1f} ms, compiled {compiled_s * 1e3:.1f} ms"
-        self.notes.append(f"compile: {self.chosen} ({times})")
+        self._notes.append(f"compile: {self.chosen} ({times})")
 
     def state(self) -> Chosen:
         """For the checkpoint, so that a resume computes as the run did."""
@@ -94,7 +96,7 @@ class StudentCompiler:
         """Take the choice of the run that wrote a checkpoint instead of measuring; off if an older release wrote it."""
         if self.chosen == "measure":
             self.chosen = "blocks" if engine_state.get("compiled") in ("blocks", "whole") else "off"
-            self.notes.append(f"compile: {self.chosen} (as in the checkpoint)")
+            self._notes.append(f"compile: {self.chosen} (as in the checkpoint)")
             if self.chosen == "blocks":
                 self._apply()
 
@@ -125,7 +127,7 @@ class StudentCompiler:
                 try:
                     seconds.append(self._time(compute_loss, parameters))
                 except Exception as error:  # a compiler fails in many ways; what is eager fails again in the step
-                    self.notes.append(f"compile: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                    self._notes.append(f"compile: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
                     seconds.append(math.inf)
         slowest = torch.tensor(seconds, dtype=torch.float64, device=self._device)
         if dist.is_initialized():

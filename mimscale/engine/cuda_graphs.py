@@ -110,7 +110,8 @@ def joined(constants: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> list[Any]
 class StudentGraphs:
     """Captures the segments in the first micro-batch and replays them from then on, where shapes are those of then.
 
-    Passes without gradients and of other shapes are computed as before. capture: as `make_graphed_callables`.
+    Passes without gradients and of other shapes are computed as before. notes: gets a line for each choice. capture: as
+    `make_graphed_callables`.
     """
 
     def __init__(
@@ -120,11 +121,12 @@ class StudentGraphs:
         device: torch.device,
         stage: int,
         accumulation: int,
+        notes: list[str],
         capture: Callable[..., Any] = torch.cuda.make_graphed_callables,
     ) -> None:
         self._wanted, why = choose(config.cuda_graphs, fault(config, device, stage, accumulation))
-        self.notes = [f"cuda_graphs: {'on' if self._wanted else 'off'} for the student ({why})"]
-        self._method, self._capture = method, capture
+        notes.append(f"cuda_graphs: {'on' if self._wanted else 'off'} for the student ({why})")
+        self._method, self._notes, self._capture = method, notes, capture
         self._graphs: dict[Key, Callable[..., tuple[Tensor, ...]]] = {}
 
     def before_forward(self, compute_loss: Callable[[], Tensor]) -> None:
@@ -137,7 +139,7 @@ class StudentGraphs:
         calls = record(blocks, inner, compute_loss)
         keys = [key_of(call.blocks, call.keep, call.constants, call.names, call.tensors) for call in calls]
         if len(set(keys)) < len(keys):
-            self.notes.append("cuda_graphs: off for the student (a block runs more than once in a forward pass)")
+            self._notes.append("cuda_graphs: off for the student (a block runs more than once in a forward pass)")
             return
         segments = tuple(Segment(call, inner.run) for call in calls)
         graphed = self._capture(segments, tuple(call.tensors for call in calls))

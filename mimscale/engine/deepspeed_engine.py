@@ -44,6 +44,7 @@ class DeepSpeedEngine:
         self._world = world
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         groups = method_groups(method, config.optim)
+        self.notes: list[str] = []
         self._groups: list[dict[str, Any]] = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         kind = optimizer_class(config.optim.name)
         torch_class = kind.TORCH if stage else guarded(kind.TORCH)
@@ -69,9 +70,10 @@ class DeepSpeedEngine:
             },
         )
         self.layout = Layout(self._ds, kind, None if config.ema is None else config.ema.decay)
-        self._fp8_notes = [use_fp8(method, world.device)] if config.engine.student_fp8 else []
-        self._compiler = StudentCompiler(method, config.engine, world.device, stage)
-        self._graphs = StudentGraphs(method, config.engine, world.device, stage, accumulation)
+        if config.engine.student_fp8:
+            self.notes.append(use_fp8(method, world.device))
+        self._compiler = StudentCompiler(method, config.engine, world.device, stage, self.notes)
+        self._graphs = StudentGraphs(method, config.engine, world.device, stage, accumulation, self.notes)
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -106,10 +108,6 @@ class DeepSpeedEngine:
             return self._optimizer.norm
         norm = self._ds.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
-
-    @property
-    def notes(self) -> list[str]:
-        return [*self._fp8_notes, *self._compiler.notes, *self._graphs.notes]
 
     @property
     def loss_scale(self) -> float | None:

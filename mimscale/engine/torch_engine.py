@@ -51,6 +51,7 @@ class TorchEngine:
         self._module: nn.Module = method.to(world.device)
         self._parameters = dict(self._module.named_parameters())
         groups = method_groups(method, config.optim)
+        self.notes: list[str] = []
         self._groups: list[dict[str, Any]] = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self._kind = optimizer_class(config.optim.name)
         self._optimizer = self._kind.TORCH(
@@ -66,9 +67,10 @@ class TorchEngine:
         self._model: Any = self._module
         if world.size > 1:
             self._model = DistributedDataParallel(self._module, broadcast_buffers=False)
-        self._fp8_notes = [use_fp8(method, world.device)] if config.engine.student_fp8 else []
-        self._compiler = StudentCompiler(self._module, config.engine, world.device, stage=0)
-        self._graphs = StudentGraphs(self._module, config.engine, world.device, 0, accumulation)  # says why not
+        if config.engine.student_fp8:
+            self.notes.append(use_fp8(method, world.device))
+        self._compiler = StudentCompiler(self._module, config.engine, world.device, 0, self.notes)
+        self._graphs = StudentGraphs(self._module, config.engine, world.device, 0, accumulation, self.notes)
         self._autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
         self._micro_step = self._steps = self._skipped = 0
         self._norm = math.nan
@@ -109,10 +111,6 @@ class TorchEngine:
 
     def gradient_norm(self) -> float:
         return self._norm
-
-    @property
-    def notes(self) -> list[str]:
-        return [*self._fp8_notes, *self._compiler.notes, *self._graphs.notes]
 
     @property
     def loss_scale(self) -> float | None:

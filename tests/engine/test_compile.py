@@ -107,7 +107,7 @@ def test_blocks_give_the_eager_losses_and_compile_once(
     recipe = ranks.recipe(tmp_path, tmp_path, method)
     eager, none, _ = train(recipe, *overrides)
     losses, graphs, notes = train(recipe, *overrides, "engine.compile=blocks")
-    assert notes[0] == "compile: blocks (engine.compile = blocks)" and none == [0] * 5
+    assert "compile: blocks (engine.compile = blocks)" in notes and none == [0] * 5
     assert losses == pytest.approx(eager, rel=1e-2 if "bf16" in case else 1e-6)
     assert losses[-1] != pytest.approx(losses[0], rel=1e-2)
     assert graphs[0] > 0 and graphs == [graphs[0]] * 5, f"recompiled: {graphs}"
@@ -173,8 +173,9 @@ def test_choice_and_its_reason(asked: Asked, device: torch.device, stage: int, f
 def test_without_a_compiler_it_stays_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    compiler = StudentCompiler(torch.nn.Linear(1, 1), EngineConfig(compile="blocks"), CPU, stage=2)
-    assert compiler.notes == ["compile: off (no C++ compiler was found (g++, clang++))"]
+    notes: list[str] = []
+    StudentCompiler(torch.nn.Linear(1, 1), EngineConfig(compile="blocks"), CPU, 2, notes)
+    assert notes == ["compile: off (no C++ compiler was found (g++, clang++))"]
 
 
 def test_auto_measures_once_and_a_resume_takes_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,15 +191,17 @@ def test_auto_measures_once_and_a_resume_takes_its_choice(tmp_path: Path, monkey
         loss: torch.Tensor = method(batch, {})["loss"]
         return loss
 
+    notes: list[str] = []
+
     def undecided() -> StudentCompiler:
-        compiler = StudentCompiler(method, run.engine, CPU, stage=2)
+        compiler = StudentCompiler(method, run.engine, CPU, 2, notes)
         compiler.chosen = "measure"  # as on a GPU
         return compiler
 
     first = undecided()
     first.before_forward(compute_loss)
     assert first.chosen in ("off", "blocks") and len(passes) == 2 * (2 + compile.TRIALS)
-    assert "eager" in first.notes[-1] and "compiled" in first.notes[-1]
+    assert "eager" in notes[-1] and "compiled" in notes[-1]
     assert all(parameter.grad is None for parameter in method.parameters())
     assert any(hasattr(module, "runner") for module in method.modules()) is (first.chosen == "blocks")
     for chosen in ("off", "blocks"):
@@ -218,11 +221,12 @@ def test_what_cannot_be_compiled_stays_eager_under_auto(tmp_path: Path, monkeypa
     monkeypatch.setattr(compile, "BACKEND", broken)
     run = load_recipe(str(ranks.recipe(tmp_path, tmp_path)))
     method = method_class("mae")(run, {})
-    compiler = StudentCompiler(method, run.engine, CPU, stage=2)
+    notes: list[str] = []
+    compiler = StudentCompiler(method, run.engine, CPU, 2, notes)
     compiler.chosen = "measure"
     batch = batches(run, method, 1)[0]
     compiler.before_forward(lambda: method(batch, {})["loss"])
-    assert compiler.chosen == "off" and "no such kernel" in "".join(compiler.notes)
+    assert compiler.chosen == "off" and "no such kernel" in "".join(notes)
     assert not any(hasattr(module, "runner") for module in method.modules())
 
 

@@ -58,8 +58,9 @@ def test_on_is_refused_on_a_cpu_with_one_line(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_auto_on_a_cpu_says_why_not() -> None:
-    graphs = StudentGraphs(torch.nn.Linear(1, 1), EngineConfig(cuda_graphs="auto"), CPU, 2, 1)
-    assert graphs.notes == ["cuda_graphs: off for the student (CUDA graphs need a CUDA device)"]
+    notes: list[str] = []
+    StudentGraphs(torch.nn.Linear(1, 1), EngineConfig(cuda_graphs="auto"), CPU, 2, 1, notes)
+    assert notes == ["cuda_graphs: off for the student (CUDA graphs need a CUDA device)"]
     ensemble = tiny.ensemble(tiny.timm_config("vit_base_patch16_224.dino", None, random=True), 32)
     before = ensemble(tiny.images(2, 32))["t"]
     ensemble.use_cuda_graphs()
@@ -110,7 +111,7 @@ def test_pieces_make_up_the_forward_pass(name: str, pieces: int, tmp_path: Path)
     expected = [gradients(method, batch) for batch in (first, second)]
     with torch.no_grad():
         features = method.visualise(third, {}).features
-    graphs = StudentGraphs(method, EngineConfig(cuda_graphs="auto"), CPU, 2, 1, capture=uncaptured)
+    graphs = StudentGraphs(method, EngineConfig(cuda_graphs="auto"), CPU, 2, 1, [], capture=uncaptured)
     graphs._wanted = True  # as on a GPU
     graphs.before_forward(lambda: method(first, {})["loss"])
     REPLAYED.clear()
@@ -128,8 +129,9 @@ def test_pieces_make_up_the_forward_pass(name: str, pieces: int, tmp_path: Path)
 
 def test_blocks_that_run_twice_are_not_captured(tmp_path: Path) -> None:
     method, (first, *_) = built(tmp_path, "mae")
-    graphs = StudentGraphs(method, EngineConfig(cuda_graphs="auto"), CPU, 2, 1, capture=uncaptured)
+    notes: list[str] = []
+    graphs = StudentGraphs(method, EngineConfig(cuda_graphs="auto"), CPU, 2, 1, notes, capture=uncaptured)
     graphs._wanted = True
     graphs.before_forward(lambda: method(first, {})["loss"] + method(first, {})["loss"])
-    assert "a block runs more than once" in graphs.notes[-1]
+    assert "a block runs more than once" in notes[-1]
     assert not any(hasattr(module, "runner") for module in method.modules())
