@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mimscale.config.base import NonNegative, Strict
+from mimscale.errors import without_secrets
 
 
 def default_decoder() -> Literal["simplejpeg", "pillow"]:
@@ -69,6 +70,16 @@ class DataConfig(Strict):
     crops: int = Field(1, ge=1, le=1024)
     max_damaged: int | None = Field(None, ge=0)
     stream: StreamConfig | None = None
+
+    @field_validator("shards")
+    @classmethod
+    def _holds_no_secret(cls, value: str) -> str:
+        if any(address.startswith("pipe:") for address in value.removeprefix("wds:").split("::")):
+            raise ValueError("pipe: no shell is run for data; give a path or an http(s), s3 or gs URL")
+        if without_secrets(value) != value:
+            shown = without_secrets(value)
+            raise ValueError(f"'{shown}' was given with credentials in it; remove them and set them in the environment")
+        return value
 
     @field_validator("decoder")
     @classmethod
