@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import atexit
 import math
+import multiprocessing
+import os
+import select
 import signal
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
@@ -29,12 +33,16 @@ from mimscale.data.sample_reader import DamagedSample
 from mimscale.data.shard_prefetch import ShardPrefetcher
 from mimscale.data.shm_pool import SharedMemoryPool, unpack
 from mimscale.data.wds_stream import Source, StreamDataset, WebDatasetStream
-from mimscale.errors import UserError
+from mimscale.errors import UserError, warn
 from mimscale.types import Batch, Needs
 
 CPU = torch.device("cpu")
 HELD_ITEMS = 3  # items that the trainer, its teachers and the pinning thread may hold at the same time
 BatchGenerator = Generator[Batch, None, None]
+MakeLoader = Callable[[int], DataLoader[list[Batch]]]
+"""Makes a loader whose workers write a byte into the pipe of this descriptor when they begin."""
+START_S, STARTS = 30.0, 4
+"""Seconds in which every worker must have begun, and how often workers are started; see `_start`."""
 _OPEN_GENERATORS: weakref.WeakSet[BatchGenerator] = weakref.WeakSet()
 
 
@@ -109,7 +117,9 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        self._batches = _open_generator(self._make_loader(pool=self._make_pool()), self._micro_batches)
+        self._batches = _open_generator(
+            lambda begun: self._make_loader(pool=self._make_pool(), begun=begun), self._micro_batches
+        )
         if self._make_shard_prefetcher is None:
             return map(self._decode, self._batches)
         self._shard_prefetcher = self._make_shard_prefetcher(batch_of(self._start_step, self._jumps) // self._crops)
@@ -159,7 +169,8 @@ def eval_batches(
     padding = min(first, manifest.samples - 1)
     batches = [(np.where(ids < last, ids, padding), (ids < last).astype(np.float32)) for ids in padded_ids]
     dataset = EvalDataset(manifest, image_size, crop_pct)
-    return _open_generator(_data_loader(dataset, batches, workers=workers, prefetch=2, pin=False, pool=None), 1)
+    make_loader = partial(_data_loader, dataset, batches, workers=workers, prefetch=2, pin=False, pool=None)
+    return _open_generator(lambda begun: make_loader(begun=begun), 1)
 
 
 class PositionSampler:
@@ -219,6 +230,7 @@ def _data_loader(
     prefetch: int,
     pin: bool,
     pool: SharedMemoryPool | None,
+    begun: int,
 ) -> DataLoader[list[Batch]]:
     return DataLoader(
         dataset,
@@ -226,27 +238,86 @@ def _data_loader(
         batch_size=None,  # an item of the dataset is a complete batch
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=partial(_begin, begun),
         collate_fn=None if pool is None else pool.pack,
         pin_memory=pin,
         generator=torch.Generator(),  # the datasets do not use it; without it torch would advance the global generator
     )
 
 
-def _ignore_signals(worker: int) -> None:
+def _begin(begun: int, worker: int) -> None:
+    """In a new worker. begun: descriptor of a pipe in which each worker writes a byte."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    os.write(begun, b".")
 
 
-def _iterate(loader: DataLoader[list[Batch]], micro_batches: int) -> BatchGenerator:
+def _start(make_loader: MakeLoader) -> Any:
+    """The loader's iterator, with every worker at work.
+
+    Workers are forked from a process that has threads (gloo's, autograd's). A lock that such a thread holds at that
+    moment stays locked in the worker, which then waits for ever: rare, but a run of thousands of workers would meet it.
+    (Seen in CPython 3.11, where `fork` in the child waits for the list of the interpreter's threads.) A worker that has
+    not begun after START_S is killed with the others, and all are forked again: nothing is lost, because no batch was
+    taken.
+    """
+    for _ in range(STARTS):
+        read, write = os.pipe()
+        try:
+            loader = make_loader(write)
+            items: Any = _iterator(loader)
+            try:
+                if _all_begun(read, loader.num_workers):
+                    return items
+            except BaseException:
+                _end(items)
+                raise
+        finally:
+            os.close(read)
+            os.close(write)
+        _end(items)
+        warn(f"data: a worker did not begin within {START_S:g} s, all {loader.num_workers} are started again")
+    raise RuntimeError(f"data: workers did not begin within {START_S:g} s, {STARTS} times; is this machine overloaded?")
+
+
+def _iterator(loader: DataLoader[list[Batch]]) -> Any:
+    """`iter(loader)`. Where it fails half-way (no file or process is left at the n-th worker, the sampler raises), the
+    workers that it has started are ended: nobody else knows them, and the process would wait for them at its exit."""
+    before = set(multiprocessing.active_children())
+    try:
+        return iter(loader)
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
+        raise
+
+
+def _all_begun(read: int, workers: int) -> bool:
+    deadline = time.monotonic() + START_S
+    while workers and select.select([read], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        workers -= len(os.read(read, workers))
+    return workers == 0
+
+
+def _end(items: Any) -> None:
+    """End the workers of a loader's iterator. Dropping it would not be enough: a traceback may hold it, and its workers
+    ignore the SIGTERM that would end them."""
+    workers = getattr(items, "_workers", ())  # none without workers
+    if workers:
+        with suppress(RuntimeError):  # a worker was killed, and its batches are no longer needed
+            items._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+def _iterate(make_loader: MakeLoader, micro_batches: int) -> BatchGenerator:
     """Micro-batches in the order of steps, `micro_batches` per step.
 
     An item of the loader holds one micro-batch for every step of a window: the first is yielded at once, the others are
-    kept until their step comes.
-    Closing this generator, or an error in it, ends the workers. Dropping the iterator would not be enough: a traceback
-    may hold it, and its workers ignore the SIGTERM that would end them.
+    kept until their step comes. Closing this generator, or an error in it, ends the workers.
     """
-    items: Any = iter(loader)
+    items = _start(make_loader)
     later_steps: list[list[Batch]] = []
     try:
         for first, *others in map(unpack, items):
@@ -259,16 +330,11 @@ def _iterate(loader: DataLoader[list[Batch]], micro_batches: int) -> BatchGenera
     except DamagedSample as error:  # torch raises a worker's error again, with the traceback in its text
         raise DamagedSample(str(error).rstrip().rpartition("DamagedSample: ")[2]) from None
     finally:
-        if loader.num_workers:
-            with suppress(RuntimeError):  # a worker was killed, and its batches are no longer needed
-                items._shutdown_workers()
-            for worker in items._workers:
-                if worker.is_alive():
-                    worker.kill()
+        _end(items)
 
 
-def _open_generator(loader: DataLoader[list[Batch]], micro_batches: int) -> BatchGenerator:
-    batches = _iterate(loader, micro_batches)
+def _open_generator(make_loader: MakeLoader, micro_batches: int) -> BatchGenerator:
+    batches = _iterate(make_loader, micro_batches)
     _OPEN_GENERATORS.add(batches)
     return batches
 

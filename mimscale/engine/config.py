@@ -8,13 +8,18 @@ from pydantic import Field, field_validator
 
 from mimscale.config.base import Strict
 
-FastPath = Literal["flat_parameters", "norm_check", "fused_update", "masked_decoder"]
+FastPath = Literal[
+    "flat_parameters", "norm_check", "fused_update", "masked_decoder", "fused_residual", "teacher_kernels"
+]
 """Parts of a step that are computed in another way than the plain one to be fast; see docs/engine.md.
 
 flat_parameters: DeepSpeed holds one parameter per Block and parameter group. Plain: one per natural parameter.
 norm_check: inf and NaN are found in the gradient norm. Plain: in every gradient.
 fused_update: the optimiser's step is one kernel per tensor on a CPU too. Plain: PyTorch's default there.
-masked_decoder: the decoder's last block computes only the patches that the loss reads. Plain: all patches.
+masked_decoder: the last block, head, target and loss compute only the patches that the loss reads. Plain: all patches,
+    and a loss that multiplies the others by zero.
+fused_residual: drop path and the residual sum are one kernel. Plain: two.
+teacher_kernels: a teacher's QuickGELU is one kernel, open_clip's attention calls SDPA. Plain: the library's modules.
 """
 
 
@@ -36,7 +41,7 @@ class EngineConfig(Strict):
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     ds_config: str = "zero2_bf16"
     max_micro_batch: int | Literal["auto"] = 64
-    activation_checkpointing: int = Field(0, ge=0)
+    activation_checkpointing: int = Field(0, ge=0, le=1024)
     teachers_ahead: bool = False
     plain: tuple[FastPath, ...] | Literal["all"] = ()
     device: Literal["auto", "cuda", "cpu"] = "auto"

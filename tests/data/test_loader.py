@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mimscale.data import loader as loader_module
 from mimscale.data import sample_reader as module
 from mimscale.data.config import DataConfig
 from mimscale.data.decode import decode, make_decoder
@@ -384,10 +386,43 @@ def test_workers_ignore_the_signals_of_a_job_and_end_with_their_trainer(shards: 
 def test_a_worker_may_be_killed_during_close(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the out-of-memory killer may do."""
 
-    def kill_at_exit(worker: int) -> None:
-        multiprocessing.util.Finalize(None, os.kill, (os.getpid(), signal.SIGKILL), exitpriority=0)
+    begin = loader_module._begin
 
-    monkeypatch.setattr("mimscale.data.loader._ignore_signals", kill_at_exit)
+    def kill_at_exit(begun: int, worker: int) -> None:
+        multiprocessing.util.Finalize(None, os.kill, (os.getpid(), signal.SIGKILL), exitpriority=0)
+        begin(begun, worker)
+
+    monkeypatch.setattr(loader_module, "_begin", kill_at_exit)
     train_loader = loader(manifest, config(manifest, workers=2))
     next(iter(train_loader))
     train_loader.close()
+
+
+@pytest.mark.multi
+def test_a_worker_that_never_begins_is_started_again(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that was forked while another thread held a lock: it waits before it runs any code of ours."""
+    begin, first = loader_module._begin, tmp_path / "first"
+
+    def hang_once(begun: int, worker: int) -> None:
+        if worker == 1 and not first.exists():
+            first.touch()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            threading.Event().wait()
+        begin(begun, worker)
+
+    monkeypatch.setattr(loader_module, "START_S", 3.0)
+    monkeypatch.setattr(loader_module, "_begin", hang_once)
+    found = by_position(eval_batches(manifest, 16, batch=7, workers=2))
+    assert first.exists() and "all 2 are started again" in capsys.readouterr().err
+    assert_same(found, by_position(eval_batches(manifest, 16, batch=7, workers=0)))
+
+
+@pytest.mark.multi
+def test_workers_that_never_begin_end_the_run(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "START_S", 0.5)
+    monkeypatch.setattr(loader_module, "STARTS", 2)
+    monkeypatch.setattr(loader_module, "_begin", lambda begun, worker: threading.Event().wait())
+    with pytest.raises(RuntimeError, match="did not begin within 0.5 s, 2 times"):
+        next(eval_batches(manifest, 16, batch=7, workers=1))
