@@ -25,7 +25,7 @@ from data_prep.write_manifest import write_manifest
 from data_prep.write_shards import estimate, unfinished, write
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
-from mimscale.errors import UserError
+from mimscale.errors import UserError, printable, warn
 
 FILES = "only the files of SRC with such names, for example 'train-*'"
 SKIP_UNLABELLED = "leave out images whose label is missing, empty, NaN or -1, instead of refusing them"
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except UserError as error:
-        print(f"data_prep: {error}", file=sys.stderr)
+        warn(f"data_prep: {error}")
         return 2
     except OSError as error:  # a full disk above all
         where = f" ('{error.filename}')" if error.filename else ""
@@ -124,7 +124,7 @@ def _report_done(folder: Path, missing: list[int]) -> int:
     for how, count in file.changed.items():
         print(f"{count:,} images were {how}", file=sys.stderr)
     for key, reason in list(file.left_out.items())[:10]:
-        print(f"left out: {key}: {reason}", file=sys.stderr)
+        warn(f"left out: {key}: {reason}")
     left_out = f", {len(file.left_out):,} left out" if file.left_out else ""
     print(f"{folder}: complete, {file.samples:,} images{left_out}", file=sys.stderr)
     return 0
@@ -176,9 +176,11 @@ def _verify(options: argparse.Namespace) -> int:
         same = duplicates(manifest, np.concatenate(hashes))
         pairs = [" = ".join(manifest.key(sample) for sample in group) for group in same]
         print(f"{sum(map(len, same)) - len(same):,} images are copies of another")
-        print("".join(f"same: {pair}\n" for pair in (pairs if options.duplicates else pairs[:5])), end="")
+        print(
+            "".join(f"same: {printable(str(pair))}\n" for pair in (pairs if options.duplicates else pairs[:5])), end=""
+        )
     for line in damage:
-        print(f"damaged: {line}")
+        print(printable(f"damaged: {line}"))
     print(f"{len(damage):,} faults" if damage else "undamaged")
     return 1 if damage else 0
 

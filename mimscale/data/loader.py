@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import math
+import multiprocessing
 import os
 import select
 import signal
@@ -264,7 +265,7 @@ def _start(make_loader: MakeLoader) -> Any:
         read, write = os.pipe()
         try:
             loader = make_loader(write)
-            items: Any = iter(loader)
+            items: Any = _iterator(loader)
             try:
                 if _all_begun(read, loader.num_workers):
                     return items
@@ -277,6 +278,18 @@ def _start(make_loader: MakeLoader) -> Any:
         _end(items)
         warn(f"data: a worker did not begin within {START_S:g} s, all {loader.num_workers} are started again")
     raise RuntimeError(f"data: workers did not begin within {START_S:g} s, {STARTS} times; is this machine overloaded?")
+
+
+def _iterator(loader: DataLoader[list[Batch]]) -> Any:
+    """`iter(loader)`. Where it fails half-way (no file or process is left at the n-th worker, the sampler raises), the
+    workers that it has started are ended: nobody else knows them, and the process would wait for them at its exit."""
+    before = set(multiprocessing.active_children())
+    try:
+        return iter(loader)
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
+        raise
 
 
 def _all_begun(read: int, workers: int) -> bool:

@@ -15,13 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from mimscale.errors import warn
+from mimscale.errors import printable, warn
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
+from mimscale.files.console import plain_console
 from mimscale.monitoring.panel_writer import PanelWriter
 from mimscale.types import View
 
@@ -30,7 +30,7 @@ class RunLogger:
     """Append-only. Steps that are redone after a resume appear twice in metrics.jsonl; the later line counts."""
 
     def __init__(self, run_dir: Path, writer: RetryingWriter, *, active: bool) -> None:
-        self.console = Console(stderr=True, quiet=not active)
+        self.console = plain_console(stderr=True, quiet=not active)
         self._active, self._writer, self._run_dir = active, writer, run_dir
         self._board: SummaryWriter | None = None
         self._panel_writer: PanelWriter | None = None
@@ -46,7 +46,7 @@ class RunLogger:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
-                TextColumn("{task.fields[line]}"),
+                TextColumn("{task.fields[line]}", markup=False),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
                 console=self.console,
@@ -60,7 +60,7 @@ class RunLogger:
     def print(self, text: str) -> None:
         """A line for the person who watches."""
         with suppress(OSError, SystemExit):  # it may go to a file; for a pipe that nobody reads, rich would end the run
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(printable(text), soft_wrap=True)
 
     def log_event(self, name: str, **values: Any) -> None:
         """Something that happened once: a start, a save, a preemption."""

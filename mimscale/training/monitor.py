@@ -63,6 +63,7 @@ class Monitor:
         run.closing.callback(gc.unfreeze)
         gc.freeze()
         gc.disable()
+        run.preemption.phase = "loop"
         run.timer.lap()
 
     def after_step(self, state: TrainState, info: StepInfo) -> TrainState:
@@ -156,6 +157,7 @@ class Monitor:
         if self.stopped or last:
             run.timer.enter(SAVING)
             ignore_signals()
+            run.preemption.phase = "end"
             self._checkpoints.wait_for_writes()
         if self.stopped or last or (every and info.step % every == 0):
             self._log_damage()  # a run that goes on from here does not meet it again
@@ -190,7 +192,8 @@ class Monitor:
             run.logger.print(f"stopped at step {state.step} ({reason or 'asked by another rank'}), {fate}")
             if run.damage_log.full:
                 return run.damage_log.verdict()
-            if plan.world.rank == 0 and not there(run_folder.stop_wish(plan.run_dir)):
+            by_hand = run.preemption.reason == "SIGINT" or there(run_folder.stop_wish(plan.run_dir))
+            if plan.world.rank == 0 and not by_hand:
                 leave_requeue_marker(run.writer, newest)
             return None
         if not saved:

@@ -1,4 +1,7 @@
-"""Build the parts of a run, one after the other. What can fail without the other ranks fails before they connect."""
+"""Build the parts of a run, one after the other. What can fail without the other ranks fails before they connect.
+
+What needs them is built once all have met, agree on what they train, and see one run folder.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ import torch
 from mimscale.checkpoint import run_folder
 from mimscale.config.run import RunConfig, method_class
 from mimscale.distributed.coordination import Coordinator
+from mimscale.distributed.rendezvous import meet
 from mimscale.distributed.world import World
 from mimscale.engine.base import Engine
 from mimscale.engine.factory import make_engine, open_process_group
 from mimscale.engine.sharded_module import split_over_ranks
-from mimscale.fault_tolerance.preemption import Preemption
+from mimscale.fault_tolerance.preemption import Preemption, SignalWatch
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.fault_tolerance.run_lock import RunLock
 from mimscale.fault_tolerance.step_guard import StepGuard
@@ -30,6 +34,7 @@ from mimscale.training import init_weights
 from mimscale.training.context import TrainContext
 from mimscale.training.inputs import TrainInputs
 from mimscale.training.plan import Plan, open_damage_log
+from mimscale.training.same_ranks import refuse_different_ranks
 from mimscale.types import TeacherInfo
 
 
@@ -43,11 +48,14 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
     watchdog = Watchdog(plan.run_dir, world.rank, config.watchdog, timer)
     closing.callback(watchdog.close)
     preemption = Preemption(stop_files=run_folder.stop_files(plan.run_dir))
+    signal_watch = SignalWatch(preemption, world.rank)
+    closing.callback(signal_watch.close)
 
     method = make_method(config, plan.teachers)
     init_notes = init_weights.load_into(method, config) if plan.fresh and config.init is not None else ()
     needs, image_size = method.needs.teachers, config.data.image_size
-    teachers = TeacherEnsemble(config.teachers, plan.skeletons, needs, image_size, world.device)
+    fused = config.engine.uses("teacher_kernels")
+    teachers = TeacherEnsemble(config.teachers, plan.skeletons, needs, image_size, world.device, fused)
     parameter_count = sum(parameter.numel() for parameter in method.parameters())
     startup.end("model")
 
@@ -55,8 +63,11 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
     if lock is not None:
         closing.callback(lock.release)
     startup.end("lock")
+    store = meet(world, preemption.leave_if_asked)
     open_process_group(world, config.engine)
-    watchdog.coordinator = coordinator = Coordinator()
+    watchdog.coordinator = signal_watch.coordinator = coordinator = Coordinator(store)
+    refuse_different_ranks(plan, teachers, coordinator)
+    run_folder.prove_shared(plan.run_dir, coordinator)
     startup.end("process_group")
 
     engine = connect(

@@ -17,7 +17,7 @@ import torch
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.recipes import load_recipe
 from mimscale.errors import Stopped
-from mimscale.fault_tolerance.preemption import SIGNALS
+from mimscale.fault_tolerance.preemption import HANDLED
 from mimscale.monitoring.metrics import StartupTimer
 from mimscale.training import recovery, setup
 from mimscale.training.context import TrainContext
@@ -34,7 +34,7 @@ Open = Callable[..., tuple[TrainContext, Monitor, TrainState]]
 @pytest.fixture
 def start(tmp_path: Path, shards: Path) -> Iterator[Open]:
     """Build a run of 12 steps that saves every 4, and its monitor. Everything is closed after the test."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     closing = ExitStack()
 
     def build(**sections: dict[str, Any]) -> tuple[TrainContext, Monitor, TrainState]:
