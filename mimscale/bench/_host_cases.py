@@ -1,4 +1,4 @@
-"""Engines around one narrow method: plain PyTorch, our plain engine, DeepSpeed at each ZeRO stage; measured in turns."""
+"""Engines around a narrow method, measured in turns: plain PyTorch, our plain engine, DeepSpeed at each ZeRO stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mimscale.bench import _operators, _synthetic
-from mimscale.bench._operators import OperatorCounter
+from mimscale.bench._operators import OperatorCount
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig
 from mimscale.distributed.world import World
@@ -51,8 +51,8 @@ class Step(Protocol):
 @dataclass
 class Measured:
     """ms: phase -> one entry per step. operators: by phase, of one step; None where a graph was compiled. reads: place
-    -> values read from the device in one step. parameters, modules: of the method, and those of its modules that hold
-    some themselves. notes: what the engine says of its fast paths.
+    -> values read from the device in one step. parameters: tensors of the method. notes: what the engine says of its
+    fast paths.
     """
 
     case: Case
@@ -61,7 +61,6 @@ class Measured:
     reads: dict[str, int]
     loss: float
     parameters: int
-    modules: int
     notes: list[str] = field(default_factory=list)
 
     def median(self, phase: str) -> float:
@@ -92,7 +91,7 @@ class PlainStep:
         self._optimizer = kind.TORCH(groups, lr=LR, **kind.options(config.optim, fused=True))  # type: ignore[call-arg]
         self._forward: Any = torch.compile(self._method, dynamic=False) if case.compiled else self._method
         self._autocast = torch.autocast("cpu", torch.bfloat16) if case.precision == "bf16" else nullcontext()
-        self.parameters, self.modules = _sizes(self._method)
+        self.parameters = sum(1 for _ in self._method.parameters())
         self.notes = list[str]()
 
     def __call__(self, enter: Enter) -> Tensor:
@@ -116,7 +115,7 @@ class EngineStep:
         world = World(0, 1, 0, torch.device("cpu"))
         ds_config = load_ds_config(config.engine.ds_config)
         self._method = setup.make_method(config, _described(config))
-        self.parameters, self.modules = _sizes(self._method)
+        self.parameters = sum(1 for _ in self._method.parameters())
         none = TeacherEnsemble({}, {}, {}, config.data.image_size, world.device)
         micro_batch = config.schedule.global_batch
         self._engine = setup.connect(
@@ -193,11 +192,7 @@ def measure(config: RunConfig, cases: list[Case], *, rounds: int, steps: int, wa
     for case, step, taken in zip(cases, built, ms, strict=True):
         counter, loss = count(step)
         operators = None if case.compiled else counter.operators
-        found.append(
-            Measured(
-                case, taken, operators, dict(counter.reads), float(loss), step.parameters, step.modules, step.notes
-            )
-        )
+        found.append(Measured(case, taken, operators, dict(counter.reads), float(loss), step.parameters, step.notes))
     return found
 
 
@@ -209,7 +204,7 @@ def timed(step: Step) -> dict[str, float]:
     return {phase: 1000 * (after - at) for (phase, at), (_, after) in zip(times, times[1:], strict=False)}
 
 
-def count(step: Step) -> tuple[OperatorCounter, Tensor]:
+def count(step: Step) -> tuple[OperatorCount, Tensor]:
     """Operators and reads of one step, and its loss."""
     with _operators.counting("forward") as counter:
 
@@ -230,12 +225,6 @@ def ratio(measured: Measured, reference: Measured, steps: int) -> float:
 
 def precision_of_file(name: str) -> str:
     return precision_of(load_ds_config(name))
-
-
-def _sizes(method: nn.Module) -> tuple[int, int]:
-    """(parameters, modules that hold parameters themselves)."""
-    holders = sum(1 for module in method.modules() if any(True for _ in module.parameters(recurse=False)))
-    return sum(1 for _ in method.parameters()), holders
 
 
 def _described(config: RunConfig) -> Any:

@@ -1,4 +1,4 @@
-"""What a training step costs the host: operators, milliseconds and reads of each engine, at a width that costs nothing"""
+"""Host cost of a training step: operators, milliseconds and reads of each engine, at a width that costs nothing"""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ def report(config: Any, ds_configs: Sequence[str], compiled: bool, rounds: int, 
     open_process_group(from_environment("cpu"))
     measured = _host_cases.measure(narrow, cases, rounds=rounds, steps=steps)
     rows = [row(one, measured[0], steps) for one in measured]
-    return {"rows": rows, "host": host_cost(rows, measured[0].modules)}
+    return {"rows": rows, "host": host_cost(rows)}
 
 
-def host_cost(rows: Sequence[dict[str, Any]], modules: int) -> dict[str, float]:
+def host_cost(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Fields of `mimscale.cost.devices.HostCost`, in seconds, for this machine: what DeepSpeed adds to plain PyTorch,
-    spread over the parameters, from the eager rows that are there. modules: that hold parameters.
+    spread over the parameters, from the eager rows that are there.
     """
     plain, by_stage = rows[0], {one["engine"]: one for one in rows if not one["compiled"]}
     found = {"kernel_s": (plain["ms"]["forward"] + plain["ms"]["backward"]) / _sum(plain, "forward", "backward") / 1000}
@@ -93,9 +93,9 @@ def host_cost(rows: Sequence[dict[str, Any]], modules: int) -> dict[str, float]:
         found["parameter_s"] = added(stage2, "backward", stage2["parameters"])
         found["update_parameter_s"] = added(stage2, "update", stage2["parameters"])
     if stage3 is not None:
-        found["zero3_module_s"] = added(stage3, "forward", modules)
-        backward = added(stage3, "backward", 1) - added(stage3, "forward", 1)
-        found["zero3_parameter_s"] = max(1e-9, backward / stage3["parameters"])
+        found["zero3_parameter_s"] = sum(
+            added(stage3, phase, stage3["parameters"]) for phase in ("forward", "backward")
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""`bench host`: operators and reads are counted as they are, any recipe has a narrow form, engines keep to their limit."""
+"""`bench host`: operators and reads are counted as they are, recipes have a narrow form, engines keep to a limit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_operators_are_counted_by_phase() -> None:
 
 @pytest.mark.parametrize(
     "read",
-    [float, bool, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.nonzero, lambda t: t == t and 1],
+    [float, bool, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.nonzero],
 )
 def test_each_way_to_read_a_value_is_seen(read: Any) -> None:
     with _operators.counting() as counter:
@@ -70,7 +70,7 @@ def test_a_narrow_recipe_keeps_its_structure(recipe: str) -> None:
 def test_operators_of_each_engine_keep_to_their_limit(tmp_path: Path) -> None:
     """Counts only. One process has plain PyTorch and DeepSpeed, on the same weights and images: their losses agree."""
     file = tmp_path / "host.json"
-    words = ["--eager", "--rounds", "1", "--steps", "1", "--ds-config", *LIMITS, "--json", file]
+    words = ["--eager", "--rounds", "1", "--steps", "1", "--ds-config", *LIMITS, "--json", str(file)]
     printed = ranks.run(1, "mimscale", "bench", "host", "mae_vit_l16", *words).stdout
     values = json.loads(file.read_text())
     rows = {row["case"]: row for row in values["rows"]}
@@ -85,7 +85,7 @@ def test_operators_of_each_engine_keep_to_their_limit(tmp_path: Path) -> None:
 @pytest.mark.multi
 def test_a_method_with_teachers_is_measured(tmp_path: Path) -> None:
     file = tmp_path / "host.json"
-    words = ["--eager", "--rounds", "1", "--steps", "1", "--ds-config", "cpu_zero2_fp32", "--json", file]
+    words = ["--eager", "--rounds", "1", "--steps", "1", "--ds-config", "cpu_zero2_fp32", "--json", str(file)]
     ranks.run(1, "mimscale", "bench", "host", "mrmae_convmae_tiny", *words)
     plain, *_, ours = json.loads(file.read_text())["rows"]
     assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-4) and ours["parameters"] == plain["parameters"]
