@@ -24,8 +24,7 @@ def narrow(config: RunConfig, batch: int) -> RunConfig:
     if config.teachers:
         described = describe(build_skeletons(config.teachers, config.data.image_size))
         values["teachers"] = {name: _narrow_teacher(info.depth, info.has_cls) for name, info in described.items()}
-    length = {"epochs": None, "steps": 10**6, "warmup_epochs": 0.0, "global_batch": batch}
-    values["schedule"] |= length
+    values["schedule"] = {"steps": 10**6, "global_batch": batch, "base_lr": 1e-6}
     values["engine"] |= {"max_micro_batch": batch, "device": "cpu", "teachers_ahead": False}
     values["init"] = None
     return validate(values, source="the narrow recipe")
