@@ -87,7 +87,7 @@ def _become(words: Sequence[str], environment: Mapping[str, str], *printed: Conn
         os.dup2(pipe.fileno(), descriptor)
         pipe.close()
     # new ones, because those of the server take the pipe for the file that its own output went to
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
     module, *arguments = words
