@@ -22,6 +22,7 @@ VERBS = {
     "evaluate": ("mimscale.evals.cli", "accuracy of frozen features: kNN, linear, few-shot"),
     "convert": ("mimscale.convert.cli", "official checkpoints <-> ours <-> timm, each with an equality check"),
     "reconstruct": ("mimscale.api.cli", "a figure of masked images and their reconstructions"),
+    "plan": ("mimscale.cost.cli", "what a run needs, takes and costs on a cluster, before it is submitted"),
     "doctor": ("mimscale.doctor.cli", "check this machine, a recipe, its data and its teachers"),
     "bench": ("mimscale.bench", "measurements behind the documentation's tables"),
 }

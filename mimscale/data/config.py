@@ -22,7 +22,7 @@ class StreamConfig(Strict):
     """
 
     samples: int = Field(ge=1)
-    buffer: int = Field(1000, ge=1)
+    buffer: int = Field(1000, ge=1, le=10**8)
 
 
 class DataConfig(Strict):
@@ -51,8 +51,8 @@ class DataConfig(Strict):
 
     shards: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
     cache: Path | None = None
-    cache_gib: float = Field(200.0, gt=0)
-    image_size: int = Field(224, ge=8)
+    cache_gib: float = Field(200.0, gt=0, le=1e9)
+    image_size: int = Field(224, ge=8, le=8192)
     crop: Literal["random_resized", "padded"] = "random_resized"
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -60,13 +60,13 @@ class DataConfig(Strict):
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     flip: float = Field(0.5, ge=0, le=1)
     colour_jitter: tuple[NonNegative, NonNegative, NonNegative] = (0.0, 0.0, 0.0)
-    workers: int = Field(8, ge=0)
-    prefetch: int = Field(2, ge=1)
-    streams: int = Field(256, ge=1)
-    block: int = Field(8192, ge=1)
+    workers: int = Field(8, ge=0, le=1024)
+    prefetch: int = Field(2, ge=1, le=1024)
+    streams: int = Field(256, ge=1, le=2**20)
+    block: int = Field(8192, ge=1, le=2**31)
     decoder: Literal["simplejpeg", "pillow", "device"] = Field(default_factory=default_decoder)
-    decode_short_side: int = Field(0, ge=0)
-    crops: int = Field(1, ge=1)
+    decode_short_side: int = Field(0, ge=0, le=2**16)
+    crops: int = Field(1, ge=1, le=1024)
     max_damaged: int | None = Field(None, ge=0)
     stream: StreamConfig | None = None
 

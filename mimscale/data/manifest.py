@@ -70,7 +70,7 @@ class ManifestFile(BaseModel):
     options: dict[str, Any]
     source: dict[str, Any]
     shards: list[Shard] = Field(min_length=1)
-    index: dict[str, str]
+    index: dict[Literal["index.npy", "labels.npy"], str]
     left_out: dict[str, str] = Field(default_factory=dict)
     changed: dict[str, int] = Field(default_factory=dict)
 
@@ -119,6 +119,8 @@ class Manifest:
         folder = _download_index(location, cache) if is_remote(location) else Path(location)
         if not folder.is_dir():
             raise UserError(f"data set '{folder}': no such folder; make it with `python -m data_prep`")
+        if (folder / MANIFEST).exists() and not (folder / MANIFEST).is_file():  # reading a pipe would never end
+            raise UserError(f"'{folder / MANIFEST}' is not a regular file; repeat its `python -m data_prep`")
         try:
             file = ManifestFile.model_validate_json((folder / MANIFEST).read_bytes())
         except FileNotFoundError:
@@ -240,9 +242,11 @@ def _unpickle(folder: Path, location: str, cache: Cache | None) -> Manifest:
     return Manifest(folder, local.file, local.index, local.labels, location, cache)
 
 
-def _check_index(folder: Path, checksums: Mapping[str, str]) -> None:
+def _check_index(folder: Path, checksums: Mapping[Any, str]) -> None:
     """Raises UserError."""
     for name, checksum in checksums.items():
+        if not (folder / name).is_file():
+            raise UserError(f"'{folder / name}' is missing; copy it again, or repeat its `python -m data_prep`")
         with (folder / name).open("rb") as file:
             found = hashlib.sha256()
             while chunk := file.read(CHUNK):
@@ -305,6 +309,8 @@ def _download(origin: Storage, name: str) -> bytes:
 
 def _open_mapped(path: Path, shape: tuple[int, ...]) -> Ints:
     try:
+        if not path.is_file():  # opening a pipe would never end
+            raise FileNotFoundError(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         raise UserError(f"'{path}' is missing or damaged; repeat its `python -m data_prep`") from None

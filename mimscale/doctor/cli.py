@@ -29,6 +29,7 @@ from mimscale.data import device_decode
 from mimscale.data.config import default_decoder
 from mimscale.data.decode import explain
 from mimscale.data.wds_stream import open_source
+from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.distributed.world import check_precision
 from mimscale.doctor import compositions, teacher
 from mimscale.errors import UserError, printable
@@ -37,7 +38,7 @@ from mimscale.teachers import weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import adapter, build_skeleton, describe
 from mimscale.training import init_weights
-from mimscale.training.micro_batch import solve_micro_batch
+from mimscale.training.plan import check_classes
 from mimscale.types import TeacherInfo
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "webdataset", "huggingface_hub")
@@ -222,6 +223,7 @@ def check_data(config: RunConfig, report: Report) -> None:
     manifest = report.attempt(lambda: open_source(config.data))
     if manifest is None:
         return
+    report.attempt(lambda: check_classes(config, manifest))
     steps = manifest.samples // config.schedule.global_batch
     shards = len(manifest.shard_paths)
     decoder = config.data.decoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mimscale.config.base import Strict
 
@@ -30,14 +30,14 @@ class TeacherConfig(Strict):
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     pretrained: str | None = None
     precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "bf16"
-    image_size: int | None = Field(None, ge=8)
+    image_size: int | None = Field(None, ge=8, le=8192)
     activation: Literal["gelu", "quickgelu"] | None = None
     random: bool = False
     compile: bool = False
     shard: bool = False
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    norm_eps: float | None = Field(None, gt=0)
+    norm_eps: float | None = Field(None, gt=0, le=1)
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -46,6 +46,13 @@ class TeacherConfig(Strict):
             other = "compile = true" if self.compile else f"precision = {self.precision}"
             raise ValueError(f"shard = true with {other}: not supported together; use one or the other")
         return self
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, std: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if std is not None and not all(1e-6 <= value <= 1e6 for value in std):
+            raise ValueError(f"{list(std)}: pixels are divided by each of them, so it must be from 1e-6 to 1e6")
+        return std
 
     @property
     def storage(self) -> Literal["fp32", "bf16", "fp16"]:

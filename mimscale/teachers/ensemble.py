@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimscale.errors import UserError
-from mimscale.teachers import quantise, weights
+from mimscale.teachers import kernels, quantise, weights
 from mimscale.teachers.base import DTYPES, Teacher, check_needs, fault_of
 from mimscale.teachers.config import TeacherConfig
 from mimscale.types import Targets, TeacherInfo, TeacherNeeds
@@ -54,14 +54,17 @@ def _build(name: str, config: TeacherConfig, default_image_size: int) -> Teacher
     return teacher
 
 
-def load(name: str, config: TeacherConfig, skeleton: Teacher, device: torch.device) -> tuple[Teacher, dict[str, Any]]:
+def load(
+    name: str, config: TeacherConfig, skeleton: Teacher, device: torch.device, fused: bool = True
+) -> tuple[Teacher, dict[str, Any]]:
     """Load a teacher's weights into its skeleton. Returns (the teacher on the device, its identity). Raises UserError.
 
-    A random teacher is built anew, because its initialisation needs memory; the skeleton is then not used.
+    A random teacher is built anew, because its initialisation needs memory; the skeleton is then not used. fused: with
+    the changes of `teachers.kernels`.
     """
     identity: dict[str, Any] = {"library": config.library, "model": config.model, "sha256": None, "random": False}
     if config.random:
-        teacher = _build_random(name, config, skeleton.info.image_size)
+        teacher = _build_random(name, config, skeleton.info.image_size, fused)
         identity["random"] = True
     else:
         assert next(skeleton.tower.parameters()).is_meta, f"teachers.{name}: a skeleton can be loaded once"
@@ -70,7 +73,8 @@ def load(name: str, config: TeacherConfig, skeleton: Teacher, device: torch.devi
             name, config, lambda: adapter(config.library).hub_file(name, config), weights.downloads_allowed()
         )
         identity["sha256"] = weights.verify(name, config, path)
-        teacher.load(weights.read(name, path), config.storage, f"teachers.{name}: {path}")
+        factors = kernels.fuse(teacher.tower) if fused else {}
+        teacher.load(weights.read(name, path), config.storage, f"teachers.{name}: {path}", factors)
     teacher.requires_grad_(False).eval().to(device)
     if config.precision == "int8" or config.precision == "fp8":
         quantise.quantise(teacher, config.precision)
@@ -80,11 +84,13 @@ def load(name: str, config: TeacherConfig, skeleton: Teacher, device: torch.devi
     return teacher, identity
 
 
-def _build_random(name: str, config: TeacherConfig, image_size: int) -> Teacher:
+def _build_random(name: str, config: TeacherConfig, image_size: int, fused: bool) -> Teacher:
     """Randomly initialised on the CPU, seeded by the teacher's name; the global generators are not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big"))
         teacher = _build(name, config, image_size)
+    if fused:
+        kernels.scale_parameters(teacher.tower, kernels.fuse(teacher.tower))
     teacher.tower.to(DTYPES[config.storage])
     return teacher
 
@@ -93,8 +99,8 @@ class TeacherEnsemble:
     """The teachers that a method needs, loaded and frozen on one device.
 
     skeletons: from `build_skeletons`, for at least the teachers in `needs`; they become the teachers. image_size: of
-    the run. Inside a SLURM job or with HF_HUB_OFFLINE=1 nothing is downloaded. Mistakes that do not depend on the
-    weights are reported before any file is read. Raises UserError.
+    the run. fused: with the changes of `teachers.kernels`. Inside a SLURM job or with HF_HUB_OFFLINE=1 nothing is
+    downloaded. Mistakes that do not depend on the weights are reported before any file is read. Raises UserError.
     """
 
     def __init__(
@@ -104,6 +110,7 @@ class TeacherEnsemble:
         needs: Mapping[str, TeacherNeeds],
         image_size: int,
         device: torch.device,
+        fused: bool = True,
     ) -> None:
         for name, wanted in needs.items():
             if name not in configs:
@@ -115,7 +122,7 @@ class TeacherEnsemble:
         self._calls: dict[str, Callable[[Tensor, TeacherNeeds], Targets]] = {}
         for name in needs:
             home = torch.device("cpu") if configs[name].shard else device
-            teacher, self._identities[name] = load(name, configs[name], skeletons[name], home)
+            teacher, self._identities[name] = load(name, configs[name], skeletons[name], home, fused)
             self.teachers[name] = self._calls[name] = teacher
         self._sharded = [name for name in needs if configs[name].shard]
         self._compiled = any(configs[name].compile for name in needs)

@@ -14,6 +14,7 @@ from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig, method_class
 from mimscale.data import device_decode
 from mimscale.data.wds_stream import Source, open_source
+from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.distributed.world import World, check_precision, from_environment
 from mimscale.engine.factory import check_backend
 from mimscale.errors import UserError
@@ -24,7 +25,6 @@ from mimscale.teachers.base import Teacher
 from mimscale.teachers.ensemble import build_skeletons, describe
 from mimscale.teachers.quantise import check as check_quantised
 from mimscale.training import init_weights
-from mimscale.training.micro_batch import solve_micro_batch
 from mimscale.types import TeacherInfo
 
 
@@ -98,6 +98,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
         raise UserError(f"{run_folder.stop_wish(run_dir)} asks this run to stop; remove it to go on")
 
     manifest = open_source(config.data, world.size)
+    check_classes(config, manifest)
     steps_per_epoch = manifest.samples // config.schedule.global_batch
     if config.schedule.steps is None and steps_per_epoch == 0:
         raise UserError(
@@ -129,6 +130,13 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
         total,
         command,
     )
+
+
+def check_classes(config: RunConfig, manifest: Source) -> None:
+    """Raises UserError where the method has outputs for another number of classes than the data set has."""
+    if manifest.labels is not None:
+        classes = len(manifest.classes) if manifest.classes is not None else int(manifest.labels.max()) + 1
+        method_class(config.method.name).check_classes(config, classes)
 
 
 def open_damage_log(

@@ -50,7 +50,8 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
     method: Method = method_class(config.method.name)(config, plan.teachers)
     init_notes = init_weights.load_into(method, config) if plan.fresh and config.init is not None else ()
     needs, image_size = method.needs.teachers, config.data.image_size
-    teachers = TeacherEnsemble(config.teachers, plan.skeletons, needs, image_size, world.device)
+    fused = config.engine.uses("teacher_kernels")
+    teachers = TeacherEnsemble(config.teachers, plan.skeletons, needs, image_size, world.device, fused)
     parameter_count = sum(parameter.numel() for parameter in method.parameters())
     startup.end("model")
 
