@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -79,6 +79,13 @@ class DataConfig(Strict):
         if without_secrets(value) != value:
             shown = without_secrets(value)
             raise ValueError(f"'{shown}' was given with credentials in it; remove them and set them in the environment")
+        return value
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _check_cache(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():  # a Path would be the working directory
+            raise ValueError("an empty path; name a folder on the node's own disk, or set cache=null")
         return value
 
     @field_validator("decoder")

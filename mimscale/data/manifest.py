@@ -146,6 +146,14 @@ class Manifest:
     def __reduce__(self) -> tuple[object, ...]:  # a spawned process maps the files again
         return _unpickle, (self.folder, self.location, self.cache)
 
+    def cut_file(self) -> Path | None:
+        """The first of the mapped files that is shorter now than when it was opened: reading it ends a process."""
+        for name, array in ((INDEX, self.index), (LABELS, self.labels)):
+            path = self.folder / name
+            if array is not None and (not path.is_file() or path.stat().st_size < array.nbytes):
+                return path
+        return None
+
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) over shard contents, sample order, labels and class names."""
