@@ -19,7 +19,7 @@ class FastPaths:
         return any(path == name and not why for name, why in self.plain.items())
 
     def line(self, before: int, now: int) -> str:
-        """One for the first lines of a run. before, now: number of parameters of the method, and that the engine holds."""
+        """For the first lines of a run. before, now: number of parameters of the method, and of the engine."""
         counted = {"flat_parameters": f"flat_parameters ({now} instead of {before} parameters)"}
         fast = ", ".join(counted.get(path, path) for path, why in self.plain.items() if not why)
         slow = ", ".join(f"{path} ({why})" for path, why in self.plain.items() if why)

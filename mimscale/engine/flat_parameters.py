@@ -1,10 +1,10 @@
 """Few parameters for an engine to care for: those of each repeated block as one flat tensor per parameter group.
 
-DeepSpeed runs hooks, copies and kernels for every parameter of every step, whatever its size, and a Vision Transformer has
-twelve small ones per block. `flatten` puts a block's parameters of one group end to end in one `nn.Parameter`; the block's
+DeepSpeed runs hooks, copies and kernels for every parameter in every step, whatever its size, and a Vision Transformer
+has twelve per block. `flatten` puts a block's parameters of one group end to end in one `nn.Parameter`; the block's
 `forward` begins by splitting it and putting the views where the parameters were, and ends by taking them away. That is
-below DeepSpeed's hooks, which gather the flat parameter at ZeRO-3, and inside activation checkpointing. The backward pass
-of the split is one concatenation.
+below DeepSpeed's hooks, which gather the flat parameter at ZeRO-3, and inside activation checkpointing. The backward
+pass of the split is one concatenation.
 
 Names outside the engine stay the natural ones: a `Place` says where a natural parameter lies. Parameters outside of
 repeated blocks stay as they are: they are few.

@@ -1,8 +1,8 @@
 """The global gradient norm, computed once per step, in which inf and NaN are found; the fast path `norm_check`.
 
-DeepSpeed looks for them in each gradient, joins the ranks' findings in a collective of their own, converts each gradient
-to float64 for the norm and sums that over the ranks for each parameter group. Here a step has one norm over all that the
-rank holds and one collective. An element that is not finite makes the norm inf or NaN, on every rank alike.
+DeepSpeed looks for them in each gradient, joins the ranks' findings in a collective of their own, converts each
+gradient to float64 for the norm and sums that over the ranks for each parameter group. Here a step has one norm over
+all that the rank holds and one collective. An element that is not finite makes the norm inf or NaN on every rank.
 
 The converse does not hold: the squares of float32 gradients overflow where a norm exceeds 1.8e19, and such a step is
 skipped too, though each gradient is finite. In float16 that cannot happen: its largest number is 65,504.
@@ -25,17 +25,15 @@ CPU_CHUNK = 1 << 16
 
 def local_norm(gradients: Sequence[Tensor]) -> Tensor:
     """L2 norm of all elements, 0-dim float64. Each tensor's own, or on a CPU a piece's, is computed in float32."""
-    device = gradients[0].device
-    if device.type == "cpu":
-        gradients = [
-            piece for g in gradients for piece in (g.view(-1).split(CPU_CHUNK) if g.numel() > CPU_CHUNK else (g,))
-        ]
+    if gradients[0].device.type == "cpu":
+        parts = (g.view(-1).split(CPU_CHUNK) if g.numel() > CPU_CHUNK else (g,) for g in gradients)
+        gradients = [piece for pieces in parts for piece in pieces]
     norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64 if device.type != "mps" else None)
+    return torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)
 
 
 def global_norm(gradients: Sequence[Tensor], group: Any = None) -> Tensor:
-    """L2 norm over the ranks of `group`, each of which holds other elements: 0-dim float32, inf if one is not finite."""
+    """L2 norm over the ranks of `group`, which hold different elements: 0-dim float32, inf if one is not finite."""
     square = local_norm(gradients).square()
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(square, group=group)

@@ -1,8 +1,9 @@
 """Where DeepSpeed keeps each piece of each parameter: the map between live optimizer state and checkpoint fragments.
 
-This file and `global_norm` are the ones that use DeepSpeed's private attributes. `Layout.check` tests the map at every start without
-reference data: every master fragment, rounded, must equal the weights at its mapped place, and the fragments of all
-ranks must tile every parameter. A release that renames or moves something is noticed there, not in a loss curve.
+This file and `global_norm` are the ones that use DeepSpeed's private attributes. `Layout.check` tests the map at every
+start without reference data: every master fragment, rounded, must equal the weights at its mapped place, and the
+fragments of all ranks must tile every parameter. A release that renames or moves something is noticed there, not in a
+loss curve.
 
 A *holder* is a parameter as DeepSpeed knows it: a natural one, or a flat one that holds several
 (`mimscale.engine.flat_parameters`). A *leaf* is the tensor that the base optimizer steps on; a piece of a leaf holds a
@@ -80,8 +81,8 @@ def _numel(parameter: Tensor) -> int:
 class Layout:
     """The fragments of this rank. Built right after `deepspeed.initialize`; creates the optimiser's state, empty.
 
-    places: of all natural parameters, in the order in which they are shown. ema_decay: of the student's moving average, which is kept beside the leaves that hold a piece of the student; None:
-    there is none.
+    places: of all natural parameters, in the order in which they are shown. ema_decay: of the student's moving average,
+    which is kept beside the leaves that hold a piece of the student; None: there is none.
     """
 
     def __init__(
@@ -259,8 +260,8 @@ class Layout:
 def keep_weights_in_place(zero: Any) -> None:
     """ZeRO-1 and 2: leave out that each parameter is pointed at its place in DeepSpeed's buffer again after each step.
 
-    It has pointed there since `deepspeed.initialize`. Raises LayoutError where it does not, AttributeError for a release
-    that has other names.
+    It has pointed there since `deepspeed.initialize`. Raises LayoutError where it does not, AttributeError for a
+    release that has other names.
     """
     for flat, group in zip(zero.bit16_groups_flat, zero.bit16_groups, strict=True):
         storage = flat.untyped_storage().data_ptr()
