@@ -37,7 +37,7 @@ def global_norm(gradients: Sequence[Tensor], group: Any = None) -> Tensor:
     square = local_norm(gradients).square()
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(square, group=group)
-    return square.sqrt().float().nan_to_num(nan=torch.inf)
+    return square.sqrt().float().nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def use_in(zero: Any, stage: int) -> None:
