@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mimscale.models.vit import Residual
 
-_set = object.__setattr__  # that of nn.Module takes ten times as long, and looks for parameters
+_set = object.__setattr__  # that of nn.Module searches parameters, modules and buffers first
 ALIGNED = 16
 """Views of this many elements or a multiple keep those after them aligned, which matrix products like."""
 

@@ -1,6 +1,6 @@
 """The global gradient norm, computed once per step, in which inf and NaN are found; the fast path `norm_check`.
 
-DeepSpeed looks for them in each gradient, joins the ranks' findings in a collective of their own, converts each
+DeepSpeed searches each gradient for them, joins the ranks' findings in a collective of their own, converts each
 gradient to float64 for the norm and sums that over the ranks for each parameter group. Here a step has one norm over
 all that the rank holds and one collective. An element that is not finite makes the norm inf or NaN on every rank.
 

@@ -91,9 +91,8 @@ def main(words: list[str]) -> int:
         if words[3:4] == ["--within"]:
             limit, found = float(words[4]), apart(before, after)
             worst = max(found, key=lambda case: found[case])
-            print(
-                f"{len(before) - len(lines)} of {len(before)} cases equal to the bit, at most {found[worst]:.1e} ({worst})"
-            )
+            equal = f"{len(before) - len(lines)} of {len(before)} cases equal to the bit"
+            print(f"{equal}, losses at most {found[worst]:.1e} apart ({worst})")
             return int(found.keys() != before.keys() or found[worst] > limit)
         print("\n".join(lines) or f"{len(before)} cases, equal to the bit")
         return int(bool(lines))
