@@ -30,7 +30,7 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 fine, 2 bad input, 4 a run that ended itself (one line each), else a failure's traceback."""
-    with suppress(AttributeError):  # of a notebook, which shows any text
+    with suppress(AttributeError, OSError):  # of a notebook, which shows any text, or of another stream
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that are not UTF-8
     arguments = without_local_rank(list(sys.argv[1:] if argv is None else argv))
     try:

@@ -62,10 +62,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("plan needs a recipe, or one of --all, --fit and --inputs; `mimscale recipes` lists recipes")
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
         raise UserError(f"--gpus {args.gpus} is not a multiple of --gpus-per-node {args.gpus_per_node}")
-    config = load_recipe(args.recipe, args.overrides)
+    config, precision = report.for_gpu(load_recipe(args.recipe, args.overrides), gpu)
     planner = Planner(config, gpu, link, args.gpus, args.gpus_per_node)
     samples, assumed = samples_of(config) if args.samples is None else (args.samples, False)
-    plan = report.make_plan(planner, samples, assumed)
+    plan = report.make_plan(planner, samples, assumed, precision)
     name = str(args.recipe)
     if args.json:
         print(json.dumps(report.plan_json(plan, name), indent=2))

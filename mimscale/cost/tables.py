@@ -8,7 +8,7 @@ from mimscale.config.recipes import load_recipe, recipe_names
 from mimscale.cost.devices import DEVICES, GIB, INTERCONNECTS, Device, HostCost, Interconnect
 from mimscale.cost.measured import Compared
 from mimscale.cost.planner import Planner
-from mimscale.cost.report import duration, make_plan, markdown
+from mimscale.cost.report import duration, for_gpu, make_plan, markdown
 from mimscale.cost.run_cost import IMAGENET
 from mimscale.errors import UserError
 
@@ -103,7 +103,8 @@ def all_recipes(gpu: Device, link: Interconnect, ranks: int, per_node: int) -> s
     rows = []
     for name in published():
         try:
-            planner = Planner(load_recipe(name), gpu, link, ranks, per_node)
+            config, _ = for_gpu(load_recipe(name), gpu)
+            planner = Planner(config, gpu, link, ranks, per_node)
             plan = make_plan(planner, IMAGENET, True)
         except UserError as error:
             rows.append([name, *[""] * (len(heads) - 2), str(error)])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mimscale.config.base import NonNegative, Strict
+from mimscale.errors import without_secrets
 
 
 def default_decoder() -> Literal["simplejpeg", "pillow"]:
@@ -69,6 +70,23 @@ class DataConfig(Strict):
     crops: int = Field(1, ge=1, le=1024)
     max_damaged: int | None = Field(None, ge=0)
     stream: StreamConfig | None = None
+
+    @field_validator("shards")
+    @classmethod
+    def _holds_no_secret(cls, value: str) -> str:
+        if any(address.startswith("pipe:") for address in value.removeprefix("wds:").split("::")):
+            raise ValueError("pipe: no shell is run for data; give a path or an http(s), s3 or gs URL")
+        if without_secrets(value) != value:
+            shown = without_secrets(value)
+            raise ValueError(f"'{shown}' was given with credentials in it; remove them and set them in the environment")
+        return value
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _check_cache(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():  # a Path would be the working directory
+            raise ValueError("an empty path; name a folder on the node's own disk, or set cache=null")
+        return value
 
     @field_validator("decoder")
     @classmethod

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mimscale.data.config import DataConfig, default_decoder
 from mimscale.data.datasets import EvalDataset, TrainDataset
@@ -286,9 +288,17 @@ def _iterator(loader: DataLoader[list[Batch]]) -> Any:
     before = set(multiprocessing.active_children())
     try:
         return iter(loader)
-    except BaseException:
+    except BaseException as error:
         for worker in set(multiprocessing.active_children()) - before:
             worker.kill()
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if isinstance(half := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
+                half._shutdown = True  # else its __del__ would fail too, in a traceback of its own
+        if isinstance(error, OSError):
+            raise UserError(
+                f"data.workers = {loader.num_workers}: a worker cannot be started ({error.strerror}); raise the limit "
+                f"that `ulimit -a` shows, or take fewer workers"
+            ) from error
         raise
 
 
@@ -329,8 +339,19 @@ def _iterate(make_loader: MakeLoader, micro_batches: int) -> BatchGenerator:
                 later_steps.clear()
     except DamagedSample as error:  # torch raises a worker's error again, with the traceback in its text
         raise DamagedSample(str(error).rstrip().rpartition("DamagedSample: ")[2]) from None
+    except RuntimeError as error:
+        if "Bus error" in str(error):  # torch thinks of shared memory only
+            _refuse_cut_index(items)
+        raise
     finally:
         _end(items)
+
+
+def _refuse_cut_index(items: Any) -> None:
+    """A worker that reads a mapped file behind its end gets SIGBUS. Raises UserError that names such a file."""
+    manifest = getattr(items._dataset, "manifest", None)
+    if isinstance(manifest, Manifest) and (path := manifest.cut_file()) is not None:
+        raise UserError(f"'{path}' was cut or replaced while it was in use; make it again, and start again") from None
 
 
 def _open_generator(make_loader: MakeLoader, micro_batches: int) -> BatchGenerator:

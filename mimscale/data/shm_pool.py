@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mimscale.errors import UserError
 from mimscale.types import Batch
 
 MIN_VIEW_BYTES = (
@@ -48,7 +49,15 @@ class SharedMemoryPool:
     def __init__(self, slots: int, size: int):
         self.number, self.slots, self.size = next(_NUMBERS), slots, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         memory, free = os.memfd_create("mimscale"), os.pipe()
-        os.ftruncate(memory, self.slots * self.size)
+        try:
+            os.ftruncate(memory, self.slots * self.size)
+        except OSError as error:
+            for fd in (memory, *free):
+                os.close(fd)
+            raise UserError(
+                f"{self.slots * self.size} bytes of shared memory for the data workers: {error.strerror}; raise "
+                f"`ulimit -f`, or lower data.workers and data.prefetch"
+            ) from None
         os.set_blocking(free[0], False)
         self._open(memory, *free)
         _POOLS[self.number] = self

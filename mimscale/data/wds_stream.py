@@ -103,10 +103,6 @@ def open_source(data: DataConfig, world: int = 1) -> Source:
 
 def _check_shard(url: str) -> None:
     """Raises UserError if the shard cannot be opened."""
-    if url.startswith("pipe:"):
-        raise UserError(
-            f"data.shards = {PREFIX}{url}: no shell is run for data; give a path or an http(s), s3 or gs URL"
-        )
     try:
         _ShardFile(url).close()
     except OSError as error:

@@ -22,11 +22,7 @@ class Engine(Protocol):
 
     Micro-batch and accumulation were solved before (`mimscale.training.micro_batch`): after `accumulation` calls of
     `forward_backward` comes one of `step`.
-    notes: lines for the start of a run: which fast paths run, which plain twins, and why. Grows in the first step, where
-    it is measured.
     """
-
-    notes: list[str]
 
     def forward_backward(
         self, batch: Batch, targets: Mapping[str, Targets], check_loss: Callable[[Tensor], Tensor] = unchanged
@@ -47,6 +43,12 @@ class Engine(Protocol):
 
     def gradient_norm(self) -> float:
         """Global L2 norm of the last step's gradients before clipping. Reads from the device."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the start of a run: which fast paths of the engine run, which plain twins, and why. Grows in the
+        first step, where it is measured.
+        """
 
     @property
     def loss_scale(self) -> float | None:

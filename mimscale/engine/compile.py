@@ -101,6 +101,11 @@ class StudentCompiler:
                 self._apply()
 
     def _apply(self) -> None:
+        import torch._dynamo.config  # not before: it takes a second
+
+        # flat parameters put views into a block and take them away again, also where it is recomputed: nothing is left
+        if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         chosen = options() if BACKEND == "inductor" else None
         how: dict[str, Any] = {"dynamic": False, "backend": BACKEND, "options": chosen}
         if self.chosen == "whole":

@@ -18,8 +18,12 @@ from mimscale.engine.torch_engine import TorchEngine
 from mimscale.errors import UserError
 
 
-def check_backend(engine: EngineConfig, ds_config: Mapping[str, Any], device: torch.device, accumulation: int) -> None:
-    """Refuse what the backend or the device cannot do, before anything is built. Raises UserError."""
+def check_backend(
+    engine: EngineConfig, ds_config: Mapping[str, Any], device: torch.device, accumulation: int = 1
+) -> None:
+    """Refuse what the backend or the device cannot do, before anything is built. accumulation: micro-batches per step,
+    once they are known. Raises UserError.
+    """
     if engine.backend == "torch" and precision_of(ds_config) == "fp16":
         raise UserError(
             f"engine.backend = torch has no loss scale for engine.ds_config = {engine.ds_config}, which is fp16; "

@@ -40,9 +40,9 @@ _GARBAGE = {"job": None, "host": "an unknown host", "pid": "unknown", "token": "
 class RunLock:
     """The claim of this process, rank 0 of its run, on a run folder. Raises UserError where somebody else holds it."""
 
-    def __init__(self, run_dir: Path, beat_s: float = BEAT_S) -> None:
+    def __init__(self, run_dir: Path, beat_s: float | None = None) -> None:
         self.path = run_dir / "lock"
-        self._beat_s, self._beats = beat_s, 0
+        self._beat_s, self._beats = BEAT_S if beat_s is None else beat_s, 0
         self._claim: dict[str, Any] = {
             "job": os.environ.get("SLURM_JOB_ID"),
             "restart": int(restart) if (restart := os.environ.get("SLURM_RESTART_COUNT", "")).isdecimal() else 0,

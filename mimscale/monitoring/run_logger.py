@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from mimscale.errors import printable, warn
+from mimscale.errors import printable, warn, without_secrets
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.files.console import plain_console
 from mimscale.monitoring.panel_writer import PanelWriter
@@ -102,7 +102,7 @@ class RunLogger:
     def _write(self, values: dict[str, Any]) -> None:
         if not self._active:
             return
-        line = json.dumps({**finite(values), "time": round(time.time(), 3)})
+        line = without_secrets(json.dumps({**finite(values), "time": round(time.time(), 3)}))
         self._writer.append(self._run_dir / "metrics.jsonl", line + "\n")
 
     def _on_board(self, work: Callable[[SummaryWriter], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import resource
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -12,7 +13,7 @@ from mimscale.checkpoint import run_folder
 from mimscale.checkpoint.async_writer import AsyncCheckpointWriter
 from mimscale.config.compiler import compile_seconds, uncompiled
 from mimscale.data.wds_stream import NOT_EXACT
-from mimscale.errors import Stopped
+from mimscale.errors import Stopped, UserError
 from mimscale.fault_tolerance import activation_magnitudes
 from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_marker, there
 from mimscale.monitoring.metrics import ThroughputMeter
@@ -49,6 +50,7 @@ class Monitor:
             run.logger.log_event,
             alive=run.watchdog.alive,
         )
+        run.coordinator.on_all_ranks(check_file_size_limit, self._checkpoints.bytes)
         run.guard.load(state.guard)
         run.startup.end("buffers")
 
@@ -209,6 +211,16 @@ class Monitor:
             run.writer.replace(plan.run_dir / "done", f"{state.step}\n")
         run.logger.print(f"done: {plan.run_dir}, step {state.step}")
         return None
+
+
+def check_file_size_limit(needed: int) -> None:
+    """Raise UserError where a checkpoint's file, of `needed` bytes, could never be written by this process."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if 0 <= limit < needed:  # RLIM_INFINITY is -1
+        raise UserError(
+            f"this process may write files of {limit} bytes, and a checkpoint needs {needed} on each rank; raise the "
+            f"limit (ulimit -f unlimited)"
+        )
 
 
 def open_folder(run: TrainContext, state: TrainState) -> None:

@@ -20,11 +20,11 @@ from mimscale.config.deepspeed import load_ds_config
 from mimscale.config.extends import merged
 from mimscale.config.recipes import load_recipe, read_recipe, recipe_names, validate
 from mimscale.config.run import RunConfig, method_class
+from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE, MAEConfig
 from mimscale.optim.lr_schedule import lr_at_step
 from mimscale.teachers.ensemble import build_skeletons, describe
-from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.types import Noise, TeacherInfo, TeacherNeeds
 
 CLIP_B = TeacherInfo("clip", dim=768, depth=12, grid=(14, 14), image_size=224, has_cls=True)
