@@ -32,8 +32,9 @@ Asked = Literal["auto", "off", "blocks", "whole"]
 Chosen = Literal["off", "blocks", "whole", "measure"]
 
 
-def choose(asked: Asked, device: torch.device, stage: int, fault: str) -> tuple[Chosen, str]:
-    """(what to compile, why). fault: why this machine cannot compile for the device; empty if it can.
+def choose(asked: Asked, device: torch.device, stage: int, fault: str, all_plain: bool = False) -> tuple[Chosen, str]:
+    """(what to compile, why). fault: why this machine cannot compile for the device; empty if it can. all_plain: the
+    recipe wants the plain twin of every fast path, which `auto` follows.
 
     "measure": eager and compiled blocks are timed in the first micro-batch, and the faster is taken.
     """
@@ -41,6 +42,8 @@ def choose(asked: Asked, device: torch.device, stage: int, fault: str) -> tuple[
         return "off", "engine.compile = off"
     if stage == 3:
         return "off", "ZeRO-3's hooks run between the blocks' operators and break their graphs"
+    if asked == "auto" and all_plain:
+        return "off", "engine.plain = all"
     if asked == "auto" and device.type == "cpu":
         return "off", "auto compiles on a GPU only"
     if fault:
@@ -71,7 +74,8 @@ class StudentCompiler:
         check(config.compile, stage)
         self._method, self._device, self._notes = method, device, notes
         wanted = config.compile not in ("off", "auto") or device.type == "cuda"
-        self.chosen, why = choose(config.compile, device, stage, compiler_fault(device) if wanted else "")
+        fault = compiler_fault(device) if wanted else ""
+        self.chosen, why = choose(config.compile, device, stage, fault, config.plain == "all")
         notes.append(f"compile: {self.chosen} ({why})")
         if self.chosen in ("blocks", "whole"):
             self._apply()

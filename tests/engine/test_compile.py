@@ -168,6 +168,8 @@ def test_choice_and_its_reason(asked: Asked, device: torch.device, stage: int, f
     kind, why = compile.choose(asked, device, stage, fault)
     assert kind == chosen and why
     assert (why == fault) is bool(fault)
+    plain = compile.choose(asked, device, stage, fault, all_plain=True)
+    assert plain[0] == ("off" if asked == "auto" else chosen)
 
 
 def test_without_a_compiler_it_stays_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

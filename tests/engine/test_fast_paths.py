@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,14 @@ import pytest
 import torch
 import torch._dynamo
 import torch._dynamo.config
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mimscale.bench._operators import count_hooks, count_operators, count_step
 from mimscale.config.deepspeed import load_ds_config
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig, method_class
-from mimscale.distributed.world import close_process_group, from_environment
+from mimscale.distributed.world import from_environment
 from mimscale.engine.config import EngineConfig
-from mimscale.engine.deepspeed_runtime import open_process_group
 from mimscale.engine.factory import make_engine
 from mimscale.engine.fast_paths import choose, fitted
 from mimscale.engine.flat_parameters import Place, flatten
@@ -148,17 +145,6 @@ def test_buckets_hold_a_block() -> None:
     three = fitted({"stage": 3, "stage3_param_persistence_threshold": 10}, blocks)
     assert three["stage3_prefetch_bucket_size"] == 50_000_000 and three["stage3_param_persistence_threshold"] == 51
     assert fitted({"stage": 0}, blocks) == {"stage": 0}
-
-
-@pytest.fixture(scope="module")
-def process_group() -> Iterator[None]:
-    before = dict(os.environ)
-    open_process_group(from_environment("cpu"))
-    yield
-    close_process_group()
-    assert not dist.is_initialized()
-    os.environ.clear()  # RANK and the like would reach the processes that later tests start
-    os.environ.update(before)
 
 
 def narrow(*overrides: str) -> tuple[RunConfig, Any, Batch]:
