@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mimscale.config.run import RunConfig
 from mimscale.distributed.world import World
+from mimscale.engine import fast_paths
 from mimscale.engine.base import method_groups, refuse_other_groups, refuse_other_parameters, refuse_unfit, unchanged
 from mimscale.optim.ema import STUDENT, MovingAverage
 from mimscale.optim.optimizers.base import optimizer_class
@@ -49,11 +50,13 @@ class TorchEngine:
         self._parameters = dict(self._module.named_parameters())
         groups = method_groups(method, config.optim)
         self._groups: list[dict[str, Any]] = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        paths = fast_paths.choose(config.engine)
+        self.notes = [paths.line(len(self._parameters), len(self._parameters))]
         self._kind = optimizer_class(config.optim.name)
         self._optimizer = self._kind.TORCH(
             [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups],
             lr=0.0,  # type: ignore[call-arg]
-            **self._kind.options(config.optim, fused=world.device.type == "cuda"),
+            **self._kind.options(config.optim, fused=world.device.type == "cuda" or "fused_update" in paths),
         )
         self._kind.create_state(self._optimizer, self._parameters.values(), 0)
         self._average = None

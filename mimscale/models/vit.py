@@ -144,8 +144,10 @@ class Mlp(nn.Module):
 
 
 class Residual(nn.Module):
-    """Base of all Blocks. Sets no parameter.
+    """Base of all Blocks, which a network repeats. Sets no parameter.
 
+    A Block is entered by a call only, and nothing outside uses its parameters or parts: an engine may hold its
+    parameters as few flat tensors, and then they exist during `forward` only (`mimscale.engine.flat_parameters`).
     fused: drop path and the sum are one kernel, rounded once; else one after the other.
     """
 
@@ -178,8 +180,14 @@ class Block(Residual):
         self.norm2 = nn.LayerNorm(width, eps=LN_EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None, first: int = 0) -> Tensor:
-        """first: compute only the tokens from this one on, [B, T - first, D]; they attend to all."""
+    def forward(
+        self, x_BTD: Tensor, scales_B2: Tensor | None = None, *, first: int = 0, prefix: int | None = None
+    ) -> Tensor:
+        """first: compute only the tokens from this one on, [B, T - first, D]; they attend to all. prefix: if given,
+        return the `patch_attention` instead.
+        """
+        if prefix is not None:
+            return self.attn(self.norm1(x_BTD), prefix=prefix)
         attended = self.attn(self.norm1(x_BTD), first=first)
         x_BTD = self.add_branch(last_tokens(x_BTD, first), attended, scales_B2, 0)
         return self.add_branch(x_BTD, self.mlp(self.norm2(x_BTD)), scales_B2, 1)
@@ -216,7 +224,7 @@ def run_blocks(
     block: Any  # to mypy the items of a ModuleList are plain Modules
     for index, block in enumerate(blocks):
         if attention_prefix is not None and index == len(blocks) - 1:
-            attention = block.attn(block.norm1(x_BTD), *extra, prefix=attention_prefix)
+            attention = block(x_BTD, None, *extra, prefix=attention_prefix)
         scales = None if scales_BN2 is None else scales_BN2[:, index]
         only = last if index == len(blocks) - 1 else {}
         if recompute_every and index % recompute_every == 0 and torch.is_grad_enabled():

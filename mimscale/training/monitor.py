@@ -55,7 +55,8 @@ class Monitor:
 
         run.inputs.start(state)
         run.logger.start(total=plan.total_steps, step=state.step, tensorboard=plan.config.log.tensorboard)
-        run.logger.print("\n".join((describe_run(run, state), *run.cost_notes, *run.init_notes)))
+        notes = (*run.cost_notes, *run.init_notes, *run.engine.notes)
+        run.logger.print("\n".join((describe_run(run, state), *notes)))
         if state.step < plan.total_steps:
             run.inputs.wait_for_first()
         run.startup.end("workers")

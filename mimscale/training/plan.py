@@ -14,7 +14,6 @@ from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig, method_class
 from mimscale.data import device_decode
 from mimscale.data.wds_stream import Source, open_source
-from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.distributed.world import World, check_precision, from_environment
 from mimscale.engine.factory import check_backend
 from mimscale.errors import UserError
@@ -25,6 +24,7 @@ from mimscale.teachers.base import Teacher
 from mimscale.teachers.ensemble import build_skeletons, describe
 from mimscale.teachers.quantise import check as check_quantised
 from mimscale.training import init_weights
+from mimscale.training.auto_micro_batch import resolved, solve
 from mimscale.types import TeacherInfo
 
 
@@ -35,7 +35,8 @@ class Plan:
     config: the resolved recipe. parent: the checkpoint whose weights a fork starts from. fresh: whether there is no
     checkpoint of this run to continue from. ds_config: DeepSpeed's JSON, parsed. micro_batch: images per rank and
     forward pass; accumulation: micro-batches per optimiser step. skeletons: every teacher on the meta
-    device, for `TeacherEnsemble`. command: for launches.jsonl.
+    device, for `TeacherEnsemble`. command: for launches.jsonl. auto_micro_batch: whether the micro-batch is solved from
+    the memory of this rank's device (`auto_micro_batch.agreed`).
     """
 
     config: RunConfig
@@ -51,6 +52,7 @@ class Plan:
     steps_per_epoch: int
     total_steps: int
     command: tuple[str, ...]
+    auto_micro_batch: bool = False
 
     @property
     def teachers(self) -> dict[str, TeacherInfo]:
@@ -68,8 +70,6 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     ds_config = load_ds_config(config.engine.ds_config)
     check_precision(world.device, precision_of(ds_config))
     check_backend(config.engine, ds_config)
-    batch = config.schedule.global_batch
-    micro_batch, accumulation = solve_micro_batch(batch, world.size, config.engine.max_micro_batch)
     skeletons = build_skeletons(config.teachers, config.data.image_size)
     for name, teacher in config.teachers.items():
         if world.device.type == "cuda" or teacher.shard:
@@ -97,6 +97,9 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     if run_folder.stop_wish(run_dir).exists():
         raise UserError(f"{run_folder.stop_wish(run_dir)} asks this run to stop; remove it to go on")
 
+    auto_micro_batch = config.engine.max_micro_batch == "auto"
+    config = resolved(config, stored, world)
+    micro_batch, accumulation = solve(config, world)
     manifest = open_source(config.data, world.size)
     check_classes(config, manifest)
     steps_per_epoch = manifest.samples // config.schedule.global_batch
@@ -129,6 +132,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
         steps_per_epoch,
         total,
         command,
+        auto_micro_batch,
     )
 
 

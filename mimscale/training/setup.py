@@ -31,6 +31,7 @@ from mimscale.monitoring.phase_timer import PhaseTimer
 from mimscale.monitoring.run_logger import RunLogger
 from mimscale.teachers.ensemble import TeacherEnsemble
 from mimscale.training import init_weights
+from mimscale.training.auto_micro_batch import agreed
 from mimscale.training.context import TrainContext
 from mimscale.training.inputs import TrainInputs
 from mimscale.training.plan import Plan, open_damage_log
@@ -68,6 +69,8 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
     store = meet(world, preemption.leave_if_asked)
     open_process_group(world, config.engine)
     watchdog.coordinator = signal_watch.coordinator = coordinator = Coordinator(store)
+    plan = agreed(plan, coordinator)
+    config = plan.config
     refuse_different_ranks(plan, teachers, coordinator)
     run_folder.prove_shared(plan.run_dir, coordinator)
     startup.end("process_group")

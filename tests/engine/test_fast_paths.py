@@ -1,0 +1,218 @@
+"""The engine's fast paths: few parameters, one norm, a fused update; the same numbers, fewer operators."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch._dynamo.config
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mimscale.bench._operators import count_hooks, count_operators, count_step
+from mimscale.config.deepspeed import load_ds_config
+from mimscale.config.recipes import load_recipe
+from mimscale.config.run import RunConfig, method_class
+from mimscale.distributed.world import close_process_group, from_environment
+from mimscale.engine.config import EngineConfig
+from mimscale.engine.deepspeed_runtime import open_process_group
+from mimscale.engine.factory import make_engine
+from mimscale.engine.fast_paths import choose, fitted
+from mimscale.engine.flat_parameters import Place, flatten
+from mimscale.engine.global_norm import CPU_CHUNK, global_norm
+from mimscale.models.vit import Block, ViTOutput, run_blocks
+from mimscale.optim.param_groups import parameter_groups
+from mimscale.types import Batch
+from tests import ranks
+
+NARROW = [  # MAE-L's structure, so narrow that only operators cost
+    *("student.width=32", "student.depth=24", "student.heads=2", "data.image_size=32", "engine.device=cpu"),
+    *("method.decoder_width=32", "method.decoder_depth=8", "method.decoder_heads=2", "schedule.global_batch=2"),
+]
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(16, 2) for _ in range(3))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor, every: int = 0, prefix: int | None = None) -> ViTOutput:
+        out = run_blocks(self.blocks, x, None, every, attention_prefix=prefix)
+        return out._replace(tokens=self.head(out.tokens))
+
+
+def flat_twin(chain: Chain, layer_decay: float = 1.0) -> tuple[Chain, list[Place], list[dict[str, Any]]]:
+    twin = copy.deepcopy(chain)
+
+    def layer_of(name: str) -> int:
+        return int(name.split(".")[1]) if name.startswith("blocks.") else 3
+
+    groups = parameter_groups(twin, weight_decay=0.1, layer_decay=layer_decay, layer_of=layer_of)
+    return twin, flatten(twin, groups), groups
+
+
+@pytest.fixture(scope="module")
+def chain() -> Chain:
+    torch.manual_seed(0)
+    return Chain()
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("compiled", [False, True])
+@torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+def test_flat_parameters_give_the_same_numbers(every: int, compiled: bool, chain: Chain) -> None:
+    """Eager and in one graph, with and without recomputing; nothing is left on the modules."""
+    twin, places, _ = flat_twin(chain)
+    forward: Any = twin
+    if compiled:
+        torch._dynamo.reset()
+        forward = torch.compile(twin, backend="aot_eager", fullgraph=True, dynamic=False)
+    x = torch.randn(2, 5, 16)
+    chain.zero_grad()
+    chain(x, every).tokens.square().sum().backward()
+    out = forward(x, every).tokens
+    out.square().sum().backward()
+    assert torch.equal(out, chain(x, every).tokens)
+    theirs = dict(chain.named_parameters())
+    assert [place.name for place in places] == list(theirs)
+    for place in places:
+        gradient = place.holder.grad
+        assert gradient is not None and torch.equal(place.read(), theirs[place.name])
+        ours = gradient.view(-1)[place.start : place.start + place.numel].view(place.shape)
+        torch.testing.assert_close(ours, theirs[place.name].grad, rtol=1e-6, atol=1e-6)
+    assert twin.blocks[0].attn.qkv.weight is None
+    assert torch.equal(twin(x, prefix=1).attention, chain(x, prefix=1).attention)
+
+
+def test_one_parameter_per_block_and_group(chain: Chain) -> None:
+    twin, places, groups = flat_twin(chain)
+    assert len(list(twin.parameters())) == 3 * 2 + 2
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in twin.parameters()}
+    assert [len(group["params"]) for group in groups] == [4, 4]
+    assert sum(place.numel for place in places) == sum(p.numel() for p in chain.parameters())
+    _, _, finer = flat_twin(chain, layer_decay=0.5)
+    assert [len(group["params"]) for group in finer] == [1] * 8
+
+
+def test_a_pass_that_fails_leaves_no_views(chain: Chain) -> None:
+    twin, _, _ = flat_twin(chain)
+    with pytest.raises(RuntimeError, match="shape"):
+        twin(torch.randn(2, 5, 15))
+    assert twin.blocks[0].norm1.weight is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_norm_of_long_and_short_gradients(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gradients = [torch.randn(3 * CPU_CHUNK + 7).to(dtype), torch.randn(5).to(dtype)]
+    exact = torch.cat(gradients).double().norm()
+    assert float(global_norm(gradients)) == pytest.approx(float(exact), rel=1e-5)
+    for value in (math.inf, -math.inf, math.nan):
+        bad = [gradients[0].clone(), gradients[1]]
+        bad[0][-1] = value
+        assert float(global_norm(bad)) == math.inf
+    assert count_operators(lambda: global_norm(gradients))[1] < 12
+
+
+def test_what_a_norm_can_hold() -> None:
+    """float16's largest number everywhere is finite; float32 gradients whose squares overflow are not."""
+    assert float(global_norm([torch.full((1 << 20,), 65504.0, dtype=torch.float16)])) == pytest.approx(65504 * 2**10)
+    assert float(global_norm([torch.full((4,), 1e18)])) == pytest.approx(2e18)
+    assert float(global_norm([torch.full((4,), 1e20)])) == math.inf
+
+
+def test_which_path_runs_is_said() -> None:
+    assert choose(EngineConfig()).line(396, 76) == (
+        "fast paths: flat_parameters (76 instead of 396 parameters), norm_check, fused_update"
+    )
+    assert choose(EngineConfig(plain=("norm_check",))).line(396, 76) == (
+        "fast paths: flat_parameters (76 instead of 396 parameters), fused_update; plain: norm_check (engine.plain)"
+    )
+    torch_engine = choose(EngineConfig(backend="torch"))
+    assert "flat_parameters" not in torch_engine and "fused_update" in torch_engine
+    assert choose(EngineConfig(plain="all")).line(9, 9).startswith("fast paths: none; plain: flat_parameters (engine")
+
+
+def test_buckets_hold_a_block() -> None:
+    blocks = [[100, 30], [400, 50], []]
+    assert fitted({"stage": 2, "reduce_bucket_size": 7}, blocks) == {"stage": 2, "reduce_bucket_size": 400}
+    assert fitted({"stage": 2, "reduce_bucket_size": 10_000}, blocks)["reduce_bucket_size"] == 10_000
+    three = fitted({"stage": 3, "stage3_param_persistence_threshold": 10}, blocks)
+    assert three["stage3_prefetch_bucket_size"] == 50_000_000 and three["stage3_param_persistence_threshold"] == 51
+    assert fitted({"stage": 0}, blocks) == {"stage": 0}
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    before = dict(os.environ)
+    open_process_group(from_environment("cpu"))
+    yield
+    close_process_group()
+    assert not dist.is_initialized()
+    os.environ.clear()  # RANK and the like would reach the processes that later tests start
+    os.environ.update(before)
+
+
+def narrow(*overrides: str) -> tuple[RunConfig, Any, Batch]:
+    torch.manual_seed(0)
+    run = load_recipe("mae_tiny", [*NARROW, *overrides])
+    method = method_class("mae")(run, {})
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    noise = {purpose: torch.rand(2, *kind.shape) for purpose, kind in method.needs.noise.items()}
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(2, 1)
+    batch = Batch(images, torch.arange(2), torch.arange(2), noise, boxes=whole, flips=torch.zeros(2, dtype=torch.bool))
+    return run, method, batch.normalised()
+
+
+def engine_step(ds_config: str, plain: str) -> tuple[int, int]:
+    """(operators of a step, hooks that it calls)."""
+    run, method, batch = narrow(f"engine.ds_config={ds_config}", f"engine.plain={plain}")
+    engine: Any = make_engine(
+        method, run, from_environment("cpu"), micro_batch=2, accumulation=1, ds_config=load_ds_config(ds_config)
+    )
+
+    def step() -> list[int]:
+        return count_step(lambda: engine._ds(batch, {})["loss"], engine._ds.backward, lambda: engine.step(1e-4, 0.0))
+
+    for _ in range(2):
+        step()
+    found = sum(step()), count_hooks(method)
+    engine.close()
+    return found
+
+
+def plain_pytorch_step() -> int:
+    _, method, batch = narrow()
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-4, fused=True)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    backward: Callable[[Tensor], object] = torch.Tensor.backward
+    counts = [count_step(lambda: method(batch, {})["loss"], backward, update) for _ in range(3)]
+    return sum(counts[-1])
+
+
+def test_operators_per_step(process_group: None) -> None:
+    """As ratios to plain PyTorch's with a fused AdamW. The plain twins show what is counted."""
+    plain = plain_pytorch_step()
+    operators, hooks = engine_step("cpu_zero2_bf16", "[]")
+    assert operators <= 2.0 * plain and hooks < 100
+    assert engine_step("cpu_zero2_bf16", "all")[0] > 4 * plain
+    operators, hooks = engine_step("cpu_zero3_bf16", "[]")
+    assert operators <= 3.0 * plain and hooks < 300
+
+
+@pytest.mark.multi
+def test_on_two_ranks(shards: Path, tmp_path: Path) -> None:
+    """A bad element on one rank; equal numbers; checkpoints of the plain twin, to the bit."""
+    ranks.run(2, "tests.engine.fast_path_cases", ranks.recipe(tmp_path, shards, ema={"decay": 0.9}))
