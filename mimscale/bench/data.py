@@ -17,6 +17,7 @@ from typing import Any
 from mimscale.errors import UserError
 
 SIDE, BATCH = 224, 64
+OURS = "mimscale"  # all others are compared with this one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, help="number of rounds in which every loader is measured once (default: 5)"
     )
+    parser.add_argument("--only", nargs="+", help="only the rows whose names contain one of these words")
     parser.add_argument("--workers", type=int, default=1, help="worker processes of each loader (default: 1)")
 
 
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         measurements: dict[str, Callable[[], float]] = {
             "libjpeg-turbo, decode alone (floor)": lambda: _decode_all(shards),
             "mimscale, read alone": lambda: _read_all(shards),
-            "mimscale": lambda: _our_loader(shards, "simplejpeg", args.workers),
+            OURS: lambda: _our_loader(shards, "simplejpeg", args.workers),
             "mimscale, Pillow": lambda: _our_loader(shards, "pillow", args.workers),
         }
         missing = {}
@@ -55,11 +57,15 @@ def run(args: argparse.Namespace) -> int:
                 measurements[name] = partial(_other_loader, data, args.workers)
             except ImportError as error:
                 missing[name] = str(error)
+        if args.only:
+            measurements = {
+                name: m for name, m in measurements.items() if name == OURS or any(w in name for w in args.only)
+            }
         seconds: dict[str, list[float]] = {name: [] for name in measurements}
         for _ in range(args.rounds):
             for name, measure in measurements.items():
                 seconds[name].append(measure())
-    rows = [_row(name, values, seconds["mimscale"]) for name, values in seconds.items()]
+    rows = [_row(name, values, seconds[OURS]) for name, values in seconds.items()]
     rows += [[f"{name}: not installed ({why})", "", "", ""] for name, why in missing.items()]
     print(_report.table(["loader", "CPU ms per image", "x mimscale", "from - to"], rows))
     print(
