@@ -144,20 +144,6 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class EncodedImages:
-    """JPEGs, in host memory, that will be decoded on the device.
-
-    data: uint8, K JPEGs concatenated.  sizes: int64 [K], bytes of each.  rows: int64 [K], row in the batch.
-    boxes: int64 [K, 4], crop (top, left, height, width) in pixels.
-    """
-
-    data: Tensor
-    sizes: Tensor
-    rows: Tensor
-    boxes: Tensor
-
-
-@dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank.
 
@@ -174,7 +160,6 @@ class Batch:
     importance: uint8 [B, L], what a masking policy that learns has stored of these samples' patches; None else.
     weights: float32 [B] in evaluation, 1, or 0 for what fills a batch up and must not count; None in training.
     damage: what could not be used when this batch was made; `ids` has what was taken instead.
-    encoded: with `data.decoder: device`, the JPEGs of rows that are not decoded yet; `images` is undefined in these.
     """
 
     images: Tensor
@@ -189,7 +174,6 @@ class Batch:
     importance: Tensor | None = None
     weights: Tensor | None = None
     damage: tuple[Damage, ...] = ()
-    encoded: EncodedImages | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies do not block the host where the memory is pinned."""

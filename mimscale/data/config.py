@@ -43,10 +43,9 @@ class DataConfig(Strict):
     random order on the device; no published recipe in this project uses it.
 
     decoder: decides the pixel values, so a resumed run must use the one that it was started with (see data/decode.py).
-    Default: simplejpeg if it is installed. device (experimental): decodes in the trainer's process, with nvJPEG on a
-    GPU. decode_short_side: larger JPEGs are decoded at a fraction of their size, down to a short side of this many
-    pixels; 0 = off. crops (experimental): each image is decoded once for this many consecutive steps, each with another
-    crop; every crop counts as a sample.
+    Default: simplejpeg if it is installed. decode_short_side: larger JPEGs are decoded at a fraction of their size,
+    down to a short side of this many pixels; 0 = off. crops (experimental): each image is decoded once for this many
+    consecutive steps, each with another crop; every crop counts as a sample.
     max_damaged: a run stops when more samples than this cannot be used; default: one in 10,000, at least 10.
     """
 
@@ -65,7 +64,7 @@ class DataConfig(Strict):
     prefetch: int = Field(2, ge=1, le=1024)
     streams: int = Field(256, ge=1, le=2**20)
     block: int = Field(8192, ge=1, le=2**31)
-    decoder: Literal["simplejpeg", "pillow", "device"] = Field(default_factory=default_decoder)
+    decoder: Literal["simplejpeg", "pillow"] = Field(default_factory=default_decoder)
     decode_short_side: int = Field(0, ge=0, le=2**16)
     crops: int = Field(1, ge=1, le=1024)
     max_damaged: int | None = Field(None, ge=0)
@@ -102,17 +101,6 @@ class DataConfig(Strict):
                 raise ValueError(f"{name} = [{low}, {high}]: must be ascending, above 0 and, for crop_scale, at most 1")
         if self.crop_padding >= self.image_size:
             raise ValueError(f"crop_padding = {self.crop_padding}: must be below image_size = {self.image_size}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_device_decoder(self) -> DataConfig:
-        """Options that need the decoded image in the worker do not work with JPEGs that the worker leaves encoded."""
-        refused = self.crop != "random_resized" or self.crops > 1 or self.decode_short_side or self.stream is not None
-        if self.decoder == "device" and refused:
-            raise ValueError(
-                "decoder = device: only with crop=random_resized, crops=1, decode_short_side=0 and an indexed data "
-                "set; change these, or set decoder=simplejpeg"
-            )
         return self
 
     @model_validator(mode="after")

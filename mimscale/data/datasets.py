@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from mimscale.data import color_jitter, noise
 from mimscale.data.config import DataConfig
-from mimscale.data.decode import AnyImage, UndecodedJpeg, decode, make_decoder
+from mimscale.data.decode import AnyImage, decode, make_decoder
 from mimscale.data.manifest import Ints, Manifest
 from mimscale.data.order import Order
 from mimscale.data.sample_reader import SampleReader
@@ -29,7 +29,7 @@ from mimscale.data.transforms import (
     resized_to_square,
     to_pixels,
 )
-from mimscale.types import Batch, Damage, EncodedImages, Needs, Noise
+from mimscale.types import Batch, Damage, Needs, Noise
 
 
 class TrainDataset(Dataset[list[Batch]]):
@@ -44,23 +44,16 @@ class TrainDataset(Dataset[list[Batch]]):
         self.manifest, self.order, self.seed = manifest, order, seed
         self.batch_builder = BatchBuilder(manifest.samples, data, needs, seed, global_batch)
         self.reader = SampleReader(manifest, make_decoder(data.decoder, data.decode_short_side))
-        self.decoding_reader = SampleReader(manifest, decode) if data.decoder == "device" else self.reader
 
     def __getitem__(self, item: tuple[Ints, Ints]) -> list[Batch]:
         image_positions, crop_positions = item
         ids = self.order.ids(image_positions)
         self.manifest.read_ahead(ids)
         images = (
-            self._reader(position).load_or_substitute(sample, self.seed, *divmod(position, self.manifest.samples))
+            self.reader.load_or_substitute(sample, self.seed, *divmod(position, self.manifest.samples))
             for sample, position in zip(ids.tolist(), image_positions.tolist(), strict=True)
         )
         return self.batch_builder(crop_positions, images, self.manifest)
-
-    def _reader(self, position: int) -> SampleReader:
-        """An image that is also needed uncropped must be decoded here, whatever `data.decoder` is."""
-        builder = self.batch_builder
-        uncropped = position % builder.global_batch < builder.needs.uncropped_images
-        return self.decoding_reader if uncropped else self.reader
 
 
 class BatchBuilder:
@@ -75,7 +68,7 @@ class BatchBuilder:
     def __call__(
         self,
         positions: Ints,
-        samples: Iterator[tuple[int, AnyImage | UndecodedJpeg, list[Damage]]],
+        samples: Iterator[tuple[int, AnyImage, list[Damage]]],
         manifest: Manifest | None,
     ) -> list[Batch]:
         """int64 [rows, B] positions, and B samples (id, image, damage found before it) -> one Batch per row.
@@ -89,7 +82,6 @@ class BatchBuilder:
         uncropped_rows = np.flatnonzero(positions[0] % self.global_batch < self.needs.uncropped_images)
         uncropped = np.empty((len(uncropped_rows), 3, side, side), np.uint8) if self.needs.uncropped_images else None
         ids, damage = np.empty(total, np.int64), list[Damage]()
-        jpegs = list[tuple[bytes, int, Box]]()
         for column in range(total):
             ids[column], image, found = next(samples)
             damage += found
@@ -97,15 +89,9 @@ class BatchBuilder:
                 epoch, index = divmod(int(positions[row, column]), self.samples)
                 numbers = noise.uniform(self.seed, "crop", epoch, index, n=CROP_NUMBERS).tolist()
                 flips[row, column] = numbers[-1] < self.data.flip
-                if isinstance(image, UndecodedJpeg):
-                    box = self._random_box((image.height, image.width), numbers)
-                    boxes[row, column] = relative_box(box, (image.height, image.width))
-                    jpegs.append((image.data, column, box))
-                    continue
                 crop, boxes[row, column] = self._crop(image, numbers)
                 crops[row, column] = to_pixels(crop, flips[row, column])
             if uncropped is not None and column in uncropped_rows:
-                assert not isinstance(image, UndecodedJpeg)
                 square = resized_to_square(image, side, self.data.interpolation)
                 uncropped[uncropped_rows.searchsorted(column)] = to_pixels(square)
         labels = _labels(manifest, ids) if self.needs.labels and manifest is not None else None
@@ -121,7 +107,6 @@ class BatchBuilder:
                 uncropped=None if uncropped is None else torch.from_numpy(uncropped),
                 uncropped_rows=None if uncropped is None else torch.from_numpy(uncropped_rows),
                 damage=tuple(damage) if row == 0 else (),
-                encoded=_encoded_images(jpegs) if jpegs else None,
             )
             for row in range(rows)
         ]
@@ -180,14 +165,6 @@ class EvalDataset(Dataset[list[Batch]]):
             weights=torch.from_numpy(weights),
         )
         return [batch]
-
-
-def _encoded_images(jpegs: list[tuple[bytes, int, Box]]) -> EncodedImages:
-    """jpegs: (bytes, row of the batch, crop box) of each."""
-    data, rows, boxes = zip(*jpegs, strict=True)
-    sizes = torch.tensor([len(jpeg) for jpeg in data])
-    joined = torch.from_numpy(np.frombuffer(b"".join(data), np.uint8).copy())
-    return EncodedImages(joined, sizes, torch.tensor(rows), torch.tensor(boxes))
 
 
 def _labels(manifest: Manifest, ids: Ints) -> Tensor:

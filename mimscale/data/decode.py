@@ -1,17 +1,14 @@
 """Encoded bytes -> RGB image. The content decides the format, not the file name (ImageNet has a PNG named .JPEG).
 
-`data.decoder` chooses one of three decoders. `decode` uses Pillow and is the reference. `SimpleJpegDecoder` decodes
+`data.decoder` chooses one of two decoders. `decode` uses Pillow and is the reference. `SimpleJpegDecoder` decodes
 JPEGs with simplejpeg (libjpeg-turbo, the same pixels) and resizes with torch's antialiased uint8 kernels, which differ
-from Pillow's by one grey level in some pixels; what simplejpeg refuses is decoded by Pillow. `defer_jpeg` leaves plain
-JPEGs encoded, for device_decode.py.
+from Pillow's by one grey level in some pixels; what simplejpeg refuses is decoded by Pillow.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -20,7 +17,6 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from PIL.ExifTags import Base
 
 from mimscale.data.to_rgb import NoRgb, to_rgb
 
@@ -102,7 +98,7 @@ class ArrayImage:
 
 
 AnyImage = Image.Image | ArrayImage
-Decoder = Callable[[bytes], Any]  # -> AnyImage; `defer_jpeg` may return an UndecodedJpeg
+Decoder = Callable[[bytes], AnyImage]
 
 
 class SimpleJpegDecoder:
@@ -151,36 +147,9 @@ class SimpleJpegDecoder:
             return None
 
 
-@dataclass(frozen=True)
-class UndecodedJpeg:
-    """A JPEG that the device will decode; height and width come from its header."""
-
-    data: bytes
-    height: int
-    width: int
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.width, self.height
-
-
-def defer_jpeg(data: bytes) -> UndecodedJpeg | Image.Image:
-    """Leave a plain upright JPEG with an end marker encoded; decode everything else with `decode`. Raises BadImage."""
-    if data[:2] == b"\xff\xd8" and data.rstrip(b"\0").endswith(b"\xff\xd9"):
-        # an error here is ignored: `decode` below raises it again
-        with suppress(Exception), Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            _check_size(image.width, image.height)
-            upright = image.getexif().get(Base.Orientation, 1) == 1  # TorchCodec would rotate it
-            if image.mode in ("RGB", "L") and upright:
-                return UndecodedJpeg(data, image.height, image.width)
-    return decode(data)
-
-
-def make_decoder(name: Literal["simplejpeg", "pillow", "device"], short_side: int = 0) -> Decoder:
+def make_decoder(name: Literal["simplejpeg", "pillow"], short_side: int = 0) -> Decoder:
     """The function that workers call on the encoded bytes of an image."""
-    if name == "simplejpeg":
-        return SimpleJpegDecoder(short_side)
-    return defer_jpeg if name == "device" else decode
+    return SimpleJpegDecoder(short_side) if name == "simplejpeg" else decode
 
 
 def explain(name: Literal["simplejpeg", "pillow"]) -> str:

@@ -17,7 +17,6 @@ import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,9 +25,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from mimscale.data.config import DataConfig, default_decoder
+from mimscale.data.config import DataConfig
 from mimscale.data.datasets import EvalDataset, TrainDataset
-from mimscale.data.device_decode import DeviceDecoder
 from mimscale.data.manifest import Ints, Manifest
 from mimscale.data.order import Jumps, Order, batch_of, rank_positions
 from mimscale.data.sample_reader import DamagedSample
@@ -38,7 +36,6 @@ from mimscale.data.wds_stream import Source, StreamDataset, WebDatasetStream
 from mimscale.errors import UserError, warn
 from mimscale.types import Batch, Needs
 
-CPU = torch.device("cpu")
 HELD_ITEMS = 3  # items that the trainer, its teachers and the pinning thread may hold at the same time
 BatchGenerator = Generator[Batch, None, None]
 MakeLoader = Callable[[int], DataLoader[list[Batch]]]
@@ -51,7 +48,7 @@ _OPEN_GENERATORS: weakref.WeakSet[BatchGenerator] = weakref.WeakSet()
 class TrainLoader:
     """Endless micro-batches of one rank from `start_step` on: global_batch / (world * micro_batch) of them per step.
 
-    jumps: see `order.batch_of`. pin: put batches into pinned memory. device: where `data.decoder: device` decodes.
+    jumps: see `order.batch_of`. pin: put batches into pinned memory.
     Only one iterator exists at a time: a new one ends the last one and starts again at `start_step`. Workers end with
     `close()`, with the loader, or with the program. They ignore SIGINT, SIGTERM and SIGUSR1, which SLURM sends to every
     process of a job, because the trainer decides when to stop. Raises UserError if sizes do not divide or if labels are
@@ -72,7 +69,6 @@ class TrainLoader:
         start_step: int = 0,
         jumps: Jumps = (),
         pin: bool = False,
-        device: torch.device = CPU,
     ):
         if micro_batch < 1 or world < 1 or global_batch % (world * micro_batch):
             raise UserError(
@@ -84,8 +80,6 @@ class TrainLoader:
             )
         sampler = PositionSampler(global_batch, micro_batch, rank, world, start_step, data.crops, jumps)
         dataset: Dataset[list[Batch]]
-        jpeg_bytes = 0  # per image, in what the workers send
-        self._decode: Callable[[Batch], Batch] = lambda batch: batch
         self._make_shard_prefetcher: Callable[[int], ShardPrefetcher] | None = None
         self._shard_prefetcher: ShardPrefetcher | None = None
         if isinstance(manifest, WebDatasetStream):
@@ -93,13 +87,6 @@ class TrainLoader:
         else:
             order = Order(manifest, seed, data.streams, data.block)
             dataset = TrainDataset(manifest, order, data, needs, seed, global_batch)
-            if data.decoder == "device":
-                jpeg_bytes = 2 * sum(shard.bytes for shard in manifest.file.shards) // manifest.samples
-                cpu_data = data.model_copy(update={"decoder": default_decoder()})
-                cpu_needs = replace(needs, uncropped_images=0)
-                self._decode = DeviceDecoder(
-                    TrainDataset(manifest, order, cpu_data, cpu_needs, seed, global_batch), device
-                )
             if manifest.cache:
                 self._make_shard_prefetcher = partial(ShardPrefetcher, manifest, order, global_batch, rank, world)
         self._make_loader = partial(
@@ -112,7 +99,7 @@ class TrainLoader:
         )
         self._micro_batches = global_batch // (world * micro_batch)  # per step
         held = HELD_ITEMS + (self._micro_batches if data.crops > 1 else 0)
-        slots, size = data.workers * data.prefetch + held, item_bytes(data, needs, micro_batch, jpeg_bytes)
+        slots, size = data.workers * data.prefetch + held, item_bytes(data, needs, micro_batch)
         self._make_pool = partial(SharedMemoryPool, slots, size) if data.workers else lambda: None
         self._start_step, self._crops, self._jumps = start_step, data.crops, jumps
         self._batches: BatchGenerator | None = None
@@ -123,7 +110,7 @@ class TrainLoader:
             lambda begun: self._make_loader(pool=self._make_pool(), begun=begun), self._micro_batches
         )
         if self._make_shard_prefetcher is None:
-            return map(self._decode, self._batches)
+            return self._batches
         self._shard_prefetcher = self._make_shard_prefetcher(batch_of(self._start_step, self._jumps) // self._crops)
         return self._with_shard_prefetcher(self._batches, self._shard_prefetcher)
 
@@ -131,7 +118,7 @@ class TrainLoader:
         for number, batch in enumerate(batches):
             step = self._start_step + number // self._micro_batches
             prefetcher.step.value = batch_of(step, self._jumps) // self._crops
-            yield self._decode(batch)
+            yield batch
 
     def close(self) -> None:
         """End the workers. Iterating again starts new ones."""
@@ -212,15 +199,12 @@ class PositionSampler:
         return rank_positions(batch, self.global_batch, self.rank, self.world).reshape(-1, self.micro_batch)
 
 
-def item_bytes(data: DataConfig, needs: Needs, micro_batch: int, jpeg_bytes: int = 0) -> int:
-    """Upper bound, in bytes, of the tensors of one item: a micro-batch for each of `data.crops` steps.
-
-    jpeg_bytes: average size of the JPEG that comes with each image.
-    """
+def item_bytes(data: DataConfig, needs: Needs, micro_batch: int) -> int:
+    """Upper bound, in bytes, of the tensors of one item: a micro-batch for each of `data.crops` steps."""
     image = 3 * data.image_size**2
     noise = sum(4 * math.prod(wanted.shape) for wanted in needs.noise.values())
-    small = 128  # ids, positions, boxes, flips, labels, row numbers, colour, and the fields of EncodedImages
-    others = small + noise + jpeg_bytes + (image if needs.uncropped_images else 0)
+    small = 128  # ids, positions, boxes, flips, labels, row numbers, colour
+    others = small + noise + (image if needs.uncropped_images else 0)
     return data.crops * (micro_batch * (image + others) + 4096)
 
 

@@ -48,7 +48,6 @@ class TrainInputs:
             start_step=state.step,
             jumps=state.jumps,
             pin=device.type == "cuda",
-            device=device,
         )
         batches = DevicePrefetcher(iter(self._loader), device)
         ahead = config.engine.teachers_ahead

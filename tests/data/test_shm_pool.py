@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,15 +106,10 @@ def test_item_bytes_is_enough(manifest: Manifest) -> None:
     assert isinstance(pool.pack(three), PooledItem)
 
 
-@pytest.mark.parametrize(("decoder", "uncropped"), [("simplejpeg", 1024), ("device", 0)])
-def test_item_bytes_is_enough_for_small_images(
-    manifest: Manifest, decoder: Literal["simplejpeg", "device"], uncropped: int
-) -> None:
-    """The other tensors are larger than very small images; JPEGs for the device are in the slot too."""
-    data = DataConfig(
-        shards=str(manifest.folder), image_size=8, workers=1, decoder=decoder, colour_jitter=(0.4, 0.4, 0.4)
-    )
-    needs = Needs(labels=True, uncropped_images=uncropped)
+def test_item_bytes_is_enough_for_small_images(manifest: Manifest) -> None:
+    """The other tensors are larger than very small images."""
+    data = DataConfig(shards=str(manifest.folder), image_size=8, workers=1, colour_jitter=(0.4, 0.4, 0.4))
+    needs = Needs(labels=True, uncropped_images=1024)
     loader = TrainLoader(manifest, data, needs, seed=0, global_batch=1024, micro_batch=1024, rank=0, world=1)
     (dataset, _), pool, positions = loader._make_loader.args, loader._make_pool(), np.arange(1024)
     assert pool is not None and isinstance(pool.pack(dataset[positions, positions[None]]), PooledItem)
