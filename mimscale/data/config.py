@@ -44,8 +44,9 @@ class DataConfig(Strict):
 
     decoder: decides the pixel values, so a resumed run must use the one that it was started with (see data/decode.py).
     Default: simplejpeg if it is installed. decode_short_side: larger JPEGs are decoded at a fraction of their size,
-    down to a short side of this many pixels; 0 = off. crops (experimental): each image is decoded once for this many
-    consecutive steps, each with another crop; every crop counts as a sample.
+    down to a short side of this many pixels; 0 = off. reduced_decode: a JPEG whose crop is at least twice, 4 or 8 times
+    as large as image_size is decoded at 1/2, 1/4 or 1/8 of its size. crops (experimental): each image is decoded once
+    for this many consecutive steps, each with another crop; every crop counts as a sample.
     max_damaged: a run stops when more samples than this cannot be used; default: one in 10,000, at least 10.
     """
 
@@ -66,6 +67,7 @@ class DataConfig(Strict):
     block: int = Field(8192, ge=1, le=2**31)
     decoder: Literal["simplejpeg", "pillow"] = Field(default_factory=default_decoder)
     decode_short_side: int = Field(0, ge=0, le=2**16)
+    reduced_decode: bool = False
     crops: int = Field(1, ge=1, le=1024)
     max_damaged: int | None = Field(None, ge=0)
     stream: StreamConfig | None = None
@@ -101,6 +103,15 @@ class DataConfig(Strict):
                 raise ValueError(f"{name} = [{low}, {high}]: must be ascending, above 0 and, for crop_scale, at most 1")
         if self.crop_padding >= self.image_size:
             raise ValueError(f"crop_padding = {self.crop_padding}: must be below image_size = {self.image_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_fractions(self) -> DataConfig:
+        if self.reduced_decode and (self.decode_short_side or self.decoder != "simplejpeg"):
+            raise ValueError(
+                "reduced_decode = true: only with decoder=simplejpeg, and with decode_short_side=0, which chooses by "
+                "another rule; change these, or set reduced_decode=false"
+            )
         return self
 
     @model_validator(mode="after")

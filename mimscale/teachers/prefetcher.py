@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from mimscale.teachers.ensemble import TeacherEnsemble
 from mimscale.types import Batch, PrefetchedBatch, Targets, keep_for
@@ -69,9 +70,10 @@ class TeacherPrefetcher:
             self._submitted.append(self._submit(prefetched))
         raw, now = self._fetched.popleft().raw, self._submitted.popleft()
         prepared = self._prepare(raw)
-        batch = now.batch
-        if prepared is not raw:
-            batch = replace(replace(prepared, images=raw.images[:0]).to(self._device), images=batch.images)
+        # only what `prepare` has added: the rest lies in memory of the loader, which may be filled again after this
+        added = {name: value for name, value in vars(prepared).items() if value is not getattr(raw, name)}
+        moved = {n: v.to(self._device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in added.items()}
+        batch = replace(now.batch, **moved)
         if now.done is not None:
             student = torch.cuda.current_stream(self._device)
             student.wait_event(now.done)

@@ -96,7 +96,7 @@ def test_contents_of_a_batch(manifest: Manifest) -> None:
     }
     assert batch.labels is not None and manifest.labels is not None
     for row, sample in enumerate(batch.ids.tolist()):
-        source = make_decoder(data.decoder)(manifest.read(sample))
+        source = make_decoder(data)(manifest.read(sample))
         height, width = source.height, source.width
         box = (batch.boxes[row].double() * torch.tensor([height, width, height, width])).round().int().tolist()
         expected = to_pixels(resized_crop(source, tuple(box), 32, "bicubic"), bool(batch.flips[row]))
@@ -150,7 +150,7 @@ def test_uncropped_images_belong_to_positions(manifest: Manifest, world: int, mi
                 batch.uncropped.shape == (len(batch.uncropped_rows), 3, 32, 32) and batch.uncropped.dtype == torch.uint8
             )
             for image, row in zip(batch.uncropped, batch.uncropped_rows.tolist(), strict=True):
-                source = make_decoder(config(manifest).decoder)(manifest.read(int(batch.ids[row])))
+                source = make_decoder(config(manifest))(manifest.read(int(batch.ids[row])))
                 expected = source.resize((32, 32), Image.Resampling.BICUBIC)
                 assert np.array_equal(image.numpy(), to_pixels(expected))
                 found[int(batch.positions[row])] = image
@@ -188,7 +188,7 @@ def test_flip_and_crop_follow_the_configuration(manifest: Manifest) -> None:
 def test_padded_crops_match_their_boxes(manifest: Manifest) -> None:
     """Inside the image a crop equals the resized image; the box of a padded crop may reach a little outside of it."""
     batch = next(iter(loader(manifest, config(manifest, crop="padded", crop_padding=6, interpolation="bilinear"))))
-    outside, reader = 0, SampleReader(manifest, make_decoder(config(manifest).decoder))
+    outside, reader = 0, SampleReader(manifest, make_decoder(config(manifest)))
     for image, sample, box, flip in zip(batch.images, batch.ids, batch.boxes, batch.flips, strict=True):
         resized = to_pixels(resized_short_side(reader.load(int(sample)), 32, "bilinear"))
         height, width = resized.shape[1:]

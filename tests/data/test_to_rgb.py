@@ -11,7 +11,8 @@ from PIL import Image
 
 from data_prep.__main__ import main
 from data_prep.images import ImageOptions, process_image
-from mimscale.data.decode import BadImage, SimpleJpegDecoder, decode
+from mimscale.data.decode import BadImage, decode
+from mimscale.data.jpeg import SimpleJpegDecoder
 from mimscale.data.manifest import Manifest
 
 
