@@ -181,8 +181,8 @@ def test_batch_bytes_is_enough_for_small_images(manifest: Manifest) -> None:
     data = DataConfig(shards=str(manifest.folder), image_size=8, workers=1, colour_jitter=(0.4, 0.4, 0.4))
     needs = Needs(labels=True, uncropped_images=1024)
     loader = TrainLoader(manifest, data, needs, seed=0, global_batch=1024, micro_batch=1024, rank=0, world=1)
-    (dataset, _), pool, positions = loader._make_loader.args, loader._make_pool(), np.arange(1024)
-    assert pool is not None and isinstance(pool.pack(dataset[positions, positions[None]]), PooledItem)
+    (made, pool), positions = loader._make_loader(0), np.arange(1024)
+    assert pool is not None and isinstance(pool.pack(made.dataset[positions, positions[None]]), PooledItem)
 
 
 def _pack_batches(pool: SharedMemoryPool, results: Any) -> None:
