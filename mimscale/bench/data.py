@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, help="number of rounds in which every loader is measured once (default: 5)"
     )
-    parser.add_argument("--only", nargs="+", help="only the rows whose names contain one of these words")
+    parser.add_argument(
+        "--only", nargs="+", help="only rows with one of these words in their name, and mimscale's"
+    )
     parser.add_argument("--workers", type=int, default=1, help="worker processes of each loader (default: 1)")
 
 
@@ -52,15 +54,14 @@ def run(args: argparse.Namespace) -> int:
         }
         missing = {}
         for name, make in OTHER_LOADERS.items():
+            if not _chosen(name, args.only):
+                continue
             try:
                 data = make(images, root / name.replace(" ", "_"), shards, SIDE)
                 measurements[name] = partial(_other_loader, data, args.workers)
             except ImportError as error:
                 missing[name] = str(error)
-        if args.only:
-            measurements = {
-                name: m for name, m in measurements.items() if name == OURS or any(w in name for w in args.only)
-            }
+        measurements = {name: take for name, take in measurements.items() if _chosen(name, args.only)}
         seconds: dict[str, list[float]] = {name: [] for name in measurements}
         for _ in range(args.rounds):
             for name, measure in measurements.items():
@@ -73,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
         f"{args.rounds} rounds; ratios are taken inside each round"
     )
     return 0
+
+
+def _chosen(name: str, only: list[str] | None) -> bool:
+    return only is None or name == OURS or any(word in name for word in only)
 
 
 def _row(name: str, values: list[float], ours: list[float]) -> list[str]:

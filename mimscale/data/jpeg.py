@@ -1,7 +1,7 @@
 """JPEG bytes -> pixels with simplejpeg (libjpeg-turbo), and no more of them than a crop needs.
 
 Rows below the crop are not decoded, nor parsed: the height in a copy of the header is lowered to the crop's lowest row
-and two more, since the upsampling of colours looks one row of colours ahead. The pixels above are those of a whole
+and two more, since the upsampling of colours reads one row of colours ahead. The pixels above are those of a whole
 decode, which a test asserts for every kind of subsampling. libjpeg-turbo then reports the bytes that are left over as
 its first warning. If it reports anything else, or the data does not end as a JPEG must, the whole image is decoded.
 What lies above the crop cannot be skipped: a JPEG is one bit stream from its start.

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,9 +72,11 @@ class TeacherPrefetcher:
         raw, now = self._fetched.popleft().raw, self._submitted.popleft()
         prepared = self._prepare(raw)
         # only what `prepare` has added: the rest lies in memory of the loader, which may be filled again after this
-        added = {name: value for name, value in vars(prepared).items() if value is not getattr(raw, name)}
-        moved = {n: v.to(self._device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in added.items()}
-        batch = replace(now.batch, **moved)
+        changes: dict[str, Any] = {}
+        for name, value in vars(prepared).items():
+            if value is not getattr(raw, name):
+                changes[name] = value.to(self._device, non_blocking=True) if isinstance(value, Tensor) else value
+        batch = replace(now.batch, **changes)
         if now.done is not None:
             student = torch.cuda.current_stream(self._device)
             student.wait_event(now.done)

@@ -11,6 +11,7 @@ import torch
 
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import method_class
+from mimscale.data import shm_pool
 from mimscale.data.config import DataConfig
 from mimscale.data.device_prefetch import DevicePrefetcher
 from mimscale.data.loader import TrainLoader
@@ -123,6 +124,9 @@ def test_batches_are_copied_ahead_from_slots_to_the_device(shards: Path) -> None
         torch.randn(2048, 2048, device=device) @ torch.randn(2048, 2048, device=device)
         batch = prefetched.take()
         assert prefetched.raw.images.is_pinned() and prefetched.ready is not None
+        (pool,) = shm_pool._POOLS.values()  # its memory is what is pinned: nothing was copied out of it
+        assert 0 <= prefetched.raw.images.data_ptr() - pool.memory(0).ctypes.data < len(pool._bytes)
+        assert batch.ids.untyped_storage().data_ptr() == batch.noise["mask"].untyped_storage().data_ptr()  # one copy
         assert torch.equal(prefetched.raw.images, expected.images) and torch.equal(batch.ids.cpu(), expected.ids)
         assert torch.equal(batch.images, expected.to(device).normalised().images)
         assert torch.equal(batch.noise["mask"].cpu(), expected.noise["mask"])
