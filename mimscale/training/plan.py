@@ -12,7 +12,6 @@ from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig, method_class
-from mimscale.data import device_decode
 from mimscale.data.wds_stream import Source, open_source
 from mimscale.distributed.world import World, check_precision, from_environment
 from mimscale.engine.factory import check_backend
@@ -76,8 +75,6 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
             check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
             check_quantised(name, teacher.precision, world.device)
     method_class(config.method.name).check(config, describe(skeletons))
-    if config.data.decoder == "device":
-        device_decode.check(world.device)
 
     stored = run_folder.existing_run(run_dir)
     parent = None
