@@ -129,7 +129,6 @@ class TrainStep:
             rank=world.rank,
             world=world.size,
             pin=world.device.type == "cuda",
-            device=world.device,
         )
         closing.callback(loader.close)
         return DevicePrefetcher(iter(loader), world.device)

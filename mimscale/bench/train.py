@@ -54,9 +54,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--trace is written by --profile; give both")
     cases = make_cases(args.recipe, args.overrides, args.against)
     if args.find_batch:
-        args.micro_batch = _find_batch(args, cases[0])
+        args.micro_batch, found = _find_batch(args, cases[0])
         print(f"largest micro-batch that fits: {args.micro_batch}\n")
-    rows = [_measure(args)] if len(cases) == 1 else _in_processes(cases, args)
+        rows = [found, *_in_processes(cases[1:], args)]
+    else:
+        rows = [_measure(args)] if len(cases) == 1 else _in_processes(cases, args)
     return _finish(rows, args)
 
 
@@ -105,7 +107,11 @@ def _words(args: argparse.Namespace) -> list[str]:
     return [*words, *(f"--{name}" for name in FLAGS if getattr(args, name))]
 
 
-def _find_batch(args: argparse.Namespace, case: TrainCase) -> int:
+def _find_batch(args: argparse.Namespace, case: TrainCase) -> tuple[int, dict[str, Any]]:
+    """(the largest micro-batch, its row). A short try that fits may still run out of memory in more steps: then less
+    by an eighth.
+    """
+    from mimscale.bench._cases import out_of_memory, run_case
     from mimscale.bench._find_batch import fits_in_a_process, largest
     from mimscale.errors import UserError
 
@@ -113,12 +119,14 @@ def _find_batch(args: argparse.Namespace, case: TrainCase) -> int:
     short.profile = False
     words = [*case.overrides, *_words(short)]
     command = [sys.executable, "-m", "mimscale", "bench", "train", case.recipe, *words]
-    found = largest(fits_in_a_process(command), args.micro_batch or 8)
-    if not found:
-        raise UserError(
-            f"--find-batch: one image of {case.recipe} does not fit; `mimscale plan` says what needs memory"
-        )
-    return found
+    size = largest(fits_in_a_process(command), args.micro_batch or 8)
+    while size:
+        args.micro_batch = size
+        row = run_case(case, _words(args), limit_s=600.0)
+        if "error" not in row or not out_of_memory(row["error"], 0):
+            return size, row
+        size = size * 7 // 8
+    raise UserError(f"--find-batch: one image of {case.recipe} does not fit; `mimscale plan` says what takes memory")
 
 
 # ------------------------------------------------------------------------------------------------------------- suite

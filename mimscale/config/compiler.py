@@ -38,7 +38,7 @@ def options() -> dict[str, Any]:
 def use_cache_dir() -> None:
     """Compiled kernels are kept in CACHE_DIR, which jobs/ set to a folder on the node's disk.
 
-    Call it before DeepSpeed is imported: the first import of Inductor settles its folder.
+    Call it before DeepSpeed is imported: Inductor fixes its folder at its first import.
     """
     if os.environ.get("CACHE_DIR"):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(os.environ["CACHE_DIR"]) / "inductor"))

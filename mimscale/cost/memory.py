@@ -28,7 +28,8 @@ class Zero:
     sums: bytes per gradient that is kept until the update. buckets: bytes of the buffers in which gradients are
     reduced. bucket, gather: elements that one collective reduces and gathers at most. live: parameters that ZeRO-3
     keeps gathered at most. overlap: whether communication runs beside the backward pass. secondary: GPUs over which
-    ZeRO-3 keeps a second copy of the parameters (hpZ), 1: none.
+    ZeRO-3 keeps a second copy of the parameters (hpZ), 1: none. to_owner: stages 1 and 2 reduce each gradient to the
+    rank that keeps it, and not to all.
     """
 
     stage: int
@@ -40,6 +41,7 @@ class Zero:
     live: float
     overlap: bool
     secondary: int
+    to_owner: bool = False
 
     @property
     def width(self) -> int:
@@ -69,6 +71,7 @@ class Zero:
             float(values.get("stage3_max_live_parameters", LIVE_PARAMETERS)),
             overlap,
             int(values.get("zero_hpz_partition_size", 1)),
+            stage in (1, 2) and not values.get("use_multi_rank_bucket_allreduce", True),
         )
 
 

@@ -23,9 +23,7 @@ def row_of(name: str, memory: float = 0.0) -> str | None:
     words = name.upper().replace("-", " ").split()
     if "PCIE" in words or "NVL" in words:
         return None
-    key = next(
-        (key for key in ("h200", "h100", "a100", "v100") if key.upper() in words or f"{key.upper()}" in name), None
-    )
+    key = next((key for key in ("h200", "h100", "a100", "v100") if key.upper() in words), None)
     return "a100-40" if key == "a100" and 0 < memory < 60 * GIB else key
 
 

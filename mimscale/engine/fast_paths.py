@@ -41,19 +41,15 @@ def fitted(zero_optimization: Mapping[str, Any], blocks: Sequence[Sequence[int]]
     """DeepSpeed's section `zero_optimization` with its sizes raised to what flat parameters need.
 
     blocks: of each repeated block the number of elements of its flat parameters. Sizes that a file gives are lower
-    bounds: a bucket takes the largest flat parameter, or it would be reduced on its own; ZeRO-3 fetches a whole block
-    ahead, and keeps each block's smallest parameter (norms and biases) on every rank, as it kept its parts before.
+    bounds: ZeRO-3 fetches a whole block ahead, and keeps each block's smallest parameter (norms and biases) on every
+    rank, as it kept its parts before. Buckets stay as they are: a parameter that is larger is reduced where it lies.
     """
-    values = dict(zero_optimization)
-    flat = [sizes for sizes in blocks if sizes]
-    if not flat or not values.get("stage"):
-        return values
-    needed = {"reduce_bucket_size": max(max(sizes) for sizes in flat)}
-    if values["stage"] == 3:
-        needed["stage3_prefetch_bucket_size"] = max(sum(sizes) for sizes in flat)
+    values, flat = dict(zero_optimization), [sizes for sizes in blocks if sizes]
+    if flat and values.get("stage") == 3:
         smallest = [min(sizes) for sizes in flat if len(sizes) > 1]
-        needed["stage3_param_persistence_threshold"] = max(smallest, default=0) + 1
-    defaults = {"reduce_bucket_size": 500_000_000, "stage3_prefetch_bucket_size": 50_000_000}
-    for key, least in needed.items():
-        values[key] = max(int(values.get(key, defaults.get(key, 100_000))), least)
+        for key, default, least in (
+            ("stage3_prefetch_bucket_size", 50_000_000, max(sum(sizes) for sizes in flat)),
+            ("stage3_param_persistence_threshold", 100_000, max(smallest, default=0) + 1),
+        ):
+            values[key] = max(int(values.get(key, default)), least)
     return values

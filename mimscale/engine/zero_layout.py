@@ -9,7 +9,7 @@ A *holder* is a parameter as DeepSpeed knows it: a natural one, or a flat one th
 (`mimscale.engine.flat_parameters`). A *leaf* is the tensor that the base optimizer steps on; a piece of a leaf holds a
 piece of a holder:
 
-    stage 0     the leaf is the holder; replicated, so rank (index mod world) writes it
+    stage 0     the leaf is the holder; replicated, so rank (index of the natural parameter mod world) writes it
     stage 1, 2  one leaf per group: the group's holders concatenated, padded, and cut into equal pieces
     stage 3     one leaf per sub-group: this rank's equal slice of each holder, padded per holder
 
@@ -71,7 +71,6 @@ class _Piece:
     length: int
     leaf: Tensor
     offset: int
-    owned: bool
 
 
 def _numel(parameter: Tensor) -> int:
@@ -121,7 +120,7 @@ class Layout:
                     start = self._rank * slice_size
                     length = max(0, min(slice_size, _numel(holder) - start))
                     if length:
-                        pieces.append(_Piece(holder, start, length, leaf, offset, owned=True))
+                        pieces.append(_Piece(holder, start, length, leaf, offset))
                     offset += slice_size
         elif self.stage:
             leaves = [group["params"][0] for group in zero.param_groups]
@@ -130,20 +129,19 @@ class Layout:
                 if mapping is not None:  # else no piece of it lies on this rank
                     weights, masters = mapping.lp_fragment_address, mapping.hp_fragment_address
                     leaf = leaves[mapping.param_group_index]
-                    pieces.append(_Piece(holder, weights.start, weights.numel, leaf, masters.start, owned=True))
+                    pieces.append(_Piece(holder, weights.start, weights.numel, leaf, masters.start))
         else:
             leaves = [holder for group in zero.param_groups for holder in group["params"]]
-            for index, holder in enumerate(holders):
-                pieces.append(_Piece(holder, 0, holder.numel(), holder, 0, owned=index % self._world == self._rank))
+            pieces = [_Piece(holder, 0, holder.numel(), holder, 0) for holder in holders]
         return leaves, pieces
 
     def _fragments(self, pieces: Sequence[_Piece]) -> Iterator[Fragment]:
         """Where the pieces and the natural parameters meet."""
-        held: dict[nn.Parameter, list[Place]] = {}
-        for place in self.places:
-            held.setdefault(place.holder, []).append(place)
+        held: dict[nn.Parameter, list[tuple[int, Place]]] = {}
+        for index, place in enumerate(self.places):
+            held.setdefault(place.holder, []).append((index, place))
         for piece in pieces:
-            for place in held[piece.holder]:
+            for index, place in held[piece.holder]:
                 first = max(piece.start, place.start)
                 length = min(piece.start + piece.length, place.start + place.numel) - first
                 if length > 0:
@@ -156,7 +154,7 @@ class Layout:
                         piece.leaf,
                         piece.offset + skipped,
                         skipped if self.stage == 3 else first,  # ZeRO-3's copy is the piece, else the whole holder
-                        piece.owned,
+                        self.stage > 0 or index % self._world == self._rank,
                     )
 
     def kinds(self, fragment: Fragment) -> tuple[str, ...]:

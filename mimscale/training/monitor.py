@@ -56,12 +56,19 @@ class Monitor:
 
         run.inputs.start(state)
         run.logger.start(total=plan.total_steps, step=state.step, tensorboard=plan.config.log.tensorboard)
-        run.logger.print("\n".join((describe_run(run, state), *run.init_notes, *run.teachers.notes, *run.engine.notes)))
+        notes = (*run.cost_notes, *run.init_notes, *run.teachers.notes, *run.engine.notes)
+        run.logger.print("\n".join((describe_run(run, state), *notes)))
         self._engine_notes = len(run.engine.notes)
         if state.step < plan.total_steps:
             run.inputs.wait_for_first()
         run.startup.end("workers")
-        self._throughput = ThroughputMeter(plan.world.device, waited_s=lambda: run.timer.seconds[WAITING])
+        run.timer.enter(BETWEEN)  # the wait for the first batch is part of the start
+        self._throughput = ThroughputMeter(
+            plan.world.device,
+            waited_s=lambda: run.timer.seconds[WAITING],
+            host_share=run.timer.host_share,
+            cost=run.cost,
+        )
         gc.collect()
         run.closing.callback(gc.enable)
         run.closing.callback(gc.unfreeze)

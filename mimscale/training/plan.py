@@ -13,7 +13,6 @@ from mimscale.checkpoint import run_folder
 from mimscale.config.compiler import use_cache_dir
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig, method_class
-from mimscale.data import device_decode
 from mimscale.data.wds_stream import Source, open_source
 from mimscale.distributed.world import World, check_precision, from_environment
 from mimscale.engine.factory import check_backend
@@ -79,8 +78,6 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
             check_quantised(name, teacher.precision, world.device)
         check_compiled(name, teacher, world.device)
     method_class(config.method.name).check(config, describe(skeletons))
-    if config.data.decoder == "device":
-        device_decode.check(world.device)
 
     stored = run_folder.existing_run(run_dir)
     parent = None

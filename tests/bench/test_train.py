@@ -68,20 +68,18 @@ def test_a_suite_costs_one_row_for_each_failure(tmp_path: Path) -> None:
     assert list(rows) == [case.name for case in _suites.TINY]
     check_figures(rows["mae"])
     check_figures(rows["torch"])
-    assert "divisible by heads" in rows["fails"]["error"] and rows["too_slow"]["error"] == "not finished after 12 s"
+    assert "divisible by heads" in rows["fails"]["error"] and rows["too_slow"]["error"] == "not finished after 6 s"
     assert printed.count("\n| ") == 2 + len(rows)
 
 
 @pytest.mark.multi
 def test_find_batch_stops_at_the_memory_limit(tmp_path: Path) -> None:
-    """MAE at 224 pixels with few channels: some 100 MB of activations for 8 images more, of 1.5 GiB."""
-    narrow = ["student.size=null", "student.width=192", "student.depth=4", "student.heads=3", "method.decoder_depth=2"]
-    cpu = ["engine.ds_config=cpu_zero2_fp32", "engine.device=cpu", "engine.backend=torch"]
     file = tmp_path / "train.json"
-    words = [*narrow, *cpu, "--memory-limit", "1.5", "--find-batch", "--steps", "1", "--repeats", "1", "--warm-up", "1"]
-    printed = ranks.run(1, "mimscale", "bench", "train", "mae_vit_b16", *words, "--json", str(file)).stdout
+    words = ["mae_tiny", "engine.backend=torch", "--find-batch", "--memory-limit", "1.5", "--json", str(file)]
+    short = ["--micro-batch", "256", "--steps", "1", "--repeats", "1", "--warm-up", "1"]
+    printed = ranks.run(1, "mimscale", "bench", "train", *words, *short).stdout
     found = json.loads(file.read_text())["cases"][0]["micro_batch"]
-    assert 8 <= found < 256 and f"largest micro-batch that fits: {found}" in printed
+    assert 1 <= found < 4096 and f"largest micro-batch that fits: {found}" in printed
 
 
 @pytest.mark.parametrize("most", [0, 1, 7, 8, 9, 100, 896])

@@ -77,6 +77,7 @@ def probe(ds_config: str, micro: int, accumulation: int, world: World, overrides
     config = configuration(ds_config, micro, accumulation, world.size, overrides)
     gc.collect()  # the engine before would be freed while this one is counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as built:
+        torch.manual_seed(world.rank)  # other images on each rank; DeepSpeed gives all the weights of rank 0
         method = method_class(config.method.name)(config, {})
         batch = make_batch(config, method, micro)
         engine = make_engine(
@@ -89,11 +90,13 @@ def probe(ds_config: str, micro: int, accumulation: int, world: World, overrides
         )
     counter = Collectives()
 
+    losses: list[float] = []
+
     def step() -> None:
         counter.found.clear()
         counter.phase = "pass"
         for _ in range(accumulation):
-            engine.forward_backward(batch, {})
+            losses.append(float(engine.forward_backward(batch, {})["loss"]))
         counter.phase = "update"
         engine.step(1e-3, 1.0)
 
@@ -105,6 +108,7 @@ def probe(ds_config: str, micro: int, accumulation: int, world: World, overrides
     optimizer: Any = engine._optimizer  # type: ignore[attr-defined]
     found = {
         "collectives": counter.found,
+        "losses": losses,
         "start": now,
         "peak": allocated(first, now)[1],
         "fragments": {key: value.numel() for key, value in engine.fragments().items()},

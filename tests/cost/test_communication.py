@@ -9,19 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from mimscale.config.deepspeed import load_ds_config
+from mimscale.config.deepspeed import ds_config_names, load_ds_config
 from mimscale.cost.communication import Collective, buckets, collectives, crossing, seconds
 from mimscale.cost.devices import DEVICES, INTERCONNECTS
 from mimscale.cost.memory import Zero
 from mimscale.cost.partition import kept, pieces
 from mimscale.cost.step_time import held
 from mimscale.cost.trace import build
+from mimscale.distributed.world import EMULATE_FP16
 from mimscale.engine.base import method_groups
 from tests.cost import probe
 from tests.cost.test_memory import counted
 
 OPERATORS = {"all-reduce": "allreduce_", "all-gather": "_allgather_base_", "reduce-scatter": "_reduce_scatter_base_"}
 TWO = ("cpu_zero0_fp32", "cpu_zero1_fp32", "cpu_zero2_bf16", "cpu_zero3_bf16")
+SHALLOW = ("student.depth=2", "method.decoder_depth=1")
 SMALL = 10_000  # bytes; flags, norms and parameters that ZeRO-3 keeps whole
 
 
@@ -55,7 +57,7 @@ def test_collectives_and_partitions_are_those_of_real_ranks(
         predicted = collectives(zero, held(shapes, 0).sizes, ranks, accumulation)
         sizes: Counter[str] = Counter()
         messages: Counter[str] = Counter()
-        for operator, size, _ in found[0][file]["collectives"]:  # type: ignore[attr-defined]
+        for operator, size, _ in found[0][file]["collectives"]:
             if size > SMALL:
                 sizes[operator] += size
                 messages[operator] += 1
@@ -73,8 +75,32 @@ def test_collectives_and_partitions_are_those_of_real_ranks(
         if not zero.stage:  # in the order of the method
             groups = [[p.numel() for p in shapes.method.parameters()]]
         for rank, line in enumerate(found):
-            fragments = {key: n for key, n in line[file]["fragments"].items() if key.startswith("fp32|")}  # type: ignore[attr-defined]
+            fragments = {key: n for key, n in line[file]["fragments"].items() if key.startswith("fp32|")}
             assert sum(fragments.values()) == kept(groups, zero.stage, ranks)[rank], (file, rank)
+
+
+def test_every_file_for_gpus_trains_the_same_on_gloo(tmp_path: Path) -> None:
+    """Those for slow links too; a node has two GPUs here. Their stage 2 reduces to the owner, which sends half as much."""
+    files = {}
+    for name in (name for name in ds_config_names() if not name.startswith("cpu_")):
+        values = load_ds_config(name)
+        if "zero_hpz_partition_size" in values["zero_optimization"]:
+            values["zero_optimization"]["zero_hpz_partition_size"] = 2
+        values["zero_optimization"]["reduce_bucket_size"] = 300_000
+        if "fp16" in values:
+            values["fp16"]["initial_scale_power"] = 8  # the second step is not to be skipped
+        files[name] = tmp_path / f"{name}.json"
+        files[name].write_text(json.dumps(values))
+    found = counted(["4", "1", *map(str, files.values()), "--", *SHALLOW], 2, {EMULATE_FP16: "1"})[0]
+    for name, file in files.items():
+        usual = found[str(files[name.removesuffix("_slow_links")])]
+        own = found[str(file)]
+        assert own["losses"] == pytest.approx(usual["losses"], rel=1e-3), name
+        assert own["losses"][1] < own["losses"][0], name
+        if name.startswith("zero2"):
+            kinds = Counter(operator for operator, size, _ in own["collectives"] if size > SMALL)
+            assert ("reduce_" in kinds) == name.endswith("_slow_links")
+            assert ("allreduce_" in kinds) != name.endswith("_slow_links")
 
 
 def test_every_element_is_kept_once() -> None:

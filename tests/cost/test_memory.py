@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -22,9 +25,13 @@ CONFIGS = ("cpu_zero0_fp32", "cpu_zero1_fp32", "cpu_zero2_fp32", "cpu_zero3_fp32
 IMAGES = 48  # so that activations are more than what the update needs, without recomputation
 
 
-def counted(words: list[str], count: int = 1) -> list[dict[str, dict[str, object]]]:
+def counted(
+    words: list[str], count: int = 1, environment: Mapping[str, str] = MappingProxyType({})
+) -> list[dict[str, dict[str, Any]]]:
     """What tests/cost/probe.py printed, by rank."""
-    done: subprocess.CompletedProcess[str] = forked.run(count, ["tests.cost.probe", *words], ranks.environment())
+    done: subprocess.CompletedProcess[str] = forked.run(
+        count, ["tests.cost.probe", *words], {**ranks.environment(), **environment}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
     return sorted(lines, key=lambda line: line["rank"])

@@ -69,7 +69,13 @@ def test_the_number_is_in_the_runs_config(shards: Path, tmp_path: Path) -> None:
 
 def test_a_batch_that_does_not_divide_is_refused(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = ranks.recipe(tmp_path, shards, engine={"max_micro_batch": "auto"})
-    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="does not divide over 3 ranks"):
         prepare(load_recipe(str(recipe)), tmp_path / "run", None, ())
