@@ -101,6 +101,17 @@ def test_equals_its_plain_twin(name: str, policy: type[Random]) -> None:
     assert theirs.reconstruction is not None and torch.equal(ours.reconstruction, theirs.reconstruction)
 
 
+def test_a_run_says_which_twin_it_computes() -> None:
+    assert build("mae", Keeping).notes == [
+        "masked_decoder: on (27 of 36 patches are read)",
+        "fused_residual: on (drop path 0.3)",
+    ]
+    assert build("simmim", Keeping, plain=["masked_decoder", "fused_residual"]).notes == [
+        "masked_decoder: off (as engine.plain says)",
+        "fused_residual: off (as engine.plain says)",
+    ]
+
+
 def test_recomputed_blocks_change_no_gradient() -> None:
     kept, recomputed = (build("mae", Keeping, activation_checkpointing=every) for every in (0, 1))
     (loss, gradients, _), (again, other, _) = step(kept), step(recomputed)
