@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     [b"5", b"[]", b"null", b"{}", b"thesis", b"\xff\xfe", b'{"job": 1}', b"[" * 9000, b'{"job": null, "restart": "0"}'],
 )
 def test_a_lock_that_is_no_claim(content: bytes, tmp_path: Path) -> None:
-    """Nobody can tell who lives, so a person has to."""
+    """Nobody knows who lives, so a person has to say it."""
     (tmp_path / "lock").write_bytes(content)
     with pytest.raises(UserError, match="lock is damaged and does not say who uses this folder.* remove that file"):
         RunLock(tmp_path, beat_s=0.1)
