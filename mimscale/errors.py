@@ -16,7 +16,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, *values: object, everywhere: bool = False) -> None:
-        super().__init__(*values)
+        super().__init__(*(without_secrets(value) if isinstance(value, str) else value for value in values))
         self.everywhere = everywhere
 
 
@@ -33,10 +33,23 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that may hold names of others, with what a terminal would obey (escape sequences) or cannot show escaped."""
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    """Text that may hold names of others: `without_secrets`, and escaped what a terminal would obey or cannot show."""
+    escaped = _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    return without_secrets(escaped)
 
 
+def without_secrets(text: str) -> str:
+    """The text with each URL in it cut down to scheme, host and path: a user, a query or a fragment may be a secret."""
+
+    def bare(match: re.Match[str]) -> str:
+        scheme, _, rest = match[0].partition("://")
+        host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+    return _URL.sub(bare, text)
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"|]*")
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

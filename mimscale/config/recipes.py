@@ -43,12 +43,23 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises UserError with one line that names the value, the rule and the fix.
     """
     values, base = read_recipe(recipe)
+    _override(values, overrides)
+    return validate(values, source=recipe if base is None else f"{recipe} (extends {base})")
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A configuration with `section.key=value` overrides. Raises UserError."""
+    values = config.dump()
+    _override(values, overrides)
+    return validate(values, source="the recipe")
+
+
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise UserError(f"override '{override}' is not of the form section.key=value")
         _assign(values, key.split("."), _parse_value(key, text))
-    return validate(values, source=recipe if base is None else f"{recipe} (extends {base})")
 
 
 def read_recipe(recipe: str) -> tuple[dict[str, Any], str | None]:

@@ -16,7 +16,7 @@ from typing import Literal
 from mimscale.cost.devices import Device, Interconnect
 from mimscale.cost.memory import Zero
 
-Kind = Literal["all-reduce", "all-gather", "reduce-scatter"]
+Kind = Literal["all-reduce", "reduce", "all-gather", "reduce-scatter"]
 LOCAL_HOP_S = 1e-6
 """Latency of a hop inside a node."""
 
@@ -66,8 +66,10 @@ def collectives(zero: Zero, sizes: Sequence[int], ranks: int, accumulation: int)
         return [Collective("all-reduce", size, reduced, "backward")]
     if zero.stage < 3:
         times = accumulation if zero.stage == 2 else 1
+        parts = reduced + ranks - 1  # a bucket that reaches into another rank's part is cut
+        kind: Kind = "reduce" if zero.to_owner else "all-reduce"
         return [
-            Collective("all-reduce", size * times, reduced * times, "backward"),
+            Collective(kind, size * times, (parts if zero.to_owner else reduced) * times, "backward"),
             Collective("all-gather", size, max(1, math.ceil(total / zero.gather)), "update"),
         ]
     gathered = buckets(sizes, max(zero.gather, 1.0))
@@ -75,7 +77,7 @@ def collectives(zero: Zero, sizes: Sequence[int], ranks: int, accumulation: int)
         Collective("all-gather", size * accumulation, gathered * accumulation, "forward"),
         Collective("reduce-scatter", size * accumulation, reduced * accumulation, "backward"),
     ]
-    if total > zero.live or zero.secondary > 1:
+    if total > zero.live:
         again = Collective("all-gather", size * accumulation, gathered * accumulation, "backward", zero.secondary > 1)
         found.append(again)
     return found

@@ -12,7 +12,7 @@ from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig
 from mimscale.cost.communication import Collective, collectives, crossing
 from mimscale.cost.devices import Device, Interconnect
-from mimscale.cost.flops import Flops, flops_of_shapes, uncropped_share
+from mimscale.cost.flops import Flops, flops_of_shapes, flops_of_trace, uncropped_share, warm_up_share
 from mimscale.cost.memory import Memory, Zero, memory
 from mimscale.cost.step_time import StepTime, held, step_time
 from mimscale.cost.trace import Shapes, Trace, at, build, trace
@@ -25,8 +25,6 @@ RECOMPUTE = (0, 4, 2, 1)
 """Values of engine.activation_checkpointing that are tried, from the fastest to the smallest."""
 WORTH = 0.02
 """A choice that is less simple must be faster by this share."""
-SLOW_LINK = 100e9
-"""Bytes/s per node below which the network counts as slow."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,11 @@ class Planner:
 
     @cached_property
     def flops(self) -> Flops:
-        return flops_of_shapes(self.shapes)
+        every = self.config.engine.activation_checkpointing
+        if every or warm_up_share(self.shapes):
+            return flops_of_shapes(self.shapes)
+        precision = precision_of(load_ds_config(self.config.engine.ds_config))
+        return flops_of_trace(self._trace(precision, 0)[0], uncropped_share(self.shapes))
 
     @property
     def room(self) -> float:
@@ -105,10 +107,12 @@ class Planner:
         schedule = self.config.schedule
         if global_batch is not None:
             schedule = schedule.model_copy(update={"global_batch": global_batch})
-        config = self.config.model_copy(update={"schedule": schedule})
-        other = Planner(
-            config, self.gpu, self.link, ranks, max(self.per_node, min(8, ranks)), replace(self.shapes, config=config)
-        )
+        return self.like(self.config.model_copy(update={"schedule": schedule}), self.gpu, self.link, ranks)
+
+    def like(self, config: RunConfig, gpu: Device, link: Interconnect, ranks: int) -> Planner:
+        """The same networks under another schedule, engine or cluster, with the same traces."""
+        per_node = max(self.per_node, min(8, ranks))
+        other = Planner(config, gpu, link, ranks, per_node, replace(self.shapes, config=config))
         other._trace = self._trace
         return other
 
@@ -178,46 +182,46 @@ class Planner:
         over = crossing(found, self.ranks, self.per_node)
         return Prediction(choice, zero, used, self.room, taken, tuple(found), over)
 
-    def ds_config(self, stage: int) -> str:
-        """The file of ds_configs/ for a stage in the recipe's precision, on this network."""
+    def ds_configs(self, stage: int) -> list[str]:
+        """The files of ds_configs/ for a stage in the recipe's precision, on these devices; the usual one first."""
         precision = precision_of(load_ds_config(self.config.engine.ds_config))
         if self.gpu.name == "cpu":
-            return f"cpu_zero{stage}_{precision}"
+            return [f"cpu_zero{stage}_{precision}"]
         if precision == "fp32":
-            return self.config.engine.ds_config
-        slow = self.nodes > 1 and self.link.bandwidth < SLOW_LINK
-        return f"zero{stage}_{precision}{'_slow_links' if slow else ''}"
+            return [self.config.engine.ds_config]
+        usual = f"zero{stage}_{precision}"
+        return [usual, f"{usual}_slow_links"] if self.nodes > 1 else [usual]
 
     def best(self) -> Prediction | None:
         """The fastest choice that fits; of nearly equal ones (2 %) the simplest: ZeRO-2 before ZeRO-3, no recomputation
-        before some. None where nothing fits.
+        before some, the usual file for the network before the other. None where nothing fits.
 
         The largest micro-batch that fits is the fastest of its kind, because smaller ones only add launches. A kind
         that fits all images of a rank ends the search: what follows saves memory and costs time.
         """
         best: Prediction | None = None
-        for name in dict.fromkeys([self.ds_config(2), self.ds_config(3)]):
+        for stage in (2, 3):
             for every in RECOMPUTE:
-                choice = self.fill(name, every)
-                found = self.predict(choice)
-                if not found.fits:
-                    continue
-                if best is None or found.time.total < best.time.total * (1 - WORTH):
-                    best = found
-                if found.choice.accumulation == 1:  # no larger micro-batch is left to win by saving memory
+                for name in self.ds_configs(stage):
+                    found = self.predict(self.fill(name, every))
+                    if found.fits and (best is None or found.time.total < best.time.total * (1 - WORTH)):
+                        best = found
+                if best is not None and best.choice.accumulation == 1:
                     return best
             if best is not None:
                 return best
-        return best
+        return None
 
     def why(self, best: Prediction) -> str:
         """The reason for the best choice, in a sentence."""
         choice, zero, config = best.choice, best.zero, self.config.schedule.global_batch
         parts = []
         if zero.stage == 2:
-            parts.append("ZeRO-2 fits, and ZeRO-3 would send more and cost the host more")
+            parts.append("ZeRO-2 fits, and ZeRO-3 would cost the host more")
         elif zero.stage == 3:
             parts.append("nothing fits under ZeRO-2, so the parameters are split too")
+        if choice.ds_config.endswith("_slow_links"):
+            parts.append("its messages for slow links take less time on this network")
         if choice.recompute_every:
             parts.append(f"every {_ordinal(choice.recompute_every)} block is recomputed, because without it less fits")
         else:
@@ -248,7 +252,7 @@ class Planner:
             if self.memory(fewer).total <= self.room:
                 fitting.append(fewer)
                 break
-        split = replace(choice, ds_config=self.ds_config(3))
+        split = replace(choice, ds_config=self.ds_configs(3)[0])
         if wanted.zero.stage < 3 and self.memory(split).total <= self.room:
             fitting.append(split)
         return min(map(self.predict, fitting), key=lambda one: one.time.total, default=None)

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mimscale.cost.devices import GIB
+from mimscale.config.deepspeed import load_ds_config, precision_of
+from mimscale.config.recipes import with_overrides
+from mimscale.config.run import RunConfig
+from mimscale.cost.devices import GIB, Device
 from mimscale.cost.planner import Choice, Planner, Prediction, as_json, changes
 from mimscale.cost.run_cost import RunCost, run_cost
 
@@ -19,10 +22,23 @@ SPARE = 1.25
 LONGEST_JOB_H = 24.0
 
 
+def for_gpu(config: RunConfig, gpu: Device) -> tuple[RunConfig, list[str]]:
+    """A recipe in a precision that the GPU has, and the overrides that make it so: fp16 where there is no bf16."""
+    precision = precision_of(load_ds_config(config.engine.ds_config))
+    words = []
+    if precision not in gpu.peak and config.engine.ds_config.endswith(precision):
+        words.append(f"engine.ds_config={config.engine.ds_config.removesuffix(precision)}fp16")
+    for name, teacher in config.teachers.items():
+        if teacher.precision not in ("fp32", "fp16") and teacher.precision not in gpu.peak:
+            words.append(f"teachers.{name}.precision=fp16")
+    return (with_overrides(config, words) if words else config), words
+
+
 @dataclass(frozen=True)
 class Plan:
     """asked: the recipe's own choice; best: the fastest that fits, or None; change: the smallest change of `asked` that
-    makes it fit, None where it fits or no single one does. cost: of a run with `chosen`.
+    makes it fit, None where it fits or no single one does. cost: of a run with `chosen`. precision: overrides without
+    which the GPU could not run the recipe.
     """
 
     planner: Planner
@@ -30,18 +46,19 @@ class Plan:
     best: Prediction | None
     change: Prediction | None
     cost: RunCost
+    precision: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> Prediction:
         return self.best or self.asked
 
 
-def make_plan(planner: Planner, samples: int, assumed: bool) -> Plan:
+def make_plan(planner: Planner, samples: int, assumed: bool, precision: Sequence[str] = ()) -> Plan:
     """Raises UserError where the recipe cannot run on this cluster at all."""
     asked = planner.predict(planner.asked())
     best = planner.best()
     change = None if asked.fits else planner.smallest_change(asked)
-    return Plan(planner, asked, best, change, run_cost(planner, best or asked, samples, assumed))
+    return Plan(planner, asked, best, change, run_cost(planner, best or asked, samples, assumed), tuple(precision))
 
 
 # ---------------------------------------------------------------------------------------------------- the job to submit
@@ -76,7 +93,8 @@ def overrides(plan: Plan) -> list[str]:
     more = [f"data.workers={cpus(plan.cost) - 1}"]
     if plan.cost.checkpoint_every:
         more.append(f"checkpoint.every={plan.cost.checkpoint_every}")
-    return [*plan.chosen.choice.overrides(), *more]
+    teachers = [word for word in plan.precision if word.startswith("teachers.")]
+    return [*plan.chosen.choice.overrides(), *teachers, *more]
 
 
 def command(plan: Plan, name: str) -> str:
@@ -134,7 +152,8 @@ def prediction_rows(planner: Planner, found: Prediction) -> list[tuple[str, str]
         (
             "GPU",
             f"{1e3 * taken.gpu:.1f} ms: products {1e3 * taken.products:.1f}, "
-            f"elementwise {1e3 * taken.elementwise:.1f}, update {1e3 * taken.update:.1f}; of these teachers {1e3 * taken.teachers:.1f}",
+            f"elementwise {1e3 * taken.elementwise:.1f}, update {1e3 * taken.update:.1f}; "
+            f"of these teachers {1e3 * taken.teachers:.1f}",
         ),
         ("host's floor", f"{1e3 * taken.host:.0f} ms, whatever the batch"),
     ]
@@ -170,6 +189,8 @@ def notes(plan: Plan) -> list[str]:
     """What is wrong with the recipe's own choice, and what this number of ranks costs."""
     asked, best, planner = plan.asked, plan.best, plan.planner
     found = []
+    if plan.precision:
+        found.append(f"{planner.gpu.name} lacks a precision of the recipe; this is with {' '.join(plan.precision)}")
     if not asked.fits:
         line = f"the recipe's own choice needs {gib(asked.memory.total)} per GPU and {gib(asked.room)} are free; "
         if plan.change is not None:
@@ -186,7 +207,8 @@ def notes(plan: Plan) -> list[str]:
         batch = planner.config.schedule.global_batch
         found.append(
             f"{planner.ranks} ranks leave {per_rank} images per GPU of the global batch {batch}: "
-            f"{1e3 * taken.gpu:.0f} ms of work for the GPU in a step of {1e3 * taken.total:.0f} ms; use fewer GPUs, or a recipe with a larger batch"
+            f"{1e3 * taken.gpu:.0f} ms of work for the GPU in a step of {1e3 * taken.total:.0f} ms; "
+            f"use fewer GPUs, or a recipe with a larger batch"
         )
     return found
 

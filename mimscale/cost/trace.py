@@ -10,6 +10,7 @@ operator that is not a view, inputs and outputs once each.
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -199,8 +200,9 @@ class Shapes:
 
 
 def build(config: RunConfig, teachers: Mapping[str, Teacher] | None = None) -> Shapes:
-    """The method and its teachers without memory. teachers: from `build_skeletons`, if they are there. Raises
-    UserError.
+    """The method and its teachers without memory. teachers: from `build_skeletons`, if they are there; they are copied.
+
+    Raises UserError.
     """
     skeletons = build_skeletons(config.teachers, config.data.image_size) if teachers is None else teachers
     infos: dict[str, TeacherInfo] = describe(skeletons)
@@ -208,7 +210,7 @@ def build(config: RunConfig, teachers: Mapping[str, Teacher] | None = None) -> S
     cls.check(config, infos)
     with torch.device(META):
         method = cls(config, infos)
-    return Shapes(config, method.to(META), {name: skeletons[name] for name in method.needs.teachers})
+    return Shapes(config, method.to(META), {name: copy.deepcopy(skeletons[name]) for name in method.needs.teachers})
 
 
 def make_batch(config: RunConfig, needs: Needs, count: int, *, learned_masks: bool = True) -> Batch:

@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mimscale.data.shard_cache import CHUNK, Cache
 from mimscale.data.shard_files import ShardFiles, cache_key
-from mimscale.data.storage import Storage, is_remote, storage, with_retries
+from mimscale.data.storage import Storage, is_remote, refuse_secrets, storage, with_retries
 from mimscale.errors import UserError
 from mimscale.files.atomic import atomic_write
 
@@ -116,6 +116,8 @@ class Manifest:
         location = str(folder).removesuffix(f"/{MANIFEST}")
         if location.startswith("wds:"):
             raise UserError(f"'{location}' is a stream, for training only; index it with `python -m data_prep index`")
+        if is_remote(location):
+            refuse_secrets(location)
         folder = _download_index(location, cache) if is_remote(location) else Path(location)
         if not folder.is_dir():
             raise UserError(f"data set '{folder}': no such folder; make it with `python -m data_prep`")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mimscale.config import deepspeed
 from mimscale.config.recipes import load_recipe, validate
-from mimscale.errors import UserError
 from mimscale.distributed.micro_batch import solve_micro_batch
+from mimscale.errors import UserError
 from tests import ranks
 
 

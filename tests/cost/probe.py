@@ -1,5 +1,6 @@
-"""What a real engine does, counted: `python -m tests.cost.probe ACCUMULATION DS_CONFIG... [-- key=value ...]`, on any
-ranks.
+"""What a real engine does, counted, on any ranks.
+
+    python -m tests.cost.probe MICRO_BATCH ACCUMULATION DS_CONFIG... [-- key=value ...]
 
 Trains a small MAE for two steps with each DeepSpeed config and prints, on every rank, a line of JSON: per config the
 collectives of the second step as [operator, bytes, from a forward or backward pass or the update], the allocated bytes
@@ -8,6 +9,7 @@ at most (by torch's profiler), the lengths of this rank's fragments, and whether
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -26,13 +28,7 @@ from mimscale.distributed.world import World, from_environment
 from mimscale.engine.factory import make_engine, open_process_group
 from mimscale.types import Batch
 
-MICRO_BATCH = 8
-OVERRIDES = [
-    "student.width=192",
-    "student.depth=6",
-    "method.decoder_width=128",
-    f"engine.max_micro_batch={MICRO_BATCH}",
-]
+OVERRIDES = ["student.width=192", "student.depth=6", "method.decoder_width=128"]
 
 
 class Collectives(TorchDispatchMode):
@@ -50,20 +46,20 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def configuration(ds_config: str, ranks: int, accumulation: int, overrides: list[str]) -> RunConfig:
-    batch = f"schedule.global_batch={MICRO_BATCH * ranks * accumulation}"
-    return load_recipe("mae_tiny", [*OVERRIDES, batch, f"engine.ds_config={ds_config}", *overrides])
+def configuration(ds_config: str, micro: int, accumulation: int, ranks: int, overrides: list[str]) -> RunConfig:
+    batches = [f"schedule.global_batch={micro * accumulation * ranks}", f"engine.max_micro_batch={micro}"]
+    return load_recipe("mae_tiny", [*OVERRIDES, *batches, f"engine.ds_config={ds_config}", *overrides])
 
 
-def make_batch(config: RunConfig, method: Any) -> Batch:
+def make_batch(config: RunConfig, method: Any, count: int) -> Batch:
     side = config.data.image_size
     return Batch(
-        images=torch.randint(0, 256, (MICRO_BATCH, 3, side, side), dtype=torch.uint8),
-        ids=torch.arange(MICRO_BATCH),
-        positions=torch.arange(MICRO_BATCH),
-        noise={name: torch.rand(MICRO_BATCH, *noise.shape) for name, noise in method.needs.noise.items()},
-        boxes=torch.zeros(MICRO_BATCH, 4),
-        flips=torch.zeros(MICRO_BATCH, dtype=torch.bool),
+        images=torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8),
+        ids=torch.arange(count),
+        positions=torch.arange(count),
+        noise={name: torch.rand(count, *noise.shape) for name, noise in method.needs.noise.items()},
+        boxes=torch.zeros(count, 4),
+        flips=torch.zeros(count, dtype=torch.bool),
     ).normalised()
 
 
@@ -77,26 +73,30 @@ def allocated(profiler: Any, already: int) -> tuple[int, int]:
     return now, most
 
 
-def probe(ds_config: str, accumulation: int, world: World, overrides: list[str]) -> dict[str, Any]:
-    config = configuration(ds_config, world.size, accumulation, overrides)
+def probe(ds_config: str, micro: int, accumulation: int, world: World, overrides: list[str]) -> dict[str, Any]:
+    config = configuration(ds_config, micro, accumulation, world.size, overrides)
+    gc.collect()  # the engine before would be freed while this one is counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as built:
+        torch.manual_seed(world.rank)  # other images on each rank; DeepSpeed gives all the weights of rank 0
         method = method_class(config.method.name)(config, {})
-        batch = make_batch(config, method)
+        batch = make_batch(config, method, micro)
         engine = make_engine(
             method,
             config,
             world,
-            micro_batch=MICRO_BATCH,
+            micro_batch=micro,
             accumulation=accumulation,
             ds_config=load_ds_config(ds_config),
         )
     counter = Collectives()
 
+    losses: list[float] = []
+
     def step() -> None:
         counter.found.clear()
         counter.phase = "pass"
         for _ in range(accumulation):
-            engine.forward_backward(batch, {})
+            losses.append(float(engine.forward_backward(batch, {})["loss"]))
         counter.phase = "update"
         engine.step(1e-3, 1.0)
 
@@ -108,6 +108,7 @@ def probe(ds_config: str, accumulation: int, world: World, overrides: list[str])
     optimizer: Any = engine._optimizer  # type: ignore[attr-defined]
     found = {
         "collectives": counter.found,
+        "losses": losses,
         "start": now,
         "peak": allocated(first, now)[1],
         "fragments": {key: value.numel() for key, value in engine.fragments().items()},
@@ -121,9 +122,9 @@ def probe(ds_config: str, accumulation: int, world: World, overrides: list[str])
 if __name__ == "__main__":
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
-    count, names, changes = int(words[0]), words[1:cut], words[cut + 1 :]
+    (images, times), names, changes = map(int, words[:2]), words[2:cut], words[cut + 1 :]
     place = from_environment("cpu")
-    open_process_group(place, configuration(names[0], place.size, count, changes).engine)
-    results = {name: probe(name, count, place, changes) for name in names}
+    open_process_group(place, configuration(names[0], images, times, place.size, changes).engine)
+    results = {name: probe(name, images, times, place, changes) for name in names}
     print("\n" + json.dumps({"rank": place.rank, **results}), flush=True)
     os._exit(0)
