@@ -82,13 +82,13 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     stored = run_folder.existing_run(run_dir)
     parent = None
     if fork is not None:
+        if os.path.realpath(fork) == os.path.realpath(run_dir):
+            raise UserError(f"--fork {fork} is --run-dir itself; name a new folder for the new run")
         parent = checkpoint.newest(run_dir)
         if parent is None:
             raise UserError(f"--fork: {run_dir} has no checkpoint to start from; let it save one first")
         if config.init is not None:
             raise UserError(f"--fork starts from {run_dir} and init.weights from {config.init.weights}; set init=null")
-        if os.path.realpath(fork) == os.path.realpath(run_dir):
-            raise UserError(f"--fork {fork} is --run-dir itself; name a new folder for the new run")
         run_dir, stored = fork, run_folder.existing_run(fork)
     fresh = not checkpoint.steps(run_dir / "checkpoints") and not checkpoint.damaged(run_dir / "checkpoints")
     config = init_weights.with_sha256(config, stored, resumes=not fresh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing.util
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -484,3 +485,54 @@ def test_workers_that_never_begin_end_the_run(manifest: Manifest, monkeypatch: p
     monkeypatch.setattr(loader_module, "_begin", lambda *args: threading.Event().wait())
     with pytest.raises(RuntimeError, match="did not begin within 0.5 s, 2 times"):
         next(eval_batches(manifest, 16, batch=7, workers=1))
+
+
+def children() -> set[int]:
+    return {child.pid or 0 for child in multiprocessing.active_children()}
+
+
+def limit_with_free_files(count: int) -> int:
+    """A limit on descriptors below which so many are free."""
+    used, limit = set(map(int, os.listdir("/proc/self/fd"))), 0
+    while count:
+        count -= limit not in used
+        limit += 1
+    return limit
+
+
+def test_a_start_that_fails_leaves_no_worker(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They ignore SIGTERM, so a process that failed would wait for them at its exit."""
+    before = children()
+
+    def endless_then_bad(self: object) -> Iterator[object]:
+        raise ValueError("absurd")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader_module.PositionSampler, "__iter__", endless_then_bad)
+        with pytest.raises(ValueError, match="absurd"):
+            next(iter(loader(manifest, config(manifest, workers=3))))
+    assert children() <= before
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with_free_files(24), hard))
+        with pytest.raises(
+            UserError, match="data.workers = 20: a worker cannot be started .Too many open files.; raise"
+        ):
+            next(iter(loader(manifest, config(manifest, workers=20))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert children() <= before
+
+
+def test_an_index_that_is_cut_while_it_is_read(manifest: Manifest, tmp_path: Path) -> None:
+    """torch takes the worker's SIGBUS for a lack of shared memory."""
+    folder = Path(shutil.copytree(manifest.folder, tmp_path / "shards"))
+    opened = Manifest.load(folder)
+    batches = iter(loader(opened, config(opened, workers=1)))
+    next(batches)
+    for name in ("index.npy", "labels.npy"):
+        os.truncate(folder / name, 0)
+    with pytest.raises(UserError, match="index.npy' was cut or replaced while it was in use; make it again"):
+        for _ in range(200):
+            next(batches)
