@@ -15,10 +15,12 @@ from data_prep.doctor import Job, examine
 from data_prep.folder import read_folder
 from data_prep.imagenet import check_md5, read_21k, read_train, read_val
 from data_prep.images import ImageOptions
-from data_prep.index import index_shards, tar_files
+from data_prep.index import IndexOptions, index_shards
 from data_prep.info import describe_set
 from data_prep.plan import Plan, Source, describe
 from data_prep.progress import progress
+from data_prep.reports import SHOWN, report
+from data_prep.shard_list import list_shards
 from data_prep.table import read_table
 from data_prep.verify import duplicates, verify
 from data_prep.write_manifest import write_manifest
@@ -34,6 +36,8 @@ SKIP_UNLABELLED = "leave out images whose label is missing, empty, NaN or -1, in
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 damage found, 2 bad input or a full disk, 130 interrupted."""
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):  # names may have bytes that no terminal can show
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return int(options.run(options))
     except UserError as error:
@@ -123,9 +127,8 @@ def _report_done(folder: Path, missing: list[int]) -> int:
     file = Manifest.load(folder).file
     for how, count in file.changed.items():
         print(f"{count:,} images were {how}", file=sys.stderr)
-    for key, reason in list(file.left_out.items())[:10]:
-        print(f"left out: {key}: {reason}", file=sys.stderr)
-    left_out = f", {len(file.left_out):,} left out" if file.left_out else ""
+    report("left out", [f"{key}: {reason}" for key, reason in list(file.left_out.items())[:SHOWN]], folder)
+    left_out = f", {sum(file.skipped.values()):,} left out" if file.skipped else ""
     print(f"{folder}: complete, {file.samples:,} images{left_out}", file=sys.stderr)
     return 0
 
@@ -143,43 +146,42 @@ def _synthetic(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    classes = _lines(options.classes) if options.classes else None
-    with progress("indexing", len(tar_files(options.source, options.files)), "shards") as advance:
-        target = index_shards(
-            options.source,
-            to=options.to,
-            files=options.files,
-            image=options.image,
-            label=None if options.label == "none" else options.label,
-            classes=classes,
-            skip_unlabelled=options.skip_unlabelled,
-            checksums=options.checksums,
-            jobs=options.jobs,
-            done=advance,
-        )
+    shards = list_shards(options.source, options.files)
+    chosen = IndexOptions(
+        image=options.image,
+        label=options.label,
+        classes=_lines(options.classes) if options.classes else None,
+        skip_unlabelled=options.skip_unlabelled,
+        skip_bad=options.skip_bad,
+        checksums=options.checksums,
+        files=options.files,
+    )
+    with progress("indexing", len(shards.names), "shards") as advance:
+        target = index_shards(shards, chosen, to=options.to, jobs=options.jobs, done=advance)
     print("\n".join(describe_set(target)))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     manifest = Manifest.load(options.destination, check_shards=False)
-    damage, hashes = [], []
+    damage: list[list[str]] = []  # of each shard
+    hashes = []
     with progress("verifying", manifest.samples) as advance:
         for checked in verify(options.destination, decode_all=options.decode, jobs=options.jobs):
-            damage += checked.damage
+            damage += [checked.damage] if checked.damage else []
             hashes.append(checked.hashes)
             advance(checked.samples)
     if options.samples is not None and manifest.samples != options.samples:
-        damage.append(f"{manifest.samples:,} samples, not {options.samples:,}")
+        damage.append([f"{manifest.samples:,} samples, not {options.samples:,}"])
     print("\n".join(describe_set(options.destination)))
     if not damage:
         same = duplicates(manifest, np.concatenate(hashes))
         pairs = [" = ".join(manifest.key(sample) for sample in group) for group in same]
         print(f"{sum(map(len, same)) - len(same):,} images are copies of another")
         print("".join(f"same: {pair}\n" for pair in (pairs if options.duplicates else pairs[:5])), end="")
-    for line in damage:
-        print(f"damaged: {line}")
-    print(f"{len(damage):,} faults" if damage else "undamaged")
+    lines = [faults[0] for faults in damage] + [fault for faults in damage for fault in faults[1:]]
+    rest = report("damaged", lines, options.destination / "damaged.txt", sys.stdout)
+    print(f"{len(lines):,} faults{rest}" if damage else "undamaged")
     return 1 if damage else 0
 
 
@@ -276,12 +278,14 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.set_defaults(run=_synthetic)
 
     index = verbs.add_parser("index", help="a manifest for WebDataset shards that exist; copies nothing")
-    index.add_argument("source", type=Path, metavar="SRC", help="folder of .tar files")
+    where = "folder of .tar files, s3:// or gs:// URL of one, or https://host/part-{000..127}.tar"
+    index.add_argument("source", metavar="SRC", help=where)
     index.add_argument("--files", metavar="PATTERN", help=FILES)
     index.add_argument("--to", type=Path, metavar="DST", help="new folder for manifest and links, instead of SRC")
     index.add_argument("--image", metavar="EXT", help="extension of the images, if samples have several")
-    label = "extension of the class number, json:KEY, or none (default: cls if there is one)"
-    index.add_argument("--label", default="cls", metavar="EXT", help=label)
+    label = "extension of the class number, json:KEY, wnid (in the name), or none (default: cls if there is one)"
+    index.add_argument("--label", metavar="EXT", help=label)
+    index.add_argument("--skip-bad", action="store_true", help="leave out bad shards; info names them")
     index.add_argument("--skip-unlabelled", action="store_true", help=SKIP_UNLABELLED)
     index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one per line, from class 0")
     index.add_argument(

@@ -42,6 +42,7 @@ def reserve_folder(folder: Path, plan: Plan) -> None:
         shards=plan.shards,
         classes=source.classes,
         description=source.description,
+        skipped=dict(source.skipped),
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
