@@ -21,7 +21,7 @@ from data_prep.plan import Plan, Source, describe
 from data_prep.progress import progress
 from data_prep.reports import SHOWN, report
 from data_prep.shard_list import list_shards
-from data_prep.table import read_table
+from data_prep.table import TableOptions, read_table
 from data_prep.verify import duplicates, verify
 from data_prep.write_manifest import write_manifest
 from data_prep.write_shards import estimate, unfinished, write
@@ -30,6 +30,7 @@ from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
 
 FILES = "only the files of SRC with such names, for example 'train-*'"
+CLASSES = "names of the classes, one per line, from class 0 on"
 SKIP_UNLABELLED = "leave out images whose label is missing, empty, NaN or -1, instead of refusing them"
 
 
@@ -56,13 +57,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _folder(options: argparse.Namespace) -> int:
-    return _write(options, read_folder(options.source, labelled=not options.unlabelled))
+    classes = _lines(options.classes) if options.classes else None
+    with progress("listing", 0, "files") as advance:
+        source = read_folder(options.source, not options.unlabelled, classes, advance)
+    return _write(options, source)
 
 
 def _table(options: argparse.Namespace) -> int:
-    skip = options.skip_unlabelled
-    table = (options.source, options.root, options.image, options.label)
-    return _write(options, read_table(*table, skip_unlabelled=skip, files=options.files))
+    chosen = TableOptions(
+        image=options.image,
+        label=options.label,
+        classes=_lines(options.classes) if options.classes else None,
+        skip_unlabelled=options.skip_unlabelled,
+        skip_missing=options.skip_missing,
+        files=options.files,
+        delimiter=options.delimiter,
+    )
+    return _write(options, read_table(options.source, options.root, chosen))
 
 
 def _imagenet(options: argparse.Namespace) -> int:
@@ -210,7 +221,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
+        return lines[:-1] if lines[-1] == "" else lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"list '{path}' cannot be read: {error}") from None
 
@@ -221,11 +233,12 @@ def _parser() -> argparse.ArgumentParser:
 
     folder = verbs.add_parser("folder", help="shards from a folder of images, SRC/CLASS/*.jpg")
     folder.add_argument("source", type=Path, metavar="SRC")
+    folder.add_argument("--classes", type=Path, metavar="FILE", help=CLASSES)
     folder.add_argument("--unlabelled", action="store_true", help="take every image below SRC, without classes")
     _add_writing(folder)
     folder.set_defaults(run=_folder)
 
-    table = verbs.add_parser("table", help="shards from a list of images: .txt, .csv or .parquet")
+    table = verbs.add_parser("table", help="shards from a list of images: .txt, .csv, .tsv or .parquet")
     table.add_argument("source", type=Path, metavar="SRC", help="the file, or a folder of .parquet files")
     table.add_argument("--files", metavar="PATTERN", help=FILES)
     table.add_argument("--root", type=Path, metavar="DIR", help="folder of relative paths (default: the folder of SRC)")
@@ -233,6 +246,9 @@ def _parser() -> argparse.ArgumentParser:
         "--image", metavar="COLUMN", help="of image paths or bytes (default: the first of the usual names)"
     )
     table.add_argument("--label", metavar="COLUMN", help="number or name of the class; none = unlabelled")
+    table.add_argument("--classes", type=Path, metavar="FILE", help=CLASSES)
+    table.add_argument("--delimiter", type=_delimiter, metavar="C", help="of a CSV file (default: found), tab = a tab")
+    table.add_argument("--skip-missing", action="store_true", help="leave out files that cannot be read")
     table.add_argument("--skip-unlabelled", action="store_true", help=SKIP_UNLABELLED)
     _add_writing(table)
     table.set_defaults(run=_table)
@@ -287,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--label", metavar="EXT", help=label)
     index.add_argument("--skip-bad", action="store_true", help="leave out bad shards; info names them")
     index.add_argument("--skip-unlabelled", action="store_true", help=SKIP_UNLABELLED)
-    index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one per line, from class 0")
+    index.add_argument("--classes", type=Path, metavar="FILE", help=CLASSES)
     index.add_argument(
         "--checksums", action="store_true", help="also store the sha256 of every shard, so that changes can be found"
     )
@@ -336,6 +352,13 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
     part = "write only the shards I, I + N, ... (from 0): one task of a job array; the last one writes the manifest"
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help=part)
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
+
+
+def _delimiter(text: str) -> str:
+    mark = "\t" if text in ("tab", "\\t") else text
+    if len(mark) != 1 or mark in '"\r\n':
+        raise argparse.ArgumentTypeError(f"'{text}' must be one character, or tab")
+    return mark
 
 
 def _positive(text: str) -> int:

@@ -18,7 +18,7 @@ SIGNATURES = {  # extension -> first bytes of the file; "." = any byte
     "webp": (b"RIFF....WEBP",),
     "gif": (b"GIF8",),
     "bmp": (b"BM",),
-    "tif": (b"II*\0", b"MM\0*"),
+    "tif": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
     "ppm": (b"P2", b"P3", b"P5", b"P6"),
     **({"avif": (b"....ftypavif", b"....ftypavis")} if features.check("avif") else {}),
 }

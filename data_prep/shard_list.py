@@ -50,14 +50,14 @@ class RemoteFile:
 
     def __init__(self, origin: Storage, name: str):
         self.origin, self.name = origin, name
-        self.bytes = with_retries(partial(origin.size, name))
+        self.length = with_retries(partial(origin.size, name))
         self._start, self._data = 0, b""
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes [offset, offset + size), fewer if the file ends earlier. Raises OSError."""
-        size = max(0, min(size, self.bytes - offset))
+        size = max(0, min(size, self.length - offset))
         if not (self._start <= offset and offset + size <= self._start + len(self._data)):
-            length = min(max(size, WINDOW), self.bytes - offset)
+            length = min(max(size, WINDOW), self.length - offset)
             self._start, self._data = offset, self._fetch(offset, length) if length > 0 else b""
         return self._data[offset - self._start : offset - self._start + size]
 

@@ -40,9 +40,9 @@ _REFUSED_KINDS = {
 
 
 class Remote(Protocol):
-    """A file that is not on this machine. bytes: its length."""
+    """A file that is not on this machine. length: in bytes."""
 
-    bytes: int
+    length: int
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes [offset, offset + size), fewer if the file ends earlier. Raises OSError."""
@@ -58,7 +58,7 @@ def read_at(file: File, size: int, offset: int) -> bytes:
 
 def size_of(file: File) -> int:
     """Length in bytes."""
-    return os.fstat(file).st_size if isinstance(file, int) else file.bytes
+    return os.fstat(file).st_size if isinstance(file, int) else file.length
 
 
 class BadArchive(UserError):
@@ -124,8 +124,9 @@ def members(
             continue
         if offset == end and end > start:
             raise BadArchive(
-                f"'{path}' has no end mark behind its last member at byte {end:,}: it was not closed, or is truncated "
-                f"there; make it again, or if nothing is missing, add the mark (truncate -s +1024 FILE)"
+                f"'{path}' is not a complete tar archive: no end mark behind the last member at byte {end:,}, since it "
+                "was not closed or is truncated there; download or make it again, or if nothing is missing, add the "
+                "mark (truncate -s +1024 FILE)"
             )
         if len(header) < BLOCK or not is_header(header):
             raise BadArchive(
