@@ -117,7 +117,9 @@ class _ParquetRows:
         file, starts = self._file(path)
         rows = self._open.pop(key, None)
         if rows is None or rows.first > items[0].offset:
-            batches = file.iter_batches(max(1, BATCH_BYTES // items[0].size), row_groups=[group], columns=[column])
+            batches = file.iter_batches(
+                max(1, BATCH_BYTES // items[0].size), row_groups=[group], columns=[column], use_threads=False
+            )
             rows = _GroupRows(batches, starts[group])
         for item in items:
             values[path, item.offset] = rows.value(item.offset)
