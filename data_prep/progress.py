@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-FIRST_LINE_S, LINE_EVERY_S = 1.0, 30.0
+FIRST_LINE_S, LINE_EVERY_S = 1.0, 30.0  # the first line comes early where nobody knows how long it takes
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def progress(what: str, total: int, unit: str = "images") -> Iterator[Callable[[
     """
     console = Console(stderr=True)
     start, done = time.monotonic(), 0
-    next_line = start + FIRST_LINE_S
+    next_line = start + (LINE_EVERY_S if total else FIRST_LINE_S)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

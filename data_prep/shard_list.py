@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from data_prep.splits import chosen_files
@@ -35,14 +35,20 @@ class ShardList:
             with open_for_reading(Path(self.location) / name) as fd:
                 yield fd
         else:
-            yield RemoteFile(storage(self.location), name)
+            yield RemoteFile(_origin(self.location), name)
 
     def identity(self, name: str) -> tuple[int, int]:
         """(length in bytes, time of modification in ns, 0 on a server): it changes with the shard. Raises OSError."""
         if is_remote(self.location):
-            return with_retries(partial(storage(self.location).size, name)), 0
+            return with_retries(partial(_origin(self.location).size, name)), 0
         status = (Path(self.location) / name).stat()
         return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=4)
+def _origin(location: str) -> Storage:
+    """One connection per process."""
+    return storage(location)
 
 
 class RemoteFile:
@@ -100,7 +106,7 @@ def _remote_names(source: str) -> tuple[str, list[str]]:
             raise UserError(f"'{source}': braces may be in the name of the shards only, not in their folder")
         return location, _expanded(last)
     location = source.rstrip("/")
-    origin = storage(location)
+    origin = _origin(location)
     try:
         names = with_retries(origin.names)
     except NotImplementedError:

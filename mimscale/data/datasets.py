@@ -14,7 +14,7 @@ from mimscale.data import color_jitter, noise
 from mimscale.data.config import DataConfig
 from mimscale.data.decode import AnyImage, UndecodedJpeg, decode, make_decoder
 from mimscale.data.manifest import Ints, Manifest
-from mimscale.data.order import Order
+from mimscale.data.mixture import AnyOrder, Indexed
 from mimscale.data.sample_reader import SampleReader
 from mimscale.data.transforms import (
     CROP_NUMBERS,
@@ -40,7 +40,15 @@ class TrainDataset(Dataset[list[Batch]]):
     row's `damage`.
     """
 
-    def __init__(self, manifest: Manifest, order: Order, data: DataConfig, needs: Needs, seed: int, global_batch: int):
+    def __init__(
+        self,
+        manifest: Indexed,
+        order: AnyOrder,
+        data: DataConfig,
+        needs: Needs,
+        seed: int,
+        global_batch: int,
+    ):
         self.manifest, self.order, self.seed = manifest, order, seed
         self.batch_builder = BatchBuilder(manifest.samples, data, needs, seed, global_batch)
         self.reader = SampleReader(manifest, make_decoder(data.decoder, data.decode_short_side))
@@ -76,7 +84,7 @@ class BatchBuilder:
         self,
         positions: Ints,
         samples: Iterator[tuple[int, AnyImage | UndecodedJpeg, list[Damage]]],
-        manifest: Manifest | None,
+        manifest: Indexed | None,
     ) -> list[Batch]:
         """int64 [rows, B] positions, and B samples (id, image, damage found before it) -> one Batch per row.
 
@@ -190,6 +198,6 @@ def _encoded_images(jpegs: list[tuple[bytes, int, Box]]) -> EncodedImages:
     return EncodedImages(joined, sizes, torch.tensor(rows), torch.tensor(boxes))
 
 
-def _labels(manifest: Manifest, ids: Ints) -> Tensor:
+def _labels(manifest: Indexed, ids: Ints) -> Tensor:
     assert manifest.labels is not None
     return torch.from_numpy(np.array(manifest.labels[ids]))

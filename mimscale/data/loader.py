@@ -27,7 +27,8 @@ from mimscale.data.config import DataConfig, default_decoder
 from mimscale.data.datasets import EvalDataset, TrainDataset
 from mimscale.data.device_decode import DeviceDecoder
 from mimscale.data.manifest import Ints, Manifest
-from mimscale.data.order import Jumps, Order, batch_of, rank_positions
+from mimscale.data.mixture import order_of
+from mimscale.data.order import Jumps, batch_of, rank_positions
 from mimscale.data.sample_reader import DamagedSample
 from mimscale.data.shard_prefetch import ShardPrefetcher
 from mimscale.data.shm_pool import SharedMemoryPool, unpack
@@ -88,10 +89,10 @@ class TrainLoader:
         if isinstance(manifest, WebDatasetStream):
             dataset = StreamDataset(manifest, data, needs, seed, global_batch, sampler, rank, world)
         else:
-            order = Order(manifest, seed, data.streams, data.block)
+            order = order_of(manifest, seed, data.streams, data.block)
             dataset = TrainDataset(manifest, order, data, needs, seed, global_batch)
             if data.decoder == "device":
-                jpeg_bytes = 2 * sum(shard.bytes for shard in manifest.file.shards) // manifest.samples
+                jpeg_bytes = 2 * sum(shard.bytes for shard in manifest.shards) // manifest.samples
                 cpu_data = data.model_copy(update={"decoder": default_decoder()})
                 cpu_needs = replace(needs, uncropped_images=0)
                 self._decode = DeviceDecoder(

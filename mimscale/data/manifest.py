@@ -152,6 +152,10 @@ class Manifest:
         return _unpickle, (self.folder, self.location, self.cache)
 
     @property
+    def shards(self) -> list[Shard]:
+        return self.file.shards
+
+    @property
     def fingerprint(self) -> str:
         """sha256 (hex) over shard contents, sample order, labels and class names."""
         shards = [(shard.count, shard.bytes, shard.sha256) for shard in self.file.shards]

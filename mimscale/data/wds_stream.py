@@ -37,6 +37,7 @@ from mimscale.data.config import DataConfig
 from mimscale.data.datasets import BatchBuilder
 from mimscale.data.decode import EXTENSIONS, AnyImage, BadImage, make_decoder
 from mimscale.data.manifest import BLOCK, MAX_REQUESTS, Ints, Manifest
+from mimscale.data.mixture import Mixture
 from mimscale.data.names import printable
 from mimscale.data.sample_reader import DamagedSample
 from mimscale.data.shard_cache import Cache, read_exactly
@@ -69,7 +70,7 @@ class WebDatasetStream:
     cache = None
 
     def __init__(self, data: DataConfig, world: int = 1):
-        assert data.stream is not None
+        assert data.stream is not None and isinstance(data.shards, str)
         self.location = self.folder = data.shards
         self.samples = data.stream.samples
         try:
@@ -96,11 +97,13 @@ class WebDatasetStream:
         raise OSError(f"{self.location} has no index")
 
 
-Source = Manifest | WebDatasetStream
+Source = Manifest | Mixture | WebDatasetStream
 
 
 def open_source(data: DataConfig, world: int = 1) -> Source:
     """Open `data.shards`. Raises UserError."""
+    if isinstance(data.shards, dict):
+        return Mixture.load(data.shards, Cache.from_config(data))
     return (
         Manifest.load(data.shards, cache=Cache.from_config(data))
         if data.stream is None

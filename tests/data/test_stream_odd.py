@@ -68,7 +68,6 @@ def test_damage_in_compressed_shards_is_recorded(tmp_path: Path, kind: str) -> N
     unfinished = plain[: plain.index(b"007.jpg")]
     for data in (packed[: len(packed) // 2], packed[:-3], PACK[kind](hole), PACK[kind](unfinished), packed[:9]):
         found, damage = read(tmp_path / "a.tar", data)
-        assert set(found) <= set(members.values())
         assert damage and damage[0].shard == "a.tar" and damage[0].reason
         assert "9,223" not in damage[0].reason
 
