@@ -27,7 +27,7 @@ from data_prep.write_manifest import write_manifest
 from data_prep.write_shards import estimate, unfinished, write
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
-from mimscale.errors import UserError
+from mimscale.errors import UserError, printable, warn
 
 FILES = "only the files of SRC with such names, for example 'train-*'"
 CLASSES = "names of the classes, one per line, from class 0 on"
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except UserError as error:
-        print(f"data_prep: {error}", file=sys.stderr)
+        warn(f"data_prep: {error}")
         return 2
     except OSError as error:  # a full disk above all
         where = f" ('{error.filename}')" if error.filename else ""
@@ -189,7 +189,9 @@ def _verify(options: argparse.Namespace) -> int:
         same = duplicates(manifest, np.concatenate(hashes))
         pairs = [" = ".join(manifest.key(sample) for sample in group) for group in same]
         print(f"{sum(map(len, same)) - len(same):,} images are copies of another")
-        print("".join(f"same: {pair}\n" for pair in (pairs if options.duplicates else pairs[:5])), end="")
+        print(
+            "".join(f"same: {printable(str(pair))}\n" for pair in (pairs if options.duplicates else pairs[:5])), end=""
+        )
     lines = [faults[0] for faults in damage] + [fault for faults in damage for fault in faults[1:]]
     rest = report("damaged", lines, options.destination / "damaged.txt", sys.stdout)
     print(f"{len(lines):,} faults{rest}" if damage else "undamaged")

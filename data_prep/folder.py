@@ -15,7 +15,7 @@ from data_prep.plan import Item, Source, unique_keys
 from data_prep.reports import SHOWN
 from data_prep.splits import check_classes
 from mimscale.data.decode import EXTENSIONS
-from mimscale.data.names import printable
+from mimscale.data.names import one_line
 from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
 
@@ -74,7 +74,7 @@ def try_probe(path: Path) -> tuple[bool, int, str] | str:
 def _refuse_unreadable(root: Path, states: Mapping[str, str]) -> None:
     """Raises UserError, which counts the files and names the first."""
     if states:
-        shown = ", ".join(f"'{printable(name)}' ({state})" for name, state in list(states.items())[:SHOWN])
+        shown = ", ".join(f"'{one_line(name)}' ({state})" for name, state in list(states.items())[:SHOWN])
         more = ", ..." if len(states) > SHOWN else ""
         raise UserError(
             f"source '{root}': {len(states):,} source files cannot be read: {shown}{more}; repair or remove them"
@@ -91,7 +91,7 @@ def _classes(root: Path, known: Sequence[str] | None) -> list[str]:
         if odd:
             raise UserError(
                 f"source '{root}' has {len(names):,} class folders, the list of classes {len(known):,} names; "
-                f"'{printable(odd[0])}' is in only one of them, or twice in the list"
+                f"'{one_line(odd[0])}' is in only one of them, or twice in the list"
             )
         return list(known)
     return names

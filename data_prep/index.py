@@ -28,7 +28,7 @@ from data_prep.shard_list import SHARD_NAME, ShardList
 from data_prep.tar import File, read_at
 from data_prep.write_manifest import PLAN
 from mimscale.data.manifest import Ints, Shard, save_manifest
-from mimscale.data.names import printable
+from mimscale.data.names import one_line
 from mimscale.data.storage import is_remote
 from mimscale.errors import UserError
 
@@ -125,7 +125,7 @@ def class_indices(labels: Sequence[int | str], classes: Sequence[str] | None) ->
     if unknown:
         raise UserError(
             f"{len(unknown):,} labels are not among the {len(number):,} class names, the first is "
-            f"'{printable(unknown[0])}'; complete that list"
+            f"'{one_line(unknown[0])}'; complete that list"
         )
     indices = np.array([number[label] if isinstance(label, str) else label for label in labels], dtype=np.int64)
     if classes is not None and len(indices) and indices.max() >= len(classes):
@@ -145,7 +145,7 @@ def _scan(shards: ShardList, options: IndexOptions, name: str) -> Scan | str:
     """What the shard holds, or why it cannot be indexed."""
     shown = f"{shards.location}/{name}"
     if not SHARD_NAME.fullmatch(name) and name.endswith(".tar"):
-        return f"shard '{printable(shown)}': only letters, digits, '.', '_' and '-' may be in its name; rename it"
+        return f"shard '{one_line(shown)}': only letters, digits, '.', '_' and '-' may be in its name; rename it"
     try:
         with shards.open(name) as file:
             label = None if options.label == "none" else options.label or "cls"
@@ -251,5 +251,5 @@ def _refuse_unlabelled(shards: ShardList, scans: list[Scan], label: str) -> None
     if missing:
         raise UserError(
             f"{missing:,} of {total:,} samples of '{shards.location}' have no label {label}, the first is "
-            f"'{printable(first)}'; see --label, leave them out with --skip-unlabelled, or give --label none"
+            f"'{one_line(first)}'; see --label, leave them out with --skip-unlabelled, or give --label none"
         )

@@ -10,7 +10,7 @@ import numpy as np
 from data_prep.imagenet import FULL_SIZE
 from data_prep.reports import SHOWN
 from mimscale.data.manifest import Ints, Manifest, ManifestFile
-from mimscale.data.names import printable
+from mimscale.data.names import one_line
 
 EXAMPLES = 3
 
@@ -46,10 +46,10 @@ def _left_out(file: ManifestFile) -> list[str]:
     if counts:
         lines.append(f"{sum(counts.values()):,} files or images of the source were left out:")
         lines += [f"  {count:,} {reason}" for reason, count in counts.items()]
-        lines += [f"  for example {printable(key)}: {reason}" for key, reason in list(file.left_out.items())[:EXAMPLES]]
+        lines += [f"  for example {one_line(key)}: {reason}" for key, reason in list(file.left_out.items())[:EXAMPLES]]
     if file.bad_shards:
         lines.append(f"{len(file.bad_shards):,} bad shards were left out:")
-        lines += [f"  {printable(name)}: {reason}" for name, reason in list(file.bad_shards.items())[:SHOWN]]
+        lines += [f"  {one_line(name)}: {reason}" for name, reason in list(file.bad_shards.items())[:SHOWN]]
     return lines
 
 

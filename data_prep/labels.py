@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from mimscale.data.names import printable
+from mimscale.data.names import one_line
 from mimscale.errors import UserError
 
 MAX_CLASSES = 1_000_000  # a larger number is an id, and a list of that many names would fill the memory
@@ -66,13 +66,13 @@ def _known_indices(
 ) -> dict[str, int]:
     if len(set(known)) < len(known):
         twice = Counter(known).most_common(1)[0][0]
-        raise UserError(f"{where}: the class name '{printable(twice)}' is given twice; each class has one name")
+        raise UserError(f"{where}: the class name '{one_line(twice)}' is given twice; each class has one name")
     index = {name: number for number, name in enumerate(known)}
     unknown = sorted(str(value) for value in distinct if isinstance(value, str) and value not in index)
     if unknown:
         raise UserError(
             f"{where}: {len(unknown):,} labels are not among the {len(known):,} class names, the first is "
-            f"'{printable(unknown[0])}'; complete the list of classes, or see --label"
+            f"'{one_line(unknown[0])}'; complete the list of classes, or see --label"
         )
     result = {}
     for text, value in values.items():

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from mimscale.files.console import plain_console
 
 FIRST_LINE_S, LINE_EVERY_S = 1.0, 30.0  # the first line comes early where nobody knows how long it takes
 
@@ -18,15 +19,15 @@ def progress(what: str, total: int, unit: str = "images") -> Iterator[Callable[[
 
     total: 0 = unknown.
     """
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     start, done = time.monotonic(), 0
     next_line = start + (LINE_EVERY_S if total else FIRST_LINE_S)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

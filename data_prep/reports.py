@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from mimscale.data.names import printable
+from mimscale.data.names import one_line
 
 SHOWN = 10
 
@@ -20,10 +20,10 @@ def report(word: str, faults: Sequence[str], path: Path, to: TextIO | None = Non
     same name in the folder for temporary files.
     """
     for fault in faults[:SHOWN]:
-        print(f"{word}: {printable(fault)}", file=to or sys.stderr)
+        print(f"{word}: {one_line(fault)}", file=to or sys.stderr)
     if len(faults) <= SHOWN:
         return ""
-    text = "".join(f"{printable(fault)}\n" for fault in faults)
+    text = "".join(f"{one_line(fault)}\n" for fault in faults)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ from data_prep.labels import check_class, label_value
 from data_prep.tar import File, Member, members, read_at
 from mimscale.data.decode import EXTENSIONS
 from mimscale.data.manifest import Ints
-from mimscale.data.names import printable
+from mimscale.data.names import one_line
 from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
 
@@ -88,7 +88,7 @@ def scan_shard(
     if separate:
         raise UserError(
             f"image and label of {len(separate):,} samples of '{path}' do not stand together, the first is "
-            f"'{printable(separate[0])}'; make the shard again with its members sorted by name (tar --sort=name)"
+            f"'{one_line(separate[0])}'; make the shard again with its members sorted by name (tar --sort=name)"
         )
     return ShardContents(
         np.array(spans, dtype=np.int64).reshape(-1, 2),
@@ -122,7 +122,7 @@ def _samples(file: File, path: Path | str, left_out: dict[str, str]) -> Iterator
 
 def _no_image(sample: dict[str, Member], image: str | None) -> str:
     """The reason, with the extensions that were seen: a dot in a name begins the extension."""
-    seen = sorted(f".{printable(extension)[:20]}" for extension in sample)
+    seen = sorted(f".{one_line(extension)[:20]}" for extension in sample)
     more = ", ..." if len(seen) > MAX_EXTENSIONS else ""
     return f"no image among {', '.join(seen[:MAX_EXTENSIONS])}{more}" + (f", no .{image}" if image else "")
 
@@ -148,7 +148,7 @@ def _image_member(key: str, sample: dict[str, Member], path: Path | str, image: 
     images = [extension for extension in sample if extension in EXTENSIONS]
     if len(images) > 1:
         raise UserError(
-            f"sample '{printable(key)}' of '{path}' has images {', '.join(images)}; choose with --image EXTENSION"
+            f"sample '{one_line(key)}' of '{path}' has images {', '.join(images)}; choose with --image EXTENSION"
         )
     return sample[images[0]] if images else None
 
@@ -164,7 +164,7 @@ def _label(
     member = sample.get(extension)
     if member is None:
         return None
-    where = f"sample '{printable(key)}' of '{path}'"
+    where = f"sample '{one_line(key)}' of '{path}'"
     if member.size > MAX_LABEL_BYTES:
         raise UserError(f"{where}: its label .{extension} has {member.size:,} bytes; see --label")
     text = member.start if len(member.start) == member.size else read_at(file, member.size, member.offset)

@@ -17,7 +17,7 @@ from data_prep.reports import SHOWN
 from data_prep.table_parquet import read_parquet
 from data_prep.table_rows import Row
 from data_prep.table_text import read_csv, read_lines
-from mimscale.data.names import printable
+from mimscale.data.names import one_line
 from mimscale.errors import UserError
 
 
@@ -108,7 +108,7 @@ def _files(table: Path, rows: list[Row], root: Path, skipped: Counter[str], skip
 
 
 def _refuse_missing(table: Path, missing: Sequence[tuple[str, str]], total: int) -> None:
-    shown = ", ".join(f"'{printable(path)}'" for path, _ in missing[:SHOWN])
+    shown = ", ".join(f"'{one_line(path)}'" for path, _ in missing[:SHOWN])
     more = ", ..." if len(missing) > SHOWN else ""
     reasons = ", ".join(sorted({reason for _, reason in missing})[:3])
     fix = "give their folder with --root, or leave them out with --skip-missing"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mimscale.data.names import printable
+from mimscale.data.names import one_line
 from mimscale.errors import UserError
 
 IMAGE_COLUMNS = ("path", "file", "file_name", "filename", "filepath", "image_path", "image", "jpg", "bytes")
@@ -27,7 +27,7 @@ class Row(NamedTuple):
 def choose_columns(table: Path, columns: Sequence[str], image: str | None, label: str | None) -> tuple[str, str | None]:
     """Names of the columns of images and of labels (None = unlabelled). Raises UserError."""
     chosen = image or next((name for name in IMAGE_COLUMNS if name in columns), None)
-    shown = ", ".join(printable(name)[:60] for name in columns[:SHOWN_COLUMNS])
+    shown = ", ".join(one_line(name)[:60] for name in columns[:SHOWN_COLUMNS])
     if len(columns) > SHOWN_COLUMNS:
         shown += f" and {len(columns) - SHOWN_COLUMNS:,} more"
     if chosen is None or chosen not in columns:

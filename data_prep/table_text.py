@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from data_prep.table_rows import IMAGE_COLUMNS, Row, choose_columns
-from mimscale.data.names import printable
+from mimscale.data.names import one_line
 from mimscale.errors import UserError
 
 DELIMITERS = (",", "\t", ";", "|")
@@ -75,7 +75,7 @@ def _parsed(table: Path, text: str, delimiter: str) -> list[list[str]]:
         lines += (line for line in reader if line)
     except csv.Error as error:
         where = f"table '{table}', line {reader.line_num:,}"
-        raise UserError(f"{where}, is not a row of CSV: {printable(str(error))}; correct its quotes") from None
+        raise UserError(f"{where}, is not a row of CSV: {one_line(str(error))}; correct its quotes") from None
     return lines
 
 

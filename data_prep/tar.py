@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from mimscale.data.names import printable
+from mimscale.data.names import one_line
 from mimscale.data.tar_end import BLOCK, RECORD, RestOfArchive, is_header, joined_archive, number
 from mimscale.errors import UserError
 
@@ -155,18 +155,18 @@ def members(
         if kind in (b"0", b"\0", b"7"):
             if name.startswith("/") or ".." in name.split("/") or not name:
                 raise BadArchive(
-                    f"'{path}': refused the member '{printable(name)}', whose name leads out of the archive"
+                    f"'{path}': refused the member '{one_line(name)}', whose name leads out of the archive"
                 )
             if not name.endswith("/"):  # old archives mark a folder in this way
                 yield Member(name, data, size, head[BLOCK : BLOCK + size])
         elif kind != b"5":
             raise BadArchive(
-                f"'{path}': refused the member '{printable(name)}': {_REFUSED_KINDS.get(kind, 'not a regular file')}"
+                f"'{path}': refused the member '{one_line(name)}': {_REFUSED_KINDS.get(kind, 'not a regular file')}"
             )
 
 
 def _refused(path: Path | str, name: str) -> str:
-    return f"'{path}': refused the member '{printable(name)}'"
+    return f"'{path}': refused the member '{one_line(name)}'"
 
 
 def compression(start: bytes) -> str | None:

@@ -32,6 +32,12 @@ setup_job() { # set the environment of the ranks
   : "${SLURM_JOB_ID:?is not set: start this file with sbatch}"
   early_stop=''
   trap 'early_stop=1' USR1 # a signal before the ranks run must not kill this shell
+  # after `sbatch --export=NONE` or a list, every srun would drop what is exported here
+  export SLURM_EXPORT_ENV=ALL
+  # `--gres` on the command line replaces what the header allocates, but not the variable that srun reads
+  if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ -n "${SLURM_GPUS_PER_NODE:-}" ]; then
+    export SLURM_GPUS_PER_NODE=$SLURM_GPUS_ON_NODE
+  fi
   read_site
   set +eu
   eval "${SITE_SETUP:-}"
@@ -76,7 +82,8 @@ setup_job() { # set the environment of the ranks
 set_run_dir() { # RECIPE SUFFIX: default of RUN_DIR; makes the folder
   RUN_DIR=$(realpath -m "${RUN_DIR:-${SITE_RUN_ROOT:-$ROOT/runs}/$(basename "$1" .yaml)-$2}")
   mkdir -p "$RUN_DIR/job" || die 2 "RUN_DIR='$RUN_DIR' cannot be made; set RUN_DIR or SITE_RUN_ROOT"
-  export RUN_DIR
+  SHARED_FILE=$RUN_DIR/job/shared-${SLURM_JOB_ID:-0}
+  export RUN_DIR SHARED_FILE
 }
 
 check_geometry() { # one rank drives one GPU
@@ -104,14 +111,24 @@ exit_if_bad_nodes() { # TEXT that may have lines "BAD NODE name: why"
 }
 
 check_nodes() {
-  local text node
+  local text node status=0
   [ "${NODE_CHECK:-1}" = 1 ] || return 0
-  text=$(on_each_node 300 bash "$JOBS/node_check.sh" 2>&1) || true
+  if [ -n "${SHARED_FILE:-}" ]; then # every node looks for it
+    : > "$SHARED_FILE" || die 2 "RUN_DIR='$RUN_DIR' cannot be written; set RUN_DIR or SITE_RUN_ROOT"
+  fi
+  text=$(on_each_node 300 bash "$JOBS/node_check.sh" 2>&1) || status=$?
+  if ! grep -q -E '^(OK|BAD|UNSHARED) NODE ' <<< "$text"; then # no node answered: the nodes are not the likely cause
+    [ -z "$text" ] || echo "$text"
+    die 1 "the node check did not run on any node (srun ended with $status); see its message above, or set NODE_CHECK=0"
+  fi
   for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-    grep -q -E "^(OK|BAD) NODE $node(:|\$)" <<< "$text" || text+=$'\n'"BAD NODE $node: did not answer"
+    grep -q -E "^(OK|BAD|UNSHARED) NODE $node(:|\$)" <<< "$text" || text+=$'\n'"BAD NODE $node: did not answer"
   done
-  grep -v -E '^(OK|BAD) NODE ' <<< "$text" || true
+  grep -v -E '^(OK|BAD|UNSHARED) NODE ' <<< "$text" || true
   exit_if_bad_nodes "$text"
+  node=$(sed -n 's/^UNSHARED NODE //p' <<< "$text" | paste -sd, -)
+  [ -z "$node" ] || die 2 "RUN_DIR='$RUN_DIR' is another folder on $node; set it to one on a file system that all nodes share"
+  rm -f "${SHARED_FILE:-}"
 }
 
 prepare_nodes() { # make node-local folders; unpack SITE_ENV_TARBALL, if set, once per node

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks whether this node can train. Run by one task per node; prints "OK NODE name" or "BAD NODE name: why".
+# Checks whether this node can train. Run by one task per node; prints "OK NODE name" or "BAD NODE name: why", or
+# "UNSHARED NODE name" where the file that the job wrote into RUN_DIR is not seen.
 #   MIN_FREE_GB=10  free space that the node-local disk must have     CHECK_ECC=1  refuse uncorrected memory errors
 set -u
 node=${SLURMD_NODENAME:-$(hostname -s)}
@@ -27,4 +28,12 @@ folder=${LOCAL_DIR:-/tmp}
 mkdir -p -m 700 "$folder" 2> /dev/null && [ -w "$folder" ] || bad "$folder cannot be written"
 free_gb=$(($(df -Pk "$folder" | awk 'NR == 2 {print $4}') / 1048576))
 [ "$free_gb" -ge "${MIN_FREE_GB:-10}" ] || bad "$free_gb GB free on $folder, MIN_FREE_GB=${MIN_FREE_GB:-10}"
+if [ -n "${SHARED_FILE:-}" ]; then
+  for _ in 1 2 3 4 5 6; do # a network file system may show a new file late
+    ls "$(dirname "$SHARED_FILE")" > /dev/null 2>&1
+    [ ! -e "$SHARED_FILE" ] || break
+    sleep 1
+  done
+  [ -e "$SHARED_FILE" ] || { echo "UNSHARED NODE $node"; exit 0; }
+fi
 echo "OK NODE $node"

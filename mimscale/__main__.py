@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import atexit
 import importlib
+import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from mimscale import __version__
-from mimscale.errors import Stopped, UserError
+from mimscale.errors import Stopped, UserError, warn
 
 VERBS = {
     "train": ("mimscale.training.cli", "pre-train a student; resumes what the run folder holds"),
@@ -19,6 +22,7 @@ VERBS = {
     "evaluate": ("mimscale.evals.cli", "accuracy of frozen features: kNN, linear, few-shot"),
     "convert": ("mimscale.convert.cli", "official checkpoints <-> ours <-> timm, each with an equality check"),
     "reconstruct": ("mimscale.api.cli", "a figure of masked images and their reconstructions"),
+    "plan": ("mimscale.cost.cli", "what a run needs, takes and costs on a cluster, before it is submitted"),
     "doctor": ("mimscale.doctor.cli", "check this machine, a recipe, its data and its teachers"),
     "bench": ("mimscale.bench", "measurements behind the documentation's tables"),
 }
@@ -26,7 +30,34 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 fine, 2 bad input, 4 a run that ended itself (one line each), else a failure's traceback."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with suppress(AttributeError, OSError):  # of a notebook, which shows any text, or of another stream
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that are not UTF-8
+    arguments = without_local_rank(list(sys.argv[1:] if argv is None else argv))
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mimscale {' '.join(arguments[:1])}: interrupted", file=sys.stderr)
+        return 130
+
+
+def without_local_rank(arguments: list[str]) -> list[str]:
+    """The arguments without `--local_rank=N`, which deepspeed and torch.distributed.launch put before all others.
+
+    They set LOCAL_RANK to the same number; where it is missing, it is set here.
+    """
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, separator, value = word.partition("=")
+        if name not in ("--local_rank", "--local-rank"):
+            rest.append(word)
+            continue
+        os.environ.setdefault("LOCAL_RANK", value if separator else next(words, ""))
+    return rest
+
+
+def _run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mimscale", description="Masked-image-modeling pre-training at scale.")
     parser.add_argument("--version", action="version", version=f"mimscale {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -49,25 +80,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(module.run(args))
     except (UserError, Stopped) as error:
         rank = os.environ.get("RANK", "0")
-        print(f"mimscale {args.verb}: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+        if rank == "0" or not getattr(error, "everywhere", False):
+            warn(f"mimscale {args.verb}: {'' if rank == '0' else f'rank {rank}: '}{error}")
         return 2 if isinstance(error, UserError) else Stopped.code
 
 
 def end_process(code: int) -> NoReturn:
-    """Leave without taking the interpreter apart.
+    """Leave without taking the interpreter apart, and without the processes that this one has started.
 
     DeepSpeed keeps process groups beyond their destruction, so their threads still run when the work is done. One that
     asks for the interpreter while it is being taken apart would abort a process that had succeeded.
     """
+    for child in multiprocessing.active_children():  # they ignore the signal with which multiprocessing ends them
+        child.kill()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)
 
 
 def entry() -> NoReturn:
     """The console script."""
-    end_process(main())
+    try:
+        code = main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    end_process(code)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
 
 class UserError(ValueError):
-    """Bad input from outside. The message is one line: the value, the rule, the fix. The command line exits with 2."""
+    """Bad input from outside. The message is one line: the value, the rule, the fix. The command line exits with 2.
+
+    everywhere: all ranks of a run raise the same, so that one of them prints it.
+    """
+
+    def __init__(self, *values: object, everywhere: bool = False) -> None:
+        super().__init__(*(without_secrets(value) if isinstance(value, str) else value for value in values))
+        self.everywhere = everywhere
 
 
 class Stopped(RuntimeError):
@@ -24,7 +32,28 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; choose one of {', '.join(known)}"
 
 
+def printable(text: str) -> str:
+    """Text that may hold names of others: `without_secrets`, and escaped what a terminal would obey or cannot show."""
+    escaped = _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    return without_secrets(escaped)
+
+
+def without_secrets(text: str) -> str:
+    """The text with each URL in it cut down to scheme, host and path: a user, a query or a fragment may be a secret."""
+
+    def bare(match: re.Match[str]) -> str:
+        scheme, _, rest = match[0].partition("://")
+        host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+    return _URL.sub(bare, text)
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"|]*")
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def warn(text: str) -> None:
     """A line on stderr, which may lie on the same full disk."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)

@@ -86,6 +86,8 @@ def _become(words: Sequence[str], environment: Mapping[str, str], *printed: Conn
     for descriptor, pipe in enumerate(printed, start=1):
         os.dup2(pipe.fileno(), descriptor)
         pipe.close()
+    # new ones, because those of the server take the pipe for the file that its own output went to
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
     module, *arguments = words

@@ -28,8 +28,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
 def test_impossible_runs_are_refused_before_any_rank_connects(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("MASTER_ADDR", "RANK", "LOCAL_RANK"):
+    for name in ("MASTER_ADDR", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
     recipe = ranks.recipe(tmp_path, shards)
     words = ("train", recipe, "--run-dir", tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "3")

@@ -21,7 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("data", "models", "teachers", "optim", "distributed"),
     ("masking", "checkpoint"),
     ("methods", "engine", "fault_tolerance"),
-    ("monitoring",),
+    ("monitoring", "cost"),
     ("convert",),
     ("evals", "training"),
     ("doctor", "bench", "api"),

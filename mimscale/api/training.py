@@ -16,7 +16,7 @@ from mimscale.checkpoint import format as checkpoint
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
-from mimscale.fault_tolerance.preemption import SIGNALS
+from mimscale.fault_tolerance.preemption import HANDLED
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _refuse_another_device(kind: str) -> None:
 @contextmanager
 def _handlers_restored() -> Iterator[None]:
     """A run ignores its signals from its last save on, because its process usually ends then; this one goes on."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in HANDLED}
     try:
         yield
     finally:
@@ -104,7 +104,16 @@ def _handlers_restored() -> Iterator[None]:
 
 
 def _result(run_dir: Path) -> TrainResult:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in map(_values, (run_dir / "metrics.jsonl").read_bytes().splitlines()) if line]
     last: dict[str, Any] = next((line for line in reversed(lines) if "step" in line), {})
     metrics = {name: value for name, value in last.items() if name not in ("step", "time")}
     return TrainResult(run_dir, checkpoint.newest_step(run_dir), (run_dir / "done").exists(), metrics)
+
+
+def _values(line: bytes) -> dict[str, Any]:
+    """A line of metrics.jsonl; nothing for one that a killed start or a disk has damaged."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}

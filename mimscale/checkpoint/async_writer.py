@@ -76,6 +76,11 @@ class AsyncCheckpointWriter:
         self._written = self._handled = 0  # this rank's last shard on disk or given up; rank 0's last save dealt with
         self._tries = 0
 
+    @property
+    def bytes(self) -> int:
+        """Size of this rank's file in each checkpoint."""
+        return self._copy.bytes
+
     # ---------------------------------------------------------------------------------------------- the loop's calls
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import time
@@ -68,8 +69,15 @@ def step_of(path: Path) -> int:
 
 
 def steps(root: Path) -> list[Path]:
-    """Everything under `root` (<run>/checkpoints) that is named like a checkpoint, oldest first."""
-    return sorted((path for path in root.iterdir() if step_of(path) >= 0), key=step_of) if root.is_dir() else []
+    """Everything under `root` (<run>/checkpoints) that is named like a checkpoint, oldest first.
+
+    Raises UserError where something else than a folder has that name.
+    """
+    if root.is_dir():
+        return sorted((path for path in root.iterdir() if step_of(path) >= 0), key=step_of)
+    if os.path.lexists(root):
+        raise UserError(f"{root} is not a folder; put the checkpoints back there, or remove it to start at step 0")
+    return []
 
 
 def complete(root: Path) -> list[Path]:
@@ -108,7 +116,18 @@ def fragments(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
 
 
 def commit(temporary: Path, final: Path, shards: list[dict[str, Any]], meta: Mapping[str, Any]) -> None:
-    """Rank 0, after every shard is on disk: manifest, COMPLETE, the final name, the pointer."""
+    """Rank 0, after every shard is on disk: manifest, COMPLETE, the final name, the pointer.
+
+    What the ranks report is not enough: raises OSError unless each shard is seen here, with its size.
+    """
+    for shard in shards:
+        file = temporary / shard["file"]
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard["bytes"]:
+            found = "is not seen" if size is None else f"has {size} bytes"
+            raise OSError(
+                f"{file} {found} on {platform.node()}, but its rank wrote {shard['bytes']} bytes; is it one folder?"
+            )
     rows = ",\n".join(json.dumps(shard) for shard in shards)  # one by one: the training thread gets its turn between
     text = f'{json.dumps({"format": FORMAT, **meta})[:-1]}, "shards": [\n{rows}\n]}}'.encode()
     digest = hashlib.sha256(text).hexdigest()
@@ -169,19 +188,21 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta: dict[str, Any] = _manifest(path)
-        shards = self.meta.pop("shards")
-        for shard in shards:
-            if not _SHARD.fullmatch(shard["file"]):
-                raise UserError(
-                    f"{path}/manifest.json names the file '{shard['file']}' outside of its folder; not read"
-                )
-            file = path / shard["file"]
-            size = file.stat().st_size if file.exists() else None
-            if size != shard["bytes"]:
-                raise CheckpointError(f"{file}: {'missing' if size is None else f'{size} bytes'}, not {shard['bytes']}")
-        self._files = [(shard["file"], shard["sha256"]) for shard in shards]
-        self._pieces = _index(shard["fragments"] for shard in shards)
         self._open: dict[int, Any] = {}
+        try:
+            shards = self.meta.pop("shards")
+            self._files = [(str(shard["file"]), str(shard["sha256"])) for shard in shards]
+            sizes = [int(shard["bytes"]) for shard in shards]
+            self._pieces = _index(shard["fragments"] for shard in shards)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise CheckpointError(f"{path}/manifest.json is no manifest of ours: {type(error).__name__}") from None
+        for (name, _), expected in zip(self._files, sizes, strict=True):
+            if not _SHARD.fullmatch(name):
+                raise UserError(f"{path}/manifest.json names the file '{name}' outside of its folder; not read")
+            file = path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != expected:
+                raise CheckpointError(f"{file}: {'missing' if size is None else f'{size} bytes'}, not {expected}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": {}}
@@ -240,6 +261,7 @@ class CheckpointReader:
         return self._open[number]
 
 
+_META = {"shapes", "shards"}  # what this file reads in a manifest
 _NO_PIECES = np.zeros((0, 3), np.int64)
 
 
@@ -269,15 +291,18 @@ def _manifest(path: Path) -> dict[str, Any]:
         if not (path / name).is_file():
             raise CheckpointError(f"{path}/{name} is missing")
     text = (path / "manifest.json").read_bytes()
-    try:
+    if hashlib.sha256(text).hexdigest().encode() != (path / "COMPLETE").read_bytes()[:80].strip():
+        raise CheckpointError(f"{path}/manifest.json: sha256 differs from COMPLETE")
+    try:  # what follows is as it was written, perhaps by another version, or by somebody else
         meta = json.loads(text)
         written = meta["format"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}/manifest.json is not a manifest: {error}") from None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path}/manifest.json is not a manifest: {type(error).__name__}") from None
     if written != FORMAT:
-        raise UserError(f"{path} has format {written}; this version of mimscale reads {FORMAT}")
-    if hashlib.sha256(text).hexdigest() != (path / "COMPLETE").read_text():
-        raise CheckpointError(f"{path}/manifest.json: sha256 differs from COMPLETE")
+        raise UserError(f"{path} has format {written!r}; this version of mimscale reads {FORMAT}")
+    missing = sorted(_META - meta.keys())
+    if missing:
+        raise CheckpointError(f"{path}/manifest.json has no {missing[0]}")
     return meta
 
 
@@ -285,9 +310,10 @@ def load_weights(checkpoint: Path, ema: bool = False) -> dict[str, Tensor]:
     """The method's state dict: fp32 parameters and buffers, whole.
 
     ema: the student's parameters are those of its exponential moving average, everything else is as trained. Raises
-    UserError where the checkpoint has none, CheckpointError where it is damaged.
+    UserError where the checkpoint has none, CheckpointError where it is damaged: the sha256 of every file is checked.
     """
     reader = CheckpointReader(checkpoint)
+    reader.verify()
     averaged = set(reader.names("ema")) if ema else set()
     if ema and not averaged:
         raise UserError(f"{checkpoint} has no moving average (kind ema); leave --ema out")

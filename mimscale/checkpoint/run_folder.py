@@ -20,7 +20,9 @@ import os
 import platform
 import subprocess
 import time
+import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ import yaml
 
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig
-from mimscale.errors import UserError
+from mimscale.distributed.coordination import Coordinator
+from mimscale.errors import UserError, printable
 from mimscale.files.atomic import atomic_write
 
 PACKAGES = (
@@ -46,6 +49,23 @@ PACKAGES = (
 )
 
 
+def check_names(*folders: Path) -> None:
+    """Raise UserError for folders that no file system or no library can name."""
+    for folder in folders:
+        shown = printable(str(folder)) if len(str(folder)) < 300 else f"{printable(str(folder)[:80])}..."
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--run-dir {shown} is not UTF-8; name a folder in UTF-8") from None
+        try:
+            os.lstat(folder)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            pass  # what it means depends on who asks
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"--run-dir {shown} cannot be used: {why}; name another folder") from None
+
+
 def existing_run(run_dir: Path) -> RunConfig | None:
     """The configuration of the run that lives in `run_dir`, None for a fresh folder.
 
@@ -53,6 +73,11 @@ def existing_run(run_dir: Path) -> RunConfig | None:
     """
     if (run_dir / "config.yaml").is_file():
         return load_recipe(str(run_dir / "config.yaml"))
+    if (run_dir / "checkpoints").is_dir() and any((run_dir / "checkpoints").iterdir()):
+        raise UserError(
+            f"{run_dir}/config.yaml is missing, but there are checkpoints; copy it back (the manifest.json of a "
+            f"checkpoint holds it under config), or name another --run-dir"
+        )
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file; name a folder")
     ours = ("job", "lock", "hang", "slurm-", ".config.yaml.")  # of batch scripts, and of a start that was killed
@@ -77,6 +102,19 @@ def refuse_changes(stored: RunConfig, wanted: RunConfig, run_dir: Path) -> None:
         )
 
 
+def compiled_as_before(stored: RunConfig, wanted: RunConfig) -> RunConfig:
+    """`wanted` with each teacher compiled, or not, as when the run began, where the recipe leaves it open: a resume
+    then computes the same bits. Runs of older releases began uncompiled.
+    """
+    teachers = {
+        name: teacher.model_copy(update={"compile": stored.teachers[name].compile})
+        if teacher.compile == "auto"
+        else teacher
+        for name, teacher in wanted.teachers.items()
+    }
+    return wanted.model_copy(update={"teachers": teachers})
+
+
 def create(run_dir: Path, run: RunConfig) -> None:
     """Write config.yaml, atomically. Raises UserError: a run whose recipe cannot be kept does not begin."""
     try:
@@ -84,6 +122,56 @@ def create(run_dir: Path, run: RunConfig) -> None:
         atomic_write(run_dir / "config.yaml", yaml.safe_dump(run.dump(), sort_keys=False).encode())
     except OSError as error:
         raise UserError(f"{run_dir}/config.yaml: {error.strerror}; make room, or name another --run-dir") from None
+
+
+def prove_shared(run_dir: Path, coordinator: Coordinator, patience_s: float = 60.0) -> None:
+    """Raise UserError, on all ranks, unless each of them sees in `run_dir` what rank 0 writes there. Collective.
+
+    patience_s: for a network file system, which may remember for a while that the folder was not there. Ranks of rank
+    0's host have no such excuse.
+    """
+    if coordinator.world == 1:
+        return
+    name = coordinator.broadcast(f"lock.{uuid.uuid4().hex}")
+    here = (platform.node(), os.path.abspath(run_dir))
+    path = run_dir / name
+    first, failure = coordinator.on_rank0(_write_token, path)
+    seen = not failure and _sees(path, patience_s if platform.node() != first else 0.0)
+    blind = [(rank, *where) for rank, (there, where) in enumerate(coordinator.gather((seen, here))) if not there]
+    if coordinator.rank == 0:
+        with suppress(OSError):
+            path.unlink()
+    if failure:
+        raise UserError(f"{run_dir} cannot be written ({failure}); name a folder of yours on a disk", everywhere=True)
+    if blind:
+        rank, host, folder = blind[0]
+        raise UserError(
+            f"--run-dir {run_dir} is not shared: rank {rank} on {host} does not see in {folder} what rank 0 on {first} "
+            f"wrote there; name a folder on a file system that all nodes share",
+            everywhere=True,
+        )
+
+
+def _write_token(path: Path) -> tuple[str, str]:
+    try:
+        atomic_write(path, b"shared\n")
+    except OSError as error:
+        return platform.node(), error.strerror or str(error)
+    return platform.node(), ""
+
+
+def _sees(path: Path, patience_s: float) -> bool:
+    end_s, pause_s = time.monotonic() + patience_s, 0.05
+    while True:
+        with suppress(OSError):
+            if path.read_bytes() == b"shared\n":
+                return True
+        if time.monotonic() >= end_s:
+            return False
+        with suppress(OSError):
+            os.listdir(path.parent)  # makes some file systems ask their server again
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 2.0)
 
 
 def stop_files(run_dir: Path) -> list[Path]:
@@ -104,7 +192,7 @@ def launch(command: Sequence[str], **values: Any) -> dict[str, Any]:
         "command": list(command),
         "host": platform.node(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(),
         "commit": git_commit(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "slurm_restart": os.environ.get("SLURM_RESTART_COUNT"),
@@ -125,6 +213,31 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.stdout.strip() + ("+" if dirty else "")
+
+
+def head_commit() -> str | None:
+    """The commit that is checked out, read from the repository's files; None for an installed package."""
+    git = Path(__file__).resolve().parent.parent.parent / ".git"
+    try:
+        if git.is_file():  # a work tree beside the repository
+            git = git.parent / git.read_text().partition("gitdir:")[2].strip()
+        head = (git / "HEAD").read_text().strip()
+        name = head.removeprefix("ref: ")
+        if name == head:
+            return head
+        shared = git / "commondir"
+        root = git / shared.read_text().strip() if shared.is_file() else git
+        if (root / name).is_file():
+            return (root / name).read_text().strip()
+        packed = (line.split() for line in (root / "packed-refs").read_text().splitlines())
+        return next((words[0] for words in packed if words[1:] == [name]), None)
+    except (OSError, ValueError):
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """The installed version of each package that decides what a run computes."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
+LARGEST = 1e12
+"""No number of a recipe is larger: what is, is a slip of the keyboard, and would overflow somewhere later."""
+
 
 class Strict(BaseModel):
-    """A section: unknown keys are errors, numbers are finite, values do not change after validation."""
+    """A section: unknown keys are errors, numbers are finite and at most LARGEST, values do not change after
+    validation.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _numbers_are_sane(self) -> Strict:
+        for place, number in numbers_in(dict(self)):
+            if abs(number) > LARGEST:
+                raise ValueError(f"{place} = {number:g}: a number must be at most {LARGEST:g}; correct it")
+        return self
+
+
+def numbers_in(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """(place, number) of every number in plain values; sections inside are left to themselves."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from numbers_in(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from numbers_in(inner, f"{place}.{index}")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield place, value

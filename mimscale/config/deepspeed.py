@@ -11,11 +11,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from mimscale.config.deepspeed_file import DeepSpeedFile
+from mimscale.config.registry import first_line
 from mimscale.errors import UserError, nearest
 
-DS_OWNS = frozenset({"zero_optimization", "fp16", "bf16", "data_types", "communication_data_type",
-                     "prescale_gradients", "gradient_predivide_factor",
-                     "wall_clock_breakdown", "comms_logger", "flops_profiler", "dump_state"})  # fmt: skip
+PRECISIONS: tuple[Literal["fp16", "bf16"], ...] = ("fp16", "bf16")
 DS_REFUSED = (
     ("bf16", "check_grad_overflow"),
     ("bf16", "bf16_master_weights_and_grads"),
@@ -49,22 +51,33 @@ def load_ds_config(name: str) -> dict[str, Any]:
     path = Path(name)
     if path.suffix == ".json":
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"engine.ds_config = '{name}' cannot be read: {error.strerror}") from None
+        except ValueError:  # not UTF-8, or a path with a null byte
+            raise UserError(f"engine.ds_config = '{name}' is not a text file in UTF-8; save it in UTF-8") from None
     elif name in ds_config_names():
         text = resources.files("ds_configs").joinpath(f"{name}.json").read_text()
     else:
         raise UserError(f"engine.ds_config = '{name}' is unknown{nearest(name, ds_config_names())}")
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        values = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"engine.ds_config = '{name}' is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"engine.ds_config = '{name}' must be {{...}} with sections, found {type(values).__name__}")
     for key in values:
         if key in RECIPE_OWNS:
             raise UserError(f"{name}: '{key}' is owned by the recipe; remove it there and set {RECIPE_OWNS[key]}")
-        if key not in DS_OWNS:
-            raise UserError(f"{name}: unknown top-level key '{key}'{nearest(key, sorted(DS_OWNS))}")
+        if key not in DeepSpeedFile.model_fields:
+            raise UserError(f"{name}: unknown top-level key '{key}'{nearest(key, sorted(DeepSpeedFile.model_fields))}")
+    try:
+        DeepSpeedFile.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{name}: {first_line(error, DeepSpeedFile, ())}") from None
+    both = [precision for precision in PRECISIONS if values.get(precision, {}).get("enabled")]
+    if len(both) > 1:
+        raise UserError(f"{name}: {' and '.join(both)} are both enabled; enable one")
     zero = values.get("zero_optimization", {})
     if zero.get("stage", 0) == 0 and precision_of(values) != "fp32":
         raise UserError(f"{name}: ZeRO stage 0 in 16 bit drifts from the other stages; set zero_optimization.stage = 2")
@@ -86,7 +99,15 @@ def load_ds_config(name: str) -> dict[str, Any]:
 
 def precision_of(ds_config: Mapping[str, Any]) -> Literal["fp32", "bf16", "fp16"]:
     """Which number format a DeepSpeed config trains in."""
-    for name in ("fp16", "bf16"):
+    for name in PRECISIONS:
         if ds_config.get(name, {}).get("enabled"):
             return name
     return "fp32"
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        raise ValueError(f"the key '{twice}' is given twice; remove one")
+    return values

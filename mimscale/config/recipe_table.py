@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mimscale.config.recipes import read_recipe, recipe_names
 from mimscale.errors import UserError
+from mimscale.files.console import plain_console
 
 WIDE = 140
 """Columns of a terminal that holds the expected results too."""
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+    console = plain_console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
     wide = console.width >= WIDE
     table = Table()
     table.add_column("recipe", no_wrap=True)

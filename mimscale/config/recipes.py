@@ -19,6 +19,19 @@ from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML's rule that a mapping has each key once, which PyYAML does not keep: there the last one wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' is given twice; remove one", node.value[index][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def recipe_names() -> list[str]:
     files = (entry.name for entry in resources.files("mimscale.recipes").iterdir())
     return sorted(f[:-5] for f in files if f.endswith(".yaml"))
@@ -30,12 +43,23 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises UserError with one line that names the value, the rule and the fix.
     """
     values, base = read_recipe(recipe)
+    _override(values, overrides)
+    return validate(values, source=recipe if base is None else f"{recipe} (extends {base})")
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A configuration with `section.key=value` overrides. Raises UserError."""
+    values = config.dump()
+    _override(values, overrides)
+    return validate(values, source="the recipe")
+
+
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise UserError(f"override '{override}' is not of the form section.key=value")
         _assign(values, key.split("."), _parse_value(key, text))
-    return validate(values, source=recipe if base is None else f"{recipe} (extends {base})")
 
 
 def read_recipe(recipe: str) -> tuple[dict[str, Any], str | None]:
@@ -98,7 +122,7 @@ def _read_yaml(recipe: str) -> dict[str, Any]:
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise UserError(f"recipe '{recipe}' is unknown; {hint}`mimscale recipes` lists them, a path ends in .yaml")
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that no calendar has is a ValueError
         raise UserError(f"recipe '{recipe}' is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -108,7 +132,7 @@ def _read_yaml(recipe: str) -> dict[str, Any]:
 
 def _parse_value(key: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"override {key}={text}: the value is not YAML") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text

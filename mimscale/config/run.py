@@ -88,6 +88,10 @@ class RunConfig(Strict):
         """Plain JSON-able values, complete: what is written into the run folder."""
         return self.model_dump(mode="json")
 
+    def flat(self) -> dict[str, Any]:
+        """The same as `section.key` -> value."""
+        return dict(_flatten(self.dump()))
+
     def shaping(self) -> dict[str, Any]:
         """The flat `section.key` values that decide the result; a resume refuses a change in any of them."""
         free = (
@@ -102,9 +106,13 @@ class RunConfig(Strict):
             "data.max_damaged",
             "data.cache",
         )
-        flat = dict(_flatten(self.dump()))
+        flat = self.flat()
         flat["teachers"] = list(self.teachers)  # in this order: masks follow the first that has a class token
-        return {key: value for key, value in flat.items() if not key.startswith(free) and not key.endswith(".weights")}
+        return {
+            key: value
+            for key, value in flat.items()
+            if not key.startswith(free) and not key.endswith((".weights", ".compile"))
+        }
 
 
 def method_names() -> list[str]:

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         if args.to in full_state.TARGETS:
             lines = full_state.TARGETS[args.to](args.source, args.out)
         else:
-            lines = TARGETS.get(args.to, _to_official)(args, read(args.source, args.ema))
+            loaded = read(args.source, args.ema)
+            lines = [*loaded.notes, *TARGETS.get(args.to, _to_official)(args, loaded)]
     except OSError as error:
         raise UserError(f"{args.out} cannot be written: {error}; make room, or check both paths") from error
     print(*lines, f"wrote {args.out}", sep="\n")

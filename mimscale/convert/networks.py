@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +71,16 @@ def student_of(
     if convolutional:
         needed = (positions, "patch_embed2.proj.weight", "patch_embed3.proj.weight")
         needed = (*needed, *(f"blocks{stage}.0.mlp.fc1.weight" for stage in (1, 2, 3)))
+    strangers = parts_that_no_student_has(loaded)
+    if strangers:
+        raise UserError(f"{path} holds a ViT with {' and '.join(strangers)}, which students do not have")
     missing = [name for name in needed if name not in encoder]
     if missing:
         kind = "ConvMAE encoder" if convolutional else "ViT with a class token"
-        raise UserError(f"{path} holds no {kind}: {missing[0]} is missing")
+        names = ", ".join(sorted(loaded.weights)[:3])
+        raise UserError(
+            f"{path} holds no {kind}: {missing[0]} is missing among its {len(loaded.weights)} tensors ({names}, ...)"
+        )
     stages = stages_of(encoder) if convolutional else None
     run = loaded.run
     student = run.student if run else loaded.student or _config_from(encoder, path, heads, stages)
@@ -103,6 +110,36 @@ def student_of(
         vit = ViT(student, size, final_norm=final_norm)
     load(vit, encoder, path)
     return vit, StudentInfo(student, size, run.method.name if run else None, final_norm, stages)
+
+
+STRANGERS = (
+    (r"(^|\.)reg_token$", "register tokens"),
+    (r"(^|\.)norm_pre\.", "a norm before its blocks (CLIP)"),
+    (r"(^|\.)blocks\.\d+\.ls1\.gamma$", "layer scale (DINOv2)"),
+    (r"(^|\.)blocks\.\d+\.attn\.[qk]_norm\.", "norms of its queries and keys"),
+    (r"(^|\.)blocks\.\d+\.mlp\.(w12|w1|fc1_g)\.", "a gated MLP"),
+    (r"(^|\.)(embeddings\.class_embedding|visual\.class_embedding)$", "a norm before its blocks (CLIP)"),
+    (r"(^|\.)layer_scale1\.lambda1$", "layer scale (DINOv2)"),
+    (r"(^|\.)register_tokens$", "register tokens"),
+)
+"""Names of tensors that belong to a ViT of another kind, and what they are."""
+
+
+def parts_that_no_student_has(loaded: Loaded) -> list[str]:
+    """What a ViT's tensors show that ours has no place for, in words; empty where it is one of our kinds."""
+    weights = loaded.weights
+    if loaded.run is not None or is_whole_model(weights):  # named by its method; a teacher inside may be of any kind
+        return []
+    found = dict.fromkeys(what for pattern, what in STRANGERS if any(re.search(pattern, name) for name in weights))
+    bare = {name.rpartition("blocks.")[2] for name in weights}
+    if "0.attn.qkv.weight" in bare and not bare & {"0.attn.qkv.bias", "0.attn.q_bias"}:
+        found["no biases of its queries, keys and values"] = None
+    timm_names = "patch_embed.proj.weight" in weights and "pos_embed" in weights
+    if timm_names and "cls_token" not in weights:
+        found["no class token"] = None
+    elif timm_names and math.isqrt(weights["pos_embed"].shape[1]) ** 2 == weights["pos_embed"].shape[1]:
+        found["no position of its class token"] = None
+    return list(found)
 
 
 def side_of(encoder: Mapping[str, Tensor]) -> int:

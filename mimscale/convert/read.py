@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.recipes import load_recipe, validate
 from mimscale.config.run import RunConfig
 from mimscale.convert.names import State
 from mimscale.errors import UserError, warn
+from mimscale.files.weights_file import read_weights
 from mimscale.models.config import StudentConfig
 
 METADATA = "mimscale"
@@ -33,6 +29,7 @@ class Loaded:
     path: what was read; of a run folder its newest checkpoint. run: the resolved recipe. student, image_size: of a file
     that holds a student alone. All three are None where the file does not say. digest: the `sha256`, where the
     checkpoint may have been removed since. ema: the student's parameters are those of its exponential moving average.
+    notes: a line for each wrapper that was taken off.
     """
 
     path: Path
@@ -42,6 +39,7 @@ class Loaded:
     image_size: int | None = None
     digest: str | None = None
     ema: bool = False
+    notes: tuple[str, ...] = ()
 
     def sha256(self) -> str:
         """Hexadecimal sha256 of the file, or of a checkpoint's manifest, which holds the hashes of its shards."""
@@ -97,7 +95,7 @@ def _read(path: Path, ema: bool) -> Loaded:
         return _read_own(path, ema)
     if ema:
         raise UserError(f"{path} is a file of weights and has no moving average (kind ema); leave --ema out")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else Loaded(path, _read_pickle(path))
+    return _read_file(path)
 
 
 def run_of(folder: Path) -> RunConfig:
@@ -116,36 +114,18 @@ def _read_own(folder: Path, ema: bool) -> Loaded:
         raise UserError(f"{error}; take an older checkpoint of the run") from None
 
 
-def _read_safetensors(path: Path) -> Loaded:
+def _read_file(path: Path) -> Loaded:
+    file = read_weights(path)
+    weights = {name: tensor.float() for name, tensor in file.weights.items()}
+    notes = tuple(f"read from {path}: {phrase}" for phrase in file.unwrapped)
     try:
-        with safe_open(path, framework="pt") as file:
-            carried = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); get it again") from None
-    if "run" in carried:
-        return Loaded(path, weights, validate(carried["run"], source=str(path)))
-    if "student" in carried:
-        student = StudentConfig.model_validate(carried["student"])
-        return Loaded(path, weights, None, student, carried["image_size"])
-    return Loaded(path, weights)
-
-
-def _read_pickle(path: Path) -> State:
-    """A torch file, without running code that may be in it. Training files also hold an argparse or yacs object."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is no pickle fails in as many ways as there are bytes
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if isinstance(error, pickle.UnpicklingError):  # torch's text asks to trust the file
-            reason = "it is cut short, or holds more than tensors"
-        raise UserError(f"{path} cannot be read as a torch checkpoint ({reason}); get it again") from None
-    for wrapper in ("model", "state_dict"):  # of MAE and timm, of OpenMMLab
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    named = content.items() if isinstance(content, Mapping) else ()
-    tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f"{path} holds no tensors under names; a state dict is expected, bare or under 'model'")
-    return {name: tensor.float() for name, tensor in tensors.items()}
+        carried = json.loads(file.metadata.get(METADATA, "{}"))
+        if "run" in carried:
+            return Loaded(path, weights, validate(carried["run"], source=str(path)), notes=notes)
+        if "student" in carried:
+            student = StudentConfig.model_validate(carried["student"])
+            return Loaded(path, weights, None, student, int(carried["image_size"]), notes=notes)
+        return Loaded(path, weights, notes=notes)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its metadata '{METADATA}' is damaged ({reason}); write the file again") from None

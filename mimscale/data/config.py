@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mimscale.config.base import NonNegative, Strict
+from mimscale.errors import without_secrets
 
 
 def default_decoder() -> Literal["simplejpeg", "pillow"]:
@@ -22,7 +23,7 @@ class StreamConfig(Strict):
     """
 
     samples: int = Field(ge=1)
-    buffer: int = Field(1000, ge=1)
+    buffer: int = Field(1000, ge=1, le=10**8)
 
 
 class DataConfig(Strict):
@@ -43,10 +44,10 @@ class DataConfig(Strict):
     random order on the device; no published recipe in this project uses it.
 
     decoder: decides the pixel values, so a resumed run must use the one that it was started with (see data/decode.py).
-    Default: simplejpeg if it is installed. device (experimental): decodes in the trainer's process, with nvJPEG on a
-    GPU. decode_short_side: larger JPEGs are decoded at a fraction of their size, down to a short side of this many
-    pixels; 0 = off. crops (experimental): each image is decoded once for this many consecutive steps, each with another
-    crop; every crop counts as a sample.
+    Default: simplejpeg if it is installed. decode_short_side: larger JPEGs are decoded at a fraction of their size,
+    down to a short side of this many pixels; 0 = off. reduced_decode: a JPEG whose crop is at least twice, 4 or 8 times
+    as large as image_size is decoded at 1/2, 1/4 or 1/8 of its size. crops (experimental): each image is decoded once
+    for this many consecutive steps, each with another crop; every crop counts as a sample.
     max_damaged: a run stops when more samples than this cannot be used; default: one in 10,000, at least 10.
     """
 
@@ -55,8 +56,8 @@ class DataConfig(Strict):
         | dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
     )
     cache: Path | None = None
-    cache_gib: float = Field(200.0, gt=0)
-    image_size: int = Field(224, ge=8)
+    cache_gib: float = Field(200.0, gt=0, le=1e9)
+    image_size: int = Field(224, ge=8, le=8192)
     crop: Literal["random_resized", "padded"] = "random_resized"
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -64,15 +65,33 @@ class DataConfig(Strict):
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     flip: float = Field(0.5, ge=0, le=1)
     colour_jitter: tuple[NonNegative, NonNegative, NonNegative] = (0.0, 0.0, 0.0)
-    workers: int = Field(8, ge=0)
-    prefetch: int = Field(2, ge=1)
-    streams: int = Field(256, ge=1)
-    block: int = Field(8192, ge=1)
-    decoder: Literal["simplejpeg", "pillow", "device"] = Field(default_factory=default_decoder)
-    decode_short_side: int = Field(0, ge=0)
-    crops: int = Field(1, ge=1)
+    workers: int = Field(8, ge=0, le=1024)
+    prefetch: int = Field(2, ge=1, le=1024)
+    streams: int = Field(256, ge=1, le=2**20)
+    block: int = Field(8192, ge=1, le=2**31)
+    decoder: Literal["simplejpeg", "pillow"] = Field(default_factory=default_decoder)
+    decode_short_side: int = Field(0, ge=0, le=2**16)
+    reduced_decode: bool = False
+    crops: int = Field(1, ge=1, le=1024)
     max_damaged: int | None = Field(None, ge=0)
     stream: StreamConfig | None = None
+
+    @field_validator("shards")
+    @classmethod
+    def _holds_no_secret(cls, value: str) -> str:
+        if any(address.startswith("pipe:") for address in value.removeprefix("wds:").split("::")):
+            raise ValueError("pipe: no shell is run for data; give a path or an http(s), s3 or gs URL")
+        if without_secrets(value) != value:
+            shown = without_secrets(value)
+            raise ValueError(f"'{shown}' was given with credentials in it; remove them and set them in the environment")
+        return value
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _check_cache(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():  # a Path would be the working directory
+            raise ValueError("an empty path; name a folder on the node's own disk, or set cache=null")
+        return value
 
     @field_validator("decoder")
     @classmethod
@@ -91,13 +110,11 @@ class DataConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _check_device_decoder(self) -> DataConfig:
-        """Options that need the decoded image in the worker do not work with JPEGs that the worker leaves encoded."""
-        refused = self.crop != "random_resized" or self.crops > 1 or self.decode_short_side or self.stream is not None
-        if self.decoder == "device" and refused:
+    def _check_fractions(self) -> DataConfig:
+        if self.reduced_decode and (self.decode_short_side or self.decoder != "simplejpeg"):
             raise ValueError(
-                "decoder = device: only with crop=random_resized, crops=1, decode_short_side=0 and an indexed data "
-                "set; change these, or set decoder=simplejpeg"
+                "reduced_decode = true: only with decoder=simplejpeg, and with decode_short_side=0, which chooses by "
+                "another rule; change these, or set reduced_decode=false"
             )
         return self
 

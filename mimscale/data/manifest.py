@@ -41,7 +41,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mimscale.data.names import Options, Text
 from mimscale.data.shard_cache import CHUNK, Cache
 from mimscale.data.shard_files import ShardFiles, cache_key
-from mimscale.data.storage import Storage, is_remote, storage, with_retries
+from mimscale.data.storage import Storage, is_remote, refuse_secrets, storage, with_retries
 from mimscale.errors import UserError
 from mimscale.files.atomic import atomic_write
 
@@ -77,7 +77,7 @@ class ManifestFile(BaseModel):
     options: Options
     source: Options
     shards: list[Shard] = Field(min_length=1)
-    index: dict[str, str]
+    index: dict[Literal["index.npy", "labels.npy"], str]
     left_out: dict[Text, Text] = Field(default_factory=dict)
     changed: dict[str, int] = Field(default_factory=dict)
     skipped: dict[Text, int] = Field(default_factory=dict)
@@ -126,9 +126,13 @@ class Manifest:
         location = str(folder).removesuffix(f"/{MANIFEST}")
         if location.startswith("wds:"):
             raise UserError(f"'{location}' is a stream, for training only; index it with `python -m data_prep index`")
+        if is_remote(location):
+            refuse_secrets(location)
         folder = _download_index(location, cache) if is_remote(location) else Path(location)
         if not folder.is_dir():
             raise UserError(f"data set '{folder}': no such folder; make it with `python -m data_prep`")
+        if (folder / MANIFEST).exists() and not (folder / MANIFEST).is_file():  # reading a pipe would never end
+            raise UserError(f"'{folder / MANIFEST}' is not a regular file; repeat its `python -m data_prep`")
         try:
             file = ManifestFile.model_validate_json((folder / MANIFEST).read_bytes())
         except FileNotFoundError:
@@ -150,6 +154,14 @@ class Manifest:
 
     def __reduce__(self) -> tuple[object, ...]:  # a spawned process maps the files again
         return _unpickle, (self.folder, self.location, self.cache)
+
+    def cut_file(self) -> Path | None:
+        """The first of the mapped files that is shorter now than when it was opened: reading it ends a process."""
+        for name, array in ((INDEX, self.index), (LABELS, self.labels)):
+            path = self.folder / name
+            if array is not None and (not path.is_file() or path.stat().st_size < array.nbytes):
+                return path
+        return None
 
     @property
     def shards(self) -> list[Shard]:
@@ -253,9 +265,11 @@ def _unpickle(folder: Path, location: str, cache: Cache | None) -> Manifest:
     return Manifest(folder, local.file, local.index, local.labels, location, cache)
 
 
-def _check_index(folder: Path, checksums: Mapping[str, str]) -> None:
+def _check_index(folder: Path, checksums: Mapping[Any, str]) -> None:
     """Raises UserError."""
     for name, checksum in checksums.items():
+        if not (folder / name).is_file():
+            raise UserError(f"'{folder / name}' is missing; copy it again, or repeat its `python -m data_prep`")
         with (folder / name).open("rb") as file:
             found = hashlib.sha256()
             while chunk := file.read(CHUNK):
@@ -324,6 +338,8 @@ def _download(origin: Storage, name: str) -> bytes:
 
 def _open_mapped(path: Path, shape: tuple[int, ...]) -> Ints:
     try:
+        if not path.is_file():  # opening a pipe would never end
+            raise FileNotFoundError(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         raise UserError(f"'{path}' is missing or damaged; repeat its `python -m data_prep`") from None

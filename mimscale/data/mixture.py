@@ -117,6 +117,9 @@ class Mixture:
         part = self._part_of_shard(shard)
         return self.parts[part].fetch(shard - int(self.first_shards[part]))
 
+    def cut_file(self) -> Path | None:
+        return next((path for part in self.parts if (path := part.cut_file()) is not None), None)
+
     def close(self) -> None:
         for part in self.parts:
             part.close()
@@ -150,6 +153,9 @@ class _Labels:
             assert labels is not None
             found[here] = labels[ids[here] - self._mixture.first_ids[part]]
         return found
+
+    def max(self) -> int:
+        return max(int(part.labels.max()) for part in self._mixture.parts if part.labels is not None)
 
 
 class MixtureOrder:

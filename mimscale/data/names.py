@@ -7,16 +7,17 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from mimscale.errors import printable
+
 
 def utf8(name: str) -> str:
     """The name with `\\xe9` for each byte that is not UTF-8. Other names are unchanged."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace") if _odd(name) else name
 
 
-def printable(name: str) -> str:
-    """The name on one line: as `utf8`, and with escapes for line ends, controls and characters that cannot be seen."""
-    text = utf8(name)
-    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+def one_line(name: str) -> str:
+    """The name as messages show it: as `printable`, on one line, with bytes for what is not UTF-8."""
+    return printable(utf8(name)).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def storable(value: Any) -> Any:
@@ -34,7 +35,3 @@ Options = Annotated[dict[str, Any], BeforeValidator(storable)]
 
 def _odd(name: str) -> bool:
     return any("\ud800" <= c <= "\udfff" for c in name) if not name.isascii() else False
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()

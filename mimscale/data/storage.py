@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
-from mimscale.errors import UserError
+from mimscale.errors import UserError, without_secrets
 
 TIMEOUT_S = 30.0  # without receiving a byte
 SCHEMES = ("http", "https", "s3", "gs")
@@ -47,10 +47,14 @@ def storage(location: str | Path) -> Storage:
     url = urlsplit(str(location))
     if url.scheme not in SCHEMES:
         raise UserError(f"'{url.scheme}://' cannot be read; use a folder or one of {', '.join(SCHEMES)}")
-    if "@" in url.netloc or url.query:
-        shown = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
-        raise UserError(f"'{shown}' was given with credentials in it; remove them and set them in the environment")
+    refuse_secrets(str(location))
     return HttpServer(str(location)) if url.scheme.startswith("http") else Bucket(str(location))
+
+
+def refuse_secrets(address: str) -> None:
+    """Raises UserError for a URL with a user, a query or a fragment, which would get into the run's folder and log."""
+    if without_secrets(address) != address:
+        raise UserError(f"'{address}' was given with credentials in it; remove them and set them in the environment")
 
 
 def with_retries(request: Callable[[], T]) -> T:
@@ -85,6 +89,18 @@ class LocalFolder:
         return os.listdir(self.folder)
 
 
+class _OnlyHttpRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib would follow a web server to ftp://."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if urlsplit(newurl).scheme not in ("http", "https"):
+            raise OSError(f"the server redirects to {newurl} which is not http(s)")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_OPENER = urllib.request.build_opener(_OnlyHttpRedirects)
+
+
 class HttpServer:
     """A web server that supports range requests."""
 
@@ -108,11 +124,11 @@ class HttpServer:
     def _request(self, name: str, headers: dict[str, str], method: str, result: Callable[[Any], Any]) -> Any:
         request = urllib.request.Request(f"{self.url}/{quote(name)}", headers=headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            with _OPENER.open(request, timeout=TIMEOUT_S) as response:
                 return result(response)
         except (OSError, HTTPException, ValueError, TypeError) as error:
             kind = FileNotFoundError if getattr(error, "code", 0) in (404, 410) else OSError
-            raise kind(f"'{self.url}/{name}': {error or type(error).__name__}") from error
+            raise kind(without_secrets(f"'{self.url}/{name}': {error or type(error).__name__}")) from error
 
 
 class Bucket:
@@ -155,4 +171,5 @@ class Bucket:
             return request(f"{self.root}/{name}")
         except Exception as error:  # each object store has its own exceptions
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-            raise kind(f"'{self.scheme}://{self.root}/{name}': {type(error).__name__}: {error}") from error
+            what = f"'{self.scheme}://{self.root}/{name}': {type(error).__name__}: {error}"
+            raise kind(without_secrets(what)) from error

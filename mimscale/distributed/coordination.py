@@ -5,7 +5,9 @@ Flags, error texts and barriers go through here; tensors of the training never d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,9 +20,13 @@ T = TypeVar("T")
 
 
 class Coordinator:
-    """The control plane of a run. Without an initialised process group it is that of a single rank."""
+    """The control plane of a run. Without an initialised process group it is that of a single rank.
 
-    def __init__(self, timeout_s: float = 1800.0) -> None:
+    store: in which ranks that wait leave a note, so that `absent` can tell for whom. waiting: number, name and start
+    (on the monotonic clock) of the call in which this rank waits for others, for a thread that watches it.
+    """
+
+    def __init__(self, store: dist.Store | None = None, timeout_s: float = 1800.0) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self._group: Any = None
@@ -28,45 +34,48 @@ class Coordinator:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._pending: tuple[torch.Tensor, Any] | None = None
         self._calls = 0
+        self._store, self._noted = store, 0
+        self.waiting: tuple[int, str, float] | None = None
         self.last = "none"  # for whoever asks where this rank stands
 
     def gather(self, item: T) -> list[T]:
         """The item of every rank, in rank order, on every rank."""
-        self._called("gather")
-        if self.world == 1:
-            return [item]
-        items: list[Any] = [None] * self.world
-        dist.all_gather_object(items, item, group=self._group)
-        return items
+        with self._call("gather"):
+            if self.world == 1:
+                return [item]
+            items: list[Any] = [None] * self.world
+            dist.all_gather_object(items, item, group=self._group)
+            return items
 
     def broadcast(self, item: T) -> T:
         """Rank 0's item, on every rank."""
-        self._called("broadcast")
-        if self.world == 1:
-            return item
-        items = [item]
-        dist.broadcast_object_list(items, src=0, group=self._group)
-        return items[0]
+        with self._call("broadcast"):
+            if self.world == 1:
+                return item
+            items = [item]
+            dist.broadcast_object_list(items, src=0, group=self._group)
+            return items[0]
 
     def gather_bytes(self, item: bytes) -> list[bytes]:
         """As `gather` for items of one length on all ranks, without pickling."""
-        self._called("gather_bytes")
-        if self.world == 1:
-            return [item]
-        mine = torch.frombuffer(bytearray(item), dtype=torch.uint8)
-        items = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(items, mine, group=self._group)
-        return [bytes(each.numpy()) for each in items]
+        with self._call("gather_bytes"):
+            if self.world == 1:
+                return [item]
+            mine = torch.frombuffer(bytearray(item), dtype=torch.uint8)
+            items = [torch.empty_like(mine) for _ in range(self.world)]
+            dist.all_gather(items, mine, group=self._group)
+            return [bytes(each.numpy()) for each in items]
 
     def barrier(self) -> None:
-        self._called("barrier")
-        if self.world > 1:
-            dist.barrier(group=self._group)
+        with self._call("barrier"):
+            if self.world > 1:
+                dist.barrier(group=self._group)
 
     def on_all_ranks(self, work: Callable[..., T], *args: Any) -> T:
         """Run `work`, which must not communicate, on every rank; if it fails on any, raise on all with the texts.
 
-        Without this a rank that fails alone would leave the others waiting in their next collective.
+        Without this a rank that fails alone would leave the others waiting in their next collective. Bad input is a
+        UserError on all of them.
         """
         result: T | None = None
         failure: Exception | None = None
@@ -74,12 +83,19 @@ class Coordinator:
             result = work(*args)
         except Exception as error:
             failure = error
-        texts = self.gather(None if failure is None else f"rank {self.rank}: {type(failure).__name__}: {failure}")
+        bad_input = isinstance(failure, UserError)
+        name = "" if bad_input else f"{type(failure).__name__}: "
+        texts = self.gather(None if failure is None else (bad_input, f"rank {self.rank}: {name}{failure}"))
         failed = [text for text in texts if text]
+        if failed and all(of_user for of_user, _ in failed):
+            if isinstance(failure, UserError) and (self.world == 1 or len(failed) == self.world):
+                failure.everywhere = True
+                raise failure
+            raise UserError("; ".join(text for _, text in failed[:3]), everywhere=True) from None
         if failure is not None and (self.world == 1 or len(failed) == self.world):
             raise failure
         if failed:
-            raise RuntimeError("; ".join(failed[:3])) from failure
+            raise RuntimeError("; ".join(text for _, text in failed[:3])) from failure
         return result  # type: ignore[return-value]
 
     def on_rank0(self, work: Callable[..., T], *args: Any) -> T:
@@ -91,13 +107,15 @@ class Coordinator:
                 result = work(*args)
             except Exception as error:
                 failure = error
-        kind = UserError if isinstance(failure, UserError) else RuntimeError
+        bad_input = isinstance(failure, UserError)
         text = None if failure is None else f"rank 0: {type(failure).__name__}: {failure}"
-        result, kind, text = self.broadcast((result, kind, text))
+        result, bad_input, text = self.broadcast((result, bad_input, text))
+        if isinstance(failure, UserError):
+            failure.everywhere = True
         if failure is not None:
             raise failure
         if text is not None:
-            raise kind(text)
+            raise UserError(text, everywhere=True) if bad_input else RuntimeError(text)
         return result  # type: ignore[return-value]
 
     def agree(self, *numbers: int) -> list[int]:
@@ -119,9 +137,40 @@ class Coordinator:
             return None
         tensor, work = self._pending
         self._pending = None
-        work.wait()
+        with self._waiting("agree"):
+            work.wait()
         return tensor.tolist()
+
+    def absent(self) -> list[int]:
+        """Ranks that have left no note in the call in which this rank waits; leaves one. For the thread that watches.
+
+        Where there is no store, all others.
+        """
+        waiting = self.waiting
+        if waiting is None:
+            return []
+        number = waiting[0]
+        if self._store is None:
+            return [rank for rank in range(self.world) if rank != self.rank]
+        if self._noted != number:
+            self._store.set(f"waits/{number}/{self.rank}", "1")
+            self._noted = number
+        return [rank for rank in range(self.world) if not self._store.check([f"waits/{number}/{rank}"])]
 
     def _called(self, name: str) -> None:
         self._calls += 1
         self.last = f"{name} (number {self._calls})"
+
+    @contextmanager
+    def _call(self, name: str) -> Iterator[None]:
+        self._called(name)
+        with self._waiting(name):
+            yield
+
+    @contextmanager
+    def _waiting(self, name: str) -> Iterator[None]:
+        self.waiting = (self._calls, name, time.monotonic()) if self.world > 1 else None
+        try:
+            yield
+        finally:
+            self.waiting = None

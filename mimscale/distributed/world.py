@@ -1,4 +1,4 @@
-"""Ranks and devices: the same code under torchrun, under srun with one task per rank, and as a plain process.
+"""Ranks and devices: the same code under torchrun, srun or mpirun with one task per rank, and as a plain process.
 
 Everything here happens before DeepSpeed is imported, because DeepSpeed picks its accelerator at import.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
+from mimscale.distributed import launcher
 from mimscale.errors import UserError
 
 EMULATE_FP16 = "MIMSCALE_EMULATE_FP16"
@@ -30,43 +30,26 @@ class World:
 
 
 def from_environment(wanted: Literal["auto", "cuda", "cpu"]) -> World:
-    """Read torchrun's variables, else those of a bare srun (absent: one plain process), and choose the device.
+    """Read the launcher's variables (`launcher.adopt`; absent: one plain process), and choose the device.
 
     Makes a GPU the current device of this process. Raises UserError.
     """
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        _adopt_slurm_step()
-    numbers = {name: int(os.environ.get(name, fallback)) for name, fallback in
-               (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))}  # fmt: skip
-    if numbers["WORLD_SIZE"] > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError(
-            f"WORLD_SIZE = {numbers['WORLD_SIZE']} without MASTER_ADDR and MASTER_PORT; start with torchrun or srun"
-        )
+    found = launcher.adopt()
     cuda = torch.cuda.is_available()
     if wanted == "cuda" and not cuda:
         raise UserError("engine.device = cuda: this process sees no CUDA device; use engine.device=cpu or a GPU node")
     if wanted == "cpu" or not cuda:
         device = torch.device("cpu")
     else:
-        local, visible = numbers["LOCAL_RANK"], torch.cuda.device_count()
-        if local >= visible and visible > 1:
+        local, visible = found.local_rank, torch.cuda.device_count()
+        if local is None and visible > 1:
+            raise UserError(f"LOCAL_RANK is not set, but {visible} GPUs are visible; {launcher.START}")
+        local = local or 0
+        if local >= visible > 1:
             raise UserError(f"LOCAL_RANK = {local}, but {visible} GPUs are visible; start one rank per GPU of the node")
         device = torch.device("cuda", local % visible)  # srun may show each task only its own GPU
         torch.cuda.set_device(device)
-    return World(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], device)
-
-
-def _adopt_slurm_step() -> None:
-    """Give a task of a bare `srun python -m mimscale ...` the variables that torchrun would have set."""
-    job = os.environ
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", job["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-    )
-    job["RANK"], job["LOCAL_RANK"] = job["SLURM_PROCID"], job["SLURM_LOCALID"]
-    job["WORLD_SIZE"] = job["SLURM_STEP_NUM_TASKS"]
-    job["LOCAL_WORLD_SIZE"] = job.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]  # such as 8(x4),2
-    job.setdefault("MASTER_ADDR", hosts.stdout.split()[0])
-    job.setdefault("MASTER_PORT", str(20000 + int(job["SLURM_JOB_ID"]) % 20000))
+    return World(found.rank, found.size, found.local_rank or 0, device)
 
 
 def check_precision(

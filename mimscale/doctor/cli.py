@@ -19,25 +19,25 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig, method_class
-from mimscale.data import device_decode
 from mimscale.data.config import default_decoder
 from mimscale.data.decode import explain
 from mimscale.data.wds_stream import open_source
+from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.distributed.world import check_precision
 from mimscale.doctor import compositions, teacher
-from mimscale.errors import UserError
+from mimscale.errors import UserError, printable
+from mimscale.files.console import plain_console
 from mimscale.teachers import weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import adapter, build_skeleton, describe
 from mimscale.training import init_weights
-from mimscale.training.micro_batch import solve_micro_batch
+from mimscale.training.plan import check_classes
 from mimscale.types import TeacherInfo
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "webdataset", "huggingface_hub")
@@ -135,7 +135,6 @@ def machine() -> Report:
         report.rows.append(("CUDA devices", "none"))
     report.rows.append(("CPU", f"{os.cpu_count()} cores, {_precisions(torch.device('cpu'))}"))
     report.rows.append(("image decoder", explain(default_decoder())))
-    report.rows.append(("with data.decoder=device", device_decode.explain()))
     job = os.environ.get("SLURM_JOB_ID")
     slurm = f"inside job {job}" if job else "available (sbatch found)" if shutil.which("sbatch") else "not found"
     report.rows.append(("SLURM", slurm))
@@ -222,13 +221,10 @@ def check_data(config: RunConfig, report: Report) -> None:
     manifest = report.attempt(lambda: open_source(config.data))
     if manifest is None:
         return
+    report.attempt(lambda: check_classes(config, manifest))
     steps = manifest.samples // config.schedule.global_batch
     shards = len(manifest.shard_paths)
-    decoder = config.data.decoder
-    report.rows.append(("image decoder", device_decode.explain() if decoder == "device" else explain(decoder)))
-    if decoder == "device":
-        cuda = torch.cuda.is_available() and config.engine.device != "cpu"
-        report.attempt(lambda: device_decode.check(torch.device("cuda" if cuda else "cpu")))
+    report.rows.append(("image decoder", explain(config.data.decoder)))
     report.rows.append(("data", f"{manifest.samples} samples in {shards} shards, {steps} steps per epoch"))
     if steps == 0 and config.schedule.steps is None:
         report.problems.append(
@@ -255,5 +251,5 @@ def show(title: str, rows: list[tuple[str, str]]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for what, value in rows:
-        table.add_row(what, Text(value))
-    Console(width=None if sys.stdout.isatty() else 160).print(Text(title), table)
+        table.add_row(printable(what), Text(printable(value)))
+    plain_console(width=None if sys.stdout.isatty() else 160).print(Text(printable(title)), table)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
@@ -24,6 +23,7 @@ from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig, method_class
 from mimscale.data.decode import BadImage, decode
 from mimscale.errors import UserError
+from mimscale.files.console import plain_console
 from mimscale.teachers import quantise, weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import TeacherEnsemble, adapter, build_skeleton, build_skeletons, describe
@@ -168,7 +168,7 @@ def show_precisions(name: str, config: TeacherConfig, needs: TeacherNeeds, size:
 
     def targets(precision: str) -> Targets:
         quantise.check(name, precision, device)
-        configs = {name: config.model_copy(update={"precision": precision})}
+        configs = {name: config.model_copy(update={"precision": precision, "compile": False})}
         ensemble = TeacherEnsemble(configs, build_skeletons(configs, size), {name: needs}, size, device)
         return ensemble(images.to(device))[name]
 
@@ -189,7 +189,7 @@ def show_precisions(name: str, config: TeacherConfig, needs: TeacherNeeds, size:
             continue
         for number, level in enumerate(needs.levels):
             table.add_row(precision if number == 0 else "", *_row(ours, reference, level, first=number == 0))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    plain_console(width=None if sys.stdout.isatty() else 160).print(table)
     print(
         "error: L2 norm of the difference divided by that of the fp32 output, over the patch tokens of a block's output"
     )
@@ -216,4 +216,4 @@ def show_grids(info: TeacherInfo) -> None:
         sizes = (f"{size // student * patch} ({size // student}x{size // student})" if size % student == 0 else "-"
                  for size in STUDENT_SIZES)  # fmt: skip
         table.add_row(f"patch {student}", *sizes)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    plain_console(width=None if sys.stdout.isatty() else 160).print(table)

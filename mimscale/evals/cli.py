@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.base import Strict
-from mimscale.errors import UserError
+from mimscale.distributed import launcher
+from mimscale.errors import UserError, printable
 from mimscale.evals.options import add_options, config_of, default_suffix
 from mimscale.evals.report import table, write
 from mimscale.evals.runner import Settings, evaluate, protocol_class, protocol_names
+from mimscale.files.console import plain_console
 
 EXAMPLE = """\
 `mimscale evaluate PROTOCOL --help` lists the options of a protocol. Example:
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     )
     report = evaluate(args.protocol, config, args.runs, args.train, args.val, settings)
     outs = [args.out] if args.out else list(dict.fromkeys(_default_out(path, args, config) for path in args.runs))
-    console = Console()
+    console = plain_console()
     console.print(table(report))  # first: a file that cannot be written does not cost the numbers
     for out in outs:
         try:
@@ -94,16 +94,17 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"{out} cannot be written: {why}; name another file with --out") from None
-        console.print(f"wrote {out}", soft_wrap=True, highlight=False)
+        console.print(printable(f"wrote {out}"), soft_wrap=True)
     return 0
 
 
 def _check_one_process() -> None:
     """Several ranks would each measure everything and write the same file."""
-    name = next((name for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS") if os.environ.get(name)), None)
-    if name and int(os.environ[name]) > 1:
+    found = launcher.place()
+    if found.size > 1:
         raise UserError(
-            f"{name} = {os.environ[name]}: evaluate runs as one process; start it without torchrun, or with srun -n 1"
+            f"{found.variable} = {found.size}: evaluate runs as one process; start it without torchrun, or with "
+            f"srun -n 1"
         )
 
 

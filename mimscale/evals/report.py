@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from mimscale.errors import printable
 from mimscale.files.atomic import atomic_write
 
 
@@ -21,7 +22,7 @@ def write(report: Mapping[str, Any], out: Path) -> None:
 def table(report: Mapping[str, Any]) -> Table:
     """The rows of a report for the terminal: one column per metric of its protocol."""
     val = report["val"]
-    out = Table(title=f"{report['unit']} on {val['samples']:,} samples of {val['shards']}")
+    out = Table(title=f"{report['unit']} on {val['samples']:,} samples of {printable(val['shards'])}")
     for heading in ("network", "pool", "step"):
         out.add_column(heading)
     for heading in report["metrics"].values():
@@ -29,7 +30,7 @@ def table(report: Mapping[str, Any]) -> Table:
     for row in report["rows"]:
         step = row.get("step")
         values = (_value(row, metric) for metric in report["metrics"])
-        out.add_row(row["network"], row["pool"], "" if step is None else f"{step:,}", *values)
+        out.add_row(printable(row["network"]), row["pool"], "" if step is None else f"{step:,}", *values)
     return out
 
 

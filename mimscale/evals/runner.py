@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from mimscale.errors import UserError, warn
 from mimscale.evals.features import Key, Pooling, collect, stream
 from mimscale.evals.networks import Network, load_networks
 from mimscale.evals.protocols.base import Context, Features, Protocol, Results, StreamingProtocol
+from mimscale.files.console import plain_console
 
 PROTOCOLS = "mimscale.evals.protocols"
 PACKAGES = ("mimscale", "torch", "torchmetrics", "scikit-learn", "numpy", "pillow")
@@ -157,7 +157,7 @@ def _run(
 
 def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """A bar for a person who watches, nothing in a file."""
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     if console.is_terminal:
         items = track(items, what, total, console=console, transient=True)
     yield from items

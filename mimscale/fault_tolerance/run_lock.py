@@ -40,15 +40,16 @@ _GARBAGE = {"job": None, "host": "an unknown host", "pid": "unknown", "token": "
 class RunLock:
     """The claim of this process, rank 0 of its run, on a run folder. Raises UserError where somebody else holds it."""
 
-    def __init__(self, run_dir: Path, beat_s: float = BEAT_S) -> None:
+    def __init__(self, run_dir: Path, beat_s: float | None = None) -> None:
         self.path = run_dir / "lock"
-        self._beat_s, self._beats = beat_s, 0
+        self._beat_s, self._beats = BEAT_S if beat_s is None else beat_s, 0
         self._claim: dict[str, Any] = {
             "job": os.environ.get("SLURM_JOB_ID"),
-            "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            "restart": int(restart) if (restart := os.environ.get("SLURM_RESTART_COUNT", "")).isdecimal() else 0,
             "host": platform.node(),
             "boot": _boot(),
             "pid": os.getpid(),
+            "parent": os.getppid(),
             "token": uuid.uuid4().hex,
         }
         try:
@@ -70,8 +71,11 @@ class RunLock:
         Raises OSError where the claim cannot be read now.
         """
         owner = self._read()
-        if owner == _GARBAGE:
+        if owner.get("token") == _GARBAGE["token"]:
             raise OSError(errno.EIO, "cannot be read", str(self.path))
+        if not owner:
+            folder = "was removed" if not self.path.parent.exists() else "has lost its lock file"
+            raise Stopped(f"{self.path.parent} {folder} while this run wrote in it; it ends, and writes no more")
         if owner.get("token") != self._claim["token"]:
             raise Stopped(f"{self.path.parent} was taken over by {_named(owner)}; this older start writes no more")
 
@@ -94,6 +98,11 @@ class RunLock:
         """Return when this process may write its name; else raise UserError."""
         if not owner:
             return
+        if owner["token"] == _GARBAGE["token"] and owner["beat"].strip(b"\0"):  # zeros: what a power failure leaves
+            raise UserError(
+                f"{self.path} is damaged and does not say who uses this folder; make sure that no other start of this "
+                f"run lives, remove that file, and start again"
+            )
         mine = self._claim
         if owner["job"] is not None and owner["job"] == mine["job"] and owner["restart"] < mine["restart"]:
             warn(f"{self.path}: taking over from {_named(owner)}, an earlier start of this job")
@@ -102,7 +111,19 @@ class RunLock:
         if not (self._locked if here and self._locked is not None else self._stands_still(owner)):
             raise UserError(
                 f"{self.path.parent} is in use by {_named(owner)}; wait for it, end it, or name another --run-dir"
+                f"{self._meant_as_ranks(owner)}"
             )
+
+    def _meant_as_ranks(self, owner: dict[str, Any]) -> str:
+        """What several processes of one launcher are told whose variables nobody knows."""
+        siblings = (owner["host"], owner.get("boot"), owner.get("parent")) == tuple(
+            self._claim[key] for key in ("host", "boot", "parent")
+        )
+        same_job = owner["job"] is not None and owner["job"] == self._claim["job"]
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        return "; if both are ranks of one run, they lack RANK and WORLD_SIZE: start them with torchrun or srun" * (
+            alone and (siblings or same_job)
+        )
 
     def _stands_still(self, owner: dict[str, Any]) -> bool:
         watched_s = WATCHED * self._beat_s
@@ -129,11 +150,13 @@ class RunLock:
                 text = self.path.read_bytes()
             except FileNotFoundError:
                 return {}
-            try:
-                return {**json.loads(text[:_BEAT_AT]), "beat": text[_BEAT_AT:]} if text.strip() else {}
-            except ValueError:  # caught between two pages of a slow file system
-                time.sleep(0.05)
-        return _GARBAGE
+            if not text.strip():
+                return {}
+            claim = _claim_in(text[:_BEAT_AT])
+            if claim is not None:
+                return {**claim, "beat": text[_BEAT_AT:]}
+            time.sleep(0.05)  # caught between two pages of a slow file system
+        return {**_GARBAGE, "beat": text}
 
     def _write_claim(self) -> None:
         self._write(json.dumps(self._claim).encode().ljust(_BEAT_AT), 0)
@@ -160,6 +183,17 @@ class RunLock:
                 except Stopped as stopped:
                     warn(str(stopped))
                     os._exit(Stopped.code)
+
+
+def _claim_in(text: bytes) -> dict[str, Any] | None:
+    """What a start wrote, or None for anything else."""
+    try:
+        claim = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    kinds: dict[str, Any] = {"job": (str, type(None)), "restart": int, "host": str, "pid": int, "token": str}
+    whole = isinstance(claim, dict) and all(isinstance(claim.get(key, ()), kind) for key, kind in kinds.items())
+    return claim if whole else None
 
 
 def _boot() -> str | None:

@@ -22,7 +22,7 @@ from mimscale.models.beit import Beit
 from mimscale.models.convvit import ConvViT
 from mimscale.models.patches import unnormalised
 from mimscale.models.token_selection import RasterOrder
-from mimscale.models.vit import ViT
+from mimscale.models.vit import ViT, set_fused_residuals
 from mimscale.types import Batch, Needs, Noise, StepInfo, Targets, TeacherInfo, TeacherNeeds, View
 
 
@@ -42,6 +42,13 @@ class Method(nn.Module):
     def check(cls, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         """Refuse a configuration that cannot work (grids, depths, missing teachers), before anything is built. Raises
         UserError.
+        """
+
+    @classmethod
+    def check_classes(cls, run: RunConfig, classes: int) -> None:
+        """Refuse a data set with another number of classes than the method has outputs for. Raises UserError.
+
+        classes: of the data set's class names, or its largest label plus one. Not called where there are no labels.
         """
 
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
@@ -173,6 +180,7 @@ class MaskedMethod(Method):
         super().__init__(run, teachers)
         config = cast(MaskedConfig, run.method)
         self.student = self.make_student(run)
+        set_fused_residuals(self.student, run.engine.uses("fused_residual"))
         self.masking = masking_class(config)(config.masking, run, teachers)
         noise = {"drop_path": Noise("uniform", (self.student.depth, 2))} if run.student.drop_path else {}
         self.needs = Needs(noise=noise, teachers=self.teacher_needs(run, teachers)) | self.masking.needs

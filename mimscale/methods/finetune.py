@@ -23,7 +23,7 @@ from mimscale.methods import base
 from mimscale.models.beit import LAYER_SCALE, Beit, Positions
 from mimscale.models.convvit import ConvStages, ConvViT, check_stages
 from mimscale.models.layer_order import convvit_layer_of, vit_layer_of
-from mimscale.models.vit import LN_EPS, ViT
+from mimscale.models.vit import LN_EPS, ViT, set_fused_residuals
 from mimscale.types import Batch, Needs, Noise, Targets, TeacherInfo
 
 
@@ -34,7 +34,7 @@ class BeitConfig(Strict):
     """
 
     positions: Positions = "per_block"
-    layer_scale: float | None = Field(LAYER_SCALE, gt=0)
+    layer_scale: float | None = Field(LAYER_SCALE, gt=0, le=1e3)
 
 
 class FinetuneConfig(MethodConfig):
@@ -44,12 +44,12 @@ class FinetuneConfig(MethodConfig):
     Neither: a plain ViT.
     """
 
-    classes: int = Field(ge=2)
+    classes: int = Field(ge=2, le=10**6)
     stages: ConvStages | None = None
     beit: BeitConfig | None = None
     pool: Literal["mean", "cls"] = "mean"
     label_smoothing: Fraction = 0.1
-    head_std: float = Field(2e-5, gt=0)
+    head_std: float = Field(2e-5, gt=0, le=10)
 
 
 class Classifier(nn.Linear):
@@ -79,11 +79,20 @@ class Finetune(base.Method):
             if config.pool == "cls" and not config.stages.class_token:
                 raise UserError("method.pool = cls, but stages.class_token is false; set method.pool = mean")
 
+    @classmethod
+    def check_classes(cls, run: RunConfig, classes: int) -> None:
+        outputs = cast(FinetuneConfig, run.method).classes
+        if outputs != classes:
+            raise UserError(
+                f"method.classes = {outputs}, but {run.data.shards} has {classes} classes; set method.classes={classes}"
+            )
+
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__(run, teachers)
         self.config = config = cast(FinetuneConfig, run.method)
         mean = config.pool == "mean"
         self.student = _student(run, config, final_norm=not mean)
+        set_fused_residuals(self.student, run.engine.uses("fused_residual"))
         self.fc_norm = nn.LayerNorm(run.student.width, eps=LN_EPS) if mean else nn.Identity()
         self.head = Classifier(run.student.width, config.classes, config.head_std)
         noise = {"drop_path": Noise("uniform", (self.student.depth, 2))} if run.student.drop_path else {}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from mimscale.models.patches import unnormalised
 from mimscale.models.targets import images_from_pixels, low_pass, low_pass_disc, pixel_target
 from mimscale.models.token_selection import RasterOrder, raster_order
 from mimscale.models.vit import ViT, ViTOutput
-from mimscale.types import Batch, Targets, TeacherInfo, View
+from mimscale.types import Batch, Masks, Targets, TeacherInfo, View
 
 TOKENS = {"student.cls_token", "decoder.mask_token"}  # with weight decay in MAE, without in OpenMMLab's methods
 
@@ -36,12 +37,12 @@ class MAEConfig(base.MaskedConfig):
     """
 
     norm_pix_loss: bool = True
-    low_pass_radius: float | None = Field(None, gt=0)
+    low_pass_radius: float | None = Field(None, gt=0, le=1e4)
     fusion: FusionConfig = FusionConfig()
-    decoder_width: int = Field(512, ge=4)
-    decoder_depth: int = Field(8, ge=1)
-    decoder_heads: int = Field(16, ge=1)
-    decoder_mlp_ratio: float = Field(4.0, gt=0)
+    decoder_width: int = Field(512, ge=4, le=2**16)
+    decoder_depth: int = Field(8, ge=1, le=1024)
+    decoder_heads: int = Field(16, ge=1, le=2**12)
+    decoder_mlp_ratio: float = Field(4.0, gt=0, le=256)
 
     @model_validator(mode="after")
     def _divisible(self) -> MAEConfig:
@@ -104,6 +105,7 @@ class MAE(base.MaskedMethod):
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__(run, teachers)
         self.config = config = cast(MAEConfig, run.method)
+        self.masked_only = run.engine.uses("masked_decoder")
         self.decoder = MAEDecoder(
             in_width=run.student.width,
             width=config.decoder_width,
@@ -126,11 +128,12 @@ class MAE(base.MaskedMethod):
         radius = self.config.low_pass_radius
         return images_B3HW if radius is None else low_pass(images_B3HW, radius)
 
-    def target(self, images_B3HW: Tensor) -> Tensor:
-        """Pixels of every patch, float32 [B, L, p*p*3], normalised per patch if the config says so."""
-        return pixel_target(
-            self.target_images(images_B3HW), self.student.config.patch, normalise=self.config.norm_pix_loss
-        )
+    def target(self, images_B3HW: Tensor, ids_BK: Tensor | None = None) -> Tensor:
+        """Pixels of every patch, float32 [B, L, p*p*3], or of those at `ids`, [B, K, p*p*3], normalised per patch if
+        the config says so.
+        """
+        images, patch = self.target_images(images_B3HW), self.student.config.patch
+        return pixel_target(images, patch, self.config.norm_pix_loss, ids_BK)
 
     def encode(self, batch: Batch, visible_BK: Tensor) -> Encoded:
         """Features of the visible patches: of the last block or fused, after the final norm."""
@@ -157,9 +160,20 @@ class MAE(base.MaskedMethod):
         encoded = self.encode(batch, masks.visible)
         return Prediction(self.decoder(encoded.latent, raster), raster, encoded.scalars)
 
+    def pixel_loss(self, latent_BTD: Tensor, masks: Masks, images_B3HW: Tensor) -> Tensor:
+        """Decode and compare with the target: `masked_patch_loss`. If `masked_only`, the decoder's last layers, the
+        target and the loss skip what that would multiply by zero.
+        """
+        if self.masked_only:
+            return F.mse_loss(self.decoder(latent_BTD, masks).float(), self.target(images_B3HW, masks.masked))
+        raster = raster_order(masks)
+        target = raster.gather(self.target(images_B3HW))
+        return masked_patch_loss(self.decoder(latent_BTD, raster), target, raster.mask)
+
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
-        pred, raster, scalars = self.predict(batch, targets)
-        return {"loss": masked_patch_loss(pred, raster.gather(self.target(batch.images)), raster.mask), **scalars}
+        masks = self.masking.choose(batch, targets)
+        encoded = self.encode(batch, masks.visible)
+        return {"loss": self.pixel_loss(encoded.latent, masks, batch.images), **encoded.scalars}
 
     def reconstruct(self, pred_BLP: Tensor, images_B3HW: Tensor) -> Tensor:
         """Predictions of all patches -> float32 images [B, 3, H, W], clamped to 0..1.

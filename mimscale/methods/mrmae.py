@@ -28,7 +28,6 @@ from mimscale.models.feature_targets import FeatureConfig, check_features, featu
 from mimscale.models.fusion import FusionConfig
 from mimscale.models.heads import make_adaptor
 from mimscale.models.targets import FeatureLoss, feature_loss
-from mimscale.models.token_selection import raster_order
 from mimscale.models.vit import LN_EPS, ViT
 from mimscale.types import Batch, Targets, TeacherInfo, TeacherNeeds
 
@@ -59,7 +58,7 @@ class MRMAEConfig(FeatureConfig, mae.MAEConfig):
     masking: base.AnyMasking = base.masking_default("attention", 0.75)
     fusion: MimicFusion = MimicFusion()
     mimic_loss: FeatureLoss = "l2"
-    pixel_weight: float = Field(1.0, gt=0)
+    pixel_weight: float = Field(1.0, gt=0, le=1e6)
 
 
 class MRMAE(mae.MAE):
@@ -116,10 +115,8 @@ class MRMAE(mae.MAE):
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
         """Scalars: loss, the unweighted losses pixel and mimic_<teacher>, and the weights of fused levels."""
         masks = self.masking.choose(batch, targets)
-        raster = raster_order(masks)
         latent, fused, scalars = self.encode(batch, masks.visible)
-        pred = self.decoder(latent, raster)
-        pixel = mae.masked_patch_loss(pred, raster.gather(self.target(batch.images)), raster.mask)
+        pixel = self.pixel_loss(latent, masks, batch.images)
         mimic = {name: self._mimic_loss(name, fused, targets[name], masks.visible) for name in self.targets}
         weighted = [self.targets[name].weight * loss for name, loss in mimic.items()]
         loss = torch.stack([self.config.pixel_weight * pixel, *weighted]).sum()

@@ -17,7 +17,7 @@ from mimscale.methods import mae
 class PixMIMConfig(mae.MAEConfig):
     """As MAE's, with the filter: 40 cycles per side is the published radius at 224 px."""
 
-    low_pass_radius: float = Field(40.0, gt=0)
+    low_pass_radius: float = Field(40.0, gt=0, le=1e4)
 
 
 class PixMIM(mae.MAE):

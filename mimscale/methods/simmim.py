@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -17,10 +18,10 @@ from mimscale.config.run import RunConfig
 from mimscale.methods import base
 from mimscale.models.beit import LAYER_SCALE, Beit, Positions
 from mimscale.models.fusion import FusionConfig, check_fusion, fuse, make_fusion
-from mimscale.models.patches import patchify, unnormalised, unpatchify
+from mimscale.models.patches import patches_at, patchify, unnormalised, unpatchify
 from mimscale.models.pixel_head import PixelHead
-from mimscale.models.token_selection import RasterOrder, raster_order
-from mimscale.types import Batch, Targets, TeacherInfo, View
+from mimscale.models.token_selection import RasterOrder, gather_tokens, raster_order
+from mimscale.types import Batch, Masks, Targets, TeacherInfo, View
 
 LOSS_EPS = 1e-5
 
@@ -36,12 +37,12 @@ class SimMIMConfig(base.MaskedConfig):
     masking: base.AnyMasking = base.masking_default("random", 0.6, unit=32)
     fusion: FusionConfig = FusionConfig()
     positions: Positions = "relative"
-    layer_scale: float | None = Field(LAYER_SCALE, gt=0)
+    layer_scale: float | None = Field(LAYER_SCALE, gt=0, le=1e3)
 
 
 class Prediction(NamedTuple):
-    """pred: [B, S, 3, p, p], predicted pixels of the patches in `raster`, in the parameters' dtype. scalars: for the
-    log.
+    """pred: predicted pixels of the patches in `raster`, [B, S, 3, p, p], or of the masked ones, [B, M, 3, p, p], in
+    the parameters' dtype. scalars: for the log.
     """
 
     pred: Tensor
@@ -73,6 +74,7 @@ class SimMIM(base.MaskedMethod):
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__(run, teachers)
         self.config = config = cast(SimMIMConfig, run.method)
+        self.masked_only = run.engine.uses("masked_decoder")
         self.head = PixelHead(run.student.width, run.student.patch)
         self.fusion = make_fusion(config.fusion, run.student.width)
 
@@ -89,22 +91,37 @@ class SimMIM(base.MaskedMethod):
 
     def predict(self, batch: Batch, targets: Mapping[str, Targets]) -> Prediction:
         """Predict the pixels of the visible and the masked patches."""
-        raster = raster_order(self.masking.choose(batch, targets))
+        return self._predict(batch, self.masking.choose(batch, targets), masked_only=False)
+
+    def _predict(self, batch: Batch, masks: Masks, masked_only: bool) -> Prediction:
+        """masked_only: after its attention the last block computes the masked patches only, in the order of `masks`."""
+        raster = raster_order(masks)
         patches = self.student.patches
-        ids = None if raster.ids.shape[1] == patches else raster.ids
-        mask = raster.scatter(raster.mask, patches)
-        inputs, levels = (batch.images, mask, batch.noise.get("drop_path"), ids), self.config.fusion.levels
-        tokens, out_levels, _ = self.student(*inputs, levels, apply_norm=self.fusion is None)
+        whole = raster.ids.shape[1] == patches
+        inputs = (batch.images, raster.scatter(raster.mask, patches), batch.noise.get("drop_path"))
+        ids, levels, only = None if whole else raster.ids, self.config.fusion.levels, None
+        if masked_only:
+            places = masks.masked if whole else raster.ids_restore.argsort(dim=1)[:, masks.visible.shape[1] :]
+            only = places + self.student.prefix
         scalars: dict[str, Tensor] = {}
-        if self.fusion is not None:
-            tokens, scalars = fuse(self.fusion, {str(level): out_levels[level] for level in levels})
-            tokens = self.student.norm(tokens)
-        return Prediction(self.head(tokens[:, 1:]), raster, scalars)
+        if self.fusion is None:
+            tokens = self.student(*inputs, ids, only_BM=only).tokens
+        else:
+            out = self.student(*inputs, ids, levels, apply_norm=False)
+            tokens, scalars = fuse(self.fusion, {str(level): out.levels[level] for level in levels})
+            tokens = self.student.norm(tokens if only is None else gather_tokens(tokens, only))
+        return Prediction(self.head(tokens if masked_only else tokens[:, self.student.prefix :]), raster, scalars)
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
-        pred, raster, scalars = self.predict(batch, targets)
-        target = raster.gather(patchify(batch.images, self.student.config.patch))
-        return {"loss": masked_pixel_loss(pred, target, raster.mask), **scalars}
+        masks = self.masking.choose(batch, targets)
+        pred, raster, scalars = self._predict(batch, masks, self.masked_only)
+        patch = self.student.config.patch
+        if self.masked_only:
+            difference = F.l1_loss(pred.float(), patches_at(batch.images.float(), patch, masks.masked), reduction="sum")
+            loss = difference / (masks.masked.numel() * patch**2 + LOSS_EPS) / 3
+        else:
+            loss = masked_pixel_loss(pred, raster.gather(patchify(batch.images, patch)), raster.mask)
+        return {"loss": loss, **scalars}
 
     @torch.no_grad()
     def view(self, batch: Batch, targets: Mapping[str, Targets]) -> View:

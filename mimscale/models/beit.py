@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimscale.models.config import StudentConfig
-from mimscale.models.patches import patchify
+from mimscale.models.patches import patches_at, patchify
 from mimscale.models.rel_pos_bias import RelativePositionBias, bias_of, index_among, table_rows
 from mimscale.models.token_selection import gather_tokens
 from mimscale.models.vit import (
@@ -26,11 +26,12 @@ from mimscale.models.vit import (
     Mlp,
     PatchEmbed,
     PatchProjection,
+    Residual,
     ViTOutput,
-    drop_path,
     drop_path_scales,
     patch_attention,
     run_blocks,
+    split_heads,
 )
 
 Positions = Literal["relative", "per_block", "absolute"]
@@ -92,22 +93,33 @@ class Attention(nn.Module):
         table = None if grid is None else nn.Parameter(torch.zeros(table_rows(grid), heads))
         self.register_parameter("relative_position_bias_table", table)
 
-    def forward(self, x_BTD: Tensor, positions: Tensor | None = None, prefix: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        positions: Tensor | None = None,
+        prefix: int | None = None,
+        only_BM: Tensor | None = None,
+    ) -> Tensor:
         """positions: bias to add to the scaled scores, [1 or B, heads, T, T]; if the module owns a table, rows of that
-        table, int64 [1 or B, T, T]. prefix: if given, return `patch_attention` instead of the output.
+        table, int64 [1 or B, T, T]. prefix: if given, return `patch_attention` instead of the output. only: int64
+        [B, M], the tokens whose output is returned, [B, M, D]; None: all.
         """
         bias_BHTT = positions
         if self.relative_position_bias_table is not None and positions is not None:
             bias_BHTT = bias_of(self.relative_position_bias_table, positions)
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        q, k, v = self.qkv(x_BTD, qkv_bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        batch, tokens, width = x_BTD.shape
+        q, k, v = split_heads(self.qkv(x_BTD.flatten(0, 1), qkv_bias).view(batch, tokens, 3, self.heads, -1))
         if prefix is not None:
             return patch_attention(q, k, prefix, bias_BHTT)
         bias = None if bias_BHTT is None else bias_BHTT.to(q.dtype)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+        out_BTD = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        if only_BM is not None:
+            out_BTD = gather_tokens(out_BTD, only_BM)
+        return self.proj(out_BTD.flatten(0, 1)).view(out_BTD.shape)
 
 
-class Block(nn.Module):
+class Block(Residual):
     """x + gamma_1 attn(norm1(x)), then x + gamma_2 mlp(norm2(x)), with drop path per sample on each branch.
 
     layer: 1-based index; the last matrix of each branch starts with std divided by sqrt(2 layer). layer_scale: initial
@@ -136,11 +148,25 @@ class Block(nn.Module):
             gamma = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
             self.register_parameter(name, gamma)
 
-    def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        branch = self.attn(self.norm1(x_BTD), positions)
-        x_BTD = x_BTD + drop_path(branch if self.gamma_1 is None else self.gamma_1 * branch, scales_B2, 0)
+    def forward(
+        self,
+        x_BTD: Tensor,
+        scales_B2: Tensor | None = None,
+        positions: Tensor | None = None,
+        only_BM: Tensor | None = None,
+        *,
+        prefix: int | None = None,
+    ) -> Tensor:
+        """only: int64 [B, M], the tokens that are computed, [B, M, D]. They attend to all, and all of them ask: the
+        bias of some would be as large as B such biases. prefix: if given, return the `patch_attention` instead.
+        """
+        if prefix is not None:
+            return self.attn(self.norm1(x_BTD), positions, prefix=prefix)
+        branch = self.attn(self.norm1(x_BTD), positions, only_BM=only_BM)
+        x_BTD = x_BTD if only_BM is None else gather_tokens(x_BTD, only_BM)
+        x_BTD = self.add_branch(x_BTD, branch if self.gamma_1 is None else self.gamma_1 * branch, scales_B2, 0)
         branch = self.mlp(self.norm2(x_BTD))
-        return x_BTD + drop_path(branch if self.gamma_2 is None else self.gamma_2 * branch, scales_B2, 1)
+        return self.add_branch(x_BTD, branch if self.gamma_2 is None else self.gamma_2 * branch, scales_B2, 1)
 
 
 class Beit(Encoder):
@@ -201,17 +227,20 @@ class Beit(Encoder):
         levels: Collection[int] = (),
         apply_norm: bool = True,
         attention: bool = False,
+        only_BM: Tensor | None = None,
     ) -> ViTOutput:
         """images: normalised, any float type. mask: [B, L] in raster order, 1 = replaced by the mask token. drop_noise:
         uniform [B, depth, 2]; None: nothing is dropped. ids_keep: int64 [B, K], the patches, masked or not, that enter
         the blocks; None: all, in raster order. levels: blocks whose output is returned. attention: return the attention
-        of the last block.
+        of the last block. only: int64 [B, M], the tokens (0: the class token) that the last block computes and that are
+        returned, in this order; None: all.
 
-        Returns tokens [B, 1+K, D] in the parameters' dtype. apply_norm: false skips the final norm, for a method that
-        applies `norm` to something else.
+        Returns tokens [B, 1+K or M, D] in the parameters' dtype. apply_norm: false skips the final norm, for a method
+        that applies `norm` to something else.
         """
-        patches = patchify(images_B3HW, self.config.patch)
-        tokens = self.patch_embed(patches if ids_keep is None else gather_tokens(patches, ids_keep))
+        patch = self.config.patch
+        patches = patchify(images_B3HW, patch) if ids_keep is None else patches_at(images_B3HW, patch, ids_keep)
+        tokens = self.patch_embed(patches)
         if mask_BL is not None:
             assert self.mask_token is not None, "built without a mask token"
             mask = mask_BL if ids_keep is None else mask_BL.gather(1, ids_keep)
@@ -228,5 +257,6 @@ class Beit(Encoder):
             extra = (index if self.rel_pos_bias is None else self.rel_pos_bias(index),)
         scales = None if drop_noise is None else drop_path_scales(drop_noise, self.config.drop_path)
         prefix = self.prefix if attention else None
-        out = run_blocks(self.blocks, x_BTD, scales, self.recompute_every, levels, extra, prefix)
+        last = {} if only_BM is None else {"only_BM": only_BM}
+        out = run_blocks(self.blocks, x_BTD, scales, self.recompute_every, levels, extra, prefix, last)
         return out._replace(tokens=self.norm(out.tokens) if apply_norm else out.tokens)

@@ -24,17 +24,17 @@ class StudentConfig(Strict):
     """
 
     size: Literal["tiny", "small", "base", "large", "huge"] | None = None
-    width: int = Field(0, ge=0)
-    depth: int = Field(0, ge=0)
-    heads: int = Field(0, ge=0)
-    patch: int = Field(16, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
+    width: int = Field(0, ge=0, le=2**16)
+    depth: int = Field(0, ge=0, le=1024)
+    heads: int = Field(0, ge=0, le=2**12)
+    patch: int = Field(16, ge=1, le=1024)
+    mlp_ratio: float = Field(4.0, gt=0, le=256)
     drop_path: Fraction = 0.0
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_size(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("size") in STUDENT_SIZES:
+        if isinstance(values, Mapping) and isinstance(values.get("size"), str) and values["size"] in STUDENT_SIZES:
             named = dict(zip(("width", "depth", "heads"), STUDENT_SIZES[values["size"]], strict=True))
             return {**named, **values}
         return values

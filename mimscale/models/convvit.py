@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from mimscale.config.base import Strict
 from mimscale.errors import UserError
 from mimscale.models.config import StudentConfig
-from mimscale.models.patches import patchify
+from mimscale.models.patches import patches_at, patchify
 from mimscale.models.pos_embed import sincos_2d
 from mimscale.models.token_selection import gather_tokens, mask_of, scatter_tokens
-from mimscale.models.vit import LN_EPS, Block, Encoder, Linear, Mlp, drop_path, drop_path_scales, run_blocks
+from mimscale.models.vit import LN_EPS, Block, Encoder, Linear, Mlp, Residual, drop_path_scales, run_blocks
 
 STAGE_EPS = 1e-5  # LayerNorm eps before the attention stage, as released; LN_EPS from there on
 KERNEL = 5
 
-Count = Annotated[int, Field(ge=1)]
-Ratio = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, le=2**16)]
+Ratio = Annotated[float, Field(gt=0, le=256)]
 
 
 class ConvStages(Strict):
@@ -146,7 +146,7 @@ class StageEmbed(nn.Module):
         return F.gelu(self.norm(self.proj(x_BKhwC)))
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Residual):
     """x + conv2(attn(mask * conv1(norm1(x)))), then x + mlp(norm2(x)), with drop path per sample on each branch.
 
     attn is a depth-wise 5x5 convolution. The residual path and the MLP are not masked.
@@ -175,8 +175,8 @@ class ConvBlock(nn.Module):
         if visible_BL is not None:
             branch = branch * visible_BL[:, :, None, None, None].to(branch.dtype)
         branch = to_windows(self.attn(to_map(branch, grid, ids_keep_BK)), grid, ids_keep_BK)
-        x_BKhwC = x_BKhwC + drop_path(self.conv2(branch), scales_B2, 0)
-        return x_BKhwC + drop_path(self.mlp(self.norm2(x_BKhwC)), scales_B2, 1)
+        x_BKhwC = self.add_branch(x_BKhwC, self.conv2(branch), scales_B2, 0)
+        return self.add_branch(x_BKhwC, self.mlp(self.norm2(x_BKhwC)), scales_B2, 1)
 
 
 class ConvViT(Encoder):
@@ -259,11 +259,10 @@ class ConvViT(Encoder):
         Returns tokens in the parameters' dtype. apply_norm: false skips the final norm, for a method that applies
         `norm` to something else.
         """
-        windows, given, visible = patchify(images_B3HW, self.stages.patch), ids_keep, None
+        patch, given, visible = self.stages.patch, ids_keep, None
         if ids_keep is not None and not self.stages.skip_masked:
             given, visible = None, 1 - mask_of(ids_keep, self.patches)
-        if given is not None:
-            windows = gather_tokens(windows, given)
+        windows = patchify(images_B3HW, patch) if given is None else patches_at(images_B3HW, patch, given)
         scales1, scales2, scales3 = self._scales(drop_noise)
         every, masks = self.recompute_every, (self.grid, given, visible)
         first = run_blocks(self.blocks1, self.patch_embed1(windows.permute(0, 1, 3, 4, 2)), scales1, every, (), masks)

@@ -47,7 +47,7 @@ class TargetConfig(Strict):
     weight: of its loss; 0: its features are not used, but its attention may choose the masks.
     """
 
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(1.0, ge=0, le=1e6)
     levels: Levels | None = None
     target_norm: TargetNorm | None = None
     cls_target: bool | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mimscale.types import imagenet_statistics
@@ -15,6 +16,14 @@ def patchify(images_BCHW: Tensor, patch: int) -> Tensor:
     batch, channels, height, width = images_BCHW.shape
     grid = images_BCHW.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def patches_at(images_BCHW: Tensor, patch: int, ids_BK: Tensor) -> Tensor:
+    """The patches at ids int64 [B, K] only: [B, K, C, p, p]. The other pixels are not copied."""
+    grid = images_BCHW.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
+    columns = grid.shape[2]
+    image = torch.arange(len(ids_BK), device=ids_BK.device)[:, None]
+    return grid[image, ids_BK // columns, ids_BK % columns]
 
 
 def unpatchify(patches_BLCpp: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimscale.models.patches import flatten_patches, patchify, unflatten_patches, unpatchify
+from mimscale.models.patches import flatten_patches, patches_at, patchify, unflatten_patches, unpatchify
 from mimscale.types import imagenet_statistics
 
 FeatureNorm = Literal["whiten", "none", "l2"]
@@ -23,11 +24,25 @@ def pixel_statistics(pixels_BLP: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (variance + PIXEL_EPS).sqrt()
 
 
-def pixel_target(images_B3HW: Tensor, patch: int, normalise: bool) -> Tensor:
-    """Pixels of every patch in raster order, float32 [B, L, p*p*3] (MAE, sec. 3).
+def normalised_pixels(pixels_BLP: Tensor) -> Tensor:
+    """(pixels - mean) / deviation of `pixel_statistics` in one kernel, LayerNorm's; equal up to rounding.
+
+    LayerNorm divides by the biased deviation: of n values, sqrt((n - 1) / n) of the unbiased one.
+    """
+    count = pixels_BLP.shape[-1]
+    share = (count - 1) / count
+    return F.layer_norm(pixels_BLP, (count,), pixels_BLP.new_full((count,), math.sqrt(share)), eps=PIXEL_EPS * share)
+
+
+def pixel_target(images_B3HW: Tensor, patch: int, normalise: bool, ids_BK: Tensor | None = None) -> Tensor:
+    """Pixels of every patch in raster order, float32 [B, L, p*p*3] (MAE, sec. 3); with `ids`, int64 [B, K], of these
+    patches only, in one pass: [B, K, p*p*3].
 
     normalise: subtract the mean of the patch and divide by its standard deviation (MAE's norm_pix_loss).
     """
+    if ids_BK is not None:
+        pixels = flatten_patches(patches_at(images_B3HW.float(), patch, ids_BK))
+        return normalised_pixels(pixels) if normalise else pixels
     pixels = flatten_patches(patchify(images_B3HW.float(), patch))
     if not normalise:
         return pixels

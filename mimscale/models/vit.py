@@ -7,7 +7,9 @@ parameters module by module). Parameters may be fp32, bf16 or fp16; LayerNorm an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mimscale.models.config import StudentConfig
-from mimscale.models.patches import patchify
+from mimscale.models.patches import patches_at, patchify
 from mimscale.models.pos_embed import sincos_2d
-from mimscale.models.token_selection import gather_tokens
 
 LN_EPS = 1e-6
 
@@ -82,13 +83,32 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x_BTD: Tensor, prefix: int | None = None) -> Tensor:
-        """prefix: if given, return `patch_attention` instead of the output."""
-        qkv = self.qkv(x_BTD).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+    def forward(self, x_BTD: Tensor, prefix: int | None = None, first: int = 0) -> Tensor:
+        """prefix: if given, return `patch_attention` instead of the output. first: only the tokens from this one on
+        ask: [B, T - first, D]; keys and values are of all.
+        """
+        batch, tokens, width = x_BTD.shape
+        q, k, v = split_heads(self.qkv(x_BTD.flatten(0, 1)).view(batch, tokens, 3, self.heads, -1), first)
         if prefix is not None:
             return patch_attention(q, k, prefix)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out_BHTd = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out_BHTd.transpose(1, 2).reshape(-1, width)).view(batch, -1, width)
+
+
+def split_heads(qkv_BT3Hd: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of `qkv` [B, T, 3, H, d] -> queries of the tokens from `first` on, keys and values of all, [B, H, T,
+    d] each, all views.
+
+    The heads are moved after the three are parted: so their gradients lie in memory as [B, T, H, d] and one copy brings
+    them together, where moving the heads first takes two.
+    """
+    q, k, v = qkv_BT3Hd.unbind(2)
+    return last_tokens(q, first).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def last_tokens(x_BTX: Tensor, first: int) -> Tensor:
+    """The tokens from `first` on, a view. By a split, whose backward pass writes the gradient once; a slice's twice."""
+    return x_BTX.split((first, x_BTX.shape[1] - first), dim=1)[1] if first else x_BTX
 
 
 def patch_attention(q_BHTd: Tensor, k_BHTd: Tensor, prefix: int, bias_BHTT: Tensor | None = None) -> Tensor:
@@ -120,10 +140,38 @@ class Mlp(nn.Module):
         self.fc2 = fc2(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        """The layers get a matrix: of more dimensions each would flatten and restore them itself, twice as often."""
+        return self.fc2(F.gelu(self.fc1(x.flatten(0, -2)))).view(x.shape)
 
 
-class Block(nn.Module):
+class Residual(nn.Module):
+    """Base of all Blocks, which a network repeats. Sets no parameter.
+
+    A Block is entered by a call only, and nothing outside uses its parameters or parts: an engine may hold its
+    parameters as few flat tensors, and then they exist during `forward` only (`mimscale.engine.flat_parameters`).
+    fused: drop path and the sum are one kernel, rounded once; else one after the other.
+    """
+
+    fused = True
+
+    def add_branch(self, x_BX: Tensor, branch_BX: Tensor, scales_B2: Tensor | None, which: int) -> Tensor:
+        """x + factor of the sample * branch. scales: a block's `drop_path_scales`, None: nothing is dropped. which: 0 =
+        attention branch, 1 = MLP branch.
+        """
+        if scales_B2 is None:
+            return x_BX + branch_BX
+        factor = scales_B2[:, which].to(branch_BX.dtype).view(-1, *(1,) * (branch_BX.dim() - 1))
+        return torch.addcmul(x_BX, branch_BX, factor) if self.fused else x_BX + branch_BX * factor
+
+
+def set_fused_residuals(module: nn.Module, fused: bool) -> None:
+    """Set `fused` of every Block in `module`."""
+    for part in module.modules():
+        if isinstance(part, Residual):
+            part.fused = fused
+
+
+class Block(Residual):
     """x + attn(norm1(x)), then x + mlp(norm2(x)), with drop path per sample on each branch."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
@@ -133,18 +181,17 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LN_EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None) -> Tensor:
-        x_BTD = x_BTD + drop_path(self.attn(self.norm1(x_BTD)), scales_B2, 0)
-        return x_BTD + drop_path(self.mlp(self.norm2(x_BTD)), scales_B2, 1)
-
-
-def drop_path(branch_BX: Tensor, scales_B2: Tensor | None, which: int) -> Tensor:
-    """Multiply a branch by the factor of each sample, in the branch's dtype. scales: a block's `drop_path_scales`,
-    None: nothing is dropped. which: 0 = attention branch, 1 = MLP branch.
-    """
-    if scales_B2 is None:
-        return branch_BX
-    return branch_BX * scales_B2[:, which].to(branch_BX.dtype).reshape(-1, *(1,) * (branch_BX.dim() - 1))
+    def forward(
+        self, x_BTD: Tensor, scales_B2: Tensor | None = None, *, first: int = 0, prefix: int | None = None
+    ) -> Tensor:
+        """first: compute only the tokens from this one on, [B, T - first, D]; they attend to all. prefix: if given,
+        return the `patch_attention` instead.
+        """
+        if prefix is not None:
+            return self.attn(self.norm1(x_BTD), prefix=prefix)
+        attended = self.attn(self.norm1(x_BTD), first=first)
+        x_BTD = self.add_branch(last_tokens(x_BTD, first), attended, scales_B2, 0)
+        return self.add_branch(x_BTD, self.mlp(self.norm2(x_BTD)), scales_B2, 1)
 
 
 def drop_path_scales(noise_BN2: Tensor, rate: float) -> Tensor:
@@ -157,6 +204,46 @@ def drop_path_scales(noise_BN2: Tensor, rate: float) -> Tensor:
     return torch.floor(noise_BN2.float() + keep[:, None]) / keep[:, None]
 
 
+def run_segment(
+    blocks: tuple[nn.Module, ...],
+    x_BTD: Tensor,
+    scales_BN2: Tensor | None,
+    extra: tuple[Any, ...],
+    recompute: tuple[bool, ...],
+    keep: tuple[bool, ...],
+    last: Mapping[str, Any],
+) -> tuple[Tensor, list[Tensor]]:
+    """Some consecutive blocks: (output of the last, outputs of those to `keep`). recompute: in the backward pass.
+    last: further arguments of the last block.
+
+    All that varies between segments is an argument, so that equal segments share one compiled graph.
+    """
+    kept = []
+    for index, block in enumerate(blocks):
+        scales = None if scales_BN2 is None else scales_BN2[:, index]
+        only = last if index == len(blocks) - 1 else {}
+        if recompute[index]:
+            x_BTD = checkpoint(block, x_BTD, scales, *extra, use_reentrant=False, preserve_rng_state=False, **only)
+        else:
+            x_BTD = block(x_BTD, scales, *extra, **only)
+        if keep[index]:
+            kept.append(x_BTD)
+    return x_BTD, kept
+
+
+class SegmentRunner(NamedTuple):
+    """How an engine wants blocks to be run: `length` at a time, by `run`, which computes what `run_segment` does.
+
+    An engine sets it as the attribute `runner` of each block.
+    """
+
+    length: int
+    run: Callable[..., tuple[Tensor, list[Tensor]]]
+
+
+PLAIN = SegmentRunner(1000, run_segment)
+
+
 def run_blocks(
     blocks: nn.ModuleList,
     x_BTD: Tensor,
@@ -165,25 +252,39 @@ def run_blocks(
     levels: Collection[int] = (),
     extra: tuple[Any, ...] = (),
     attention_prefix: int | None = None,
+    last: Mapping[str, Any] = MappingProxyType({}),
 ) -> ViTOutput:
     """Run all blocks. Each k-th block, k = `recompute_every`, is recomputed in the backward pass (0: none is).
 
     extra: further arguments of every block. attention_prefix: the number of tokens before the patch tokens; if given,
-    the attention of the last block is returned as well.
+    the attention of the last block is returned as well. last: further arguments of the last block: which tokens it
+    computes.
     """
+    chain: list[Any] = list(blocks)  # to mypy the items of a ModuleList are plain Modules
+    runner: SegmentRunner = PLAIN
+    starts = list(range(0, len(chain), PLAIN.length))
+    if attention_prefix is not None:
+        starts = sorted({0, len(chain) - 1})  # the last on its own
+    elif chain:
+        runner = getattr(chain[0], "runner", PLAIN)
+        starts = list(range(0, len(chain), runner.length))
+    recomputes = bool(recompute_every) and torch.is_grad_enabled()
     kept: dict[int, Tensor] = {}
     attention = None
-    block: Any  # to mypy the items of a ModuleList are plain Modules
-    for index, block in enumerate(blocks):
-        if attention_prefix is not None and index == len(blocks) - 1:
-            attention = block.attn(block.norm1(x_BTD), *extra, prefix=attention_prefix)
-        scales = None if scales_BN2 is None else scales_BN2[:, index]
-        if recompute_every and index % recompute_every == 0 and torch.is_grad_enabled():
-            x_BTD = checkpoint(block, x_BTD, scales, *extra, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x_BTD = block(x_BTD, scales, *extra)
-        if index in levels:
-            kept[index] = x_BTD
+    for start, stop in pairwise([*starts, len(chain)]):
+        if attention_prefix is not None and stop == len(chain):
+            attention = chain[-1](x_BTD, None, *extra, prefix=attention_prefix)
+        which = range(start, stop)
+        x_BTD, outputs = runner.run(
+            tuple(chain[start:stop]),
+            x_BTD,
+            None if scales_BN2 is None else scales_BN2[:, start:stop],
+            extra,
+            tuple(recomputes and index % recompute_every == 0 for index in which),
+            tuple(index in levels for index in which),
+            dict(last) if stop == len(chain) else {},
+        )
+        kept |= zip((index for index in which if index in levels), outputs, strict=True)
     return ViTOutput(x_BTD, kept, attention)
 
 
@@ -262,13 +363,12 @@ class ViT(Encoder):
         Returns tokens [B, 1+K, D] in the parameters' dtype. apply_norm: false skips the final norm, for a method that
         applies `norm` to something else.
         """
-        patches = patchify(images_B3HW, self.config.patch)
         positions_LD = self.pos_embed[0, 1:]
         if ids_keep is None:
-            tokens = self.patch_embed(patches)
+            tokens = self.patch_embed(patchify(images_B3HW, self.config.patch))
             positions = positions_LD[None]
         else:
-            tokens = self.patch_embed(gather_tokens(patches, ids_keep))
+            tokens = self.patch_embed(patches_at(images_B3HW, self.config.patch, ids_keep))
             positions = positions_LD[ids_keep]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         x_BTD = torch.cat([cls.to(tokens.dtype), (tokens + positions).to(tokens.dtype)], dim=1)

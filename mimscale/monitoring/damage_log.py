@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mimscale.errors import UserError
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.types import Damage
 
@@ -65,11 +66,20 @@ def default_limit(samples: int) -> int:
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    """What a killed run left unfinished is passed over."""
+    """What a killed run left unfinished, and what is no entry of ours, is passed over. Raises UserError."""
     entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); repair it, or move it away") from None
+    for line in text.splitlines():
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+            damage = Damage(**entry)
+        except (ValueError, TypeError, RecursionError):
             continue
+        if type(damage.sample) is int and all(isinstance(v, str) for k, v in entry.items() if k != "sample"):
+            entries.append(entry)
     return entries

@@ -15,13 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from mimscale.errors import warn
+from mimscale.errors import printable, warn, without_secrets
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
+from mimscale.files.console import plain_console
 from mimscale.monitoring.panel_writer import PanelWriter
 from mimscale.types import View
 
@@ -30,7 +30,7 @@ class RunLogger:
     """Append-only. Steps that are redone after a resume appear twice in metrics.jsonl; the later line counts."""
 
     def __init__(self, run_dir: Path, writer: RetryingWriter, *, active: bool) -> None:
-        self.console = Console(stderr=True, quiet=not active)
+        self.console = plain_console(stderr=True, quiet=not active)
         self._active, self._writer, self._run_dir = active, writer, run_dir
         self._board: SummaryWriter | None = None
         self._panel_writer: PanelWriter | None = None
@@ -46,7 +46,7 @@ class RunLogger:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
-                TextColumn("{task.fields[line]}"),
+                TextColumn("{task.fields[line]}", markup=False),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
                 console=self.console,
@@ -60,7 +60,7 @@ class RunLogger:
     def print(self, text: str) -> None:
         """A line for the person who watches."""
         with suppress(OSError, SystemExit):  # it may go to a file; for a pipe that nobody reads, rich would end the run
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(printable(text), soft_wrap=True)
 
     def log_event(self, name: str, **values: Any) -> None:
         """Something that happened once: a start, a save, a preemption."""
@@ -71,7 +71,7 @@ class RunLogger:
         self._write({"step": step, **metrics})
         for name, value in metrics.items():
             self._on_board(lambda board, name=name, value=value: board.add_scalar(name, value, step))  # type: ignore[misc]
-        line = "  ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "lr", "images_per_s") if name in metrics)
+        line = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown(metrics))
         if self._progress is not None:
             self._progress.update(self._task, completed=step, line=line)
         elif self._active:
@@ -102,7 +102,7 @@ class RunLogger:
     def _write(self, values: dict[str, Any]) -> None:
         if not self._active:
             return
-        line = json.dumps({**finite(values), "time": round(time.time(), 3)})
+        line = without_secrets(json.dumps({**finite(values), "time": round(time.time(), 3)}))
         self._writer.append(self._run_dir / "metrics.jsonl", line + "\n")
 
     def _on_board(self, work: Callable[[SummaryWriter], None]) -> None:
@@ -117,6 +117,16 @@ class RunLogger:
         except OSError as error:
             self._board = None
             warn(f"tensorboard: {error}; left out until the next start, metrics.jsonl has the numbers")
+
+
+SHOWN = ("loss", "lr", "images_per_s", "mfu", "host_share", "data_wait", "memory_gib", "power_w")
+"""Metrics of the progress line, where they are known."""
+
+
+def shown(metrics: Mapping[str, float]) -> list[str]:
+    """Names of what the progress line shows; without a peak to compare with, MFU is that of a measured product."""
+    names = [name if name != "mfu" or name in metrics else "mfu_measured" for name in SHOWN]
+    return [name for name in names if name in metrics]
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:

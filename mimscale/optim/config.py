@@ -18,9 +18,9 @@ class OptimConfig(Strict):
     """
 
     name: str
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1e3)
     layer_decay: float = Field(1.0, gt=0, le=1)
-    clip: float = Field(0.0, ge=0)
+    clip: float = Field(0.0, ge=0, le=1e6)
 
 
 class EmaConfig(Strict):
@@ -43,12 +43,12 @@ class ScheduleConfig(Strict):
     """
 
     kind: Literal["cosine", "timm_cosine", "multistep", "openmmlab_cosine"] = "cosine"
-    global_batch: int = Field(ge=1)
+    global_batch: int = Field(ge=1, le=2**24)
     epochs: float | None = Field(None, gt=0)
     steps: int | None = Field(None, ge=1)
     warmup_epochs: float = Field(0.0, ge=0)
-    base_lr: float = Field(gt=0)
-    lr_batch: int = Field(256, ge=1)
+    base_lr: float = Field(gt=0, le=1e3)
+    lr_batch: int = Field(256, ge=1, le=2**24)
     warmup_lr: float = Field(0.0, ge=0)
     warmup_start_factor: float = Field(0.0, ge=0, le=1)
     min_lr: float = Field(0.0, ge=0)
@@ -81,6 +81,21 @@ class ScheduleConfig(Strict):
         if self.kind != "openmmlab_cosine" and self.warmup_start_factor:
             given = f"warmup_start_factor = {self.warmup_start_factor}"
             raise ValueError(f"{given} with kind = {self.kind}: only openmmlab_cosine has one; give warmup_lr instead")
+        return self
+
+    @model_validator(mode="after")
+    def _ends_are_below_the_peak(self) -> ScheduleConfig:
+        if self.peak_lr > 1e3:
+            raise ValueError(
+                f"base_lr = {self.base_lr:g} x global_batch = {self.global_batch} / lr_batch = {self.lr_batch} gives a "
+                f"learning rate of {self.peak_lr:g}, above 1000; lower base_lr"
+            )
+        for name, rate in (("warmup_lr", self.warmup_lr), ("min_lr", self.min_lr)):
+            if rate > self.peak_lr:
+                raise ValueError(
+                    f"{name} = {rate:g} is above the peak of {self.peak_lr:g} = base_lr x global_batch / lr_batch; "
+                    f"lower it"
+                )
         return self
 
     @property

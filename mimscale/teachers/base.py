@@ -117,9 +117,11 @@ class Teacher(nn.Module, ABC):
                     cls[index] = tokens[:, 0]
         return Targets(levels, cls, attention)
 
-    def load(self, state: Mapping[str, Tensor], precision: str, source: str) -> None:
-        """Load a checkpoint's tensors, cast to `precision`. source: for messages. Raises UserError with the first
-        tensor that does not fit or is not finite.
+    def load(
+        self, state: Mapping[str, Tensor], precision: str, source: str, factors: Mapping[str, float] | None = None
+    ) -> None:
+        """Load a checkpoint's tensors, multiplied by `factors` in fp32 (by the tower's names), then cast to
+        `precision`. source: for messages. Raises UserError with the first tensor that does not fit or is not finite.
         """
         try:
             given = self.adapt(state)
@@ -132,6 +134,7 @@ class Teacher(nn.Module, ABC):
                     f"{source} does not fit this model: tensor '{key}' is {_shape(given, key)} in the file and "
                     f"{_shape(wanted, key)} in the model; check model, options and the file"
                 )
+        given |= {key: given[key].float() * factor for key, factor in (factors or {}).items()}
         cast = {key: tensor.to(DTYPES[precision]) for key, tensor in given.items()}
         for key, tensor in cast.items():
             if not tensor.isfinite().all():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mimscale.config.base import Strict
 
@@ -16,7 +16,8 @@ class TeacherConfig(Strict):
     options: keyword arguments for the library's model constructor (e.g. embed_dim, depth of a custom ViT).
     activation: required for open_clip with a local file and no tag, because a file does not record QuickGELU or GELU.
     precision: int8 and fp8 quantise the blocks' linear layers (teachers/quantise.py) and need the extra [fp8].
-    compile: torch.compile each block.
+    compile: torch.compile each block. auto: on a GPU. false is refused there in int8 and fp8, whose eager code takes
+        twice the time of bf16.
     shard: experimental. Split the parameters over the ranks and gather them block by block (ZeRO-3), for a teacher that
         does not fit one GPU. Tests on CPUs (gloo) find the same targets as without it; it has not run on a GPU.
     random: keep the seeded random initialisation (a control experiment).
@@ -30,22 +31,29 @@ class TeacherConfig(Strict):
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     pretrained: str | None = None
     precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "bf16"
-    image_size: int | None = Field(None, ge=8)
+    image_size: int | None = Field(None, ge=8, le=8192)
     activation: Literal["gelu", "quickgelu"] | None = None
     random: bool = False
-    compile: bool = False
+    compile: Literal["auto"] | bool = "auto"
     shard: bool = False
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    norm_eps: float | None = Field(None, gt=0)
+    norm_eps: float | None = Field(None, gt=0, le=1)
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _shardable(self) -> TeacherConfig:
-        if self.shard and (self.compile or self.storage != self.precision):
-            other = "compile = true" if self.compile else f"precision = {self.precision}"
+        if self.shard and (self.compile is True or self.storage != self.precision):
+            other = "compile = true" if self.compile is True else f"precision = {self.precision}"
             raise ValueError(f"shard = true with {other}: not supported together; use one or the other")
         return self
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, std: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if std is not None and not all(1e-6 <= value <= 1e6 for value in std):
+            raise ValueError(f"{list(std)}: pixels are divided by each of them, so it must be from 1e-6 to 1e6")
+        return std
 
     @property
     def storage(self) -> Literal["fp32", "bf16", "fp16"]:

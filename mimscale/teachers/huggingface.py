@@ -1,4 +1,4 @@
-"""Convert Hugging Face's parameter names of CLIP vision towers and ViTs to timm's.
+"""Convert Hugging Face's parameter names of CLIP vision towers, ViTs and DINOv2 to timm's.
 
 Official MaskAlign checkpoints hold their teacher under these names, and so do the files of Hugging Face's hub. A file
 does not record constants: CLIP has LayerNorm eps 1e-5 and QuickGELU; Hugging Face's DINO has eps 1e-12, unlike timm's
@@ -15,6 +15,9 @@ from torch import Tensor
 
 _CLIP_ANCHOR = "embeddings.class_embedding"  # below vision_model., or at the root, as transformers 5 saves the tower
 _VIT_ANCHOR = "embeddings.cls_token"
+ANCHORS = (_CLIP_ANCHOR, _VIT_ANCHOR)
+"""How the name of one tensor of each tower ends that has Hugging Face's names."""
+
 _CLIP_BLOCK = {
     "self_attn.out_proj": "attn.proj",
     "layer_norm1": "norm1",
@@ -29,6 +32,42 @@ _VIT_BLOCK = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
+_DINOV2_BLOCK = {
+    "attention.output.dense": "attn.proj",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_LAYER_SCALE = (("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.gamma"))
+
+
+_OF_FILES = (  # names of the modules of a ViT in transformers 5 -> those in its files, which are transformers 4's
+    (re.compile(r"(^|\.)layers\.(?=\d)"), r"\1encoder.layer."),
+    (re.compile(r"\.attention\.q_proj\."), ".attention.attention.query."),
+    (re.compile(r"\.attention\.k_proj\."), ".attention.attention.key."),
+    (re.compile(r"\.attention\.v_proj\."), ".attention.attention.value."),
+    (re.compile(r"\.attention\.o_proj\."), ".attention.output.dense."),
+)
+_OF_FILES_MLP = ((".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."))  # but for DINOv2
+
+
+def names_of_files(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT's state dict under the names that its files have, where it was saved under its modules' in transformers 5.
+
+    `save_pretrained` writes the names of transformers 4, `torch.save` of a state dict those of the modules.
+    """
+    if not any(_OF_FILES[1][0].search(name) for name in state):
+        return dict(state)
+    dinov2 = any(name.endswith(_LAYER_SCALE[0][0]) for name in state)
+    out = {}
+    for name, tensor in state.items():
+        for pattern, replacement in _OF_FILES:
+            name = pattern.sub(replacement, name)
+        for theirs, files in () if dinov2 else _OF_FILES_MLP:
+            name = name.replace(theirs, files)
+        out[name] = tensor
+    return out
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -36,7 +75,7 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     if any(key.endswith(_CLIP_ANCHOR) for key in state):
         return from_huggingface_clip(state)
     if any(key.endswith(_VIT_ANCHOR) for key in state):
-        return from_huggingface_vit(state)
+        return from_huggingface_vit(names_of_files(state))
     return None
 
 
@@ -58,7 +97,9 @@ def from_huggingface_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_huggingface_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """ViTModel (supervised, DINO), or any model that contains one -> timm's VisionTransformer without head.
+    """ViTModel (supervised, DINO, MAE) or Dinov2Model, or any model that contains one -> timm's VisionTransformer.
+
+    Without head; DINOv2's mask token is left out, and its SwiGLU (giant) is not known.
 
     Raises KeyError if a tensor of the tower is missing.
     """
@@ -69,8 +110,16 @@ def from_huggingface_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
     for theirs, ours in (("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("layernorm", "norm")):
         out |= {f"{ours}.{kind}": state[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+    if "embeddings.register_tokens" in state:
+        out["reg_token"] = state["embeddings.register_tokens"]
     attention = [f"attention.attention.{part}" for part in ("query", "key", "value")]
-    return out | _blocks(state, "encoder.layer", attention, _VIT_BLOCK)
+    dinov2 = any(key.endswith(_LAYER_SCALE[0][0]) for key in state)
+    out |= _blocks(state, "encoder.layer", attention, _DINOV2_BLOCK if dinov2 else _VIT_BLOCK)
+    for key, tensor in state.items():
+        for theirs, ours in _LAYER_SCALE:
+            if key.startswith("encoder.layer.") and key.endswith(theirs):
+                out[f"blocks.{key.split('.')[2]}.{ours}"] = tensor
+    return out
 
 
 def _below(state: Mapping[str, Tensor], anchor: str, kept: str) -> dict[str, Tensor]:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mimscale.errors import UserError
 from mimscale.files.hashing import sha256
+from mimscale.files.weights_file import read_weights
 from mimscale.teachers.config import TeacherConfig
 
 FETCH = "run `mimscale doctor RECIPE --fetch` on a machine with internet and paste the lines that it prints"
@@ -123,22 +118,8 @@ def verify(name: str, config: TeacherConfig, path: Path) -> str:
 
 
 def read(name: str, path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors or torch file, by name, without executing code from it. Raises UserError."""
+    """The tensors of a teacher's file, by name (`mimscale.files.weights_file`). Raises UserError."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # files of MAE's code hold their arguments
-            state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if isinstance(error, pickle.UnpicklingError):  # torch's message advises to trust the file
-            reason = "it is truncated, or holds more than tensors"
-        download = "download it again"
-        fix = download if path.suffix == ".safetensors" else f"{download}, or convert it to .safetensors"
-        raise UserError(f"teachers.{name}: {path} cannot be read as plain tensors ({reason}); {fix}") from None
-    for key in ("model", "state_dict", "teacher"):  # the keys under which training scripts save their weights
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        raise UserError(f"teachers.{name}: {path} holds a {type(state).__name__}, not a dictionary of tensors")
-    return {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+        return read_weights(path).weights
+    except UserError as error:
+        raise UserError(f"teachers.{name}: {error}") from None

@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     # here, because a recipe that is only shown does not wait for DeepSpeed
     from mimscale.distributed import world
+    from mimscale.fault_tolerance.preemption import INTERRUPTED
     from mimscale.monitoring.metrics import StartupTimer
     from mimscale.training.loop import train
     from mimscale.training.plan import prepare
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     plan = prepare(config, run_dir, args.fork, tuple(sys.argv))
     startup.end("checks")
     closing = ExitStack()
-    train(plan, startup, closing)
+    interrupted = train(plan, startup, closing)
     world.close_process_group()
     closing.close()
-    return 0
+    return INTERRUPTED if interrupted else 0

@@ -17,7 +17,7 @@ from mimscale.config.run import RunConfig
 from mimscale.convert.formats.base import encoder_of, format_of, formats
 from mimscale.convert.formats.timm import SHARED_TABLE, TABLE
 from mimscale.convert.names import State
-from mimscale.convert.networks import levels_of
+from mimscale.convert.networks import levels_of, parts_that_no_student_has
 from mimscale.convert.read import Loaded, identity_file, read, resolve
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
@@ -55,6 +55,12 @@ def load_into(method: Method, run: RunConfig) -> tuple[str, ...]:
     assert run.init is not None
     loaded = read(run.init.weights)
     whole = run.init.part == "method"
+    spoilt = sorted(name for name, tensor in loaded.weights.items() if not tensor.isfinite().all())
+    if spoilt:
+        raise UserError(
+            f"init.weights = {loaded.path} holds inf or NaN in {len(spoilt)} tensors, first {spoilt[0]}; "
+            f"take an older checkpoint or get the file again"
+        )
     weights, target = (_all_of(loaded, method), method) if whole else (encoder_of(loaded.weights), method.student)
     own: State = target.state_dict()
     if whole and loaded.run is not None and loaded.run.method.name != run.method.name:
@@ -85,6 +91,7 @@ def load_into(method: Method, run: RunConfig) -> tuple[str, ...]:
     return (
         f"started from {loaded.path}: {len(own) - len(missing)} tensors of the {run.init.part}, sha256 "
         f"{run.init.sha256 or 'not computed'}",
+        *loaded.notes,
         *notes,
         *([f"not in it, so at their initial values: {', '.join(missing)}"] if missing else []),
         *([f"in it and not used: {', '.join(unused)}"] if unused else []),
@@ -104,6 +111,12 @@ def _all_of(loaded: Loaded, method: Method) -> State:
 
 def _same_shape(loaded: Loaded, run: RunConfig, weights: State, own: State, prefix: str) -> None:
     """Raises UserError for another kind or size of student, in the terms of the recipe."""
+    strangers = parts_that_no_student_has(loaded)
+    if strangers:
+        raise UserError(
+            f"init.weights = {loaded.path} holds a ViT with {' and '.join(strangers)}, which students do not have; "
+            f"take other weights"
+        )
     theirs, ours = (_describe(state, prefix) for state in (weights, own))
     known = loaded.run.student if loaded.run is not None else loaded.student
     if known is not None and theirs == ours and known.heads != run.student.heads:

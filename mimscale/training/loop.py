@@ -6,9 +6,9 @@ function of the step alone, whatever the number of ranks or workers and however 
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 
+from mimscale.errors import warn
 from mimscale.monitoring.metrics import StartupTimer
 from mimscale.training import recovery, setup
 from mimscale.training.context import TrainContext
@@ -17,16 +17,18 @@ from mimscale.training.plan import Plan
 from mimscale.types import StepInfo
 
 
-def train(plan: Plan, startup: StartupTimer, closing: ExitStack) -> None:
+def train(plan: Plan, startup: StartupTimer, closing: ExitStack) -> bool:
     """Run to the last step, or to the step at which a signal asks to stop. Saves at either.
+
+    Returns whether somebody's Ctrl-C ended it.
 
     closing: gets what is to be ended afterwards: watchdog, lock, workers. A process that ends because the run failed
     leaves it alone, so that it stays watched. The process group stays open for another run in this process.
     """
     if (plan.run_dir / "done").exists():
         if plan.world.rank == 0:
-            print(f"{plan.run_dir} is finished; nothing to do", file=sys.stderr)
-        return
+            warn(f"{plan.run_dir} is finished; nothing to do")
+        return False
     run = setup.build(plan, startup, closing)
     state = recovery.restore(run).launched()
     monitor = Monitor(run, state)
@@ -35,6 +37,7 @@ def train(plan: Plan, startup: StartupTimer, closing: ExitStack) -> None:
         run.method.after_step(info)
         state = monitor.after_step(state, info)
     monitor.finish(state)
+    return monitor.stopped and run.preemption.reason == "SIGINT"
 
 
 def train_step(run: TrainContext, step: int) -> StepInfo:

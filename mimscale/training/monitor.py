@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import json
+import resource
 from dataclasses import asdict, replace
 from functools import partial
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.checkpoint.async_writer import AsyncCheckpointWriter
+from mimscale.config.compiler import compile_seconds, uncompiled
 from mimscale.data.wds_stream import NOT_EXACT
-from mimscale.errors import Stopped
+from mimscale.errors import Stopped, UserError
 from mimscale.fault_tolerance import activation_magnitudes
 from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_marker, there
 from mimscale.monitoring.metrics import ThroughputMeter
@@ -48,21 +50,31 @@ class Monitor:
             run.logger.log_event,
             alive=run.watchdog.alive,
         )
+        run.coordinator.on_all_ranks(check_file_size_limit, self._checkpoints.bytes)
         run.guard.load(state.guard)
         run.startup.end("buffers")
 
         run.inputs.start(state)
         run.logger.start(total=plan.total_steps, step=state.step, tensorboard=plan.config.log.tensorboard)
-        run.logger.print("\n".join((describe_run(run, state), *run.init_notes)))
+        notes = (*run.cost_notes, *run.init_notes, *run.teachers.notes, *run.engine.notes)
+        run.logger.print("\n".join((describe_run(run, state), *notes)))
+        self._engine_notes = len(run.engine.notes)
         if state.step < plan.total_steps:
             run.inputs.wait_for_first()
         run.startup.end("workers")
-        self._throughput = ThroughputMeter(plan.world.device, waited_s=lambda: run.timer.seconds[WAITING])
+        run.timer.enter(BETWEEN)  # the wait for the first batch is part of the start
+        self._throughput = ThroughputMeter(
+            plan.world.device,
+            waited_s=lambda: run.timer.seconds[WAITING],
+            host_share=run.timer.host_share,
+            cost=run.cost,
+        )
         gc.collect()
         run.closing.callback(gc.enable)
         run.closing.callback(gc.unfreeze)
         gc.freeze()
         gc.disable()
+        run.preemption.phase = "loop"
         run.timer.lap()
 
     def after_step(self, state: TrainState, info: StepInfo) -> TrainState:
@@ -125,6 +137,9 @@ class Monitor:
         plan, config = run.plan, run.plan.config
         if "first_step" not in run.startup.seconds:
             run.startup.end("first_step")
+            run.startup.move("first_step", "compile", compile_seconds())
+            for line in run.engine.notes[self._engine_notes :]:
+                run.logger.print(line)
             run.logger.log_event("first_step", seconds=run.startup.seconds, cpu_s=run.startup.cpu_s)
         if config.watchdog.every and step % config.watchdog.every == 0:
             for line in run.timer.compare(run.coordinator):
@@ -146,7 +161,8 @@ class Monitor:
         run, every = self._run, self._run.plan.config.log.panels
         if every and (info.step == info.total or info.step % every == 0):
             targets = {name: seen.first(SAMPLES) for name, seen in info.targets.items()}
-            run.logger.add_panel(info.step, run.method.visualise(info.batch.first(SAMPLES), targets))
+            with uncompiled():
+                run.logger.add_panel(info.step, run.method.visualise(info.batch.first(SAMPLES), targets))
 
     def _save_and_stop(self, state: TrainState, info: StepInfo) -> None:
         run, last = self._run, info.step == info.total
@@ -156,6 +172,7 @@ class Monitor:
         if self.stopped or last:
             run.timer.enter(SAVING)
             ignore_signals()
+            run.preemption.phase = "end"
             self._checkpoints.wait_for_writes()
         if self.stopped or last or (every and info.step % every == 0):
             self._log_damage()  # a run that goes on from here does not meet it again
@@ -167,7 +184,8 @@ class Monitor:
         state = replace(state, guard=run.guard.dump())
         if run.engine.loss_scale is not None:
             forward = partial(run.method, info.batch, info.targets)
-            run.guard.usual = activation_magnitudes.magnitudes(run.method, forward)
+            with uncompiled():
+                run.guard.usual = activation_magnitudes.magnitudes(run.method, forward)
         self._checkpoints.save(state.step, run.fragments(), describe_state(run, state))
 
     def _log_damage(self) -> None:
@@ -190,7 +208,8 @@ class Monitor:
             run.logger.print(f"stopped at step {state.step} ({reason or 'asked by another rank'}), {fate}")
             if run.damage_log.full:
                 return run.damage_log.verdict()
-            if plan.world.rank == 0 and not there(run_folder.stop_wish(plan.run_dir)):
+            by_hand = run.preemption.reason == "SIGINT" or there(run_folder.stop_wish(plan.run_dir))
+            if plan.world.rank == 0 and not by_hand:
                 leave_requeue_marker(run.writer, newest)
             return None
         if not saved:
@@ -199,6 +218,16 @@ class Monitor:
             run.writer.replace(plan.run_dir / "done", f"{state.step}\n")
         run.logger.print(f"done: {plan.run_dir}, step {state.step}")
         return None
+
+
+def check_file_size_limit(needed: int) -> None:
+    """Raise UserError where a checkpoint's file, of `needed` bytes, could never be written by this process."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if 0 <= limit < needed:  # RLIM_INFINITY is -1
+        raise UserError(
+            f"this process may write files of {limit} bytes, and a checkpoint needs {needed} on each rank; raise the "
+            f"limit (ulimit -f unlimited)"
+        )
 
 
 def open_folder(run: TrainContext, state: TrainState) -> None:

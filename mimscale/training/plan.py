@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
+from mimscale.config.compiler import use_cache_dir
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig, method_class
-from mimscale.data import device_decode
 from mimscale.data.wds_stream import Source, open_source
 from mimscale.distributed.world import World, check_precision, from_environment
 from mimscale.engine.factory import check_backend
@@ -20,10 +21,10 @@ from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.monitoring.damage_log import DamageLog, default_limit
 from mimscale.optim import lr_schedule
 from mimscale.teachers.base import Teacher
-from mimscale.teachers.ensemble import build_skeletons, describe
+from mimscale.teachers.ensemble import build_skeletons, check_compiled, describe
 from mimscale.teachers.quantise import check as check_quantised
 from mimscale.training import init_weights
-from mimscale.training.micro_batch import solve_micro_batch
+from mimscale.training.auto_micro_batch import resolved, solve
 from mimscale.types import TeacherInfo
 
 
@@ -34,7 +35,8 @@ class Plan:
     config: the resolved recipe. parent: the checkpoint whose weights a fork starts from. fresh: whether there is no
     checkpoint of this run to continue from. ds_config: DeepSpeed's JSON, parsed. micro_batch: images per rank and
     forward pass; accumulation: micro-batches per optimiser step. skeletons: every teacher on the meta
-    device, for `TeacherEnsemble`. command: for launches.jsonl.
+    device, for `TeacherEnsemble`. command: for launches.jsonl. auto_micro_batch: whether the micro-batch is solved from
+    the memory of this rank's device (`auto_micro_batch.agreed`).
     """
 
     config: RunConfig
@@ -50,6 +52,7 @@ class Plan:
     steps_per_epoch: int
     total_steps: int
     command: tuple[str, ...]
+    auto_micro_batch: bool = False
 
     @property
     def teachers(self) -> dict[str, TeacherInfo]:
@@ -62,20 +65,19 @@ class Plan:
 
 def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:
     """Every check, before a process group is opened. Raises UserError."""
+    use_cache_dir()
+    run_folder.check_names(run_dir, *([fork] if fork is not None else []))
     world = from_environment(config.engine.device)
     ds_config = load_ds_config(config.engine.ds_config)
     check_precision(world.device, precision_of(ds_config))
-    check_backend(config.engine, ds_config)
-    batch = config.schedule.global_batch
-    micro_batch, accumulation = solve_micro_batch(batch, world.size, config.engine.max_micro_batch)
+    check_backend(config.engine, ds_config, world.device)
     skeletons = build_skeletons(config.teachers, config.data.image_size)
     for name, teacher in config.teachers.items():
         if world.device.type == "cuda" or teacher.shard:
             check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
             check_quantised(name, teacher.precision, world.device)
+        check_compiled(name, teacher, world.device)
     method_class(config.method.name).check(config, describe(skeletons))
-    if config.data.decoder == "device":
-        device_decode.check(world.device)
 
     stored = run_folder.existing_run(run_dir)
     parent = None
@@ -85,15 +87,23 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
             raise UserError(f"--fork: {run_dir} has no checkpoint to start from; let it save one first")
         if config.init is not None:
             raise UserError(f"--fork starts from {run_dir} and init.weights from {config.init.weights}; set init=null")
+        if os.path.realpath(fork) == os.path.realpath(run_dir):
+            raise UserError(f"--fork {fork} is --run-dir itself; name a new folder for the new run")
         run_dir, stored = fork, run_folder.existing_run(fork)
     fresh = not checkpoint.steps(run_dir / "checkpoints") and not checkpoint.damaged(run_dir / "checkpoints")
     config = init_weights.with_sha256(config, stored, resumes=not fresh)
     if stored is not None:
         run_folder.refuse_changes(stored, config, run_dir)
+        config = run_folder.compiled_as_before(stored, config)
     if run_folder.stop_wish(run_dir).exists():
         raise UserError(f"{run_folder.stop_wish(run_dir)} asks this run to stop; remove it to go on")
 
+    auto_micro_batch = config.engine.max_micro_batch == "auto"
+    config = resolved(config, stored, world)
+    micro_batch, accumulation = solve(config, world)
+    check_backend(config.engine, ds_config, world.device, accumulation)
     manifest = open_source(config.data, world.size)
+    check_classes(config, manifest)
     steps_per_epoch = manifest.samples // config.schedule.global_batch
     if config.schedule.steps is None and steps_per_epoch == 0:
         raise UserError(
@@ -124,7 +134,15 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
         steps_per_epoch,
         total,
         command,
+        auto_micro_batch,
     )
+
+
+def check_classes(config: RunConfig, manifest: Source) -> None:
+    """Raises UserError where the method has outputs for another number of classes than the data set has."""
+    if manifest.labels is not None:
+        classes = len(manifest.classes) if manifest.classes is not None else int(manifest.labels.max()) + 1
+        method_class(config.method.name).check_classes(config, classes)
 
 
 def open_damage_log(

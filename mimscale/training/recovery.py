@@ -20,6 +20,8 @@ from mimscale.training.plan import Plan
 from mimscale.training.state import TrainState
 
 T = TypeVar("T")
+MANIFEST = {"step", "state", "config", "data", "teachers", "method", "shapes", "groups", "engine"}
+"""What `describe_state` writes; a manifest without it is somebody else's."""
 
 
 def describe_state(run: TrainContext, state: TrainState) -> dict[str, Any]:
@@ -36,7 +38,18 @@ def describe_state(run: TrainContext, state: TrainState) -> dict[str, Any]:
 
 
 def restore(run: TrainContext) -> TrainState:
-    """Continue from the newest checkpoint that is whole, else from a fork's parent, else from the beginning."""
+    """Continue from the newest checkpoint that is whole, else from a fork's parent, else from the beginning.
+
+    Raises UserError, also for what the file system refuses to read.
+    """
+    try:
+        return _restore(run)
+    except OSError as error:
+        what, why = error.filename or run.checkpoints, error.strerror or error
+        raise UserError(f"{what} cannot be read ({why}); repair it, or move it away") from None
+
+
+def _restore(run: TrainContext) -> TrainState:
     state = load_newest(run, done=run.startup.end)
     if state is not None:
         return state
@@ -44,6 +57,8 @@ def restore(run: TrainContext) -> TrainState:
         raise UserError(
             f"every checkpoint in {run.checkpoints} is damaged; remove the damaged-* folders to start at step 0"
         )
+    if run.coordinator.rank == 0 and run.plan.parent is None and saved_before(run.plan.run_dir):
+        warn(f"{run.checkpoints} has no checkpoint, although metrics.jsonl lists some that were saved; starting at 0")
     if run.plan.parent is not None:
         reader, damage = opened(run.plan.parent, run.coordinator, run.startup.end)
         if reader is None:
@@ -51,6 +66,14 @@ def restore(run: TrainContext) -> TrainState:
         run.coordinator.on_all_ranks(run.engine.load_weights, reader)
         run.engine.finish_load(reader, counters=False)
     return TrainState()
+
+
+def saved_before(run_dir: Path) -> bool:
+    """Whether the run's log speaks of a checkpoint."""
+    try:
+        return b'"event": "saved"' in (run_dir / "metrics.jsonl").read_bytes()
+    except OSError:
+        return False
 
 
 def load_newest(
@@ -65,6 +88,8 @@ def load_newest(
         if checkpoint.step_of(path) > until:
             continue
         reader, damage = opened(path, coordinator, done)
+        if reader is not None and (missing := sorted(MANIFEST - reader.meta.keys())):
+            reader, damage = None, f"its manifest has no {missing[0]}"
         if reader is None:
             if coordinator.rank == 0:
                 warn(f"passing over {path.name}: {damage}")

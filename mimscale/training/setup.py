@@ -1,18 +1,26 @@
-"""Build the parts of a run, one after the other. What can fail without the other ranks fails before they connect."""
+"""Build the parts of a run, one after the other. What can fail without the other ranks fails before they connect.
+
+What needs them is built once all have met, agree on what they train, and see one run folder.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch
 
 from mimscale.checkpoint import run_folder
-from mimscale.config.run import method_class
+from mimscale.config.run import RunConfig, method_class
 from mimscale.distributed.coordination import Coordinator
+from mimscale.distributed.rendezvous import meet
+from mimscale.distributed.world import World
+from mimscale.engine.base import Engine
 from mimscale.engine.factory import make_engine, open_process_group
 from mimscale.engine.sharded_module import split_over_ranks
-from mimscale.fault_tolerance.preemption import Preemption
+from mimscale.fault_tolerance.preemption import Preemption, SignalWatch
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.fault_tolerance.run_lock import RunLock
 from mimscale.fault_tolerance.step_guard import StepGuard
@@ -23,9 +31,13 @@ from mimscale.monitoring.phase_timer import PhaseTimer
 from mimscale.monitoring.run_logger import RunLogger
 from mimscale.teachers.ensemble import TeacherEnsemble
 from mimscale.training import init_weights
+from mimscale.training.auto_micro_batch import agreed
 from mimscale.training.context import TrainContext
 from mimscale.training.inputs import TrainInputs
 from mimscale.training.plan import Plan, open_damage_log
+from mimscale.training.same_ranks import refuse_different_ranks
+from mimscale.training.speed import step_cost
+from mimscale.types import TeacherInfo
 
 
 def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext:
@@ -38,12 +50,15 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
     watchdog = Watchdog(plan.run_dir, world.rank, config.watchdog, timer)
     closing.callback(watchdog.close)
     preemption = Preemption(stop_files=run_folder.stop_files(plan.run_dir))
+    signal_watch = SignalWatch(preemption, world.rank)
+    closing.callback(signal_watch.close)
 
-    torch.manual_seed(config.seed)
-    method: Method = method_class(config.method.name)(config, plan.teachers)
+    method = make_method(config, plan.teachers)
     init_notes = init_weights.load_into(method, config) if plan.fresh and config.init is not None else ()
     needs, image_size = method.needs.teachers, config.data.image_size
-    teachers = TeacherEnsemble(config.teachers, plan.skeletons, needs, image_size, world.device)
+    fused = config.engine.uses("teacher_kernels")
+    teachers = TeacherEnsemble(config.teachers, plan.skeletons, needs, image_size, world.device, fused)
+    cost, cost_notes = step_cost(plan)
     parameter_count = sum(parameter.numel() for parameter in method.parameters())
     startup.end("model")
 
@@ -51,21 +66,25 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
     if lock is not None:
         closing.callback(lock.release)
     startup.end("lock")
+    store = meet(world, preemption.leave_if_asked)
     open_process_group(world, config.engine)
-    watchdog.coordinator = coordinator = Coordinator()
+    watchdog.coordinator = signal_watch.coordinator = coordinator = Coordinator(store)
+    plan = agreed(plan, coordinator)
+    config = plan.config
+    refuse_different_ranks(plan, teachers, coordinator)
+    run_folder.prove_shared(plan.run_dir, coordinator)
     startup.end("process_group")
 
-    engine = make_engine(
+    engine = connect(
         method,
+        teachers,
         config,
         world,
         micro_batch=plan.micro_batch,
         accumulation=plan.accumulation,
         ds_config=plan.ds_config,
+        samples=plan.manifest.samples,
     )
-    teachers.shard(partial(split_over_ranks, world=world))
-    teachers.check()
-    method.before_run(plan.manifest.samples)
     startup.end("engine")
 
     writer = RetryingWriter()
@@ -91,4 +110,36 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
         closing=closing,
         parameter_count=parameter_count,
         init_notes=init_notes,
+        cost=cost,
+        cost_notes=cost_notes,
     )
+
+
+def make_method(config: RunConfig, teachers: Mapping[str, TeacherInfo]) -> Method:
+    """The method on the CPU, at the random start that the recipe's seed gives. Raises UserError."""
+    torch.manual_seed(config.seed)
+    method: Method = method_class(config.method.name)(config, teachers)
+    return method
+
+
+def connect(
+    method: Method,
+    teachers: TeacherEnsemble,
+    config: RunConfig,
+    world: World,
+    *,
+    micro_batch: int,
+    accumulation: int,
+    ds_config: Mapping[str, Any],
+    samples: int,
+) -> Engine:
+    """The engine around a method, with the teachers ready beside it. Collective. Raises UserError. samples: in the data
+    set.
+    """
+    engine = make_engine(method, config, world, micro_batch=micro_batch, accumulation=accumulation, ds_config=ds_config)
+    teachers.shard(partial(split_over_ranks, world=world))
+    teachers.check()
+    if config.engine.cuda_graphs != "off":
+        teachers.use_cuda_graphs()
+    method.before_run(samples)
+    return engine

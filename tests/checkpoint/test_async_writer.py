@@ -110,6 +110,7 @@ def test_a_slow_save_is_known_to_be_alive_and_a_hung_one_is_not(
     def write(self: HostBuffer, path: Path) -> tuple[int, str]:
         while not go.wait(0.005):
             self.written += moves.is_set()
+        path.touch()
         return 0, "00" * 32
 
     monkeypatch.setattr(HostBuffer, "write", write)

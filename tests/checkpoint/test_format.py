@@ -84,6 +84,29 @@ def test_files_are_plain_safetensors(tmp_path: Path) -> None:
     assert json.loads((path / "manifest.json").read_text())["format"] == checkpoint.FORMAT
 
 
+def sign(path: Path, text: str) -> None:
+    """Make a text the manifest that COMPLETE was written for."""
+    (path / "manifest.json").write_text(text)
+    (path / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())
+
+
+def test_a_shard_that_is_not_seen_is_not_committed(tmp_path: Path) -> None:
+    """As on two nodes whose folder is not one: what the other rank reports is there, but not here."""
+    for change in ("missing", "cut", "a folder"):
+        part = tmp_path / f".tmp {change}"
+        shards = [write_shard(part, {"fp32|w|0": torch.arange(4.0)}, rank, 2) for rank in (0, 1)]
+        path = part / shards[1]["file"]
+        content = path.read_bytes()
+        path.unlink()
+        if change == "cut":
+            path.write_bytes(content[:-1])
+        elif change == "a folder":
+            path.mkdir()
+        with pytest.raises(OSError, match="shard-00001-of-00002.* (is not seen|has .* bytes) on .* its rank wrote"):
+            checkpoint.commit(part, tmp_path / "step-00000001", shards, {"shapes": {}})
+        assert not checkpoint.steps(tmp_path) and not (part / "COMPLETE").exists()
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, 1, torch.arange(1000.0), [500])
     first, second = sorted(path.glob("*.safetensors"))
@@ -105,15 +128,25 @@ def test_damage_is_named(tmp_path: Path) -> None:
         CheckpointReader(path).into("exp_avg", "w", 0, torch.empty(3))
     manifest = path / "manifest.json"
     text = manifest.read_text()
-    manifest.write_text('{"format": 99}')
+    sign(path, '{"format": 99}')
     with pytest.raises(UserError, match="format 99; this version of mimscale reads 3"):
         CheckpointReader(path)
-    manifest.write_text("{")
-    with pytest.raises(CheckpointError, match="manifest.json is not a manifest"):
-        CheckpointReader(path)
-    manifest.write_text(text.replace("1000", "1001"))
-    with pytest.raises(CheckpointError, match="sha256 differs from COMPLETE"):
-        CheckpointReader(path)
+    for other in ("{", "5", "[]", "[" * 100_000, '{"format": 3}', '{"format": 3, "shapes": {}, "shards": 7}',
+                  '{"format": 3, "shapes": {}, "shards": [{"file": 1}]}'):  # fmt: skip
+        sign(path, other)
+        with pytest.raises(CheckpointError, match="manifest.json (is no|has no)"):
+            CheckpointReader(path)
+    sign(path, text)
+    for damaged in (text.replace("1000", "1001"), text.replace('"format": 3', '"format": 2'), "{", ""):
+        manifest.write_text(damaged)
+        with pytest.raises(CheckpointError, match="sha256 differs from COMPLETE"):
+            CheckpointReader(path)
+    manifest.write_text(text)
+    complete = (path / "COMPLETE").read_bytes()
+    for bit in (1, 0x80):  # another digit, and no UTF-8
+        (path / "COMPLETE").write_bytes(bytes([complete[0] ^ bit]) + complete[1:])
+        with pytest.raises(CheckpointError, match="sha256 differs from COMPLETE"):
+            CheckpointReader(path)
     (path / "COMPLETE").unlink()
     with pytest.raises(CheckpointError, match="COMPLETE is missing"):
         CheckpointReader(path)
@@ -123,9 +156,7 @@ def test_a_manifest_reaches_no_file_outside_its_folder(tmp_path: Path) -> None:
     path = write(tmp_path, 1, torch.arange(4.0), [])
     meta = json.loads((path / "manifest.json").read_text())
     for name in (f"../{path.name}/shard", "/etc/hostname", ".."):
-        text = json.dumps({**meta, "shards": [{**meta["shards"][0], "file": name}]})
-        (path / "manifest.json").write_text(text)
-        (path / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())
+        sign(path, json.dumps({**meta, "shards": [{**meta["shards"][0], "file": name}]}))
         with pytest.raises(UserError, match="outside of its folder"):
             CheckpointReader(path)
 

@@ -20,11 +20,11 @@ from mimscale.config.deepspeed import load_ds_config
 from mimscale.config.extends import merged
 from mimscale.config.recipes import load_recipe, read_recipe, recipe_names, validate
 from mimscale.config.run import RunConfig, method_class
+from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE, MAEConfig
 from mimscale.optim.lr_schedule import lr_at_step
 from mimscale.teachers.ensemble import build_skeletons, describe
-from mimscale.training.micro_batch import solve_micro_batch
 from mimscale.types import Noise, TeacherInfo, TeacherNeeds
 
 CLIP_B = TeacherInfo("clip", dim=768, depth=12, grid=(14, 14), image_size=224, has_cls=True)
@@ -154,7 +154,8 @@ def test_every_method_has_a_large_and_a_huge_recipe() -> None:
         assert {1024, 1280} <= widths[name], name
 
 
-VARIANTS: dict[str, tuple[str, dict[str, float]]] = {  # recipe -> (the one that it follows, the only differences)
+LARGE_BATCH = {"engine.max_micro_batch": 128, "engine.ds_config": "zero2_bf16"}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe -> (the one that it follows, the only differences)
     "mae_vit_b16_1600ep": ("mae_vit_b16", {"schedule.epochs": 1600}),
     "mae_vit_l16_1600ep": ("mae_vit_l16", {"schedule.epochs": 1600}),
     "mae_vit_h14_1600ep": ("mae_vit_h14", {"schedule.epochs": 1600}),
@@ -162,6 +163,27 @@ VARIANTS: dict[str, tuple[str, dict[str, float]]] = {  # recipe -> (the one that
     "mae_vit_l16_batch1024": ("mae_vit_l16", {"schedule.global_batch": 1024}),
     "mff_vit_b16_300ep": ("mff_vit_b16", {"schedule.epochs": 300, "schedule.warmup_start_factor": 1e-4}),
     "pixmim_vit_b16_300ep": ("pixmim_vit_b16", {"schedule.epochs": 300, "schedule.warmup_start_factor": 1e-4}),
+    **{
+        f"mae_vit_{size}_batch8192": (
+            f"mae_vit_{size}",
+            {"schedule.global_batch": 8192, "schedule.base_lr": 1.061e-4, "schedule.warmup_epochs": 80, **LARGE_BATCH},
+        )
+        for size in ("l16", "h14")
+    },
+    **{
+        f"{method}_vit_{size}_batch{batch}": (
+            f"{method}_vit_{size}",
+            {
+                "schedule.global_batch": batch,
+                "schedule.base_lr": lr,
+                "schedule.warmup_epochs": 40,
+                **LARGE_BATCH,
+                **clip,
+            },
+        )
+        for method, batch, lr in (("maskalign", 4096, 7.5e-5), ("maskalign", 8192, 5.303e-5), ("mrmae", 4096, 7.5e-5))
+        for size, clip in (("l16", {}), ("h14", {"teachers.clip.precision": "bf16"}))
+    },
     "convmae_b_200ep": ("convmae_b", {"schedule.epochs": 200}),
     "mrmae_convmae_b_200ep": ("mrmae_convmae_b", {"schedule.epochs": 200}),
 }

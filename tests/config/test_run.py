@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mimscale.config import deepspeed
 from mimscale.config.recipes import load_recipe, validate
+from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.errors import UserError
-from mimscale.training.micro_batch import solve_micro_batch
 from tests import ranks
 
 
@@ -53,6 +53,25 @@ def recipe(tmp_path: Path) -> Path:
         ("teachers.a.library=tim", "teachers.a.library = 'tim': input should be 'timm' or 'open_clip'"),
         ("engine", "override 'engine' is not of the form section.key=value"),
         ("seed.x=1", "override seed.x: seed is a value, not a section"),
+        ("seed=99999999999999999999", "seed = 1e+20: a number must be at most 1e+12"),
+        ("student.size=[1]", "student.size = [1]: input should be 'tiny'"),
+        ("student.mlp_ratio=1e308", "student.mlp_ratio = 1e+308: input should be less than or equal to 256"),
+        ("method.decoder_mlp_ratio=1e9", "method.decoder_mlp_ratio = 1000000000.0: input should be less than"),
+        ("data.cache_gib=.inf", "data.cache_gib = inf: input should be a finite number"),
+        ("data.cache_gib=1e10", "data.cache_gib = 10000000000.0: input should be less than or equal to 1000000000"),
+        ("data.streams=2147483648", "data.streams = 2147483648: input should be less than or equal to 1048576"),
+        ("data.prefetch=2147483648", "data.prefetch = 2147483648: input should be less than"),
+        ("data.block=99999999999999999999", "data.block = 99999999999999999999: input should be less than"),
+        ("schedule.min_lr=5", "schedule: min_lr = 5 is above the peak of"),
+        ("schedule.warmup_lr=5", "schedule: warmup_lr = 5 is above the peak of"),
+        ("schedule.base_lr=1e308", "schedule.base_lr = 1e+308: input should be less than or equal to 1000"),
+        (
+            "schedule={global_batch: 1000, lr_batch: 1, base_lr: 2, steps: 9}",
+            "gives a learning rate of 2000, above 1000",
+        ),
+        ("optim.weight_decay=1e308", "optim.weight_decay = 1e+308: input should be less than or equal to 1000"),
+        ("teachers.a={library: timm, model: m, std: [0, 0, 0]}", "teachers.a.std: [0.0, 0.0, 0.0]: pixels are divided"),
+        ("data={shards: a, shards: b}", "override data={shards: a, shards: b}: the value is not YAML"),
     ],
 )
 def test_one_line(recipe: Path, override: str, line: str) -> None:
@@ -73,6 +92,13 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "none.yaml"))
     with pytest.raises(UserError, match="did you mean 'mae_vit_b16'"):
         load_recipe("mae_vit_b61")
+
+
+def test_a_section_given_twice_is_refused(recipe: Path) -> None:
+    """YAML forbids it; PyYAML takes the last one in silence."""
+    recipe.write_text(recipe.read_text() + "\nschedule: {global_batch: 16, steps: 2, base_lr: 1.0}\n")
+    with pytest.raises(UserError, match="the key 'schedule' is given twice; remove one"):
+        load_recipe(str(recipe))
 
 
 def test_overrides_and_round_trip(recipe: Path, tmp_path: Path) -> None:
@@ -122,14 +148,62 @@ def test_what_may_change_at_a_resume(recipe: Path) -> None:
             {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
             "in bf16 with data_types.grad_accum_dtype = fp32 DeepSpeed's optimizer for ZeRO stage 1 lets",
         ),
+        ([1], "must be {...} with sections, found list"),
+        (None, "must be {...} with sections, found NoneType"),
+        ({"zero_optimization": None}, "zero_optimization: None is not a section"),
+        ({"zero_optimization": True}, "zero_optimization: True is not a section"),
+        ({"bf16": True}, "bf16: True is not a section"),
+        ({"data_types": []}, "data_types: [] is not a section"),
+        ({"bf16": {"enabled": "auto"}}, "bf16.enabled: 'auto' is not true or false; 'auto' means something to Hugging"),
+        ({"fp16": {"enabled": "false"}}, "fp16.enabled: 'false' is not true or false; write true or false"),
+        ({"fp16": {"enabled": 1}}, "fp16.enabled: 1 is not true or false"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled; enable one"),
+        ({"fp16": {"enabled": True, "initial_scale_power": 64}}, "initial_scale_power = 64: input should be less than"),
+        ({"bf16": {"enabled": True, "loss_scale_window": 9}}, "unknown key bf16.loss_scale_window"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage = 4: input should be 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage: '2' is not a whole number"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage: True is not a whole number"),
+        ({"zero_optimization": {"overlap_com": True}}, "overlap_com; did you mean 'overlap_comm'?"),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "reduce_bucket_size: 'auto' is not a whole number"),
+        ({"zero_optimization": {"reduce_bucket_size": -5}}, "reduce_bucket_size = -5: input should be greater"),
+        ({"zero_optimization": {"reduce_bucket_size": 2.5}}, "reduce_bucket_size: 2.5 is not a whole number"),
+        ({"zero_optimization": {"zenflow": {}}}, "unknown key zero_optimization.zenflow"),
+        ({"communication_data_type": "bogus"}, "communication_data_type = 'bogus': input should be 'fp32'"),
+        ({"gradient_predivide_factor": 0}, "gradient_predivide_factor = 0: input should be greater than 0"),
+        ({"gradient_predivide_factor": "2"}, "gradient_predivide_factor = '2': input should be a valid number"),
+        ({"data_types": {"grad_accum_dtype": "fp8"}}, "data_types.grad_accum_dtype = 'fp8': input should be 'fp32'"),
     ],
 )
-def test_deepspeed_files(tmp_path: Path, change: dict[str, object], line: str) -> None:
+def test_deepspeed_files(tmp_path: Path, change: object, line: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(change))
     with pytest.raises(UserError) as error:
         deepspeed.load_ds_config(str(path))
     assert line in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b'{"zero_optimization": {"stage": 2, "stage": 3}}', "the key 'stage' is given twice"),
+        (b'{"bf16": {}, "bf16": {"enabled": true}}', "the key 'bf16' is given twice"),
+        (b'{"gradient_predivide_factor": NaN}', "gradient_predivide_factor = nan: input should be"),
+        (b'{"zero_optimization": {"stage": 2},}', "is not JSON"),
+        (b"\xff\xfe{\x00}\x00", "is not a text file in UTF-8"),
+        (b"[" * 100_000, "is not JSON"),
+    ],
+)
+def test_deepspeed_files_that_are_not_whole_json(tmp_path: Path, content: bytes, line: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        deepspeed.load_ds_config(str(path))
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_buckets_may_be_written_as_deepspeed_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e7}}')
+    assert deepspeed.load_ds_config(str(tmp_path / "ds.json"))["zero_optimization"]["reduce_bucket_size"] == 5e7
 
 
 def test_shipped_deepspeed_files() -> None:

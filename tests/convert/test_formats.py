@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor
 
@@ -172,3 +172,92 @@ def test_our_names_are_no_official_ones() -> None:
         weights = build(name)[0].state_dict()
         assert format_of(weights) is None
         assert any(names.fits(weights) for names in formats().values())
+
+
+# ------------------------------------------------------------------------------------------------ Hugging Face's names
+
+
+NAMES_OF_A_VITMAE = {  # as `ViTMAEForPreTraining(...).save_pretrained` of transformers 5.24 writes them
+    "vit.embeddings.cls_token",
+    "vit.embeddings.position_embeddings",
+    "vit.embeddings.patch_embeddings.projection.weight",
+    "vit.encoder.layer.2.attention.attention.query.bias",
+    "vit.encoder.layer.0.attention.output.dense.weight",
+    "vit.encoder.layer.0.layernorm_before.weight",
+    "vit.encoder.layer.0.layernorm_after.bias",
+    "vit.encoder.layer.0.intermediate.dense.weight",
+    "vit.encoder.layer.0.output.dense.bias",
+    "vit.layernorm.weight",
+    "decoder.mask_token",
+    "decoder.decoder_pos_embed",
+    "decoder.decoder_embed.weight",
+    "decoder.decoder_norm.bias",
+    "decoder.decoder_pred.weight",
+    "decoder.decoder_layers.0.attention.attention.value.weight",
+    "decoder.decoder_layers.0.layernorm_after.weight",
+    "decoder.decoder_layers.0.output.dense.weight",
+}
+
+
+def of_its_modules(name: str) -> str:
+    """The name in the state dict of transformers 5's module, where it differs from the file's."""
+    for file, module in (
+        ("vit.encoder.layer.", "vit.layers."),
+        (".attention.attention.query.", ".attention.q_proj."),
+        (".attention.attention.key.", ".attention.k_proj."),
+        (".attention.attention.value.", ".attention.v_proj."),
+        (".attention.output.dense.", ".attention.o_proj."),
+        (".intermediate.dense.", ".mlp.fc1."),
+        (".output.dense.", ".mlp.fc2."),
+    ):
+        name = name.replace(file, module)
+    return name
+
+
+def test_a_whole_mae_goes_to_transformers_and_back() -> None:
+    method, run = build("mae")
+    names = formats()["transformers"]
+    state = names.to_official(method.state_dict(), run).weights
+    assert state.keys() >= NAMES_OF_A_VITMAE
+    for file in (state, {of_its_modules(name): tensor for name, tensor in state.items()}):
+        assert [name for name, found in formats().items() if found.recognises(file)] == ["transformers"]
+        assert same(names.from_official(file).weights, method.state_dict())
+        encoder = {n: t for n, t in method.student.state_dict().items() if n != "mask_token"}
+        assert same(encoder_of(file), encoder)
+
+
+def test_a_vitmae_file_starts_a_run_and_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    method, run = build("mae")
+    state = formats()["transformers"].to_official(method.state_dict(), run).weights
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "hf.safetensors")
+    student = [str(tmp_path / "hf.safetensors"), str(tmp_path / "s.safetensors"), "--to", "student", "--heads", "2"]
+    assert main(["convert", *student]) == 0
+    assert same(load_file(tmp_path / "s.safetensors"), method.student.state_dict())
+    vit, _ = student_from(tmp_path / "hf.safetensors", heads=2)
+    assert same(vit.state_dict(), method.student.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"reg_tokens": 4}, "register tokens"),
+        ({"reg_tokens": 2, "no_embed_class": True}, "register tokens"),
+        ({"no_embed_class": True}, "no position of its class token"),
+        ({"class_token": False, "global_pool": "avg"}, "no class token"),
+        ({"pre_norm": True}, "a norm before its blocks"),
+        ({"init_values": 1e-5}, "layer scale"),
+        ({"qk_norm": True}, "norms of its queries and keys"),
+        ({"qkv_bias": False}, "no biases of its queries, keys and values"),
+    ],
+)
+def test_a_vit_of_another_kind_is_named(
+    options: dict[str, Any], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 0}
+    save_file(TimmViT(**{**sizes, **options}).state_dict(), tmp_path / "w.safetensors")
+    words = [str(tmp_path / "w.safetensors"), str(tmp_path / "out.safetensors"), "--to", "student", "--heads", "4"]
+    assert main(["convert", *words]) == 2
+    line = capsys.readouterr().err
+    assert f"holds a ViT with {what}" in line and line.endswith("which students do not have\n")
+    with pytest.raises(UserError, match=what):
+        student_from(tmp_path / "w.safetensors", heads=4)

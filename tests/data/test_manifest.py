@@ -165,3 +165,23 @@ def test_a_truncated_shard_is_an_error(copy: Path) -> None:
     os.truncate(copy / "shard-000000.tar", int(manifest.offsets[3]) + 10)
     with pytest.raises(OSError, match="ends early: 10 of"):
         manifest.read(3)
+
+
+@pytest.mark.parametrize("name", ["../../../../etc/hostname", "..", "/dev/zero", "other.npy", "pipe.npy"])
+def test_a_manifest_names_only_its_own_files(name: str, copy: Path) -> None:
+    """What another name points to is neither opened nor hashed: a pipe or a device would never end."""
+    os.mkfifo(copy / "pipe.npy")
+    file = json.loads((copy / "manifest.json").read_text())
+    file["index"][name] = "0" * 64
+    (copy / "manifest.json").write_text(json.dumps(file))
+    with pytest.raises(UserError, match=r"manifest\.json' is damaged") as caught:
+        Manifest.load(copy)
+    assert "0" * 12 not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.npy", "labels.npy"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(name: str, copy: Path) -> None:
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(UserError, match=f"{name}' is (not a regular file|missing or damaged)"):
+        Manifest.load(copy)

@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import islice
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from mimscale.data.sample_reader import SampleReader
 from mimscale.data.shard_cache import Cache
 from mimscale.data.shard_prefetch import first_within_budget, upcoming_shards
 from mimscale.data.storage import storage
-from mimscale.errors import UserError
+from mimscale.errors import UserError, without_secrets
 from mimscale.types import Batch, Needs
 from tests.data.servers import WebServer, bucket
 
@@ -263,6 +265,8 @@ def test_upcoming_shards() -> None:
         ("ftp://host/x", "cannot be read; use a folder or one of http"),
         ("s3://key:secret@bucket/x", "credentials in it"),
         ("https://host/x?token=secret", "credentials in it"),
+        ("https://host/x#secret", "credentials in it"),
+        ("https://secret@host/x/manifest.json", "credentials in it"),
         ("http://127.0.0.1:9/x", "cannot be opened"),
     ],
 )
@@ -282,3 +286,39 @@ def test_a_url_needs_a_cache(web: WebServer, shards: Path, tmp_path: Path) -> No
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made"):
         Cache.from_config(DataConfig(shards=web.url, cache=tmp_path / "file"))
+
+
+def test_a_server_that_redirects_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    """To ftp:// urllib would go, and a redirect may carry a signature, which is not printed."""
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", "ftp://127.0.0.1:9/x?signature=secret")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(OSError, match="redirects to ftp://127.0.0.1:9/x which is not http") as caught:
+            storage(f"http://127.0.0.1:{server.server_port}").read("manifest.json", 0, 10)
+        assert "secret" not in str(caught.value)
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:pw@host:80/a/b.tar?X-Sig=1&y=2#z", "https://host:80/a/b.tar"),
+        ("'s3://key:secret@bucket/x': denied", "'s3://bucket/x': denied"),
+        ("wds:https://t@h/a-{0..3}.tar?q=1::http://h/b.tar?s", "wds:https://h/a-{0..3}.tar"),
+        ("a mail to me@host, 50 % of x?", "a mail to me@host, 50 % of x?"),
+        ("https://host", "https://host"),
+    ],
+)
+def test_addresses_are_shown_without_secrets(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown and str(UserError(text)) == shown

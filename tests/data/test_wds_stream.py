@@ -160,7 +160,6 @@ def test_a_web_server(shards: Path, web: WebServer) -> None:
 @pytest.mark.parametrize(
     ("url", "world", "message"),
     [
-        ("wds:pipe:cat {0}/shard-000000.tar", 1, "no shell is run for data"),
         ("wds:{0}/nowhere.tar", 1, "nowhere.tar' cannot be opened"),
         ("wds:ftp://host/a.tar", 1, "'ftp://' cannot be read"),
         ("wds:{0}/shard-{{000000.tar", 1, "write part-"),
@@ -177,6 +176,11 @@ def test_urls_that_are_refused(shards: Path, url: str, world: int, message: str)
     ("data", "message"),
     [
         ({"shards": "wds:a.tar"}, "set data.stream.samples"),
+        ({"shards": "wds:pipe:cat a.tar", "stream": {"samples": 1}}, "no shell is run for data"),
+        (
+            {"shards": "wds:https://h/a.tar?sig=secret", "stream": {"samples": 1}},
+            "'wds:https://h/a.tar' was given",
+        ),
         ({"shards": "/folder", "stream": {"samples": 1}}, "set stream=null"),
         ({"shards": "wds:a.tar", "stream": {"samples": 1}, "cache": "/tmp"}, "set cache=null"),
     ],

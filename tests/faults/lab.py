@@ -50,6 +50,7 @@ class Run:
         self.plant: Plant = lambda: None  # besides the trail, in every start
         self.step_s = 0.0
         self.undo = ExitStack()
+        self.starts = 0
         self.pids: list[int] = []
         self.statuses: dict[int, int] = {}  # exit codes of ended ranks, or minus the signal
         self.lines: list[dict[str, Any]] = []  # of metrics.jsonl
@@ -60,6 +61,7 @@ class Run:
 
     def start(self) -> None:
         """Fork the ranks."""
+        self.starts += 1
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -267,6 +269,8 @@ class Lab:
             run = Run(self.recipe, self.folder / f"undisturbed-{world}", world)
             self.layer.watch("owsmru", run.checkpoints)
             run.finish()
+            if run.starts > 1:  # then whatever ended it, no fault did
+                raise RuntimeError(f"the undisturbed run was started {run.starts} times: {run.log.read_text()[-3000:]}")
             if world == 1:
                 *_, last = self.layer.trace.split("m")
                 self.save_ops = f"m{last}"

@@ -61,3 +61,13 @@ def test_refuses_a_teacher() -> None:
         Finetune(run_config({"name": "finetune", "classes": 5}, TINY), {"t": INFO})
     with pytest.raises(UserError, match="method.classes is missing"):
         run_config({"name": "finetune"}, TINY)
+
+
+@pytest.mark.parametrize("classes", [4, 6, 20])
+def test_a_data_set_with_other_classes_is_refused(classes: int) -> None:
+    run = run_config({"name": "finetune", "classes": 5}, TINY)
+    Finetune.check_classes(run, 5)
+    with pytest.raises(
+        UserError, match=rf"method.classes = 5, but .* has {classes} classes; set method.classes={classes}"
+    ):
+        Finetune.check_classes(run, classes)

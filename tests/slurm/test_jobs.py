@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import JOBS, Site
+from tests.slurm.conftest import JOBS, SMALL, Site
 
 pytestmark = pytest.mark.slurm
 CHAIN = {
@@ -87,6 +87,30 @@ def test_bad_input_ends_with_2(site: Site, env: dict[str, str], options: tuple[s
     assert site.cluster.wait(job)["ExitCode"] == "2:0", site.log(job)
     assert message in site.log(job).splitlines()[-1]
     assert not list(site.folder.glob("run/launch.*"))
+
+
+@pytest.mark.parametrize("export", ["--export=SITE_ENV,RUN_DIR", "--export=NONE"])
+def test_a_bare_environment_at_submission(site: Site, export: str, tmp_path: Path) -> None:
+    """As jobs/README.md advises to keep secrets out of a job: every step gets what the job itself exports."""
+    jobs = Path(shutil.copytree(JOBS, tmp_path / "project" / "jobs"))
+    shutil.copy(site.env["SITE_ENV"], jobs / "site.env")
+    script = str(jobs / "pretrain_vit_h.sbatch")
+    job = site.sbatch(*SMALL, export, script, env={"RUN_DIR": str(site.run_dir), "SECRET_TOKEN": "abc"})
+    assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.log(job)
+    run_dir = site.run_dir if "RUN_DIR" in export else next((site.folder / "runs").iterdir())
+    for rank in range(4):
+        environment = json.loads((run_dir / f"launch.0.{rank}.json").read_text())["environment"]
+        assert "SECRET_TOKEN" not in environment
+        assert environment["RANK"] == str(rank) and environment["TRITON_CACHE_DIR"].startswith(str(site.cluster.local))
+
+
+def test_gpus_by_gres_on_the_command_line(site: Site) -> None:
+    """Many sites know only --gres; the header's --gpus-per-node stays in a variable that srun reads."""
+    options = ("--nodes=2", "--ntasks-per-node=2", "--gres=gpu:2", "--cpus-per-task=1", "--time=10")
+    script = str(JOBS / "pretrain_vit_h.sbatch")
+    job = site.sbatch(*options, script, env={"RUN_DIR": str(site.run_dir)})
+    assert site.cluster.wait(job)["JobState"] == "COMPLETED", site.log(job)
+    assert site.launch()["environment"]["WORLD_SIZE"] == "4"
 
 
 # ------------------------------------------------------------------------------------------------- save and requeue
@@ -220,6 +244,17 @@ def test_bad_node_is_reported(site: Site, env: dict[str, str], why: str) -> None
     assert f"BAD NODE n2: {why}" in site.log(job) and "--exclude=n2 " in site.log(job)
     assert "BAD NODE n1" not in site.log(job)
     assert not list(site.run_dir.glob("launch.*"))
+
+
+def test_a_node_check_that_cannot_start_blames_no_node(site: Site) -> None:
+    """An srun that fails says nothing about the nodes: no list of nodes to exclude."""
+    srun = site.folder / "bin" / "srun"
+    srun.write_text('#!/bin/sh\necho "srun: error: Invalid generic resource (gres) specification" >&2\nexit 1\n')
+    srun.chmod(0o755)
+    job = site.pretrain()
+    assert site.cluster.wait(job)["ExitCode"] == "1:0"
+    assert "Invalid generic resource" in site.log(job) and "did not run on any node" in site.log(job)
+    assert "BAD NODE" not in site.log(job) and "--exclude" not in site.log(job)
 
 
 def test_full_disk_is_a_bad_node(site: Site) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -150,3 +151,15 @@ def test_only_the_slow_node_is_reported(
 def test_two_nodes_are_compared_by_the_time_inside(comm_check: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     comm_check.report([("n1", 0.1, 0.7), ("n2", 0.5, 0.7)], megabytes=1, factor=2.0)
     assert re.findall(r"BAD NODE (\w+)", capsys.readouterr().out) == ["n2"]
+
+
+@pytest.mark.parametrize(("name", "line"), [("shared-7", "OK NODE n5"), ("shared-8", "UNSHARED NODE n5")])
+def test_a_run_folder_that_a_node_does_not_share(tmp_path: Path, name: str, line: str) -> None:
+    """Where the file that the job wrote is missing: on that node RUN_DIR is a folder of its own."""
+    (tmp_path / "shared-7").touch()
+    environment = {"PATH": os.environ["PATH"], "SLURMD_NODENAME": "n5", "LOCAL_DIR": str(tmp_path), "MIN_FREE_GB": "0"}
+    words = ["bash", str(JOBS / "node_check.sh")]
+    done = subprocess.run(
+        words, env={**environment, "SHARED_FILE": str(tmp_path / name)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [line]

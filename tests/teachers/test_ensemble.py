@@ -16,6 +16,7 @@ import torch._dynamo.utils
 from safetensors.torch import load_file, save_file
 
 from mimscale.errors import UserError
+from mimscale.teachers import ensemble as ensembles
 from mimscale.teachers import quantise, weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons
@@ -80,6 +81,35 @@ def test_compiled_blocks_compute_the_same(precision: str) -> None:
     limit = 1e-5 if precision == "fp32" else 1e-2  # fused kernels round to bf16 less often
     for a, b in ((ours.levels[2], reference.levels[2]), (ours.cls_attention, reference.cls_attention)):
         assert float((a.float() - b.float()).norm() / b.float().norm()) < limit
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "fault", "expected", "why"),
+    [
+        ({}, "cpu", "", False, "auto compiles on a GPU only"),
+        ({}, "cuda", "", True, "compile = auto"),
+        ({"precision": "fp8"}, "cuda", "", True, "compile = auto"),
+        ({}, "cuda", "triton is not installed", False, "triton is not installed"),
+        ({"compile": False}, "cuda", "", False, "compile = false"),
+        ({"compile": True}, "cpu", "", True, "compile = true"),
+        ({"compile": True}, "cpu", "no C++ compiler", False, "no C++ compiler"),
+        ({"shard": True}, "cuda", "", False, "its parameters are split over the ranks"),
+    ],
+)
+def test_which_teachers_are_compiled_and_why(
+    changes: dict[str, Any], device: str, fault: str, expected: bool, why: str
+) -> None:
+    config = tiny.timm_config(DINO, None, random=True, **changes)
+    assert ensembles.compiles(config, torch.device(device), fault) == (expected, why)
+
+
+def test_an_eager_8_bit_teacher_is_refused_on_a_gpu() -> None:
+    config = tiny.timm_config(DINO, None, random=True, precision="fp8", compile=False)
+    with pytest.raises(UserError, match="compile = false with precision = fp8: uncompiled it takes twice") as error:
+        ensembles.check_compiled("t", config, torch.device("cuda"))
+    assert "\n" not in str(error.value)
+    ensembles.check_compiled("t", config, torch.device("cpu"))
+    ensembles.check_compiled("t", config.model_copy(update={"compile": "auto"}), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("change", [{"compile": True}, {"precision": "fp8"}])
@@ -147,7 +177,7 @@ def test_wrong_sha256_names_both_and_reads_nothing(tmp_path: Path) -> None:
     wrong = "0" * 64
     with pytest.raises(UserError, match=f"{wrong}, but .* has {weights.sha256(path)}"):
         tiny.ensemble(tiny.timm_config(DINO, path, sha256=wrong), 32)
-    with pytest.raises(UserError, match="cannot be read as plain tensors"):
+    with pytest.raises(UserError, match="(is not a whole safetensors file|cannot be read as a torch checkpoint)"):
         tiny.ensemble(tiny.timm_config(DINO, path, sha256=weights.sha256(path)), 32)
 
 
@@ -181,7 +211,10 @@ def test_code_in_a_file_never_runs(zipped: bool, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("BOMB", str(tmp_path / "ran"))
     path = tmp_path / "w.pth"
     torch.save({"model": Bomb()}, path) if zipped else path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match="cannot be read as plain tensors .*convert it to .safetensors") as error:
+    with pytest.raises(
+        UserError,
+        match="cannot be read as a torch checkpoint .*(posix.mkdir, which could run code|no pickle of tensors)",
+    ) as error:
         tiny.ensemble(tiny.timm_config(DINO, path), 32)
     assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
 
@@ -193,7 +226,9 @@ def test_a_truncated_file_is_one_line(suffix: str, share: float, dino: Path, tmp
     save_file(load_file(dino), path) if suffix == ".safetensors" else torch.save(load_file(dino), path)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(UserError, match="cannot be read as plain tensors") as error:
+    with pytest.raises(
+        UserError, match="(is not a whole safetensors file|cannot be read as a torch checkpoint)"
+    ) as error:
         tiny.ensemble(tiny.timm_config(DINO, path), 32)
     assert "\n" not in str(error.value)
 
@@ -201,7 +236,9 @@ def test_a_truncated_file_is_one_line(suffix: str, share: float, dino: Path, tmp
 def test_torchscript_archives_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-    with pytest.raises(UserError, match="cannot be read as plain tensors") as error:
+    with pytest.raises(
+        UserError, match="(is not a whole safetensors file|cannot be read as a torch checkpoint)"
+    ) as error:
         tiny.ensemble(tiny.open_clip_config("ViT-B-16", path), 32)
     assert "\n" not in str(error.value)
 

@@ -38,7 +38,7 @@ def error(ours: Tensor, reference: Tensor) -> float:
 
 
 @needs_torchao
-@pytest.mark.parametrize(("precision", "limit"), [("int8", 0.05), ("fp8", 0.1)])
+@pytest.mark.parametrize(("precision", "limit"), [("int8", 0.05), ("fp8", 0.13)])
 @pytest.mark.parametrize("name", [DINO, "vit_base_patch16_dinov3", "eva02_base_patch14_224", "ViT-B-16"])
 def test_targets_stay_near(name: str, precision: str, limit: float, tmp_path: Path) -> None:
     size, config = family(name, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from pathlib import Path
 
@@ -79,11 +80,14 @@ def test_only_proven_damage_is_passed_over(recipe: Path, whole: Path, tmp_path: 
     ranks.cut_back(whole, tmp_path / "run", 4)
     root = tmp_path / "run" / "checkpoints"
     manifest = root / "step-00000004" / "manifest.json"
-    text = manifest.read_text()
-    manifest.write_text(text.replace(f'"format": {checkpoint.FORMAT}', '"format": 1'))
+    text, complete = manifest.read_text(), root / "step-00000004" / "COMPLETE"
+    other, whole = text.replace(f'"format": {checkpoint.FORMAT}', '"format": 1'), complete.read_text()
+    manifest.write_text(other)
+    complete.write_text(hashlib.sha256(other.encode()).hexdigest())
     refused = ranks.run(1, "mimscale", "train", recipe, "--run-dir", tmp_path / "run", check=False)
     assert refused.returncode == 2 and "has format 1" in refused.stderr
     manifest.write_text(text[:-10])
+    complete.write_text(whole)
     for _ in range(2):
         refused = ranks.run(1, "mimscale", "train", recipe, "--run-dir", tmp_path / "run", check=False)
         assert refused.returncode == 2 and "every checkpoint in" in refused.stderr

@@ -18,7 +18,7 @@ WHOLE_MODEL: str | None = "encoder.mask_token"
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    return any(name.startswith("encoder.") for name in state)
+    return "encoder.patch_embed.proj.weight" in state
 
 
 def encoder(state: Mapping[str, Tensor]) -> State:

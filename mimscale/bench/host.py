@@ -1,0 +1,162 @@
+"""Host cost of a training step: operators, milliseconds and reads of each engine, at a width that costs nothing"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+STAGES = (
+    "cpu_zero0_fp32",
+    "cpu_zero1_fp32",
+    "cpu_zero2_fp32",
+    "cpu_zero3_fp32",
+    "cpu_zero2_bf16",
+    "cpu_zero3_bf16",
+)
+BATCH = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="the recipe whose structure is measured, 32 channels wide, on a CPU")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="changes to the recipe")
+    parser.add_argument(
+        "--ds-config",
+        nargs="+",
+        default=STAGES,
+        metavar="NAME",
+        help=f"files of ds_configs/ (default: {' '.join(STAGES)})",
+    )
+    parser.add_argument("--eager", action="store_true", help="leave out what is compiled")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="the cases are measured in turns, this often (default: 5)"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="steps of a case in each round (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well, for `mimscale plan`")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from mimscale.bench import _report
+    from mimscale.config.recipes import load_recipe
+
+    torch.set_num_threads(1)
+    values = report(load_recipe(args.recipe, args.overrides), args.ds_config, not args.eager, args.rounds, args.steps)
+    values = {"bench": "host", "recipe": args.recipe, "overrides": args.overrides, **values, "origin": _report.origin()}
+    print(f"{args.recipe}\n\n{markdown(values['rows'])}\n\n{NOTE}")
+    for row in values["rows"]:
+        for place, count in row["reads"].items():
+            print(f"{row['case']}: reads {count} at {place}")
+    print(f"\n{values['origin']}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(values, indent=1) + "\n")
+    return 0
+
+
+NOTE = (
+    "Median ms of a step on one thread. *Operators*: dispatched in forward pass, backward pass and update. *x plain*: "
+    "operators and ms over those of the first row. *Reads*: values that the host reads from the device. Depths, heads "
+    "and options are the recipe's; width 32, 32 px, 2 images; teachers' targets are computed beforehand."
+)
+
+
+def report(config: Any, ds_configs: Sequence[str], compiled: bool, rounds: int, steps: int) -> dict[str, Any]:
+    """rows: one per case, the first is plain PyTorch in fp32. host: fields of `mimscale.cost.devices.HostCost`."""
+    from mimscale.bench import _host_cases, _narrow
+    from mimscale.distributed.world import from_environment
+    from mimscale.engine.deepspeed_runtime import open_process_group
+
+    cases = make_cases(ds_configs, compiled)
+    narrow = _narrow.narrow(config, BATCH)
+    open_process_group(from_environment("cpu"))
+    measured = _host_cases.measure(narrow, cases, rounds=rounds, steps=steps)
+    rows = [row(one, measured[0], steps) for one in measured]
+    return {"rows": rows, "host": host_cost(rows)}
+
+
+def host_cost(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Fields of `mimscale.cost.devices.HostCost`, in seconds, for this machine: what DeepSpeed adds to plain PyTorch,
+    spread over the parameters, from the eager rows that are there.
+    """
+    plain, by_stage = rows[0], {one["engine"]: one for one in rows if not one["compiled"]}
+    found = {"kernel_s": (plain["ms"]["forward"] + plain["ms"]["backward"]) / _sum(plain, "forward", "backward") / 1000}
+
+    def added(one: dict[str, Any], phase: str, count: int) -> float:
+        return max(1e-9, (one["ms"][phase] - plain["ms"][phase]) / count / 1000)
+
+    stage2 = next((one for name, one in by_stage.items() if "zero2" in name and one["precision"] == "bf16"), None)
+    stage3 = next((one for name, one in by_stage.items() if "zero3" in name), None)
+    if stage2 is not None:
+        found["parameter_s"] = added(stage2, "backward", stage2["parameters"])
+        found["update_parameter_s"] = added(stage2, "update", stage2["parameters"])
+    if stage3 is not None:
+        found["zero3_parameter_s"] = sum(
+            added(stage3, phase, stage3["parameters"]) for phase in ("forward", "backward")
+        )
+    return found
+
+
+def _sum(one: dict[str, Any], *phases: str) -> int:
+    return sum(one["operators"][phase] for phase in phases)
+
+
+def make_cases(ds_configs: Sequence[str], compiled: bool) -> list[Any]:
+    """Plain PyTorch in fp32 and bf16, our plain engine, DeepSpeed with each file; eager, then compiled."""
+    from mimscale.bench._host_cases import Case, precision_of_file
+
+    named = [*[(engine, precision) for engine in ("plain", "torch") for precision in ("fp32", "bf16")]]
+    named += [(name, precision_of_file(name)) for name in ds_configs]
+    eager = [Case(engine, precision, False) for engine, precision in named]
+    return eager + [case._replace(compiled=True) for case in eager if compiled and _compiles(case.engine)]
+
+
+def _compiles(engine: str) -> bool:
+    """Whether an engine has a compiled twin. Under ZeRO-3 hooks run between the operators of a block."""
+    from mimscale.config.deepspeed import load_ds_config
+    from mimscale.engine.config import EngineConfig
+
+    if engine == "plain":
+        return True
+    stage = 0 if engine == "torch" else load_ds_config(engine).get("zero_optimization", {}).get("stage", 0)
+    return "compile" in EngineConfig.model_fields and stage < 3
+
+
+def row(measured: Any, reference: Any, steps: int) -> dict[str, Any]:
+    """What JSON and the table say of a case."""
+    from mimscale.bench._host_cases import PHASES, ratio
+
+    operators = measured.operators
+    all_of_them = None if operators is None else sum(operators.values())
+    return {
+        "case": measured.case.name,
+        "engine": measured.case.engine,
+        "precision": measured.case.precision,
+        "compiled": measured.case.compiled,
+        "parameters": measured.parameters,
+        "operators": operators,
+        "operators_ratio": None if all_of_them is None else all_of_them / sum(reference.operators.values()),
+        "ms": {phase: measured.median(phase) for phase in PHASES} | {"step": measured.total},
+        "ms_ratio": ratio(measured, reference, steps),
+        "reads": measured.reads,
+        "loss": measured.loss,
+        "notes": measured.notes,
+    }
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    from mimscale.bench._host_cases import PHASES
+    from mimscale.bench._report import table
+
+    heads = ["engine", *(f"{phase} ms" for phase in PHASES), "step ms", "x plain", "operators", "x plain", "reads"]
+    lines = []
+    for one in rows:
+        operators, ms = one["operators"], one["ms"]
+        counted = ["", ""]
+        if operators is not None:
+            counted = [" + ".join(f"{operators.get(phase, 0):,}" for phase in PHASES), f"{one['operators_ratio']:.2f}"]
+        times = [f"{ms[phase]:.1f}" for phase in (*PHASES, "step")]
+        lines.append([one["case"], *times, f"{one['ms_ratio']:.2f}", *counted, str(sum(one["reads"].values()))])
+    return table(heads, lines)

@@ -1,0 +1,142 @@
+"""`mimscale plan RECIPE --gpus N --gpu NAME`: what a run needs, takes and costs, before anything is submitted.
+
+Predictions; nothing runs, and no GPU is needed. The inputs are the tables of `mimscale.cost.devices`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mimscale.config.recipes import load_recipe
+from mimscale.cost import measured, report, simulate, tables
+from mimscale.cost.devices import device, interconnect
+from mimscale.cost.planner import Planner
+from mimscale.cost.run_cost import samples_of
+from mimscale.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", help="a recipe (`mimscale recipes` lists them) or a path to a YAML file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="changes to the recipe")
+    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs in all, one rank each (default: 8)")
+    parser.add_argument("--gpu", default="a100", metavar="NAME", help="h100, h200, a100 (80 GB), a100-40, v100, cpu")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--interconnect", metavar="NAME", help="network of a node, such as ib8x400 or eth1x100")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="images in the data set, where it is not on this machine"
+    )
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="JSON of `mimscale bench`; replaces rows of the table"
+    )
+    parser.add_argument("--json", action="store_true", help="everything, as JSON: seconds, bytes, FLOPs")
+    parser.add_argument(
+        "--simulate", metavar="N,N,...", help="every rank of each of these numbers of GPUs, in Markdown"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --simulate: scaling curves, as .png or .svg")
+    parser.add_argument("--inputs", action="store_true", help="print the table of inputs with its sources, in Markdown")
+    parser.add_argument("--fit", action="store_true", help="compare the model with measured steps, in Markdown")
+    parser.add_argument(
+        "--all", action="store_true", help="all published recipes on 8 x a100 and 64 x h100, in Markdown"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0. Raises UserError for bad input and for a recipe that cannot run on this cluster."""
+    if args.gpus < 1 or args.gpus_per_node < 1:
+        raise UserError(f"--gpus {args.gpus} --gpus-per-node {args.gpus_per_node}: both must be at least 1")
+    if args.samples is not None and args.samples < 1:
+        raise UserError(f"--samples {args.samples}: must be at least 1")
+    gpu = device(args.gpu, args.measured)
+    link = interconnect(args.interconnect, gpu)
+    if args.inputs:
+        print(tables.inputs())
+        return 0
+    if args.fit:
+        print(tables.fit([measured.compare(row) for row in measured.ROWS]))
+        return 0
+    if args.all:
+        print(tables.all_recipes())
+        return 0
+    if args.recipe is None:
+        raise UserError("plan needs a recipe, or one of --all, --fit and --inputs; `mimscale recipes` lists recipes")
+    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
+        raise UserError(f"--gpus {args.gpus} is not a multiple of --gpus-per-node {args.gpus_per_node}")
+    config, precision = report.for_gpu(load_recipe(args.recipe, args.overrides), gpu)
+    planner = Planner(config, gpu, link, args.gpus, args.gpus_per_node)
+    samples, assumed = samples_of(config) if args.samples is None else (args.samples, False)
+    if args.simulate is not None:
+        return simulated(planner, args, samples)
+    if args.plot is not None:
+        raise UserError(f"--plot {args.plot} draws what --simulate computes; add --simulate 8,64,256")
+    plan = report.make_plan(planner, samples, assumed, precision)
+    name = str(args.recipe)
+    if args.json:
+        print(json.dumps(report.plan_json(plan, name), indent=2))
+    else:
+        show(plan, name)
+    return 0
+
+
+def simulated(planner: Planner, args: argparse.Namespace, samples: int) -> int:
+    """Strong and weak scaling: tables, JSON, a figure. Returns 0."""
+    try:
+        counts = sorted({int(word) for word in args.simulate.split(",")})
+    except ValueError:
+        counts = []
+    if not counts or counts[0] < 1:
+        raise UserError(f"--simulate {args.simulate}: must be numbers of GPUs, such as 8,64,256")
+    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
+        raise UserError(f"--plot {args.plot}: the name must end in .png or .svg")
+    strong = simulate.simulate(planner, counts, samples)
+    weak = simulate.simulate(planner, counts, samples, weak=True)
+    if args.json:
+        print(json.dumps({"strong": report.as_json(strong), "weak": report.as_json(weak)}, indent=2))
+    else:
+        batch = planner.config.schedule.global_batch
+        print(f"{args.recipe} on {planner.gpu.name}, {planner.link.name}, global batch {batch} (predicted):\n")
+        print(report.markdown(*simulate.table(strong)))
+        print(f"\nThe same with {batch // counts[0]} images per GPU on each number:\n")
+        print(report.markdown(*simulate.table(weak)))
+    if args.plot is not None:
+        simulate.plot(strong, weak, f"{args.recipe}, {planner.gpu.name}, {planner.link.name}", args.plot)
+    return 0
+
+
+def show(plan: report.Plan, name: str) -> None:
+    planner = plan.planner
+    nodes = "1 node" if planner.nodes == 1 else f"{planner.nodes} nodes, {planner.link.name}"
+    where = f"{planner.ranks} x {planner.gpu.name} on {nodes}"
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    two(console, f"{name}: FLOPs per image", report.flops_rows(planner))
+    table = Table(show_header=False)
+    for row in report.memory_rows(planner, plan.chosen.choice):
+        table.add_row(*row)
+    console.print(Text(f"memory per GPU, {planner.ranks} ranks, micro-batch {plan.chosen.choice.micro_batch}"), table)
+    if plan.best is None or plan.asked.choice != plan.best.choice:
+        two(console, f"as the recipe says, on {where}", report.prediction_rows(planner, plan.asked))
+    if plan.best is not None:
+        two(console, f"best, on {where}", report.prediction_rows(planner, plan.best))
+        console.print(Text(f"why: {planner.why(plan.best)}"))
+    two(console, "the run (predicted, not measured)", report.cost_rows(plan))
+    for note in report.notes(plan):
+        console.print(Text(f"note: {note}"))
+    if plan.best is not None:
+        print("submit it, or give the overrides to `mimscale train`:")
+        print(report.command(plan, name))
+
+
+def two(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    """A title and a table of two columns."""
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, value in rows:
+        table.add_row(what, Text(value))
+    console.print(Text(title), table)

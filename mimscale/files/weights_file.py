@@ -1,0 +1,157 @@
+"""Named tensors out of a file of weights that any program wrote: the one reader, of students and of teachers.
+
+No code from a file is run: pickles are read with `weights_only` and a list of harmless types.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mimscale.errors import UserError
+
+KEYS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "model_ema", "state_dict_ema", "ema")
+"""Under which training programs keep their weights; the first that is there is taken. `module`: DeepSpeed; `teacher`:
+DINO and DINOv2, whose teacher is what they evaluate; `model_ema`, `state_dict_ema`: timm's averages."""
+
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing put in front of the module they wrap, at any depth."""
+
+PREFIXES = ("module.", "model.", "net.", "network.")
+"""What DistributedDataParallel and Lightning put in front of every name."""
+
+TOWERS = ("teacher.backbone.", "backbone.", "teacher.")
+"""In front of the network among the heads of self-distillation and Lightning modules; the first that fits is taken."""
+
+_TOWER_ANCHORS = ("patch_embed.proj.weight", "embeddings.cls_token", "embeddings.class_embedding")
+_CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")  # DINOv2's chunks of blocks; the second number counts through
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """weights: as stored. unwrapped: a phrase for each wrapper that was taken off. metadata: of a safetensors file."""
+
+    weights: dict[str, Tensor]
+    unwrapped: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_weights(path: Path) -> WeightsFile:
+    """The tensors of a .safetensors file, or of a torch file, without what programs wrap them in. Raises UserError."""
+    if path.suffix == ".safetensors":
+        weights, metadata = _safetensors(path)
+        notes: list[str] = []
+    else:
+        weights, notes = _mapping_of_tensors(path, _unpickled(path))
+        metadata = {}
+    weights, more = unwrapped(weights)
+    return WeightsFile(weights, (*notes, *more), metadata)
+
+
+def unwrapped(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """A state dict without prefixes of wrappers, and a phrase for each kind of prefix that was there."""
+    notes: list[str] = []
+    found = {WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}
+    if found.keys() != weights.keys():
+        seen = {match for name in weights for match in WRAPPERS.findall(name)}
+        notes.append(f"names without {' and '.join(sorted(seen))}")
+    while (prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in found)), None)) and found:
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        notes.append(f"names without {prefix}")
+    for tower in TOWERS:
+        if any(f"{tower}{anchor}" in found for anchor in _TOWER_ANCHORS):
+            kept = {name.removeprefix(tower): tensor for name, tensor in found.items() if name.startswith(tower)}
+            others = len(found) - len(kept)
+            notes.append(f"what is below {tower}" + (f", {others} other tensors left out" if others else ""))
+            found = kept
+            break
+    if any(_CHUNKED.match(name) for name in found):
+        found = {_CHUNKED.sub(r"blocks.\1.", name): tensor for name, tensor in found.items()}
+        notes.append("blocks out of their chunks")
+    return found, tuple(notes)
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is not a whole safetensors file ({reason[:200]}); get it again") from None
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_harmless()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is no pickle fails in as many ways as there are bytes
+        text = str(error)
+        refused = re.search(r"(?:Unsupported (?:global|class)|GLOBAL|type)[: ]+(?:GLOBAL )?([\w.]+\.[\w.]+)", text)
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            raise UserError(
+                f"{path} cannot be read as a torch checkpoint (it holds a {refused[1]}, which could run code); "
+                f"save its tensors alone, or as .safetensors"
+            ) from None
+        reason = next(iter(text.splitlines()), type(error).__name__)
+        if isinstance(error, pickle.UnpicklingError):  # torch's text asks to trust the file
+            reason = "it is cut short, or no pickle of tensors"
+        raise UserError(f"{path} cannot be read as a torch checkpoint ({reason}); get it again") from None
+
+
+def _harmless() -> list[Any]:
+    """Types that training programs store beside their weights, and that do nothing when they are made."""
+    numbers = [np.dtype, np.ndarray, *{type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "u1", "?")}]
+    scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+    makers = [
+        (function, f"numpy.{package}.multiarray.{name}")  # numpy 1 and 2 keep them in packages of other names
+        for package in ("core", "_core")
+        for name, function in (("scalar", scalar), ("_reconstruct", array))
+    ]
+    paths = [
+        (pathlib.PurePosixPath if "Posix" in name else pathlib.PureWindowsPath, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    ]
+    plain = [argparse.Namespace, SimpleNamespace, OrderedDict, set, frozenset, dict, list, slice, complex]
+    dicts = [(OrderedDict, "yacs.config.CfgNode"), (_plain_dict, "collections.defaultdict")]
+    return [*plain, *dicts, *numbers, *makers, *paths]
+
+
+def _plain_dict(*factory: Any) -> dict[Any, Any]:
+    """In place of a defaultdict, which torch's reader admits no items into."""
+    return {}
+
+
+def _mapping_of_tensors(path: Path, content: Any) -> tuple[dict[str, Tensor], list[str]]:
+    notes: list[str] = []
+    while isinstance(content, Mapping):
+        key = next((key for key in KEYS if isinstance(content.get(key), Mapping) and content[key]), None)
+        if key is None:
+            break
+        others = [other for other in KEYS if other != key and isinstance(content.get(other), Mapping)]
+        notes.append(f"the weights under '{key}'" + (f", not those under {', '.join(others)}" if others else ""))
+        content = content[key]
+    named = content.items() if isinstance(content, Mapping) else ()
+    tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        holds = f"a {type(content).__name__}"
+        if isinstance(content, Mapping):
+            holds = f"the keys {', '.join(map(repr, list(content)[:5]))}" if content else "nothing"
+        raise UserError(
+            f"{path} holds no tensors under names but {holds}; a state dict is expected, bare or under one of "
+            f"{', '.join(KEYS)}"
+        )
+    return tensors, notes

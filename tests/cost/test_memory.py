@@ -1,0 +1,83 @@
+"""Memory: predictions beside what torch's profiler counts on a CPU, and beside what was measured on a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from mimscale.config.deepspeed import load_ds_config
+from mimscale.config.recipes import load_recipe
+from mimscale.cost import measured
+from mimscale.cost.memory import Zero, memory
+from mimscale.cost.trace import at, build, trace
+from tests import forked, ranks
+from tests.cost import probe
+
+CONFIGS = ("cpu_zero0_fp32", "cpu_zero1_fp32", "cpu_zero2_fp32", "cpu_zero3_fp32", "cpu_zero2_bf16", "cpu_zero3_bf16")
+
+
+IMAGES = 48  # so that activations are more than what the update needs, without recomputation
+
+
+def counted(
+    words: list[str], count: int = 1, environment: Mapping[str, str] = MappingProxyType({})
+) -> list[dict[str, dict[str, Any]]]:
+    """What tests/cost/probe.py printed, by rank."""
+    done: subprocess.CompletedProcess[str] = forked.run(
+        count, ["tests.cost.probe", *words], {**ranks.environment(), **environment}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
+    return sorted(lines, key=lambda line: line["rank"])
+
+
+@pytest.mark.parametrize(("recompute_every", "configs"), [(0, CONFIGS), (1, ("cpu_zero2_bf16",))])
+def test_memory_is_that_of_counted_allocations(recompute_every: int, configs: tuple[str, ...], tmp_path: Path) -> None:
+    """Within 10 %. Buckets are smaller than in ds_configs/, which has them larger than this whole model."""
+    files = []
+    for name in configs:
+        values = load_ds_config(name)
+        if values["zero_optimization"]["stage"]:
+            values["zero_optimization"]["reduce_bucket_size"] = 300_000
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(values))
+    overrides = [f"engine.activation_checkpointing={recompute_every}"]
+    [found] = counted([str(IMAGES), "1", *map(str, files), "--", *overrides])
+    for file in map(str, files):
+        zero = Zero.of(load_ds_config(file))
+        shapes = build(probe.configuration(file, IMAGES, 1, 1, overrides))
+        traced = trace(shapes, IMAGES, zero.precision, recompute_every=recompute_every, cuda=False)
+        predicted = memory(shapes, zero, traced, 1, fused_update=bool(found[file]["fused"]))
+        assert predicted.total == pytest.approx(found[file]["peak"], rel=0.10), (file, predicted)
+
+
+@pytest.mark.parametrize("row", measured.ROWS, ids=lambda row: f"{row.recipe}-{row.ds_config}-{row.recompute_every}")
+def test_memory_and_time_are_those_of_measured_steps(row: measured.Measured) -> None:
+    """Within 10 % and 15 %; the host's cost was fitted to these times, the memory was not fitted."""
+    compared = measured.compare(row)
+    assert abs(compared.time_error) < 0.15
+    assert abs(compared.memory_error) < 0.10 or row.note
+
+
+def test_a_trace_is_linear_in_the_images() -> None:
+    shapes = build(load_recipe("mae_tiny"))
+    two, four, nine = (trace(shapes, images, "bf16") for images in (2, 4, 9))
+    assert at(two, four, 9) == nine
+
+
+def test_zero_splits_what_it_says() -> None:
+    """P parameters on N ranks in bf16: 2P of weights stay whole up to stage 2, 12P of the optimiser are split."""
+    shapes = build(load_recipe("mae_vit_b16"))
+    traced, count = trace(shapes, 8, "bf16"), sum(shapes.parameters.values())
+    for stage in (1, 2, 3):
+        values = load_ds_config("zero2_bf16")
+        values["zero_optimization"]["stage"] = stage
+        parts = memory(shapes, Zero.of(values), traced, 8).parts
+        assert parts["optimiser"] == pytest.approx(12 * count / 8)
+        assert parts["parameters"] == pytest.approx(2 * count / (8 if stage == 3 else 1))

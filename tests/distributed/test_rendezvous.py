@@ -1,0 +1,139 @@
+"""Ranks that meet, and all that can keep them from it. Each rank is a thread with a store of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mimscale.distributed.rendezvous import meet, named
+from mimscale.distributed.world import World, free_port
+from mimscale.errors import UserError
+
+
+class Asked(Exception):
+    """What a signal raises in these tests."""
+
+
+class Launch:
+    """Ranks that were started."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool, self.over = pool, threading.Event()
+
+    def rank(self, rank: int, size: int, **options: Any) -> Future[Any]:
+        world = World(rank, size, rank, torch.device("cpu"))
+
+        def attend() -> None:
+            if self.over.is_set():
+                raise Asked
+
+        return self._pool.submit(meet, world, options.pop("attend", attend), **options)
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch]:
+    assert not dist.is_initialized()
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with ThreadPoolExecutor(4) as pool:
+        launched = Launch(pool)
+        yield launched
+        launched.over.set()
+
+
+def until(what: Callable[[], object]) -> None:
+    end_s = time.monotonic() + 60.0
+    while not what():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+def test_all_meet_and_share_a_store(launch: Launch) -> None:
+    ranks = [launch.rank(rank, 3) for rank in (2, 0, 1)]
+    stores = [rank.result(60) for rank in ranks]
+    stores[0].set("key", "value")
+    assert [store.get("key") for store in stores] == [b"value"] * 3
+
+
+def test_one_rank_waits_for_nobody() -> None:
+    assert meet(World(0, 1, 0, torch.device("cpu"))) is None
+
+
+@pytest.mark.parametrize(("rank", "whom"), [(0, "2 of 3 ranks, ranks 1, 2"), (1, "rank 0")])
+def test_a_lonely_rank_says_for_whom_and_hears(
+    launch: Launch, rank: int, whom: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = ""
+
+    def waits() -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return "waiting for" in said
+
+    alone = launch.rank(rank, 3, report_s=0.2)
+    until(waits)
+    assert f"waiting for {whom} at 127.0.0.1:" in said
+    launch.over.set()
+    with pytest.raises(Asked):
+        alone.result(5)
+
+
+def test_a_rank_that_comes_twice_is_two_launches(launch: Launch) -> None:
+    ranks = [launch.rank(rank, 3) for rank in (0, 1, 1)]
+    for rank in ranks:
+        with pytest.raises(UserError, match="rank 1 came twice to .* MASTER_PORT"):
+            rank.result(60)
+
+
+def test_ranks_that_count_differently(launch: Launch) -> None:
+    ranks = [launch.rank(0, 2), launch.rank(1, 4)]
+    for rank in ranks:
+        with pytest.raises(UserError, match="is one of . ranks, another is one of"):
+            rank.result(60)
+
+
+def test_an_end_of_waiting(launch: Launch) -> None:
+    with pytest.raises(UserError, match="not all ranks came to 127.0.0.1:.* start as many as WORLD_SIZE"):
+        launch.rank(0, 2, timeout_s=0.2).result(60)
+
+
+def test_rank_0_that_leaves(launch: Launch) -> None:
+    gone = threading.Event()
+
+    def leave() -> None:
+        if gone.is_set():
+            raise Asked
+
+    first, second = launch.rank(0, 3, attend=leave), launch.rank(1, 3)
+    time.sleep(0.5)
+    gone.set()
+    with pytest.raises(Asked):
+        first.result(60)
+    del first  # and with it the store that it served
+    with pytest.raises(UserError, match="left before all 3 ranks had come"):
+        second.result(60)
+
+
+def test_a_port_in_use(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        with pytest.raises(UserError, match="MASTER_PORT = .* is in use on"):
+            launch.rank(0, 2).result(60)
+
+
+def test_names_of_many_ranks() -> None:
+    assert named([3]) == "rank 3"
+    assert named([1, 2]) == "ranks 1, 2"
+    assert named(list(range(20))) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"

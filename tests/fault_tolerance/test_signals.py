@@ -1,0 +1,127 @@
+"""Real processes and signals: Ctrl-C, a rank that waits for others, and a launcher that is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mimscale.checkpoint import format as checkpoint
+from mimscale.distributed.world import free_port
+from tests import forked, ranks
+
+pytestmark = [pytest.mark.multi, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    folder = tmp_path_factory.mktemp("signals")
+    return ranks.recipe(folder, shards, schedule={"steps": 100_000}, checkpoint={"every": 0})
+
+
+def interrupted(recipe: Path, run_dir: Path, count: int = 1) -> subprocess.CompletedProcess[str]:
+    def strike(pids: list[int]) -> None:
+        ranks.until(lambda: len(ranks.curve(run_dir)) >= 3, pids)
+        for pid in pids:
+            os.kill(pid, signal.SIGINT)
+
+    return ranks.run(count, "mimscale", "train", recipe, "--run-dir", run_dir, check=False, meanwhile=strike)
+
+
+def test_ctrl_c_saves_and_says_so_in_one_line(recipe: Path, tmp_path: Path) -> None:
+    done = interrupted(recipe, tmp_path / "run")
+    assert done.returncode == 130
+    *_, last = done.stderr.strip().splitlines()
+    newest = checkpoint.newest(tmp_path / "run")
+    assert newest is not None
+    assert last == f"stopped at step {checkpoint.step_of(newest)} (SIGINT), saved"
+    assert "Traceback" not in done.stderr and "Interrupt" not in done.stderr
+
+
+def test_ctrl_c_on_two_ranks(recipe: Path, tmp_path: Path) -> None:
+    done = interrupted(recipe, tmp_path / "run", count=2)
+    assert "(SIGINT), saved" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_second_ctrl_c_leaves_at_once(recipe: Path, tmp_path: Path) -> None:
+    """The save after the first would take minutes; what a launcher repeats within a second does not count."""
+    faults, run_dir, waited_s = tmp_path / "faults.json", tmp_path / "run", [0.0]
+    faults.write_text(json.dumps({"slow_save_s": 300}))
+
+    def strike(pids: list[int]) -> None:
+        ranks.until(lambda: len(ranks.curve(run_dir)) >= 3, pids)
+        os.kill(pids[0], signal.SIGINT)
+        os.kill(pids[0], signal.SIGINT)
+        time.sleep(2.0)
+        assert Path(f"/proc/{pids[0]}").exists()
+        waited_s[0] = time.monotonic()
+        os.kill(pids[0], signal.SIGINT)
+
+    words = ["tests.faulty", faults, "train", recipe, "--run-dir", run_dir]
+    done = ranks.run(1, *words, check=False, meanwhile=strike)
+    assert time.monotonic() - waited_s[0] < 60  # not the 300 of the save
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "mimscale train: interrupted"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_rank_that_waits_for_the_others_to_come(
+    number: signal.Signals, code: int, recipe: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def strike(pids: list[int]) -> None:
+        listening = f"0100007F:{port:04X}", f"00000000:{port:04X}", f"{'0' * 32}:{port:04X}"
+        tables = [Path(f"/proc/{pids[0]}/net/{name}") for name in ("tcp", "tcp6")]
+        ranks.until(lambda: any(word in table.read_text() for table in tables for word in listening), pids)
+        os.kill(pids[0], number)
+
+    words = ["mimscale", "train", str(recipe), "--run-dir", str(tmp_path / "run")]
+    done = forked.run(1, words, {**ranks.environment(), **alone}, strike)
+    assert done.returncode == code
+    assert ("stopped before the first step (SIGTERM)" if code == 143 else "train: interrupted") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("phase", ["start", "loop"])
+def test_a_rank_that_waits_in_a_collective(phase: str, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+
+    def strike(pids: list[int]) -> None:
+        ranks.until(mark.exists, pids)
+        os.kill(pids[0], signal.SIGTERM)
+        ranks.until(lambda: not Path(f"/proc/{pids[0]}").exists(), pids[1:])
+        os.kill(pids[1], signal.SIGKILL)
+
+    done = ranks.run(2, "tests.fault_tolerance.waits", phase, mark, check=False, meanwhile=strike)
+    assert "rank 0 has waited for rank 1 for " in done.stderr and "in gather (number 2)" in done.stderr
+    assert "rank 0 leaves without saving: SIGTERM while it waits for rank 1" in done.stderr
+
+
+def test_ranks_notice_that_their_launcher_is_gone(recipe: Path, tmp_path: Path) -> None:
+    """As after `kill -9` of torchrun."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    words = [sys.executable, "-m", "mimscale", "train", str(recipe), "--run-dir", str(run_dir)]
+    launcher = (
+        "import subprocess, sys, time; child = subprocess.Popen(sys.argv[1:]); print(child.pid, flush=True); "
+        "time.sleep(600)"
+    )
+    environment = {**ranks.environment(), "TORCHELASTIC_RUN_ID": "1"}
+    with log.open("wb") as file, subprocess.Popen(
+        [sys.executable, "-c", launcher, *words], env=environment, stdout=subprocess.PIPE, stderr=file
+    ) as parent:  # fmt: skip
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        ranks.until(lambda: len(ranks.curve(run_dir)) >= 3, [child])
+        parent.kill()
+    end_s = time.monotonic() + 60
+    while Path(f"/proc/{child}").exists() and time.monotonic() < end_s:
+        time.sleep(0.1)
+    assert "(the launcher of this rank has ended), saved" in log.read_text(), log.read_text()[-2000:]
