@@ -155,5 +155,5 @@ def probe(path: Path) -> tuple[bool, int, str]:
 
 
 def _plain(extension: str) -> bool:
-    """Whether to tell it in a reason: there must not be a reason for every file."""
+    """Whether a reason may name it: there must not be a reason for every file."""
     return len(extension) <= 5 and extension.isascii() and extension.isalnum() and not extension.isdecimal()

@@ -50,11 +50,11 @@ def test_dialects(root: Path, mark: str, end: str, encoding: str) -> None:
 
 
 def test_delimiter_by_the_column_that_is_asked_for_or_given(root: Path) -> None:
-    text = "a;b,c;d,picture\n1,0.jpg\n2,1.jpg\n"
+    text = "a;b,c;d,photo\n1,0.jpg\n2,1.jpg\n"
     with pytest.raises(UserError, match="row 2: 2 fields, but 3 columns"):
-        names(root, text, image="picture")
-    text = "a;b,picture\n1,0.jpg\n2,1.jpg\n"
-    assert [name for name, _ in names(root, text, image="picture")] == ["0.jpg", "1.jpg"]
+        names(root, text, image="photo")
+    text = "a;b,photo\n1,0.jpg\n2,1.jpg\n"
+    assert [name for name, _ in names(root, text, image="photo")] == ["0.jpg", "1.jpg"]
     assert [name for name, _ in names(root, "path~z\n0.jpg~1\n", delimiter="~")] == ["0.jpg"]
 
 
