@@ -16,26 +16,34 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from mimscale.data.to_rgb import NoRgb, to_rgb
 
 if TYPE_CHECKING:  # data_prep decodes too, and needs no configuration
     from mimscale.data.config import DataConfig
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-EXTENSIONS = {
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "gif",
-    "bmp",
-    "tif",
-    "tiff",
-    "ppm",
-    "pgm",
-}  # of shard members that are images
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
+EXTENSIONS = frozenset(  # of images
+    (
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "jif",
+        "mpo",
+        "png",
+        "webp",
+        "gif",
+        "bmp",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "pnm",
+        "avif",
+    )
+)
 MAX_PIXELS = 100_000_000
 MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 

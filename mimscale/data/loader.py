@@ -28,7 +28,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from mimscale.data.config import DataConfig
 from mimscale.data.datasets import EvalDataset, TrainDataset
 from mimscale.data.manifest import Ints, Manifest
-from mimscale.data.order import Jumps, Order, batch_of, rank_positions
+from mimscale.data.mixture import Mixture, order_of
+from mimscale.data.order import Jumps, batch_of, rank_positions
 from mimscale.data.sample_reader import DamagedSample
 from mimscale.data.shard_prefetch import ShardPrefetcher
 from mimscale.data.shm_pool import SharedMemoryPool, unpack
@@ -86,7 +87,7 @@ class TrainLoader:
         if isinstance(manifest, WebDatasetStream):
             dataset = StreamDataset(manifest, data, needs, seed, global_batch, sampler, rank, world)
         else:
-            order = Order(manifest, seed, data.streams, data.block)
+            order = order_of(manifest, seed, data.streams, data.block)
             dataset = TrainDataset(manifest, order, data, needs, seed, global_batch)
             if manifest.cache:
                 self._make_shard_prefetcher = partial(ShardPrefetcher, manifest, order, global_batch, rank, world)
@@ -344,7 +345,7 @@ def _iterate(make_loader: MakeLoader, micro_batches: int, pin: bool) -> BatchGen
 def _refuse_cut_index(items: Any) -> None:
     """A worker that reads a mapped file behind its end gets SIGBUS. Raises UserError that names such a file."""
     manifest = getattr(items._dataset, "manifest", None)
-    if isinstance(manifest, Manifest) and (path := manifest.cut_file()) is not None:
+    if isinstance(manifest, Manifest | Mixture) and (path := manifest.cut_file()) is not None:
         raise UserError(f"'{path}' was cut or replaced while it was in use; make it again, and start again") from None
 
 
