@@ -25,7 +25,7 @@ GPU = (
     _gpu("mae_l", "mae_vit_l16", 896, "--profile", limit_s=80),
     _gpu("maskalign_h_fp16", "maskalign_vit_h14", 512, "engine.ds_config=zero2_fp16"),
     _gpu("maskalign_l", "maskalign_vit_l16", 896, BF16_TEACHER, "--profile", limit_s=80),
-    _gpu("mae_h", "mae_vit_h14", 512),
+    _gpu("mae_h", "mae_vit_h14", 512, "--save", limit_s=80),
     _gpu("mae_l_64", "mae_vit_l16", 64),
     _gpu("mae_l_256", "mae_vit_l16", 256),
     _gpu("mae_l_plain", "mae_vit_l16", 256, "engine.plain=all"),

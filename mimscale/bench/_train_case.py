@@ -15,6 +15,7 @@ import torch
 
 from mimscale.bench import _profile, _synthetic
 from mimscale.bench._phases import PhaseMarks
+from mimscale.checkpoint.host_buffer import HostBuffer
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.recipes import validate
 from mimscale.config.run import RunConfig
@@ -39,7 +40,8 @@ PHASES = ("data", "teacher", "forward", "backward", "update", "after")
 @dataclass(frozen=True)
 class Options:
     """micro_batch: images per rank and forward pass; None: the recipe's. data: real shards instead of synthetic images.
-    pretrained: the teachers' weights instead of random ones. trace: file for the profile's Chrome trace, if any.
+    pretrained: the teachers' weights instead of random ones. save: how long a checkpoint stalls the step. trace: file
+    for the profile's Chrome trace, if any.
     """
 
     micro_batch: int | None = None
@@ -50,6 +52,7 @@ class Options:
     data: bool = False
     pretrained: bool = False
     profile: bool = False
+    save: bool = False
     trace: Path | None = None
 
 
@@ -218,7 +221,22 @@ def _measure(step: TrainStep, options: Options) -> dict[str, Any]:
         result["communication_ms"] = found["communication_ms"]
         if options.profile:
             result["profile"] = found
+    if options.save:
+        result |= _stall(step)
     return result
+
+
+def _stall(step: TrainStep) -> dict[str, float]:
+    """What a save costs the step: the copy of weights and state to host memory. The rest is done beside training."""
+    live = {**step.engine.fragments(), **step.method.fragments()}
+    copy = HostBuffer(live)
+    seconds = []
+    for _ in range(3):
+        _wait(step.world.device)
+        start_s = time.perf_counter()
+        copy.fill(live)
+        seconds.append(time.perf_counter() - start_s)
+    return {"save_stall_ms": 1000 * statistics.median(seconds), "save_gib": copy.bytes / GIB}
 
 
 def _breakdown(step: TrainStep, steps: int) -> tuple[dict[str, float], dict[str, float]]:
