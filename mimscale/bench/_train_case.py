@@ -83,7 +83,7 @@ class TrainStep:
         ds_config = load_ds_config(config.engine.ds_config)
         self.precision = precision_of(ds_config)
         check_precision(world.device, self.precision)
-        check_backend(config.engine, ds_config)
+        check_backend(config.engine, ds_config, world.device)
         self.micro_batch = int(config.engine.max_micro_batch)
         skeletons = build_skeletons(config.teachers, config.data.image_size)
         self.method = setup.make_method(config, describe(skeletons))

@@ -46,7 +46,9 @@ class Engine(Protocol):
 
     @property
     def notes(self) -> list[str]:
-        """Lines for the start of a run: which fast paths of the engine run, which plain twins, and why."""
+        """Lines for the start of a run: which fast paths of the engine run, which plain twins, and why. Grows in the
+        first step, where it is measured.
+        """
 
     @property
     def loss_scale(self) -> float | None:

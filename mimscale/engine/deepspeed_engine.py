@@ -15,7 +15,10 @@ from mimscale.distributed.world import World
 from mimscale.engine import fast_paths, flat_parameters, global_norm
 from mimscale.engine.base import method_groups, refuse_other_groups, refuse_other_parameters, refuse_unfit, unchanged
 from mimscale.engine.clip_and_skip import ClipAndSkip, guarded
+from mimscale.engine.compile import StudentCompiler
+from mimscale.engine.cuda_graphs import StudentGraphs
 from mimscale.engine.deepspeed_runtime import import_deepspeed
+from mimscale.engine.student_fp8 import use_fp8
 from mimscale.engine.zero_layout import Layout, LayoutError, keep_weights_in_place
 from mimscale.models.vit import Residual
 from mimscale.optim.optimizers.base import optimizer_class
@@ -91,12 +94,18 @@ class DeepSpeedEngine:
                 keep_weights_in_place(self._ds.optimizer)
         except AttributeError as error:
             raise LayoutError(f"this DeepSpeed release has other parts ({error}); use 0.19.8") from error
+        if config.engine.student_fp8:
+            self.notes.append(use_fp8(method, world.device))
+        self._compiler = StudentCompiler(method, config.engine, world.device, stage, self.notes)
+        self._graphs = StudentGraphs(method, config.engine, world.device, stage, accumulation, self.notes)
 
     # ------------------------------------------------------------------------------------------------------- training
 
     def forward_backward(
         self, batch: Batch, targets: Mapping[str, Targets], check_loss: Callable[[Tensor], Tensor] = unchanged
     ) -> dict[str, Tensor]:
+        for fast_path in (self._compiler, self._graphs):
+            fast_path.before_forward(lambda: self._module(batch, targets)["loss"])
         outputs: Mapping[str, Tensor] = self._ds(batch, targets)
         self._ds.backward(check_loss(outputs["loss"]))
         if not self._ds.is_gradient_accumulation_boundary():
@@ -168,7 +177,7 @@ class DeepSpeedEngine:
         return {
             "shapes": {**self.layout.shapes(), **{n: list(b.shape) for n, b in self._module.named_buffers()}},
             "groups": self._groups,
-            "engine": self.layout.engine_state(),
+            "engine": {**self.layout.engine_state(), "compiled": self._compiler.state()},
         }
 
     def load(self, reader: Any) -> None:
@@ -193,6 +202,7 @@ class DeepSpeedEngine:
         self.layout.refresh_weights()
         if counters:
             self.layout.load_engine_state(reader.meta["engine"])
+            self._compiler.load(reader.meta["engine"])
         self.layout.check()
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ parameters module by module). Parameters may be fp32, bf16 or fp16; LayerNorm an
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -203,6 +204,46 @@ def drop_path_scales(noise_BN2: Tensor, rate: float) -> Tensor:
     return torch.floor(noise_BN2.float() + keep[:, None]) / keep[:, None]
 
 
+def run_segment(
+    blocks: tuple[nn.Module, ...],
+    x_BTD: Tensor,
+    scales_BN2: Tensor | None,
+    extra: tuple[Any, ...],
+    recompute: tuple[bool, ...],
+    keep: tuple[bool, ...],
+    last: Mapping[str, Any],
+) -> tuple[Tensor, list[Tensor]]:
+    """Some consecutive blocks: (output of the last, outputs of those to `keep`). recompute: in the backward pass.
+    last: further arguments of the last block.
+
+    All that varies between segments is an argument, so that equal segments share one compiled graph.
+    """
+    kept = []
+    for index, block in enumerate(blocks):
+        scales = None if scales_BN2 is None else scales_BN2[:, index]
+        only = last if index == len(blocks) - 1 else {}
+        if recompute[index]:
+            x_BTD = checkpoint(block, x_BTD, scales, *extra, use_reentrant=False, preserve_rng_state=False, **only)
+        else:
+            x_BTD = block(x_BTD, scales, *extra, **only)
+        if keep[index]:
+            kept.append(x_BTD)
+    return x_BTD, kept
+
+
+class SegmentRunner(NamedTuple):
+    """How an engine wants blocks to be run: `length` at a time, by `run`, which computes what `run_segment` does.
+
+    An engine sets it as the attribute `runner` of each block.
+    """
+
+    length: int
+    run: Callable[..., tuple[Tensor, list[Tensor]]]
+
+
+PLAIN = SegmentRunner(1000, run_segment)
+
+
 def run_blocks(
     blocks: nn.ModuleList,
     x_BTD: Tensor,
@@ -219,20 +260,31 @@ def run_blocks(
     the attention of the last block is returned as well. last: further arguments of the last block: which tokens it
     computes.
     """
+    chain: list[Any] = list(blocks)  # to mypy the items of a ModuleList are plain Modules
+    runner: SegmentRunner = PLAIN
+    starts = list(range(0, len(chain), PLAIN.length))
+    if attention_prefix is not None:
+        starts = sorted({0, len(chain) - 1})  # the last on its own
+    elif chain:
+        runner = getattr(chain[0], "runner", PLAIN)
+        starts = list(range(0, len(chain), runner.length))
+    recomputes = bool(recompute_every) and torch.is_grad_enabled()
     kept: dict[int, Tensor] = {}
     attention = None
-    block: Any  # to mypy the items of a ModuleList are plain Modules
-    for index, block in enumerate(blocks):
-        if attention_prefix is not None and index == len(blocks) - 1:
-            attention = block(x_BTD, None, *extra, prefix=attention_prefix)
-        scales = None if scales_BN2 is None else scales_BN2[:, index]
-        only = last if index == len(blocks) - 1 else {}
-        if recompute_every and index % recompute_every == 0 and torch.is_grad_enabled():
-            x_BTD = checkpoint(block, x_BTD, scales, *extra, use_reentrant=False, preserve_rng_state=False, **only)
-        else:
-            x_BTD = block(x_BTD, scales, *extra, **only)
-        if index in levels:
-            kept[index] = x_BTD
+    for start, stop in pairwise([*starts, len(chain)]):
+        if attention_prefix is not None and stop == len(chain):
+            attention = chain[-1](x_BTD, None, *extra, prefix=attention_prefix)
+        which = range(start, stop)
+        x_BTD, outputs = runner.run(
+            tuple(chain[start:stop]),
+            x_BTD,
+            None if scales_BN2 is None else scales_BN2[:, start:stop],
+            extra,
+            tuple(recomputes and index % recompute_every == 0 for index in which),
+            tuple(index in levels for index in which),
+            dict(last) if stop == len(chain) else {},
+        )
+        kept |= zip((index for index in which if index in levels), outputs, strict=True)
     return ViTOutput(x_BTD, kept, attention)
 
 

@@ -127,3 +127,9 @@ class StartupTimer:
         for taken, spent_s in ((self.seconds, wall_s - self._wall_s), (self.cpu_s, cpu_s - self._cpu_s)):
             taken[name] = round(taken.get(name, 0.0) + spent_s, 3)
         self._wall_s, self._cpu_s = wall_s, cpu_s
+
+    def move(self, phase: str, name: str, seconds: float) -> None:
+        """Show a part of a phase that has ended as a phase of its own, if it took any time."""
+        if seconds:
+            self.seconds[name] = round(min(seconds, self.seconds[phase]), 3)
+            self.seconds[phase] = round(self.seconds[phase] - self.seconds[name], 3)

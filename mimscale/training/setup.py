@@ -139,5 +139,7 @@ def connect(
     engine = make_engine(method, config, world, micro_batch=micro_batch, accumulation=accumulation, ds_config=ds_config)
     teachers.shard(partial(split_over_ranks, world=world))
     teachers.check()
+    if config.engine.cuda_graphs != "off":
+        teachers.use_cuda_graphs()
     method.before_run(samples)
     return engine

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +11,14 @@ import pytest
 import torch
 import torch._dynamo
 import torch._dynamo.config
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mimscale.bench._operators import count_hooks, count_operators
 from mimscale.config.deepspeed import load_ds_config
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import method_class
-from mimscale.distributed.world import close_process_group, from_environment
+from mimscale.distributed.world import from_environment
 from mimscale.engine.config import EngineConfig
-from mimscale.engine.deepspeed_runtime import open_process_group
 from mimscale.engine.factory import make_engine
 from mimscale.engine.fast_paths import choose, fitted
 from mimscale.engine.flat_parameters import Place, flatten
@@ -141,17 +137,6 @@ def test_zero_3_fetches_whole_blocks() -> None:
     assert found == {"stage": 3, "stage3_prefetch_bucket_size": 450, "stage3_param_persistence_threshold": 51}
     assert fitted(file, blocks)["stage3_prefetch_bucket_size"] == 50_000_000
     assert fitted({"stage": 2, "reduce_bucket_size": 7}, blocks) == {"stage": 2, "reduce_bucket_size": 7}
-
-
-@pytest.fixture(scope="module")
-def process_group() -> Iterator[None]:
-    before = dict(os.environ)
-    open_process_group(from_environment("cpu"))
-    yield
-    close_process_group()
-    assert not dist.is_initialized()
-    os.environ.clear()  # RANK and the like would reach the processes that later tests start
-    os.environ.update(before)
 
 
 @pytest.mark.parametrize(("ds_config", "hooks"), [("cpu_zero2_bf16", 10), ("cpu_zero3_bf16", 60)])
