@@ -16,6 +16,7 @@ import torch
 from mimscale.bench import _profile, _synthetic
 from mimscale.bench._phases import PhaseMarks
 from mimscale.checkpoint.host_buffer import HostBuffer
+from mimscale.config.compiler import use_cache_dir
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.recipes import validate
 from mimscale.config.run import RunConfig
@@ -30,6 +31,7 @@ from mimscale.fault_tolerance.step_guard import StepGuard
 from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons, describe
 from mimscale.teachers.prefetcher import TeacherPrefetcher
 from mimscale.training import setup
+from mimscale.training.plan import check_teachers
 from mimscale.types import PrefetchedBatch, StepInfo
 
 GIB = 2**30
@@ -84,6 +86,7 @@ class TrainStep:
         self.precision = precision_of(ds_config)
         check_precision(world.device, self.precision)
         check_backend(config.engine, ds_config, world.device)
+        check_teachers(config, world.device)
         self.micro_batch = int(config.engine.max_micro_batch)
         skeletons = build_skeletons(config.teachers, config.data.image_size)
         self.method = setup.make_method(config, describe(skeletons))
@@ -162,6 +165,7 @@ class TrainStep:
 
 def measure(config: RunConfig, options: Options) -> dict[str, Any]:
     """Figures of a recipe's training step on this rank's device; see docs/benchmarks.md for each. Collective."""
+    use_cache_dir()
     world = from_environment(config.engine.device)
     config = prepared(config, options, world.size)
     with ExitStack() as closing:
@@ -214,7 +218,7 @@ def _measure(step: TrainStep, options: Options) -> dict[str, Any]:
         "rank": step.world.rank,
         "ranks": step.world.size,
         "precision": step.precision,
-        "notes": [*getattr(step.teachers, "notes", ()), *getattr(step.engine, "notes", ())],
+        "notes": [*step.teachers.notes, *step.engine.notes],
     }
     if options.profile or step.world.size > 1:
         found = _profile.profiled(step, device, 3 if options.profile else 1, options.trace)
