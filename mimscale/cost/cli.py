@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mimscale.config.recipes import load_recipe
-from mimscale.cost import measured, report, tables
+from mimscale.cost import measured, report, simulate, tables
 from mimscale.cost.devices import device, interconnect
 from mimscale.cost.planner import Planner
 from mimscale.cost.run_cost import samples_of
@@ -36,9 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--measured", type=Path, metavar="FILE", help="JSON of `mimscale bench`; replaces rows of the table"
     )
     parser.add_argument("--json", action="store_true", help="everything, as JSON: seconds, bytes, FLOPs")
+    parser.add_argument(
+        "--simulate", metavar="N,N,...", help="every rank of each of these numbers of GPUs, in Markdown"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --simulate: scaling curves, as .png or .svg")
     parser.add_argument("--inputs", action="store_true", help="print the table of inputs with its sources, in Markdown")
     parser.add_argument("--fit", action="store_true", help="compare the model with measured steps, in Markdown")
-    parser.add_argument("--all", action="store_true", help="a row for each published recipe, in Markdown")
+    parser.add_argument(
+        "--all", action="store_true", help="all published recipes on 8 x a100 and 64 x h100, in Markdown"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         print(tables.fit([measured.compare(row) for row in measured.ROWS]))
         return 0
     if args.all:
-        print(tables.all_recipes(gpu, link, args.gpus, args.gpus_per_node))
+        print(tables.all_recipes())
         return 0
     if args.recipe is None:
         raise UserError("plan needs a recipe, or one of --all, --fit and --inputs; `mimscale recipes` lists recipes")
@@ -65,12 +71,41 @@ def run(args: argparse.Namespace) -> int:
     config, precision = report.for_gpu(load_recipe(args.recipe, args.overrides), gpu)
     planner = Planner(config, gpu, link, args.gpus, args.gpus_per_node)
     samples, assumed = samples_of(config) if args.samples is None else (args.samples, False)
+    if args.simulate is not None:
+        return simulated(planner, args, samples)
+    if args.plot is not None:
+        raise UserError(f"--plot {args.plot} draws what --simulate computes; add --simulate 8,64,256")
     plan = report.make_plan(planner, samples, assumed, precision)
     name = str(args.recipe)
     if args.json:
         print(json.dumps(report.plan_json(plan, name), indent=2))
     else:
         show(plan, name)
+    return 0
+
+
+def simulated(planner: Planner, args: argparse.Namespace, samples: int) -> int:
+    """Strong and weak scaling: tables, JSON, a figure. Returns 0."""
+    try:
+        counts = sorted({int(word) for word in args.simulate.split(",")})
+    except ValueError:
+        counts = []
+    if not counts or counts[0] < 1:
+        raise UserError(f"--simulate {args.simulate}: must be numbers of GPUs, such as 8,64,256")
+    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
+        raise UserError(f"--plot {args.plot}: the name must end in .png or .svg")
+    strong = simulate.simulate(planner, counts, samples)
+    weak = simulate.simulate(planner, counts, samples, weak=True)
+    if args.json:
+        print(json.dumps({"strong": report.as_json(strong), "weak": report.as_json(weak)}, indent=2))
+    else:
+        batch = planner.config.schedule.global_batch
+        print(f"{args.recipe} on {planner.gpu.name}, {planner.link.name}, global batch {batch} (predicted):\n")
+        print(report.markdown(*simulate.table(strong)))
+        print(f"\nThe same with {batch // counts[0]} images per GPU on each number:\n")
+        print(report.markdown(*simulate.table(weak)))
+    if args.plot is not None:
+        simulate.plot(strong, weak, f"{args.recipe}, {planner.gpu.name}, {planner.link.name}", args.plot)
     return 0
 
 

@@ -12,7 +12,7 @@ from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig
 from mimscale.cost.communication import Collective, collectives, crossing
 from mimscale.cost.devices import Device, Interconnect
-from mimscale.cost.flops import Flops, flops_of_shapes, uncropped_share
+from mimscale.cost.flops import Flops, flops_of_shapes, flops_of_trace, uncropped_share, warm_up_share
 from mimscale.cost.memory import Memory, Zero, memory
 from mimscale.cost.step_time import StepTime, held, step_time
 from mimscale.cost.trace import Shapes, Trace, at, build, trace
@@ -92,7 +92,11 @@ class Planner:
 
     @cached_property
     def flops(self) -> Flops:
-        return flops_of_shapes(self.shapes)
+        every = self.config.engine.activation_checkpointing
+        if every or warm_up_share(self.shapes):
+            return flops_of_shapes(self.shapes)
+        precision = precision_of(load_ds_config(self.config.engine.ds_config))
+        return flops_of_trace(self._trace(precision, 0)[0], uncropped_share(self.shapes))
 
     @property
     def room(self) -> float:
@@ -103,10 +107,12 @@ class Planner:
         schedule = self.config.schedule
         if global_batch is not None:
             schedule = schedule.model_copy(update={"global_batch": global_batch})
-        config = self.config.model_copy(update={"schedule": schedule})
-        other = Planner(
-            config, self.gpu, self.link, ranks, max(self.per_node, min(8, ranks)), replace(self.shapes, config=config)
-        )
+        return self.like(self.config.model_copy(update={"schedule": schedule}), self.gpu, self.link, ranks)
+
+    def like(self, config: RunConfig, gpu: Device, link: Interconnect, ranks: int) -> Planner:
+        """The same networks under another schedule, engine or cluster, with the same traces."""
+        per_node = max(self.per_node, min(8, ranks))
+        other = Planner(config, gpu, link, ranks, per_node, replace(self.shapes, config=config))
         other._trace = self._trace
         return other
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mimscale.config.recipes import load_recipe, recipe_names
-from mimscale.cost.devices import DEVICES, GIB, INTERCONNECTS, Device, HostCost, Interconnect
+from mimscale.config.recipes import fingerprint, load_recipe, recipe_names
+from mimscale.cost.devices import DEVICES, GIB, INTERCONNECTS, HostCost
 from mimscale.cost.measured import Compared
 from mimscale.cost.planner import Planner
-from mimscale.cost.report import duration, for_gpu, make_plan, markdown
+from mimscale.cost.report import make_plan, markdown
 from mimscale.cost.run_cost import IMAGENET
-from mimscale.errors import UserError
 
 
 def inputs() -> str:
@@ -85,8 +84,11 @@ def published() -> list[str]:
     return [name for name in recipe_names() if not name.endswith("_tiny") and not name.startswith("demo_")]
 
 
-def all_recipes(gpu: Device, link: Interconnect, ranks: int, per_node: int) -> str:
-    """A row per published recipe: the best choice on a cluster, in the precision of the GPU."""
+CLUSTERS = (("a100", "ib8x200", 8), ("h100", "ib8x400", 64))
+
+
+def all_recipes() -> str:
+    """A table for each of `CLUSTERS`, a row per published recipe: the best choice in the recipe's precision."""
     heads = [
         "recipe",
         "GFLOP/image",
@@ -97,32 +99,39 @@ def all_recipes(gpu: Device, link: Interconnect, ranks: int, per_node: int) -> s
         "GPU ms",
         "images/s",
         "MFU",
-        "epoch",
         "GPU-hours",
     ]
-    rows = []
+    rows: list[list[list[str]]] = [[] for _ in CLUSTERS]
+    known: dict[str, Planner] = {}
     for name in published():
-        try:
-            config, _ = for_gpu(load_recipe(name), gpu)
-            planner = Planner(config, gpu, link, ranks, per_node)
-            plan = make_plan(planner, IMAGENET, True)
-        except UserError as error:
-            rows.append([name, *[""] * (len(heads) - 2), str(error)])
-            continue
-        best, cost = plan.chosen, plan.cost
-        rows.append(
-            [
-                name,
-                f"{planner.flops.training / 1e9:.0f}",
-                f"{best.choice.micro_batch} x {best.choice.accumulation}",
-                str(best.choice.recompute_every or "off"),
-                f"{best.memory.total / GIB:.1f}",
-                f"{1e3 * best.time.total:.0f}",
-                f"{1e3 * best.time.gpu:.0f}",
-                f"{cost.images_per_s:,.0f}",
-                f"{cost.mfu:.0%}",
-                duration(cost.epoch_s),
-                f"{cost.gpu_hours:,.0f}",
-            ]
+        config = load_recipe(name)
+        parts = config.model_dump(
+            mode="json", include={"data": {"image_size"}, "student": True, "teachers": True, "method": True}
         )
-    return markdown(heads, rows)
+        shape = fingerprint(parts)
+        for found, (gpu, link, ranks) in zip(rows, CLUSTERS, strict=True):
+            if shape not in known:
+                known[shape] = Planner(config, DEVICES[gpu], INTERCONNECTS[link], ranks, 8)
+            planner = known[shape].like(config, DEVICES[gpu], INTERCONNECTS[link], ranks)
+            found.append(_row(name, planner))
+    tables = []
+    for found, (gpu, link, ranks) in zip(rows, CLUSTERS, strict=True):
+        tables.append(f"{ranks} x {gpu}{f', {link}' if ranks > 8 else ''}:\n\n{markdown(heads, found)}")
+    return "\n\n".join(tables)
+
+
+def _row(name: str, planner: Planner) -> list[str]:
+    plan = make_plan(planner, IMAGENET, True)
+    best, cost = plan.chosen, plan.cost
+    return [
+        name,
+        f"{planner.flops.training / 1e9:.0f}",
+        f"{best.choice.micro_batch} x {best.choice.accumulation}",
+        str(best.choice.recompute_every or "off"),
+        f"{best.memory.total / GIB:.1f}",
+        f"{1e3 * best.time.total:.0f}",
+        f"{1e3 * best.time.gpu:.0f}",
+        f"{cost.images_per_s:,.0f}",
+        f"{cost.mfu:.0%}",
+        f"{cost.gpu_hours:,.0f}",
+    ]
