@@ -132,7 +132,7 @@ class EngineStep:
 
     @property
     def notes(self) -> list[str]:
-        return list(getattr(self._engine, "notes", ()))
+        return list(self._engine.notes)
 
     def __call__(self, enter: Enter) -> Tensor:
         def between(loss: Tensor) -> Tensor:
@@ -151,8 +151,7 @@ def build(config: RunConfig, case: Case, batch: Batch, targets: Mapping[str, Tar
     values: dict[str, Any] = {}
     if case.engine == "plain":
         return PlainStep(config, case, batch, targets)
-    if "compile" in type(config.engine).model_fields:
-        values["compile"] = "blocks" if case.compiled else "off"
+    values["compile"] = "blocks" if case.compiled else "off"
     if case.engine == "torch":
         values |= {"backend": "torch", "ds_config": f"cpu_zero2_{case.precision}"}
     else:
