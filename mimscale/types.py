@@ -27,6 +27,9 @@ def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
+ALIGNMENT = 64  # bytes; of tensors that share a piece of memory
+
+
 @dataclass(frozen=True)
 class Noise:
     """Random numbers that a method wants for each sample; drawn by the loader, keyed by the sample's position.
@@ -144,24 +147,11 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class EncodedImages:
-    """JPEGs, in host memory, that will be decoded on the device.
-
-    data: uint8, K JPEGs concatenated.  sizes: int64 [K], bytes of each.  rows: int64 [K], row in the batch.
-    boxes: int64 [K, 4], crop (top, left, height, width) in pixels.
-    """
-
-    data: Tensor
-    sizes: Tensor
-    rows: Tensor
-    boxes: Tensor
-
-
-@dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank.
 
-    images: uint8 [B, 3, H, W] out of the loader; float32, ImageNet-normalised, after `normalised()`.
+    images: uint8 [B, 3, H, W] out of the loader, where colours are next to each other in memory (channels_last);
+        float32, contiguous, ImageNet-normalised, after `normalised()`.
     ids: int64 [B], row of the sample in the manifest (in a stream: 63 bits of a hash of shard and key).
     positions: int64 [B], place in the endless training sequence (or in the evaluation order).
     noise: purpose -> float32 [B, *shape], as `Needs.noise` asked.
@@ -174,7 +164,6 @@ class Batch:
     importance: uint8 [B, L], what a masking policy that learns has stored of these samples' patches; None else.
     weights: float32 [B] in evaluation, 1, or 0 for what fills a batch up and must not count; None in training.
     damage: what could not be used when this batch was made; `ids` has what was taken instead.
-    encoded: with `data.decoder: device`, the JPEGs of rows that are not decoded yet; `images` is undefined in these.
     """
 
     images: Tensor
@@ -189,19 +178,50 @@ class Batch:
     importance: Tensor | None = None
     weights: Tensor | None = None
     damage: tuple[Damage, ...] = ()
-    encoded: EncodedImages | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; copies do not block the host where the memory is pinned."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._in_pieces(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Called by torch's DataLoader when it pins."""
-        return self._each(Tensor.pin_memory)
+        """The same batch in pinned memory; nothing is copied that is there already."""
+        return self._in_pieces(Tensor.pin_memory)
 
     def first(self, count: int) -> Batch:
         """The first samples, without the whole images."""
         return replace(self, uncropped=None, uncropped_rows=None)._each(lambda tensor: tensor[:count])
+
+    def _in_pieces(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch, moved. Tensors in one piece of memory, as in a slot of the loader, are moved by one copy."""
+        spans: dict[int, tuple[int, int]] = {}  # address of a piece -> its bytes that are used
+        pieces: dict[int, tuple[Tensor, int]] = {}  # address of a piece -> where these are now, and their first
+
+        def note(tensor: Tensor) -> Tensor:
+            if tensor.numel() and not tensor.is_meta:
+                address, (start, end) = tensor.untyped_storage().data_ptr(), bytes_of(tensor)
+                low, high = spans.get(address, (start, end))
+                spans[address] = min(low, start), max(high, end)
+            return tensor
+
+        def moved(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            address = 0 if tensor.is_meta else storage.data_ptr()
+            if address not in spans or (tensor.numel() and spans[address] == bytes_of(tensor)):
+                return move(tensor)
+            if address not in pieces:
+                start, end = spans[address]
+                start -= start % ALIGNMENT
+                used = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+                pieces[address] = move(used.set_(storage, start, (end - start,), (1,))), start
+            piece, start = pieces[address]
+            there = piece.untyped_storage()
+            if there.data_ptr() == address:  # it was there already
+                return tensor
+            offset = tensor.storage_offset() - start // tensor.element_size() if tensor.numel() else 0
+            view = torch.empty(0, dtype=tensor.dtype, device=piece.device)
+            return view.set_(there, offset, tensor.size(), tensor.stride())
+
+        return self._each(note)._each(moved)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values: dict[str, Any] = {
@@ -214,10 +234,22 @@ class Batch:
         return replace(self, images=normalised(self.images))
 
 
+def bytes_of(tensor: Tensor) -> tuple[int, int]:
+    """First byte of its storage that a tensor uses, and the one after the last; the tensor must not be empty."""
+    first = int(tensor.storage_offset())
+    last = first + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return first * tensor.element_size(), (last + 1) * tensor.element_size()
+
+
 def normalised(images_B3HW: Tensor) -> Tensor:
-    """uint8 -> float32 with ImageNet's mean and deviation."""
+    """uint8, in any memory format -> float32, contiguous, with ImageNet's mean and deviation."""
     mean, std = imagenet_statistics(images_B3HW.device)
-    return (images_B3HW.float() / 255 - mean) / std
+    return (in_float(images_B3HW) / 255 - mean) / std
+
+
+def in_float(images_B3HW: Tensor) -> Tensor:
+    """uint8, in any memory format -> float32, contiguous: later sums have one order, whatever the loader's was."""
+    return images_B3HW.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

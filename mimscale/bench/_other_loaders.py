@@ -1,17 +1,22 @@
-"""Other data loaders on the same images: Pillow, torchvision's transforms, float tensors, as in their documentation.
+"""Other data loaders on the same images. Every function returns a data set for torch's DataLoader.
 
-Every function returns a data set for torch's DataLoader. images: an image folder; shards: the same images as WebDataset
-shards; own: an empty folder in which the function may write the images in another format; side: pixels of a crop.
+The first four are written as in their documentation: Pillow, torchvision's transforms, float tensors. The careful ones
+avoid all that can be avoided with torchvision alone: its own JPEG decoder, crop and flip on uint8, uint8 batches.
+
+images: an image folder; shards: the same images as WebDataset shards; own: an empty folder in which the function may
+write the images in another format; side: pixels of a crop.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
 
 def transform(side: int) -> Callable[[Image.Image], torch.Tensor]:
@@ -35,12 +40,14 @@ def image_folder(images: Path, own: Path, shards: Path, side: int) -> Any:
 
 
 def webdataset(images: Path, own: Path, shards: Path, side: int) -> Any:
+    return _webdataset(shards).decode("pilrgb").to_tuple("jpg", "cls").map_tuple(transform(side), int)
+
+
+def _webdataset(shards: Path) -> Any:
     from webdataset import WebDataset
 
     urls = [str(path) for path in sorted(shards.glob("*.tar"))]
-    augment = transform(side)
-    data = WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(500).decode("pilrgb")
-    return data.to_tuple("jpg", "cls").map_tuple(augment, int)
+    return WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(500)
 
 
 def mosaic(images: Path, own: Path, shards: Path, side: int) -> Any:
@@ -78,11 +85,56 @@ def litdata(images: Path, own: Path, shards: Path, side: int) -> Any:
     return Data(str(own), shuffle=True)
 
 
+class CarefulFolder(Dataset[Any]):
+    """JPEG files by their path -> (uint8 [3, side, side], label)."""
+
+    def __init__(self, images: Path, side: int):
+        self.files, self.augment = _files(images), uint8_transform(side)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, at: int) -> Any:
+        path, label = self.files[at]
+        return self.augment(_torchvision_decode(path.read_bytes())), label
+
+
+def careful_folder(images: Path, own: Path, shards: Path, side: int) -> Any:
+    _ignore_warnings()
+    return CarefulFolder(images, side)
+
+
+def careful_webdataset(images: Path, own: Path, shards: Path, side: int) -> Any:
+    _ignore_warnings()
+    augment = uint8_transform(side)
+    return _webdataset(shards).to_tuple("jpg", "cls").map_tuple(lambda data: augment(_torchvision_decode(data)), int)
+
+
+def _ignore_warnings() -> None:
+    """Once, not for each image: torchvision's decoders are deprecated, and the bytes that they read are read-only."""
+    warnings.filterwarnings("ignore", "(?s).*(are deprecated|is not writable)")
+
+
+def uint8_transform(side: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    from torchvision.transforms import InterpolationMode, v2
+
+    crop = v2.RandomResizedCrop(side, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+
+
+def _torchvision_decode(data: bytes) -> torch.Tensor:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
+
+
 OTHER_LOADERS = {
     "webdataset": webdataset,
     "torchvision ImageFolder": image_folder,
     "MosaicML Streaming": mosaic,
     "litdata": litdata,
+    "torchvision decode_jpeg, uint8, files": careful_folder,
+    "torchvision decode_jpeg, uint8, webdataset": careful_webdataset,
 }
 
 

@@ -17,12 +17,16 @@ from typing import Any
 from mimscale.errors import UserError
 
 SIDE, BATCH = 224, 64
+OURS = "mimscale"  # all others are compared with this one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=512, help="number of JPEGs of about 100 KB (default: 512)")
     parser.add_argument(
         "--rounds", type=int, default=5, help="number of rounds in which every loader is measured once (default: 5)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", help="only rows with one of these words in their name, and mimscale's"
     )
     parser.add_argument("--workers", type=int, default=1, help="worker processes of each loader (default: 1)")
 
@@ -45,21 +49,24 @@ def run(args: argparse.Namespace) -> int:
         measurements: dict[str, Callable[[], float]] = {
             "libjpeg-turbo, decode alone (floor)": lambda: _decode_all(shards),
             "mimscale, read alone": lambda: _read_all(shards),
-            "mimscale": lambda: _our_loader(shards, "simplejpeg", args.workers),
+            OURS: lambda: _our_loader(shards, "simplejpeg", args.workers),
             "mimscale, Pillow": lambda: _our_loader(shards, "pillow", args.workers),
         }
         missing = {}
         for name, make in OTHER_LOADERS.items():
+            if not _chosen(name, args.only):
+                continue
             try:
                 data = make(images, root / name.replace(" ", "_"), shards, SIDE)
                 measurements[name] = partial(_other_loader, data, args.workers)
             except ImportError as error:
                 missing[name] = str(error)
+        measurements = {name: take for name, take in measurements.items() if _chosen(name, args.only)}
         seconds: dict[str, list[float]] = {name: [] for name in measurements}
         for _ in range(args.rounds):
             for name, measure in measurements.items():
                 seconds[name].append(measure())
-    rows = [_row(name, values, seconds["mimscale"]) for name, values in seconds.items()]
+    rows = [_row(name, values, seconds[OURS]) for name, values in seconds.items()]
     rows += [[f"{name}: not installed ({why})", "", "", ""] for name, why in missing.items()]
     print(_report.table(["loader", "CPU ms per image", "x mimscale", "from - to"], rows))
     print(
@@ -67,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
         f"{args.rounds} rounds; ratios are taken inside each round"
     )
     return 0
+
+
+def _chosen(name: str, only: list[str] | None) -> bool:
+    return only is None or name == OURS or any(word in name for word in only)
 
 
 def _row(name: str, values: list[float], ours: list[float]) -> list[str]:

@@ -102,6 +102,19 @@ def refuse_changes(stored: RunConfig, wanted: RunConfig, run_dir: Path) -> None:
         )
 
 
+def compiled_as_before(stored: RunConfig, wanted: RunConfig) -> RunConfig:
+    """`wanted` with each teacher compiled, or not, as when the run began, where the recipe leaves it open: a resume
+    then computes the same bits. Runs of older releases began uncompiled.
+    """
+    teachers = {
+        name: teacher.model_copy(update={"compile": stored.teachers[name].compile})
+        if teacher.compile == "auto"
+        else teacher
+        for name, teacher in wanted.teachers.items()
+    }
+    return wanted.model_copy(update={"teachers": teachers})
+
+
 def create(run_dir: Path, run: RunConfig) -> None:
     """Write config.yaml, atomically. Raises UserError: a run whose recipe cannot be kept does not begin."""
     try:

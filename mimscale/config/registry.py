@@ -75,10 +75,15 @@ def first_line(error: ValidationError, model: type[BaseModel], prefix: tuple[str
         return f"unknown key {name}{nearest(place[-1], known)}"
     if first["type"] == "missing":
         return f"{name} is missing"
-    message = first["msg"].removeprefix("Value error, ")
+    message = shortened(first["msg"].removeprefix("Value error, "), 600)
     if first["type"] == "value_error":
         return f"{name}: {message}" if name and name not in message else message
-    return f"{name} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{name} = {shortened(repr(first['input']), 200)}: {message[0].lower()}{message[1:]}"
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or its beginning and its end."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _known_keys(model: type[BaseModel], place: Sequence[str]) -> list[str]:

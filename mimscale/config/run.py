@@ -108,7 +108,11 @@ class RunConfig(Strict):
         )
         flat = self.flat()
         flat["teachers"] = list(self.teachers)  # in this order: masks follow the first that has a class token
-        return {key: value for key, value in flat.items() if not key.startswith(free) and not key.endswith(".weights")}
+        return {
+            key: value
+            for key, value in flat.items()
+            if not key.startswith(free) and not key.endswith((".weights", ".compile"))
+        }
 
 
 def method_names() -> list[str]:

@@ -150,13 +150,16 @@ def _backward(zero: Zero, trace: Trace, kept: float, ranks: int, bucket: float) 
 def _update(
     zero: Zero, kept: float, states: int, split: int, ranks: int, bucket: float, fused: bool
 ) -> dict[str, float]:
-    """Gradients as they were summed, and their float32 copy; then what an optimiser that is not fused allocates."""
+    """Gradients as they were summed, and their float32 copy, which sums in float32 beside 16-bit weights do without;
+    then what an optimiser that is not fused allocates.
+    """
     temporaries = 0.0 if fused or states < 2 else 8.0 * kept / split
     if zero.stage == 0:
         return {"gradients": 4.0 * kept, "workspace": max(4.0 * kept, 0.0 if fused else 4.0 * kept)}
     summed = zero.sums * kept / (ranks if zero.stage > 1 else 1)
-    copy = 4.0 * kept / split
-    stays = summed if zero.sums == zero.width or zero.stage == 3 else 0.0  # else freed before the step
+    in_place = zero.stage < 3 and zero.sums == 4 and zero.width < 4
+    copy = 0.0 if in_place else 4.0 * kept / split
+    stays = summed if in_place or zero.sums == zero.width or zero.stage == 3 else 0.0  # else freed before the step
     at_copy, at_step = summed + copy, stays + copy + temporaries
     return {
         "gradients": summed,

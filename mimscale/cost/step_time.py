@@ -14,6 +14,7 @@ from mimscale.cost.communication import collectives, seconds
 from mimscale.cost.devices import Device, Interconnect
 from mimscale.cost.memory import Zero
 from mimscale.cost.trace import Shapes, Trace, Work, total
+from mimscale.models.vit import Residual
 
 UPDATE_BYTES = 34
 """Memory traffic of AdamW per parameter: reads and writes of master, two moments, gradient and weight."""
@@ -58,8 +59,8 @@ class Held:
 def held(shapes: Shapes, recompute_every: int) -> Held:
     """What DeepSpeed is handed: the parameters of the method, or one per Block and group (engine.plain)."""
     method, engine = shapes.method, shapes.config.engine
-    blocks = [module for module in method.modules() if type(module).__name__ == "Block"]
-    if engine.backend == "torch" or not FLAT_PARAMETERS or not engine.uses("flat_parameters"):
+    blocks = [module for module in method.modules() if isinstance(module, Residual)]
+    if engine.backend == "torch" or not engine.uses("flat_parameters"):
         return Held(tuple(p.numel() for p in method.parameters()), len(blocks), recompute_every)
     inside = {id(p) for block in blocks for p in block.parameters()}
     sizes = [p.numel() for p in method.parameters() if id(p) not in inside]
@@ -67,10 +68,6 @@ def held(shapes: Shapes, recompute_every: int) -> Held:
         sizes.append(sum(p.numel() for p in block.parameters() if p.dim() > 1))
         sizes.append(sum(p.numel() for p in block.parameters() if p.dim() <= 1))
     return Held(tuple(size for size in sizes if size), len(blocks), recompute_every)
-
-
-FLAT_PARAMETERS = False
-"""Whether the engine hands DeepSpeed flat parameters."""
 
 
 def step_time(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mimscale.data import noise
-from mimscale.types import Batch, normalised
+from mimscale.types import Batch, in_float, normalised
 
 PURPOSE = "colour"  # key in `Batch.noise`: float32 [B, 6], see `draw_factors`
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights
@@ -53,5 +53,5 @@ def jitter_and_normalise(batch: Batch) -> Batch:
     """uint8 images -> float32, normalised; before that jittered, if the loader drew factors for it."""
     if PURPOSE not in batch.noise:
         return batch.normalised()
-    images = apply_jitter(batch.images.float() / 255, batch.noise[PURPOSE])
+    images = apply_jitter(in_float(batch.images) / 255, batch.noise[PURPOSE])
     return replace(batch, images=normalised(images * 255))

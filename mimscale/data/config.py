@@ -43,10 +43,10 @@ class DataConfig(Strict):
     random order on the device; no published recipe in this project uses it.
 
     decoder: decides the pixel values, so a resumed run must use the one that it was started with (see data/decode.py).
-    Default: simplejpeg if it is installed. device (experimental): decodes in the trainer's process, with nvJPEG on a
-    GPU. decode_short_side: larger JPEGs are decoded at a fraction of their size, down to a short side of this many
-    pixels; 0 = off. crops (experimental): each image is decoded once for this many consecutive steps, each with another
-    crop; every crop counts as a sample.
+    Default: simplejpeg if it is installed. decode_short_side: larger JPEGs are decoded at a fraction of their size,
+    down to a short side of this many pixels; 0 = off. reduced_decode: a JPEG whose crop is at least twice, 4 or 8 times
+    as large as image_size is decoded at 1/2, 1/4 or 1/8 of its size. crops (experimental): each image is decoded once
+    for this many consecutive steps, each with another crop; every crop counts as a sample.
     max_damaged: a run stops when more samples than this cannot be used; default: one in 10,000, at least 10.
     """
 
@@ -65,8 +65,9 @@ class DataConfig(Strict):
     prefetch: int = Field(2, ge=1, le=1024)
     streams: int = Field(256, ge=1, le=2**20)
     block: int = Field(8192, ge=1, le=2**31)
-    decoder: Literal["simplejpeg", "pillow", "device"] = Field(default_factory=default_decoder)
+    decoder: Literal["simplejpeg", "pillow"] = Field(default_factory=default_decoder)
     decode_short_side: int = Field(0, ge=0, le=2**16)
+    reduced_decode: bool = False
     crops: int = Field(1, ge=1, le=1024)
     max_damaged: int | None = Field(None, ge=0)
     stream: StreamConfig | None = None
@@ -105,13 +106,11 @@ class DataConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _check_device_decoder(self) -> DataConfig:
-        """Options that need the decoded image in the worker do not work with JPEGs that the worker leaves encoded."""
-        refused = self.crop != "random_resized" or self.crops > 1 or self.decode_short_side or self.stream is not None
-        if self.decoder == "device" and refused:
+    def _check_fractions(self) -> DataConfig:
+        if self.reduced_decode and (self.decode_short_side or self.decoder != "simplejpeg"):
             raise ValueError(
-                "decoder = device: only with crop=random_resized, crops=1, decode_short_side=0 and an indexed data "
-                "set; change these, or set decoder=simplejpeg"
+                "reduced_decode = true: only with decoder=simplejpeg, and with decode_short_side=0, which chooses by "
+                "another rule; change these, or set reduced_decode=false"
             )
         return self
 

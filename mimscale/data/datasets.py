@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from mimscale.data import color_jitter, noise
 from mimscale.data.config import DataConfig
-from mimscale.data.decode import AnyImage, UndecodedJpeg, decode, make_decoder
+from mimscale.data.decode import AnyImage, Part, Size, Wanted, decode, make_decoder
 from mimscale.data.manifest import Ints, Manifest
 from mimscale.data.order import Order
 from mimscale.data.sample_reader import SampleReader
@@ -29,7 +29,15 @@ from mimscale.data.transforms import (
     resized_to_square,
     to_pixels,
 )
-from mimscale.types import Batch, Damage, EncodedImages, Needs, Noise
+from mimscale.types import Batch, Damage, Needs, Noise
+
+Load = Callable[[int, Wanted], tuple[int, AnyImage, list[Damage]]]
+"""(column, see decode.Decoder) -> sample id, its image, damage found before it."""
+Empty = Callable[[int, tuple[int, ...]], list[NDArray[np.uint8]]]
+
+
+def empty(batches: int, shape: tuple[int, ...]) -> list[NDArray[np.uint8]]:
+    return [np.empty(shape, np.uint8) for _ in range(batches)]
 
 
 class TrainDataset(Dataset[list[Batch]]):
@@ -43,106 +51,88 @@ class TrainDataset(Dataset[list[Batch]]):
     def __init__(self, manifest: Manifest, order: Order, data: DataConfig, needs: Needs, seed: int, global_batch: int):
         self.manifest, self.order, self.seed = manifest, order, seed
         self.batch_builder = BatchBuilder(manifest.samples, data, needs, seed, global_batch)
-        self.reader = SampleReader(manifest, make_decoder(data.decoder, data.decode_short_side))
-        self.decoding_reader = SampleReader(manifest, decode) if data.decoder == "device" else self.reader
+        self.reader = SampleReader(manifest, make_decoder(data))
+
+    def use(self, memory: Empty) -> None:
+        self.batch_builder.empty = memory
 
     def __getitem__(self, item: tuple[Ints, Ints]) -> list[Batch]:
         image_positions, crop_positions = item
         ids = self.order.ids(image_positions)
         self.manifest.read_ahead(ids)
-        images = (
-            self._reader(position).load_or_substitute(sample, self.seed, *divmod(position, self.manifest.samples))
-            for sample, position in zip(ids.tolist(), image_positions.tolist(), strict=True)
-        )
-        return self.batch_builder(crop_positions, images, self.manifest)
+        samples = list(zip(ids.tolist(), image_positions.tolist(), strict=True))
 
-    def _reader(self, position: int) -> SampleReader:
-        """An image that is also needed uncropped must be decoded here, whatever `data.decoder` is."""
-        builder = self.batch_builder
-        uncropped = position % builder.global_batch < builder.needs.uncropped_images
-        return self.decoding_reader if uncropped else self.reader
+        def load(column: int, wanted: Wanted) -> tuple[int, AnyImage, list[Damage]]:
+            sample, position = samples[column]
+            key = divmod(position, self.manifest.samples)
+            return self.reader.load_or_substitute(sample, self.seed, *key, wanted=wanted)
+
+        return self.batch_builder(crop_positions, load, self.manifest)
 
 
 class BatchBuilder:
     """Crops, flips and collates images into batches. All random numbers are keyed by positions.
 
-    samples: number of positions in an epoch.
+    samples: number of positions in an epoch. empty: (number of batches, shape of the images of one) -> uint8 arrays to
+    fill; a worker sets it to its pool of shared memory, so that finished images need not be copied there.
     """
 
     def __init__(self, samples: int, data: DataConfig, needs: Needs, seed: int, global_batch: int):
         self.samples, self.data, self.needs, self.seed, self.global_batch = samples, data, needs, seed, global_batch
+        self.empty: Empty = empty
 
-    def __call__(
-        self,
-        positions: Ints,
-        samples: Iterator[tuple[int, AnyImage | UndecodedJpeg, list[Damage]]],
-        manifest: Manifest | None,
-    ) -> list[Batch]:
-        """int64 [rows, B] positions, and B samples (id, image, damage found before it) -> one Batch per row.
+    def __call__(self, positions: Ints, load: Load, manifest: Manifest | None) -> list[Batch]:
+        """int64 [rows, B] positions -> one Batch per row.
 
-        Each image is used before the next one is taken from `samples`, because decoders may reuse their buffer.
-        manifest: has the labels, if the method needs them.
+        load: gives the images of the columns, in their order. Each is used before the next one is asked for, because
+        decoders may reuse their buffer. manifest: has the labels, if the method needs them.
         """
         side, (rows, total) = self.data.image_size, positions.shape
-        crops = np.empty((rows, total, 3, side, side), np.uint8)
+        images = [_colours_first(array) for array in self.empty(rows, (total, side, side, 3))]
         boxes, flips = np.empty((rows, total, 4), np.float32), np.empty((rows, total), np.bool_)
         uncropped_rows = np.flatnonzero(positions[0] % self.global_batch < self.needs.uncropped_images)
-        uncropped = np.empty((len(uncropped_rows), 3, side, side), np.uint8) if self.needs.uncropped_images else None
+        uncropped = _colours_first(np.empty((len(uncropped_rows), side, side, 3), np.uint8))
+        whole = set(uncropped_rows.tolist())
         ids, damage = np.empty(total, np.int64), list[Damage]()
-        jpegs = list[tuple[bytes, int, Box]]()
+        numbers = noise.to_uniform(self._raw("crop", self._keys(positions), CROP_NUMBERS)).reshape(rows, total, -1)
         for column in range(total):
-            ids[column], image, found = next(samples)
+            crops = _Crops(self.data, numbers[:, column].tolist(), column in whole)
+            ids[column], image, found = load(column, crops.wanted)
             damage += found
-            for row in range(rows):
-                epoch, index = divmod(int(positions[row, column]), self.samples)
-                numbers = noise.uniform(self.seed, "crop", epoch, index, n=CROP_NUMBERS).tolist()
-                flips[row, column] = numbers[-1] < self.data.flip
-                if isinstance(image, UndecodedJpeg):
-                    box = self._random_box((image.height, image.width), numbers)
-                    boxes[row, column] = relative_box(box, (image.height, image.width))
-                    jpegs.append((image.data, column, box))
-                    continue
-                crop, boxes[row, column] = self._crop(image, numbers)
-                crops[row, column] = to_pixels(crop, flips[row, column])
-            if uncropped is not None and column in uncropped_rows:
-                assert not isinstance(image, UndecodedJpeg)
+            for row, crop_numbers in enumerate(crops.numbers):
+                flips[row, column] = flip = crop_numbers[-1] < self.data.flip
+                crop, boxes[row, column] = crops.cut(image, row)
+                images[row][column] = to_pixels(crop, flip)
+            if column in whole:
                 square = resized_to_square(image, side, self.data.interpolation)
                 uncropped[uncropped_rows.searchsorted(column)] = to_pixels(square)
         labels = _labels(manifest, ids) if self.needs.labels and manifest is not None else None
         return [
             Batch(
-                images=torch.from_numpy(crops[row]),
+                images=torch.from_numpy(images[row]),
                 ids=torch.from_numpy(ids),
                 positions=torch.from_numpy(np.array(positions[row])),
                 noise=self._all_noise(positions[row]),
                 boxes=torch.from_numpy(boxes[row]),
                 flips=torch.from_numpy(flips[row]),
                 labels=labels,
-                uncropped=None if uncropped is None else torch.from_numpy(uncropped),
-                uncropped_rows=None if uncropped is None else torch.from_numpy(uncropped_rows),
+                uncropped=torch.from_numpy(uncropped) if self.needs.uncropped_images else None,
+                uncropped_rows=torch.from_numpy(uncropped_rows) if self.needs.uncropped_images else None,
                 damage=tuple(damage) if row == 0 else (),
-                encoded=_encoded_images(jpegs) if jpegs else None,
             )
             for row in range(rows)
         ]
 
-    def _crop(self, image: AnyImage, numbers: list[float]) -> tuple[AnyImage | NDArray[np.uint8], tuple[float, ...]]:
-        """The crop, and its box as fractions of the stored image."""
-        data = self.data
-        if data.crop == "padded":
-            image = resized_short_side(image, data.image_size, data.interpolation)
-            size = image.height, image.width
-            box: Box = padded_crop_box(size, data.image_size, data.crop_padding, numbers[-3:-1])
-            return padded_crop(image, box, data.crop_padding), relative_box(box, size)
-        size = image.height, image.width
-        box = self._random_box(size, numbers)
-        return resized_crop(image, box, data.image_size, data.interpolation), relative_box(box, size)
+    def _keys(self, positions: Ints) -> list[tuple[int, int]]:
+        """(epoch, index in it) of each."""
+        return [divmod(position, self.samples) for position in positions.ravel().tolist()]
 
-    def _random_box(self, size: tuple[int, int], numbers: list[float]) -> Box:
-        return random_resized_crop_box(size, self.data.crop_scale, self.data.crop_ratio, numbers)
+    def _raw(self, purpose: str, keys: list[tuple[int, int]], n: int) -> NDArray[np.uint64]:
+        """uint64 [keys, n]."""
+        return np.stack([noise.raw(self.seed, purpose, *key, n=n) for key in keys])
 
     def _all_noise(self, positions: Ints) -> dict[str, Tensor]:
-        keys = [divmod(int(position), self.samples) for position in positions]  # (epoch, index in it)
+        keys = self._keys(positions)
         drawn = {name: self._noise(name, wanted, keys) for name, wanted in self.needs.noise.items()}
         if any(self.data.colour_jitter):
             rows = [color_jitter.draw_factors(self.data.colour_jitter, self.seed, *key) for key in keys]
@@ -150,10 +140,41 @@ class BatchBuilder:
         return drawn
 
     def _noise(self, name: str, wanted: Noise, keys: list[tuple[int, int]]) -> Tensor:
-        draw = noise.uniform if wanted.kind == "uniform" else noise.exponential
-        n = int(np.prod(wanted.shape))
-        rows = [draw(self.seed, f"noise/{name}", *key, n=n) for key in keys]
-        return torch.from_numpy(np.stack(rows).reshape(-1, *wanted.shape))
+        integers = self._raw(f"noise/{name}", keys, int(np.prod(wanted.shape)))
+        convert = noise.to_uniform if wanted.kind == "uniform" else noise.to_exponential
+        return torch.from_numpy(convert(integers).reshape(-1, *wanted.shape))
+
+
+class _Crops:
+    """The crops of one image. numbers: of each crop, random, in [0, 1).  whole: is the whole image needed too?"""
+
+    def __init__(self, data: DataConfig, numbers: list[list[float]], whole: bool):
+        self.data, self.numbers, self.whole = data, numbers, whole
+        self._boxes: dict[Size, list[Box]] = {}
+
+    def wanted(self, size: Size) -> Part:
+        if self.whole or self.data.crop == "padded":
+            return Part(size[0], min(size))
+        boxes = self._random_boxes(size)
+        return Part(max(top + height for top, _, height, _ in boxes), min(min(box[2:]) for box in boxes))
+
+    def cut(self, image: AnyImage, number: int) -> tuple[AnyImage | NDArray[np.uint8], tuple[float, ...]]:
+        """The crop, and its box as fractions of the stored image."""
+        data = self.data
+        if data.crop == "padded":
+            image = resized_short_side(image, data.image_size, data.interpolation)
+            size = image.height, image.width
+            box = padded_crop_box(size, data.image_size, data.crop_padding, self.numbers[number][-3:-1])
+            return padded_crop(image, box, data.crop_padding), relative_box(box, size)
+        size = image.height, image.width
+        box = self._random_boxes(size)[number]
+        return resized_crop(image, box, data.image_size, data.interpolation), relative_box(box, size)
+
+    def _random_boxes(self, size: Size) -> list[Box]:
+        if size not in self._boxes:
+            scale, ratio = self.data.crop_scale, self.data.crop_ratio
+            self._boxes[size] = [random_resized_crop_box(size, scale, ratio, numbers) for numbers in self.numbers]
+        return self._boxes[size]
 
 
 class EvalDataset(Dataset[list[Batch]]):
@@ -161,7 +182,11 @@ class EvalDataset(Dataset[list[Batch]]):
 
     def __init__(self, manifest: Manifest, side: int, crop_pct: float):
         self.manifest, self.side, self.crop_pct = manifest, side, crop_pct
+        self.empty: Empty = empty  # see BatchBuilder
         self.reader = SampleReader(manifest, decode)
+
+    def use(self, memory: Empty) -> None:
+        self.empty = memory
 
     def __getitem__(self, item: tuple[Ints, NDArray[np.float32]]) -> list[Batch]:
         ids, weights = item
@@ -169,8 +194,11 @@ class EvalDataset(Dataset[list[Batch]]):
         self.manifest.read_ahead(distinct)
         crop_of = {i: center_crop(self.reader.load(i), self.side, self.crop_pct) for i in distinct.tolist()}
         crops = [crop_of[i] for i in ids.tolist()]
+        images = _colours_first(*self.empty(1, (len(ids), self.side, self.side, 3)))
+        for row, (image, _) in enumerate(crops):
+            images[row] = to_pixels(image)
         batch = Batch(
-            images=torch.from_numpy(np.stack([to_pixels(image) for image, _ in crops])),
+            images=torch.from_numpy(images),
             ids=torch.from_numpy(ids),
             positions=torch.from_numpy(ids),
             noise={},
@@ -182,12 +210,10 @@ class EvalDataset(Dataset[list[Batch]]):
         return [batch]
 
 
-def _encoded_images(jpegs: list[tuple[bytes, int, Box]]) -> EncodedImages:
-    """jpegs: (bytes, row of the batch, crop box) of each."""
-    data, rows, boxes = zip(*jpegs, strict=True)
-    sizes = torch.tensor([len(jpeg) for jpeg in data])
-    joined = torch.from_numpy(np.frombuffer(b"".join(data), np.uint8).copy())
-    return EncodedImages(joined, sizes, torch.tensor(rows), torch.tensor(boxes))
+def _colours_first(images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """uint8 [B, 3, H, W], a view: in memory the order is that of the resized crops, and the device changes it. Here it
+    would take a third of the resize's time."""
+    return images_BHWC.transpose(0, 3, 1, 2)
 
 
 def _labels(manifest: Manifest, ids: Ints) -> Tensor:

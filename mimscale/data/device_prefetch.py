@@ -1,7 +1,8 @@
 """Copies batches to the device: the copy of the next batch overlaps with the computation on the current one.
 
-On a GPU a separate CUDA stream copies the pinned batch and normalises it, one batch ahead; this costs the memory of one
-more batch. On a CPU nothing is prefetched.
+On a GPU a separate CUDA stream copies the pinned batch, as uint8 and in one piece, and normalises it, one batch ahead;
+this costs the memory of one more batch. The batch in host memory is kept until its copy is whole, because it may lie in
+a slot of the loader that a worker would fill again. On a CPU nothing is prefetched.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class DevicePrefetcher:
         self._batches, self._device = batches, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._queue: deque[PrefetchedBatch] = deque()
+        self._copied: deque[PrefetchedBatch] = deque()  # not known to be whole yet
         self._depth = 0 if self._stream is None else 1  # batches copied before they are asked for
 
     def __iter__(self) -> Iterator[PrefetchedBatch]:
@@ -43,4 +45,9 @@ class DevicePrefetcher:
             if raw is None:
                 return None
             copy = jitter_and_normalise(raw.to(self._device))
-            return PrefetchedBatch(raw, copy, None if self._stream is None else self._stream.record_event())
+            prefetched = PrefetchedBatch(raw, copy, None if self._stream is None else self._stream.record_event())
+        while self._copied and (ready := self._copied[0].ready) is not None and ready.query():
+            self._copied.popleft()
+        if prefetched.ready is not None:
+            self._copied.append(prefetched)
+        return prefetched

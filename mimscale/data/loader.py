@@ -17,18 +17,16 @@ import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from mimscale.data.config import DataConfig, default_decoder
+from mimscale.data.config import DataConfig
 from mimscale.data.datasets import EvalDataset, TrainDataset
-from mimscale.data.device_decode import DeviceDecoder
 from mimscale.data.manifest import Ints, Manifest
 from mimscale.data.order import Jumps, Order, batch_of, rank_positions
 from mimscale.data.sample_reader import DamagedSample
@@ -38,11 +36,11 @@ from mimscale.data.wds_stream import Source, StreamDataset, WebDatasetStream
 from mimscale.errors import UserError, warn
 from mimscale.types import Batch, Needs
 
-CPU = torch.device("cpu")
-HELD_ITEMS = 3  # items that the trainer, its teachers and the pinning thread may hold at the same time
+HELD_ITEMS = 4  # items that the trainer, its teachers, copies to the device and hooks may hold at the same time
+EVAL_PREFETCH = 2
 BatchGenerator = Generator[Batch, None, None]
-MakeLoader = Callable[[int], DataLoader[list[Batch]]]
-"""Makes a loader whose workers write a byte into the pipe of this descriptor when they begin."""
+MakeLoader = Callable[[int], tuple[DataLoader[list[Batch]], SharedMemoryPool | None]]
+"""Makes a loader whose workers write a byte into the pipe of this descriptor when they begin, and its pool."""
 START_S, STARTS = 30.0, 4
 """Seconds in which every worker must have begun, and how often workers are started; see `_start`."""
 _OPEN_GENERATORS: weakref.WeakSet[BatchGenerator] = weakref.WeakSet()
@@ -51,7 +49,7 @@ _OPEN_GENERATORS: weakref.WeakSet[BatchGenerator] = weakref.WeakSet()
 class TrainLoader:
     """Endless micro-batches of one rank from `start_step` on: global_batch / (world * micro_batch) of them per step.
 
-    jumps: see `order.batch_of`. pin: put batches into pinned memory. device: where `data.decoder: device` decodes.
+    jumps: see `order.batch_of`. pin: put batches into pinned memory.
     Only one iterator exists at a time: a new one ends the last one and starts again at `start_step`. Workers end with
     `close()`, with the loader, or with the program. They ignore SIGINT, SIGTERM and SIGUSR1, which SLURM sends to every
     process of a job, because the trainer decides when to stop. Raises UserError if sizes do not divide or if labels are
@@ -72,7 +70,6 @@ class TrainLoader:
         start_step: int = 0,
         jumps: Jumps = (),
         pin: bool = False,
-        device: torch.device = CPU,
     ):
         if micro_batch < 1 or world < 1 or global_batch % (world * micro_batch):
             raise UserError(
@@ -84,8 +81,6 @@ class TrainLoader:
             )
         sampler = PositionSampler(global_batch, micro_batch, rank, world, start_step, data.crops, jumps)
         dataset: Dataset[list[Batch]]
-        jpeg_bytes = 0  # per image, in what the workers send
-        self._decode: Callable[[Batch], Batch] = lambda batch: batch
         self._make_shard_prefetcher: Callable[[int], ShardPrefetcher] | None = None
         self._shard_prefetcher: ShardPrefetcher | None = None
         if isinstance(manifest, WebDatasetStream):
@@ -93,37 +88,27 @@ class TrainLoader:
         else:
             order = Order(manifest, seed, data.streams, data.block)
             dataset = TrainDataset(manifest, order, data, needs, seed, global_batch)
-            if data.decoder == "device":
-                jpeg_bytes = 2 * sum(shard.bytes for shard in manifest.file.shards) // manifest.samples
-                cpu_data = data.model_copy(update={"decoder": default_decoder()})
-                cpu_needs = replace(needs, uncropped_images=0)
-                self._decode = DeviceDecoder(
-                    TrainDataset(manifest, order, cpu_data, cpu_needs, seed, global_batch), device
-                )
             if manifest.cache:
                 self._make_shard_prefetcher = partial(ShardPrefetcher, manifest, order, global_batch, rank, world)
+        self._micro_batches = global_batch // (world * micro_batch)  # per step
+        held = HELD_ITEMS + (self._micro_batches if data.crops > 1 else 0)
+        slots, size = data.workers * data.prefetch + held, batch_bytes(data.image_size, needs, micro_batch)
         self._make_loader = partial(
             _data_loader,
             dataset,
             None if isinstance(manifest, WebDatasetStream) else sampler,
             workers=data.workers,
             prefetch=data.prefetch,
-            pin=pin,
+            make_pool=partial(SharedMemoryPool, slots, size, data.crops),
         )
-        self._micro_batches = global_batch // (world * micro_batch)  # per step
-        held = HELD_ITEMS + (self._micro_batches if data.crops > 1 else 0)
-        slots, size = data.workers * data.prefetch + held, item_bytes(data, needs, micro_batch, jpeg_bytes)
-        self._make_pool = partial(SharedMemoryPool, slots, size) if data.workers else lambda: None
-        self._start_step, self._crops, self._jumps = start_step, data.crops, jumps
+        self._start_step, self._crops, self._jumps, self._pin = start_step, data.crops, jumps, pin
         self._batches: BatchGenerator | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        self._batches = _open_generator(
-            lambda begun: self._make_loader(pool=self._make_pool(), begun=begun), self._micro_batches
-        )
+        self._batches = _open_generator(self._make_loader, self._micro_batches, self._pin)
         if self._make_shard_prefetcher is None:
-            return map(self._decode, self._batches)
+            return self._batches
         self._shard_prefetcher = self._make_shard_prefetcher(batch_of(self._start_step, self._jumps) // self._crops)
         return self._with_shard_prefetcher(self._batches, self._shard_prefetcher)
 
@@ -131,7 +116,7 @@ class TrainLoader:
         for number, batch in enumerate(batches):
             step = self._start_step + number // self._micro_batches
             prefetcher.step.value = batch_of(step, self._jumps) // self._crops
-            yield self._decode(batch)
+            yield batch
 
     def close(self) -> None:
         """End the workers. Iterating again starts new ones."""
@@ -171,8 +156,11 @@ def eval_batches(
     padding = min(first, manifest.samples - 1)
     batches = [(np.where(ids < last, ids, padding), (ids < last).astype(np.float32)) for ids in padded_ids]
     dataset = EvalDataset(manifest, image_size, crop_pct)
-    make_loader = partial(_data_loader, dataset, batches, workers=workers, prefetch=2, pin=False, pool=None)
-    return _open_generator(lambda begun: make_loader(begun=begun), 1)
+    slots, size = workers * EVAL_PREFETCH + HELD_ITEMS, batch_bytes(image_size, Needs(), batch)
+    make_pool = partial(SharedMemoryPool, slots, size)
+    return _open_generator(
+        partial(_data_loader, dataset, batches, workers=workers, prefetch=EVAL_PREFETCH, make_pool=make_pool), 1
+    )
 
 
 class PositionSampler:
@@ -212,50 +200,49 @@ class PositionSampler:
         return rank_positions(batch, self.global_batch, self.rank, self.world).reshape(-1, self.micro_batch)
 
 
-def item_bytes(data: DataConfig, needs: Needs, micro_batch: int, jpeg_bytes: int = 0) -> int:
-    """Upper bound, in bytes, of the tensors of one item: a micro-batch for each of `data.crops` steps.
-
-    jpeg_bytes: average size of the JPEG that comes with each image.
-    """
-    image = 3 * data.image_size**2
+def batch_bytes(image_size: int, needs: Needs, micro_batch: int) -> int:
+    """Upper bound, in bytes, of the tensors of one micro-batch out of the loader."""
+    image = 3 * image_size**2
     noise = sum(4 * math.prod(wanted.shape) for wanted in needs.noise.values())
-    small = 128  # ids, positions, boxes, flips, labels, row numbers, colour, and the fields of EncodedImages
-    others = small + noise + jpeg_bytes + (image if needs.uncropped_images else 0)
-    return data.crops * (micro_batch * (image + others) + 4096)
+    small = 128  # ids, positions, boxes, flips, labels, weights, row numbers, colour
+    return micro_batch * (image + small + noise + (image if needs.uncropped_images else 0)) + 4096
 
 
 def _data_loader(
     dataset: Dataset[list[Batch]],
     sampler: Any,
+    begun: int,
     *,
     workers: int,
     prefetch: int,
-    pin: bool,
-    pool: SharedMemoryPool | None,
-    begun: int,
-) -> DataLoader[list[Batch]]:
-    return DataLoader(
+    make_pool: Callable[[], SharedMemoryPool],
+) -> tuple[DataLoader[list[Batch]], SharedMemoryPool | None]:
+    pool = make_pool() if workers else None
+    loader = DataLoader(
         dataset,
         sampler=sampler,
         batch_size=None,  # an item of the dataset is a complete batch
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        worker_init_fn=partial(_begin, begun),
+        worker_init_fn=partial(_begin, begun, pool),
         collate_fn=None if pool is None else pool.pack,
-        pin_memory=pin,
         generator=torch.Generator(),  # the datasets do not use it; without it torch would advance the global generator
     )
+    return loader, pool
 
 
-def _begin(begun: int, worker: int) -> None:
-    """In a new worker. begun: descriptor of a pipe in which each worker writes a byte."""
+def _begin(begun: int, pool: SharedMemoryPool | None, worker: int) -> None:
+    """In a new worker. begun: descriptor of a pipe in which each worker writes a byte. pool: images are made in it."""
+    info: Any = get_worker_info()
+    if pool is not None:
+        info.dataset.use(pool.images)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     os.write(begun, b".")
 
 
-def _start(make_loader: MakeLoader) -> Any:
-    """The loader's iterator, with every worker at work.
+def _start(make_loader: MakeLoader) -> tuple[Any, SharedMemoryPool | None]:
+    """The loader's iterator, with every worker at work, and its pool.
 
     Workers are forked from a process that has threads (gloo's, autograd's). A lock that such a thread holds at that
     moment stays locked in the worker, which then waits for ever: rare, but a run of thousands of workers would meet it.
@@ -266,11 +253,11 @@ def _start(make_loader: MakeLoader) -> Any:
     for _ in range(STARTS):
         read, write = os.pipe()
         try:
-            loader = make_loader(write)
+            loader, pool = make_loader(write)
             items: Any = _iterator(loader)
             try:
                 if _all_begun(read, loader.num_workers):
-                    return items
+                    return items, pool
             except BaseException:
                 _end(items)
                 raise
@@ -297,7 +284,7 @@ def _iterator(loader: DataLoader[list[Batch]]) -> Any:
         if isinstance(error, OSError):
             raise UserError(
                 f"data.workers = {loader.num_workers}: a worker cannot be started ({error.strerror}); raise the limit "
-                f"that `ulimit -a` shows, or take fewer workers"
+                f"that `ulimit -a` shows, make room in /dev/shm for semaphores, or take fewer workers"
             ) from error
         raise
 
@@ -321,18 +308,21 @@ def _end(items: Any) -> None:
             worker.kill()
 
 
-def _iterate(make_loader: MakeLoader, micro_batches: int) -> BatchGenerator:
+def _iterate(make_loader: MakeLoader, micro_batches: int, pin: bool) -> BatchGenerator:
     """Micro-batches in the order of steps, `micro_batches` per step.
 
     An item of the loader holds one micro-batch for every step of a window: the first is yielded at once, the others are
-    kept until their step comes. Closing this generator, or an error in it, ends the workers.
+    kept until their step comes. pin: in pinned memory, which the pool's is, if it can be; then nothing is copied.
+    Closing this generator, or an error in it, ends the workers.
     """
-    items = _start(make_loader)
+    items, pool = _start(make_loader)
     later_steps: list[list[Batch]] = []
+    if pin and pool is not None and (error := pool.pin()) is not None:
+        warn(f"data: the workers' memory cannot be pinned ({error}); each batch is copied once more")
     try:
         for first, *others in map(unpack, items):
-            yield first
-            later_steps.append(others)
+            yield first.pin_memory() if pin else first
+            later_steps.append([batch.pin_memory() for batch in others] if pin else others)
             if len(later_steps) == micro_batches:
                 for step in zip(*later_steps, strict=True):
                     yield from step
@@ -354,8 +344,8 @@ def _refuse_cut_index(items: Any) -> None:
         raise UserError(f"'{path}' was cut or replaced while it was in use; make it again, and start again") from None
 
 
-def _open_generator(make_loader: MakeLoader, micro_batches: int) -> BatchGenerator:
-    batches = _iterate(make_loader, micro_batches)
+def _open_generator(make_loader: MakeLoader, micro_batches: int, pin: bool = False) -> BatchGenerator:
+    batches = _iterate(make_loader, micro_batches, pin)
     _OPEN_GENERATORS.add(batches)
     return batches
 

@@ -28,25 +28,20 @@ class _Key(ISeedSequence):
 
 def raw(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.uint64]:
     """uint64 [n]: the first n integers under the key (seed, purpose, *numbers). Other keys give independent streams."""
-    fields = [
-        len(numbers),
-        int(seed),
-        *map(int, numbers),
-        purpose,
-    ]  # the count comes first, so that no two keys give the same text
-    text = "/".join(map(str, fields))
+    # the count comes first, so that no two keys give the same text
+    text = "/".join(map(str, (len(numbers), int(seed), *map(int, numbers), purpose)))
     key = _Key(blake2b(text.encode(), digest_size=16).digest())
     return Philox(key).random_raw(n)  # type: ignore[arg-type]  # numpy's stubs know only one kind of seed sequence
 
 
 def uniform(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.float32]:
     """float32 [n] in [0, 1), multiples of 2**-24."""
-    return (raw(seed, purpose, *numbers, n=n) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+    return to_uniform(raw(seed, purpose, *numbers, n=n))
 
 
 def exponential(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.float32]:
     """float32 [n] > 0 with unit rate: the inverse distribution function, -log1p(-u), in float64."""
-    return _unit_rate(raw(seed, purpose, *numbers, n=n))
+    return to_exponential(raw(seed, purpose, *numbers, n=n))
 
 
 def permutation(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.int64]:
@@ -54,6 +49,11 @@ def permutation(seed: int, purpose: str, *numbers: int, n: int) -> NDArray[np.in
     return np.argsort(raw(seed, purpose, *numbers, n=n), kind="stable")
 
 
-def _unit_rate(integers: NDArray[np.uint64]) -> NDArray[np.float32]:
+def to_uniform(integers: NDArray[np.uint64]) -> NDArray[np.float32]:
+    """Each of `raw` to its number in [0, 1); many at a time cost less than each of them alone."""
+    return (integers >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+
+def to_exponential(integers: NDArray[np.uint64]) -> NDArray[np.float32]:
     cells = (integers >> np.uint64(12)).astype(np.float64)  # their midpoints are exact in float64 and never 0 or 1
     return (-np.log1p(-(cells + 0.5) * 2**-52)).astype(np.float32)

@@ -108,7 +108,8 @@ def center_crop(image: AnyImage, side: int, crop_pct: float) -> tuple[AnyImage, 
 
 
 def to_pixels(image: AnyImage | NDArray[np.uint8], flip: bool = False) -> NDArray[np.uint8]:
-    """uint8 [3, H, W]; flip: mirrored left-right."""
-    array = np.asarray(image).transpose(2, 0, 1)
-    # torch's flip takes a fifth of the time of numpy's
-    return torch.from_numpy(np.ascontiguousarray(array)).flip(-1).numpy() if flip else array
+    """uint8 [3, H, W], colours next to each other in memory; flip: mirrored left-right."""
+    array = np.asarray(image)
+    if flip:  # torch's takes a fifth of the time of numpy's
+        array = torch.from_numpy(array if array.flags.writeable else array.copy()).flip(1).numpy()
+    return array.transpose(2, 0, 1)

@@ -30,8 +30,8 @@ from webdataset.tariterators import group_by_keys
 
 from mimscale.data import noise
 from mimscale.data.config import DataConfig
-from mimscale.data.datasets import BatchBuilder
-from mimscale.data.decode import EXTENSIONS, AnyImage, BadImage, make_decoder
+from mimscale.data.datasets import BatchBuilder, Empty, Load
+from mimscale.data.decode import EXTENSIONS, AnyImage, BadImage, Wanted, make_decoder
 from mimscale.data.manifest import BLOCK, MAX_REQUESTS, Ints, Manifest
 from mimscale.data.sample_reader import DamagedSample
 from mimscale.data.shard_cache import Cache, read_exactly
@@ -130,7 +130,10 @@ class StreamDataset(IterableDataset[list[Batch]]):
     ):
         self.source, self.data, self.seed, self.items, self.rank, self.world = source, data, seed, items, rank, world
         self.batch_builder = BatchBuilder(source.samples, data, needs, seed, global_batch)
-        self.decode = make_decoder(data.decoder, data.decode_short_side)
+        self.decode = make_decoder(data)
+
+    def use(self, memory: Empty) -> None:
+        self.batch_builder.empty = memory
 
     def __iter__(self) -> Iterator[list[Batch]]:
         worker = get_worker_info()
@@ -138,29 +141,38 @@ class StreamDataset(IterableDataset[list[Batch]]):
         items = islice(self.items, number, None, workers)
         _, positions = next(items)
         first = int(positions.min()) // self.data.crops  # keys the order, so a resumed run starts with other shards
-        samples = self._decoded(first, self.rank * workers + number, self.world * workers)
-        yield self.batch_builder(positions, samples, None)
+        load = self._loader(first, self.rank * workers + number, self.world * workers)
+        yield self.batch_builder(positions, load, None)
         for _, positions in items:
-            yield self.batch_builder(positions, samples, None)
+            yield self.batch_builder(positions, load, None)
 
-    def _decoded(self, first: int, reader: int, readers: int) -> Iterator[tuple[int, AnyImage, list[Damage]]]:
-        """Endless (id, image, damage found since the last image) of one of all readers (workers of all ranks)."""
+    def _loader(self, first: int, reader: int, readers: int) -> Load:
+        """Gives (id, image, damage found since the last image) of one of all readers (workers of all ranks)."""
         assert self.data.stream is not None
         damage = list[Damage]()
         encoded = self._encoded(first, reader, readers, damage)
         rng = random.Random(int(noise.raw(self.seed, "stream shuffle", first, reader, n=1)[0]))
-        for sample in shuffle(self.data.stream.buffer, rng=rng)(encoded):
+        samples = shuffle(self.data.stream.buffer, rng=rng)(encoded)
+        return lambda column, wanted: self._next(samples, wanted, damage)
+
+    def _next(
+        self, samples: Iterator[dict[str, Any]], wanted: Wanted, damage: list[Damage]
+    ) -> tuple[int, AnyImage, list[Damage]]:
+        """The next sample that can be used."""
+        for sample in samples:
             shard, key = sample["__url__"].rpartition("/")[2], sample["__key__"]
             sample_id = _hashed_id(f"{shard}/{key}")
             try:
-                image = self.decode(next(sample[name] for name in sorted(EXTENSIONS) if name in sample))
+                image = self.decode(next(sample[name] for name in sorted(EXTENSIONS) if name in sample), wanted)
             except (BadImage, StopIteration) as error:
                 damage.append(Damage(sample_id, shard, key, str(error) or "no image in it"))
                 if len(damage) > MAX_DAMAGED_IN_A_ROW:
                     raise self._nothing_usable(damage) from error
                 continue
-            yield sample_id, image, damage.copy()
+            found = damage.copy()
             damage.clear()
+            return sample_id, image, found
+        raise AssertionError("a stream is endless")
 
     def _encoded(self, first: int, reader: int, readers: int, damage: list[Damage]) -> Iterator[dict[str, Any]]:
         """Endless samples with encoded images: each pass distributes all shards over the readers in a new order."""

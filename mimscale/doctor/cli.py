@@ -28,7 +28,6 @@ from mimscale.config.run import RunConfig, method_class
 from mimscale.cost.devices import DEVICES, GIB, interconnect
 from mimscale.cost.planner import Planner
 from mimscale.cost.report import flops_rows
-from mimscale.data import device_decode
 from mimscale.data.config import default_decoder
 from mimscale.data.decode import explain
 from mimscale.data.wds_stream import open_source
@@ -143,7 +142,6 @@ def machine() -> Report:
         report.rows.append(("CUDA devices", "none"))
     report.rows.append(("CPU", f"{os.cpu_count()} cores, {_precisions(torch.device('cpu'))}"))
     report.rows.append(("image decoder", explain(default_decoder())))
-    report.rows.append(("with data.decoder=device", device_decode.explain()))
     job = os.environ.get("SLURM_JOB_ID")
     slurm = f"inside job {job}" if job else "available (sbatch found)" if shutil.which("sbatch") else "not found"
     report.rows.append(("SLURM", slurm))
@@ -233,11 +231,7 @@ def check_data(config: RunConfig, report: Report) -> None:
     report.attempt(lambda: check_classes(config, manifest))
     steps = manifest.samples // config.schedule.global_batch
     shards = len(manifest.shard_paths)
-    decoder = config.data.decoder
-    report.rows.append(("image decoder", device_decode.explain() if decoder == "device" else explain(decoder)))
-    if decoder == "device":
-        cuda = torch.cuda.is_available() and config.engine.device != "cpu"
-        report.attempt(lambda: device_decode.check(torch.device("cuda" if cuda else "cpu")))
+    report.rows.append(("image decoder", explain(config.data.decoder)))
     report.rows.append(("data", f"{manifest.samples} samples in {shards} shards, {steps} steps per epoch"))
     if steps == 0 and config.schedule.steps is None:
         report.problems.append(

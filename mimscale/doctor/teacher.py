@@ -168,7 +168,7 @@ def show_precisions(name: str, config: TeacherConfig, needs: TeacherNeeds, size:
 
     def targets(precision: str) -> Targets:
         quantise.check(name, precision, device)
-        configs = {name: config.model_copy(update={"precision": precision})}
+        configs = {name: config.model_copy(update={"precision": precision, "compile": False})}
         ensemble = TeacherEnsemble(configs, build_skeletons(configs, size), {name: needs}, size, device)
         return ensemble(images.to(device))[name]
 

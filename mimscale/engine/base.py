@@ -45,6 +45,12 @@ class Engine(Protocol):
         """Global L2 norm of the last step's gradients before clipping. Reads from the device."""
 
     @property
+    def notes(self) -> list[str]:
+        """Lines for the start of a run: which fast paths of the engine run, which plain twins, and why. Grows in the
+        first step, where it is measured.
+        """
+
+    @property
     def loss_scale(self) -> float | None:
         """fp16's dynamic loss scale; None where there is none."""
 

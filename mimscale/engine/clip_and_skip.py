@@ -23,7 +23,7 @@ class ClipAndSkip(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
+        self.norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
         self.overflow = not math.isfinite(self.norm)
         if self.overflow:
             return None

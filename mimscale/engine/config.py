@@ -35,6 +35,13 @@ class EngineConfig(Strict):
     teachers_ahead: experimental. The teachers run one micro-batch ahead of the student, on a GPU in their own stream,
         so that they compute while the student waits for other ranks; costs the memory of one more micro-batch and its
         targets. Targets are equal with and without it (tested on a GPU); its speed has not been measured.
+    compile: of the student. off; blocks: a few consecutive blocks per graph; whole: the forward pass in one graph;
+        auto: off on a CPU and under ZeRO-3, else the faster of off and blocks. Equal within rounding.
+    cuda_graphs: experimental. The student's blocks and the teachers as CUDA graphs: off; auto: where they can be; on:
+        refused where the student cannot. Equal to the bit; costs memory for the graphs' own inputs and gradients.
+        Neither run nor measured on a GPU yet.
+    student_fp8: experimental. The linear layers of the student's and the decoder's blocks multiply in fp8; needs a bf16
+        ds_config without ZeRO-3 and the extra [fp8]. Not equal to bf16 within its rounding; see docs/engine.md.
     plain: fast paths whose plain twin is computed instead, or `all`; each gives the same numbers within rounding.
     """
 
@@ -43,8 +50,16 @@ class EngineConfig(Strict):
     max_micro_batch: int | Literal["auto"] = 64
     activation_checkpointing: int = Field(0, ge=0, le=1024)
     teachers_ahead: bool = False
+    compile: Literal["auto", "off", "blocks", "whole"] = "auto"
+    cuda_graphs: Literal["off", "auto", "on"] = "off"
+    student_fp8: bool = False
     plain: tuple[FastPath, ...] | Literal["all"] = ()
     device: Literal["auto", "cuda", "cpu"] = "auto"
+
+    @field_validator("compile", "cuda_graphs", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, value: Any) -> Any:
+        return ("on" if value else "off") if isinstance(value, bool) else value  # as YAML reads on and off
 
     @field_validator("max_micro_batch", mode="before")
     @classmethod

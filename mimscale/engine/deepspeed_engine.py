@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,10 +12,15 @@ from torch import Tensor, nn
 
 from mimscale.config.run import RunConfig
 from mimscale.distributed.world import World
+from mimscale.engine import fast_paths, flat_parameters, global_norm
 from mimscale.engine.base import method_groups, refuse_other_groups, refuse_other_parameters, refuse_unfit, unchanged
 from mimscale.engine.clip_and_skip import ClipAndSkip, guarded
+from mimscale.engine.compile import StudentCompiler
+from mimscale.engine.cuda_graphs import StudentGraphs
 from mimscale.engine.deepspeed_runtime import import_deepspeed
-from mimscale.engine.zero_layout import Layout
+from mimscale.engine.student_fp8 import use_fp8
+from mimscale.engine.zero_layout import Layout, LayoutError, keep_weights_in_place
+from mimscale.models.vit import Residual
 from mimscale.optim.optimizers.base import optimizer_class
 from mimscale.types import Batch, Targets
 
@@ -22,7 +28,8 @@ from mimscale.types import Batch, Targets
 class DeepSpeedEngine:
     """Fulfils `mimscale.engine.base.Engine`. The loop above it holds the policy, DeepSpeed below it the mechanics.
 
-    The method keeps its natural parameters and names; `Layout` translates between them and what DeepSpeed holds.
+    DeepSpeed may hold the parameters otherwise than the method names them (`flat_parameters`, ZeRO); `Layout`
+    translates.
     micro_batch, accumulation: images per rank and forward pass, and forward passes per step; with the number of ranks
     they make the recipe's global batch. ds_config: the parsed and checked JSON that `engine.ds_config` names.
     """
@@ -42,20 +49,34 @@ class DeepSpeedEngine:
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         groups = method_groups(method, config.optim)
         self._groups: list[dict[str, Any]] = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        paths = fast_paths.choose(config.engine)
+        places = (flat_parameters.flatten if "flat_parameters" in paths else flat_parameters.natural)(method, groups)
+        holders = len(dict.fromkeys(place.holder for place in places))
+        self.notes = [paths.line(len(places), holders)]
         kind = optimizer_class(config.optim.name)
         torch_class = kind.TORCH if stage else guarded(kind.TORCH)
         self._optimizer = torch_class(
             [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups],
             lr=0.0,  # type: ignore[call-arg]
-            **kind.options(config.optim, fused=world.device.type == "cuda"),
+            **kind.options(config.optim, fused=world.device.type == "cuda" or "fused_update" in paths),
         )
         self._deepspeed = import_deepspeed(world.device)
+        zero_optimization = ds_config.get("zero_optimization", {})
+        if "flat_parameters" in paths:
+            blocks = [module for module in method.modules() if isinstance(module, Residual)]
+            if stage == 3:
+                for block in blocks:
+                    self._deepspeed.utils.set_z3_leaf_module(block, True)
+            zero_optimization = fast_paths.fitted(
+                zero_optimization, [[p.numel() for p in block.parameters()] for block in blocks]
+            )
         self._ds, *_ = self._deepspeed.initialize(
             model=method,
             optimizer=self._optimizer,
             dist_init_required=False,
             config={
                 **ds_config,
+                **({"zero_optimization": zero_optimization} if zero_optimization else {}),
                 "train_batch_size": micro_batch * accumulation * world.size,
                 "train_micro_batch_size_per_gpu": micro_batch,
                 "gradient_accumulation_steps": accumulation,
@@ -65,13 +86,26 @@ class DeepSpeedEngine:
                 "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in every micro-step
             },
         )
-        self.layout = Layout(self._ds, kind, None if config.ema is None else config.ema.decay)
+        self.layout = Layout(self._ds, kind, places, None if config.ema is None else config.ema.decay)
+        try:
+            if stage and "norm_check" in paths:
+                global_norm.use_in(self._ds.optimizer, stage)
+            if stage in (1, 2) and "fused_update" in paths:
+                keep_weights_in_place(self._ds.optimizer)
+        except AttributeError as error:
+            raise LayoutError(f"this DeepSpeed release has other parts ({error}); use 0.19.8") from error
+        if config.engine.student_fp8:
+            self.notes.append(use_fp8(method, world.device))
+        self._compiler = StudentCompiler(method, config.engine, world.device, stage, self.notes)
+        self._graphs = StudentGraphs(method, config.engine, world.device, stage, accumulation, self.notes)
 
     # ------------------------------------------------------------------------------------------------------- training
 
     def forward_backward(
         self, batch: Batch, targets: Mapping[str, Targets], check_loss: Callable[[Tensor], Tensor] = unchanged
     ) -> dict[str, Tensor]:
+        for fast_path in (self._compiler, self._graphs):
+            fast_path.before_forward(lambda: self._module(batch, targets)["loss"])
         outputs: Mapping[str, Tensor] = self._ds(batch, targets)
         self._ds.backward(check_loss(outputs["loss"]))
         if not self._ds.is_gradient_accumulation_boundary():
@@ -109,10 +143,13 @@ class DeepSpeedEngine:
         return int(self._ds.skipped_steps)
 
     def parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.layout.parameters.items():
-            if name.startswith(prefix):
-                with self._deepspeed.zero.GatheredParameters([parameter], enabled=self.layout.stage == 3):
-                    yield name, parameter.detach()
+        wanted = (place for place in self.layout.places if place.name.startswith(prefix))
+        for _, group in groupby(wanted, key=lambda place: place.unit):
+            places = list(group)
+            holders = list(dict.fromkeys(place.holder for place in places))
+            with self._deepspeed.zero.GatheredParameters(holders, enabled=self.layout.stage == 3):
+                for place in places:
+                    yield place.name, place.read()
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
@@ -140,7 +177,7 @@ class DeepSpeedEngine:
         return {
             "shapes": {**self.layout.shapes(), **{n: list(b.shape) for n, b in self._module.named_buffers()}},
             "groups": self._groups,
-            "engine": self.layout.engine_state(),
+            "engine": {**self.layout.engine_state(), "compiled": self._compiler.state()},
         }
 
     def load(self, reader: Any) -> None:
@@ -165,6 +202,7 @@ class DeepSpeedEngine:
         self.layout.refresh_weights()
         if counters:
             self.layout.load_engine_state(reader.meta["engine"])
+            self._compiler.load(reader.meta["engine"])
         self.layout.check()
 
     def close(self) -> None:

@@ -19,7 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mimscale.config.run import RunConfig
 from mimscale.distributed.world import World
+from mimscale.engine import fast_paths
 from mimscale.engine.base import method_groups, refuse_other_groups, refuse_other_parameters, refuse_unfit, unchanged
+from mimscale.engine.compile import StudentCompiler
+from mimscale.engine.cuda_graphs import StudentGraphs
+from mimscale.engine.student_fp8 import use_fp8
 from mimscale.optim.ema import STUDENT, MovingAverage
 from mimscale.optim.optimizers.base import optimizer_class
 from mimscale.types import Batch, Targets
@@ -49,11 +53,13 @@ class TorchEngine:
         self._parameters = dict(self._module.named_parameters())
         groups = method_groups(method, config.optim)
         self._groups: list[dict[str, Any]] = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        paths = fast_paths.choose(config.engine)
+        self.notes = [paths.line(len(self._parameters), len(self._parameters))]
         self._kind = optimizer_class(config.optim.name)
         self._optimizer = self._kind.TORCH(
             [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups],
             lr=0.0,  # type: ignore[call-arg]
-            **self._kind.options(config.optim, fused=world.device.type == "cuda"),
+            **self._kind.options(config.optim, fused=world.device.type == "cuda" or "fused_update" in paths),
         )
         self._kind.create_state(self._optimizer, self._parameters.values(), 0)
         self._average = None
@@ -63,6 +69,10 @@ class TorchEngine:
         self._model: Any = self._module
         if world.size > 1:
             self._model = DistributedDataParallel(self._module, broadcast_buffers=False)
+        if config.engine.student_fp8:
+            self.notes.append(use_fp8(method, world.device))
+        self._compiler = StudentCompiler(self._module, config.engine, world.device, 0, self.notes)
+        self._graphs = StudentGraphs(self._module, config.engine, world.device, 0, accumulation, self.notes)
         self._autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
         self._micro_step = self._steps = self._skipped = 0
         self._norm = math.nan
@@ -72,6 +82,7 @@ class TorchEngine:
     def forward_backward(
         self, batch: Batch, targets: Mapping[str, Targets], check_loss: Callable[[Tensor], Tensor] = unchanged
     ) -> dict[str, Tensor]:
+        self._compiler.before_forward(lambda: self._loss(batch, targets))
         self._micro_step += 1
         local = self._world.size > 1 and self._micro_step < self._accumulation
         with self._model.no_sync() if local else nullcontext():
@@ -79,6 +90,11 @@ class TorchEngine:
                 outputs: Mapping[str, Tensor] = self._model(batch, targets)
             (check_loss(outputs["loss"]) / self._accumulation).backward()
         return {name: value.detach() for name, value in outputs.items()}
+
+    def _loss(self, batch: Batch, targets: Mapping[str, Targets]) -> Tensor:
+        with self._autocast:
+            loss: Tensor = self._module(batch, targets)["loss"]
+        return loss
 
     def step(self, lr: float, clip: float) -> bool:
         assert self._micro_step == self._accumulation, "step() comes after `accumulation` micro-batches"
@@ -143,7 +159,12 @@ class TorchEngine:
         return {
             "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
             "groups": self._groups,
-            "engine": {"optimizer_step": taken, "counters": counters, "scaler": None},
+            "engine": {
+                "optimizer_step": taken,
+                "counters": counters,
+                "scaler": None,
+                "compiled": self._compiler.state(),
+            },
         }
 
     @torch.no_grad()
@@ -167,6 +188,7 @@ class TorchEngine:
         if counters:
             counted = reader.meta["engine"]["counters"]
             self._steps, self._skipped = counted["global_steps"], counted["skipped_steps"]
+            self._compiler.load(reader.meta["engine"])
 
     def close(self) -> None:
         self._optimizer.zero_grad()

@@ -1,21 +1,27 @@
 """Where DeepSpeed keeps each piece of each parameter: the map between live optimizer state and checkpoint fragments.
 
-This is the one file that reads DeepSpeed's private attributes. `Layout.check` tests the map at every start without
-reference data: every master fragment, rounded, must equal the weights at its mapped place, and the fragments of all
-ranks must tile every parameter. A release that renames or moves something is noticed there, not in a loss curve.
+This file and `global_norm` are the ones that use DeepSpeed's private attributes. `Layout.check` tests the map at every
+start without reference data: every master fragment, rounded, must equal the weights at its mapped place, and the
+fragments of all ranks must tile every parameter. A release that renames or moves something is noticed there, not in a
+loss curve.
 
-A *leaf* is the tensor that the base optimizer steps on; leaf[offset : offset + length] holds
-flat(parameter)[start : start + length]:
+A *holder* is a parameter as DeepSpeed knows it: a natural one, or a flat one that holds several
+(`mimscale.engine.flat_parameters`). A *leaf* is the tensor that the base optimizer steps on; a piece of a leaf holds a
+piece of a holder:
 
-    stage 0     the leaf is the parameter; replicated, so rank (index mod world) writes it
-    stage 1, 2  one leaf per group: the group's parameters concatenated, padded, and cut into equal pieces
-    stage 3     one leaf per sub-group: this rank's equal slice of each parameter, padded per parameter
+    stage 0     the leaf is the holder; replicated, so rank (index of the natural parameter mod world) writes it
+    stage 1, 2  one leaf per group: the group's holders concatenated, padded, and cut into equal pieces
+    stage 3     one leaf per sub-group: this rank's equal slice of each holder, padded per holder
+
+A *fragment* is where such a piece and a natural parameter meet: leaf[offset : offset + length] holds
+flat(parameter)[start : start + length]. Checkpoints know fragments only.
 
 The optimiser's state and the student's moving average are kept per leaf, in the leaf's shape, so the same offsets hold.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mimscale.engine.flat_parameters import Place
 from mimscale.optim.ema import STUDENT, MovingAverage
 from mimscale.optim.optimizers.base import Optimizer
 
@@ -43,18 +50,27 @@ class LayoutError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Fragment:
+    """name, start, length: of the natural parameter. weights: where it begins in this rank's copy of the holder."""
+
     name: str
-    parameter: nn.Parameter
+    holder: nn.Parameter
     start: int
     length: int
     leaf: Tensor
     offset: int
+    weights: int
     owned: bool  # this rank writes it
 
 
-def shape_of(parameter: Tensor) -> tuple[int, ...]:
-    """The parameter's own shape, also where ZeRO-3 has replaced it by an empty tensor."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """leaf[offset : offset + length] holds flat(holder)[start : start + length]."""
+
+    holder: nn.Parameter
+    start: int
+    length: int
+    leaf: Tensor
+    offset: int
 
 
 def _numel(parameter: Tensor) -> int:
@@ -64,14 +80,16 @@ def _numel(parameter: Tensor) -> int:
 class Layout:
     """The fragments of this rank. Built right after `deepspeed.initialize`; creates the optimiser's state, empty.
 
-    ema_decay: of the student's moving average, which is kept beside the leaves that hold a piece of the student; None:
-    there is none.
+    places: of all natural parameters, in the order in which they are shown. ema_decay: of the student's moving average,
+    which is kept beside the leaves that hold a piece of the student; None: there is none.
     """
 
-    def __init__(self, ds_engine: Any, optimizer: type[Optimizer], ema_decay: float | None = None) -> None:
+    def __init__(
+        self, ds_engine: Any, optimizer: type[Optimizer], places: Sequence[Place], ema_decay: float | None = None
+    ) -> None:
         self._ds, self._optimizer = ds_engine, optimizer
         self.stage: int = ds_engine.zero_optimization_stage()
-        self.parameters: dict[str, nn.Parameter] = dict(ds_engine.module.named_parameters())
+        self.places = tuple(places)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         try:
             zero = ds_engine.optimizer
@@ -81,46 +99,63 @@ class Layout:
             for owner, names in ((ds_engine, _ENGINE), (zero, _USED[self.stage]), (scaler, fields)):
                 for name in names:
                     getattr(owner, name)
-            self._leaves, self.fragments = self._map(zero)
+            self._leaves, pieces = self._map(zero)
         except AttributeError as error:
             raise LayoutError(f"this DeepSpeed release keeps its state elsewhere ({error}); use 0.19.8") from error
+        self.fragments = list(self._fragments(pieces))
         self.create_state(0)
         self.check()
         averaged = dict.fromkeys(f.leaf for f in self.fragments if f.name.startswith(STUDENT))
         self.average = None if ema_decay is None else MovingAverage(ema_decay, averaged)
 
-    def _map(self, zero: Any) -> tuple[list[Tensor], list[Fragment]]:
-        fragments = []
+    def _map(self, zero: Any) -> tuple[list[Tensor], list[_Piece]]:
+        pieces = []
+        holders = list(dict.fromkeys(place.holder for place in self.places))
         if self.stage == 3:
-            names = {id(parameter): name for name, parameter in self.parameters.items()}
             leaves = list(zero.fp32_partitioned_groups_flat)
             for leaf, group in zip(leaves, zero.fp16_groups, strict=True):
                 offset = 0
-                for parameter in group:
-                    slice_size = parameter.partition_numel()
+                for holder in group:
+                    slice_size = holder.partition_numel()
                     start = self._rank * slice_size
-                    length = max(0, min(slice_size, _numel(parameter) - start))
+                    length = max(0, min(slice_size, _numel(holder) - start))
                     if length:
-                        fragments.append(
-                            Fragment(names[id(parameter)], parameter, start, length, leaf, offset, owned=True)
-                        )
+                        pieces.append(_Piece(holder, start, length, leaf, offset))
                     offset += slice_size
         elif self.stage:
             leaves = [group["params"][0] for group in zero.param_groups]
-            for name, parameter in self.parameters.items():
-                mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            for holder in holders:
+                mapping = holder._hp_mapping  # type: ignore[attr-defined]
                 if mapping is not None:  # else no piece of it lies on this rank
                     weights, masters = mapping.lp_fragment_address, mapping.hp_fragment_address
                     leaf = leaves[mapping.param_group_index]
-                    fragments.append(
-                        Fragment(name, parameter, weights.start, weights.numel, leaf, masters.start, owned=True)
-                    )
+                    pieces.append(_Piece(holder, weights.start, weights.numel, leaf, masters.start))
         else:
-            leaves = [parameter for group in zero.param_groups for parameter in group["params"]]
-            for index, (name, parameter) in enumerate(self.parameters.items()):
-                owned = index % self._world == self._rank
-                fragments.append(Fragment(name, parameter, 0, parameter.numel(), parameter, 0, owned))
-        return leaves, fragments
+            leaves = [holder for group in zero.param_groups for holder in group["params"]]
+            pieces = [_Piece(holder, 0, holder.numel(), holder, 0) for holder in holders]
+        return leaves, pieces
+
+    def _fragments(self, pieces: Sequence[_Piece]) -> Iterator[Fragment]:
+        """Where the pieces and the natural parameters meet."""
+        held: dict[nn.Parameter, list[tuple[int, Place]]] = {}
+        for index, place in enumerate(self.places):
+            held.setdefault(place.holder, []).append((index, place))
+        for piece in pieces:
+            for index, place in held[piece.holder]:
+                first = max(piece.start, place.start)
+                length = min(piece.start + piece.length, place.start + place.numel) - first
+                if length > 0:
+                    skipped = first - piece.start
+                    yield Fragment(
+                        place.name,
+                        piece.holder,
+                        first - place.start,
+                        length,
+                        piece.leaf,
+                        piece.offset + skipped,
+                        skipped if self.stage == 3 else first,  # ZeRO-3's copy is the piece, else the whole holder
+                        self.stage > 0 or index % self._world == self._rank,
+                    )
 
     def kinds(self, fragment: Fragment) -> tuple[str, ...]:
         """What a checkpoint keeps of a fragment."""
@@ -140,9 +175,8 @@ class Layout:
 
     def _weights(self, fragment: Fragment) -> Tensor:
         """The same elements in the copy that the forward pass uses."""
-        if self.stage == 3:
-            return fragment.parameter.ds_tensor.data.view(-1)[: fragment.length]  # type: ignore[attr-defined]
-        return fragment.parameter.data.view(-1)[fragment.start : fragment.start + fragment.length]
+        copy: Tensor = fragment.holder.ds_tensor if self.stage == 3 else fragment.holder  # type: ignore[attr-defined]
+        return copy.data.view(-1)[fragment.weights : fragment.weights + fragment.length]
 
     def create_state(self, step: float) -> None:
         """The optimiser's state of every leaf, zero but for the step counter: what a first step would create.
@@ -175,9 +209,7 @@ class Layout:
     def mismatches(self) -> list[str]:
         """Names of local fragments whose rounded master differs from the weights."""
         return [
-            f.name
-            for f in self.fragments
-            if not torch.equal(self.view(f, "fp32").to(f.parameter.dtype), self._weights(f))
+            f.name for f in self.fragments if not torch.equal(self.view(f, "fp32").to(f.holder.dtype), self._weights(f))
         ]
 
     def check(self) -> None:
@@ -193,12 +225,12 @@ class Layout:
             if filled.get(name, 0) != start:
                 raise LayoutError(f"{name}: hole or overlap at element {start}")
             filled[name] = start + length
-        for name, parameter in self.parameters.items():
-            if filled.get(name) != _numel(parameter):
-                raise LayoutError(f"{name}: {filled.get(name, 0)} of {_numel(parameter)} elements are mapped")
+        for place in self.places:
+            if filled.get(place.name) != place.numel:
+                raise LayoutError(f"{place.name}: {filled.get(place.name, 0)} of {place.numel} elements are mapped")
 
     def shapes(self) -> dict[str, list[int]]:
-        return {name: list(shape_of(parameter)) for name, parameter in self.parameters.items()}
+        return {place.name: list(place.shape) for place in self.places}
 
     # -------------------------------------------------------------------------------- the engine's own small state
 
@@ -221,3 +253,21 @@ class Layout:
         if state["scaler"] and getattr(scaler, "dynamic", False):
             for name in SCALER_FIELDS:
                 setattr(scaler, name, state["scaler"][name])
+
+
+def keep_weights_in_place(zero: Any) -> None:
+    """ZeRO-1 and 2: leave out that each parameter is pointed at its place in DeepSpeed's buffer again after each step.
+
+    It has pointed there since `deepspeed.initialize`. Raises LayoutError where it does not, AttributeError for a
+    release that has other names.
+    """
+    for flat, group in zip(zero.bit16_groups_flat, zero.bit16_groups, strict=True):
+        storage = flat.untyped_storage().data_ptr()
+        if any(parameter.untyped_storage().data_ptr() != storage for parameter in group):
+            raise LayoutError("DeepSpeed's parameters are no views of its buffer; use 0.19.8")
+    zero._update_model_bit16_weights  # noqa: B018
+    zero._update_model_bit16_weights = _nothing
+
+
+def _nothing(group_index: int) -> None:
+    """In place of DeepSpeed's loop over the parameters of a group."""

@@ -101,7 +101,7 @@ def stream(
         labels = images.labels
         if labels is None:
             labels = torch.full((len(images.images),), -1, device=device)
-        yield found, labels[:real]
+        yield found, labels[:real].clone()  # the loader's memory is given back
 
 
 def collect(batches: Iterable[tuple[dict[Key, Tensor], Tensor]]) -> tuple[dict[Key, Tensor], Tensor]:

@@ -126,7 +126,8 @@ class AMT(Masking):
         position[batch.uncropped_rows.numpy()] = positions[batch.uncropped_rows.numpy()]
         ids_WB, positions_WB = self.table.gather(np.stack([batch.ids.numpy(), position])).swapaxes(0, 1)
         uncropped_ids = [ids[at >= 0] for ids, at in zip(ids_WB, positions_WB, strict=True)]
-        self._uncropped.append(UncroppedImages(uncropped_ids, [at[at >= 0] for at in positions_WB], batch.uncropped))
+        images = batch.uncropped.clone()  # the loader's memory is given back before the step ends
+        self._uncropped.append(UncroppedImages(uncropped_ids, [at[at >= 0] for at in positions_WB], images))
         warm = step * self.global_batch >= self.config.warmup_epochs * self.samples
         return replace(batch, uncropped=None, importance=self.table.read(ids_WB) if warm else None)
 

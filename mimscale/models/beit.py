@@ -154,10 +154,14 @@ class Block(Residual):
         scales_B2: Tensor | None = None,
         positions: Tensor | None = None,
         only_BM: Tensor | None = None,
+        *,
+        prefix: int | None = None,
     ) -> Tensor:
         """only: int64 [B, M], the tokens that are computed, [B, M, D]. They attend to all, and all of them ask: the
-        bias of some would be as large as B such biases.
+        bias of some would be as large as B such biases. prefix: if given, return the `patch_attention` instead.
         """
+        if prefix is not None:
+            return self.attn(self.norm1(x_BTD), positions, prefix=prefix)
         branch = self.attn(self.norm1(x_BTD), positions, only_BM=only_BM)
         x_BTD = x_BTD if only_BM is None else gather_tokens(x_BTD, only_BM)
         x_BTD = self.add_branch(x_BTD, branch if self.gamma_1 is None else self.gamma_1 * branch, scales_B2, 0)

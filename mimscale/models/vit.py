@@ -8,6 +8,7 @@ parameters module by module). Parameters may be fp32, bf16 or fp16; LayerNorm an
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -144,8 +145,10 @@ class Mlp(nn.Module):
 
 
 class Residual(nn.Module):
-    """Base of all Blocks. Sets no parameter.
+    """Base of all Blocks, which a network repeats. Sets no parameter.
 
+    A Block is entered by a call only, and nothing outside uses its parameters or parts: an engine may hold its
+    parameters as few flat tensors, and then they exist during `forward` only (`mimscale.engine.flat_parameters`).
     fused: drop path and the sum are one kernel, rounded once; else one after the other.
     """
 
@@ -178,8 +181,14 @@ class Block(Residual):
         self.norm2 = nn.LayerNorm(width, eps=LN_EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x_BTD: Tensor, scales_B2: Tensor | None = None, first: int = 0) -> Tensor:
-        """first: compute only the tokens from this one on, [B, T - first, D]; they attend to all."""
+    def forward(
+        self, x_BTD: Tensor, scales_B2: Tensor | None = None, *, first: int = 0, prefix: int | None = None
+    ) -> Tensor:
+        """first: compute only the tokens from this one on, [B, T - first, D]; they attend to all. prefix: if given,
+        return the `patch_attention` instead.
+        """
+        if prefix is not None:
+            return self.attn(self.norm1(x_BTD), prefix=prefix)
         attended = self.attn(self.norm1(x_BTD), first=first)
         x_BTD = self.add_branch(last_tokens(x_BTD, first), attended, scales_B2, 0)
         return self.add_branch(x_BTD, self.mlp(self.norm2(x_BTD)), scales_B2, 1)
@@ -193,6 +202,46 @@ def drop_path_scales(noise_BN2: Tensor, rate: float) -> Tensor:
     depth = noise_BN2.shape[1]
     keep = 1 - rate * torch.arange(depth, device=noise_BN2.device, dtype=torch.float32) / max(depth - 1, 1)
     return torch.floor(noise_BN2.float() + keep[:, None]) / keep[:, None]
+
+
+def run_segment(
+    blocks: tuple[nn.Module, ...],
+    x_BTD: Tensor,
+    scales_BN2: Tensor | None,
+    extra: tuple[Any, ...],
+    recompute: tuple[bool, ...],
+    keep: tuple[bool, ...],
+    last: Mapping[str, Any],
+) -> tuple[Tensor, list[Tensor]]:
+    """Some consecutive blocks: (output of the last, outputs of those to `keep`). recompute: in the backward pass.
+    last: further arguments of the last block.
+
+    All that varies between segments is an argument, so that equal segments share one compiled graph.
+    """
+    kept = []
+    for index, block in enumerate(blocks):
+        scales = None if scales_BN2 is None else scales_BN2[:, index]
+        only = last if index == len(blocks) - 1 else {}
+        if recompute[index]:
+            x_BTD = checkpoint(block, x_BTD, scales, *extra, use_reentrant=False, preserve_rng_state=False, **only)
+        else:
+            x_BTD = block(x_BTD, scales, *extra, **only)
+        if keep[index]:
+            kept.append(x_BTD)
+    return x_BTD, kept
+
+
+class SegmentRunner(NamedTuple):
+    """How an engine wants blocks to be run: `length` at a time, by `run`, which computes what `run_segment` does.
+
+    An engine sets it as the attribute `runner` of each block.
+    """
+
+    length: int
+    run: Callable[..., tuple[Tensor, list[Tensor]]]
+
+
+PLAIN = SegmentRunner(1000, run_segment)
 
 
 def run_blocks(
@@ -211,20 +260,31 @@ def run_blocks(
     the attention of the last block is returned as well. last: further arguments of the last block: which tokens it
     computes.
     """
+    chain: list[Any] = list(blocks)  # to mypy the items of a ModuleList are plain Modules
+    runner: SegmentRunner = PLAIN
+    starts = list(range(0, len(chain), PLAIN.length))
+    if attention_prefix is not None:
+        starts = sorted({0, len(chain) - 1})  # the last on its own
+    elif chain:
+        runner = getattr(chain[0], "runner", PLAIN)
+        starts = list(range(0, len(chain), runner.length))
+    recomputes = bool(recompute_every) and torch.is_grad_enabled()
     kept: dict[int, Tensor] = {}
     attention = None
-    block: Any  # to mypy the items of a ModuleList are plain Modules
-    for index, block in enumerate(blocks):
-        if attention_prefix is not None and index == len(blocks) - 1:
-            attention = block.attn(block.norm1(x_BTD), *extra, prefix=attention_prefix)
-        scales = None if scales_BN2 is None else scales_BN2[:, index]
-        only = last if index == len(blocks) - 1 else {}
-        if recompute_every and index % recompute_every == 0 and torch.is_grad_enabled():
-            x_BTD = checkpoint(block, x_BTD, scales, *extra, use_reentrant=False, preserve_rng_state=False, **only)
-        else:
-            x_BTD = block(x_BTD, scales, *extra, **only)
-        if index in levels:
-            kept[index] = x_BTD
+    for start, stop in pairwise([*starts, len(chain)]):
+        if attention_prefix is not None and stop == len(chain):
+            attention = chain[-1](x_BTD, None, *extra, prefix=attention_prefix)
+        which = range(start, stop)
+        x_BTD, outputs = runner.run(
+            tuple(chain[start:stop]),
+            x_BTD,
+            None if scales_BN2 is None else scales_BN2[:, start:stop],
+            extra,
+            tuple(recomputes and index % recompute_every == 0 for index in which),
+            tuple(index in levels for index in which),
+            dict(last) if stop == len(chain) else {},
+        )
+        kept |= zip((index for index in which if index in levels), outputs, strict=True)
     return ViTOutput(x_BTD, kept, attention)
 
 

@@ -31,13 +31,25 @@ class PhaseTimer:
         cuda = device.type == "cuda"
         self._events = {p: torch.cuda.Event(enable_timing=True) for p in (FORWARD, BACKWARD)} if cuda else {}
         self._mark_s = self._lap_s = self._compared_s = time.perf_counter()
+        self._launch_s = 0.0  # the host's time for the last forward pass
 
     def enter(self, phase: str) -> None:
         now_s = time.perf_counter()
         self.seconds[self.phase] += now_s - self._mark_s
+        if self.phase == FORWARD:
+            self._launch_s = now_s - self._mark_s
         self.phase, self._mark_s = phase, now_s
         if phase in self._events:
             self._events[phase].record()
+
+    def host_share(self) -> float | None:
+        """The host's time to hand over the last forward pass, teachers included, as a share of the device's time for
+        it: near 1 the device waits for the host. None on a CPU, and while the device is not that far; never waits.
+        """
+        if not self._events or not self._events[BACKWARD].query():
+            return None
+        device_s = self._events[FORWARD].elapsed_time(self._events[BACKWARD]) / 1000
+        return min(1.0, self._launch_s / device_s) if device_s > 0 else None
 
     def lap(self) -> float:
         """Seconds since the last call."""

@@ -71,7 +71,7 @@ class RunLogger:
         self._write({"step": step, **metrics})
         for name, value in metrics.items():
             self._on_board(lambda board, name=name, value=value: board.add_scalar(name, value, step))  # type: ignore[misc]
-        line = "  ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "lr", "images_per_s") if name in metrics)
+        line = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown(metrics))
         if self._progress is not None:
             self._progress.update(self._task, completed=step, line=line)
         elif self._active:
@@ -117,6 +117,16 @@ class RunLogger:
         except OSError as error:
             self._board = None
             warn(f"tensorboard: {error}; left out until the next start, metrics.jsonl has the numbers")
+
+
+SHOWN = ("loss", "lr", "images_per_s", "mfu", "host_share", "data_wait", "memory_gib", "power_w")
+"""Metrics of the progress line, where they are known."""
+
+
+def shown(metrics: Mapping[str, float]) -> list[str]:
+    """Names of what the progress line shows; without a peak to compare with, MFU is that of a measured product."""
+    names = [name if name != "mfu" or name in metrics else "mfu_measured" for name in SHOWN]
+    return [name for name in names if name in metrics]
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:

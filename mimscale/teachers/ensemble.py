@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimscale.config.compiler import compiler_fault, options, uncompiled
 from mimscale.errors import UserError
 from mimscale.teachers import kernels, quantise, weights
 from mimscale.teachers.base import DTYPES, Teacher, check_needs, fault_of
 from mimscale.teachers.config import TeacherConfig
+from mimscale.teachers.cuda_graphs import GraphedTeacher
 from mimscale.types import Targets, TeacherInfo, TeacherNeeds
 
 
@@ -54,6 +55,26 @@ def _build(name: str, config: TeacherConfig, default_image_size: int) -> Teacher
     return teacher
 
 
+def compiles(config: TeacherConfig, device: torch.device, fault: str) -> tuple[bool, str]:
+    """(whether a teacher's blocks are compiled, why). fault: why this machine cannot, empty if it can."""
+    if config.shard:
+        return False, "its parameters are split over the ranks"
+    if config.compile is False:
+        return False, "compile = false"
+    if config.compile == "auto" and device.type == "cpu":
+        return False, "auto compiles on a GPU only"
+    return not fault, fault or f"compile = {str(config.compile).lower()}"
+
+
+def check_compiled(name: str, config: TeacherConfig, device: torch.device) -> None:
+    """Refuse an eager 8-bit teacher on a GPU. Raises UserError."""
+    if device.type == "cuda" and config.compile is False and quantise.is_quantised(config.precision):
+        raise UserError(
+            f"teachers.{name}.compile = false with precision = {config.precision}: uncompiled it takes twice the time "
+            f"of bf16; remove compile, or use bf16"
+        )
+
+
 def load(
     name: str, config: TeacherConfig, skeleton: Teacher, device: torch.device, fused: bool = True
 ) -> tuple[Teacher, dict[str, Any]]:
@@ -78,10 +99,13 @@ def load(
     teacher.requires_grad_(False).eval().to(device)
     if config.precision == "int8" or config.precision == "fp8":
         quantise.quantise(teacher, config.precision)
-    if config.compile:
-        for block in teacher.blocks:  # one by one, because `Teacher.forward` reads tokens between blocks
-            block.compile()
     return teacher, identity
+
+
+def compile_blocks(teacher: Teacher) -> None:
+    """One by one, because `Teacher.forward` reads tokens between blocks; equal blocks share a graph of static shape."""
+    for block in teacher.blocks:
+        block.compile(dynamic=False, options=options())
 
 
 def _build_random(name: str, config: TeacherConfig, image_size: int, fused: bool) -> Teacher:
@@ -118,14 +142,18 @@ class TeacherEnsemble:
             check_needs(skeletons[name].info, wanted)
         self.needs = dict(needs)
         self.teachers: dict[str, Teacher] = {}
+        self.notes: list[str] = []  # for each teacher, which of its twins runs and why
         self._identities: dict[str, dict[str, Any]] = {}
         self._calls: dict[str, Callable[[Tensor, TeacherNeeds], Targets]] = {}
         for name in needs:
             home = torch.device("cpu") if configs[name].shard else device
             teacher, self._identities[name] = load(name, configs[name], skeletons[name], home, fused)
             self.teachers[name] = self._calls[name] = teacher
+            compiled, why = compiles(configs[name], home, compiler_fault(home))
+            if compiled:
+                compile_blocks(teacher)
+            self.notes.append(f"teachers.{name}: {'compiled' if compiled else 'eager'} ({why})")
         self._sharded = [name for name in needs if configs[name].shard]
-        self._compiled = any(configs[name].compile for name in needs)
         self._precisions = {name: configs[name].precision for name in needs}
         self._image_size, self._device = image_size, device
 
@@ -133,6 +161,17 @@ class TeacherEnsemble:
         """Split the teachers with `shard: true` over the ranks. `split` returns what is called instead. Collective."""
         for name in self._sharded:
             self._calls[name] = split(self.teachers[name])
+
+    def use_cuda_graphs(self) -> None:
+        """From the next call on, each teacher that is not split is one CUDA graph, if the device is a GPU."""
+        for name in self.teachers:
+            why = "its parameters are split over the ranks" if name in self._sharded else ""
+            why = why or ("" if self._device.type == "cuda" else "CUDA graphs need a CUDA device")
+            if not why:
+                self._calls[name] = GraphedTeacher(self._calls[name])
+            self.notes.append(
+                f"cuda_graphs: off for teachers.{name} ({why})" if why else f"cuda_graphs: on for teachers.{name}"
+            )
 
     def check(self) -> None:
         """Refuse teachers whose targets are not finite for a flat, a smooth and a noisy image. Collective. Raises
@@ -145,8 +184,7 @@ class TeacherEnsemble:
         noise = torch.Generator().manual_seed(0)
         sides = (1, 8, self._image_size)
         images = [F.interpolate(torch.randn(1, 3, s, s, generator=noise), (sides[-1], sides[-1])) for s in sides]
-        # eager: after a second batch size, compiled blocks would use slower kernels for dynamic shapes
-        with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
+        with uncompiled():  # of another batch size than the run's
             targets = self(torch.cat(images).to(self._device))
         for name, result in targets.items():
             fault, precision = fault_of(result), self._precisions[name]

@@ -10,8 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mimscale.teachers.ensemble import TeacherEnsemble
 from mimscale.types import Batch, PrefetchedBatch, Targets, keep_for
@@ -69,9 +71,12 @@ class TeacherPrefetcher:
             self._submitted.append(self._submit(prefetched))
         raw, now = self._fetched.popleft().raw, self._submitted.popleft()
         prepared = self._prepare(raw)
-        batch = now.batch
-        if prepared is not raw:
-            batch = replace(replace(prepared, images=raw.images[:0]).to(self._device), images=batch.images)
+        # only what `prepare` has added: the rest lies in memory of the loader, which may be filled again after this
+        changes: dict[str, Any] = {}
+        for name, value in vars(prepared).items():
+            if value is not getattr(raw, name):
+                changes[name] = value.to(self._device, non_blocking=True) if isinstance(value, Tensor) else value
+        batch = replace(now.batch, **changes)
         if now.done is not None:
             student = torch.cuda.current_stream(self._device)
             student.wait_event(now.done)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from mimscale.checkpoint import format as checkpoint
+from mimscale.config.compiler import uncompiled
 from mimscale.data.order import Order, batch_of, jumped, rank_positions
 from mimscale.data.wds_stream import Source, WebDatasetStream
 from mimscale.errors import Stopped, warn
@@ -39,9 +40,9 @@ def explain(run: TrainContext, info: StepInfo) -> None:
     if not suspected and (scale is None or guard.serious(scale)):
         suspected = [sample for sample, _ in samples]
     if guard.serious(scale):
-        sizes = run.coordinator.gather(
-            activation_magnitudes.magnitudes(run.method, partial(run.method, info.batch, info.targets))
-        )
+        with uncompiled():
+            mine = activation_magnitudes.magnitudes(run.method, partial(run.method, info.batch, info.targets))
+        sizes = run.coordinator.gather(mine)
         layer = activation_magnitudes.suspect(activation_magnitudes.largest(sizes), guard.usual)
     keys = keys_of(run.plan.manifest, suspected) if run.coordinator.rank == 0 else []
     guard.incidents.append(

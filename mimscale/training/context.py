@@ -17,7 +17,7 @@ from mimscale.fault_tolerance.step_guard import StepGuard
 from mimscale.fault_tolerance.watchdog import Watchdog
 from mimscale.methods.base import Method
 from mimscale.monitoring.damage_log import DamageLog
-from mimscale.monitoring.metrics import StartupTimer
+from mimscale.monitoring.metrics import StartupTimer, StepCost
 from mimscale.monitoring.phase_timer import BACKWARD, PhaseTimer
 from mimscale.monitoring.run_logger import RunLogger
 from mimscale.teachers.ensemble import TeacherEnsemble
@@ -30,7 +30,7 @@ class TrainContext:
     """What is trained: method, teachers, engine, inputs. What watches it: the rest.
 
     lock: on rank 0. closing: what is ended after the run. init_notes: a line for each thing that `init.weights` filled,
-    resized or left.
+    resized or left. cost, cost_notes: FLOPs and the device's peak, and the lines that say them.
     """
 
     plan: Plan
@@ -51,6 +51,8 @@ class TrainContext:
     closing: ExitStack
     parameter_count: int
     init_notes: tuple[str, ...] = ()
+    cost: StepCost = StepCost()
+    cost_notes: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> Path:

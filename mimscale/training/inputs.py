@@ -48,7 +48,6 @@ class TrainInputs:
             start_step=state.step,
             jumps=state.jumps,
             pin=device.type == "cuda",
-            device=device,
         )
         batches = DevicePrefetcher(iter(self._loader), device)
         ahead = config.engine.teachers_ahead
@@ -65,7 +64,7 @@ class TrainInputs:
         raw = self._prefetcher.next_batch()
         if len(self.ids) == self._plan.accumulation:
             self.ids = []
-        self.ids.append(raw.ids)
+        self.ids.append(raw.ids.clone())  # the loader's memory is given back
         self._timer.ids = self.ids  # not before there are any: who waits for data reports the last step's samples
         self._damage_log.add(raw.damage)
         self._timer.enter(FORWARD)

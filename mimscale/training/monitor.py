@@ -11,6 +11,7 @@ from functools import partial
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.checkpoint.async_writer import AsyncCheckpointWriter
+from mimscale.config.compiler import compile_seconds, uncompiled
 from mimscale.data.wds_stream import NOT_EXACT
 from mimscale.errors import Stopped, UserError
 from mimscale.fault_tolerance import activation_magnitudes
@@ -55,11 +56,19 @@ class Monitor:
 
         run.inputs.start(state)
         run.logger.start(total=plan.total_steps, step=state.step, tensorboard=plan.config.log.tensorboard)
-        run.logger.print("\n".join((describe_run(run, state), *run.init_notes)))
+        notes = (*run.cost_notes, *run.init_notes, *run.teachers.notes, *run.engine.notes)
+        run.logger.print("\n".join((describe_run(run, state), *notes)))
+        self._engine_notes = len(run.engine.notes)
         if state.step < plan.total_steps:
             run.inputs.wait_for_first()
         run.startup.end("workers")
-        self._throughput = ThroughputMeter(plan.world.device, waited_s=lambda: run.timer.seconds[WAITING])
+        run.timer.enter(BETWEEN)  # the wait for the first batch is part of the start
+        self._throughput = ThroughputMeter(
+            plan.world.device,
+            waited_s=lambda: run.timer.seconds[WAITING],
+            host_share=run.timer.host_share,
+            cost=run.cost,
+        )
         gc.collect()
         run.closing.callback(gc.enable)
         run.closing.callback(gc.unfreeze)
@@ -128,6 +137,9 @@ class Monitor:
         plan, config = run.plan, run.plan.config
         if "first_step" not in run.startup.seconds:
             run.startup.end("first_step")
+            run.startup.move("first_step", "compile", compile_seconds())
+            for line in run.engine.notes[self._engine_notes :]:
+                run.logger.print(line)
             run.logger.log_event("first_step", seconds=run.startup.seconds, cpu_s=run.startup.cpu_s)
         if config.watchdog.every and step % config.watchdog.every == 0:
             for line in run.timer.compare(run.coordinator):
@@ -149,7 +161,8 @@ class Monitor:
         run, every = self._run, self._run.plan.config.log.panels
         if every and (info.step == info.total or info.step % every == 0):
             targets = {name: seen.first(SAMPLES) for name, seen in info.targets.items()}
-            run.logger.add_panel(info.step, run.method.visualise(info.batch.first(SAMPLES), targets))
+            with uncompiled():
+                run.logger.add_panel(info.step, run.method.visualise(info.batch.first(SAMPLES), targets))
 
     def _save_and_stop(self, state: TrainState, info: StepInfo) -> None:
         run, last = self._run, info.step == info.total
@@ -171,7 +184,8 @@ class Monitor:
         state = replace(state, guard=run.guard.dump())
         if run.engine.loss_scale is not None:
             forward = partial(run.method, info.batch, info.targets)
-            run.guard.usual = activation_magnitudes.magnitudes(run.method, forward)
+            with uncompiled():
+                run.guard.usual = activation_magnitudes.magnitudes(run.method, forward)
         self._checkpoints.save(state.step, run.fragments(), describe_state(run, state))
 
     def _log_damage(self) -> None:

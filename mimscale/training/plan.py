@@ -10,9 +10,9 @@ from typing import Any
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
+from mimscale.config.compiler import use_cache_dir
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig, method_class
-from mimscale.data import device_decode
 from mimscale.data.wds_stream import Source, open_source
 from mimscale.distributed.world import World, check_precision, from_environment
 from mimscale.engine.factory import check_backend
@@ -21,7 +21,7 @@ from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.monitoring.damage_log import DamageLog, default_limit
 from mimscale.optim import lr_schedule
 from mimscale.teachers.base import Teacher
-from mimscale.teachers.ensemble import build_skeletons, describe
+from mimscale.teachers.ensemble import build_skeletons, check_compiled, describe
 from mimscale.teachers.quantise import check as check_quantised
 from mimscale.training import init_weights
 from mimscale.training.auto_micro_batch import resolved, solve
@@ -65,19 +65,19 @@ class Plan:
 
 def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:
     """Every check, before a process group is opened. Raises UserError."""
+    use_cache_dir()
     run_folder.check_names(run_dir, *([fork] if fork is not None else []))
     world = from_environment(config.engine.device)
     ds_config = load_ds_config(config.engine.ds_config)
     check_precision(world.device, precision_of(ds_config))
-    check_backend(config.engine, ds_config)
+    check_backend(config.engine, ds_config, world.device)
     skeletons = build_skeletons(config.teachers, config.data.image_size)
     for name, teacher in config.teachers.items():
         if world.device.type == "cuda" or teacher.shard:
             check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
             check_quantised(name, teacher.precision, world.device)
+        check_compiled(name, teacher, world.device)
     method_class(config.method.name).check(config, describe(skeletons))
-    if config.data.decoder == "device":
-        device_decode.check(world.device)
 
     stored = run_folder.existing_run(run_dir)
     parent = None
@@ -94,12 +94,14 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     config = init_weights.with_sha256(config, stored, resumes=not fresh)
     if stored is not None:
         run_folder.refuse_changes(stored, config, run_dir)
+        config = run_folder.compiled_as_before(stored, config)
     if run_folder.stop_wish(run_dir).exists():
         raise UserError(f"{run_folder.stop_wish(run_dir)} asks this run to stop; remove it to go on")
 
     auto_micro_batch = config.engine.max_micro_batch == "auto"
     config = resolved(config, stored, world)
     micro_batch, accumulation = solve(config, world)
+    check_backend(config.engine, ds_config, world.device, accumulation)
     manifest = open_source(config.data, world.size)
     check_classes(config, manifest)
     steps_per_epoch = manifest.samples // config.schedule.global_batch

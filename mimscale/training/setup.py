@@ -36,6 +36,7 @@ from mimscale.training.context import TrainContext
 from mimscale.training.inputs import TrainInputs
 from mimscale.training.plan import Plan, open_damage_log
 from mimscale.training.same_ranks import refuse_different_ranks
+from mimscale.training.speed import step_cost
 from mimscale.types import TeacherInfo
 
 
@@ -57,6 +58,7 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
     needs, image_size = method.needs.teachers, config.data.image_size
     fused = config.engine.uses("teacher_kernels")
     teachers = TeacherEnsemble(config.teachers, plan.skeletons, needs, image_size, world.device, fused)
+    cost, cost_notes = step_cost(plan)
     parameter_count = sum(parameter.numel() for parameter in method.parameters())
     startup.end("model")
 
@@ -108,6 +110,8 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
         closing=closing,
         parameter_count=parameter_count,
         init_notes=init_notes,
+        cost=cost,
+        cost_notes=cost_notes,
     )
 
 
@@ -135,5 +139,7 @@ def connect(
     engine = make_engine(method, config, world, micro_batch=micro_batch, accumulation=accumulation, ds_config=ds_config)
     teachers.shard(partial(split_over_ranks, world=world))
     teachers.check()
+    if config.engine.cuda_graphs != "off":
+        teachers.use_cuda_graphs()
     method.before_run(samples)
     return engine

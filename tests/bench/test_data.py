@@ -24,3 +24,12 @@ def test_too_few_images_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "data", "--images", "128"]) == 2
     assert "--images 128: at least 256" in capsys.readouterr().err
     assert main(["bench", "data", "--rounds", "0"]) == 2
+
+
+def test_only_some_loaders(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a careful user's: torchvision's decoder on uint8."""
+    words = ["--images", "320", "--rounds", "1", "--only", "uint8", "read alone"]
+    assert main(["bench", "data", *words]) == 0
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    careful = ["torchvision decode_jpeg, uint8, files", "torchvision decode_jpeg, uint8, webdataset"]
+    assert rows[2:] == ["mimscale, read alone", "mimscale", *careful]

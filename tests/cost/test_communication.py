@@ -33,9 +33,9 @@ def files_with_small_buckets(folder: Path, names: Sequence[str]) -> list[Path]:
         values = load_ds_config(name)
         zero = values["zero_optimization"]
         if zero["stage"]:
-            zero["reduce_bucket_size"] = 300_000
+            zero["reduce_bucket_size"] = 600_000
         if zero["stage"] == 3:
-            zero["stage3_prefetch_bucket_size"] = 300_000
+            zero["stage3_prefetch_bucket_size"] = 600_000
         found.append(folder / f"{name}.json")
         found[-1].write_text(json.dumps(values))
     return found

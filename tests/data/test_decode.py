@@ -6,11 +6,13 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from mimscale.data import decode as module
-from mimscale.data import noise
-from mimscale.data.decode import ArrayImage, BadImage, SimpleJpegDecoder, decode, explain
+from mimscale.data import jpeg, noise
+from mimscale.data.decode import ArrayImage, BadImage, Part, decode, explain
+from mimscale.data.jpeg import SimpleJpegDecoder
 from mimscale.data.synthetic import synthetic_image
 from mimscale.data.transforms import (
     padded_crop,
@@ -130,6 +132,65 @@ def test_results_share_a_buffer() -> None:
     copied = np.array(decoder(encoded(SOURCE)))
     decoder(encoded(other, quality=95))
     assert np.array_equal(np.asarray(decoder(encoded(SOURCE))), copied)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"colorsubsampling": mode} for mode in ("444", "422", "420", "440", "411", "Gray")],
+    ids=lambda options: str(options["colorsubsampling"]),
+)
+def test_rows_below_a_crop_are_not_decoded(options: dict) -> None:
+    """The others are equal to the bit, at every position of the lowest row in a block of pixels."""
+    jpeg.can_stop_early.cache_clear()
+    assert jpeg.can_stop_early()
+    image = np.asarray(SOURCE.resize((131, 157), Image.Resampling.BICUBIC))
+    grey = options["colorsubsampling"] == "Gray"
+    data = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(image[..., :1] if grey else image), 92, "Gray" if grey else "RGB", **options
+    )
+    whole, decoder = np.array(decode(data)), SimpleJpegDecoder()
+    for bottom in range(1, 158, 3):
+        decoder._buffer.fill(77)  # what a row that is not decoded would show
+        image = decoder(data, lambda size, bottom=bottom: Part(bottom, 40))
+        assert np.array_equal(image.array[:bottom], whole[:bottom]) and image.size == (131, 157)
+        saved = 157 - bottom - jpeg.ROWS_AHEAD >= jpeg.LEAST_ROWS_SAVED
+        assert len(image.array) == (bottom + jpeg.ROWS_AHEAD if saved else 157)
+    with pytest.raises(AssertionError, match="not wanted"):
+        decoder(data, lambda size: Part(50, 40)).crop((0, 20, 30, 60))
+
+
+def restarts(image: Image.Image) -> bytes:
+    return encoded(image, restart_marker_rows=1)
+
+
+@pytest.mark.parametrize("make", [restarts, lambda image: encoded(image, progressive=True), encoded])
+def test_other_jpegs_give_the_same_rows(make) -> None:
+    """With markers between the rows; in several passes, which is decoded as a whole; with bytes behind the end."""
+    data = make(SOURCE) + bytes(make is encoded)
+    whole = np.asarray(decode(data))
+    for bottom in (5, 33, 64):
+        rows = SimpleJpegDecoder()(data, lambda size, bottom=bottom: Part(bottom, 5)).array
+        assert np.array_equal(rows[:bottom], whole[:bottom])
+
+
+def test_a_truncated_jpeg_is_damage_wherever_the_crop_is() -> None:
+    data = encoded(SOURCE)
+    for cut in (data[:-2], data[:-200], data[: len(data) // 2], data[:-100] + b"\xff\xda" + bytes(98)):
+        with pytest.raises(BadImage):
+            SimpleJpegDecoder()(cut, lambda size: Part(20, 20))
+
+
+def test_a_reduced_decode_depends_on_the_crop() -> None:
+    """At 1/2, 1/4 or 1/8 if the shorter side of the crop allows it; the crops are close to those of the whole image."""
+    data, decoder = encoded(SOURCE.resize((1603, 1205), Image.Resampling.BICUBIC), quality=95), SimpleJpegDecoder(0, 64)
+    whole = decode(data)
+    for side, fraction in ((127, 1), (128, 2), (256, 4), (700, 8)):
+        box = (33, 57, side, side + 20)
+        image = decoder(data, lambda size, side=side: Part(33 + side, side))
+        assert image.fraction == fraction and image.size == whole.size and len(image.array) < 1205 / fraction
+        ours = resized_crop(image, box, 64, "bicubic")
+        assert psnr(ours, resized_crop(whole, box, 64, "bicubic")) > 30
+    assert psnr(resized_to_square(decoder(data), 64, "bicubic"), resized_to_square(whole, 64, "bicubic")) > 30
 
 
 def test_large_jpegs_may_be_decoded_at_a_fraction_of_their_size() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +24,11 @@ from PIL import Image
 from mimscale.data import loader as loader_module
 from mimscale.data import sample_reader as module
 from mimscale.data.config import DataConfig
-from mimscale.data.decode import decode, make_decoder
+from mimscale.data.decode import BadImage, Part, Wanted, decode, make_decoder
 from mimscale.data.loader import TrainLoader, eval_batches
 from mimscale.data.manifest import Manifest
 from mimscale.data.sample_reader import DamagedSample, SampleReader
+from mimscale.data.shm_pool import SharedMemoryPool
 from mimscale.data.transforms import resized_crop, resized_short_side, to_pixels
 from mimscale.errors import Stopped, UserError
 from mimscale.types import Batch, Needs, Noise
@@ -96,7 +98,7 @@ def test_contents_of_a_batch(manifest: Manifest) -> None:
     }
     assert batch.labels is not None and manifest.labels is not None
     for row, sample in enumerate(batch.ids.tolist()):
-        source = make_decoder(data.decoder)(manifest.read(sample))
+        source = make_decoder(data)(manifest.read(sample))
         height, width = source.height, source.width
         box = (batch.boxes[row].double() * torch.tensor([height, width, height, width])).round().int().tolist()
         expected = to_pixels(resized_crop(source, tuple(box), 32, "bicubic"), bool(batch.flips[row]))
@@ -150,7 +152,7 @@ def test_uncropped_images_belong_to_positions(manifest: Manifest, world: int, mi
                 batch.uncropped.shape == (len(batch.uncropped_rows), 3, 32, 32) and batch.uncropped.dtype == torch.uint8
             )
             for image, row in zip(batch.uncropped, batch.uncropped_rows.tolist(), strict=True):
-                source = make_decoder(config(manifest).decoder)(manifest.read(int(batch.ids[row])))
+                source = make_decoder(config(manifest))(manifest.read(int(batch.ids[row])))
                 expected = source.resize((32, 32), Image.Resampling.BICUBIC)
                 assert np.array_equal(image.numpy(), to_pixels(expected))
                 found[int(batch.positions[row])] = image
@@ -188,7 +190,7 @@ def test_flip_and_crop_follow_the_configuration(manifest: Manifest) -> None:
 def test_padded_crops_match_their_boxes(manifest: Manifest) -> None:
     """Inside the image a crop equals the resized image; the box of a padded crop may reach a little outside of it."""
     batch = next(iter(loader(manifest, config(manifest, crop="padded", crop_padding=6, interpolation="bilinear"))))
-    outside, reader = 0, SampleReader(manifest, make_decoder(config(manifest).decoder))
+    outside, reader = 0, SampleReader(manifest, make_decoder(config(manifest)))
     for image, sample, box, flip in zip(batch.images, batch.ids, batch.boxes, batch.flips, strict=True):
         resized = to_pixels(resized_short_side(reader.load(int(sample)), 32, "bilinear"))
         height, width = resized.shape[1:]
@@ -324,6 +326,62 @@ def test_a_temporary_fault_is_retried(damaged: tuple[Manifest, int], shards: Pat
     assert again.tries == 2
 
 
+def test_a_damaged_sample_is_tried_again_without_pauses(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other crops may not need its damaged part, and a batch must not depend on what its process has met before."""
+    slept: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+
+    def decode_upper_half(data: bytes, wanted: Wanted | None = None) -> Image.Image:
+        if wanted is None or wanted((48, 48)).bottom > 24:
+            raise BadImage("damaged below")
+        return decode(data)
+
+    reader = SampleReader(manifest, decode_upper_half)
+    for _ in range(2):
+        sample, _, found = reader.load_or_substitute(3, 0, 0, 0, wanted=lambda size: Part(20, 20))
+        assert (sample, found) == (3, [])
+        with pytest.raises(DamagedSample):
+            reader.load_or_substitute(3, 0, 0, 0, wanted=lambda size: Part(30, 20))
+    tried = {3, *module.substitutes(manifest.samples, 0, 0, 0).tolist()}
+    assert len(slept) == len(module.RETRY_PAUSES_S) * len(tried)  # each of them paused the first time
+
+
+EVALUATE = """
+import sys
+from pathlib import Path
+import mimscale
+from mimscale.data.loader import eval_batches
+from mimscale.data.manifest import Manifest
+
+shards = Path(sys.argv[1])
+kept = list(eval_batches(Manifest.load(shards), 224, batch=20, workers=2))  # more than there are slots
+assert [len(batch.images) for batch in kept] == [20] * 4
+assert sum(map(len, mimscale.open_shards(shards).batches(20, image_size=224, workers=2))) == 80
+"""
+
+
+@pytest.mark.multi
+def test_evaluation_needs_no_room_in_dev_shm(shards: Path) -> None:
+    """Where mounts are permitted it gets 64 kB there, and a batch has 3 MB; containers have 64 MB, and batches 40."""
+    small = ["unshare", "--mount", "bash", "-c", 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"', "bash"]
+    permitted = subprocess.run([*small, "true"], capture_output=True).returncode == 0
+    words = [*(small if permitted else []), sys.executable, "-c", EVALUATE, shards]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.multi
+def test_workers_that_cannot_start_are_one_line(shards: Path) -> None:
+    """Python's queues need room for semaphores in /dev/shm; where mounts are not permitted, files that may be open."""
+    full = ["unshare", "--mount", "bash", "-c", 'mount -t tmpfs -o ro none /dev/shm && exec "$@"', "bash"]
+    limit = ["bash", "-c", 'ulimit -n 14 && exec "$@"', "bash"]
+    permitted = subprocess.run([*full, "true"], capture_output=True).returncode == 0
+    code = EVALUATE.replace("kept = ", "import torch, torchvision, simplejpeg, encodings.idna\nkept = ")
+    words = [*(full if permitted else limit), sys.executable, "-c", code, shards]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "workers = 2: a worker cannot be started (" in done.stderr.splitlines()[-1]
+
+
 SCRIPT = """
 import os, sys, time
 from itertools import islice
@@ -388,9 +446,9 @@ def test_a_worker_may_be_killed_during_close(manifest: Manifest, monkeypatch: py
 
     begin = loader_module._begin
 
-    def kill_at_exit(begun: int, worker: int) -> None:
+    def kill_at_exit(*args: Any) -> None:
         multiprocessing.util.Finalize(None, os.kill, (os.getpid(), signal.SIGKILL), exitpriority=0)
-        begin(begun, worker)
+        begin(*args)
 
     monkeypatch.setattr(loader_module, "_begin", kill_at_exit)
     train_loader = loader(manifest, config(manifest, workers=2))
@@ -405,12 +463,12 @@ def test_a_worker_that_never_begins_is_started_again(
     """As one that was forked while another thread held a lock: it waits before it runs any code of ours."""
     begin, first = loader_module._begin, tmp_path / "first"
 
-    def hang_once(begun: int, worker: int) -> None:
+    def hang_once(begun: int, pool: SharedMemoryPool, worker: int) -> None:
         if worker == 1 and not first.exists():
             first.touch()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             threading.Event().wait()
-        begin(begun, worker)
+        begin(begun, pool, worker)
 
     monkeypatch.setattr(loader_module, "START_S", 3.0)
     monkeypatch.setattr(loader_module, "_begin", hang_once)
@@ -423,6 +481,6 @@ def test_a_worker_that_never_begins_is_started_again(
 def test_workers_that_never_begin_end_the_run(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "START_S", 0.5)
     monkeypatch.setattr(loader_module, "STARTS", 2)
-    monkeypatch.setattr(loader_module, "_begin", lambda begun, worker: threading.Event().wait())
+    monkeypatch.setattr(loader_module, "_begin", lambda *args: threading.Event().wait())
     with pytest.raises(RuntimeError, match="did not begin within 0.5 s, 2 times"):
         next(eval_batches(manifest, 16, batch=7, workers=1))

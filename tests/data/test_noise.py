@@ -64,7 +64,7 @@ def test_distribution(draw) -> None:
 
 def test_the_ends_of_the_ranges() -> None:
     ends = np.array([0, 2**64 - 1], dtype=np.uint64)
-    low, high = noise._unit_rate(ends)
+    low, high = noise.to_exponential(ends)
     assert 0 < low < 1e-15 and 36 < high < 38
     assert noise.uniform(5, "ends", n=100_000).max() < 1
 

@@ -1,23 +1,25 @@
-"""Batches in shared memory: equal to what was packed, and a slot is free when the last tensor in it is gone."""
+"""Batches in shared memory: made there, moved in one piece, and the slot is free when the last tensor is gone."""
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
 import os
+import pickle
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimscale.data import shm_pool
 from mimscale.data.config import DataConfig
-from mimscale.data.loader import TrainLoader, item_bytes
+from mimscale.data.loader import TrainLoader, batch_bytes
 from mimscale.data.manifest import Manifest
-from mimscale.data.shm_pool import PooledItem, SharedMemoryPool, unpack
+from mimscale.data.shm_pool import CopiedItem, PooledItem, SharedMemoryPool, unpack
 from mimscale.types import Batch, Damage, Needs, Noise
 
 BYTES = 8 << 20
@@ -62,9 +64,9 @@ def free_slots(pool: SharedMemoryPool) -> int:
 
 
 def test_a_slot_is_free_when_its_last_tensor_is_gone() -> None:
-    pool = SharedMemoryPool(2, BYTES)
+    pool = SharedMemoryPool(2, BYTES, 2)
     one, two = packed(pool, 0), packed(pool, 10)
-    assert free_slots(pool) == 0 and pool.pack([batch(20)])[0].ids[0] == 20  # type: ignore[index]  # not pooled
+    assert free_slots(pool) == 0
     first = unpack(one)
     assert same(first[0], batch(0)) and same(first[1], batch(1)) and free_slots(pool) == 0
     ids, part = first[0].ids, first[1].images[1:, 0]
@@ -73,14 +75,16 @@ def test_a_slot_is_free_when_its_last_tensor_is_gone() -> None:
     assert free_slots(pool) == 0 and torch.equal(part, batch(1).images[1:, 0])
     del part
     gc.collect()
-    assert free_slots(pool) == 1 and ids.tolist() == [0, 1, 2]  # small tensors are copies
-    assert same(unpack(two)[1], batch(11))
+    assert free_slots(pool) == 0 and ids.tolist() == [0, 1, 2]
+    del ids
+    gc.collect()
+    assert free_slots(pool) == 1 and same(unpack(two)[1], batch(11))
     gc.collect()
     assert free_slots(pool) == 2
 
 
 def test_a_tensor_outlives_its_pool() -> None:
-    pool = SharedMemoryPool(1, BYTES)
+    pool = SharedMemoryPool(1, BYTES, 2)
     images, number = unpack(packed(pool, 3))[0].images, pool.number
     del pool
     gc.collect()
@@ -90,34 +94,95 @@ def test_a_tensor_outlives_its_pool() -> None:
     assert number not in shm_pool._POOLS
 
 
-def test_an_item_larger_than_a_slot_is_not_pooled() -> None:
-    pool = SharedMemoryPool(1, 4096)
-    item = [batch(0)]
-    assert pool.pack(item) is item and free_slots(pool) == 1
+@pytest.mark.parametrize(("free", "size"), [(0, BYTES), (1, 4096)])
+def test_what_finds_no_slot_is_sent_by_value(free: int, size: int) -> None:
+    """None is free, or they are too small."""
+    pool = SharedMemoryPool(1, size)
+    slot = None if free else pool._take_slot()
+    item = pool.pack([batch(0)])
+    assert isinstance(item, CopiedItem) and free_slots(pool) == free and slot in (0, None)
+    (received,) = unpack(pickle.loads(pickle.dumps(item)))
+    assert same(received, batch(0))
+    received.images.add_(1)  # as with every batch, this is allowed
 
 
-def test_item_bytes_is_enough(manifest: Manifest) -> None:
+def test_images_are_made_in_the_slot() -> None:
+    """And nothing is copied before the device: the images have one place from the crop on."""
+    pool = SharedMemoryPool(1, BYTES, 2)
+    arrays = pool.images(2, (3, 400, 400, 3))
+    item = [replace(batch(n), images=torch.from_numpy(array).permute(0, 3, 1, 2)) for n, array in enumerate(arrays)]
+    for number, one in enumerate(item):
+        one.images.copy_(batch(number).images)
+    places = [one.images.data_ptr() for one in item]
+    received = unpack(pool.pack(item))
+    assert [one.images.data_ptr() for one in received] == places and all(map(same, received, map(batch, range(2))))
+    assert received[0].images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_slot_is_kept_for_the_next_item_when_one_fails() -> None:
+    pool = SharedMemoryPool(1, BYTES)
+    for _ in range(3):
+        (array,) = pool.images(1, (3, 8, 8, 3))
+    images = torch.from_numpy(array).permute(0, 3, 1, 2).fill_(7)
+    assert isinstance(pool.pack([replace(batch(0), images=images)]), PooledItem)
+
+
+class Copies(TorchDispatchMode):
+    """Bytes of every copy to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten._pin_memory.default):
+            self.bytes.append(args[0].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_micro_batch_is_one_copy_of_its_bytes() -> None:
+    """To a device without memory, since this test needs none that has it: images stay uint8 on the way."""
+    pool = SharedMemoryPool(1, BYTES, 2)
+    for received in unpack(packed(pool, 4)):
+        with Copies() as copies:
+            there = received.to(torch.device("meta"))
+        (size,) = copies.bytes
+        assert received.images.nbytes < size < received.images.nbytes + 1024
+        assert there.images.dtype == torch.uint8 and there.images.is_meta and there.noise["mask"].is_meta
+    with Copies() as copies:
+        assert received.to(torch.device("cpu")).images is received.images
+    assert copies.bytes == []
+
+
+def test_pieces_keep_their_values() -> None:
+    """Moved to other memory on the same device, with tensors of their own beside those of the slot."""
+    pool = SharedMemoryPool(1, BYTES, 2)
+    received = unpack(packed(pool, 4))[1]
+    moved = replace(received, labels=torch.arange(3), importance=torch.zeros(0, 4))._in_pieces(torch.clone)
+    assert moved.labels is not None and moved.importance is not None
+    assert moved.labels.tolist() == [0, 1, 2] and moved.importance.shape == (0, 4)
+    assert same(replace(moved, labels=None, importance=None), batch(5))
+    assert moved.images.data_ptr() != received.images.data_ptr()
+    assert moved.ids.untyped_storage().data_ptr() == moved.images.untyped_storage().data_ptr()
+
+
+def test_batch_bytes_is_enough(manifest: Manifest) -> None:
     """Also with uncropped images, labels, and several crops per image."""
     needs = Needs(noise={"mask": Noise("uniform", (7,))}, labels=True, uncropped_images=80)
     data = DataConfig(shards=str(manifest.folder), image_size=32, workers=0, crops=3)
     loader = TrainLoader(manifest, data, needs, seed=0, global_batch=8, micro_batch=8, rank=0, world=1)
     three = list(islice(loader, 3))
-    pool = SharedMemoryPool(1, item_bytes(data, needs, 8))
+    pool = SharedMemoryPool(1, batch_bytes(32, needs, 8), data.crops)
     assert isinstance(pool.pack(three), PooledItem)
 
 
-@pytest.mark.parametrize(("decoder", "uncropped"), [("simplejpeg", 1024), ("device", 0)])
-def test_item_bytes_is_enough_for_small_images(
-    manifest: Manifest, decoder: Literal["simplejpeg", "device"], uncropped: int
-) -> None:
-    """The other tensors are larger than very small images; JPEGs for the device are in the slot too."""
-    data = DataConfig(
-        shards=str(manifest.folder), image_size=8, workers=1, decoder=decoder, colour_jitter=(0.4, 0.4, 0.4)
-    )
-    needs = Needs(labels=True, uncropped_images=uncropped)
+def test_batch_bytes_is_enough_for_small_images(manifest: Manifest) -> None:
+    """The other tensors are larger than very small images."""
+    data = DataConfig(shards=str(manifest.folder), image_size=8, workers=1, colour_jitter=(0.4, 0.4, 0.4))
+    needs = Needs(labels=True, uncropped_images=1024)
     loader = TrainLoader(manifest, data, needs, seed=0, global_batch=1024, micro_batch=1024, rank=0, world=1)
-    (dataset, _), pool, positions = loader._make_loader.args, loader._make_pool(), np.arange(1024)
-    assert pool is not None and isinstance(pool.pack(dataset[positions, positions[None]]), PooledItem)
+    (made, pool), positions = loader._make_loader(0), np.arange(1024)
+    assert pool is not None and isinstance(pool.pack(made.dataset[positions, positions[None]]), PooledItem)
 
 
 def _pack_batches(pool: SharedMemoryPool, results: Any) -> None:
@@ -152,9 +217,8 @@ def test_from_another_process(start: str) -> None:
 
 
 @pytest.mark.multi
-def test_the_loader_uses_the_pool(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all tensors as views of slots: nothing is overwritten while it is referenced."""
-    monkeypatch.setattr(shm_pool, "MIN_VIEW_BYTES", 0)
+def test_the_loader_uses_the_pool(manifest: Manifest) -> None:
+    """Nothing is overwritten while it is referenced, though more items are held than there are slots."""
     needs = Needs(noise={"mask": Noise("exponential", (7,))})
     data = DataConfig(shards=str(manifest.folder), image_size=32, workers=2)
 

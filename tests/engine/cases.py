@@ -7,7 +7,8 @@ import gc
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,12 @@ def build(run: RunConfig, method: Any = None) -> Any:
     return make_engine(method, run, world, micro_batch=8, accumulation=1, ds_config=ds_config)
 
 
-def engines(recipe: str, names: list[str]) -> Iterator[tuple[str, Any, Iterator[Batch]]]:
+def engines(
+    recipe: str, names: Sequence[str], overrides: Sequence[str] = ()
+) -> Iterator[tuple[str, Any, Iterator[Batch]]]:
     """names: of ds_configs/, or TORCH."""
     for name in names:
-        run = load_recipe(recipe, TORCH.get(name, [f"engine.ds_config={name}"]))
+        run = load_recipe(recipe, [*TORCH.get(name, [f"engine.ds_config={name}"]), *overrides])
         engine = build(run)
         loader = TrainLoader(
             Manifest.load(run.data.shards),
@@ -91,14 +94,17 @@ def oracle(recipe: str) -> None:
     for name, engine, batches in engines(recipe, [c for c in CPU_CONFIGS if "zero0" not in c]):
         for _ in range(2):
             train(engine, next(batches))
-        for parameter_name, parameter in engine.layout.parameters.items():
-            full = {"fp32": safe_get_full_fp32_param(parameter)}
-            full |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in AdamW.STATES}
+        holders = {place.holder: None for place in engine.layout.places}
+        for holder in holders:
+            full = {"fp32": safe_get_full_fp32_param(holder)}
+            full |= {kind: safe_get_full_optimizer_state(holder, kind) for kind in AdamW.STATES}
+            starts = {place.name: place.start for place in engine.layout.places if place.holder is holder}
             for f in engine.layout.fragments:
-                if f.name == parameter_name:
+                if f.name in starts:
                     for kind, tensor in full.items():
                         mine = engine.layout.view(f, kind)
-                        theirs = tensor.view(-1)[f.start : f.start + f.length]
+                        start = starts[f.name] + f.start
+                        theirs = tensor.view(-1)[start : start + f.length]
                         assert torch.equal(mine, theirs), f"{name}: {kind} of {f.name}"
         assert engine.layout.optimizer_step() == 2
 
@@ -219,15 +225,12 @@ def planted_faults(recipe: str) -> None:
         if len(engine.layout._leaves) > 1:
             engine.layout._base.state[engine.layout._leaves[0]]["step"] += 1
             expect(LayoutError, engine.layout.optimizer_step, f"{name}: one leaf is a step ahead")
-        zero = engine._ds.optimizer
-        clip = zero.clip_grad
-        del zero.clip_grad
-        expect(LayoutError, lambda: Layout(engine._ds, AdamW), f"{name}: a release that keeps its clip elsewhere")  # noqa: B023
-        zero.clip_grad = clip
-        steps = engine._ds.micro_steps
-        del engine._ds.micro_steps
-        expect(LayoutError, lambda: Layout(engine._ds, AdamW), f"{name}: a release that counts elsewhere")  # noqa: B023
-        engine._ds.micro_steps = steps
+        ds, places = engine._ds, engine.layout.places
+        for owner, attribute in ((ds.optimizer, "clip_grad"), (ds, "micro_steps")):
+            value = getattr(owner, attribute)
+            delattr(owner, attribute)
+            expect(LayoutError, partial(Layout, ds, AdamW, places), f"{name}: a release without {attribute}")
+            setattr(owner, attribute, value)
     run = load_recipe(recipe)
     method = method_class("mae")(run, {})
     method.scale = torch.nn.Parameter(torch.tensor(1.0))
@@ -241,6 +244,8 @@ def expect(kind: type[Exception], work: Callable[[], object], what: str) -> None
         return
     raise AssertionError(f"not noticed: {what}")
 
+
+world: Any = None
 
 if __name__ == "__main__":
     world = from_environment("cpu")

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from mimscale.config.deepspeed import load_ds_config
-from mimscale.distributed.world import close_process_group, from_environment
+from mimscale.distributed.world import from_environment
 from mimscale.engine.base import Engine
 from mimscale.engine.config import EngineConfig
-from mimscale.engine.deepspeed_runtime import open_process_group
 from mimscale.engine.factory import make_engine
 from mimscale.optim.lr_schedule import lr_at_step
 from tests import golden
 from tests.methods import training_golden
 from tests.methods.training_golden import TrainingGolden
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 # Official run -> parameters that are moved to the other group of weight decay, one at a time.
 WRONG_GROUP: dict[Callable[[], TrainingGolden], tuple[str, ...]] = {
@@ -34,17 +33,6 @@ WRONG_GROUP: dict[Callable[[], TrainingGolden], tuple[str, ...]] = {
     training_golden.amt: ("student.cls_token", "decoder.mask_token"),
     training_golden.finetune: ("student.cls_token", "student.pos_embed"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    before = dict(os.environ)
-    open_process_group(from_environment("cpu"))
-    yield
-    close_process_group()
-    assert not dist.is_initialized()
-    os.environ.clear()  # RANK and the like would reach the processes that later tests start
-    os.environ.update(before)
 
 
 def build(t: TrainingGolden, name: str) -> Engine:

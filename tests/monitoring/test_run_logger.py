@@ -18,8 +18,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
-from mimscale.monitoring.metrics import ThroughputMeter
-from mimscale.monitoring.run_logger import RunLogger
+from mimscale.monitoring.metrics import StepCost, ThroughputMeter
+from mimscale.monitoring.run_logger import RunLogger, shown
 
 
 def test_lines_and_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,5 +119,22 @@ def test_meter_averages_over_micro_steps_and_starts_anew() -> None:
     first = throughput.read()
     assert first["loss"] == 2.0 and first["images_per_s"] > 0 and 0 < first["data_wait"] < 1e-3
     assert first["memory_gib"] > 0
+    assert not first.keys() & {"mfu", "mfu_measured", "host_share", "power_w", "memory_reserved_gib"}
     throughput.add({"loss": torch.tensor(5.0)}, images=8)
     assert throughput.read()["loss"] == 5.0
+
+
+def test_utilisation_is_a_share_of_what_all_devices_can_do() -> None:
+    cost = StepCost(flops=2e9, ranks=4, peak=1e12, product=5e11)
+    assert cost.mfu(images_per_s=1000.0) == {"mfu": 0.5, "mfu_measured": 1.0}
+    assert StepCost(flops=2e9, product=1e12).mfu(100.0) == {"mfu_measured": 0.2}
+    throughput = ThroughputMeter(torch.device("cpu"), cost=cost)
+    throughput.add({"loss": torch.tensor(1.0)}, images=8)
+    read = throughput.read()
+    assert read["mfu"] == pytest.approx(read["images_per_s"] * 2e9 / 4e12) and read["mfu_measured"] > read["mfu"]
+
+
+def test_the_progress_line_shows_one_utilisation() -> None:
+    known = {"loss": 1.0, "mfu": 0.5, "mfu_measured": 0.6, "grad_norm": 2.0, "power_w": 650.0}
+    assert shown(known) == ["loss", "mfu", "power_w"]
+    assert shown({"mfu_measured": 0.6, "images_per_s": 3.0}) == ["images_per_s", "mfu_measured"]

@@ -16,6 +16,7 @@ import torch._dynamo.utils
 from safetensors.torch import load_file, save_file
 
 from mimscale.errors import UserError
+from mimscale.teachers import ensemble as ensembles
 from mimscale.teachers import quantise, weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons
@@ -80,6 +81,35 @@ def test_compiled_blocks_compute_the_same(precision: str) -> None:
     limit = 1e-5 if precision == "fp32" else 1e-2  # fused kernels round to bf16 less often
     for a, b in ((ours.levels[2], reference.levels[2]), (ours.cls_attention, reference.cls_attention)):
         assert float((a.float() - b.float()).norm() / b.float().norm()) < limit
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "fault", "expected", "why"),
+    [
+        ({}, "cpu", "", False, "auto compiles on a GPU only"),
+        ({}, "cuda", "", True, "compile = auto"),
+        ({"precision": "fp8"}, "cuda", "", True, "compile = auto"),
+        ({}, "cuda", "triton is not installed", False, "triton is not installed"),
+        ({"compile": False}, "cuda", "", False, "compile = false"),
+        ({"compile": True}, "cpu", "", True, "compile = true"),
+        ({"compile": True}, "cpu", "no C++ compiler", False, "no C++ compiler"),
+        ({"shard": True}, "cuda", "", False, "its parameters are split over the ranks"),
+    ],
+)
+def test_which_teachers_are_compiled_and_why(
+    changes: dict[str, Any], device: str, fault: str, expected: bool, why: str
+) -> None:
+    config = tiny.timm_config(DINO, None, random=True, **changes)
+    assert ensembles.compiles(config, torch.device(device), fault) == (expected, why)
+
+
+def test_an_eager_8_bit_teacher_is_refused_on_a_gpu() -> None:
+    config = tiny.timm_config(DINO, None, random=True, precision="fp8", compile=False)
+    with pytest.raises(UserError, match="compile = false with precision = fp8: uncompiled it takes twice") as error:
+        ensembles.check_compiled("t", config, torch.device("cuda"))
+    assert "\n" not in str(error.value)
+    ensembles.check_compiled("t", config, torch.device("cpu"))
+    ensembles.check_compiled("t", config.model_copy(update={"compile": "auto"}), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("change", [{"compile": True}, {"precision": "fp8"}])

@@ -38,8 +38,8 @@ def test_a_damaged_run_goes_on_and_stops_at_its_limit(shards: Path, tmp_path: Pa
     assert again.returncode == 2 and "raise data.max_damaged" in again.stderr
 
 
-def test_images_decoded_in_the_trainer(shards: Path, tmp_path: Path) -> None:
-    """With jittered colours, and damage that only that decoder meets: stopped and resumed, the same run and list."""
+def test_damage_behind_a_valid_header(shards: Path, tmp_path: Path) -> None:
+    """With jittered colours, and JPEGs that lost their tables: stopped and resumed, the same run and list."""
     folder = Path(shutil.copytree(shards, tmp_path / "shards"))
     manifest = Manifest.load(folder)
     for sample in (5, 41):
@@ -47,7 +47,7 @@ def test_images_decoded_in_the_trainer(shards: Path, tmp_path: Path) -> None:
         with open(manifest.shard_paths[int(manifest.locate(sample)[0])], "r+b") as file:
             file.seek(int(manifest.offsets[sample]))
             file.write(without_tables)
-    data = {"decoder": "device", "colour_jitter": [0.4, 0.4, 0.4]}
+    data = {"colour_jitter": [0.4, 0.4, 0.4]}
     recipe = ranks.recipe(tmp_path, folder, data=data)
     ranks.train(2, recipe, tmp_path / "whole")
     ranks.cut_back(tmp_path / "whole", tmp_path / "resumed", 4)

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from mimscale.bench._operators import counting
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.recipes import load_recipe
+from mimscale.config.run import method_class
 from mimscale.errors import Stopped
 from mimscale.fault_tolerance.preemption import HANDLED
 from mimscale.monitoring.metrics import StartupTimer
@@ -24,6 +26,7 @@ from mimscale.training.context import TrainContext
 from mimscale.training.loop import train_step
 from mimscale.training.monitor import Monitor
 from mimscale.training.plan import prepare
+from mimscale.training.speed import step_cost
 from mimscale.training.state import TrainState
 from mimscale.types import Damage, StepInfo
 from tests import ranks
@@ -183,3 +186,46 @@ def test_a_finished_state_resumes_as_it_was(start: Open) -> None:
     again, _, resumed = start()
     assert resumed == replace(state, launches=2, guard=resumed.guard)
     assert kept.keys() == weights(again).keys()
+
+
+def test_the_start_says_flops_and_peak_and_each_line_the_utilisation(
+    start: Open, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, monitor, state = start(log={"every": 1})
+    shown = capsys.readouterr().err
+    assert "peak: " in shown and "TFLOP/s measured with a product of 384 squared" in shown
+    assert f"FLOPs per image: {run.cost.flops / 1e9:.4g} G, forward and backward pass (student " in shown
+    advance(run, monitor, state, 1)
+    (line,) = [line for line in ranks.lines(run.plan.run_dir) if line.get("step") == 1]
+    assert run.cost.product is not None
+    assert line["mfu_measured"] == pytest.approx(run.cost.flops * line["images_per_s"] / run.cost.product)
+    assert line["memory_gib"] > 0 and 0 <= line["data_wait"] <= 1 and "mfu" not in line and "host_share" not in line
+    assert "mfu_measured " in capsys.readouterr().err
+
+
+def test_between_log_lines_only_the_gradient_norm_is_read_from_the_device(start: Open) -> None:
+    run, monitor, state = start(log={"every": 4}, checkpoint={"every": 0}, watchdog={"every": 0})
+    reads = []
+    for _ in range(4):
+        with counting() as counter:
+            state = advance(run, monitor, state, 1)
+        reads.append(counter.reads)
+    assert [list(places) for places in reads[1:3]] == [list(reads[1])] * 2
+    assert [place.split(":")[0] for place in reads[1]] == ["mimscale/engine/torch_engine.py"]
+    assert reads[1].total() == 1 and reads[3].total() > 1
+
+
+def test_a_method_whose_flops_cannot_be_counted_trains_all_the_same(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reads_a_value(self: Any, batch: Any, targets: Any) -> dict[str, torch.Tensor]:
+        assert float(batch.images.mean()) < math.inf
+        return {"loss": self.student.cls_token.sum()}
+
+    monkeypatch.setattr(method_class("mae"), "forward", reads_a_value)
+    plan = prepare(load_recipe(str(ranks.recipe(tmp_path, shards))), tmp_path / "run", None, ("test",))
+    before = torch.get_rng_state()
+    cost, lines = step_cost(plan)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert cost.flops == 0 and cost.mfu(100.0) == {}
+    assert lines[1].startswith("FLOPs per image: not counted (") and "no MFU in the log" in lines[1]

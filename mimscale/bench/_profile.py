@@ -1,0 +1,54 @@
+"""torch.profiler around a few steps: kernel time, kernels, communication, what takes longest, and a Chrome trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+TOP = 15
+COMMUNICATION = ("nccl", "c10d::", "gloo:", "record_param_comms")
+
+
+def profiled(step: Callable[[], object], device: torch.device, steps: int, trace: Path | None = None) -> dict[str, Any]:
+    """Figures per step. trace: file for chrome://tracing.
+
+    kernel_ms, kernels: time in kernels and how many (on a CPU: operators, without those that they call).
+    communication_ms: of it, in collectives; on a GPU it may overlap with other kernels. top: [name, ms, count] each.
+    host_top: the same for what the host did.
+    """
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as run:
+        for _ in range(steps):
+            step()
+        if cuda:
+            torch.cuda.synchronize(device)
+    if trace is not None:
+        run.export_chrome_trace(str(trace))
+    entries = run.key_averages()
+    host = [_entry(e, e.self_cpu_time_total, steps) for e in entries if not _on_gpu(e)]
+    kernels = [_entry(e, e.self_device_time_total, steps) for e in entries if _on_gpu(e)] if cuda else host
+    return {
+        "kernel_ms": sum(ms for _, ms, _ in kernels),
+        "kernels": round(sum(count for _, _, count in kernels)),
+        "communication_ms": sum(ms for name, ms, _ in kernels if name.lower().startswith(COMMUNICATION)),
+        "top": _longest(kernels),
+        "host_top": _longest(host),
+    }
+
+
+def _on_gpu(entry: Any) -> bool:
+    return bool(entry.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def _entry(entry: Any, microseconds: float, steps: int) -> tuple[str, float, float]:
+    return str(entry.key), microseconds / 1000 / steps, entry.count / steps
+
+
+def _longest(entries: list[tuple[str, float, float]]) -> list[list[Any]]:
+    longest = sorted(entries, key=lambda entry: -entry[1])[:TOP]
+    return [[name[:100], round(ms, 3), round(count, 1)] for name, ms, count in longest]

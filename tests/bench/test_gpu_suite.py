@@ -1,0 +1,71 @@
+"""jobs/gpu_suite.sh: the folder of wheels from a local index, and the suite with the tests of tests/gpu."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests import ranks
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "jobs" / "gpu_suite.sh"
+NEEDED = [*re.search(r"PACKAGES=\(([^)]*)\)", SCRIPT.read_text())[1].split(), "deepspeed"]  # type: ignore[index]
+
+
+def wheel(folder: Path, name: str) -> None:
+    """An empty wheel of the version that is installed here."""
+    version, stem = importlib.metadata.version(name), name.replace("-", "_")
+    info = f"{stem}-{version}.dist-info"
+    files = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{stem}-{version}-py3-none-any.whl", "w") as archive:
+        for path, text in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(path, text)
+
+
+def script(*words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    own = {k: v for k, v in ranks.environment().items() if k not in ("MIMSCALE_NO_SKIPS", "PYTEST_ADDOPTS")}
+    environment = {**own, "PYTHON": sys.executable, **variables}
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.multi
+def test_make_collects_the_installed_versions(tmp_path: Path) -> None:
+    index, folder = tmp_path / "index", tmp_path / "out"
+    index.mkdir()
+    for name in NEEDED:
+        wheel(index, name)
+    done = script("make", folder, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(index), PIP_CONFIG_FILE=os.devnull)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in index.iterdir())
+    assert f"bash jobs/gpu_suite.sh run {folder}" in done.stdout and f"{len(NEEDED)} wheels" in done.stdout
+
+
+@pytest.mark.multi
+def test_run_writes_results_as_they_come(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    done = script("run", tmp_path, "--only", "mae", "fails", SUITE="tiny", OUT=str(out), WORKERS="0", TESTS_S="60")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (out / "suite.jsonl").read_text().splitlines()]
+    assert [row["case"] for row in rows] == ["mae", "fails"]
+    assert rows[0]["images_per_s"] > 0 and "error" in rows[1]
+    assert "| mae |" in (out / "suite.md").read_text() and (out / "tests.txt").read_text()
+
+
+@pytest.mark.parametrize("words", [[], ["make", "a", "b"], ["run"], ["measure"]])
+def test_other_words_print_the_usage(words: list[str]) -> None:
+    done = script(*words)
+    assert done.returncode == 2 and "jobs/gpu_suite.sh make [FOLDER]" in done.stderr
