@@ -74,7 +74,12 @@ def test_teacher_mismatches_are_refused(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    words = ("train", ranks.recipe(tmp_path, shards, "maskalign"), "--run-dir", tmp_path / "run")
+    words: tuple[str | Path, ...] = (
+        "train",
+        ranks.recipe(tmp_path, shards, "maskalign"),
+        "--run-dir",
+        tmp_path / "run",
+    )
     assert "sum" in refusal(capsys, *words, "student.depth=5")
     line = refusal(capsys, *words, "teachers.tiny.options.patch_size=16")
     assert "2x2" in line.replace(" ", "") or "(2,2)" in line.replace(" ", ""), line

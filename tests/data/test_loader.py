@@ -366,7 +366,7 @@ def test_evaluation_needs_no_room_in_dev_shm(shards: Path) -> None:
     """Where mounts are permitted it gets 64 kB there, and a batch has 3 MB; containers have 64 MB, and batches 40."""
     small = ["unshare", "--mount", "bash", "-c", 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"', "bash"]
     permitted = subprocess.run([*small, "true"], capture_output=True).returncode == 0
-    words = [*(small if permitted else []), sys.executable, "-c", EVALUATE, shards]
+    words = [*(small if permitted else []), sys.executable, "-c", EVALUATE, str(shards)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -378,7 +378,7 @@ def test_workers_that_cannot_start_are_one_line(shards: Path) -> None:
     limit = ["bash", "-c", 'ulimit -n 14 && exec "$@"', "bash"]
     permitted = subprocess.run([*full, "true"], capture_output=True).returncode == 0
     code = EVALUATE.replace("kept = ", "import torch, torchvision, simplejpeg, encodings.idna\nkept = ")
-    words = [*(full if permitted else limit), sys.executable, "-c", code, shards]
+    words = [*(full if permitted else limit), sys.executable, "-c", code, str(shards)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "workers = 2: a worker cannot be started (" in done.stderr.splitlines()[-1]
 

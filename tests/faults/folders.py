@@ -91,7 +91,7 @@ class Folders:
         shutil.copytree(self.killed, run_dir)
         damage = harm(run_dir, dice.choice(self.files()), dice)
         start_s = time.monotonic()
-        words = ["tests.faults.quick_beats", "train", self.recipe, "--run-dir", run_dir]
+        words: list[str | Path] = ["tests.faults.quick_beats", "train", self.recipe, "--run-dir", run_dir]
         done = ranks.run(1, *words, check=False)
         seconds = time.monotonic() - start_s
         said = [line for line in done.stderr.splitlines() if line.startswith("mimscale train: ")]

@@ -58,7 +58,8 @@ def build(name: str, policy: type[Random], **engine: Any) -> MaskedMethod:
     generator = torch.Generator().manual_seed(6)
     for parameter in method.parameters():  # biases and norms too are away from zero and one
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    method.masking = policy(run.method.masking, run, teachers)
+    config: Any = run.method
+    method.masking = policy(config.masking, run, teachers)
     return method
 
 
