@@ -107,7 +107,7 @@ def test_variables_of_launchers_are_refused(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    words = ("train", ranks.recipe(tmp_path, shards), "--run-dir", tmp_path / "run")
+    words: tuple[str | Path, ...] = ("train", ranks.recipe(tmp_path, shards), "--run-dir", tmp_path / "run")
     if verb == "evaluate":
         words = ("evaluate", "knn", tmp_path, "--train", shards, "--val", shards)
     assert line in refusal(capsys, *words)
