@@ -22,6 +22,7 @@ from mimscale.data.transforms import (
     resized_short_side,
     resized_to_square,
 )
+from mimscale.errors import UserError
 
 SOURCE = Image.fromarray(synthetic_image(1, 3, 96, 0, 0))
 
@@ -215,3 +216,12 @@ def test_large_jpegs_may_be_decoded_at_a_fraction_of_their_size() -> None:
 
 def test_explain_names_the_decoder() -> None:
     assert explain("simplejpeg").startswith("simplejpeg 1.") and "chosen by data.decoder" in explain("pillow")
+
+
+def test_the_pixel_limit_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    assert module.max_pixels(None) == 100_000_000
+    assert module.max_pixels("300000000") == Image.MAX_IMAGE_PIXELS == 300_000_000
+    for setting in ("", "0", "1e9", "-5", "many"):
+        with pytest.raises(UserError, match="MIMSCALE_MAX_PIXELS"):
+            module.max_pixels(setting)
