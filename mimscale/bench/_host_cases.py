@@ -50,9 +50,9 @@ class Step(Protocol):
 
 @dataclass
 class Measured:
-    """cpu_ms: phase -> CPU time of this process, one entry per step. wall_ms: of each step. operators: by phase, of one step; None where a graph was compiled. reads: place
-    -> values read from the device in one step. parameters: tensors of the method. notes: what the engine says of its
-    fast paths.
+    """cpu_ms: phase -> CPU time of this process, one entry per step. wall_ms: of each step. operators: by phase, of one
+    step; None where a graph was compiled. reads: place -> values read from the device in one step. parameters: tensors
+    of the method. notes: what the engine says of its fast paths.
     """
 
     case: Case

@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
 
 NOTE = (
     "Median CPU ms of a step on one thread, and ms on the clock, which a busy machine makes longer. *Operators*: "
-    "dispatched in forward pass, backward pass and update. *x plain*: over the first row's, in each round. *Reads*: values that the host reads from the device. Depths, heads "
-    "and options are the recipe's; width 32, 32 px, 2 images; teachers' targets are computed beforehand."
+    "dispatched in forward pass, backward pass and update. *x plain*: over those of the first row, for times in each "
+    "round. *Reads*: values that the host reads from the device. Depths, heads and options are the recipe's; width 32, "
+    "32 px, 2 images; teachers' targets are computed beforehand."
 )
 
 
