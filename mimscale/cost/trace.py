@@ -336,7 +336,7 @@ def trace(
 
 
 class _Hooks:
-    """Tells the counter which part of the method runs, and has attention fused; also where a block is recomputed in the
+    """Says the counter which part of the method runs, and has attention fused; also where a block is recomputed in the
     backward pass, in which a mode that was entered around `backward` is not active.
     """
 
