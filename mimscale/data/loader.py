@@ -277,11 +277,15 @@ def _iterator(loader: DataLoader[list[Batch]]) -> Any:
     try:
         return iter(loader)
     except BaseException as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            half = frame.f_locals.get("self")
+            if isinstance(half, _MultiProcessingDataLoaderIter) and hasattr(half, "_workers_status"):
+                _end(half)  # the sampler failed; torch watches the workers already
+            elif isinstance(half, _MultiProcessingDataLoaderIter):
+                half._shutdown = True  # else its __del__ would fail too, in a traceback of its own
         for worker in set(multiprocessing.active_children()) - before:
             worker.kill()
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if isinstance(half := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
-                half._shutdown = True  # else its __del__ would fail too, in a traceback of its own
+            worker.join(5.0)
         if isinstance(error, OSError):
             raise UserError(
                 f"data.workers = {loader.num_workers}: a worker cannot be started ({error.strerror}); raise the limit "
@@ -331,7 +335,7 @@ def _iterate(make_loader: MakeLoader, micro_batches: int, pin: bool) -> BatchGen
     except DamagedSample as error:  # torch raises a worker's error again, with the traceback in its text
         raise DamagedSample(str(error).rstrip().rpartition("DamagedSample: ")[2]) from None
     except RuntimeError as error:
-        if "Bus error" in str(error):  # torch thinks of shared memory only
+        if "DataLoader worker" in str(error):  # one has ended; of a SIGBUS torch thinks that it lacks shared memory
             _refuse_cut_index(items)
         raise
     finally:

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,10 +25,12 @@ from rich.text import Text
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig, method_class
+from mimscale.cost.devices import DEVICES, GIB, interconnect
+from mimscale.cost.planner import Planner
+from mimscale.cost.report import flops_rows
 from mimscale.data.config import default_decoder
 from mimscale.data.decode import explain
 from mimscale.data.wds_stream import open_source
-from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.distributed.world import check_precision
 from mimscale.doctor import compositions, teacher
 from mimscale.errors import UserError, printable
@@ -104,11 +106,16 @@ def run(args: argparse.Namespace) -> int:
     infos = describe(skeletons)
     if len(infos) == len(config.teachers):
         report.attempt(lambda: method_class(config.method.name).check(config, infos))
+    works = not report.problems  # what follows is about files
     for name, info in infos.items():
         check_teacher(name, config.teachers[name], info, args.fetch_dir if args.fetch else None, report)
     check_data(config, report)
     show(args.recipe, report.rows)
-    show(f"global batch {config.schedule.global_batch}: micro-batch x accumulation by ranks", batch_rows(config))
+    if works:
+        planner = make_planner(config)
+        show("FLOPs per image", flops_rows(planner))
+        title = f"global batch {config.schedule.global_batch}: micro-batch x accumulation and predicted memory by ranks"
+        show(title, batch_rows(config, planner))
     if report.overrides:
         print("give these to `mimscale train`, or write them into the recipe:")
         print(*report.overrides, sep="\n")
@@ -233,13 +240,28 @@ def check_data(config: RunConfig, report: Report) -> None:
         )
 
 
-def batch_rows(config: RunConfig) -> list[tuple[str, str]]:
-    """(ranks, micro-batch x accumulation) for some numbers of ranks."""
+def make_planner(config: RunConfig) -> Planner:
+    """Predictions for the recipe on the GPU of this machine, else on an A100 of 80 GB, or on a CPU where it asks for
+    one.
+    """
+    gpu = DEVICES["cpu" if config.engine.device == "cpu" else "a100"]
+    if torch.cuda.is_available() and config.engine.device != "cpu":
+        gpu = replace(gpu, memory=float(torch.cuda.get_device_properties(0).total_memory))
+    return Planner(config, gpu, interconnect(None, gpu), 1, 8)
+
+
+def batch_rows(config: RunConfig, planner: Planner) -> list[tuple[str, str]]:
+    """(ranks, micro-batch x accumulation, and the memory that it is predicted to take) for some numbers of ranks."""
     rows = []
     for world in WORLDS:
         try:
-            micro, accumulation = solve_micro_batch(config.schedule.global_batch, world, config.engine.max_micro_batch)
-            rows.append((str(world), f"{micro} x {accumulation}"))
+            here = planner.on(world)
+            choice = here.asked()
+            size = here.memory(choice).total / GIB
+            fits = (
+                "" if size * GIB <= here.room else f", more than the {here.room / GIB:.1f} GiB of one {here.gpu.name}"
+            )
+            rows.append((str(world), f"{choice.micro_batch} x {choice.accumulation}, {size:.1f} GiB per GPU{fits}"))
         except UserError:
             rows.append((str(world), f"does not divide {config.schedule.global_batch}"))
     return rows

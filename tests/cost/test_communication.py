@@ -80,7 +80,7 @@ def test_collectives_and_partitions_are_those_of_real_ranks(
 
 
 def test_every_file_for_gpus_trains_the_same_on_gloo(tmp_path: Path) -> None:
-    """Those for slow links too; a node has two GPUs here. Their stage 2 reduces to the owner, which sends half as much."""
+    """Those for slow links too; a node has two GPUs here. Their stage 2 reduces to the owner: half the bytes."""
     files = {}
     for name in (name for name in ds_config_names() if not name.startswith("cpu_")):
         values = load_ds_config(name)

@@ -36,7 +36,7 @@ def plan_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]
     [("mae_vit_l16", 64, "h100"), ("maskalign_vit_b16", 16, "v100"), ("mff_vit_b16", 8, "a100-40")],
 )
 def test_what_is_printed_can_be_submitted(recipe: str, gpus: int, gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The overrides are read back, and give the batch that the plan names; the script exists; the options are sbatch's."""
+    """The overrides are read back and give the batch that the plan names; the script exists."""
     found = plan_json(capsys, recipe, "--gpus", str(gpus), "--gpu", gpu)
     config = load_recipe(recipe, found["overrides"])
     choice = found["best"]["choice"]

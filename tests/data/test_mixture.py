@@ -88,7 +88,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def config(two: list[Path], weights: tuple[float, ...] = (3, 1), **changes: object) -> DataConfig:
     sets = {str(path): weight for path, weight in zip(two, weights, strict=True)}
-    return DataConfig(shards=sets, image_size=16, workers=0, streams=4, block=4, **changes)  # type: ignore[arg-type]
+    return DataConfig(shards=sets, image_size=16, workers=0, streams=4, block=4, **changes)
 
 
 def test_one_manifest_of_two_sets(two: list[Path]) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ def samples(first: int, count: int = 4) -> dict[str, bytes]:
     return members
 
 
-def folder(path: Path, shards: int = 3, **bad: bytes) -> Path:
+def folder(path: Path, shards: int = 3, **bad: Any) -> Path:
     path.mkdir()
     for number in range(shards):
         (path / f"good-{number:03d}.tar").write_bytes(archive(samples(4 * number)))

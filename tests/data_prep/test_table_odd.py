@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,7 +121,7 @@ def test_parquet_files_by_any_name(root: Path, tmp_path: Path, name: str) -> Non
 
 
 def test_path_where_bytes_are_null(root: Path, tmp_path: Path) -> None:
-    def write(values: list[dict[str, object]], name: str) -> Path:
+    def write(values: list[Any], name: str) -> Path:
         pq.write_table(pa.table({"image": pa.array(values, type=STRUCT)}), tmp_path / name)
         return tmp_path / name
 
