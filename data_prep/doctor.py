@@ -197,6 +197,7 @@ def _checksums(manifest: Manifest) -> Iterator[Finding]:
         words += [f"--image {options['image']}"] if options.get("image") else []
         words += ["--skip-unlabelled"] if options.get("skip_unlabelled") else []
         words += [f"--files '{options['files']}'"] if options.get("files") else []
+        words += ["--skip-bad"] if manifest.file.bad_shards else []
         words += ["--classes FILE"] if manifest.classes else []
         words += ["--to NEW_FOLDER"] if Path(source).resolve() != manifest.folder.resolve() else []
         fix = f"python -m data_prep index {source} {' '.join(words)}"

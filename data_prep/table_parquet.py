@@ -126,7 +126,8 @@ def _groups(path: Path, file: Any, column: str, label: str | None, kind: str, as
             empty = sum(not value for value in paths)
             if empty:
                 raise UserError(
-                    f"table '{path}': {empty:,} of {total:,} rows have neither image nor path in '{column}'"
+                    f"table '{path}': {empty:,} of {total:,} rows "
+                    f"have neither image nor path in '{column}'; remove them"
                 )
             yield [Row(str(value), name) for value, name in zip(paths, labels, strict=True)]
         first += total
