@@ -8,7 +8,6 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -40,9 +39,9 @@ def samples(first: int, count: int = 4) -> dict[str, bytes]:
     return members
 
 
-def folder(path: Path, shards: int = 3, **bad: Any) -> Path:
+def folder(path: Path, **bad: bytes) -> Path:
     path.mkdir()
-    for number in range(shards):
+    for number in range(3):
         (path / f"good-{number:03d}.tar").write_bytes(archive(samples(4 * number)))
     for name, data in bad.items():
         (path / f"{name}.tar").write_bytes(data)
