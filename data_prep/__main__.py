@@ -15,11 +15,13 @@ from data_prep.doctor import Job, examine
 from data_prep.folder import read_folder
 from data_prep.imagenet import check_md5, read_21k, read_train, read_val
 from data_prep.images import ImageOptions
-from data_prep.index import index_shards, tar_files
+from data_prep.index import IndexOptions, index_shards
 from data_prep.info import describe_set
 from data_prep.plan import Plan, Source, describe
 from data_prep.progress import progress
-from data_prep.table import read_table
+from data_prep.reports import SHOWN, report
+from data_prep.shard_list import list_shards
+from data_prep.table import TableOptions, read_table
 from data_prep.verify import duplicates, verify
 from data_prep.write_manifest import write_manifest
 from data_prep.write_shards import estimate, unfinished, write
@@ -28,12 +30,15 @@ from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError, printable, warn
 
 FILES = "only the files of SRC with such names, for example 'train-*'"
+CLASSES = "names of the classes, one per line, from class 0 on"
 SKIP_UNLABELLED = "leave out images whose label is missing, empty, NaN or -1, instead of refusing them"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 damage found, 2 bad input or a full disk, 130 interrupted."""
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):  # names may have bytes that no terminal can show
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return int(options.run(options))
     except UserError as error:
@@ -52,13 +57,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _folder(options: argparse.Namespace) -> int:
-    return _write(options, read_folder(options.source, labelled=not options.unlabelled))
+    classes = _lines(options.classes) if options.classes else None
+    with progress("listing", 0, "files") as advance:
+        source = read_folder(options.source, not options.unlabelled, classes, advance)
+    return _write(options, source)
 
 
 def _table(options: argparse.Namespace) -> int:
-    skip = options.skip_unlabelled
-    table = (options.source, options.root, options.image, options.label)
-    return _write(options, read_table(*table, skip_unlabelled=skip, files=options.files))
+    chosen = TableOptions(
+        image=options.image,
+        label=options.label,
+        classes=_lines(options.classes) if options.classes else None,
+        skip_unlabelled=options.skip_unlabelled,
+        skip_missing=options.skip_missing,
+        files=options.files,
+        delimiter=options.delimiter,
+    )
+    return _write(options, read_table(options.source, options.root, chosen))
 
 
 def _imagenet(options: argparse.Namespace) -> int:
@@ -123,9 +138,8 @@ def _report_done(folder: Path, missing: list[int]) -> int:
     file = Manifest.load(folder).file
     for how, count in file.changed.items():
         print(f"{count:,} images were {how}", file=sys.stderr)
-    for key, reason in list(file.left_out.items())[:10]:
-        warn(f"left out: {key}: {reason}")
-    left_out = f", {len(file.left_out):,} left out" if file.left_out else ""
+    report("left out", [f"{key}: {reason}" for key, reason in list(file.left_out.items())[:SHOWN]], folder)
+    left_out = f", {sum(file.skipped.values()):,} left out" if file.skipped else ""
     print(f"{folder}: complete, {file.samples:,} images{left_out}", file=sys.stderr)
     return 0
 
@@ -143,34 +157,33 @@ def _synthetic(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    classes = _lines(options.classes) if options.classes else None
-    with progress("indexing", len(tar_files(options.source, options.files)), "shards") as advance:
-        target = index_shards(
-            options.source,
-            to=options.to,
-            files=options.files,
-            image=options.image,
-            label=None if options.label == "none" else options.label,
-            classes=classes,
-            skip_unlabelled=options.skip_unlabelled,
-            checksums=options.checksums,
-            jobs=options.jobs,
-            done=advance,
-        )
+    shards = list_shards(options.source, options.files)
+    chosen = IndexOptions(
+        image=options.image,
+        label=options.label,
+        classes=_lines(options.classes) if options.classes else None,
+        skip_unlabelled=options.skip_unlabelled,
+        skip_bad=options.skip_bad,
+        checksums=options.checksums,
+        files=options.files,
+    )
+    with progress("indexing", len(shards.names), "shards") as advance:
+        target = index_shards(shards, chosen, to=options.to, jobs=options.jobs, done=advance)
     print("\n".join(describe_set(target)))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     manifest = Manifest.load(options.destination, check_shards=False)
-    damage, hashes = [], []
+    damage: list[list[str]] = []  # of each shard
+    hashes = []
     with progress("verifying", manifest.samples) as advance:
         for checked in verify(options.destination, decode_all=options.decode, jobs=options.jobs):
-            damage += checked.damage
+            damage += [checked.damage] if checked.damage else []
             hashes.append(checked.hashes)
             advance(checked.samples)
     if options.samples is not None and manifest.samples != options.samples:
-        damage.append(f"{manifest.samples:,} samples, not {options.samples:,}")
+        damage.append([f"{manifest.samples:,} samples, not {options.samples:,}"])
     print("\n".join(describe_set(options.destination)))
     if not damage:
         same = duplicates(manifest, np.concatenate(hashes))
@@ -179,9 +192,9 @@ def _verify(options: argparse.Namespace) -> int:
         print(
             "".join(f"same: {printable(str(pair))}\n" for pair in (pairs if options.duplicates else pairs[:5])), end=""
         )
-    for line in damage:
-        print(printable(f"damaged: {line}"))
-    print(f"{len(damage):,} faults" if damage else "undamaged")
+    lines = [faults[0] for faults in damage] + [fault for faults in damage for fault in faults[1:]]
+    rest = report("damaged", lines, options.destination / "damaged.txt", sys.stdout)
+    print(f"{len(lines):,} faults{rest}" if damage else "undamaged")
     return 1 if damage else 0
 
 
@@ -210,7 +223,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
+        return lines[:-1] if lines[-1] == "" else lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"list '{path}' cannot be read: {error}") from None
 
@@ -221,11 +235,12 @@ def _parser() -> argparse.ArgumentParser:
 
     folder = verbs.add_parser("folder", help="shards from a folder of images, SRC/CLASS/*.jpg")
     folder.add_argument("source", type=Path, metavar="SRC")
+    folder.add_argument("--classes", type=Path, metavar="FILE", help=CLASSES)
     folder.add_argument("--unlabelled", action="store_true", help="take every image below SRC, without classes")
     _add_writing(folder)
     folder.set_defaults(run=_folder)
 
-    table = verbs.add_parser("table", help="shards from a list of images: .txt, .csv or .parquet")
+    table = verbs.add_parser("table", help="shards from a list of images: .txt, .csv, .tsv or .parquet")
     table.add_argument("source", type=Path, metavar="SRC", help="the file, or a folder of .parquet files")
     table.add_argument("--files", metavar="PATTERN", help=FILES)
     table.add_argument("--root", type=Path, metavar="DIR", help="folder of relative paths (default: the folder of SRC)")
@@ -233,6 +248,9 @@ def _parser() -> argparse.ArgumentParser:
         "--image", metavar="COLUMN", help="of image paths or bytes (default: the first of the usual names)"
     )
     table.add_argument("--label", metavar="COLUMN", help="number or name of the class; none = unlabelled")
+    table.add_argument("--classes", type=Path, metavar="FILE", help=CLASSES)
+    table.add_argument("--delimiter", type=_delimiter, metavar="C", help="of a CSV file (default: found), tab = a tab")
+    table.add_argument("--skip-missing", action="store_true", help="leave out files that cannot be read")
     table.add_argument("--skip-unlabelled", action="store_true", help=SKIP_UNLABELLED)
     _add_writing(table)
     table.set_defaults(run=_table)
@@ -278,14 +296,16 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.set_defaults(run=_synthetic)
 
     index = verbs.add_parser("index", help="a manifest for WebDataset shards that exist; copies nothing")
-    index.add_argument("source", type=Path, metavar="SRC", help="folder of .tar files")
+    where = "folder of .tar files, s3:// or gs:// URL of one, or https://host/part-{000..127}.tar"
+    index.add_argument("source", metavar="SRC", help=where)
     index.add_argument("--files", metavar="PATTERN", help=FILES)
     index.add_argument("--to", type=Path, metavar="DST", help="new folder for manifest and links, instead of SRC")
     index.add_argument("--image", metavar="EXT", help="extension of the images, if samples have several")
-    label = "extension of the class number, json:KEY, or none (default: cls if there is one)"
-    index.add_argument("--label", default="cls", metavar="EXT", help=label)
+    label = "extension of the class number, json:KEY, wnid (in the name), or none (default: cls if there is one)"
+    index.add_argument("--label", metavar="EXT", help=label)
+    index.add_argument("--skip-bad", action="store_true", help="leave out bad shards; info names them")
     index.add_argument("--skip-unlabelled", action="store_true", help=SKIP_UNLABELLED)
-    index.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one per line, from class 0")
+    index.add_argument("--classes", type=Path, metavar="FILE", help=CLASSES)
     index.add_argument(
         "--checksums", action="store_true", help="also store the sha256 of every shard, so that changes can be found"
     )
@@ -334,6 +354,13 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
     part = "write only the shards I, I + N, ... (from 0): one task of a job array; the last one writes the manifest"
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help=part)
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
+
+
+def _delimiter(text: str) -> str:
+    mark = "\t" if text in ("tab", "\\t") else text
+    if len(mark) != 1 or mark in '"\r\n':
+        raise argparse.ArgumentTypeError(f"'{text}' must be one character, or tab")
+    return mark
 
 
 def _positive(text: str) -> int:

@@ -11,13 +11,16 @@ import numpy as np
 
 from data_prep.images import SIGNATURE_BYTES, sniff
 from data_prep.info import class_lines, class_sizes, known_size
-from data_prep.tar import BLOCK, members, open_for_reading
-from mimscale.data.manifest import Manifest
+from data_prep.reports import SHOWN
+from data_prep.shard_list import ShardList
+from data_prep.tar import BLOCK, members
+from mimscale.data.manifest import Manifest, shard_faults
 from mimscale.data.order import Order, rank_positions
 from mimscale.errors import UserError
 
 SMALL_SHARD, LARGE_SHARD = 32 << 20, 2 << 30  # bytes; in between, reads are sequential and a lost shard is cheap
 MAX_SIZE_RATIO = 1.5  # of the largest shard to the smallest; above, it is hard to choose the size of a cache
+VERIFY = "python -m data_prep verify"
 MAX_POSITIONS = 2_000_000  # of a node, for which its shards are counted
 
 
@@ -43,12 +46,13 @@ class Finding:
 
 
 def examine(folder: Path, job: Job) -> list[Finding]:
-    """Raises UserError if there is no readable data set or a shard of it is missing."""
-    manifest = Manifest.load(folder)
+    """Raises UserError if there is no readable data set."""
+    manifest = Manifest.load(folder, check_shards=False)
     return [
-        Finding(f"{manifest.samples:,} samples in {len(manifest.counts):,} shards; all exist with their lengths"),
+        *_exist(manifest),
         *map(Finding, known_size(manifest)),
         *_batch(manifest, job),
+        *_left_out(manifest),
         *_shards(manifest),
         *_rest(manifest),
         *_workers(manifest, job),
@@ -56,6 +60,24 @@ def examine(folder: Path, job: Job) -> list[Finding]:
         *_classes(manifest, job),
         *_checksums(manifest),
     ]
+
+
+def _exist(manifest: Manifest) -> Iterator[Finding]:
+    text = f"{manifest.samples:,} samples in {len(manifest.counts):,} shards"
+    faults = shard_faults(manifest.location, manifest.file.shards)
+    if not faults:
+        yield Finding(f"{text}; all exist with their lengths")
+        return
+    shown = "; ".join(f"{name} {state}" for name, state in list(faults.items())[:SHOWN])
+    more = f"; and {len(faults) - SHOWN:,} more" if len(faults) > SHOWN else ""
+    yield Finding(
+        f"{text}, of which {len(faults):,} are bad: {shown}{more}", f"python -m data_prep verify {manifest.folder}"
+    )
+
+
+def _left_out(manifest: Manifest) -> Iterator[Finding]:
+    if manifest.file.bad_shards:
+        yield Finding(f"{len(manifest.file.bad_shards):,} bad shards were left out when the set was indexed, see info")
 
 
 def _batch(manifest: Manifest, job: Job) -> Iterator[Finding]:
@@ -97,23 +119,26 @@ def _shards(manifest: Manifest) -> Iterator[Finding]:
 def _rest(manifest: Manifest) -> Iterator[Finding]:
     """Images behind the last one of the index: an index that is older than the shard, or that ended at zero blocks."""
     ends = np.cumsum(manifest.counts)
-    for path, count, end in zip(manifest.shard_paths, manifest.counts, ends, strict=True):
-        if not count or not isinstance(path, Path):
-            continue
+    names = [shard.name for shard in manifest.file.shards]
+    bad: list[Finding] = []
+    for name, count, end in zip(names, manifest.counts, ends, strict=True):
         last = slice(int(end - count), int(end))
         tail = int((manifest.offsets[last] + -(-manifest.sizes[last] // BLOCK) * BLOCK).max())
         try:
-            with open_for_reading(path) as fd:
+            with ShardList(manifest.location, [name]).open(name) as file:
                 more = sum(
-                    sniff(member.start[:SIGNATURE_BYTES]) is not None for member in members(fd, path, tail, archive=0)
+                    sniff(member.start[:SIGNATURE_BYTES]) is not None
+                    for member in members(file, f"{manifest.location}/{name}", tail, archive=0)
                 )
-        except UserError as error:
-            yield Finding(str(error), f"python -m data_prep verify {manifest.folder}")
+        except (OSError, UserError) as error:
+            bad.append(Finding(str(error), f"{VERIFY} {manifest.folder}"))
             continue
         if more:
-            yield Finding(
-                f"'{path.name}' holds {more:,} images behind the last one of the index", "write the index again"
-            )
+            text = f"'{name}' holds {more:,} images behind the last one of the index"
+            bad.append(Finding(text, "write the index again"))
+    yield from bad[:SHOWN]
+    if len(bad) > SHOWN:
+        yield Finding(f"{len(bad) - SHOWN:,} more shards are bad", f"{VERIFY} {manifest.folder}")
 
 
 def _workers(manifest: Manifest, job: Job) -> Iterator[Finding]:
@@ -172,6 +197,7 @@ def _checksums(manifest: Manifest) -> Iterator[Finding]:
         words += [f"--image {options['image']}"] if options.get("image") else []
         words += ["--skip-unlabelled"] if options.get("skip_unlabelled") else []
         words += [f"--files '{options['files']}'"] if options.get("files") else []
+        words += ["--skip-bad"] if manifest.file.bad_shards else []
         words += ["--classes FILE"] if manifest.classes else []
         words += ["--to NEW_FOLDER"] if Path(source).resolve() != manifest.folder.resolve() else []
         fix = f"python -m data_prep index {source} {' '.join(words)}"

@@ -3,44 +3,57 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data_prep.images import SIGNATURE_BYTES, sniff
+from data_prep.images import SIGNATURE_BYTES, describe_content, sniff
 from data_prep.plan import Item, Source, unique_keys
+from data_prep.reports import SHOWN
 from data_prep.splits import check_classes
 from mimscale.data.decode import EXTENSIONS
+from mimscale.data.names import one_line
 from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
 
+WEAK_SIGNATURES = ("bmp", "ppm")
 PROBE_THREADS = 16  # opening a file on a network file system is mostly waiting
 
 
-def read_folder(root: Path, labelled: bool) -> Source:
+def read_folder(
+    root: Path,
+    labelled: bool,
+    classes: Sequence[str] | None = None,
+    found: Callable[[int], None] = lambda files: None,
+) -> Source:
     """Labelled: the sub-folders of `root` are the classes, in sorted order, as torchvision's ImageFolder has them.
 
-    Unlabelled: all images below `root`. An image is a file with the extension and the first bytes of an image; the
-    first bytes decide its format. Raises UserError.
+    Unlabelled: all images below `root`. The first bytes of a file decide whether it is an image, not its name. classes:
+    the names of the sub-folders in the order of the class index, instead of the sorted one. found: called with the
+    number of files that were found since the last call. Raises UserError.
     """
     if not root.is_dir():
         raise UserError(f"source '{root}': no such folder")
     skipped: Counter[str] = Counter()
-    names = sorted(_image_names(root, skipped))
-    classes = _classes(root) if labelled else None
+    names = sorted(_file_names(root, skipped, found))
+    classes = _classes(root, classes) if labelled else None
     if classes is not None:
         inside = [name for name in names if os.sep in name]
         skipped["outside of the class folders"] += len(names) - len(inside)
         names = inside
     with ThreadPoolExecutor(PROBE_THREADS) as pool:
-        probed = list(pool.map(lambda name: probe(root / name), names))
+        probed = list(pool.map(lambda name: try_probe(root / name), names))
+    _refuse_unreadable(root, {name: state for name, state in zip(names, probed, strict=True) if isinstance(state, str)})
+    states = [state for state in probed if not isinstance(state, str)]
     keys = unique_keys(os.path.splitext(name)[0] for name in names)
     label_of = {name: label for label, name in enumerate(classes or [])}
     items = []
-    for name, key, (is_image, size) in zip(names, keys, probed, strict=True):
+    for name, key, (is_image, size, reason) in zip(names, keys, states, strict=True):
         if not is_image:
-            skipped["without an image's content"] += 1
+            skipped[reason] += 1
         else:
             label = label_of.get(name.split(os.sep, 1)[0], -1)
             items.append(Item(key, label, str(root / name), 0, size))
@@ -50,16 +63,42 @@ def read_folder(root: Path, labelled: bool) -> Source:
     return Source({"kind": "folder", "path": str(root)}, items, classes, +skipped)
 
 
-def _classes(root: Path) -> list[str]:
+def try_probe(path: Path) -> tuple[bool, int, str] | str:
+    """As `probe`; a text says why the file cannot be read."""
+    try:
+        return probe(path)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        return getattr(error, "strerror", None) or str(error)
+
+
+def _refuse_unreadable(root: Path, states: Mapping[str, str]) -> None:
+    """Raises UserError, which counts the files and names the first."""
+    if states:
+        shown = ", ".join(f"'{one_line(name)}' ({state})" for name, state in list(states.items())[:SHOWN])
+        more = ", ..." if len(states) > SHOWN else ""
+        raise UserError(
+            f"source '{root}': {len(states):,} source files cannot be read: {shown}{more}; repair or remove them"
+        )
+
+
+def _classes(root: Path, known: Sequence[str] | None) -> list[str]:
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_sidecar(entry.name))
     if not names:
         raise UserError(f"source '{root}' has no class sub-folders; for images without classes add --unlabelled")
     check_classes(root, names)
+    if known is not None:
+        odd = sorted(set(names) ^ set(known)) or [name for name, count in Counter(known).items() if count > 1]
+        if odd:
+            raise UserError(
+                f"source '{root}' has {len(names):,} class folders, the list of classes {len(known):,} names; "
+                f"'{one_line(odd[0])}' is in only one of them, or twice in the list"
+            )
+        return list(known)
     return names
 
 
-def _image_names(root: Path, skipped: Counter[str]) -> list[str]:
-    """Paths, relative to root, of all files with an image's extension.
+def _file_names(root: Path, skipped: Counter[str], found: Callable[[int], None]) -> list[str]:
+    """Paths, relative to root, of all files that are not hidden or of the system.
 
     Each folder (device, inode) is walked once: first the real ones, then those that links lead to. A file that is
     reached by several paths is kept and counted.
@@ -77,11 +116,10 @@ def _image_names(root: Path, skipped: Counter[str]) -> list[str]:
                 paths = {name: os.path.join(folder, name) for name in sorted(folders) if not is_sidecar(name)}
                 links += [path for path in paths.values() if os.path.islink(path)]
                 folders[:] = [name for name, path in paths.items() if not os.path.islink(path)]
+                found(len(files))
                 for file in files:
-                    if file.startswith("."):
-                        skipped["hidden"] += 1
-                    elif os.path.splitext(file)[1][1:].lower() not in EXTENSIONS:
-                        skipped["without an image's extension"] += 1
+                    if is_sidecar(file):
+                        skipped["hidden or of the system"] += 1
                     else:
                         path = os.path.join(folder, file)
                         again += os.path.exists(path) and _seen(path, files_seen)
@@ -100,10 +138,22 @@ def _seen(path: str, seen: set[tuple[int, int]]) -> bool:
     return known
 
 
-def probe(path: Path) -> tuple[bool, int]:
-    """(whether the file is an image, by its first bytes; its size in bytes). Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            return sniff(file.read(SIGNATURE_BYTES)) is not None, os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise UserError(f"source file '{path}' cannot be read: {error.strerror}") from None
+def probe(path: Path) -> tuple[bool, int, str]:
+    """(whether the file is an image, by its first bytes; its size in bytes; if not, why). Raises OSError.
+
+    Signatures of two bytes count only for a name with the extension of an image: a text may begin with BM or P5.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for its writer
+        return False, 0, "no regular file"
+    with open(path, "rb") as file:
+        start, size = file.read(SIGNATURE_BYTES), os.fstat(file.fileno()).st_size
+    kind, extension = sniff(start), os.path.splitext(path.name)[1][1:].lower()
+    named = extension in EXTENSIONS
+    if kind is not None and (named or kind not in WEAK_SIGNATURES):
+        return True, size, ""
+    return False, size, describe_content(start) + ("" if named else f" (.{extension})" if _plain(extension) else "")
+
+
+def _plain(extension: str) -> bool:
+    """Whether a reason may name it: there must not be a reason for every file."""
+    return len(extension) <= 5 and extension.isascii() and extension.isalnum() and not extension.isdecimal()

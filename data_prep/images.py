@@ -18,8 +18,17 @@ SIGNATURES = {  # extension -> first bytes of the file; "." = any byte
     "webp": (b"RIFF....WEBP",),
     "gif": (b"GIF8",),
     "bmp": (b"BM",),
-    "tif": (b"II*\0", b"MM\0*"),
+    "tif": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
     "ppm": (b"P2", b"P3", b"P5", b"P6"),
+    **({"avif": (b"....ftypavif", b"....ftypavis")} if features.check("avif") else {}),
+}
+OTHER_FORMATS = {  # that are named instead of read
+    "AVIF, which this Pillow cannot read": (b"....ftypavif", b"....ftypavis"),
+    "HEIC": tuple(b"....ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")),
+    "JPEG XL": (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
+    "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
+    "PDF": (b"%PDF-",),
+    "a page of HTML": (b"<html", b"<!DOCTYPE", b"<!doctype", b"<HTML"),
 }
 SIGNATURE_BYTES = 12
 
@@ -60,20 +69,29 @@ class StoredImage(NamedTuple):
 
 def sniff(start: bytes) -> str | None:
     """The extension that fits the first bytes of a file; None if it is not an image that the loader decodes."""
-    for extension, signatures in SIGNATURES.items():
-        for signature in signatures:
-            if len(start) >= len(signature) and all(
-                a == b or b == ord(".") for a, b in zip(start, signature, strict=False)
-            ):
-                return extension
-    return None
+    return next((name for name, signatures in SIGNATURES.items() if _begins(start, signatures)), None)
+
+
+def describe_content(start: bytes) -> str:
+    """Why a file with these first bytes is no image for the loader."""
+    found = next((name for name, signatures in OTHER_FORMATS.items() if _begins(start, signatures)), None)
+    if not start:
+        return "not an image: it is empty"
+    return "not an image" if found is None else f"not an image that is read: {found}"
+
+
+def _begins(start: bytes, signatures: tuple[bytes, ...]) -> bool:
+    return any(
+        len(start) >= len(signature) and all(a == b or b == ord(".") for a, b in zip(start, signature, strict=False))
+        for signature in signatures
+    )
 
 
 def process_image(data: bytes, options: ImageOptions) -> StoredImage:
     """The bytes to store. Raises BadImage for an image that is to be left out."""
     extension = sniff(data[:SIGNATURE_BYTES])
     if extension is None:
-        raise BadImage("not an image")
+        raise BadImage(describe_content(data[:SIGNATURE_BYTES]))
     if len(data) > MAX_BYTES:
         raise BadImage(f"{len(data):,} bytes, more than {MAX_BYTES:,}")
     change = _needed_change(data, options) if options.may_encode else ""

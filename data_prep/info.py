@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.imagenet import FULL_SIZE
-from mimscale.data.manifest import Ints, Manifest
+from data_prep.reports import SHOWN
+from mimscale.data.manifest import Ints, Manifest, ManifestFile
+from mimscale.data.names import one_line
+
+EXAMPLES = 3
 
 
 def describe_set(folder: Path, every_class: bool = False) -> list[str]:
@@ -24,13 +29,27 @@ def describe_set(folder: Path, every_class: bool = False) -> list[str]:
         f"from {file.source.get('kind', 'unknown')} {file.source.get('path', '')}".rstrip(),
         f"made with {options or 'default options'}",
         *(f"{count:,} images were {how}" for how, count in file.changed.items()),
-        *([f"{len(file.left_out):,} images of the source were left out"] if file.left_out else []),
+        *_left_out(file),
         *([] if all(s.sha256 for s in file.shards) else ["the shards have no checksums"]),
         f"fingerprint {manifest.fingerprint}",
     ]
     sizes = class_sizes(manifest) if every_class else None
     if sizes is not None:
         lines += [f"{label} {_name(manifest, label)} {count:,}" for label, count in enumerate(sizes)]
+    return lines
+
+
+def _left_out(file: ManifestFile) -> list[str]:
+    """What of the source is not in the set: by reason, with the first examples."""
+    lines = []
+    counts = file.skipped or Counter(file.left_out.values())
+    if counts:
+        lines.append(f"{sum(counts.values()):,} files or images of the source were left out:")
+        lines += [f"  {count:,} {reason}" for reason, count in counts.items()]
+        lines += [f"  for example {one_line(key)}: {reason}" for key, reason in list(file.left_out.items())[:EXAMPLES]]
+    if file.bad_shards:
+        lines.append(f"{len(file.bad_shards):,} bad shards were left out:")
+        lines += [f"  {one_line(name)}: {reason}" for name, reason in list(file.bad_shards.items())[:SHOWN]]
     return lines
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from mimscale.data.names import one_line
 from mimscale.errors import UserError
 
 MAX_CLASSES = 1_000_000  # a larger number is an id, and a list of that many names would fill the memory
@@ -33,14 +35,19 @@ def label_value(value: object) -> int | float | str | None:
     return None if number == -1 else number
 
 
-def classes_of(labels: Iterable[str], where: str) -> tuple[list[str], dict[str, int]]:
+def classes_of(
+    labels: Iterable[str], where: str, known: Sequence[str] | None = None
+) -> tuple[list[str], dict[str, int]]:
     """(names of the classes, text of a label -> class index) of labels that all have a value; where: for messages.
 
-    If all are numbers, they are the class indices; otherwise the classes are the sorted names. Raises UserError.
+    If all are numbers, they are the class indices; otherwise the classes are the sorted names. known: the names of the
+    classes, in the order of the class index; then a label is an index or one of them. Raises UserError.
     """
     values = {text: label_value(text) for text in labels}
     distinct = set(values.values())
     numbers = [value for value in distinct if isinstance(value, int | float)]
+    if known is not None:
+        return list(known), _known_indices(values, distinct, where, known)
     if len(numbers) < len(distinct):
         names = {text: str(value) for text, value in values.items()}
         classes = sorted(set(names.values()))
@@ -52,6 +59,29 @@ def classes_of(labels: Iterable[str], where: str) -> tuple[list[str], dict[str, 
         check_class(number, f"{where}, {len(distinct):,} different labels")
     classes = [str(number) for number in range(int(max(numbers)) + 1)]
     return classes, {text: int(value) for text, value in values.items() if value is not None}
+
+
+def _known_indices(
+    values: Mapping[str, int | float | str | None], distinct: Collection[object], where: str, known: Sequence[str]
+) -> dict[str, int]:
+    if len(set(known)) < len(known):
+        twice = Counter(known).most_common(1)[0][0]
+        raise UserError(f"{where}: the class name '{one_line(twice)}' is given twice; each class has one name")
+    index = {name: number for number, name in enumerate(known)}
+    unknown = sorted(str(value) for value in distinct if isinstance(value, str) and value not in index)
+    if unknown:
+        raise UserError(
+            f"{where}: {len(unknown):,} labels are not among the {len(known):,} class names, the first is "
+            f"'{one_line(unknown[0])}'; complete the list of classes, or see --label"
+        )
+    result = {}
+    for text, value in values.items():
+        result[text] = index[value] if isinstance(value, str) else check_class(value or 0, where)
+        if result[text] >= len(known):
+            raise UserError(
+                f"{where}: label {result[text]:,} has no name among the {len(known):,} class names; complete that list"
+            )
+    return result
 
 
 def check_class(number: int | float, where: str) -> int:

@@ -27,7 +27,7 @@ KEY_BYTES = 90  # with its extension it fits into the 100-byte name field of a t
 class Item(NamedTuple):
     """One image of a source: `size` bytes at `offset` of file `path`; offset 0 = the whole file. label -1 = none.
 
-    In a parquet file `path` is FILE::COLUMN, `offset` the row and `size` an estimate.
+    In a parquet file `column` is the name of the column, `offset` the row and `size` an estimate.
     """
 
     key: str
@@ -35,12 +35,14 @@ class Item(NamedTuple):
     path: str
     offset: int
     size: int
+    column: str = ""
 
 
 @dataclass(frozen=True)
 class Source:
     """All images of a data set. description: for the manifest. skipped: reason -> number of files left out.
 
+    root: folder of relative paths that rows of parquet files have instead of bytes.
     runs: lengths of consecutive runs of items that should be read together (row groups of parquet); None = no runs.
     """
 
@@ -49,6 +51,7 @@ class Source:
     classes: list[str] | None
     skipped: Counter[str] = field(default_factory=Counter)
     runs: list[int] | None = None
+    root: str = ""
 
 
 def unique_keys(names: Iterable[str]) -> list[str]:

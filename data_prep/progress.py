@@ -10,14 +10,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from mimscale.files.console import plain_console
 
-LINE_EVERY_S = 30.0
+FIRST_LINE_S, LINE_EVERY_S = 1.0, 30.0  # the first line comes early where nobody knows how long it takes
 
 
 @contextmanager
 def progress(what: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
-    """A function to be called with the number of units that were completed. Output goes to stderr."""
+    """A function to be called with the number of units that were completed. Output goes to stderr.
+
+    total: 0 = unknown.
+    """
     console = plain_console(stderr=True)
-    start, done, last_line = time.monotonic(), 0, time.monotonic()
+    start, done = time.monotonic(), 0
+    next_line = start + (LINE_EVERY_S if total else FIRST_LINE_S)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -27,17 +31,18 @@ def progress(what: str, total: int, unit: str = "images") -> Iterator[Callable[[
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total, rate="")
+        task = bar.add_task(what, total=total or None, rate="")
 
         def advance(units: int) -> None:
-            nonlocal done, last_line
+            nonlocal done, next_line
             done += units
             now = time.monotonic()
             rate = done / max(now - start, 1e-6)
             bar.update(task, completed=done, rate=f"{rate:,.0f} {unit}/s")
-            if not console.is_terminal and now - last_line > LINE_EVERY_S:
-                last_line = now
-                left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
-                console.print(f"{what}: {done:,} of {total:,}, {rate:,.0f} {unit}/s, {left} left", soft_wrap=True)
+            if not console.is_terminal and now > next_line:
+                next_line = now + LINE_EVERY_S
+                left = time.strftime(", %H:%M:%S left", time.gmtime(max(0, total - done) / rate)) if total else ""
+                of = f" of {total:,}" if total else f" {unit}"
+                console.print(f"{what}: {done:,}{of}, {rate:,.0f} {unit}/s{left}", soft_wrap=True)
 
         yield advance

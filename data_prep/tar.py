@@ -12,14 +12,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from mimscale.data.names import one_line
 from mimscale.data.tar_end import BLOCK, RECORD, RestOfArchive, is_header, joined_archive, number
 from mimscale.errors import UserError
 
-__all__ = ["BLOCK", "RECORD", "BadArchive", "Member", "members", "open_for_reading", "padded_size"]
+__all__ = ["BLOCK", "RECORD", "BadArchive", "File", "Member", "members", "open_for_reading", "padded_size", "read_at"]
 
 MAX_EXTENDED_HEADER = 1 << 20  # bytes of a long name or a pax header
+PACKED = {  # first bytes of compressed files
+    "gzip": b"\x1f\x8b",
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "xz": b"\xfd7zXZ\0",
+    "bzip2": b"BZh",
+    "lz4": b"\x04\x22M\x18",
+}
+SUFFIX = {"gzip": (".gz", ".tgz"), "zstd": (".zst",), "xz": (".xz",), "bzip2": (".bz2",), "lz4": (".lz4",)}
 _EMPTY = bytes(BLOCK)
 _REFUSED_KINDS = {
     b"1": "a hard link",
@@ -28,6 +37,28 @@ _REFUSED_KINDS = {
     b"4": "a device",
     b"6": "a named pipe",
 }
+
+
+class Remote(Protocol):
+    """A file that is not on this machine. length: in bytes."""
+
+    length: int
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes [offset, offset + size), fewer if the file ends earlier. Raises OSError."""
+
+
+File = int | Remote  # an open file by its descriptor, or one on a server
+
+
+def read_at(file: File, size: int, offset: int) -> bytes:
+    """As `os.pread`. Raises OSError."""
+    return os.pread(file, size, offset) if isinstance(file, int) else file.read(offset, size)
+
+
+def size_of(file: File) -> int:
+    """Length in bytes."""
+    return os.fstat(file).st_size if isinstance(file, int) else file.length
 
 
 class BadArchive(UserError):
@@ -63,7 +94,7 @@ def open_for_reading(path: Path) -> Iterator[int]:
 
 
 def members(
-    fd: int, path: Path, start: int = 0, end: int | None = None, *, archive: int | None = None
+    file: File, path: Path | str, start: int = 0, end: int | None = None, *, archive: int | None = None
 ) -> Iterator[Member]:
     """The regular files of the archive at bytes [start, end) of an open file (default: all of it), in archive order.
 
@@ -72,21 +103,31 @@ def members(
     Reads two blocks per member. Supports ustar, GNU and pax headers, and archives that are joined. Raises BadArchive,
     with the offset, for anything but complete archives of regular files and folders; `path` is for the message.
     """
-    end = os.fstat(fd).st_size if end is None else end
+    end = size_of(file) if end is None else end
+    packed = compression(read_at(file, 8, start)) if archive is None else None
+    if packed is not None:
+        where = f"the member at byte {start:,} of '{path}'" if start else f"'{path}'"
+        raise BadArchive(f"{where} is compressed ({packed}), so its members have no offsets; {unpack(path, packed)}")
     offset, long_name, long_size = start, None, None
     start = start if archive is None else archive
     while True:
-        head = os.pread(fd, 2 * BLOCK, offset) if offset + BLOCK <= end else b""
+        head = read_at(file, 2 * BLOCK, offset) if offset + BLOCK <= end else b""
         header = head[:BLOCK]
         if header == _EMPTY:
             try:
-                following = joined_archive(lambda at, length: os.pread(fd, length, at), start, offset, end)
+                following = joined_archive(lambda at, length: read_at(file, length, at), start, offset, end)
             except RestOfArchive as rest:
                 raise BadArchive(f"'{path}' is not a complete tar archive: {rest}; download or make it again") from None
             if following is None:
                 return
             start = offset = following
             continue
+        if offset == end and end > start:
+            raise BadArchive(
+                f"'{path}' is not a complete tar archive: no end mark behind the last member at byte {end:,}, since it "
+                "was not closed or is truncated there; download or make it again, or if nothing is missing, add the "
+                "mark (truncate -s +1024 FILE)"
+            )
         if len(header) < BLOCK or not is_header(header):
             raise BadArchive(
                 f"'{path}' is not a complete tar archive: no member and no end at byte {offset:,}; "
@@ -98,25 +139,47 @@ def members(
         data, offset = offset + BLOCK, offset + BLOCK + padded_size(size)
         if size < 0 or offset > end:
             raise BadArchive(
-                f"'{path}' is not a complete tar archive: it ends inside the member at byte {data - BLOCK:,}"
+                f"'{path}' is not a complete tar archive: it ends inside the member at byte {data - BLOCK:,}; "
+                "download or make it again"
             )
         if kind in b"LKxg":
             if size > MAX_EXTENDED_HEADER:
                 raise BadArchive(f"'{path}': an extended header of {size:,} bytes at byte {data - BLOCK:,}")
             if kind == b"L":
-                long_name = os.pread(fd, size, data).rstrip(b"\0").decode(errors="surrogateescape")
+                long_name = read_at(file, size, data).rstrip(b"\0").decode(errors="surrogateescape")
             elif kind == b"x":
-                long_name, long_size = _pax(os.pread(fd, size, data), long_name)
+                long_name, long_size = _pax(read_at(file, size, data), long_name)
             continue
         name = long_name or _name(header)
         long_name = long_size = None
         if kind in (b"0", b"\0", b"7"):
             if name.startswith("/") or ".." in name.split("/") or not name:
-                raise BadArchive(f"'{path}': refused the member '{name}', whose name leads out of the archive")
+                raise BadArchive(
+                    f"'{path}': refused the member '{one_line(name)}', whose name leads out of the archive"
+                )
             if not name.endswith("/"):  # old archives mark a folder in this way
                 yield Member(name, data, size, head[BLOCK : BLOCK + size])
         elif kind != b"5":
-            raise BadArchive(f"'{path}': refused the member '{name}': {_REFUSED_KINDS.get(kind, 'not a regular file')}")
+            raise BadArchive(
+                f"'{path}': refused the member '{one_line(name)}': {_REFUSED_KINDS.get(kind, 'not a regular file')}"
+            )
+
+
+def _refused(path: Path | str, name: str) -> str:
+    return f"'{path}': refused the member '{one_line(name)}'"
+
+
+def compression(start: bytes) -> str | None:
+    """The program whose compressed files begin with these bytes; None if it is none of the usual ones."""
+    return next((name for name, magic in PACKED.items() if start.startswith(magic)), None)
+
+
+def unpack(path: Path | str, packed: str) -> str:
+    """How to make a shard of a compressed file."""
+    name = Path(path).name
+    if name.endswith(SUFFIX[packed]):
+        return f"unpack it: {packed} -d '{path}'"
+    return f"unpack it: {packed} -dc '{path}' > new.tar, then mv new.tar '{path}'"
 
 
 def _name(header: bytes) -> str:
@@ -129,13 +192,13 @@ def _pax(data: bytes, name: str | None) -> tuple[str | None, int | None]:
     """Records "LENGTH KEY=VALUE\\n" -> (name, size) of the member; size is None, and name unchanged, if not given."""
     size = None
     while data:
-        length = int(digits) if (digits := data.split(b" ", 1)[0]).isdigit() else 0
+        length = int(digits) if (digits := data.split(b" ", 1)[0][:10]).isdigit() else 0
         key, found, value = data[len(digits) + 1 : length - 1].partition(b"=")
-        if not found:
+        if not found or length <= len(digits):
             break
         if key == b"path":
             name = value.decode(errors="surrogateescape")
-        elif key == b"size" and value.isdigit():
+        elif key == b"size" and value.isdigit() and len(value) < 20:
             size = int(value)
         data = data[length:]
     return name, size

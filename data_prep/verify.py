@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -14,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.index import sha256
+from data_prep.index import class_indices, sha256
 from data_prep.scan_shard import scan_shard
-from data_prep.tar import open_for_reading
+from data_prep.shard_list import ShardList
+from data_prep.tar import File, open_for_reading, read_at, size_of
 from mimscale.data.decode import BadImage, decode
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
@@ -76,13 +76,14 @@ def _check_index(manifest: Manifest) -> Iterator[str]:
 def _check_shard(folder: Path, decode_all: bool, number: int) -> Checked:
     manifest = Manifest.load(folder, check_shards=False)
     shard, path = manifest.file.shards[number], manifest.shard_paths[number]
+    shards = ShardList(manifest.location, [shard.name])
     first = int(manifest.counts[:number].sum())
     rows = range(first, first + shard.count)
     hashes = np.zeros(shard.count, np.uint64)
     found = []
     try:
-        with open_for_reading(path) as fd:
-            length = os.fstat(fd).st_size
+        with shards.open(shard.name) as fd:
+            length = size_of(fd)
             if length != shard.bytes:
                 found.append(f"{length:,} bytes, not {shard.bytes:,}")
             if shard.sha256 is not None and sha256(fd) != shard.sha256:
@@ -101,16 +102,22 @@ def _check_shard(folder: Path, decode_all: bool, number: int) -> Checked:
                 except (OSError, BadImage) as error:
                     found.append(f"sample {sample} ({_name(manifest, sample)}): {error}")
     except (OSError, UserError) as error:
-        found.append("missing" if not path.exists() else f"cannot be read: {error}")
+        local = manifest.file.location is None
+        found.append("missing" if local and not path.exists() else f"cannot be read: {error}")
     return Checked(shard.count, [f"{shard.name}: {line}" for line in found], hashes)
 
 
-def _check_members(manifest: Manifest, fd: int, path: Path, rows: range) -> list[str]:
+def _check_members(manifest: Manifest, fd: File, path: Path, rows: range) -> list[str]:
     """Compare the tar headers of the shard with index and labels."""
     options = manifest.file.options
     label = None if manifest.labels is None else options.get("label", "cls")
     try:
-        contents = scan_shard(fd, path, options.get("image"), label, options.get("skip_unlabelled", False))
+        contents = scan_shard(fd, path, options.get("image"), label, manifest.classes or ())
+        labels = None
+        if label is not None and contents.labels is not None:
+            contents = contents.without_unlabelled() if options.get("skip_unlabelled") else contents
+            known = [value for value in contents.labels or () if value is not None]
+            labels, _ = class_indices(known, manifest.classes)
     except UserError as error:
         return [str(error)]
     part = slice(rows.start, rows.stop)
@@ -119,13 +126,13 @@ def _check_members(manifest: Manifest, fd: int, path: Path, rows: range) -> list
         found.append(f"{len(contents.spans)} images, not {len(rows)}")
     elif not np.array_equal(contents.spans, np.stack([manifest.offsets[part], manifest.sizes[part]], axis=1)):
         found.append("the index does not match the members")
-    if contents.labels is not None and not np.array_equal(contents.labels, manifest.labels[part]):  # type: ignore[index]
+    if manifest.labels is not None and not np.array_equal([] if labels is None else labels, manifest.labels[part]):
         found.append("the labels in the shard differ from the manifest")
     return found
 
 
-def _read(fd: int, offset: int, size: int) -> bytes:
-    data = os.pread(fd, size, offset)
+def _read(fd: File, offset: int, size: int) -> bytes:
+    data = read_at(fd, size, offset)
     if len(data) != size:
         raise OSError(f"the shard ends early: {len(data):,} of {size:,} bytes at {offset:,}")
     return data

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mimscale.data.manifest import MANIFEST, Shard, save_manifest
+from mimscale.data.names import Options, Text
 from mimscale.errors import UserError
 from mimscale.files.atomic import remove_leftovers
 
@@ -23,7 +24,10 @@ POLL_S = 2.0
 
 
 class PlanFile(BaseModel):
-    """plan.json, which reserves a destination for one plan. plan: its hash. description: of the source."""
+    """plan.json, which reserves a destination for one plan.
+
+    plan: its hash. description: of the source. skipped: reason -> files of the source that are not in the plan.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,8 +35,9 @@ class PlanFile(BaseModel):
     options: dict[str, Any]
     samples: int
     shards: int
-    classes: list[str] | None
-    description: dict[str, Any]
+    classes: list[Text] | None
+    description: Options
+    skipped: dict[str, int] = Field(default_factory=dict)
 
 
 class Sidecar(BaseModel):
@@ -47,7 +52,7 @@ class Sidecar(BaseModel):
     offsets: list[int]
     sizes: list[int]
     labels: list[int] | None
-    left_out: dict[str, str] = Field(default_factory=dict)
+    left_out: dict[Text, Text] = Field(default_factory=dict)
     changed: dict[str, int] = Field(default_factory=dict)
 
 
@@ -124,4 +129,5 @@ def _save(folder: Path, plan: PlanFile, sidecars: dict[int, Sidecar]) -> None:
         source=plan.description,
         left_out=left_out,
         changed=changed,
+        skipped=plan.skipped,
     )

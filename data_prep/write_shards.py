@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_prep.images import ImageOptions, process_image
-from data_prep.item_reader import Read, open_reader
+from data_prep.item_reader import ItemReader, Read
 from data_prep.plan import Item, Plan
 from data_prep.tar import BLOCK, RECORD, padded_size
 from data_prep.write_manifest import PLAN, PlanFile, Sidecar, read_plan, read_sidecar, shard_path, write_manifest
@@ -42,6 +43,7 @@ def reserve_folder(folder: Path, plan: Plan) -> None:
         shards=plan.shards,
         classes=source.classes,
         description=source.description,
+        skipped=dict(source.skipped),
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,9 +105,15 @@ def shard_bytes(
 
 
 def write_shard(
-    folder: Path, number: int, items: list[Item], labelled: bool, plan_hash: str, options: ImageOptions
+    folder: Path,
+    number: int,
+    items: list[Item],
+    labelled: bool,
+    plan_hash: str,
+    options: ImageOptions,
+    reader: ItemReader | None = None,
 ) -> Sidecar:
-    """Write one shard and its sidecar.
+    """Write one shard and its sidecar. reader: of the shards that one process writes, in their order.
 
     Raises UserError if a source file cannot be read or has changed, or if another process writes the same shard: each
     removes the unfinished file of the other as a leftover.
@@ -114,8 +122,9 @@ def write_shard(
     for leftover in folder.glob(f".{path.stem}.*.tmp*"):
         leftover.unlink(missing_ok=True)
     digest, length, contents = hashlib.sha256(), 0, Contents()
+    reader = ItemReader() if reader is None else reader
     try:
-        with atomic_stream(path, buffering=1 << 20) as file, open_reader() as read:
+        with atomic_stream(path, buffering=1 << 20) as file, reader.shard(items) as read:
             for piece in shard_bytes(items, read, labelled, options, contents):
                 digest.update(piece)
                 length += file.write(piece)
@@ -158,13 +167,16 @@ def write(
     """
     arguments = ((folder, number, plan.shard(number), plan.labelled, plan.hash, plan.images) for number in todo)
     if jobs == 1 or len(todo) < 2:
+        reader = ItemReader(plan.source.root)
         for argument in arguments:
-            write_shard(*argument)
+            write_shard(*argument, reader)
             done(len(argument[2]))
+        reader.close()
     else:
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=spawn, initializer=_exit_with_parent) as pool:
-            futures = {pool.submit(write_shard, *argument): len(argument[2]) for argument in arguments}
+        root = plan.source.root
+        with ProcessPoolExecutor(min(jobs, len(todo)), spawn, initializer=_begin_worker, initargs=(root,)) as pool:
+            futures = {pool.submit(_write_in_worker, *argument): len(argument[2]) for argument in arguments}
             try:
                 for future in as_completed(futures):
                     future.result()
@@ -180,14 +192,29 @@ def estimate(plan: Plan, jobs: int) -> tuple[int, float]:
 
     Raises UserError as `write_shard` does.
     """
-    items = plan.items[:: max(1, len(plan.items) // ESTIMATE_IMAGES)][:ESTIMATE_IMAGES]
+    stride = max(1, len(plan.items) // ESTIMATE_IMAGES) if plan.source.runs is None else 1
+    items = plan.items[::stride][:ESTIMATE_IMAGES]
     start = time.perf_counter()
-    with open_reader() as read:
+    with ItemReader(plan.source.root).shard(items) as read:
         digest = hashlib.sha256()
         for piece in shard_bytes(items, read, plan.labelled, plan.images, Contents()):
             digest.update(piece)
     seconds = (time.perf_counter() - start) * len(plan.items) / len(items) / min(jobs, plan.shards)
     return len(items), seconds
+
+
+_reader: ItemReader | None = None  # of a worker
+
+
+def _begin_worker(root: str) -> None:
+    global _reader
+    _reader = ItemReader(root)
+    _exit_with_parent()
+
+
+def _write_in_worker(*arguments: Any) -> Sidecar:
+    shard: Callable[..., Sidecar] = write_shard
+    return shard(*arguments, _reader)
 
 
 def _exit_with_parent() -> None:

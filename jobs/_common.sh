@@ -113,7 +113,7 @@ exit_if_bad_nodes() { # TEXT that may have lines "BAD NODE name: why"
 check_nodes() {
   local text node status=0
   [ "${NODE_CHECK:-1}" = 1 ] || return 0
-  if [ -n "${SHARED_FILE:-}" ]; then # every node looks for it
+  if [ -n "${SHARED_FILE:-}" ]; then # every node has to see it
     : > "$SHARED_FILE" || die 2 "RUN_DIR='$RUN_DIR' cannot be written; set RUN_DIR or SITE_RUN_ROOT"
   fi
   text=$(on_each_node 300 bash "$JOBS/node_check.sh" 2>&1) || status=$?

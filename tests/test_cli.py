@@ -61,6 +61,12 @@ def test_impossible_runs_are_refused_before_any_rank_connects(
     (tmp_path / "run" / "thesis.txt").unlink()
     (tmp_path / "run" / "hang").mkdir()  # of a start that hung before it could write config.yaml
     assert "has no checkpoint to start from" in refusal(capsys, *words, "--fork", tmp_path / "new")
+    assert "is --run-dir itself; name a new folder" in refusal(capsys, *words, "--fork", tmp_path / "a" / ".." / "run")
+    assert "data.cache" in refusal(capsys, *words, "data.cache=''")
+    folder = ("train", recipe, "--run-dir")
+    assert "File name too long" in refusal(capsys, *folder, tmp_path / ("x" * 300))
+    assert "a\\udcff is not UTF-8; name a folder" in refusal(capsys, *folder, tmp_path / "a\udcff")
+    assert "null" in refusal(capsys, *folder, f"{tmp_path}/a\0b")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["hang"]
 
 
@@ -68,7 +74,12 @@ def test_teacher_mismatches_are_refused(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    words = ("train", ranks.recipe(tmp_path, shards, "maskalign"), "--run-dir", tmp_path / "run")
+    words: tuple[str | Path, ...] = (
+        "train",
+        ranks.recipe(tmp_path, shards, "maskalign"),
+        "--run-dir",
+        tmp_path / "run",
+    )
     assert "sum" in refusal(capsys, *words, "student.depth=5")
     line = refusal(capsys, *words, "teachers.tiny.options.patch_size=16")
     assert "2x2" in line.replace(" ", "") or "(2,2)" in line.replace(" ", ""), line
@@ -76,6 +87,30 @@ def test_teacher_mismatches_are_refused(
     missing = ["teachers.tiny.random=false", "teachers.tiny.weights=nowhere.safetensors"]
     assert "nowhere.safetensors does not exist" in refusal(capsys, *words, *missing)
     assert not (tmp_path / "run").exists() and not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"RANK": "x"}, "RANK = x without WORLD_SIZE"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE = '' is no whole number"),
+        ({"RANK": "7"}, "RANK = 7 without WORLD_SIZE"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE = 2"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+def test_variables_of_launchers_are_refused(
+    verb: str, variables: dict[str, str], line: str, tmp_path: Path, shards: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    words: tuple[str | Path, ...] = ("train", ranks.recipe(tmp_path, shards), "--run-dir", tmp_path / "run")
+    if verb == "evaluate":
+        words = ("evaluate", "knn", tmp_path, "--train", shards, "--val", shards)
+    assert line in refusal(capsys, *words)
 
 
 def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:

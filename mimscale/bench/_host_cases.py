@@ -50,13 +50,14 @@ class Step(Protocol):
 
 @dataclass
 class Measured:
-    """ms: phase -> one entry per step. operators: by phase, of one step; None where a graph was compiled. reads: place
-    -> values read from the device in one step. parameters: tensors of the method. notes: what the engine says of its
-    fast paths.
+    """cpu_ms: phase -> CPU time of this process, one entry per step. wall_ms: of each step. operators: by phase, of one
+    step; None where a graph was compiled. reads: place -> values read from the device in one step. parameters: tensors
+    of the method. notes: what the engine says of its fast paths.
     """
 
     case: Case
-    ms: dict[str, list[float]]
+    cpu_ms: dict[str, list[float]]
+    wall_ms: list[float]
     operators: dict[str, int] | None
     reads: dict[str, int]
     loss: float
@@ -64,16 +65,12 @@ class Measured:
     notes: list[str] = field(default_factory=list)
 
     def median(self, phase: str) -> float:
-        return statistics.median(self.ms[phase])
+        return statistics.median(self.cpu_ms[phase])
 
     @property
     def totals(self) -> list[float]:
-        """ms of each step."""
-        return [sum(step) for step in zip(*(self.ms[phase] for phase in PHASES), strict=True)]
-
-    @property
-    def total(self) -> float:
-        return statistics.median(self.totals)
+        """CPU ms of each step."""
+        return [sum(step) for step in zip(*(self.cpu_ms[phase] for phase in PHASES), strict=True)]
 
 
 class PlainStep:
@@ -132,7 +129,7 @@ class EngineStep:
 
     @property
     def notes(self) -> list[str]:
-        return list(getattr(self._engine, "notes", ()))
+        return list(self._engine.notes)
 
     def __call__(self, enter: Enter) -> Tensor:
         def between(loss: Tensor) -> Tensor:
@@ -151,8 +148,7 @@ def build(config: RunConfig, case: Case, batch: Batch, targets: Mapping[str, Tar
     values: dict[str, Any] = {}
     if case.engine == "plain":
         return PlainStep(config, case, batch, targets)
-    if "compile" in type(config.engine).model_fields:
-        values["compile"] = "blocks" if case.compiled else "off"
+    values["compile"] = "blocks" if case.compiled else "off"
     if case.engine == "torch":
         values |= {"backend": "torch", "ds_config": f"cpu_zero2_{case.precision}"}
     else:
@@ -182,25 +178,30 @@ def measure(config: RunConfig, cases: list[Case], *, rounds: int, steps: int, wa
     for step in built:
         for _ in range(warm_up):
             step(lambda phase: None)
-    ms: list[dict[str, list[float]]] = [{phase: [] for phase in PHASES} for _ in cases]
+    cpu_ms: list[dict[str, list[float]]] = [{phase: [] for phase in PHASES} for _ in cases]
+    wall_ms: list[list[float]] = [[] for _ in cases]
     for _ in range(rounds):
-        for step, taken in zip(built, ms, strict=True):
+        for step, taken, wall in zip(built, cpu_ms, wall_ms, strict=True):
             for _ in range(steps):
+                start_s = time.perf_counter()
                 for phase, spent in timed(step).items():
                     taken[phase].append(spent)
+                wall.append(1000 * (time.perf_counter() - start_s))
     found = []
-    for case, step, taken in zip(cases, built, ms, strict=True):
+    for case, step, taken, wall in zip(cases, built, cpu_ms, wall_ms, strict=True):
         counter, loss = count(step)
         operators = None if case.compiled else counter.operators
-        found.append(Measured(case, taken, operators, dict(counter.reads), float(loss), step.parameters, step.notes))
+        found.append(
+            Measured(case, taken, wall, operators, dict(counter.reads), float(loss), step.parameters, step.notes)
+        )
     return found
 
 
 def timed(step: Step) -> dict[str, float]:
-    """ms of each phase of one step."""
+    """CPU ms of each phase of one step, of all threads of this process."""
     times: list[tuple[str, float]] = []
-    step(lambda phase: times.append((phase, time.perf_counter())))
-    times.append(("end", time.perf_counter()))
+    step(lambda phase: times.append((phase, time.process_time())))
+    times.append(("end", time.process_time()))
     return {phase: 1000 * (after - at) for (phase, at), (_, after) in zip(times, times[1:], strict=False)}
 
 
@@ -215,9 +216,8 @@ def count(step: Step) -> tuple[OperatorCount, Tensor]:
     return counter, loss
 
 
-def ratio(measured: Measured, reference: Measured, steps: int) -> float:
-    """How many times the reference's time a step takes: the median of the ratios inside each round."""
-    ours, theirs = measured.totals, reference.totals
+def ratio(ours: list[float], theirs: list[float], steps: int) -> float:
+    """How many times the reference's time a step takes: the median of the ratios inside each round of `steps`."""
     rounds = range(0, len(ours), steps)
     pairs = [(statistics.median(ours[r : r + steps]), statistics.median(theirs[r : r + steps])) for r in rounds]
     return statistics.median([a / b for a, b in pairs]) if pairs else math.nan

@@ -29,7 +29,7 @@ def profiled(step: Callable[[], object], device: torch.device, steps: int, trace
             torch.cuda.synchronize(device)
     if trace is not None:
         run.export_chrome_trace(str(trace))
-    entries = run.key_averages()
+    entries = [entry for entry in run.key_averages() if not _annotation(entry)]
     host = [_entry(e, e.self_cpu_time_total, steps) for e in entries if not _on_gpu(e)]
     kernels = [_entry(e, e.self_device_time_total, steps) for e in entries if _on_gpu(e)] if cuda else host
     return {
@@ -39,6 +39,12 @@ def profiled(step: Callable[[], object], device: torch.device, steps: int, trace
         "top": _longest(kernels),
         "host_top": _longest(host),
     }
+
+
+def _annotation(entry: Any) -> bool:
+    """Ranges that span other entries, such as ProfilerStep and Optimizer.step, also where they are shown on a GPU."""
+    spans = ("ProfilerStep", "Optimizer.", "## ", "Torch-Compiled")
+    return bool(getattr(entry, "is_user_annotation", False)) or str(entry.key).startswith(spans)
 
 
 def _on_gpu(entry: Any) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from mimscale.bench._cases import TrainCase
 
 ZERO2 = "engine.ds_config=zero2_bf16"
+EAGER = "engine.compile=off"
 BF16_TEACHER = "teachers.clip.precision=bf16"
 
 
@@ -22,31 +23,34 @@ def _gpu(
 
 
 GPU = (
-    _gpu("mae_l", "mae_vit_l16", 896, "--profile", limit_s=80),
-    _gpu("maskalign_h_fp16", "maskalign_vit_h14", 512, "engine.ds_config=zero2_fp16"),
-    _gpu("maskalign_l", "maskalign_vit_l16", 896, BF16_TEACHER, "--profile", limit_s=80),
-    _gpu("mae_h", "mae_vit_h14", 512),
+    _gpu("mae_l", "mae_vit_l16", 896, "--profile", limit_s=120),
+    _gpu("maskalign_h_fp16", "maskalign_vit_h14", 512, "engine.ds_config=zero2_fp16", limit_s=120),
+    _gpu("maskalign_l", "maskalign_vit_l16", 896, BF16_TEACHER, "--profile", limit_s=120),
+    _gpu("mae_h", "mae_vit_h14", 512, "--save", limit_s=120),
     _gpu("mae_l_64", "mae_vit_l16", 64),
-    _gpu("mae_l_256", "mae_vit_l16", 256),
+    _gpu("mae_l_eager", "mae_vit_l16", 256, EAGER),
+    _gpu("mae_l_torch", "mae_vit_l16", 256, EAGER, "engine.backend=torch"),
+    _gpu("maskalign_l_fp8", "maskalign_vit_l16", 896, "teachers.clip.precision=fp8", limit_s=90),
+    _gpu("mae_l_64_graphs", "mae_vit_l16", 64, EAGER, "engine.cuda_graphs=on"),
+    _gpu("mae_l_zero3", "mae_vit_l16", 256, EAGER, "engine.ds_config=zero3_bf16"),
+    _gpu("mae_l_recompute", "mae_vit_l16", 256, EAGER, "engine.activation_checkpointing=1"),
+    _gpu("mae_l_fp16", "mae_vit_l16", 256, EAGER, "engine.ds_config=zero2_fp16"),
     _gpu("mae_l_plain", "mae_vit_l16", 256, "engine.plain=all"),
-    _gpu("mae_l_torch", "mae_vit_l16", 256, "engine.backend=torch"),
-    _gpu("maskalign_l_fp8", "maskalign_vit_l16", 896, "teachers.clip.precision=fp8", "teachers.clip.compile=true"),
-    _gpu("mae_b", "mae_vit_b16", 1536),
-    _gpu("maskalign_h_bf16", "maskalign_vit_h14", 512, BF16_TEACHER),
-    _gpu("mae_l_fp16", "mae_vit_l16", 256, "engine.ds_config=zero2_fp16"),
-    _gpu("mae_l_recompute", "mae_vit_l16", 256, "engine.activation_checkpointing=1"),
-    _gpu("mae_l_zero3", "mae_vit_l16", 256, "engine.ds_config=zero3_bf16"),
-    _gpu("mae_l_jpeg", "mae_vit_l16", 256, "data.workers=14", shards=True),
-    _gpu("mae_h_64", "mae_vit_h14", 64),
-    _gpu("maskalign_l_int8", "maskalign_vit_l16", 896, "teachers.clip.precision=int8", "teachers.clip.compile=true"),
-    _gpu("maskalign_h_zero3", "maskalign_vit_h14", 128, BF16_TEACHER, "engine.ds_config=zero3_bf16"),
+    _gpu("mae_l_jpeg", "mae_vit_l16", 256, EAGER, "data.workers=14", shards=True),
+    _gpu("mae_b", "mae_vit_b16", 1536, limit_s=90),
+    _gpu("mae_h_64", "mae_vit_h14", 64, EAGER),
+    _gpu("mae_l_student_fp8", "mae_vit_l16", 896, "engine.student_fp8=true", limit_s=90),
+    _gpu("maskalign_l_int8", "maskalign_vit_l16", 896, EAGER, "teachers.clip.precision=int8", limit_s=90),
+    _gpu("maskalign_h_zero3", "maskalign_vit_h14", 128, BF16_TEACHER, EAGER, "engine.ds_config=zero3_bf16"),
     _gpu("mrmae_conv_b", "mrmae_convmae_b", 256),
     _gpu("convmae_b", "convmae_b", 256),
     _gpu("amt_b", "amt_mae_vit_b16", 512),
     _gpu("simmim_b", "simmim_vit_b16", 256),
     _gpu("mff_b", "mff_vit_b16", 512),
 )
-"""Micro-batches of the first rows are those that fill 80 GB by the memory measured before."""
+"""Large micro-batches are those that fill 80 GB by the memory measured before. The eager rows with 256 images are
+compared with mae_l_eager.
+"""
 
 SHORT = ("--steps", "1", "--repeats", "1", "--warm-up", "1")
 TINY = (

@@ -15,6 +15,8 @@ import torch
 
 from mimscale.bench import _profile, _synthetic
 from mimscale.bench._phases import PhaseMarks
+from mimscale.checkpoint.host_buffer import HostBuffer
+from mimscale.config.compiler import use_cache_dir
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.recipes import validate
 from mimscale.config.run import RunConfig
@@ -29,6 +31,7 @@ from mimscale.fault_tolerance.step_guard import StepGuard
 from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons, describe
 from mimscale.teachers.prefetcher import TeacherPrefetcher
 from mimscale.training import setup
+from mimscale.training.plan import check_teachers
 from mimscale.types import PrefetchedBatch, StepInfo
 
 GIB = 2**30
@@ -39,7 +42,8 @@ PHASES = ("data", "teacher", "forward", "backward", "update", "after")
 @dataclass(frozen=True)
 class Options:
     """micro_batch: images per rank and forward pass; None: the recipe's. data: real shards instead of synthetic images.
-    pretrained: the teachers' weights instead of random ones. trace: file for the profile's Chrome trace, if any.
+    pretrained: the teachers' weights instead of random ones. save: how long a checkpoint stalls the step. trace: file
+    for the profile's Chrome trace, if any.
     """
 
     micro_batch: int | None = None
@@ -50,6 +54,7 @@ class Options:
     data: bool = False
     pretrained: bool = False
     profile: bool = False
+    save: bool = False
     trace: Path | None = None
 
 
@@ -81,6 +86,7 @@ class TrainStep:
         self.precision = precision_of(ds_config)
         check_precision(world.device, self.precision)
         check_backend(config.engine, ds_config, world.device)
+        check_teachers(config, world.device)
         self.micro_batch = int(config.engine.max_micro_batch)
         skeletons = build_skeletons(config.teachers, config.data.image_size)
         self.method = setup.make_method(config, describe(skeletons))
@@ -159,6 +165,7 @@ class TrainStep:
 
 def measure(config: RunConfig, options: Options) -> dict[str, Any]:
     """Figures of a recipe's training step on this rank's device; see docs/benchmarks.md for each. Collective."""
+    use_cache_dir()
     world = from_environment(config.engine.device)
     config = prepared(config, options, world.size)
     with ExitStack() as closing:
@@ -211,14 +218,29 @@ def _measure(step: TrainStep, options: Options) -> dict[str, Any]:
         "rank": step.world.rank,
         "ranks": step.world.size,
         "precision": step.precision,
-        "notes": [*getattr(step.teachers, "notes", ()), *getattr(step.engine, "notes", ())],
+        "notes": [*step.teachers.notes, *step.engine.notes],
     }
     if options.profile or step.world.size > 1:
         found = _profile.profiled(step, device, 3 if options.profile else 1, options.trace)
         result["communication_ms"] = found["communication_ms"]
         if options.profile:
             result["profile"] = found
+    if options.save:
+        result |= _stall(step)
     return result
+
+
+def _stall(step: TrainStep) -> dict[str, float]:
+    """What a save costs the step: the copy of weights and state to host memory. The rest is done beside training."""
+    live = {**step.engine.fragments(), **step.method.fragments()}
+    copy = HostBuffer(live)
+    seconds = []
+    for _ in range(3):
+        _wait(step.world.device)
+        start_s = time.perf_counter()
+        copy.fill(live)
+        seconds.append(time.perf_counter() - start_s)
+    return {"save_stall_ms": 1000 * statistics.median(seconds), "save_gib": copy.bytes / GIB}
 
 
 def _breakdown(step: TrainStep, steps: int) -> tuple[dict[str, float], dict[str, float]]:

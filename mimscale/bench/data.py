@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, help="number of rounds in which every loader is measured once (default: 5)"
     )
-    parser.add_argument(
-        "--only", nargs="+", help="only rows with one of these words in their name, and mimscale's"
-    )
+    parser.add_argument("--only", nargs="+", help="only rows with one of these words in their name, and mimscale's")
     parser.add_argument("--workers", type=int, default=1, help="worker processes of each loader (default: 1)")
 
 

@@ -33,8 +33,9 @@ def measure(folder: Path, images: int, rounds: int) -> str:
     """The table. All files are in the page cache; times are CPU seconds of this process, with system time."""
     from data_prep.imagenet import read_train
     from data_prep.images import ImageOptions
-    from data_prep.index import index_shards
+    from data_prep.index import IndexOptions, index_shards
     from data_prep.plan import Plan
+    from data_prep.shard_list import list_shards
     from data_prep.verify import verify
     from data_prep.write_shards import unfinished, write
     from mimscale.data.decode import decode
@@ -63,8 +64,10 @@ def measure(folder: Path, images: int, rounds: int) -> str:
 
     parts: dict[str, Callable[[], object]] = {
         "list a tar of tars": lambda: read_train(archive),
-        "index finished shards": lambda: index_shards(shards, to=next(links), label="cls"),
-        "index with checksums": lambda: index_shards(shards, to=next(links), label="cls", checksums=True),
+        "index finished shards": lambda: index_shards(list_shards(str(shards)), IndexOptions(), to=next(links)),
+        "index with checksums": lambda: index_shards(
+            list_shards(str(shards)), IndexOptions(checksums=True), to=next(links)
+        ),
         "convert, copied unchecked": lambda: convert(ImageOptions(check=False)),
         "convert, each decoded": lambda: convert(ImageOptions()),
         "convert to short side 256": lambda: convert(ImageOptions(short_side=256)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from mimscale.bench._cases import TrainCase
 
 PASSED = ("micro_batch", "accumulation", "steps", "repeats", "warm_up", "memory_limit")  # to each case's process
-FLAGS = ("data", "pretrained", "profile")
+FLAGS = ("data", "pretrained", "profile", "save")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm-up", type=int, help="steps before them (default: 4)")
     parser.add_argument("--data", action="store_true", help="read data.shards instead of random pixels on the device")
     parser.add_argument("--pretrained", action="store_true", help="load the teachers' weights instead of random ones")
+    parser.add_argument("--save", action="store_true", help="also how long a checkpoint stalls the step")
     parser.add_argument("--against", choices=["torch"], help="the same step in the plain engine, as another row")
     parser.add_argument("--profile", action="store_true", help="torch.profiler: kernels, what takes longest")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="with --profile: a trace for chrome://tracing")
@@ -48,6 +50,12 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.suite is None) == (args.recipe is None):
         raise UserError("bench train measures a recipe or a --suite; give one of them")
+    several = args.suite or args.against or args.find_batch or "," in (args.recipe or "")
+    if several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "bench train with variants, --against, --find-batch or --suite starts a process per case, and torchrun has "
+            "started several; call it without torchrun, or with one recipe"
+        )
     if args.suite is not None:
         return _run_suite(args)
     if args.trace is not None and not args.profile:
@@ -233,6 +241,9 @@ def _details(rows: Sequence[dict[str, Any]]) -> str:
     lines = [""]
     for row in rows:
         lines += [f"{row['case']}: {note}" for note in row.get("notes", ())]
+        if "save_stall_ms" in row:
+            stall = f"{row['save_stall_ms']:.1f} ms, its step takes {row['step_ms']:.1f} ms"
+            lines.append(f"{row['case']}: a save of {row['save_gib']:.2f} GiB stalls for {stall}")
         found = row.get("profile")
         if found is not None:
             lines.append(

@@ -28,7 +28,7 @@ from mimscale.errors import UserError
 WHOLE = ("*",)  # all keys of the section
 # Section -> key -> keys of the base in that section that do not fit another value of the key.
 DEPENDENTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "data": {"shards": ("stream",), "crop": ("crop_scale", "crop_ratio", "crop_padding")},
+    "data": {"shards": ("shards", "stream"), "crop": ("crop_scale", "crop_ratio", "crop_padding")},
     "student": {"size": ("width", "depth", "heads"), "width": ("size",)},
     "init": {"weights": ("sha256",)},
     "teachers.*": {"library": WHOLE, "model": WHOLE, "weights": ("sha256",)},

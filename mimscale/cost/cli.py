@@ -20,6 +20,7 @@ from mimscale.cost.devices import device, interconnect
 from mimscale.cost.planner import Planner
 from mimscale.cost.run_cost import samples_of
 from mimscale.errors import UserError
+from mimscale.files.console import plain_console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +114,7 @@ def show(plan: report.Plan, name: str) -> None:
     planner = plan.planner
     nodes = "1 node" if planner.nodes == 1 else f"{planner.nodes} nodes, {planner.link.name}"
     where = f"{planner.ranks} x {planner.gpu.name} on {nodes}"
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = plain_console(width=None if sys.stdout.isatty() else 160)
     two(console, f"{name}: FLOPs per image", report.flops_rows(planner))
     table = Table(show_header=False)
     for row in report.memory_rows(planner, plan.chosen.choice):

@@ -31,7 +31,8 @@ class DataConfig(Strict):
 
     shards: a folder that holds manifest.json, or its URL: http(s)://, s3://, gs://. Or `wds:` and WebDataset shards
     that have no index (wds:/data/part-{000..127}.tar, several joined by ::), which are streamed; this is not exact, see
-    docs/data.md. `stream` is required with wds: and refused otherwise.
+    docs/data.md. `stream` is required with wds: and refused otherwise. Or several data sets with weights,
+    {/data/a: 0.7, /data/b: 0.3}, which are shares of the images that a run sees (see data/mixture.py).
     cache: a folder on the local disk of each node, for copies of the shards that are read next, at most cache_gib GiB.
     Required for a URL; useful for a slow shared file system.
 
@@ -50,7 +51,10 @@ class DataConfig(Strict):
     max_damaged: a run stops when more samples than this cannot be used; default: one in 10,000, at least 10.
     """
 
-    shards: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+    shards: (
+        Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+        | dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    )
     cache: Path | None = None
     cache_gib: float = Field(200.0, gt=0, le=1e9)
     image_size: int = Field(224, ge=8, le=8192)
@@ -74,11 +78,14 @@ class DataConfig(Strict):
 
     @field_validator("shards")
     @classmethod
-    def _holds_no_secret(cls, value: str) -> str:
-        if any(address.startswith("pipe:") for address in value.removeprefix("wds:").split("::")):
+    def _holds_no_secret(cls, value: str | dict[str, float]) -> str | dict[str, float]:
+        places = [value] if isinstance(value, str) else list(value)
+        addresses = [address for place in places for address in place.removeprefix("wds:").split("::")]
+        if any(address.startswith("pipe:") for address in addresses):
             raise ValueError("pipe: no shell is run for data; give a path or an http(s), s3 or gs URL")
-        if without_secrets(value) != value:
-            shown = without_secrets(value)
+        for place in places:
+            if (shown := without_secrets(place)) == place:
+                continue
             raise ValueError(f"'{shown}' was given with credentials in it; remove them and set them in the environment")
         return value
 
@@ -116,7 +123,10 @@ class DataConfig(Strict):
 
     @model_validator(mode="after")
     def _check_stream(self) -> DataConfig:
-        if (self.stream is not None) != self.shards.startswith("wds:"):
+        paths = [self.shards] if isinstance(self.shards, str) else list(self.shards)
+        if not paths or (isinstance(self.shards, dict) and any(path.startswith("wds:") for path in paths)):
+            raise ValueError(f"shards = {self.shards}: weights need data sets with an index; see data_prep index")
+        if (self.stream is not None) != paths[0].startswith("wds:"):
             fix = "set data.stream.samples to the number of images" if self.stream is None else "set stream=null"
             raise ValueError(f"shards = {self.shards}: stream is required with wds: and refused otherwise; {fix}")
         if self.stream is not None and self.cache is not None:

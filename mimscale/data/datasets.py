@@ -14,7 +14,7 @@ from mimscale.data import color_jitter, noise
 from mimscale.data.config import DataConfig
 from mimscale.data.decode import AnyImage, Part, Size, Wanted, decode, make_decoder
 from mimscale.data.manifest import Ints, Manifest
-from mimscale.data.order import Order
+from mimscale.data.mixture import AnyOrder, Indexed
 from mimscale.data.sample_reader import SampleReader
 from mimscale.data.transforms import (
     CROP_NUMBERS,
@@ -48,7 +48,15 @@ class TrainDataset(Dataset[list[Batch]]):
     row's `damage`.
     """
 
-    def __init__(self, manifest: Manifest, order: Order, data: DataConfig, needs: Needs, seed: int, global_batch: int):
+    def __init__(
+        self,
+        manifest: Indexed,
+        order: AnyOrder,
+        data: DataConfig,
+        needs: Needs,
+        seed: int,
+        global_batch: int,
+    ):
         self.manifest, self.order, self.seed = manifest, order, seed
         self.batch_builder = BatchBuilder(manifest.samples, data, needs, seed, global_batch)
         self.reader = SampleReader(manifest, make_decoder(data))
@@ -81,7 +89,7 @@ class BatchBuilder:
         self.samples, self.data, self.needs, self.seed, self.global_batch = samples, data, needs, seed, global_batch
         self.empty: Empty = empty
 
-    def __call__(self, positions: Ints, load: Load, manifest: Manifest | None) -> list[Batch]:
+    def __call__(self, positions: Ints, load: Load, manifest: Indexed | None) -> list[Batch]:
         """int64 [rows, B] positions -> one Batch per row.
 
         load: gives the images of the columns, in their order. Each is used before the next one is asked for, because
@@ -216,6 +224,6 @@ def _colours_first(images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return images_BHWC.transpose(0, 3, 1, 2)
 
 
-def _labels(manifest: Manifest, ids: Ints) -> Tensor:
+def _labels(manifest: Indexed, ids: Ints) -> Tensor:
     assert manifest.labels is not None
     return torch.from_numpy(np.array(manifest.labels[ids]))

@@ -8,6 +8,8 @@ from Pillow's by one grey level in some pixels; what simplejpeg refuses is decod
 from __future__ import annotations
 
 import io
+import os
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,27 +18,51 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from mimscale.data.to_rgb import NoRgb, to_rgb
+from mimscale.errors import UserError, warn
 
 if TYPE_CHECKING:  # data_prep decodes too, and needs no configuration
     from mimscale.data.config import DataConfig
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-EXTENSIONS = {
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "gif",
-    "bmp",
-    "tif",
-    "tiff",
-    "ppm",
-    "pgm",
-}  # of shard members that are images
-MAX_PIXELS = 100_000_000
+
+def max_pixels(setting: str | None) -> int:
+    """The largest image that is decoded. setting: of the user; Pillow's own, lower limit is raised to it."""
+    if setting is None:
+        return 100_000_000
+    if not setting.isdecimal() or int(setting) < 1:
+        raise UserError(f"MIMSCALE_MAX_PIXELS = '{setting}' must be a whole number above 0")
+    Image.MAX_IMAGE_PIXELS = int(setting)
+    return int(setting)
+
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
+EXTENSIONS = frozenset(  # of images
+    (
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "jif",
+        "mpo",
+        "png",
+        "webp",
+        "gif",
+        "bmp",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "pnm",
+        "avif",
+    )
+)
+try:
+    MAX_PIXELS = max_pixels(os.environ.get("MIMSCALE_MAX_PIXELS"))
+except UserError as error:  # nothing of a command runs yet that could print it
+    warn(str(error))
+    sys.exit(2)
 MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 
 
@@ -145,4 +171,4 @@ def explain(name: Literal["simplejpeg", "pillow"]) -> str:
 
 def check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+        raise BadImage(f"{width} x {height} pixels, more than {MAX_PIXELS:,}; see MIMSCALE_MAX_PIXELS")

@@ -28,7 +28,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from mimscale.data.config import DataConfig
 from mimscale.data.datasets import EvalDataset, TrainDataset
 from mimscale.data.manifest import Ints, Manifest
-from mimscale.data.order import Jumps, Order, batch_of, rank_positions
+from mimscale.data.mixture import Mixture, order_of
+from mimscale.data.order import Jumps, batch_of, rank_positions
 from mimscale.data.sample_reader import DamagedSample
 from mimscale.data.shard_prefetch import ShardPrefetcher
 from mimscale.data.shm_pool import SharedMemoryPool, unpack
@@ -86,7 +87,7 @@ class TrainLoader:
         if isinstance(manifest, WebDatasetStream):
             dataset = StreamDataset(manifest, data, needs, seed, global_batch, sampler, rank, world)
         else:
-            order = Order(manifest, seed, data.streams, data.block)
+            order = order_of(manifest, seed, data.streams, data.block)
             dataset = TrainDataset(manifest, order, data, needs, seed, global_batch)
             if manifest.cache:
                 self._make_shard_prefetcher = partial(ShardPrefetcher, manifest, order, global_batch, rank, world)
@@ -276,11 +277,15 @@ def _iterator(loader: DataLoader[list[Batch]]) -> Any:
     try:
         return iter(loader)
     except BaseException as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            half = frame.f_locals.get("self")
+            if isinstance(half, _MultiProcessingDataLoaderIter) and hasattr(half, "_workers_status"):
+                _end(half)  # the sampler failed; torch watches the workers already
+            elif isinstance(half, _MultiProcessingDataLoaderIter):
+                half._shutdown = True  # else its __del__ would fail too, in a traceback of its own
         for worker in set(multiprocessing.active_children()) - before:
             worker.kill()
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if isinstance(half := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
-                half._shutdown = True  # else its __del__ would fail too, in a traceback of its own
+            worker.join(5.0)
         if isinstance(error, OSError):
             raise UserError(
                 f"data.workers = {loader.num_workers}: a worker cannot be started ({error.strerror}); raise the limit "
@@ -330,7 +335,7 @@ def _iterate(make_loader: MakeLoader, micro_batches: int, pin: bool) -> BatchGen
     except DamagedSample as error:  # torch raises a worker's error again, with the traceback in its text
         raise DamagedSample(str(error).rstrip().rpartition("DamagedSample: ")[2]) from None
     except RuntimeError as error:
-        if "Bus error" in str(error):  # torch thinks of shared memory only
+        if "DataLoader worker" in str(error):  # one has ended; of a SIGBUS torch thinks that it lacks shared memory
             _refuse_cut_index(items)
         raise
     finally:
@@ -340,7 +345,7 @@ def _iterate(make_loader: MakeLoader, micro_batches: int, pin: bool) -> BatchGen
 def _refuse_cut_index(items: Any) -> None:
     """A worker that reads a mapped file behind its end gets SIGBUS. Raises UserError that names such a file."""
     manifest = getattr(items._dataset, "manifest", None)
-    if isinstance(manifest, Manifest) and (path := manifest.cut_file()) is not None:
+    if isinstance(manifest, Manifest | Mixture) and (path := manifest.cut_file()) is not None:
         raise UserError(f"'{path}' was cut or replaced while it was in use; make it again, and start again") from None
 
 

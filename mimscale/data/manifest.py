@@ -8,7 +8,9 @@
 
 manifest.json: {"format": 1, "samples": N, "labelled": bool, "classes": [names in label order] or null, "seed": of the
 shuffle, "options": {...}, "source": {...}, "shards": [{"name", "count", "bytes", "sha256"}], "index": {file: sha256},
-"left_out": {key: reason}, "changed": {how: images}}. sha256 is null for shards that were indexed without being read.
+"changed": {how: images}, "skipped": {reason: number of files or images of the source that are not in the set},
+"left_out": {key: reason} of the first of them, "bad_shards": {name: reason} of shards that were left out, "location":
+URL of the shards if they are not in FOLDER, else null}. sha256 is null for shards that were indexed without being read.
 
 Sample ids are 0 .. N-1 in the order of the shards and, inside a shard, of its members. Any WebDataset reader can read
 the shards; nothing is ever unpickled.
@@ -20,12 +22,15 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +38,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mimscale.data.names import Options, Text
 from mimscale.data.shard_cache import CHUNK, Cache
 from mimscale.data.shard_files import ShardFiles, cache_key
 from mimscale.data.storage import Storage, is_remote, refuse_secrets, storage, with_retries
@@ -41,6 +47,7 @@ from mimscale.files.atomic import atomic_write
 
 MANIFEST, INDEX, LABELS = "manifest.json", "index.npy", "labels.npy"
 MAX_REQUESTS = 16  # concurrent requests to a remote store
+LISTED, MAX_REASONS = 1000, 50  # of what was left out: keys, and different reasons
 BLOCK = 512  # bytes; the unit of tar, and the length of a header
 Ints = NDArray[np.int64]
 Sha256 = Field(pattern="^[0-9a-f]{64}$")
@@ -65,14 +72,17 @@ class ManifestFile(BaseModel):
     format: Literal[1] = 1
     samples: int = Field(ge=1)
     labelled: bool
-    classes: list[str] | None
+    classes: list[Text] | None
     seed: int
-    options: dict[str, Any]
-    source: dict[str, Any]
+    options: Options
+    source: Options
     shards: list[Shard] = Field(min_length=1)
     index: dict[Literal["index.npy", "labels.npy"], str]
-    left_out: dict[str, str] = Field(default_factory=dict)
+    left_out: dict[Text, Text] = Field(default_factory=dict)
     changed: dict[str, int] = Field(default_factory=dict)
+    skipped: dict[Text, int] = Field(default_factory=dict)
+    bad_shards: dict[Text, Text] = Field(default_factory=dict)
+    location: str | None = Field(None, pattern="^[a-z0-9]+://")
 
 
 class Manifest:
@@ -126,9 +136,7 @@ class Manifest:
         try:
             file = ManifestFile.model_validate_json((folder / MANIFEST).read_bytes())
         except FileNotFoundError:
-            raise UserError(
-                f"data set '{folder}' has no {MANIFEST}; finish or repeat its `python -m data_prep`"
-            ) from None
+            raise UserError(_no_manifest(folder)) from None
         except (ValidationError, OSError) as error:
             reason = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error.strerror)
             raise UserError(f"'{folder / MANIFEST}' is damaged ({reason}); repeat its `python -m data_prep`") from None
@@ -136,6 +144,7 @@ class Manifest:
             raise UserError(f"'{folder / MANIFEST}' contradicts itself; repeat its `python -m data_prep`")
         index = _open_mapped(folder / INDEX, (file.samples, 2))
         labels = _open_mapped(folder / LABELS, (file.samples,)) if file.labelled else None
+        location = file.location or location
         manifest = cls(folder, file, index, labels, location, cache)
         if check_shards:
             if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -153,6 +162,10 @@ class Manifest:
             if array is not None and (not path.is_file() or path.stat().st_size < array.nbytes):
                 return path
         return None
+
+    @property
+    def shards(self) -> list[Shard]:
+        return self.file.shards
 
     @property
     def fingerprint(self) -> str:
@@ -229,6 +242,14 @@ class Manifest:
         return data
 
 
+def _no_manifest(folder: Path) -> str:
+    """What to do with a folder that is no data set yet."""
+    shards = sum(path.suffix == ".tar" for path in folder.iterdir())
+    if shards and not (folder / "plan.json").exists():  # of data_prep
+        return f"'{folder}' holds {shards:,} shards without an index; make it with `python -m data_prep index {folder}`"
+    return f"data set '{folder}' has no {MANIFEST}; finish or repeat its `python -m data_prep`"
+
+
 def _header(member: bytes) -> tarfile.TarInfo:
     return tarfile.TarInfo.frombuf(member[:BLOCK], "utf-8", "surrogateescape")
 
@@ -260,8 +281,8 @@ def _check_index(folder: Path, checksums: Mapping[Any, str]) -> None:
             )
 
 
-def _check_shards(location: str, shards: Sequence[Shard]) -> None:
-    """Every shard exists with its length. Raises UserError."""
+def shard_faults(location: str, shards: Sequence[Shard]) -> dict[str, str]:
+    """Name -> fault of the shards that do not exist with their length. Raises UserError for a location of no kind."""
     origin = storage(location)
 
     def fault(shard: Shard) -> str | None:
@@ -274,11 +295,17 @@ def _check_shards(location: str, shards: Sequence[Shard]) -> None:
         return None if found == shard.bytes else f"has {found} bytes, not {shard.bytes}"
 
     with ThreadPoolExecutor(MAX_REQUESTS if is_remote(location) else 1) as pool:
-        for shard, state in zip(shards, pool.map(fault, shards), strict=True):
-            if state is not None:
-                raise UserError(
-                    f"shard '{location}/{shard.name}' {state}; repeat its `python -m data_prep` or copy it again"
-                )
+        found = zip(shards, pool.map(fault, shards), strict=True)
+        return {shard.name: state for shard, state in found if state is not None}
+
+
+def _check_shards(location: str, shards: Sequence[Shard]) -> None:
+    """Every shard exists with its length. Raises UserError."""
+    faults = shard_faults(location, shards)
+    if faults:
+        name, state = next(iter(faults.items()))
+        others = f" (one of {len(faults):,} of {len(shards):,} shards)" if len(faults) > 1 else ""
+        raise UserError(f"shard '{location}/{name}' {state}{others}; repeat its `python -m data_prep` or copy it again")
 
 
 def _download_index(location: str, cache: Cache | None) -> Path:
@@ -335,8 +362,16 @@ def save_manifest(
     source: Mapping[str, Any],
     left_out: Mapping[str, str] | None = None,
     changed: Mapping[str, int] | None = None,
+    skipped: Mapping[str, int] | None = None,
+    bad_shards: Mapping[str, str] | None = None,
+    location: str | None = None,
 ) -> None:
-    """Write index, labels and, last, manifest.json. The same arguments give the same bytes."""
+    """Write index, labels and, last, manifest.json. The same arguments give the same bytes.
+
+    left_out: all of them; they are counted by reason, and the first LISTED are stored. skipped: others, as counts.
+    """
+    counts = Counter(skipped or {})
+    counts.update(_by_reason((left_out or {}).values()))
     checksums = {}
     for name, array in ((INDEX, index), (LABELS, labels)):
         if array is not None:
@@ -352,10 +387,21 @@ def save_manifest(
         source=dict(source),
         shards=list(shards),
         index=checksums,
-        left_out=dict(left_out or {}),
+        left_out=dict(islice((left_out or {}).items(), LISTED)),
         changed=dict(changed or {}),
+        skipped=dict(sorted(counts.items())),
+        bad_shards=dict(bad_shards or {}),
+        location=location,
     )
     atomic_write(folder / MANIFEST, (file.model_dump_json(indent=1) + "\n").encode())
+
+
+def _by_reason(reasons: Iterable[str]) -> Counter[str]:
+    """Reasons that differ in numbers only are one; beyond the MAX_REASONS most frequent, the others are one."""
+    counts = Counter(re.sub(r"[0-9][0-9,.]*", "N", reason) for reason in reasons)
+    kept = Counter(dict(counts.most_common(MAX_REASONS)))
+    others = counts.total() - kept.total()
+    return kept + Counter({"others": others})
 
 
 def _npy(array: Ints) -> bytes:

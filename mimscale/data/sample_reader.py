@@ -8,7 +8,8 @@ from math import inf
 
 from mimscale.data import noise
 from mimscale.data.decode import AnyImage, BadImage, Decoder, Wanted
-from mimscale.data.manifest import Ints, Manifest
+from mimscale.data.manifest import Ints
+from mimscale.data.mixture import Indexed
 from mimscale.errors import Stopped
 from mimscale.types import Damage
 
@@ -28,7 +29,7 @@ class SampleReader:
     what this process has met before.
     """
 
-    def __init__(self, manifest: Manifest, decode: Decoder):
+    def __init__(self, manifest: Indexed, decode: Decoder):
         self.manifest, self.decode = manifest, decode
         self._damaged: set[int] = set()
         self._failed_at_s: dict[int, float] = {}  # shard -> time of its last read error
@@ -73,7 +74,7 @@ class SampleReader:
         try:
             return self.decode(self.manifest.read(sample), wanted)
         except (OSError, BadImage) as error:
-            damage = Damage(sample, self.manifest.file.shards[shard].name, self._key(sample), str(error))
+            damage = Damage(sample, self.manifest.shards[shard].name, self._key(sample), str(error))
             if isinstance(error, OSError):
                 self._failed_at_s[shard] = time.monotonic()
             else:

@@ -12,11 +12,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from mimscale.data.manifest import Manifest
-from mimscale.data.order import Order, rank_positions
+from mimscale.data.mixture import AnyOrder, Indexed
+from mimscale.data.order import rank_positions
 
 POLL_S = 0.2
 STRIDE, HORIZON = 4096, 1 << 17  # samples of this rank: planned at a time, and in all
@@ -25,7 +26,15 @@ STRIDE, HORIZON = 4096, 1 << 17  # samples of this rank: planned at a time, and 
 class ShardPrefetcher:
     """Runs `_prefetch` in a process of its own. The loader must set `step` to the global batch that it reads."""
 
-    def __init__(self, manifest: Manifest, order: Order, global_batch: int, rank: int, world: int, step: int):
+    def __init__(
+        self,
+        manifest: Indexed,
+        order: AnyOrder,
+        global_batch: int,
+        rank: int,
+        world: int,
+        step: int,
+    ):
         context = multiprocessing.get_context("spawn")  # this process may have threads
         self.step = context.Value("q", step, lock=False)
         self._process = context.Process(
@@ -39,7 +48,7 @@ class ShardPrefetcher:
 
 
 def upcoming_shards(
-    manifest: Manifest, order: Order, global_batch: int, rank: int, world: int, step: int
+    manifest: Indexed, order: AnyOrder, global_batch: int, rank: int, world: int, step: int
 ) -> Iterator[int]:
     """Shards in the order in which this rank first needs them from `step` on, each once, for HORIZON samples."""
     seen: set[int] = set()
@@ -64,13 +73,21 @@ def first_within_budget(shards: Iterator[int], sizes: list[int], budget: int) ->
     return prefix
 
 
-def _prefetch(manifest: Manifest, order: Order, global_batch: int, rank: int, world: int, step, parent: int) -> None:  # type: ignore[no-untyped-def]
+def _prefetch(
+    manifest: Indexed,
+    order: AnyOrder,
+    global_batch: int,
+    rank: int,
+    world: int,
+    step: Any,
+    parent: int,
+) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     cache = manifest.cache
     assert cache is not None
     share = cache.limit // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    sizes = [shard.bytes for shard in manifest.file.shards]
+    sizes = [shard.bytes for shard in manifest.shards]
     cache.clean_up()
     warned, planned_at, plan = False, -1, list[int]()
     while os.getppid() == parent:

@@ -32,6 +32,9 @@ class Storage(Protocol):
     def size(self, name: str) -> int:
         """Length in bytes. Raises OSError."""
 
+    def names(self) -> list[str]:
+        """Names of the files. Raises OSError, or NotImplementedError if there is no list of them."""
+
 
 def is_remote(location: str | Path) -> bool:
     return "://" in str(location)
@@ -82,6 +85,9 @@ class LocalFolder:
     def size(self, name: str) -> int:
         return (self.folder / name).stat().st_size
 
+    def names(self) -> list[str]:
+        return os.listdir(self.folder)
+
 
 class _OnlyHttpRedirects(urllib.request.HTTPRedirectHandler):
     """urllib would follow a web server to ftp://."""
@@ -112,6 +118,9 @@ class HttpServer:
     def size(self, name: str) -> int:
         return self._request(name, {}, "HEAD", lambda response: int(response.headers["Content-Length"]))
 
+    def names(self) -> list[str]:
+        raise NotImplementedError
+
     def _request(self, name: str, headers: dict[str, str], method: str, result: Callable[[Any], Any]) -> Any:
         request = urllib.request.Request(f"{self.url}/{quote(name)}", headers=headers, method=method)
         try:
@@ -140,6 +149,10 @@ class Bucket:
 
     def size(self, name: str) -> int:
         return self._request(name, lambda path: int(self._connect().info(path)["size"]))
+
+    def names(self) -> list[str]:
+        found = self._request("", lambda path: self._connect().ls(path, detail=False))
+        return [path.rstrip("/").rpartition("/")[2] for path in found]
 
     def _connect(self) -> Any:
         if self._owner_pid != os.getpid():

@@ -10,11 +10,15 @@ Nothing is passed to a shell and nothing is unpickled: members stay bytes, and s
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import random
 import re
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -33,16 +37,20 @@ from mimscale.data.config import DataConfig
 from mimscale.data.datasets import BatchBuilder, Empty, Load
 from mimscale.data.decode import EXTENSIONS, AnyImage, BadImage, Wanted, make_decoder
 from mimscale.data.manifest import BLOCK, MAX_REQUESTS, Ints, Manifest
+from mimscale.data.mixture import Mixture
+from mimscale.data.names import one_line
 from mimscale.data.sample_reader import DamagedSample
 from mimscale.data.shard_cache import Cache, read_exactly
 from mimscale.data.sidecars import is_sidecar
 from mimscale.data.storage import storage, with_retries
-from mimscale.data.tar_end import is_header, joined_archive
+from mimscale.data.tar_end import RestOfArchive, joined_archive
 from mimscale.errors import UserError
 from mimscale.types import Batch, Damage, Needs
 
 PREFIX = "wds:"
 CHUNK = 4 << 20  # bytes per read of a shard
+REACH = 8 << 20  # bytes of a compressed shard that are kept behind the place of reading
+UNPACKERS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 METADATA = re.compile(r"__[^/]*__($|/)")  # names that webdataset passes over
 MAX_DAMAGED_IN_A_ROW = 1000  # samples; after more of them a reader gives up
 NOT_EXACT = (
@@ -62,7 +70,7 @@ class WebDatasetStream:
     cache = None
 
     def __init__(self, data: DataConfig, world: int = 1):
-        assert data.stream is not None
+        assert data.stream is not None and isinstance(data.shards, str)
         self.location = self.folder = data.shards
         self.samples = data.stream.samples
         try:
@@ -89,11 +97,13 @@ class WebDatasetStream:
         raise OSError(f"{self.location} has no index")
 
 
-Source = Manifest | WebDatasetStream
+Source = Manifest | Mixture | WebDatasetStream
 
 
 def open_source(data: DataConfig, world: int = 1) -> Source:
     """Open `data.shards`. Raises UserError."""
+    if isinstance(data.shards, dict):
+        return Mixture.load(data.shards, Cache.from_config(data))
     return (
         Manifest.load(data.shards, cache=Cache.from_config(data))
         if data.stream is None
@@ -161,7 +171,7 @@ class StreamDataset(IterableDataset[list[Batch]]):
         """The next sample that can be used."""
         for sample in samples:
             shard, key = sample["__url__"].rpartition("/")[2], sample["__key__"]
-            sample_id = _hashed_id(f"{shard}/{key}")
+            sample_id, key = _hashed_id(f"{shard}/{key}"), one_line(key)
             try:
                 image = self.decode(next(sample[name] for name in sorted(EXTENSIONS) if name in sample), wanted)
             except (BadImage, StopIteration) as error:
@@ -210,14 +220,18 @@ def _read_samples(url: str, damage: list[Damage]) -> Iterator[dict[str, Any]]:
 
 
 def _members(shard: _ShardFile, url: str, record: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
-    """The files of a shard, {} after each archive of it, for `group_by_keys`. Archives may be joined in one shard."""
+    """The files of a shard, {} after each archive of it, for `group_by_keys`. Archives may be joined in one shard, and
+    the shard may be compressed with gzip, bzip2 or xz."""
     start: int | None = 0
     try:
+        packed = shard.read_at(0, min(6, shard.end))
+        for magic, program in UNPACKERS.items():
+            if packed.startswith(magic):
+                shard = _PackedFile(shard, program)
         while start is not None:
             shard.offset = start
-            plain = is_header(shard.read_at(start, min(BLOCK, shard.end - start)))
             stream = io.BufferedReader(shard, CHUNK)
-            with tarfile.open(fileobj=stream, mode="r|*") as archive:
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
                     skip = not member.isreg() or METADATA.match(member.name) or is_sidecar(member.name)
@@ -226,21 +240,19 @@ def _members(shard: _ShardFile, url: str, record: Callable[[Exception], bool]) -
                         yield {"fname": member.name, "data": file.read(), "__url__": url}
                 length = archive.offset  # where its end mark stands
             yield {}
-            if plain:
-                stream.detach()
-                start = joined_archive(shard.read_at, start, start + length, shard.end)
-            elif stream.read().strip(b"\0"):
-                raise OSError("a header in it is damaged: what follows was left out")
-            else:
-                start = None
+            stream.detach()
+            start = joined_archive(shard.read_at, start, start + length, shard.end)
         if shard.is_truncated():  # tarfile does not report it
             raise OSError("it is truncated, or a header in it is damaged: what follows was left out")
-    except (OSError, tarfile.TarError, ValueError, EOFError, zlib.error) as error:
+    except RestOfArchive as error:  # its message gives sizes, which are not known of a compressed shard
+        packed_error = OSError("a header in it is damaged: what follows was left out")
+        record(packed_error if isinstance(shard, _PackedFile) else error)
+    except (OSError, tarfile.TarError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
         record(error)
 
 
 def _hashed_id(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "big") >> 1
 
 
 class _ShardFile(io.RawIOBase):
@@ -260,11 +272,35 @@ class _ShardFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), self.end - self.offset)
-        buffer[:size] = self.read_at(self.offset, size)
-        self.offset += size
-        return size
+        data = self.read_at(self.offset, min(len(buffer), self.end - self.offset))
+        buffer[: len(data)] = data
+        self.offset += len(data)
+        return len(data)
 
     def read_at(self, offset: int, size: int) -> bytes:
         read = partial(self.storage.read, self.name)
         return with_retries(partial(read_exactly, read, offset, size)) if size else b""
+
+
+class _PackedFile(_ShardFile):
+    """The contents of a shard that is compressed, read once from start to end; `read_at` reaches back a
+    little. `end` is the largest number until the end is seen. Raises OSError or EOFError for damage.
+    """
+
+    def __init__(self, packed: _ShardFile, unpack: Callable[[Any], Any]):
+        self.name, self.storage = packed.name, packed.storage
+        self.offset, self.end = 0, sys.maxsize
+        self._contents = unpack(io.BufferedReader(packed, CHUNK))
+        self._start, self._kept = 0, b""  # contents from the byte `_start` on
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        if offset < self._start:
+            raise OSError("a header in it is damaged: what follows was left out")
+        while self._start + len(self._kept) < offset + size and self.end == sys.maxsize:
+            data = self._contents.read(CHUNK)
+            if not data:
+                self.end = self._start + len(self._kept)
+            kept = max(0, min(len(self._kept), self._start + len(self._kept) - offset + REACH))
+            dropped = len(self._kept) - kept
+            self._start, self._kept = self._start + dropped, self._kept[dropped:] + data
+        return self._kept[offset - self._start : offset - self._start + size]

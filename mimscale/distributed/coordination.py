@@ -22,7 +22,7 @@ T = TypeVar("T")
 class Coordinator:
     """The control plane of a run. Without an initialised process group it is that of a single rank.
 
-    store: in which ranks that wait leave a note, so that `absent` can tell for whom. waiting: number, name and start
+    store: in which ranks that wait leave a note, so that `absent` knows for whom. waiting: number, name and start
     (on the monotonic clock) of the call in which this rank waits for others, for a thread that watches it.
     """
 

@@ -29,8 +29,8 @@ class EngineConfig(Strict):
     ds_config: a name in ds_configs/ (`zero2_fp16`) or a path to a JSON file of your own. With `backend: torch` only its
         precision is used.
     max_micro_batch: images per rank and forward pass at most; accumulation is solved from it and the world size. auto:
-        at the start of a run, the most whose predicted memory fits the GPU with the least memory (`mimscale plan` prints
-        it); on a CPU 64. What was found is written into the run's config.yaml, and a resume takes it from there.
+        at the start of a run, the most whose predicted memory fits the GPU with the least memory, as `mimscale plan`
+        prints it; on a CPU 64. What was found is written into the run's config.yaml, where a resume takes it from.
     activation_checkpointing: 0 off, k = recompute every k-th block.
     teachers_ahead: experimental. The teachers run one micro-batch ahead of the student, on a GPU in their own stream,
         so that they compute while the student waits for other ranks; costs the memory of one more micro-batch and its

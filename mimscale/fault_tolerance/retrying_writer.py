@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from mimscale.errors import warn
 from mimscale.files.atomic import atomic_write
+
+_NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # what waiting does not change
 
 
 class RetryingWriter:
@@ -41,7 +44,8 @@ class RetryingWriter:
                 for path in [*self._lines, *self._whole]:
                     self._try(path)
                 left = [f"{path} ({error.strerror or error})" for path, error in self._refused.items()]
-            if not left or time.monotonic() >= end_s:
+                hopeless = all(error.errno in _NO_FILE for error in self._refused.values())
+            if hopeless or time.monotonic() >= end_s:
                 return left
             time.sleep(min(1.0, patience_s))
 

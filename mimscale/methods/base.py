@@ -22,7 +22,7 @@ from mimscale.models.beit import Beit
 from mimscale.models.convvit import ConvViT
 from mimscale.models.patches import unnormalised
 from mimscale.models.token_selection import RasterOrder
-from mimscale.models.vit import ViT, set_fused_residuals
+from mimscale.models.vit import Residual, ViT, set_fused_residuals
 from mimscale.types import Batch, Needs, Noise, StepInfo, Targets, TeacherInfo, TeacherNeeds, View
 
 
@@ -61,6 +61,11 @@ class Method(nn.Module):
         Returns {"loss": fp32 scalar, and other named fp32 scalars for the log}.
         """
         raise NotImplementedError
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each fast path of the method: which of its twins runs, and why."""
+        return []
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides biases and 1-D tensors."""
@@ -185,6 +190,10 @@ class MaskedMethod(Method):
         noise = {"drop_path": Noise("uniform", (self.student.depth, 2))} if run.student.drop_path else {}
         self.needs = Needs(noise=noise, teachers=self.teacher_needs(run, teachers)) | self.masking.needs
 
+    @property
+    def notes(self) -> list[str]:
+        return [residual_note(self.student)]
+
     def make_student(self, run: RunConfig) -> Any:
         """Build the encoder."""
         raise NotImplementedError
@@ -225,6 +234,24 @@ class MaskedMethod(Method):
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         self.masking.load_extra_state(state.get("masking", {}))
+
+
+def residual_note(student: ViT | Beit | ConvViT) -> str:
+    """Whether the fast path `fused_residual` runs."""
+    rate, fused = student.config.drop_path, next(b.fused for b in student.modules() if isinstance(b, Residual))
+    if not fused:
+        return "fused_residual: off (as engine.plain says)"
+    return f"fused_residual: {f'on (drop path {rate:g})' if rate else 'off (student.drop_path = 0: nothing to fuse)'}"
+
+
+def masked_note(masked_only: bool, masking: Masking) -> str:
+    """Whether the fast path `masked_decoder` runs."""
+    if not masked_only:
+        return "masked_decoder: off (as engine.plain says)"
+    visible, masked, _, _ = masking.count
+    return (
+        f"masked_decoder: on ({masked} of {visible + masked} {'units' if masking.config.unit else 'patches'} are read)"
+    )
 
 
 def without_drop_path(batch: Batch) -> Batch:

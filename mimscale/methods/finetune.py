@@ -112,6 +112,10 @@ class Finetune(base.Method):
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)
         return {"loss": loss, "top1": (logits.argmax(dim=1) == batch.labels).float().mean()}
 
+    @property
+    def notes(self) -> list[str]:
+        return [base.residual_note(self.student)]
+
     def no_weight_decay(self) -> set[str]:
         return {"student.pos_embed", "student.cls_token"}
 

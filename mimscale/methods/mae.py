@@ -119,6 +119,10 @@ class MAE(base.MaskedMethod):
         )
         self.fusion = make_fusion(config.fusion, run.student.width, isinstance(self.student, ConvViT))
 
+    @property
+    def notes(self) -> list[str]:
+        return [base.masked_note(self.masked_only, self.masking), *super().notes]
+
     def make_student(self, run: RunConfig) -> ViT | ConvViT:
         """Build the encoder."""
         return ViT(run.student, run.data.image_size, recompute_every=run.engine.activation_checkpointing)

@@ -78,6 +78,10 @@ class SimMIM(base.MaskedMethod):
         self.head = PixelHead(run.student.width, run.student.patch)
         self.fusion = make_fusion(config.fusion, run.student.width)
 
+    @property
+    def notes(self) -> list[str]:
+        return [base.masked_note(self.masked_only, self.masking), *super().notes]
+
     def make_student(self, run: RunConfig) -> Beit:
         config = cast(SimMIMConfig, run.method)
         return Beit(

@@ -29,7 +29,10 @@ class Teacher(nn.Module, ABC):
     prefix: number of tokens before the patches; the class token, if there is one, is the first of them.
     norm_eps: eps of every LayerNorm; None: the library's.
     input: image size, mean and std; teachers with the same values share their input pixels.
+    changes: what `teachers.kernels` replaced in the tower, in words.
     """
+
+    changes = ""
 
     def __init__(
         self,

@@ -94,7 +94,9 @@ def load(
             name, config, lambda: adapter(config.library).hub_file(name, config), weights.downloads_allowed()
         )
         identity["sha256"] = weights.verify(name, config, path)
-        factors = kernels.fuse(teacher.tower) if fused else {}
+        factors: kernels.Factors = {}
+        if fused:
+            factors, teacher.changes = kernels.fuse(teacher.tower)
         teacher.load(weights.read(name, path), config.storage, f"teachers.{name}: {path}", factors)
     teacher.requires_grad_(False).eval().to(device)
     if config.precision == "int8" or config.precision == "fp8":
@@ -114,7 +116,8 @@ def _build_random(name: str, config: TeacherConfig, image_size: int, fused: bool
         torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big"))
         teacher = _build(name, config, image_size)
     if fused:
-        kernels.scale_parameters(teacher.tower, kernels.fuse(teacher.tower))
+        factors, teacher.changes = kernels.fuse(teacher.tower)
+        kernels.scale_parameters(teacher.tower, factors)
     teacher.tower.to(DTYPES[config.storage])
     return teacher
 
@@ -153,6 +156,8 @@ class TeacherEnsemble:
             if compiled:
                 compile_blocks(teacher)
             self.notes.append(f"teachers.{name}: {'compiled' if compiled else 'eager'} ({why})")
+            why = teacher.changes or ("nothing in it to replace" if fused else "as engine.plain says")
+            self.notes.append(f"teacher_kernels: {'on' if teacher.changes else 'off'} for teachers.{name} ({why})")
         self._sharded = [name for name in needs if configs[name].shard]
         self._precisions = {name: configs[name].precision for name in needs}
         self._image_size, self._device = image_size, device

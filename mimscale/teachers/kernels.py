@@ -6,7 +6,7 @@ The fast path `teacher_kernels`. Numbers are equal up to rounding, names in the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,19 @@ Factors = Mapping[str, float]
 QUICK = 1.702  # of QuickGELU: x sigmoid(1.702 x)
 
 
-def fuse(tower: nn.Module) -> Factors:
-    """Apply both to a library's module. Returns the result of `fold_quickgelu`."""
-    use_sdpa(tower)
-    return fold_quickgelu(tower)
+class Fused(NamedTuple):
+    """factors: of `fold_quickgelu`. changes: what was replaced, in words; empty if nothing was."""
+
+    factors: Factors
+    changes: str
+
+
+def fuse(tower: nn.Module) -> Fused:
+    """Apply both to a library's module."""
+    attentions, factors = use_sdpa(tower), fold_quickgelu(tower)
+    layers = len([name for name in factors if name.endswith(".weight")]) // 2
+    parts = {f"QuickGELU in {layers} MLPs": layers, f"SDPA in {attentions} attentions": attentions}
+    return Fused(factors, ", ".join(text for text, count in parts.items() if count))
 
 
 def fold_quickgelu(tower: nn.Module) -> Factors:
@@ -77,10 +86,12 @@ class SelfAttention(nn.Module):
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
 
 
-def use_sdpa(tower: nn.Module) -> None:
-    """Replace nn.MultiheadAttention by `SelfAttention`, which keeps its parameters."""
-    for parent, name, module in list(_attentions(tower)):
+def use_sdpa(tower: nn.Module) -> int:
+    """Replace nn.MultiheadAttention by `SelfAttention`, which keeps its parameters. Returns how many."""
+    found = list(_attentions(tower))
+    for parent, name, module in found:
         setattr(parent, name, SelfAttention(module))
+    return len(found)
 
 
 def _attentions(tower: nn.Module) -> Iterator[tuple[nn.Module, str, nn.MultiheadAttention]]:

@@ -13,7 +13,8 @@ from functools import partial
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.compiler import uncompiled
-from mimscale.data.order import Order, batch_of, jumped, rank_positions
+from mimscale.data.mixture import order_of
+from mimscale.data.order import batch_of, jumped, rank_positions
 from mimscale.data.wds_stream import Source, WebDatasetStream
 from mimscale.errors import Stopped, warn
 from mimscale.fault_tolerance import activation_magnitudes
@@ -109,7 +110,7 @@ def log_jump(run: TrainContext, start: int, batches: range) -> None:
     plan, config = run.plan, run.plan.config
     if isinstance(plan.manifest, WebDatasetStream):
         return  # nobody knows which samples they would have been
-    order = Order(plan.manifest, config.seed, config.data.streams, config.data.block)
+    order = order_of(plan.manifest, config.seed, config.data.streams, config.data.block)
     few = len(batches) * config.schedule.global_batch <= 10_000
     for batch in batches:
         samples = order.ids(rank_positions(batch, config.schedule.global_batch, 0, 1)).tolist()

@@ -56,7 +56,7 @@ class Monitor:
 
         run.inputs.start(state)
         run.logger.start(total=plan.total_steps, step=state.step, tensorboard=plan.config.log.tensorboard)
-        notes = (*run.cost_notes, *run.init_notes, *run.teachers.notes, *run.engine.notes)
+        notes = (*run.cost_notes, *run.init_notes, *run.method.notes, *run.teachers.notes, *run.engine.notes)
         run.logger.print("\n".join((describe_run(run, state), *notes)))
         self._engine_notes = len(run.engine.notes)
         if state.step < plan.total_steps:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.config.compiler import use_cache_dir
@@ -72,23 +74,19 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     check_precision(world.device, precision_of(ds_config))
     check_backend(config.engine, ds_config, world.device)
     skeletons = build_skeletons(config.teachers, config.data.image_size)
-    for name, teacher in config.teachers.items():
-        if world.device.type == "cuda" or teacher.shard:
-            check_precision(world.device, teacher.storage, f"teachers.{name}.precision")
-            check_quantised(name, teacher.precision, world.device)
-        check_compiled(name, teacher, world.device)
+    check_teachers(config, world.device)
     method_class(config.method.name).check(config, describe(skeletons))
 
     stored = run_folder.existing_run(run_dir)
     parent = None
     if fork is not None:
+        if os.path.realpath(fork) == os.path.realpath(run_dir):
+            raise UserError(f"--fork {fork} is --run-dir itself; name a new folder for the new run")
         parent = checkpoint.newest(run_dir)
         if parent is None:
             raise UserError(f"--fork: {run_dir} has no checkpoint to start from; let it save one first")
         if config.init is not None:
             raise UserError(f"--fork starts from {run_dir} and init.weights from {config.init.weights}; set init=null")
-        if os.path.realpath(fork) == os.path.realpath(run_dir):
-            raise UserError(f"--fork {fork} is --run-dir itself; name a new folder for the new run")
         run_dir, stored = fork, run_folder.existing_run(fork)
     fresh = not checkpoint.steps(run_dir / "checkpoints") and not checkpoint.damaged(run_dir / "checkpoints")
     config = init_weights.with_sha256(config, stored, resumes=not fresh)
@@ -143,6 +141,15 @@ def check_classes(config: RunConfig, manifest: Source) -> None:
     if manifest.labels is not None:
         classes = len(manifest.classes) if manifest.classes is not None else int(manifest.labels.max()) + 1
         method_class(config.method.name).check_classes(config, classes)
+
+
+def check_teachers(config: RunConfig, device: torch.device) -> None:
+    """Whether the device can compute the teachers' number formats, and compile them. Raises UserError."""
+    for name, teacher in config.teachers.items():
+        if device.type == "cuda" or teacher.shard:
+            check_precision(device, teacher.storage, f"teachers.{name}.precision")
+            check_quantised(name, teacher.precision, device)
+        check_compiled(name, teacher, device)
 
 
 def open_damage_log(

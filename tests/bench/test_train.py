@@ -43,13 +43,29 @@ def check_figures(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize("recipe", ["mae_tiny", "mrmae_convmae_tiny", "amt_tiny"])
 def test_a_step_is_measured_with_all_its_parts(recipe: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
-    values = measured(tmp_path, 1, recipe, "--profile", "--trace", str(trace))
+    values = measured(tmp_path, 1, recipe, "--profile", "--save", "--trace", str(trace))
     (row,) = values["cases"]
     check_figures(row)
     assert row["profile"]["kernels"] > 100 and row["profile"]["kernel_ms"] > 0
     assert json.loads(trace.read_text())["traceEvents"]
+    assert row["save_stall_ms"] > 0 and row["save_gib"] > 12 * 1e6 * row["parameters_millions"] / 2**30
     assert sum(row["gflop_per_image"].values()) > 0 and values["device"]["peak"]["fp32"] > 1e9
     assert "commit" in values["origin"] and values["device_name"]
+
+
+@pytest.mark.multi
+def test_jpegs_are_written_for_the_cases_that_read_them(shards: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    cases = [TrainCase("jpeg", "mae_tiny", ("data.workers=1",), tuple(SHORT), shards=True)]
+    list(_cases.run_cases(cases, [], 200.0, rows.append, make_shards=lambda: shards))
+    check_figures(rows[0])
+    assert rows[0]["case"] == "jpeg"
+
+    def fails() -> Path:
+        raise OSError("no room")
+
+    list(_cases.run_cases(cases, [], 200.0, rows.append, make_shards=fails))
+    assert rows[1]["error"] == "shards: OSError: no room"
 
 
 @pytest.mark.multi
@@ -140,6 +156,12 @@ def test_bad_input_is_one_line(words: list[str], line: str, capsys: pytest.Captu
     assert main(["bench", "train", *words]) == 2
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1
+
+
+def test_several_cases_refuse_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["bench", "train", "mae_tiny,seed=1"]) == 2
+    assert "call it without torchrun, or with one recipe" in capsys.readouterr().err
 
 
 def test_synthetic_batches_go_on(tmp_path: Path) -> None:

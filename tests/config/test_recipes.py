@@ -117,9 +117,11 @@ PUBLISHED = [n for n in recipe_names() if not n.startswith("demo_") and not n.en
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_batch_divides_over_8_to_512_gpus(name: str) -> None:
     run = load_recipe(name)
+    most = run.engine.max_micro_batch
+    assert isinstance(most, int)
     for world in (8, 64, 256, 512):
-        micro, accumulation = solve_micro_batch(run.schedule.global_batch, world, run.engine.max_micro_batch)
-        assert micro * accumulation * world == run.schedule.global_batch and micro <= run.engine.max_micro_batch
+        micro, accumulation = solve_micro_batch(run.schedule.global_batch, world, most)
+        assert micro * accumulation * world == run.schedule.global_batch and micro <= most
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from mimscale.data.transforms import (
     resized_short_side,
     resized_to_square,
 )
+from mimscale.errors import UserError
 
 SOURCE = Image.fromarray(synthetic_image(1, 3, 96, 0, 0))
 
@@ -151,12 +153,16 @@ def test_rows_below_a_crop_are_not_decoded(options: dict) -> None:
     whole, decoder = np.array(decode(data)), SimpleJpegDecoder()
     for bottom in range(1, 158, 3):
         decoder._buffer.fill(77)  # what a row that is not decoded would show
-        image = decoder(data, lambda size, bottom=bottom: Part(bottom, 40))
-        assert np.array_equal(image.array[:bottom], whole[:bottom]) and image.size == (131, 157)
+        found = decoder(data, partial(part, bottom, 40))
+        assert np.array_equal(found.array[:bottom], whole[:bottom]) and found.size == (131, 157)
         saved = 157 - bottom - jpeg.ROWS_AHEAD >= jpeg.LEAST_ROWS_SAVED
-        assert len(image.array) == (bottom + jpeg.ROWS_AHEAD if saved else 157)
+        assert len(found.array) == (bottom + jpeg.ROWS_AHEAD if saved else 157)
     with pytest.raises(AssertionError, match="not wanted"):
         decoder(data, lambda size: Part(50, 40)).crop((0, 20, 30, 60))
+
+
+def part(bottom: int, side: int, size: tuple[int, int]) -> Part:
+    return Part(bottom, side)
 
 
 def restarts(image: Image.Image) -> bytes:
@@ -169,7 +175,7 @@ def test_other_jpegs_give_the_same_rows(make) -> None:
     data = make(SOURCE) + bytes(make is encoded)
     whole = np.asarray(decode(data))
     for bottom in (5, 33, 64):
-        rows = SimpleJpegDecoder()(data, lambda size, bottom=bottom: Part(bottom, 5)).array
+        rows = SimpleJpegDecoder()(data, partial(part, bottom, 5)).array
         assert np.array_equal(rows[:bottom], whole[:bottom])
 
 
@@ -186,7 +192,7 @@ def test_a_reduced_decode_depends_on_the_crop() -> None:
     whole = decode(data)
     for side, fraction in ((127, 1), (128, 2), (256, 4), (700, 8)):
         box = (33, 57, side, side + 20)
-        image = decoder(data, lambda size, side=side: Part(33 + side, side))
+        image = decoder(data, partial(part, 33 + side, side))
         assert image.fraction == fraction and image.size == whole.size and len(image.array) < 1205 / fraction
         ours = resized_crop(image, box, 64, "bicubic")
         assert psnr(ours, resized_crop(whole, box, 64, "bicubic")) > 30
@@ -210,3 +216,12 @@ def test_large_jpegs_may_be_decoded_at_a_fraction_of_their_size() -> None:
 
 def test_explain_names_the_decoder() -> None:
     assert explain("simplejpeg").startswith("simplejpeg 1.") and "chosen by data.decoder" in explain("pillow")
+
+
+def test_the_pixel_limit_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    assert module.max_pixels(None) == 100_000_000
+    assert module.max_pixels("300000000") == Image.MAX_IMAGE_PIXELS == 300_000_000
+    for setting in ("", "0", "1e9", "-5", "many"):
+        with pytest.raises(UserError, match="MIMSCALE_MAX_PIXELS"):
+            module.max_pixels(setting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing.util
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -365,7 +366,7 @@ def test_evaluation_needs_no_room_in_dev_shm(shards: Path) -> None:
     """Where mounts are permitted it gets 64 kB there, and a batch has 3 MB; containers have 64 MB, and batches 40."""
     small = ["unshare", "--mount", "bash", "-c", 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"', "bash"]
     permitted = subprocess.run([*small, "true"], capture_output=True).returncode == 0
-    words = [*(small if permitted else []), sys.executable, "-c", EVALUATE, shards]
+    words = [*(small if permitted else []), sys.executable, "-c", EVALUATE, str(shards)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -377,7 +378,7 @@ def test_workers_that_cannot_start_are_one_line(shards: Path) -> None:
     limit = ["bash", "-c", 'ulimit -n 14 && exec "$@"', "bash"]
     permitted = subprocess.run([*full, "true"], capture_output=True).returncode == 0
     code = EVALUATE.replace("kept = ", "import torch, torchvision, simplejpeg, encodings.idna\nkept = ")
-    words = [*(full if permitted else limit), sys.executable, "-c", code, shards]
+    words = [*(full if permitted else limit), sys.executable, "-c", code, str(shards)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "workers = 2: a worker cannot be started (" in done.stderr.splitlines()[-1]
 
@@ -484,3 +485,54 @@ def test_workers_that_never_begin_end_the_run(manifest: Manifest, monkeypatch: p
     monkeypatch.setattr(loader_module, "_begin", lambda *args: threading.Event().wait())
     with pytest.raises(RuntimeError, match="did not begin within 0.5 s, 2 times"):
         next(eval_batches(manifest, 16, batch=7, workers=1))
+
+
+def children() -> set[int]:
+    return {child.pid or 0 for child in multiprocessing.active_children()}
+
+
+def limit_with_free_files(count: int) -> int:
+    """A limit on descriptors below which so many are free."""
+    used, limit = set(map(int, os.listdir("/proc/self/fd"))), 0
+    while count:
+        count -= limit not in used
+        limit += 1
+    return limit
+
+
+def test_a_start_that_fails_leaves_no_worker(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They ignore SIGTERM, so a process that failed would wait for them at its exit."""
+    before = children()
+
+    def endless_then_bad(self: object) -> Iterator[object]:
+        raise ValueError("absurd")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader_module.PositionSampler, "__iter__", endless_then_bad)
+        with pytest.raises(ValueError, match="absurd"):
+            next(iter(loader(manifest, config(manifest, workers=3))))
+    assert children() <= before
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with_free_files(24), hard))
+        with pytest.raises(
+            UserError, match="data.workers = 20: a worker cannot be started .Too many open files.; raise"
+        ):
+            next(iter(loader(manifest, config(manifest, workers=20))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert children() <= before
+
+
+def test_an_index_that_is_cut_while_it_is_read(manifest: Manifest, tmp_path: Path) -> None:
+    """torch takes the worker's SIGBUS for a lack of shared memory."""
+    folder = Path(shutil.copytree(manifest.folder, tmp_path / "shards"))
+    opened = Manifest.load(folder)
+    batches = iter(loader(opened, config(opened, workers=1)))
+    next(batches)
+    for name in ("index.npy", "labels.npy"):
+        os.truncate(folder / name, 0)
+    with pytest.raises(UserError, match="index.npy' was cut or replaced while it was in use; make it again"):
+        for _ in range(200):
+            next(batches)

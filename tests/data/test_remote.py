@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.index import index_shards
+from data_prep.index import IndexOptions, index_shards
+from data_prep.shard_list import list_shards
 from mimscale.data import sample_reader as reader_module
 from mimscale.data import storage as storage_module
 from mimscale.data.config import DataConfig
@@ -128,7 +129,7 @@ def test_shards_without_checksums_have_distinct_cache_keys(
         with open(tmp_path / name / "shard-000000.tar", "r+b") as file:
             file.seek(1700)
             file.write(name.encode())
-        index_shards(tmp_path / name, label=None)
+        index_shards(list_shards(str(tmp_path / name)), IndexOptions())
         monkeypatch.chdir(tmp_path / name)
         manifest = Manifest.load(".", cache=cache)
         assert manifest.file.shards[0].sha256 is None

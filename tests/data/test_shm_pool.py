@@ -6,6 +6,8 @@ import gc
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -230,3 +232,13 @@ def test_the_loader_uses_the_pool(manifest: Manifest) -> None:
 
     held, plain = first(data, 30), first(data.model_copy(update={"workers": 0}), 30)
     assert all(same(replace(one, uncropped=None), two) for one, two in zip(held, plain, strict=True))
+
+
+def test_a_limit_on_files_that_the_pool_exceeds() -> None:
+    """`ulimit -f` holds for anonymous memory too."""
+    code = (
+        "import resource; from mimscale.data.shm_pool import SharedMemoryPool\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY)); SharedMemoryPool(4, 100_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "UserError" in done.stderr and "of shared memory for the data workers: File too large; raise" in done.stderr

@@ -65,9 +65,9 @@ def made(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_which_files_are_taken(images: Path, made: Path) -> None:
     source = read_folder(images, labelled=True)
     assert dict(source.skipped) == {
-        "hidden": 1,
-        "without an image's extension": 1,
-        "without an image's content": 1,
+        "hidden or of the system": 1,
+        "not an image": 1,
+        "not an image (.txt)": 1,
         "outside of the class folders": 1,
     }
     manifest = Manifest.load(made)

@@ -120,7 +120,11 @@ def test_unusual_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     file = Manifest.load(folder).file
     assert (file.samples, file.left_out) == (
         1,
-        {"two": "no image", "three": "not an image", "__meta__": "no image"},
+        {
+            "a.tar/two": "no image among .txt",
+            "a.tar/three": "not an image that is read: a page of HTML",
+            "a.tar/__meta__": "no extension",
+        },
     )
     assert index(folder, "--image", "seg.png") == 0
     assert Manifest.load(folder).read(0) == b"\x89PNG\r\n\x1a\n"
@@ -155,14 +159,16 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_mistakes_are_named(wds_shards: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*arguments: object) -> str:
         assert index(*arguments) == 2
-        error = capsys.readouterr().err
-        assert error.strip().count("\n") == 0
-        return error
+        *bad, error = capsys.readouterr().err.splitlines()
+        assert all(line.startswith("bad: ") or "read before" in line for line in bad) and error.startswith(
+            "data_prep: "
+        )
+        return "\n".join([*bad, error])
 
     assert "no such folder" in refused(tmp_path / "nowhere")
     assert "holds no .tar files" in refused(tmp_path)
     assert "was written by data_prep" in refused(shards)
-    assert "4 of 4 samples of" in refused(wds_shards, "--label", "index")
+    assert "8 of 8 samples of" in refused(wds_shards, "--label", "index")
     assert "json is not a class number" in refused(wds_shards, "--label", "json")
     assert "json:caption is not a class number" in refused(wds_shards, "--label", "json:caption")
     assert "hold no images" in refused(wds_shards, "--image", "png", "--label", "none")
@@ -186,7 +192,7 @@ def test_labels_by_their_values_and_samples_without_one(tmp_path: Path, capsys: 
     members = {f"{n}.{kind}": data for n, v in enumerate(values) for kind, data in (("jpg", JPEG), ("cls", v))}
     folder = write(tmp_path / "in" / "a.tar", members)
     assert index(folder) == 2
-    assert "3 of 7 samples of" in (error := capsys.readouterr().err) and "the first is '3'" in error
+    assert "3 of 7 samples of" in (error := capsys.readouterr().err) and "the first is 'a.tar/3'" in error
     assert index(folder, "--skip-unlabelled") == 0
     assert [label for _, _, label in contents(folder)] == [2, 2, 2, 10]
     assert set(Manifest.load(folder).file.left_out.values()) == {"no label"}

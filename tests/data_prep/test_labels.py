@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.labels import MAX_CLASSES, classes_of, label_value
-from data_prep.table import read_table
+from data_prep.table import TableOptions, read_table
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
 
@@ -65,12 +65,12 @@ def test_rows_without_a_label_are_refused_or_left_out(tmp_path: Path, kind: str)
     labels: list[object] = ["3.0", "nan", "11", "", "-1", "0"]
     path = table(tmp_path, labels) / f"list.{kind}"
     with pytest.raises(UserError, match="3 of 6 rows have no label"):
-        read_table(path, None, None, None)
-    source = read_table(path, None, None, None, skip_unlabelled=True)
+        read_table(path)
+    source = read_table(path, options=TableOptions(skip_unlabelled=True))
     assert [item.label for item in source.items] == [3, 11, 0] and source.skipped == {"without a label": 3}
     assert source.classes == [str(n) for n in range(12)]
     assert source.runs == (None if kind == "csv" else [1, 1, 1])
-    assert read_table(path, None, None, "none").classes is None
+    assert read_table(path, options=TableOptions(label="none")).classes is None
 
 
 def test_an_id_is_refused_before_memory_is_taken(tmp_path: Path) -> None:

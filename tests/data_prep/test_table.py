@@ -90,7 +90,7 @@ def test_a_folder_of_parquet_files(root: Path, tmp_path: Path) -> None:
 
 
 def test_row_groups_stay_together_and_are_shuffled(root: Path, tmp_path: Path) -> None:
-    source = read_table(parquet(root, tmp_path / "one.parquet", "struct"), None, None, None)
+    source = read_table(parquet(root, tmp_path / "one.parquet", "struct"))
     plan = Plan(source, seed=0, shard_samples=6)
     groups = [{item.offset // 3 for item in plan.shard(n)} for n in range(plan.shards)]
     assert all(len(group) == 2 for group in groups) and sorted(g for group in groups for g in group) == list(range(8))
@@ -116,12 +116,14 @@ def test_mistakes_are_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFi
         return error
 
     assert "no such file" in refused("nowhere.txt", None)
-    assert "must end in .txt, .csv or .parquet" in refused("list.json", "[]")
-    assert "cannot be read: No such file" in refused("list.txt", "missing.jpg\n")
+    assert "must end in .txt, .csv, .tsv or .parquet" in refused("list.json", "[]")
+    assert "1 of 1 files cannot be read (No such file or directory): 'missing.jpg'" in refused(
+        "list.txt", "missing.jpg\n"
+    )
     assert "no images in" in refused("empty.txt", "\n")
     assert "name the one of the images" in refused("a.csv", "a,b\n1,2\n")
     assert "has columns path, not 'kind'" in refused("b.csv", "path\nx.jpg\n", "--label", "kind")
-    assert "some rows have no path" in refused("c.csv", "path\n''\n\n,\n".replace("''", '""'))
+    assert "2 of 2 rows have no path" in refused("c.csv", 'path\n""\n\n""\n')
     here = root / names(root)[0]
     assert "1 of 2 rows have no label (empty, NaN or -1)" in refused("d.csv", f"path,label\n{here},1\n{here},\n")
     assert "cannot be read" in refused("e.parquet", "no parquet")

@@ -63,6 +63,7 @@ def engines(
     for name in names:
         run = load_recipe(recipe, [*TORCH.get(name, [f"engine.ds_config={name}"]), *overrides])
         engine = build(run)
+        assert isinstance(run.data.shards, str)
         loader = TrainLoader(
             Manifest.load(run.data.shards),
             run.data.model_copy(update={"workers": 0}),

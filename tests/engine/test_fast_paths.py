@@ -139,7 +139,7 @@ def test_zero_3_fetches_whole_blocks() -> None:
     assert fitted({"stage": 2, "reduce_bucket_size": 7}, blocks) == {"stage": 2, "reduce_bucket_size": 7}
 
 
-@pytest.mark.parametrize(("ds_config", "hooks"), [("cpu_zero2_bf16", 10), ("cpu_zero3_bf16", 60)])
+@pytest.mark.parametrize(("ds_config", "hooks"), [("cpu_zero2_bf16", 30), ("cpu_zero3_bf16", 100)])
 def test_hooks_that_remain(ds_config: str, hooks: int, process_group: None) -> None:
     """Of a student of 4 blocks and a decoder of 2: flat parameters and Blocks as one unit leave few."""
     found = {}
@@ -151,7 +151,7 @@ def test_hooks_that_remain(ds_config: str, hooks: int, process_group: None) -> N
         engine = make_engine(method, run, world, micro_batch=2, accumulation=1, ds_config=file)
         found[plain] = count_hooks(method)
         engine.close()
-    assert 0 < found["[]"] < found["all"] / 3 and found["[]"] - hooks < 20, found
+    assert 0 < found["[]"] < min(hooks, found["all"] / 3), found
 
 
 @pytest.mark.multi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,13 @@ def test_a_content_is_the_old_or_the_new_one(tmp_path: Path) -> None:
         assert path.read_text() == "old\n" and len(box.flush(patience_s=0.1)) == 1
     assert box.flush() == [] and path.read_text() == "newest\n"
     assert [p.name for p in tmp_path.iterdir()] == ["marker"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    writer, start_s = RetryingWriter(), time.monotonic()
+    (tmp_path / "metrics.jsonl").mkdir()
+    writer.append(tmp_path / "metrics.jsonl", "line\n")
+    writer.append(tmp_path / "other.jsonl", "line\n")
+    (left,) = writer.flush(patience_s=600.0)
+    assert "metrics.jsonl (Is a directory)" in left and time.monotonic() - start_s < 300
+    assert (tmp_path / "other.jsonl").read_text() == "line\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,3 +131,59 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         RunLock(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"5", b"[]", b"null", b"{}", b"thesis", b"\xff\xfe", b'{"job": 1}', b"[" * 9000, b'{"job": null, "restart": "0"}'],
+)
+def test_a_lock_that_is_no_claim(content: bytes, tmp_path: Path) -> None:
+    """Nobody knows who lives, so a person has to say it."""
+    (tmp_path / "lock").write_bytes(content)
+    with pytest.raises(UserError, match="lock is damaged and does not say who uses this folder.* remove that file"):
+        RunLock(tmp_path, beat_s=0.1)
+    assert (tmp_path / "lock").read_bytes() == content
+    (tmp_path / "lock").unlink()
+    RunLock(tmp_path).release()
+
+
+def test_a_lock_of_zeros_is_what_a_power_failure_leaves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lock").write_bytes(bytes(2068))
+    RunLock(tmp_path, beat_s=0.05).release()
+    assert "gave no sign of life" in capfd.readouterr().err
+
+
+def test_a_folder_that_is_removed_and_a_lock_that_is(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path / "run", beat_s=60.0)
+    (tmp_path / "run" / "lock").unlink()
+    with pytest.raises(Stopped, match="run has lost its lock file while this run wrote in it"):
+        lock.check()
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(Stopped, match="run was removed while this run wrote in it"):
+        lock.check()
+    lock.release()
+
+
+def test_processes_that_may_be_meant_as_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two children of one launcher whose variables nobody knows, or two tasks of one job, on one folder."""
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    meant = "they lack RANK and WORLD_SIZE: start them with torchrun or srun"
+    with holder(tmp_path, before="import os; os.getppid = lambda: 5\n") as process:
+        with pytest.raises(UserError) as refused:
+            RunLock(tmp_path)
+        assert meant not in str(refused.value)  # two people
+        monkeypatch.setattr(os, "getppid", lambda: 5)
+        with pytest.raises(UserError, match=meant):
+            RunLock(tmp_path)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError) as refused:
+            RunLock(tmp_path)
+        assert meant not in str(refused.value)  # rank 0 of a launch that its launcher did start as such
+        process.kill()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with holder(tmp_path / "job", SLURM_JOB_ID="7") as process:
+        with pytest.raises(UserError, match=meant):
+            RunLock(tmp_path / "job")
+        process.kill()

@@ -63,7 +63,7 @@ def test_a_second_ctrl_c_leaves_at_once(recipe: Path, tmp_path: Path) -> None:
         waited_s[0] = time.monotonic()
         os.kill(pids[0], signal.SIGINT)
 
-    words = ["tests.faulty", faults, "train", recipe, "--run-dir", run_dir]
+    words: list[str | Path] = ["tests.faulty", faults, "train", recipe, "--run-dir", run_dir]
     done = ranks.run(1, *words, check=False, meanwhile=strike)
     assert time.monotonic() - waited_s[0] < 60  # not the 300 of the save
     assert done.returncode == 130 and "Traceback" not in done.stderr

@@ -21,7 +21,7 @@ import torch
 from tests import ranks
 
 STEPS, LIMIT_S = 6, 15.0
-FOREIGN = (
+OTHERS = (
     b"",
     b"5\n",
     b"[]",
@@ -91,7 +91,7 @@ class Folders:
         shutil.copytree(self.killed, run_dir)
         damage = harm(run_dir, dice.choice(self.files()), dice)
         start_s = time.monotonic()
-        words = ["tests.faults.quick_beats", "train", self.recipe, "--run-dir", run_dir]
+        words: list[str | Path] = ["tests.faults.quick_beats", "train", self.recipe, "--run-dir", run_dir]
         done = ranks.run(1, *words, check=False)
         seconds = time.monotonic() - start_s
         said = [line for line in done.stderr.splitlines() if line.startswith("mimscale train: ")]
@@ -117,8 +117,8 @@ class Folders:
 def harm(run_dir: Path, file: Path, dice: random.Random) -> Damage:
     path = run_dir / file
     content = path.read_bytes()
-    kinds = ["flip", "flip", "flip", "flip", "cut", "absent", "foreign", "folder", "longer"]
-    kind = dice.choice(kinds if content else ["absent", "foreign", "folder", "longer"])
+    kinds = ["flip", "flip", "flip", "flip", "cut", "absent", "others", "folder", "longer"]
+    kind = dice.choice(kinds if content else ["absent", "others", "folder", "longer"])
     if kind == "flip":
         what, content = flipped(content, dice)
         path.write_bytes(content)
@@ -126,12 +126,12 @@ def harm(run_dir: Path, file: Path, dice: random.Random) -> Damage:
         size = dice.choice([0, len(content) // 2, len(content) - 1])
         path.write_bytes(content[:size])
         what = f"cut to {size} of {len(content)} bytes"
-    elif kind == "foreign":
-        other = dice.choice(FOREIGN)
+    elif kind == "others":
+        other = dice.choice(OTHERS)
         path.write_bytes(other)
         what = f"holds {other[:20]!r}"
     elif kind == "longer":
-        path.write_bytes(content + dice.choice(FOREIGN))
+        path.write_bytes(content + dice.choice(OTHERS))
         what = "has more bytes"
     else:
         path.unlink()

@@ -58,7 +58,8 @@ def build(name: str, policy: type[Random], **engine: Any) -> MaskedMethod:
     generator = torch.Generator().manual_seed(6)
     for parameter in method.parameters():  # biases and norms too are away from zero and one
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    method.masking = policy(run.method.masking, run, teachers)
+    config: Any = run.method
+    method.masking = policy(config.masking, run, teachers)
     return method
 
 
@@ -99,6 +100,17 @@ def test_equals_its_plain_twin(name: str, policy: type[Random]) -> None:
     ours, theirs = fast.view(batch, targets), plain.view(batch, targets)
     assert ours is not None and theirs is not None and ours.reconstruction is not None
     assert theirs.reconstruction is not None and torch.equal(ours.reconstruction, theirs.reconstruction)
+
+
+def test_a_run_says_which_twin_it_computes() -> None:
+    assert build("mae", Keeping).notes == [
+        "masked_decoder: on (27 of 36 patches are read)",
+        "fused_residual: on (drop path 0.3)",
+    ]
+    assert build("simmim", Keeping, plain=["masked_decoder", "fused_residual"]).notes == [
+        "masked_decoder: off (as engine.plain says)",
+        "fused_residual: off (as engine.plain says)",
+    ]
 
 
 def test_recomputed_blocks_change_no_gradient() -> None:

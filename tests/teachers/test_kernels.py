@@ -56,6 +56,22 @@ def test_equals_the_library(name: str, tmp_path: Path) -> None:
     assert (theirs.names["aten.silu.default"], theirs.names["aten.sigmoid.default"]) == (0, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "fused", "note"),
+    [
+        (OPEN_CLIP, True, "on for teachers.t (QuickGELU in 3 MLPs, SDPA in 3 attentions)"),
+        (TIMM_CLIP, True, "on for teachers.t (QuickGELU in 3 MLPs)"),
+        (TIMM_CLIP, False, "off for teachers.t (as engine.plain says)"),
+        ("vit_base_patch16_224.dino", True, "off for teachers.t (nothing in it to replace)"),
+    ],
+)
+def test_a_run_says_what_was_replaced(name: str, fused: bool, note: str) -> None:
+    kind = tiny.open_clip_config if name.startswith("ViT") else tiny.timm_config
+    configs = {"t": kind(name, None, random=True)}
+    ensemble = TeacherEnsemble(configs, build_skeletons(configs, 64), {"t": tiny.ALL}, 64, tiny.CPU, fused)
+    assert f"teacher_kernels: {note}" in ensemble.notes
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", [TIMM_CLIP, OPEN_CLIP])
 def test_rounds_no_more_than_the_library_in_16_bit(name: str, precision: str, tmp_path: Path) -> None:

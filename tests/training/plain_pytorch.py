@@ -29,6 +29,7 @@ def main(recipe: str, out: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     run = load_recipe(recipe)
     optim: Any = run.optim
+    assert isinstance(run.data.shards, str) and isinstance(run.engine.max_micro_batch, int)
     curve, manifest, micro = run.schedule, Manifest.load(run.data.shards), run.engine.max_micro_batch
     accumulation = curve.global_batch // (micro * world)
     torch.manual_seed(run.seed)

@@ -24,7 +24,7 @@ if __name__ == "__main__":
         os.chdir(mine["folder"])
         real = run_folder._version
         changed = mine.get("package")
-        run_folder._version = lambda name: changed if changed and name == "timm" else real(name)  # noqa: B023
+        run_folder._version = lambda package: changed if changed and package == "timm" else real(package)  # noqa: B023
         with contextlib.redirect_stderr(io.StringIO()) as printed:
             code = main(["train", *mine["words"]])
         run_folder._version = real

@@ -81,13 +81,13 @@ def test_only_proven_damage_is_passed_over(recipe: Path, whole: Path, tmp_path: 
     root = tmp_path / "run" / "checkpoints"
     manifest = root / "step-00000004" / "manifest.json"
     text, complete = manifest.read_text(), root / "step-00000004" / "COMPLETE"
-    other, whole = text.replace(f'"format": {checkpoint.FORMAT}', '"format": 1'), complete.read_text()
+    other, mark = text.replace(f'"format": {checkpoint.FORMAT}', '"format": 1'), complete.read_text()
     manifest.write_text(other)
     complete.write_text(hashlib.sha256(other.encode()).hexdigest())
     refused = ranks.run(1, "mimscale", "train", recipe, "--run-dir", tmp_path / "run", check=False)
     assert refused.returncode == 2 and "has format 1" in refused.stderr
     manifest.write_text(text[:-10])
-    complete.write_text(whole)
+    complete.write_text(mark)
     for _ in range(2):
         refused = ranks.run(1, "mimscale", "train", recipe, "--run-dir", tmp_path / "run", check=False)
         assert refused.returncode == 2 and "every checkpoint in" in refused.stderr

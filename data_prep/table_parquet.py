@@ -1,0 +1,154 @@
+"""Tables in parquet files: images as bytes or as paths. Nothing but labels and paths is read to list the rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from data_prep.item_reader import parquet_library
+from data_prep.splits import chosen_files
+from data_prep.table_rows import Row, choose_columns
+from mimscale.data.sidecars import is_sidecar
+from mimscale.errors import UserError
+
+Rows = tuple[list[Row], list[int] | None, list[str] | None]
+
+
+def read_parquet(table: Path, root: Path, image: str | None, label: str | None, pattern: str | None) -> Rows:
+    """(rows, lengths of the row groups, names of the classes). The lengths are None if the files hold paths instead of
+    images; the names are None unless Hugging Face's metadata gives them. Raises UserError.
+    """
+    pq, pa = parquet_library()
+    files = chosen_files(table, _files_below(table), pattern) if table.is_dir() else [table]
+    if not files:
+        raise UserError(f"table '{table}': the folder holds no .parquet files")
+    rows: list[Row] = []
+    runs: list[int] = []
+    stored: set[bool] = set()
+    names: list[list[str] | None] = []
+    for path in files:
+        try:
+            with pq.ParquetFile(path) as file:
+                column, label_column = choose_columns(path, list(file.schema_arrow.names), image, label)
+                names.append(_class_names(file.schema_arrow, label_column))
+                kind = _checked(path, file.schema_arrow, column, label_column)
+                as_bytes = kind == "bytes" or (kind == "struct" and _stores_bytes(file, column))
+                stored.add(as_bytes)
+                for group_rows in _groups(path, file, column, label_column, kind, as_bytes):
+                    rows += group_rows
+                    runs += [len(group_rows)] if group_rows else []
+        except (OSError, pa.ArrowException) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"table '{path}' cannot be read: {reason[:200]}") from None
+    if len(stored) > 1:
+        raise UserError(f"'{table}': some files hold images and others paths; convert them one by one, see --files")
+    if any(found != names[0] for found in names):
+        raise UserError(f"'{table}': its files name different classes; convert them one by one, see --files")
+    return rows, runs if True in stored else None, names[0]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Also those of sub-folders, each folder once."""
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for top, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(top)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not is_sidecar(name))
+        found += (Path(top) / name for name in files if name.lower().endswith(".parquet") and not is_sidecar(name))
+    return sorted(found)
+
+
+def _checked(path: Path, schema: Any, column: str, label: str | None) -> str:
+    """ "struct", "bytes" or "paths", what the column of images holds. Raises UserError; a type is named by its kind."""
+    types = parquet_library()[1].types
+    kind = schema.field(column).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if label is not None:
+        label_type = schema.field(label).type
+        if types.is_nested(label_type):
+            raise UserError(
+                f"table '{path}': column '{label}' holds {_kind(label_type)}, not class labels; see --label"
+            )
+    if types.is_struct(kind):
+        fields = {kind.field(number).name for number in range(kind.num_fields)}
+        if "bytes" in fields or "path" in fields:
+            return "struct"
+    elif types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        return "bytes"
+    elif types.is_string(kind) or types.is_large_string(kind):
+        return "paths"
+    raise UserError(
+        f"table '{path}': column '{column}' holds {_kind(kind)}, not one image (bytes, or bytes and path) or path per "
+        "row; see --image"
+    )
+
+
+def _kind(kind: Any) -> str:
+    return str(kind).split("<")[0].split("[")[0]
+
+
+def _stores_bytes(file: Any, column: str) -> bool:
+    """Whether any row of a struct has bytes, by the statistics of the groups; without them, it is assumed."""
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        for index in range(group.num_columns):
+            chunk = group.column(index)
+            if chunk.path_in_schema == f"{column}.bytes":
+                statistics = chunk.statistics
+                known = statistics is not None and statistics.has_null_count
+                if not known or statistics.null_count < group.num_rows:
+                    return True
+    return False
+
+
+def _groups(path: Path, file: Any, column: str, label: str | None, kind: str, as_bytes: bool) -> Iterator[list[Row]]:
+    first = 0
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        total = group.num_rows
+        source = f"{column}.path" if kind == "struct" else column
+        names = [name for name in (None if as_bytes else source, label) if name]
+        columns = file.read_row_group(number, columns=names).to_pydict() if names else {}
+        labels = ["" if value is None else _label_text(value) for value in columns[label]] if label else [""] * total
+        if as_bytes:
+            size = max(1, _column_bytes(group, column) // max(1, total))
+            yield [Row(str(path), name, first + row, size, column) for row, name in enumerate(labels)]
+        else:
+            paths = [value.get("path") if isinstance(value, dict) else value for value in columns[column]]
+            empty = sum(not value for value in paths)
+            if empty:
+                raise UserError(
+                    f"table '{path}': {empty:,} of {total:,} rows "
+                    f"have neither image nor path in '{column}'; remove them"
+                )
+            yield [Row(str(value), name) for value, name in zip(paths, labels, strict=True)]
+        first += total
+
+
+def _label_text(value: Any) -> str:
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
+
+
+def _column_bytes(group: Any, column: str) -> int:
+    chunks = (group.column(number) for number in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+
+
+def _class_names(schema: Any, label: str | None) -> list[str] | None:
+    """The names of ClassLabel in the metadata that Hugging Face's datasets write, in the order of the class index."""
+    with suppress(KeyError, TypeError, ValueError, AttributeError):
+        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]
+        names = feature["names"] if feature.get("_type") == "ClassLabel" else None
+        if isinstance(names, dict):  # of older versions: {"0": name}
+            names = [names[str(number)] for number in range(len(names))]
+        if names and all(isinstance(name, str) for name in names):
+            return list(names)
+    return None

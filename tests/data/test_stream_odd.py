@@ -1,0 +1,81 @@
+"""Shards of a stream as other programs write them: compressed, joined, with names of any bytes."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mimscale.data.wds_stream import _hashed_id, _read_samples
+from mimscale.types import Damage
+
+PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+def archive(members: dict[str, bytes], encoding: str = "utf-8", kind: int = tarfile.GNU_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=kind, encoding=encoding) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def some(first: int, count: int, size: int = 3000) -> dict[str, bytes]:
+    return {f"{n:03d}.jpg": os.urandom(size) for n in range(first, first + count)}
+
+
+def read(path: Path, data: bytes) -> tuple[list[bytes], list[Damage]]:
+    path.write_bytes(data)
+    damage: list[Damage] = []
+    return [sample["jpg"] for sample in _read_samples(str(path), damage)], damage
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_compressed_shards_are_read_without_complaint(tmp_path: Path, kind: str) -> None:
+    for name in (f"a.tar.{kind}", "a.tar"):
+        members = some(0, 8)
+        found, damage = read(tmp_path / name, PACK[kind](archive(members)))
+        assert found == list(members.values()) and not damage
+
+
+def test_large_and_joined_compressed_shards(tmp_path: Path) -> None:
+    members = [some(0, 30, 1 << 20), some(30, 5), some(40, 2)]
+    one, two, three = map(archive, members)
+    everything = [data for part in members for data in part.values()]
+    for data in (gzip.compress(one + two + three, 1), gzip.compress(one, 1) + gzip.compress(two + three, 1)):
+        found, damage = read(tmp_path / "a.tar.gz", data)
+        assert found == everything and not damage
+    with_zeros = gzip.compress(two + bytes(20 << 20), 1)
+    found, damage = read(tmp_path / "a.tar.gz", with_zeros)
+    assert found == list(members[1].values()) and not damage
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_damage_in_compressed_shards_is_recorded(tmp_path: Path, kind: str) -> None:
+    members = some(0, 8)
+    plain = archive(members)
+    packed = PACK[kind](plain)
+    hole = plain[:8192] + bytes(4096) + plain[12288:]
+    unfinished = plain[: plain.index(b"007.jpg")]
+    for data in (packed[: len(packed) // 2], packed[:-3], PACK[kind](hole), PACK[kind](unfinished), packed[:9]):
+        found, damage = read(tmp_path / "a.tar", data)
+        assert damage and damage[0].shard == "a.tar" and damage[0].reason
+        assert "9,223" not in damage[0].reason
+
+
+def test_names_of_any_bytes(tmp_path: Path) -> None:
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        members = {f"caf\xe9 {'x' * 200}\n{n}.jpg": bytes([n]) for n in range(3)}
+        path = tmp_path / os.fsdecode(b"a\xff.tar")
+        found, damage = read(path, archive(members, "latin-1", kind))
+        assert found == list(members.values()) and not damage
+    assert _hashed_id(os.fsdecode(b"caf\xe9")) != _hashed_id(os.fsdecode(b"caf\xe8"))
