@@ -7,8 +7,9 @@ import gzip
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import pytest
 
@@ -40,7 +41,7 @@ def samples(first: int, count: int = 4) -> dict[str, bytes]:
     return members
 
 
-def folder(path: Path, shards: int = 3, **bad: Any) -> Path:
+def folder(path: Path, shards: int = 3, bad: Mapping[str, bytes] = MappingProxyType({})) -> Path:
     path.mkdir()
     for number in range(shards):
         (path / f"good-{number:03d}.tar").write_bytes(archive(samples(4 * number)))
@@ -69,7 +70,7 @@ REASONS = {
 
 
 def test_all_bad_shards_are_named_and_left_out_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = folder(tmp_path / "in", **FAULTS)
+    source = folder(tmp_path / "in", bad=FAULTS)
     assert main(["index", str(source)]) == 2
     *bad, error = capsys.readouterr().err.splitlines()
     assert len(bad) == 6 and "6 of 9 shards cannot be indexed; make them again" in error
@@ -91,7 +92,7 @@ def test_all_bad_shards_are_named_and_left_out_on_request(tmp_path: Path, capsys
 
 
 def test_more_than_ten_are_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = folder(tmp_path / "in", **{f"bad_{n:02d}": WHOLE[: 100 * n] for n in range(13)})
+    source = folder(tmp_path / "in", bad={f"bad_{n:02d}": WHOLE[: 100 * n] for n in range(13)})
     assert main(["index", str(source)]) == 2
     *bad, error = capsys.readouterr().err.splitlines()
     assert len(bad) == 10 and "13 of 16" in error and "all 13 are in" in error
@@ -111,7 +112,7 @@ def test_more_than_ten_are_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_it_continues_after_a_repair_and_reads_what_changed_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = folder(tmp_path / "in", 3, b=WHOLE[:3000])
+    source = folder(tmp_path / "in", 3, {"b": WHOLE[:3000]})
     assert main(["index", str(source)]) == 2
     with open(source / JOURNAL, "a") as file:
         file.write('["cut off by a kil')
@@ -120,7 +121,7 @@ def test_it_continues_after_a_repair_and_reads_what_changed_again(
     capsys.readouterr()
     assert main(["index", str(source)]) == 0
     assert "2 of 4 shards were read before" in capsys.readouterr().err
-    fresh = folder(tmp_path / "fresh", 3, b=WHOLE)
+    fresh = folder(tmp_path / "fresh", 3, {"b": WHOLE})
     (fresh / "good-001.tar").write_bytes(archive(samples(20, 7)))
     assert main(["index", str(fresh)]) == 0
     assert Manifest.load(source).fingerprint == Manifest.load(fresh).fingerprint

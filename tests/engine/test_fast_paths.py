@@ -78,7 +78,8 @@ def test_flat_parameters_give_the_same_numbers(every: int, compiled: bool, chain
         assert gradient is not None and torch.equal(place.read(), theirs[place.name])
         ours = gradient.view(-1)[place.start : place.start + place.numel].view(place.shape)
         torch.testing.assert_close(ours, theirs[place.name].grad, rtol=1e-6, atol=1e-6)
-    assert twin.blocks[0].attn.qkv.weight is None
+    first: Any = twin.blocks[0]
+    assert first.attn.qkv.weight is None
     assert torch.equal(twin(x, prefix=1).attention, chain(x, prefix=1).attention)
 
 
@@ -96,7 +97,8 @@ def test_a_pass_that_fails_leaves_no_views(chain: Chain) -> None:
     twin, _, _ = flat_twin(chain)
     with pytest.raises(RuntimeError, match="shape"):
         twin(torch.randn(2, 5, 15))
-    assert twin.blocks[0].norm1.weight is None
+    first: Any = twin.blocks[0]
+    assert first.norm1.weight is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
