@@ -26,7 +26,8 @@ WIDE = 140
 """Columns of a terminal that holds the expected results too."""
 LEGEND = (
     "student: ViT-size/patch, or width x depth/patch. `mimscale train RECIPE --show` prints a recipe whole; --json "
-    "adds where each comes from, how its cost was found, and what it extends."
+    "adds where each comes from, how its cost was found, and what it extends. Costs: FLOPs as `mimscale plan` counts "
+    "them, at 40 % of an A100's peak; `mimscale plan RECIPE` predicts a run on a cluster."
 )
 
 

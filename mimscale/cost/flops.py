@@ -74,7 +74,13 @@ def flops_of(config: RunConfig, teachers: Mapping[str, Teacher] | None = None) -
 
 
 def flops_of_shapes(shapes: Shapes) -> Flops:
-    """The same for what `trace.build` has built."""
+    """The same for what `trace.build` has built. Counted on the plain twins of the fast paths: what these leave out is
+    work of the model all the same.
+    """
+    engine = shapes.config.engine
+    if engine.plain != "all":
+        plain = shapes.config.model_copy(update={"engine": engine.model_copy(update={"plain": "all"})})
+        shapes = build(plain, shapes.teachers)
     learned = _count(shapes, learned_masks=True)
     warm_up = warm_up_share(shapes)
     if not warm_up:

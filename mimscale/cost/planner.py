@@ -12,7 +12,7 @@ from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.run import RunConfig
 from mimscale.cost.communication import Collective, collectives, crossing
 from mimscale.cost.devices import Device, Interconnect
-from mimscale.cost.flops import Flops, flops_of_shapes, flops_of_trace, uncropped_share, warm_up_share
+from mimscale.cost.flops import Flops, flops_of_shapes, uncropped_share
 from mimscale.cost.memory import Memory, Zero, memory
 from mimscale.cost.step_time import StepTime, held, step_time
 from mimscale.cost.trace import Shapes, Trace, at, build, trace
@@ -92,11 +92,7 @@ class Planner:
 
     @cached_property
     def flops(self) -> Flops:
-        every = self.config.engine.activation_checkpointing
-        if every or warm_up_share(self.shapes):
-            return flops_of_shapes(self.shapes)
-        precision = precision_of(load_ds_config(self.config.engine.ds_config))
-        return flops_of_trace(self._trace(precision, 0)[0], uncropped_share(self.shapes))
+        return flops_of_shapes(self.shapes)
 
     @property
     def room(self) -> float:

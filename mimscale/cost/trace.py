@@ -336,8 +336,8 @@ def trace(
 
 
 class _Hooks:
-    """Says the counter which part of the method runs, and has attention fused; also where a block is recomputed in the
-    backward pass, in which a mode that was entered around `backward` is not active.
+    """Sets which part of the method runs in the counter, and has attention fused; also where a block is recomputed in
+    the backward pass, in which a mode that was entered around `backward` is not active.
     """
 
     def __init__(self, counter: Counter, cuda: bool) -> None:

@@ -124,7 +124,9 @@ def test_an_eager_8_bit_teacher_is_slower_and_a_compiled_one_faster() -> None:
         return found.time.teachers / found.choice.accumulation
 
     plain = teachers()
-    assert teachers("teachers.clip.precision=fp8") == pytest.approx(EAGER_QUANTISED * plain)
+    assert teachers("teachers.clip.precision=fp8", "teachers.clip.compile=false") == pytest.approx(
+        EAGER_QUANTISED * plain
+    )
     assert teachers("teachers.clip.precision=fp8", "teachers.clip.compile=true") < 0.8 * plain
 
 
