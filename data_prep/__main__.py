@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 damage found, 2 bad input or a full disk, 130 interrupted."""
     options = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):  # names may have bytes that no terminal can show
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        with suppress(AttributeError, OSError):  # of a notebook, which shows any text, or of another stream
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return int(options.run(options))
     except UserError as error:

@@ -201,12 +201,18 @@ def _finish(rows: list[dict[str, Any]], args: argparse.Namespace) -> int:
 
 
 def _for_plan(row: dict[str, Any]) -> dict[str, Any]:
-    """The section that `mimscale plan --measured` reads."""
+    """The section that `mimscale plan --measured` reads, and the row of its table of devices that it is for."""
+    import torch
+
+    from mimscale.cost.peak import row_of
+
     if "error" in row:
         return {}
     if row["peak_tflops"] is None:
-        return {"device": {"peak": {row["precision"]: 1e12 * row["product_tflops"]}, "matmul": 1.0}}
-    return {"device": {"matmul": row["product_tflops"] / row["peak_tflops"]}}
+        peak = {row["precision"]: 1e12 * row["product_tflops"]}
+        return {"device": {"peak": peak, "matmul": 1.0}, "device_row": "cpu"}
+    on = row_of(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
+    return {"device": {"matmul": row["product_tflops"] / row["peak_tflops"]}, "device_row": on}
 
 
 def heads() -> str:

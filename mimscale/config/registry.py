@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -68,7 +69,11 @@ def section_by_name(
 def first_line(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...]) -> str:
     """pydantic's report of the first mistake, in one line with its place and the nearest known key."""
     first = error.errors()[0]
-    place = [*prefix, *(str(part) for part in first["loc"])]
+    # pydantic also names the member of a union or the validator that failed, such as tuple[...] and function-before[...]
+    place = [
+        *prefix,
+        *(str(part) for part in first["loc"] if not re.search(r"[\[(]|^constrained-|^(str|int|dict)$", str(part))),
+    ]
     name = ".".join(place)
     if first["type"] == "extra_forbidden":
         known = _known_keys(model, tuple(str(part) for part in first["loc"])[:-1])

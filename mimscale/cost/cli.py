@@ -16,7 +16,7 @@ from rich.text import Text
 
 from mimscale.config.recipes import load_recipe
 from mimscale.cost import measured, report, simulate, tables
-from mimscale.cost.devices import device, interconnect
+from mimscale.cost.devices import INTERCONNECTS, device, interconnect
 from mimscale.cost.planner import Planner
 from mimscale.cost.run_cost import samples_of
 from mimscale.errors import UserError
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs in all, one rank each (default: 8)")
     parser.add_argument("--gpu", default="a100", metavar="NAME", help="h100, h200, a100 (80 GB), a100-40, v100, cpu")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
-    parser.add_argument("--interconnect", metavar="NAME", help="network of a node, such as ib8x400 or eth1x100")
+    parser.add_argument("--interconnect", metavar="NAME", help=f"network of a node: {', '.join(INTERCONNECTS)}")
     parser.add_argument(
         "--samples", type=int, metavar="N", help="images in the data set, where it is not on this machine"
     )
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="everything, as JSON: seconds, bytes, FLOPs")
     parser.add_argument(
-        "--simulate", metavar="N,N,...", help="every rank of each of these numbers of GPUs, in Markdown"
+        "--simulate",
+        metavar="N,N,...",
+        help="every rank of each of these numbers of GPUs (--gpus is not used), in Markdown",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="with --simulate: scaling curves, as .png or .svg")
     parser.add_argument("--inputs", action="store_true", help="print the table of inputs with its sources, in Markdown")
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         return simulated(planner, args, samples)
     if args.plot is not None:
         raise UserError(f"--plot {args.plot} draws what --simulate computes; add --simulate 8,64,256")
-    plan = report.make_plan(planner, samples, assumed, precision)
+    plan = report.make_plan(planner, samples, assumed, precision, args.overrides)
     name = str(args.recipe)
     if args.json:
         print(json.dumps(report.plan_json(plan, name), indent=2))
@@ -126,11 +128,14 @@ def show(plan: report.Plan, name: str) -> None:
         two(console, f"best, on {where}", report.prediction_rows(planner, plan.best))
         console.print(Text(f"why: {planner.why(plan.best)}"))
     two(console, "the run (predicted, not measured)", report.cost_rows(plan))
-    for note in report.notes(plan):
+    for note in report.notes(plan, name):
         console.print(Text(f"note: {note}"))
     if plan.best is not None:
-        print("submit it, or give the overrides to `mimscale train`:")
-        print(report.command(plan, name))
+        if planner.gpu.name == "cpu":
+            print("overrides for `mimscale train`:", *report.overrides(plan), sep="\n")
+        else:
+            print("submit it, or give the overrides to `mimscale train`:")
+            print(report.command(plan, name))
 
 
 def two(console: Console, title: str, rows: list[tuple[str, str]]) -> None:

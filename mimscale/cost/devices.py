@@ -211,8 +211,9 @@ def interconnect(name: str | None, gpu: Device) -> Interconnect:
 def with_measured(row: Device, path: Path) -> Device:
     """A row whose values a JSON file replaces: `{"device": {...}, "host": {...}}`, fields of `Device` and `HostCost`.
 
-    `mimscale bench host --json` and `bench train --json` write both sections. Other keys of the file are not read.
-    Raises UserError for a file that cannot be read and for a field that does not exist.
+    `mimscale bench train --json` writes the section `device`, `bench host --json` the section `host`. The former names
+    the device that it was measured on, `device_row`. Raises UserError for a file that cannot be read, for a field that
+    does not exist, and for another device than this row's.
     """
     try:
         values = json.loads(path.read_text())
@@ -224,13 +225,19 @@ def with_measured(row: Device, path: Path) -> Device:
     own, host = sections.get("device", {}), sections.get("host", {})
     if not isinstance(own, dict) or not isinstance(host, dict) or not (own or host):
         raise UserError(
-            f"--measured {path} has neither a section device nor a section host; `mimscale bench` writes both"
+            f"--measured {path} has neither a section device nor a section host; `mimscale bench train --json` and "
+            f"`bench host --json` write them"
         )
+    measured_on = sections.get("device_row", row.name)
+    if own and measured_on != row.name:
+        raise UserError(f"--measured {path} was measured on {measured_on}, not on {row.name}; change --gpu or the file")
     own = {key: value for key, value in own.items() if key not in ("name", "host")}
     _check(path, "device", own, Device)
     _check(path, "host", host, HostCost)
     peak = {**row.peak, **own.pop("peak", {})}
-    return replace(row, **own, peak=peak, host=replace(row.host, **host), source=f"{path}, else {row.source}")
+    return replace(
+        row, **own, peak=peak, host=replace(row.host, **host), source=f"measured in {path}, else {row.source}"
+    )
 
 
 def _check(path: Path, section: str, values: Mapping[str, Any], kind: type) -> None:

@@ -155,7 +155,7 @@ def _update(
     """
     temporaries = 0.0 if fused or states < 2 else 8.0 * kept / split
     if zero.stage == 0:
-        return {"gradients": 4.0 * kept, "workspace": max(4.0 * kept, 0.0 if fused else 4.0 * kept)}
+        return {"gradients": 4.0 * kept, "workspace": 4.0 * kept}
     summed = zero.sums * kept / (ranks if zero.stage > 1 else 1)
     in_place = zero.stage < 3 and zero.sums == 4 and zero.width < 4
     copy = 0.0 if in_place else 4.0 * kept / split

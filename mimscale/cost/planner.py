@@ -210,7 +210,7 @@ class Planner:
 
     def why(self, best: Prediction) -> str:
         """The reason for the best choice, in a sentence."""
-        choice, zero, config = best.choice, best.zero, self.config.schedule.global_batch
+        choice, zero, global_batch = best.choice, best.zero, self.config.schedule.global_batch
         parts = []
         if zero.stage == 2:
             parts.append("ZeRO-2 fits, and ZeRO-3 would cost the host more")
@@ -222,9 +222,11 @@ class Planner:
             parts.append(f"every {_ordinal(choice.recompute_every)} block is recomputed, because without it less fits")
         else:
             parts.append("no block needs recomputation")
-        per_rank = config // self.ranks
+        per_rank = global_batch // self.ranks
         if choice.accumulation == 1:
-            parts.append(f"a forward pass takes all {per_rank} images that a rank has of the global batch {config}")
+            parts.append(
+                f"a forward pass takes all {per_rank} images that a rank has of the global batch {global_batch}"
+            )
         else:
             parts.append(f"{choice.micro_batch} images are the most that fit of the {per_rank} of a rank")
         return "; ".join(parts)

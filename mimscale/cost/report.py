@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mimscale.config.deepspeed import load_ds_config, precision_of
-from mimscale.config.recipes import with_overrides
+from mimscale.config.recipes import recipe_names, with_overrides
 from mimscale.config.run import RunConfig
 from mimscale.cost.devices import GIB, Device
 from mimscale.cost.planner import Choice, Planner, Prediction, as_json, changes
@@ -38,7 +38,7 @@ def for_gpu(config: RunConfig, gpu: Device) -> tuple[RunConfig, list[str]]:
 class Plan:
     """asked: the recipe's own choice; best: the fastest that fits, or None; change: the smallest change of `asked` that
     makes it fit, None where it fits or no single one does. cost: of a run with `chosen`. precision: overrides without
-    which the GPU could not run the recipe.
+    which the GPU could not run the recipe. given: the user's overrides.
     """
 
     planner: Planner
@@ -47,18 +47,22 @@ class Plan:
     change: Prediction | None
     cost: RunCost
     precision: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> Prediction:
         return self.best or self.asked
 
 
-def make_plan(planner: Planner, samples: int, assumed: bool, precision: Sequence[str] = ()) -> Plan:
+def make_plan(
+    planner: Planner, samples: int, assumed: bool, precision: Sequence[str] = (), given: Sequence[str] = ()
+) -> Plan:
     """Raises UserError where the recipe cannot run on this cluster at all."""
     asked = planner.predict(planner.asked())
     best = planner.best()
     change = None if asked.fits else planner.smallest_change(asked)
-    return Plan(planner, asked, best, change, run_cost(planner, best or asked, samples, assumed), tuple(precision))
+    cost = run_cost(planner, best or asked, samples, assumed)
+    return Plan(planner, asked, best, change, cost, tuple(precision), tuple(given))
 
 
 # ---------------------------------------------------------------------------------------------------- the job to submit
@@ -89,12 +93,12 @@ def cpus(cost: RunCost) -> int:
 
 
 def overrides(plan: Plan) -> list[str]:
-    """What to give to `mimscale train`, or after the script's name."""
+    """What to give to `mimscale train`, or after the script's name; the user's own first, for the last one counts."""
     more = [f"data.workers={cpus(plan.cost) - 1}"]
     if plan.cost.checkpoint_every:
         more.append(f"checkpoint.every={plan.cost.checkpoint_every}")
     teachers = [word for word in plan.precision if word.startswith("teachers.")]
-    return [*plan.chosen.choice.overrides(), *teachers, *more]
+    return [*plan.given, *plan.chosen.choice.overrides(), *teachers, *more]
 
 
 def command(plan: Plan, name: str) -> str:
@@ -155,7 +159,11 @@ def prediction_rows(planner: Planner, found: Prediction) -> list[tuple[str, str]
             f"elementwise {1e3 * taken.elementwise:.1f}, update {1e3 * taken.update:.1f}; "
             f"of these teachers {1e3 * taken.teachers:.1f}",
         ),
-        ("host's floor", f"{1e3 * taken.host:.0f} ms, whatever the batch"),
+        (
+            "host's floor",
+            f"{1e3 * taken.host:.0f} ms, whatever the batch; {1e3 * planner.gpu.host.step_s:.0f} ms of it between two "
+            f"steps, while the GPU is idle",
+        ),
     ]
     if planner.ranks > 1:
         messages = sum(one.messages for one in found.collectives)
@@ -185,7 +193,13 @@ def cost_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def notes(plan: Plan) -> list[str]:
+def larger(name: str) -> str:
+    """The recipes of this package that are `name` with a larger batch, as the end of a sentence."""
+    found = [other for other in recipe_names() if other.startswith(f"{name}_batch")]
+    return f": {', '.join(found)}" if found else ""
+
+
+def notes(plan: Plan, name: str) -> list[str]:
     """What is wrong with the recipe's own choice, and what this number of ranks costs."""
     asked, best, planner = plan.asked, plan.best, plan.planner
     found = []
@@ -203,13 +217,15 @@ def notes(plan: Plan) -> list[str]:
         found.append(line)
     per_rank = planner.config.schedule.global_batch // planner.ranks
     taken = plan.chosen.time
-    if per_rank <= SMALL_MICRO_BATCH and taken.total > 2 * taken.gpu:
+    if planner.ranks > 1 and per_rank <= SMALL_MICRO_BATCH and taken.total > 2 * taken.gpu:
         batch = planner.config.schedule.global_batch
         found.append(
             f"{planner.ranks} ranks leave {per_rank} images per GPU of the global batch {batch}: "
             f"{1e3 * taken.gpu:.0f} ms of work for the GPU in a step of {1e3 * taken.total:.0f} ms; "
-            f"use fewer GPUs, or a recipe with a larger batch"
+            f"use fewer GPUs, or a recipe with a larger batch{larger(name)}"
         )
+    if planner.gpu.source.startswith("measured"):
+        found.append(f"rows of the tables of inputs were replaced: {planner.gpu.source.partition(',')[0]}")
     return found
 
 
@@ -237,7 +253,7 @@ def plan_json(plan: Plan, name: str) -> dict[str, Any]:
         "reason": planner.why(plan.best) if plan.best else None,
         "overrides": overrides(plan),
         "sbatch": sbatch_options(plan, name),
-        "notes": notes(plan),
+        "notes": notes(plan, name),
     }
 
 

@@ -36,6 +36,9 @@ PREFIXES = ("module.", "model.", "net.", "network.")
 TOWERS = ("teacher.backbone.", "backbone.", "teacher.")
 """In front of the network among the heads of self-distillation and Lightning modules; the first that fits is taken."""
 
+QUANTISED = (torch.int8, torch.uint8, torch.bool, torch.qint8, torch.quint8, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Types that no weight is trained in. int64 is left: it is the index of relative positions, or a counter."""
+
 _TOWER_ANCHORS = ("patch_embed.proj.weight", "embeddings.cls_token", "embeddings.class_embedding")
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")  # DINOv2's chunks of blocks; the second number counts through
 
@@ -57,6 +60,12 @@ def read_weights(path: Path) -> WeightsFile:
     else:
         weights, notes = _mapping_of_tensors(path, _unpickled(path))
         metadata = {}
+    cut = sorted(name for name, tensor in weights.items() if tensor.dtype in QUANTISED)
+    if cut:
+        raise UserError(
+            f"{path} holds {cut[0]} in {str(weights[cut[0]].dtype).removeprefix('torch.')} ({len(cut)} such tensors): it "
+            f"is quantised, and its numbers mean nothing without their scales; take the file in fp32, bf16 or fp16"
+        )
     weights, more = unwrapped(weights)
     return WeightsFile(weights, (*notes, *more), metadata)
 
@@ -147,6 +156,8 @@ def _mapping_of_tensors(path: Path, content: Any) -> tuple[dict[str, Tensor], li
     named = content.items() if isinstance(content, Mapping) else ()
     tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
+        if isinstance(content, Mapping) and any(isinstance(value, np.ndarray) for value in content.values()):
+            raise UserError(f"{path} holds numpy arrays, not tensors; save it with torch.from_numpy of each")
         holds = f"a {type(content).__name__}"
         if isinstance(content, Mapping):
             holds = f"the keys {', '.join(map(repr, list(content)[:5]))}" if content else "nothing"

@@ -87,7 +87,7 @@ def load_into(method: Method, run: RunConfig) -> tuple[str, ...]:
         raise UserError(f"init.weights = {loaded.path} does not fit this run's {run.init.part}: {wrong[0]}{more}")
     target.load_state_dict({name: weights.get(name, tensor) for name, tensor in own.items()})
 
-    others = 0 if whole else len(loaded.weights) - len(encoder_of(loaded.weights))
+    others = 0 if whole else _outside_of_student(loaded)
     return (
         f"started from {loaded.path}: {len(own) - len(missing)} tensors of the {run.init.part}, sha256 "
         f"{run.init.sha256 or 'not computed'}",
@@ -97,6 +97,15 @@ def load_into(method: Method, run: RunConfig) -> tuple[str, ...]:
         *([f"in it and not used: {', '.join(unused)}"] if unused else []),
         *([f"in it and not used: {others} tensors outside of the student"] if others else []),
     )
+
+
+def _outside_of_student(loaded: Loaded) -> int:
+    """How many tensors of a file belong to a decoder, heads or a teacher."""
+    name = format_of(loaded.weights)
+    state = loaded.weights
+    if name == "transformers":  # its queries, keys and values are three tensors of one of ours
+        state = formats()[name].from_official(state).weights
+    return len(state) - len(encoder_of(state))
 
 
 def _all_of(loaded: Loaded, method: Method) -> State:

@@ -78,7 +78,7 @@ def test_a_choice_that_does_not_fit_has_a_smallest_change() -> None:
     own = planner("simmim_vit_b16", "a100-40", 1, "ib8x200", "engine.max_micro_batch=1024")
     plan = report.make_plan(own, IMAGENET, True)
     assert not plan.asked.fits and plan.change is not None and plan.change.fits
-    [note] = report.notes(plan)
+    [note] = report.notes(plan, "mae_vit_l16")
     assert "needs" in note and "engine.max_micro_batch=512" in note
     assert own.memory(plan.change.choice).total <= own.room
 
@@ -88,7 +88,7 @@ def test_nothing_that_fits_is_said() -> None:
     small = Planner(load_recipe("mae_vit_b16"), gpu, INTERCONNECTS["eth1x100"], 8, 8)
     plan = report.make_plan(small, IMAGENET, True)
     assert plan.best is None
-    assert "nothing tried fits" in report.notes(plan)[0]
+    assert "nothing tried fits" in report.notes(plan, "mae_vit_l16")[0]
 
 
 def test_recomputation_and_a_split_come_only_where_they_are_needed() -> None:

@@ -139,9 +139,12 @@ def test_a_type_that_is_refused_is_named(tmp_path: Path) -> None:
         ({}, "but nothing"),
         ({"model": {}}, "but the keys 'model'"),
         (torch.ones(2), "but a Tensor"),
+        ({"cls_token": np.ones(2)}, "holds numpy arrays, not tensors"),
+        ({"a": torch.ones(2), "b": torch.ones(2).to(torch.int8)}, "holds b in int8 (1 such tensors): it is quantised"),
     ],
 )
 def test_files_without_named_tensors(content: Any, line: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=line):
+    with pytest.raises(UserError) as error:
         read_weights(tmp_path / "w.pth")
+    assert line in str(error.value)
