@@ -69,7 +69,7 @@ def section_by_name(
 def first_line(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...]) -> str:
     """pydantic's report of the first mistake, in one line with its place and the nearest known key."""
     first = error.errors()[0]
-    # pydantic also names the member of a union or the validator that failed, such as tuple[...] and function-before[...]
+    # pydantic also names the member of a union or the validator that failed: tuple[...], function-before[...]
     place = [
         *prefix,
         *(str(part) for part in first["loc"] if not re.search(r"[\[(]|^constrained-|^(str|int|dict)$", str(part))),

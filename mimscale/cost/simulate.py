@@ -21,8 +21,9 @@ from mimscale.optim.optimizers.base import optimizer_class
 
 CHECKED_BATCHES = 3
 IMPORT_FILES, IMPORT_BYTES = 3_837, 3.8e9
-"""Files that a rank opens to import torch (CUDA 13 build), DeepSpeed, timm and this package, counted by an audit hook, and
-their size: 82 MB of Python, and 3.7 GB of shared libraries, which are mapped, so that this is the most that is read."""
+"""Files that a rank opens to import torch (CUDA 13 build), DeepSpeed, timm and this package, counted by an audit hook,
+with their size: 82 MB of Python, and 3.7 GB of shared libraries, which are mapped, so that this is the most that is
+read."""
 INDEX_BYTES = 24
 """Of the manifest's index and labels per sample; both are mapped (mimscale/data/manifest.py)."""
 

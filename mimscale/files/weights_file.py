@@ -63,8 +63,8 @@ def read_weights(path: Path) -> WeightsFile:
     cut = sorted(name for name, tensor in weights.items() if tensor.dtype in QUANTISED)
     if cut:
         raise UserError(
-            f"{path} holds {cut[0]} in {str(weights[cut[0]].dtype).removeprefix('torch.')} ({len(cut)} such tensors): it "
-            f"is quantised, and its numbers mean nothing without their scales; take the file in fp32, bf16 or fp16"
+            f"{path} holds {cut[0]} in {str(weights[cut[0]].dtype).removeprefix('torch.')} ({len(cut)} such tensors): "
+            f"it is quantised, and its numbers mean nothing without their scales; take the file in fp32, bf16 or fp16"
         )
     weights, more = unwrapped(weights)
     return WeightsFile(weights, (*notes, *more), metadata)
