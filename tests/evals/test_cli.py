@@ -149,7 +149,7 @@ def test_the_moving_average_is_another_student(data: tuple[Path, Path], tmp_path
     assert [row[m] for m in metrics] == [expected[m] for m in metrics] != [trained[m] for m in metrics]
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.parametrize(("name", "rank"), [("WORLD_SIZE", "RANK"), ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")])
 def test_several_ranks_are_refused(
     data: tuple[Path, Path],
     run_dir: Path,
@@ -157,9 +157,11 @@ def test_several_ranks_are_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
+    rank: str,
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv(name, "4")
+    monkeypatch.setenv(rank, "0")
     words = ["knn", run_dir, "--train", data[0], "--val", data[1], "--out", tmp_path / "a.json"]
     assert evaluate(*words) == 2
     assert f"{name} = 4: evaluate runs as one process" in capsys.readouterr().err
