@@ -161,6 +161,7 @@ def plot(strong: Sequence[Simulated], weak: Sequence[Simulated], title: str, pat
     try:
         import matplotlib
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator
     except ImportError:
         raise UserError("--plot needs matplotlib; pip install 'mimscale[demo]'") from None
     matplotlib.rcParams["svg.hashsalt"] = "mimscale"  # the same file for the same numbers
@@ -168,12 +169,15 @@ def plot(strong: Sequence[Simulated], weak: Sequence[Simulated], title: str, pat
     axes = figure.add_subplot()
     ranks = [one.ranks for one in strong]
     ideal = [strong[0].images_per_s * count / ranks[0] for count in ranks]
-    axes.plot(ranks, ideal, ":", color="0.6", label="ideal")
-    axes.plot(ranks, [one.images_per_s for one in strong], "o-", label=f"global batch {strong[0].images * ranks[0]:,}")
-    axes.plot(ranks, [one.images_per_s for one in weak], "s--", label=f"{weak[0].images} images per GPU")
+    batch = strong[0].images * ranks[0]
+    axes.plot(ranks, [one.images_per_s for one in strong], "o-", label=f"strong: global batch {batch:,}")
+    axes.plot(ranks, [one.images_per_s for one in weak], "s--", label=f"weak: {weak[0].images} images per GPU")
+    axes.plot(ranks, ideal, ":", color="black", label="ideal")  # on top, because weak scaling lies near it
     axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="images/s, predicted", title=title)
     axes.set_xticks(ranks, [str(count) for count in ranks])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:,.0f}"))
     axes.legend(frameon=False)
     try:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
