@@ -29,13 +29,17 @@ def test_one_process_has_its_own_exit_code_and_no_group(tmp_path: Path) -> None:
 
 @pytest.mark.multi
 def test_ranks_that_hang_show_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def both_run(pids: list[int]) -> None:
+        ranks.until(lambda: len(list(tmp_path.iterdir())) == 2, pids)
+
     monkeypatch.setattr(forked, "LIMIT_S", 3.0)
     with pytest.raises(TimeoutError, match="not over after 3 s") as caught:
-        forked.run(1, ["tests.test_forked", str(tmp_path)], {**ranks.environment(), "HANG": "1"})
+        forked.run(1, ["tests.test_forked", str(tmp_path)], {**ranks.environment(), "HANG": "1"}, both_run)
     assert str(caught.value).count("in wait_for_ever") == 2  # the rank and its child, which are gone: the pipe ended
 
 
 def wait_for_ever() -> None:
+    (Path(sys.argv[1]) / str(os.getpid())).touch()
     time.sleep(600)
 
 
