@@ -12,6 +12,7 @@ from mimscale.checkpoint import format as checkpoint
 from mimscale.config.base import Strict
 from mimscale.distributed import launcher
 from mimscale.errors import UserError, printable
+from mimscale.evals import top1_cli
 from mimscale.evals.options import add_options, config_of, default_suffix
 from mimscale.evals.report import table, write
 from mimscale.evals.runner import Settings, evaluate, protocol_class, protocol_names
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         own = protocols.add_parser(name, help=text, description=text, usage=usage)
         _add_common(own, pooled="pooled" in kind.needs)
         add_options(own, kind.Config)
+    top1_cli.add_parser(protocols, _at_least)
 
 
 def _add_common(parser: argparse.ArgumentParser, pooled: bool) -> None:
@@ -69,6 +71,8 @@ def _add_common(parser: argparse.ArgumentParser, pooled: bool) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_one_process()
+    if args.protocol == top1_cli.NAME:
+        return _top1(args)
     config = config_of(vars(args), protocol_class(args.protocol).Config)
     if args.out is not None and args.out.suffix != ".json":
         raise UserError(f"--out {args.out} must end in .json")
@@ -95,6 +99,25 @@ def run(args: argparse.Namespace) -> int:
             why = error.strerror or error
             raise UserError(f"{out} cannot be written: {why}; name another file with --out") from None
         console.print(printable(f"wrote {out}"), soft_wrap=True)
+    return 0
+
+
+def _top1(args: argparse.Namespace) -> int:
+    if args.out is not None and args.out.suffix != ".json":
+        raise UserError(f"--out {args.out} must end in .json")
+    device = _device(args.device)
+    report = top1_cli.measure(
+        args.runs,
+        args.val,
+        device=device,
+        precision=args.precision or ("bf16" if device.type == "cuda" else "fp32"),
+        image_size=args.image_size,
+        crop_pct=args.crop_pct,
+        ema=args.ema,
+        batch=args.batch,
+        workers=args.workers,
+    )
+    top1_cli.publish(report, top1_cli.out_files(args, report))
     return 0
 
 

@@ -25,6 +25,7 @@ from mimscale.models.beit import LAYER_SCALE, Beit, Positions
 from mimscale.models.convvit import ConvStages, ConvViT, check_stages
 from mimscale.models.layer_order import convvit_layer_of, vit_layer_of
 from mimscale.models.vit import LN_EPS, ViT, set_fused_residuals
+from mimscale.optim.ema import STUDENT
 from mimscale.types import Batch, Mixing, Needs, Noise, Targets, TeacherInfo
 
 
@@ -82,6 +83,7 @@ class Finetune(base.Method):
     """`student`, `fc_norm` (only if pool = mean) and `head`, with timm's names (ConvMAE's if `stages` is set)."""
 
     Config = FinetuneConfig
+    averaged = (STUDENT, "fc_norm.", "head.")
     student: ViT | ConvViT | Beit
 
     @classmethod

@@ -27,7 +27,7 @@ from tests.golden import run_config
 CPU = torch.device("cpu")
 MIXING = Mixing(mixup=0.8, cutmix=1.0, prob=0.9, switch=0.5, classes=4, smoothing=0.1)
 NEEDS = Needs(labels=True, mixing=MIXING)
-GLOBAL, STEPS = 24, 5  # of 80 samples: more than an epoch
+GLOBAL, STEPS = 24, 4  # of 80 samples: more than an epoch
 RELEASE = "rand-m9-mstd0.5-inc1"
 Sample = tuple[torch.Tensor, torch.Tensor, int]
 

@@ -1,0 +1,147 @@
+"""mimscale evaluate top1: the accuracy of fine-tuned classifiers, each at its own image size and crop."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimscale.data.loader import eval_batches
+from mimscale.data.manifest import Manifest
+from mimscale.errors import UserError, printable
+from mimscale.evals.classifier import load_classifier
+from mimscale.evals.report import table, write
+from mimscale.evals.top1 import accuracy, count
+from mimscale.files.console import plain_console
+
+NAME = "top1"
+PACKAGES = ("mimscale", "torch", "timm", "numpy", "pillow")
+HELP = "accuracy of a fine-tuned classifier, at its own image size and crop"
+DESCRIPTION = f"""{HELP}
+
+RUN is a run of the method finetune (its newest checkpoint), a checkpoint folder, or a file of a fine-tuned classifier
+under official names (MAE, ConvMAE, SimMIM, timm). The crop is that of the run's section data: crop_pct, by default
+0.875 up to 224 pixels and 1 above.
+"""
+
+
+def add_parser(protocols: Any, at_least: Callable[[int], Callable[[str], int]]) -> None:
+    own = protocols.add_parser(
+        NAME,
+        help=HELP,
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="mimscale evaluate top1 RUN... --val SHARDS [OPTIONS]",
+    )
+    own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, checkpoint folder or file")
+    own.add_argument("--val", type=Path, required=True, metavar="SHARDS", help="labelled data set to be tested on")
+    own.add_argument("--ema", action="store_true", help="the moving average of the weights, not the weights themselves")
+    own.add_argument("--image-size", type=at_least(1), metavar="PX", help="default: as the run was trained")
+    own.add_argument("--crop-pct", type=_share, metavar="X", help="share of the short side kept (default: the run's)")
+    own.add_argument("--batch", type=at_least(1), default=256, metavar="N", help="images at a time (default 256)")
+    own.add_argument(
+        "--workers", type=at_least(0), default=8, metavar="N", help="processes that read images (default 8)"
+    )
+    own.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    own.add_argument("--precision", choices=("fp32", "bf16"), help="number format (default bf16 on cuda)")
+    own.add_argument("--out", type=Path, metavar="FILE.json", help="default: eval/ in the folder of each run")
+
+
+def measure(
+    runs: Sequence[Path],
+    val_path: Path,
+    *,
+    device: torch.device,
+    precision: str,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    ema: bool = False,
+    batch: int = 256,
+    workers: int = 8,
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, Any]:
+    """The report: a row for each run, and what was measured on which data. Collective over `world` ranks, which have
+    the same result. Raises UserError.
+    """
+    val, rows = Manifest.load(val_path), []
+    for path in dict.fromkeys(runs):
+        found = load_classifier(path, image_size=image_size, device=device, precision=precision, ema=ema)
+        found.check_labels(val, val_path)
+        size, crop = found.run.data.image_size, crop_pct or found.run.data.eval_crop_pct
+        batches = eval_batches(val, size, batch=batch, workers=workers, crop_pct=crop, rank=rank, world=world)
+        result = accuracy(count(found.logits, batches, device))
+        rows.append(
+            {
+                "network": path.name + (" (ema)" if ema else ""),
+                "pool": found.method.config.pool,
+                "source": str(found.path),
+                "step": found.step,
+                "sha256": found.sha256,
+                "method": "finetune",
+                "image_size": size,
+                "crop_pct": crop,
+                **result._asdict(),
+            }
+        )
+    return {
+        "protocol": {
+            "name": NAME,
+            "precision": precision,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "ema": ema,
+        },
+        "unit": "percent right",
+        "metrics": {"top1": "top-1", "top5": "top-5"},
+        "val": {"shards": str(val_path), "samples": val.samples, "fingerprint": val.fingerprint},
+        "versions": {package: metadata.version(package) for package in PACKAGES},
+        "rows": rows,
+    }
+
+
+def publish(report: Mapping[str, Any], outs: Sequence[Path]) -> None:
+    """Print the table, then write the report."""
+    console = plain_console()
+    console.print(table(report))  # first: a file that cannot be written does not cost the numbers
+    for out in outs:
+        try:
+            write(report, out)
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(f"{out} cannot be written: {why}; name another file with --out") from None
+        console.print(printable(f"wrote {out}"), soft_wrap=True)
+
+
+def out_files(args: argparse.Namespace, report: Mapping[str, Any]) -> list[Path]:
+    """--out, or RUN/eval/top1-OPTIONS-CHECKPOINT.json for each run."""
+    if args.out is not None:
+        return [args.out]
+    words = [
+        NAME,
+        *(["ema"] if args.ema else []),
+        *([f"size{args.image_size}"] if args.image_size else []),
+        *([f"crop{args.crop_pct}"] if args.crop_pct else []),
+    ]
+    return [
+        _eval_folder(Path(row["source"])) / f"{'-'.join(words)}-{Path(row['source']).stem}.json"
+        for row in report["rows"]
+    ]
+
+
+def _eval_folder(source: Path) -> Path:
+    """source: a checkpoint folder inside its run, or a file."""
+    return (source.parent.parent if source.is_dir() else source.parent) / "eval"
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' must be above 0 and at most 1")
+    return value
