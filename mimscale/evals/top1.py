@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mimscale.errors import UserError
@@ -45,10 +44,7 @@ def count(logits: Logits, batches: Iterable[Batch], device: torch.device) -> Ten
 
 
 def accuracy(counts: Tensor) -> Accuracy:
-    """Of the sums over all ranks; collective. Raises UserError, on all ranks, where an output is not finite."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        counts = counts.clone()
-        dist.all_reduce(counts)
+    """Of the sum of the counts over all ranks. Raises UserError where an output is not finite."""
     samples, first, among, broken = counts.tolist()
     if broken:
         raise UserError(

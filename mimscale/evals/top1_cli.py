@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mimscale.data.loader import eval_batches
 from mimscale.data.manifest import Manifest
+from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError, printable
-from mimscale.evals.classifier import load_classifier
+from mimscale.evals.classifier import Classifier, load_classifier
+from mimscale.evals.networks import eval_folder
+from mimscale.evals.parallel import all_sum
+from mimscale.evals.progress import progress
 from mimscale.evals.report import table, write
 from mimscale.evals.top1 import accuracy, count
 from mimscale.files.console import plain_console
@@ -51,9 +57,27 @@ def add_parser(protocols: Any, at_least: Callable[[int], Callable[[str], int]]) 
     own.add_argument("--out", type=Path, metavar="FILE.json", help="default: eval/ in the folder of each run")
 
 
+def run(args: argparse.Namespace, device: torch.device, ranks: Coordinator) -> int:
+    report = measure(
+        args.runs,
+        args.val,
+        ranks,
+        device=device,
+        precision=args.precision or ("bf16" if device.type == "cuda" else "fp32"),
+        image_size=args.image_size,
+        crop_pct=args.crop_pct,
+        ema=args.ema,
+        batch=args.batch,
+        workers=args.workers,
+    )
+    ranks.on_rank0(_publish, report, [args.out] if args.out else _out_files(args, report))
+    return 0
+
+
 def measure(
     runs: Sequence[Path],
     val_path: Path,
+    ranks: Coordinator,
     *,
     device: torch.device,
     precision: str,
@@ -62,19 +86,33 @@ def measure(
     ema: bool = False,
     batch: int = 256,
     workers: int = 8,
-    rank: int = 0,
-    world: int = 1,
 ) -> dict[str, Any]:
-    """The report: a row for each run, and what was measured on which data. Collective over `world` ranks, which have
-    the same result. Raises UserError.
+    """The report: a row for each run, and what was measured on which data. Collective; all ranks have the same result.
+
+    The options are those of the command. Raises UserError.
     """
-    val, rows = Manifest.load(val_path), []
-    for path in dict.fromkeys(runs):
+    start, rows = time.monotonic(), []
+    val = ranks.on_all_ranks(Manifest.load, val_path)
+
+    def counted(path: Path) -> tuple[Classifier, float, Tensor]:
         found = load_classifier(path, image_size=image_size, device=device, precision=precision, ema=ema)
         found.check_labels(val, val_path)
-        size, crop = found.run.data.image_size, crop_pct or found.run.data.eval_crop_pct
-        batches = eval_batches(val, size, batch=batch, workers=workers, crop_pct=crop, rank=rank, world=world)
-        result = accuracy(count(found.logits, batches, device))
+        crop = crop_pct or found.run.data.eval_crop_pct
+        batches = eval_batches(
+            val,
+            found.run.data.image_size,
+            batch=batch,
+            workers=workers,
+            crop_pct=crop,
+            rank=ranks.rank,
+            world=ranks.world,
+        )
+        if ranks.rank == 0:
+            batches = progress(batches, -(-val.samples // (batch * ranks.world)), "val", "batches")
+        return found, crop, count(found.logits, batches, device)
+
+    for path in dict.fromkeys(runs):
+        found, crop, counts = ranks.on_all_ranks(counted, path)
         rows.append(
             {
                 "network": path.name + (" (ema)" if ema else ""),
@@ -83,9 +121,9 @@ def measure(
                 "step": found.step,
                 "sha256": found.sha256,
                 "method": "finetune",
-                "image_size": size,
+                "image_size": found.run.data.image_size,
                 "crop_pct": crop,
-                **result._asdict(),
+                **accuracy(all_sum(counts))._asdict(),
             }
         )
     return {
@@ -93,18 +131,19 @@ def measure(
             "name": NAME,
             "precision": precision,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "ranks": ranks.world,
             "ema": ema,
         },
         "unit": "percent right",
         "metrics": {"top1": "top-1", "top5": "top-5"},
         "val": {"shards": str(val_path), "samples": val.samples, "fingerprint": val.fingerprint},
         "versions": {package: metadata.version(package) for package in PACKAGES},
+        "seconds": round(time.monotonic() - start, 1),
         "rows": rows,
     }
 
 
-def publish(report: Mapping[str, Any], outs: Sequence[Path]) -> None:
-    """Print the table, then write the report."""
+def _publish(report: Mapping[str, Any], outs: Sequence[Path]) -> None:
     console = plain_console()
     console.print(table(report))  # first: a file that cannot be written does not cost the numbers
     for out in outs:
@@ -116,25 +155,16 @@ def publish(report: Mapping[str, Any], outs: Sequence[Path]) -> None:
         console.print(printable(f"wrote {out}"), soft_wrap=True)
 
 
-def out_files(args: argparse.Namespace, report: Mapping[str, Any]) -> list[Path]:
-    """--out, or RUN/eval/top1-OPTIONS-CHECKPOINT.json for each run."""
-    if args.out is not None:
-        return [args.out]
+def _out_files(args: argparse.Namespace, report: Mapping[str, Any]) -> list[Path]:
+    """RUN/eval/top1-OPTIONS-CHECKPOINT.json for each run."""
     words = [
         NAME,
         *(["ema"] if args.ema else []),
         *([f"size{args.image_size}"] if args.image_size else []),
         *([f"crop{args.crop_pct}"] if args.crop_pct else []),
     ]
-    return [
-        _eval_folder(Path(row["source"])) / f"{'-'.join(words)}-{Path(row['source']).stem}.json"
-        for row in report["rows"]
-    ]
-
-
-def _eval_folder(source: Path) -> Path:
-    """source: a checkpoint folder inside its run, or a file."""
-    return (source.parent.parent if source.is_dir() else source.parent) / "eval"
+    sources = [Path(row["source"]) for row in report["rows"]]
+    return [eval_folder(source) / f"{'-'.join(words)}-{source.stem}.json" for source in sources]
 
 
 def _share(text: str) -> float:

@@ -13,6 +13,7 @@ from mimscale.__main__ import main
 from mimscale.convert.formats import finetune as official_names
 from mimscale.data.loader import eval_batches
 from mimscale.data.manifest import Manifest
+from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError
 from mimscale.evals.classifier import load_classifier
 from mimscale.evals.top1 import accuracy, count
@@ -22,7 +23,7 @@ from mimscale.types import normalised
 from tests import golden
 from tests.evals.conftest import initial, save_run, small_run
 
-CPU = torch.device("cpu")
+CPU, ALONE = torch.device("cpu"), Coordinator(None)
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +58,13 @@ def options(**changes) -> dict:
 def test_a_run_is_counted_right(run_dir: Path, data: tuple[Path, Path]) -> None:
     run = small_run("finetune")
     run = run.model_copy(update={"method": run.method.model_copy(update={"head_std": 1.0})})
-    (row,) = measure([run_dir], data[1], **options())["rows"]
+    (row,) = measure([run_dir], data[1], ALONE, **options())["rows"]
     assert row["top1"] == pytest.approx(by_hand(initial(run, 7), data[1], 0.875), abs=1e-3)
     assert (row["top5"], row["samples"], row["step"], row["crop_pct"]) == (100, 45, 7, 0.875)
-    (averaged,) = measure([run_dir], data[1], **options(ema=True))["rows"]
+    (averaged,) = measure([run_dir], data[1], ALONE, **options(ema=True))["rows"]
     expected = {name: tensor + 0.5 for name, tensor in initial(run, 3).items()}
     assert averaged["top1"] == pytest.approx(by_hand(expected, data[1], 0.875), abs=1e-3)
-    (tight,) = measure([run_dir], data[1], **options(crop_pct=0.5))["rows"]
+    (tight,) = measure([run_dir], data[1], ALONE, **options(crop_pct=0.5))["rows"]
     assert tight["top1"] == pytest.approx(by_hand(initial(run, 7), data[1], 0.5), abs=1e-3)
 
 
@@ -97,7 +98,7 @@ def test_an_official_file(data: tuple[Path, Path], tmp_path: Path) -> None:
     save_file(official_names.to_official(method.state_dict()).weights, tmp_path / "tiny.safetensors")
     found = load_classifier(tmp_path / "tiny.safetensors", image_size=48, device=CPU, precision="fp32")
     assert (found.classes, found.run.data.image_size, found.run.student.heads) == (3, 48, 3)
-    (row,) = measure([tmp_path / "tiny.safetensors"], data[1], **options(image_size=48, batch=45))["rows"]
+    (row,) = measure([tmp_path / "tiny.safetensors"], data[1], ALONE, **options(image_size=48, batch=45))["rows"]
     assert row["step"] is None and row["image_size"] == 48
 
 
