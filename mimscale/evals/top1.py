@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mimscale.errors import UserError
-from mimscale.types import Batch
+from mimscale.types import Batch, normalised
 
 Logits = Callable[[Tensor], Tensor]
 """Normalised images, float32 [B, 3, H, W] -> [B, classes]."""
@@ -25,22 +25,29 @@ class Accuracy(NamedTuple):
 
 
 @torch.no_grad()
-def count(logits: Logits, batches: Iterable[Batch], device: torch.device) -> Tensor:
-    """int64 [4] on the device, of this rank's batches: samples, right at first, right among BEST, not finite.
+def count(logits: Logits, pieces: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
+    """int64 [4] on the device, of this rank's images: samples, right at first, right among BEST, not finite.
 
-    batches: out of `data.loader.eval_batches`, with labels; rows of weight 0 are left out. Draws no random numbers and
-    waits for the device in no batch.
+    pieces: uint8 [B, 3, H, W] and int64 labels [B]; B may be 0. Draws no random numbers.
     """
     found = torch.zeros(4, dtype=torch.int64, device=device)
+    for images, labels in pieces:
+        if not len(labels):
+            continue
+        outputs, labels = logits(normalised(images.to(device))), labels.to(device)
+        best = outputs.topk(min(BEST, outputs.shape[1]), dim=1).indices == labels[:, None]
+        broken = ~outputs.isfinite().all(dim=1)
+        columns = (torch.ones_like(broken), best[:, 0], best.any(dim=1), broken)
+        found += torch.stack([column.sum() for column in columns])
+    return found
+
+
+def labelled(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """For `count`: the images and labels of `data.loader.eval_batches`, without what fills batches up."""
     for batch in batches:
         assert batch.labels is not None and batch.weights is not None
-        batch = batch.to(device).normalised()
-        outputs, labels, real = logits(batch.images), batch.labels, batch.weights > 0
-        best = outputs.topk(min(BEST, outputs.shape[1]), dim=1).indices == labels[:, None]
-        finite = outputs.isfinite().all(dim=1)
-        columns = (torch.ones_like(real), best[:, 0], best.any(dim=1), ~finite)
-        found += torch.stack([(column & real).sum() for column in columns])
-    return found
+        real = int(batch.weights.sum())  # the others stand at the end
+        yield batch.images[:real], batch.labels[:real]
 
 
 def accuracy(counts: Tensor) -> Accuracy:

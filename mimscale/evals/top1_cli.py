@@ -21,7 +21,7 @@ from mimscale.evals.networks import eval_folder
 from mimscale.evals.parallel import all_sum
 from mimscale.evals.progress import progress
 from mimscale.evals.report import table, write
-from mimscale.evals.top1 import accuracy, count
+from mimscale.evals.top1 import accuracy, count, labelled
 from mimscale.files.console import plain_console
 
 NAME = "top1"
@@ -109,7 +109,7 @@ def measure(
         )
         if ranks.rank == 0:
             batches = progress(batches, -(-val.samples // (batch * ranks.world)), "val", "batches")
-        return found, crop, count(found.logits, batches, device)
+        return found, crop, count(found.logits, labelled(batches), device)
 
     for path in dict.fromkeys(runs):
         found, crop, counts = ranks.on_all_ranks(counted, path)

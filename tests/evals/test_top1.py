@@ -16,7 +16,7 @@ from mimscale.data.manifest import Manifest
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError
 from mimscale.evals.classifier import load_classifier
-from mimscale.evals.top1 import accuracy, count
+from mimscale.evals.top1 import accuracy, count, labelled
 from mimscale.evals.top1_cli import measure
 from mimscale.methods.finetune import Finetune
 from mimscale.types import normalised
@@ -73,7 +73,7 @@ def test_ranks_add_up(run_dir: Path, data: tuple[Path, Path]) -> None:
 
     def counted(rank: int, world: int) -> torch.Tensor:
         batches = eval_batches(val, 32, batch=8, workers=0, rank=rank, world=world)
-        return count(found.logits, batches, CPU)
+        return count(found.logits, labelled(batches), CPU)
 
     whole = counted(0, 1)
     for world in (2, 4):
@@ -115,7 +115,7 @@ def test_the_command(run_dir: Path, data: tuple[Path, Path], capsys: pytest.Capt
 
 def test_weights_that_diverged(run_dir: Path, data: tuple[Path, Path]) -> None:
     batches = eval_batches(Manifest.load(data[1]), 32, batch=8, workers=0)
-    counts = count(lambda images: images.new_full((len(images), 3), float("nan")), batches, CPU)
+    counts = count(lambda images: images.new_full((len(images), 3), float("nan")), labelled(batches), CPU)
     with pytest.raises(UserError, match="outputs are inf or NaN for 45 of 45 images; take a checkpoint"):
         accuracy(counts)
 
