@@ -1,4 +1,4 @@
-"""MAE's linear probe: a classifier on the frozen encoder (He et al. 2022, arXiv 2111.06377, app. A.1, main_linprobe.py).
+"""MAE's linear probe: a classifier on a frozen encoder (He et al. 2022, arXiv 2111.06377, app. A.1; main_linprobe.py).
 
 BatchNorm without parameters (eps 1e-6), then a linear layer, on the class token after the encoder's last norm. With
 `pool: mean` the input is the mean of the patch tokens before that norm, normalised by `fc_norm`, as the release does
@@ -13,6 +13,7 @@ statistics. With one process and a micro-batch of `norm_batch` images it is the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, cast
 
 import torch
@@ -51,7 +52,7 @@ class LinearProbeConfig(MethodConfig):
 
 
 class LinearProbe(base.Method):
-    """`student` and `fc_norm` (only if pool = mean) hold buffers only; `head.1` is trained, `head.0` keeps statistics."""
+    """`student` and `fc_norm` (only if pool = mean) are frozen; `head.1` is trained, `head.0` keeps statistics."""
 
     Config = LinearProbeConfig
 
@@ -113,7 +114,7 @@ class LinearProbe(base.Method):
     def features(self, images_B3HW: Tensor) -> Tensor:
         """Input of the head: float32 [B, D]."""
         half = self.config.encoder_precision == "bf16"
-        with torch.autocast(images_B3HW.device.type, torch.bfloat16, enabled=half):
+        with autocast(images_B3HW.device, half):
             tokens = self.student(images_B3HW).tokens
             if self.config.pool == "mean":
                 tokens = self.fc_norm(tokens[:, self.student.prefix :].mean(dim=1))
@@ -125,7 +126,7 @@ class LinearProbe(base.Method):
         """float32 [B, classes]. positions: in train mode, places in the training sequence; None: one group per rank's
         micro-batch and those beside it. Collective in train mode.
         """
-        with torch.autocast(features_BD.device.type, enabled=False):
+        with autocast(features_BD.device, False):
             if positions_B is None or not self.training:
                 found: Tensor = self.head(features_BD)
             else:
@@ -143,6 +144,11 @@ class LinearProbe(base.Method):
         return {"loss": loss, "top1": (logits.argmax(dim=1) == batch.labels).float().mean()}
 
 
+def autocast(device: torch.device, half: bool) -> AbstractContextManager[object]:
+    """bf16 or nothing, whatever is around it; on the meta device there is no such thing."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+
 def norm_batch(run: RunConfig) -> int:
-    """Images in a group of BatchNorm's statistics: `method.norm_batch`, or the whole global batch if that is smaller."""
+    """Images in a group of BatchNorm's statistics: `method.norm_batch`, or the global batch if that is smaller."""
     return min(cast(LinearProbeConfig, run.method).norm_batch, run.schedule.global_batch)

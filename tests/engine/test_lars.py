@@ -80,6 +80,32 @@ def test_official_steps(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ENGINES)
+def test_weight_decay_and_three_dimensions(name: str) -> None:
+    """Decay is inside of the norm and of the scale, and no vector has either; against the formula in float64."""
+    random = torch.Generator().manual_seed(5)
+    shapes = {"a": (6, 5), "b": (7,), "c": (2, 3, 4), "d": (1, 9)}
+    values = {n: torch.randn(shape, generator=random) for n, shape in shapes.items()}
+    engine = engine_of(name, GivenGradients(values), {"name": "lars", "weight_decay": 0.3, "trust_coefficient": 0.02})
+    expected = {n: v.double() for n, v in values.items()}
+    momenta = {n: torch.zeros_like(v) for n, v in expected.items()}
+    for lr in (0.7, 0.2, 0.4):
+        gradients = {n: torch.randn(shape, generator=random) for n, shape in shapes.items()}
+        engine.forward_backward(batch_of(torch.zeros(1, 3, 4, 4), **gradients), {})
+        engine.step(lr, 0.0)
+        for n, value in expected.items():
+            update = gradients[n].double()
+            if value.dim() > 1:
+                update = update + 0.3 * value
+                update = update * 0.02 * value.norm() / update.norm()
+            momenta[n] = 0.9 * momenta[n] + update
+            value -= lr * momenta[n]
+    found = weights(engine)
+    for n, value in expected.items():
+        close(found[n], value.float(), 1e-6)
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_official_linear_probe_step_by_step(name: str) -> None:
     """The buffers of LARS and the statistics of BatchNorm after every step; rates, losses and weights: test_goldens."""
     g, t = golden.load("mae_linprobe_train_dev"), training_golden.linear_probe()

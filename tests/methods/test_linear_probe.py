@@ -52,6 +52,18 @@ def test_golden() -> None:
     close(method.logits(features, batch.positions), g["lp/logits_train"])
 
 
+def test_golden_mean() -> None:
+    """The frozen norm after the mean is the checkpoint's, where it has one."""
+    g = golden.load("ft_head_dev")
+    c = g.config
+    section = {"name": "linear_probe", "classes": c["classes"], "pool": "mean"}
+    student = {"width": c["embed"], "depth": c["depth"], "heads": c["heads"], "patch": c["patch"]}
+    method = LinearProbe(run_config(section, student, c["img"], **FP32), {})
+    state = {n: t for n, t in from_official(g.part("state_gap")).weights.items() if not n.startswith("head.")}
+    method.load_state_dict({**method.state_dict(), **state})
+    close(method.features(g["image"]), g["gap/feature"])
+
+
 def test_only_the_layer_is_trained_and_the_encoder_is_kept_with_it() -> None:
     method = probe({"pool": "mean"})
     assert [name for name, _ in method.named_parameters()] == ["head.1.weight", "head.1.bias"]

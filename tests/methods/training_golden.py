@@ -307,7 +307,7 @@ def finetune() -> TrainingGolden:
 
 
 def linear_probe() -> TrainingGolden:
-    """LARS; BatchNorm's statistics of each micro-batch. The count of its updates is left to tests/engine/test_lars.py."""
+    """LARS; BatchNorm's statistics of each micro-batch, whose count is left to tests/engine/test_lars.py."""
     g = golden.load("mae_linprobe_train_dev")
     c = g.config
     section = {"name": "linear_probe", "classes": c["classes"], "pool": "mean" if c["global_pool"] else "cls"}
