@@ -122,24 +122,27 @@ class LinearProbe(base.Method):
                 tokens = tokens[:, 0]
         return tokens.float()
 
-    def logits(self, features_BD: Tensor, positions_B: Tensor | None = None) -> Tensor:
-        """float32 [B, classes]. positions: in train mode, places in the training sequence; None: one group per rank's
-        micro-batch and those beside it. Collective in train mode.
-        """
+    def classify(self, features_BD: Tensor, positions_B: Tensor) -> Tensor:
+        """float32 [B, classes]. positions: places in the training sequence. Collective in train mode."""
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        groups = max(1, len(features_BD) * ranks // self.norm_batch)
+        index = positions_B % self.global_batch // self.norm_batch % groups
         with autocast(features_BD.device, False):
-            if positions_B is None or not self.training:
-                found: Tensor = self.head(features_BD)
-            else:
-                ranks = dist.get_world_size() if dist.is_initialized() else 1
-                groups = max(1, len(features_BD) * ranks // self.norm_batch)
-                index = positions_B % self.global_batch // self.norm_batch % groups
-                found = self.head(features_BD, index, groups)
-        return found
+            logits: Tensor = self.head(features_BD, index, groups)
+        return logits
+
+    def logits(self, images_B3HW: Tensor) -> Tensor:
+        """Normalised images -> float32 [B, classes], in evaluation mode."""
+        assert not self.training
+        features = self.features(images_B3HW)
+        with autocast(features.device, False):
+            logits: Tensor = self.head(features)
+        return logits
 
     def forward(self, batch: Batch, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
         """Scalars: loss, and top1, the accuracy on the micro-batch."""
         assert batch.labels is not None
-        logits = self.logits(self.features(batch.images), batch.positions)
+        logits = self.classify(self.features(batch.images), batch.positions)
         loss = F.cross_entropy(logits, batch.labels)
         return {"loss": loss, "top1": (logits.argmax(dim=1) == batch.labels).float().mean()}
 

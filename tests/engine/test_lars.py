@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mimscale.config.deepspeed import load_ds_config
+from mimscale.config.recipes import validate
 from mimscale.distributed.world import from_environment
 from mimscale.engine.base import Engine
 from mimscale.engine.config import EngineConfig
 from mimscale.engine.factory import make_engine
+from mimscale.methods.base import Method
 from mimscale.optim.lr_schedule import lr_at_step
 from mimscale.optim.optimizers.lars import WholeParameterLars
 from tests import golden
@@ -27,29 +29,25 @@ pytestmark = pytest.mark.usefixtures("process_group")
 ENGINES = [*(f"cpu_zero{stage}_fp32" for stage in range(4)), "torch"]
 
 
-class GivenGradients(nn.Module):
+RUN = golden.run_config({"name": "finetune", "classes": 2}, {"width": 32, "depth": 1, "heads": 2})
+
+
+class GivenGradients(Method):
     """A method whose gradients are those that the batch's noise holds."""
 
     def __init__(self, start: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__(RUN, {})
         for name, value in start.items():
             self.register_parameter(name, nn.Parameter(value.clone()))
 
     def forward(self, batch: Any, targets: Any) -> dict[str, Tensor]:
         return {"loss": sum(((p * batch.noise[n]).sum() for n, p in self.named_parameters()), torch.zeros(()))}
 
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
-    def layer_of(self, name: str) -> None:
-        return None
-
 
 def engine_of(name: str, method: nn.Module, optim: dict[str, Any]) -> Engine:
     section = EngineConfig(ds_config="cpu_zero0_fp32" if name == "torch" else name, device="cpu")
     section = section.model_copy(update={"backend": "torch" if name == "torch" else "deepspeed"})
-    run = golden.run_config({"name": "finetune", "classes": 2}, {"width": 32, "depth": 1, "heads": 2}, optim=optim)
-    run = run.model_copy(update={"engine": section})
+    run = validate({**RUN.dump(), "optim": optim}, "test").model_copy(update={"engine": section})
     ds_config = load_ds_config(section.ds_config)
     return make_engine(method, run, from_environment("cpu"), micro_batch=1, accumulation=1, ds_config=ds_config)
 
@@ -126,7 +124,7 @@ def test_official_linear_probe_step_by_step(name: str) -> None:
     state = {n: v for n, v in weights(engine).items() if n.startswith("head.")}
     t.method.head.load_state_dict({n.removeprefix("head."): v for n, v in state.items()})  # type: ignore[operator]
     close(t.method.features(g["images"]), g["features_eval"])  # type: ignore[operator]
-    close(t.method.logits(t.method.features(g["images"])), g["logits_eval"])  # type: ignore[operator]
+    close(t.method.logits(g["images"]), g["logits_eval"])  # type: ignore[operator]
     engine.close()
 
 
