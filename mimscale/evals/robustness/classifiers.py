@@ -1,0 +1,97 @@
+"""Classifiers as rows of an evaluation: a fine-tuned run, or a linear head that is fitted to frozen features."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mimscale.config.run import RunConfig, method_class
+from mimscale.convert import networks
+from mimscale.convert.read import Loaded, read
+from mimscale.data.manifest import Manifest
+from mimscale.errors import UserError
+from mimscale.evals.robustness.classes import predicted
+
+METHODS = ("finetune", "linear_probe")  # both have `features` [B, D] and a module `head`
+PREDICTION = "prediction"
+Logits = Callable[[Tensor], Tensor]
+"""float32 ImageNet-normalised images [B, 3, H, W] -> float32 [B, classes]."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """classes: names of its outputs. identity: what its predictions depend on. folder: for these. about: for the report."""
+
+    name: str
+    image_size: int
+    logits: Logits
+    classes: list[str]
+    identity: dict[str, Any]
+    folder: Path
+    about: dict[str, Any]
+
+    def answers(self, outputs_K: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
+        """An extractor: images -> {"prediction": float32 [B, 1]}, a label of the data set with these outputs."""
+
+        @torch.no_grad()
+        def extract(images: Tensor) -> dict[str, Tensor]:
+            return {PREDICTION: predicted(self.logits(images).float(), outputs_K)[:, None].float()}
+
+        return extract
+
+
+def trained_classifier(path: Path, *, device: torch.device, precision: str, ema: bool) -> tuple[Logits, Loaded]:
+    """The network and head of a run, checkpoint or file of a method that classifies. Raises UserError.
+
+    ema: the moving average of the encoder; the head is as trained where it has none.
+    """
+    loaded = read(path, ema)
+    run = loaded.run
+    if run is None or run.method.name not in METHODS:
+        what = "does not say its method" if run is None else f"is of method.name = {run.method.name}"
+        raise UserError(
+            f"{path} {what}; a classifier of its own has a run of {' or '.join(METHODS)}: with --train SHARDS a linear "
+            "head is fitted to frozen features"
+        )
+    method = cast(Any, method_class(run.method.name)(run, {}))
+    networks.load(method, loaded.weights, loaded.path)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    method.eval().requires_grad_(False).to(device, dtype)
+    return lambda images: method.head(method.features(images.to(dtype)).to(dtype)), loaded
+
+
+def class_names(run: RunConfig, given: Path | None) -> list[str]:
+    """Names of a run's outputs, from the manifest of its training set. given: shards in its place. Raises UserError."""
+    path = given or Path(run.data.shards if isinstance(run.data.shards, str) else "")
+    try:
+        names = Manifest.load(path, check_shards=False).classes
+    except UserError as error:
+        raise UserError(
+            f"the names of the classes are in the training set's manifest ({error}); name it with --classes-of SHARDS"
+        ) from None
+    outputs = cast(Any, run.method).classes
+    if names is None or len(names) != outputs:
+        count = "no names" if names is None else f"{len(names):,} classes"
+        raise UserError(f"{path} has {count}, the classifier {outputs:,} outputs; see --classes-of SHARDS")
+    return names
+
+
+def linear_logits(extract: Callable[[Tensor], Tensor], mean_D: Tensor, deviation_D: Tensor, head: Any) -> Logits:
+    """A fitted head on frozen features. extract: images -> [B, D]. head: weight [classes, D] and bias, on its device."""
+    weight = head.weight / deviation_D.to(head.weight)
+    bias = head.bias - weight @ mean_D.to(head.weight)
+    return lambda images: extract(images).float() @ weight.T + bias
+
+
+def digest(*tensors: Tensor) -> str:
+    """sha256 of the values, which names a head that no checkpoint holds."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
