@@ -26,7 +26,7 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Classifier:
-    """classes: names of its outputs. identity: what its predictions depend on. folder: for these. about: for the report."""
+    """classes: names of its outputs. identity: what predictions depend on. folder: for these. about: for the report."""
 
     name: str
     image_size: int
@@ -83,7 +83,7 @@ def class_names(run: RunConfig, given: Path | None) -> list[str]:
 
 
 def linear_logits(extract: Callable[[Tensor], Tensor], mean_D: Tensor, deviation_D: Tensor, head: Any) -> Logits:
-    """A fitted head on frozen features. extract: images -> [B, D]. head: weight [classes, D] and bias, on its device."""
+    """A head that was fitted to standardised features. extract: images -> [B, D]. head: its weight and bias."""
     weight = head.weight / deviation_D.to(head.weight)
     bias = head.bias - weight @ mean_D.to(head.weight)
     return lambda images: extract(images).float() @ weight.T + bias
