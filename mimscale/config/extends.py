@@ -44,7 +44,8 @@ DEPENDENTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # What a recipe means that does not say. The defaults of masking and fusion are each method's own, so any is another.
 UNSAID = {"data": {"crop": "random_resized"}, "optim": {"name": "adamw"}, "schedule": {"kind": "cosine"}}
-NAMED = ((), ("teachers",), ("method", "targets"))  # mappings from names to things: the recipe itself, and two in it
+NAMED = ((), ("teachers",), ("method", "targets"), ("evals", "protocols"))
+"""Mappings from names to things: the recipe itself, and three in it."""
 
 
 def merged(base: Mapping[str, Any], own: Mapping[str, Any], place: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mimscale.config.base import Strict
 from mimscale.config.registry import MethodConfig, class_in, names_in, section_by_name
 from mimscale.data.config import DataConfig
 from mimscale.engine.config import EngineConfig
+from mimscale.evals.config import EvalsConfig
 from mimscale.fault_tolerance.config import GuardConfig, WatchdogConfig
 from mimscale.models.config import StudentConfig
 from mimscale.monitoring.config import LogConfig
@@ -41,6 +42,7 @@ class RunConfig(Strict):
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()
+    evals: EvalsConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -100,6 +102,7 @@ class RunConfig(Strict):
             "guard.",
             "watchdog.",
             "log.",
+            "evals.",
             "data.workers",
             "data.prefetch",
             "data.shards",
@@ -111,7 +114,7 @@ class RunConfig(Strict):
         return {
             key: value
             for key, value in flat.items()
-            if not key.startswith(free) and not key.endswith((".weights", ".compile"))
+            if not key.startswith(free) and not key.endswith((".weights", ".compile")) and key != "evals"
         }
 
 

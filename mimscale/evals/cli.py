@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.config.registry import names_in
-from mimscale.evals.launch import add_shared, check_out, default_out, on_ranks, publish
+from mimscale.evals import top1_cli
+from mimscale.evals.launch import add_shared, at_least, check_out, default_out, on_ranks, publish, with_ranks
 from mimscale.evals.options import add_options, config_of, default_suffix
 from mimscale.evals.report import table
 from mimscale.evals.runner import evaluate, protocol_class, protocol_names
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         own.add_argument("--train", type=Path, required=True, metavar="SHARDS", help="labelled data set to learn from")
         own.add_argument("--val", type=Path, required=True, metavar="SHARDS", help="labelled data set to be tested on")
         add_options(own, kind.Config)
+    top1_cli.add_parser(protocols, at_least)
     for name in names_in(TASKS):
         task = _task(name)
         usage = f"mimscale evaluate {name} RUN... [OPTIONS]"
@@ -42,8 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.protocol in names_in(TASKS):
         return int(_task(args.protocol).run(args))
-    config = config_of(vars(args), protocol_class(args.protocol).Config)
     check_out(args)
+    if args.protocol == top1_cli.NAME:
+        return with_ranks(args, lambda device, ranks: top1_cli.run(args, device, ranks))
+    config = config_of(vars(args), protocol_class(args.protocol).Config)
     report = on_ranks(
         args,
         lambda settings, ranks: evaluate(args.protocol, config, args.runs, args.train, args.val, settings, ranks),

@@ -57,20 +57,26 @@ def add_shared(parser: argparse.ArgumentParser, pooled: bool) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: eval/ in the folder of each run")
 
 
-def on_ranks(args: argparse.Namespace, work: Callable[[Settings, Coordinator], T]) -> T | None:
-    """Join the other ranks of this launch and call `work` on each: its result on rank 0, None on the others.
-
-    Raises UserError.
-    """
+def with_ranks(args: argparse.Namespace, work: Callable[[torch.device, Coordinator], T]) -> T:
+    """Join the other ranks of this launch and call `work` on each. Raises UserError."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     world = from_environment(args.device)
     ranks = join(world)
     try:
-        result = work(settings_of(args, world.device), ranks)
-        return result if ranks.rank == 0 else None
+        return work(world.device, ranks)
     finally:
         close_process_group()
+
+
+def on_ranks(args: argparse.Namespace, work: Callable[[Settings, Coordinator], T]) -> T | None:
+    """The same with the settings of `add_shared`: the result of `work` on rank 0, None on the others."""
+
+    def on_each(device: torch.device, ranks: Coordinator) -> T | None:
+        result = work(settings_of(args, device), ranks)
+        return result if ranks.rank == 0 else None
+
+    return with_ranks(args, on_each)
 
 
 def check_out(args: argparse.Namespace) -> None:

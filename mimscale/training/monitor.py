@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import resource
+import time
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -18,7 +19,7 @@ from mimscale.fault_tolerance import activation_magnitudes
 from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_marker, there
 from mimscale.monitoring.metrics import ThroughputMeter
 from mimscale.monitoring.panels import SAMPLES
-from mimscale.monitoring.phase_timer import BETWEEN, SAVING, WAITING
+from mimscale.monitoring.phase_timer import BETWEEN, EVALUATING, SAVING, WAITING
 from mimscale.training.bad_steps import explain, flush_writes, roll_back
 from mimscale.training.context import TrainContext
 from mimscale.training.recovery import describe_state
@@ -57,6 +58,8 @@ class Monitor:
         run.inputs.start(state)
         run.logger.start(total=plan.total_steps, step=state.step, tensorboard=plan.config.log.tensorboard)
         notes = (*run.cost_notes, *run.init_notes, *run.method.notes, *run.teachers.notes, *run.engine.notes)
+        if run.evaluator is not None:
+            notes = (*run.evaluator.notes, *notes)
         run.logger.print("\n".join((describe_run(run, state), *notes)))
         self._engine_notes = len(run.engine.notes)
         if state.step < plan.total_steps:
@@ -96,6 +99,7 @@ class Monitor:
                 self._throughput.restart()
                 return state
         self._log_step(info)
+        self._evaluate(info)
         self._draw_panel(info)
         self._save_and_stop(state, info)
         return state
@@ -156,6 +160,26 @@ class Monitor:
             }
             self._log_damage()
             run.logger.log_step(step, metrics | {"damaged": float(run.damage_log.total)})
+
+    def _evaluate(self, info: StepInfo) -> None:
+        """Measure the student where it is due. What fails is logged, and the run trains on: no figure is worth a run."""
+        run, evaluator = self._run, self._run.evaluator
+        if evaluator is None or not evaluator.plan.due(info.step, info.total):
+            return
+        run.timer.enter(EVALUATING)
+        start_s = time.perf_counter()
+        try:
+            found = evaluator.evaluate(run.engine.parameters, run.method.student.named_buffers())
+        except Exception as error:  # of data, memory or a protocol, and the same on all ranks
+            text = " ".join(str(error).split())[:300]
+            run.logger.log_event("evals_failed", at=info.step, error=f"{type(error).__name__}: {text}")
+            run.logger.print(f"evals at step {info.step} failed, training goes on: {text}")
+        else:
+            run.logger.log_evaluation(info.step, found.metrics, time.perf_counter() - start_s)
+            for line in found.warnings:
+                run.logger.print(f"evals at step {info.step}: {line}")
+        self._throughput.leave_out(time.perf_counter() - start_s)
+        run.timer.enter(BETWEEN)
 
     def _draw_panel(self, info: StepInfo) -> None:
         run, every = self._run, self._run.plan.config.log.panels

@@ -11,14 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mimscale.config.run import RunConfig, method_class
-from mimscale.convert import networks
-from mimscale.convert.read import Loaded, read
+from mimscale.config.run import RunConfig
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
 from mimscale.evals.robustness.classes import predicted
 
-METHODS = ("finetune", "linear_probe")  # both have `features` [B, D] and a module `head`
 PREDICTION = "prediction"
 Logits = Callable[[Tensor], Tensor]
 """float32 ImageNet-normalised images [B, 3, H, W] -> float32 [B, classes]."""
@@ -26,10 +23,13 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Classifier:
-    """classes: names of its outputs. identity: what predictions depend on. folder: for these. about: for the report."""
+    """classes: names of its outputs. crop_pct: share of the short side that its centre crop keeps. identity: what its
+    predictions depend on. folder: for these. about: for the report.
+    """
 
     name: str
     image_size: int
+    crop_pct: float
     logits: Logits
     classes: list[str]
     identity: dict[str, Any]
@@ -46,26 +46,6 @@ class Classifier:
         return extract
 
 
-def trained_classifier(path: Path, *, device: torch.device, precision: str, ema: bool) -> tuple[Logits, Loaded]:
-    """The network and head of a run, checkpoint or file of a method that classifies. Raises UserError.
-
-    ema: the moving average of the encoder; the head is as trained where it has none.
-    """
-    loaded = read(path, ema)
-    run = loaded.run
-    if run is None or run.method.name not in METHODS:
-        what = "does not say its method" if run is None else f"is of method.name = {run.method.name}"
-        raise UserError(
-            f"{path} {what}; a classifier of its own has a run of {' or '.join(METHODS)}: with --train SHARDS a linear "
-            "head is fitted to frozen features"
-        )
-    method = cast(Any, method_class(run.method.name)(run, {}))
-    networks.load(method, loaded.weights, loaded.path)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    method.eval().requires_grad_(False).to(device, dtype)
-    return lambda images: method.head(method.features(images.to(dtype)).to(dtype)), loaded
-
-
 def class_names(run: RunConfig, given: Path | None) -> list[str]:
     """Names of a run's outputs, from the manifest of its training set. given: shards in its place. Raises UserError."""
     path = given or Path(run.data.shards if isinstance(run.data.shards, str) else "")
@@ -75,7 +55,7 @@ def class_names(run: RunConfig, given: Path | None) -> list[str]:
         raise UserError(
             f"the names of the classes are in the training set's manifest ({error}); name it with --classes-of SHARDS"
         ) from None
-    outputs = cast(Any, run.method).classes
+    outputs: int = cast(Any, run.method).classes
     if names is None or len(names) != outputs:
         count = "no names" if names is None else f"{len(names):,} classes"
         raise UserError(f"{path} has {count}, the classifier {outputs:,} outputs; see --classes-of SHARDS")

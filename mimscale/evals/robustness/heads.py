@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from torch import Tensor
 from mimscale.data.manifest import Manifest
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError
+from mimscale.evals.classifier import load_classifier
 from mimscale.evals.extraction import features_of
 from mimscale.evals.logistic_regression import standardised
 from mimscale.evals.networks import Network, features_folder, load_networks
 from mimscale.evals.protocols.linear import full_data
-from mimscale.evals.robustness.classifiers import Classifier, class_names, digest, linear_logits, trained_classifier
+from mimscale.evals.robustness.classifiers import Classifier, class_names, digest, linear_logits
 from mimscale.evals.runner import Settings, extraction_of
 
+FROZEN_CROP = 0.875  # as the runner's default
 Check = Callable[[list[str]], None]
 """Raises UserError where a classifier with outputs of these names cannot answer for the data sets."""
 
@@ -32,10 +35,14 @@ def classifiers_of(
     classes_of: Path | None,
     check: Check,
 ) -> list[Classifier]:
-    """train: fit heads to its features; None: the runs have heads of their own. Raises UserError, on all ranks."""
+    """train: fit heads to its features; None: the runs have heads of their own. Raises UserError, on all ranks.
+
+    A crop_pct of 0 in the settings is that of each run, 0.875 for frozen features.
+    """
     paths = list(dict.fromkeys(runs))
     if train is None:
         return ranks.on_all_ranks(lambda: [_own(path, paths, settings, classes_of, check) for path in paths])
+    settings = replace(settings, crop_pct=settings.crop_pct or FROZEN_CROP)
     manifest, networks = ranks.on_all_ranks(lambda: _frozen(paths, settings, train, check))
     found = []
     for size in sorted({network.image_size for network in networks}):
@@ -48,20 +55,22 @@ def classifiers_of(
 
 
 def _own(path: Path, paths: Sequence[Path], settings: Settings, classes_of: Path | None, check: Check) -> Classifier:
-    logits, loaded = trained_classifier(path, device=settings.device, precision=settings.precision, ema=settings.ema)
-    run = loaded.run
-    assert run is not None
-    side = run.data.image_size
-    if settings.image_size not in (None, side):
-        raise UserError(f"--image-size {settings.image_size}: {path} classifies images of {side} pixels; leave it out")
-    names = class_names(run, classes_of)
+    found = load_classifier(
+        path,
+        image_size=settings.image_size,
+        device=settings.device,
+        precision=settings.precision,
+        ema=settings.ema,
+    )
+    names = class_names(found.run, classes_of)
     check(names)
-    sha256 = loaded.sha256()
-    about = {"source": str(loaded.path), "sha256": sha256, "method": run.method.name, "head": "own"}
-    identity = {"classifier": sha256, "ema": settings.ema}
+    data = found.run.data
+    about = {"source": str(found.path), "step": found.step, "sha256": found.sha256, "head": "own"}
+    identity = {"classifier": found.sha256, "ema": settings.ema}
     name = path.name if [one.name for one in paths].count(path.name) == 1 else str(path)
     name += " (ema)" if settings.ema else ""
-    return Classifier(name, side, logits, names, identity, features_folder(path), about)
+    crop_pct = settings.crop_pct or data.eval_crop_pct
+    return Classifier(name, data.image_size, crop_pct, found.logits, names, identity, features_folder(path), about)
 
 
 def _frozen(paths: Sequence[Path], settings: Settings, train: Path, check: Check) -> tuple[Manifest, list[Network]]:
@@ -105,4 +114,4 @@ def _fitted(
     }
     identity = {**network.identity, "pool": pool, "head": digest(weight, bias, mean, deviation)}
     name = f"{network.name}, {pool}"
-    return Classifier(name, network.image_size, logits, classes, identity, network.folder, about)
+    return Classifier(name, network.image_size, settings.crop_pct, logits, classes, identity, network.folder, about)

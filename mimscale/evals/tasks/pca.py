@@ -24,7 +24,7 @@ from mimscale.evals.runner import Settings
 from mimscale.files.atomic import atomic_path
 from mimscale.types import imagenet_statistics
 
-SUMMARY = "patch features as colours, several checkpoints on the same images"
+SUMMARY = "patch features as colours, several checkpoints side by side"
 TILE, GAP, TITLE = 168, 4, 18  # pixels: side of a panel at least, between panels, height of the column titles
 
 

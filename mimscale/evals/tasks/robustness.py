@@ -39,7 +39,7 @@ from mimscale.evals.robustness.heads import classifiers_of
 from mimscale.evals.robustness.real import covered, real_accuracy, real_labels
 from mimscale.evals.runner import Settings, extraction_of
 
-SUMMARY = "ImageNet-A/R/Sketch/V2/ReaL/C with a fine-tuned run or a linear head"
+SUMMARY = "ImageNet-A, -R, -Sketch, -V2, -C and ReaL with a classifier"
 VAL, REAL, MCE = "val", "ReaL", "mCE"
 
 
@@ -55,15 +55,16 @@ class Wanted:
 
 @dataclass(frozen=True)
 class TestSet:
-    """An opened data set. crop_pct: share of the short side that the centre crop keeps."""
+    """An opened data set. cropped: its images are to be cropped as the classifier does it; else they are whole."""
 
     name: str
     manifest: Manifest
-    crop_pct: float
+    cropped: bool = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, pooled=True)
+    parser.set_defaults(crop_pct=0.0)  # that of each classifier
     parser.add_argument(
         "--sets",
         nargs="+",
@@ -112,15 +113,15 @@ def robustness(
     """
 
     def prepare() -> tuple[list[TestSet], list[list[int]] | None]:
-        sets = [TestSet(name, Manifest.load(path), settings.crop_pct) for name, path in wanted.sets.items()]
+        sets = [TestSet(name, Manifest.load(path)) for name, path in wanted.sets.items()]
         real = None
         if wanted.val is not None:
             val = Manifest.load(wanted.val)
-            sets.insert(0, TestSet(VAL, val, settings.crop_pct))
+            sets.insert(0, TestSet(VAL, val))
             real = real_labels(wanted.real, val, len(val.classes or ())) if wanted.real else None
         if wanted.corruptions is not None:
             paths = corrupted_sets(wanted.corruptions)
-            sets += [TestSet(_corrupted(*key), Manifest.load(path), 1.0) for key, path in paths.items()]
+            sets += [TestSet(_corrupted(*key), Manifest.load(path), cropped=False) for key, path in paths.items()]
         for found in sets:
             if found.manifest.labels is None or found.manifest.classes is None:
                 raise UserError(
@@ -138,12 +139,12 @@ def robustness(
     rows = []
     for classifier in classifiers:
         predictions = {one.name: _predictions(classifier, one, settings, ranks) for one in sets}
-        rows.append({"network": classifier.name, **classifier.about, **_results(classifier, sets, predictions, real)})
+        about = {"image_size": classifier.image_size, "crop_pct": classifier.crop_pct, **classifier.about}
+        rows.append({"network": classifier.name, **about, **_results(classifier, sets, predictions, real)})
     return {
         "protocol": {
             "name": "robustness",
             "head": "own" if train is None else "logistic regression",
-            "crop_pct": settings.crop_pct,
             "precision": settings.precision,
             "ema": settings.ema,
             "alexnet": ALEXNET if wanted.corruptions else None,
@@ -174,7 +175,7 @@ def _predictions(classifier: Classifier, one: TestSet, settings: Settings, ranks
         classifier.folder,
         classifier.about,
     )
-    how = extraction_of(replace(settings, crop_pct=one.crop_pct))
+    how = extraction_of(replace(settings, crop_pct=classifier.crop_pct if one.cropped else 1.0))
     found = features_of([network], one.manifest, one.name, how, ranks)
     return found[classifier.name, PREDICTION][:, 0].long()
 

@@ -93,7 +93,7 @@ def logits_by_hand(shards_of: Path) -> tuple[torch.Tensor, torch.Tensor, Manifes
     method.load_state_dict(initial(run, 7) | head(WNIDS))
     (batch,) = eval_batches(manifest, 32, batch=manifest.samples, workers=0, crop_pct=1.0)
     with torch.no_grad():
-        logits = method.head(method.features(batch.normalised().images))
+        logits = method.logits(batch.normalised().images)
     return logits, torch.from_numpy(np.array(manifest.labels)), manifest
 
 
@@ -182,7 +182,7 @@ def test_refusals(
     assert "1 of 2 classes are not among the 3" in refused(
         run_dir, "--sets", f"x={world / 'cats'}", "--train", world / "train"
     )
-    assert "is of method.name = mae" in refused(run_dir, "--sets", a)
+    assert "holds no fine-tuned classifier" in refused(run_dir, "--sets", a)
     assert "--real" in refused(finetuned, "--real", world / "real.json")
     assert "nothing to measure" in refused(finetuned)
     (tmp_path / "short.json").write_text("[[0]]")
@@ -193,6 +193,6 @@ def test_refusals(
     assert "has 2 classes, the classifier 3 outputs" in refused(finetuned, "--sets", a, "--classes-of", world / "a")
     assert "is not NAME=SHARDS" in refused(finetuned, "--sets", f"mCE={world / 'a'}")
     assert "--baselines are measured with a linear head" in refused(finetuned, "--sets", a, "--baselines")
-    assert "classifies images of 32 pixels" in refused(finetuned, "--sets", a, "--image-size", 64)
+    assert "--image-size 33 is not a multiple" in refused(finetuned, "--sets", a, "--image-size", 33)
     moved = save_run(tmp_path / "moved", small_run("finetune"))
     assert "name it with --classes-of SHARDS" in refused(moved, "--sets", a)
