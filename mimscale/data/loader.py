@@ -15,13 +15,14 @@ import signal
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -156,8 +157,26 @@ def eval_batches(
     padded_ids = np.arange(first, first + -(-largest // batch) * batch).reshape(-1, batch)
     padding = min(first, manifest.samples - 1)
     batches = [(np.where(ids < last, ids, padding), (ids < last).astype(np.float32)) for ids in padded_ids]
+    return listed_batches(manifest, image_size, batches, workers=workers, crop_pct=crop_pct)
+
+
+def listed_batches(
+    manifest: Manifest,
+    image_size: int,
+    batches: Sequence[tuple[Ints, NDArray[np.float32]]],
+    *,
+    workers: int,
+    crop_pct: float = 0.875,
+) -> Iterator[Batch]:
+    """The images of `eval_batches` in batches that the caller has chosen.
+
+    batches: int64 [B] sample ids and float32 [B] `Batch.weights` of each. Iterating raises DamagedSample.
+    """
+    if not 0 < crop_pct <= 1:
+        raise UserError(f"crop_pct {crop_pct} must be in (0, 1]")
     dataset = EvalDataset(manifest, image_size, crop_pct)
-    slots, size = workers * EVAL_PREFETCH + HELD_ITEMS, batch_bytes(image_size, Needs(), batch)
+    largest = max((len(ids) for ids, _ in batches), default=1)
+    slots, size = workers * EVAL_PREFETCH + HELD_ITEMS, batch_bytes(image_size, Needs(), largest)
     make_pool = partial(SharedMemoryPool, slots, size)
     return _open_generator(
         partial(_data_loader, dataset, batches, workers=workers, prefetch=EVAL_PREFETCH, make_pool=make_pool), 1

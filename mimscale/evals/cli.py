@@ -1,18 +1,22 @@
-"""mimscale evaluate: accuracy of frozen features, always beside raw pixels and the same network at random."""
+"""mimscale evaluate: accuracy of frozen features, as one process or as the ranks of torchrun or srun."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.base import Strict
-from mimscale.distributed import launcher
+from mimscale.distributed.coordination import Coordinator
+from mimscale.distributed.world import close_process_group, from_environment
 from mimscale.errors import UserError, printable
+from mimscale.evals.networks import eval_folder
 from mimscale.evals.options import add_options, config_of, default_suffix
+from mimscale.evals.parallel import join
 from mimscale.evals.report import table, write
 from mimscale.evals.runner import Settings, evaluate, protocol_class, protocol_names
 from mimscale.files.console import plain_console
@@ -64,15 +68,28 @@ def _add_common(parser: argparse.ArgumentParser, pooled: bool) -> None:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), help="number format of the networks (default bf16 on cuda)"
     )
+    parser.add_argument("--baselines", action="store_true", help="raw pixels and each network at random as well")
+    stored = parser.add_mutually_exclusive_group()
+    stored.add_argument("--cache", type=Path, metavar="DIR", help="keep features there (default RUN/eval/features)")
+    stored.add_argument("--no-cache", action="store_true", help="keep features in memory only")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: eval/ in the folder of each run")
 
 
 def run(args: argparse.Namespace) -> int:
-    _check_one_process()
     config = config_of(vars(args), protocol_class(args.protocol).Config)
     if args.out is not None and args.out.suffix != ".json":
         raise UserError(f"--out {args.out} must end in .json")
-    device = _device(args.device)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    world = from_environment(args.device)
+    ranks = join(world)
+    try:
+        return _measure(args, config, world.device, ranks)
+    finally:
+        close_process_group()
+
+
+def _measure(args: argparse.Namespace, config: Strict, device: torch.device, ranks: Coordinator) -> int:
     settings = Settings(
         device=device,
         precision=args.precision or ("bf16" if device.type == "cuda" else "fp32"),
@@ -83,8 +100,16 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         seed=args.seed,
         ema=args.ema,
+        baselines=args.baselines,
+        cache=not args.no_cache,
+        folder=args.cache,
     )
-    report = evaluate(args.protocol, config, args.runs, args.train, args.val, settings)
+    report = evaluate(args.protocol, config, args.runs, args.train, args.val, settings, ranks)
+    ranks.on_rank0(_publish, report, args, config)
+    return 0
+
+
+def _publish(report: Mapping[str, Any], args: argparse.Namespace, config: Strict) -> None:
     outs = [args.out] if args.out else list(dict.fromkeys(_default_out(path, args, config) for path in args.runs))
     console = plain_console()
     console.print(table(report))  # first: a file that cannot be written does not cost the numbers
@@ -95,33 +120,13 @@ def run(args: argparse.Namespace) -> int:
             why = error.strerror or error
             raise UserError(f"{out} cannot be written: {why}; name another file with --out") from None
         console.print(printable(f"wrote {out}"), soft_wrap=True)
-    return 0
-
-
-def _check_one_process() -> None:
-    """Several ranks would each measure everything and write the same file."""
-    found = launcher.place()
-    if found.size > 1:
-        raise UserError(
-            f"{found.variable} = {found.size}: evaluate runs as one process; start it without torchrun, or with "
-            f"srun -n 1"
-        )
 
 
 def _default_out(path: Path, args: argparse.Namespace, config: Strict) -> Path:
     """RUN/eval/PROTOCOL-OPTIONS-POOL-CHECKPOINT.json."""
-    if (path / "config.yaml").is_file():
-        folder, of = path, checkpoint.newest(path) or path
-    else:
-        folder, of = (path.parent.parent, path) if path.is_dir() else (path.parent, path)
+    of = checkpoint.newest(path) or path if (path / "config.yaml").is_file() else path
     words = [args.protocol + default_suffix(config), *getattr(args, "pool", ()), *(["ema"] if args.ema else [])]
-    return folder / "eval" / f"{'-'.join(words)}-{of.stem}.json"
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    return eval_folder(path) / f"{'-'.join(words)}-{of.stem}.json"
 
 
 def _at_least(least: int) -> Callable[[str], int]:
