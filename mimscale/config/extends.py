@@ -54,6 +54,8 @@ def merged(base: Mapping[str, Any], own: Mapping[str, Any], place: tuple[str, ..
     place: keys from the recipe's root to the section that both are. Raises UserError for a null that removes nothing.
     """
     gone = _exchanged(base, own, place)
+    if not place:
+        gone.add("expected")  # of another recipe: what it should reach is not known from this one
     values = {key: value for key, value in base.items() if key not in gone}
     for key, value in own.items():
         if value is None and place in NAMED and key in base:
