@@ -13,7 +13,7 @@ nobody knows stays an error in either. The rule:
    teacher, replaces that section whole. `schedule.epochs` takes the place of `steps` and the reverse, `student.size`
    that of `width`, `depth` and `heads`, `width` that of `size`. Another `schedule.kind` drops `milestones`, `gamma`,
    `min_lr` and `warmup_start_factor`, another `data.crop` drops `crop_scale`, `crop_ratio` and `crop_padding`, other
-   `data.shards` drop `data.stream`, and other `weights` drop their `sha256`.
+   `data.shards` drop `data.stream`, and other `weights` drop their `sha256`. `expected` never carries over.
 
 Teachers keep the base's order, new ones follow. A value that is the base's own may be repeated.
 """

@@ -80,14 +80,19 @@ def _numel(parameter: Tensor) -> int:
 class Layout:
     """The fragments of this rank. Built right after `deepspeed.initialize`; creates the optimiser's state, empty.
 
-    places: of all natural parameters, in the order in which they are shown. ema_decay: of the student's moving average,
-    which is kept beside the leaves that hold a piece of the student; None: there is none.
+    places: of all natural parameters, in the order in which they are shown. ema_decay: of the moving average, which is
+    kept beside the leaves that hold a piece of it; None: there is none. averaged: how the names in it begin.
     """
 
     def __init__(
-        self, ds_engine: Any, optimizer: type[Optimizer], places: Sequence[Place], ema_decay: float | None = None
+        self,
+        ds_engine: Any,
+        optimizer: type[Optimizer],
+        places: Sequence[Place],
+        ema_decay: float | None = None,
+        averaged: tuple[str, ...] = (STUDENT,),
     ) -> None:
-        self._ds, self._optimizer = ds_engine, optimizer
+        self._ds, self._optimizer, self._averaged = ds_engine, optimizer, averaged
         self.stage: int = ds_engine.zero_optimization_stage()
         self.places = tuple(places)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
@@ -105,8 +110,8 @@ class Layout:
         self.fragments = list(self._fragments(pieces))
         self.create_state(0)
         self.check()
-        averaged = dict.fromkeys(f.leaf for f in self.fragments if f.name.startswith(STUDENT))
-        self.average = None if ema_decay is None else MovingAverage(ema_decay, averaged)
+        leaves = dict.fromkeys(f.leaf for f in self.fragments if f.name.startswith(averaged))
+        self.average = None if ema_decay is None else MovingAverage(ema_decay, leaves)
 
     def _map(self, zero: Any) -> tuple[list[Tensor], list[_Piece]]:
         pieces = []
@@ -159,7 +164,7 @@ class Layout:
 
     def kinds(self, fragment: Fragment) -> tuple[str, ...]:
         """What a checkpoint keeps of a fragment."""
-        averaged = self.average is not None and fragment.name.startswith(STUDENT)
+        averaged = self.average is not None and fragment.name.startswith(self._averaged)
         return ("fp32", *self._optimizer.STATES, *(("ema",) if averaged else ()))
 
     def view(self, fragment: Fragment, kind: str) -> Tensor:

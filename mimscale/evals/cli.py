@@ -14,6 +14,7 @@ from mimscale.config.base import Strict
 from mimscale.distributed.coordination import Coordinator
 from mimscale.distributed.world import close_process_group, from_environment
 from mimscale.errors import UserError, printable
+from mimscale.evals import top1_cli
 from mimscale.evals.networks import eval_folder
 from mimscale.evals.options import add_options, config_of, default_suffix
 from mimscale.evals.parallel import join
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         own = protocols.add_parser(name, help=text, description=text, usage=usage)
         _add_common(own, pooled="pooled" in kind.needs)
         add_options(own, kind.Config)
+    top1_cli.add_parser(protocols, _at_least)
 
 
 def _add_common(parser: argparse.ArgumentParser, pooled: bool) -> None:
@@ -76,7 +78,8 @@ def _add_common(parser: argparse.ArgumentParser, pooled: bool) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = config_of(vars(args), protocol_class(args.protocol).Config)
+    of_classifiers = args.protocol == top1_cli.NAME
+    config = None if of_classifiers else config_of(vars(args), protocol_class(args.protocol).Config)
     if args.out is not None and args.out.suffix != ".json":
         raise UserError(f"--out {args.out} must end in .json")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -84,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     world = from_environment(args.device)
     ranks = join(world)
     try:
+        if config is None:
+            return top1_cli.run(args, world.device, ranks)
         return _measure(args, config, world.device, ranks)
     finally:
         close_process_group()

@@ -26,6 +26,9 @@ class EvalsConfig(Strict):
     subset's images by then. train_samples, val_samples: size of the subset, at most; the samples lie evenly spread over
     each data set. protocols: name of a file in `mimscale/evals/protocols` -> its options. pool: mean of the patch tokens
     or class token. crop_pct: share of the short side that the centre crop keeps. batch: images of a forward pass.
+
+    top1_epochs: epochs between measurements of a classifier's accuracy (method finetune) on the whole of val, at the
+    crop of its own section data; null: never.
     """
 
     val: Path
@@ -37,6 +40,7 @@ class EvalsConfig(Strict):
     pool: Literal["mean", "cls"] = "mean"
     crop_pct: float = Field(0.875, gt=0, le=1)
     batch: int = Field(64, ge=1, le=2**16)
+    top1_epochs: float | None = Field(None, gt=0, le=10**6)
 
     @field_validator("protocols")
     @classmethod

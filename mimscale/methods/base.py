@@ -23,6 +23,7 @@ from mimscale.models.convvit import ConvViT
 from mimscale.models.patches import unnormalised
 from mimscale.models.token_selection import RasterOrder
 from mimscale.models.vit import Residual, ViT, set_fused_residuals
+from mimscale.optim.ema import STUDENT
 from mimscale.types import Batch, Needs, Noise, StepInfo, Targets, TeacherInfo, TeacherNeeds, View
 
 
@@ -32,9 +33,11 @@ class Method(nn.Module):
     Rules that ZeRO needs: every parameter gets a gradient in every step, no parameter is 0-dimensional, a parameter is
     used only in the forward pass of the module that owns it, and `forward` draws no random numbers.
     The encoder is the attribute `student`; its state dict has the names of timm's VisionTransformer or Beit.
+    averaged: parameters whose names begin so belong to the moving average.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+    averaged: ClassVar[tuple[str, ...]] = (STUDENT,)
     needs: Needs
     student: nn.Module
 

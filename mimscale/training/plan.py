@@ -145,9 +145,12 @@ def plan_evals(config: RunConfig, manifest: Source) -> EvalsPlan | None:
     """Open and check what the section `evals` names. Raises UserError."""
     if config.evals is None:
         return None
+    from mimscale.evals.top1_training import check as check_top1
     from mimscale.evals.while_training import prepare as prepare_evals  # torchmetrics takes a second
 
-    return prepare_evals(config.evals, config.data, manifest, config.schedule.global_batch, config.seed)
+    found = prepare_evals(config.evals, config.data, manifest, config.schedule.global_batch, config.seed)
+    check_top1(config, found.val.manifest)
+    return found
 
 
 def check_classes(config: RunConfig, manifest: Source) -> None:

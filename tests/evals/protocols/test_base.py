@@ -107,7 +107,19 @@ def test_a_new_file_is_a_protocol(
         assert expected in capsys.readouterr().out
     out = tmp_path / "majority.json"
     words = [str(run_dir), "--train", str(data[0]), "--val", str(data[1]), "--workers", "0", "--device", "cpu"]
-    words += ["--baselines", "--no-cache", "--pool", "mean", "cls", "--wanted", "least", "--min-samples", "7", "--out", str(out)]
+    words += [
+        "--baselines",
+        "--no-cache",
+        "--pool",
+        "mean",
+        "cls",
+        "--wanted",
+        "least",
+        "--min-samples",
+        "7",
+        "--out",
+        str(out),
+    ]
     assert main(["evaluate", "majority", *words]) == 0
     report = json.loads(out.read_text())
     options = {key: report["protocol"][key] for key in ("name", "wanted", "min_samples", "features_used")}
