@@ -27,7 +27,8 @@ KEY_BYTES = 90  # with its extension it fits into the 100-byte name field of a t
 class Item(NamedTuple):
     """One image of a source: `size` bytes at `offset` of file `path`; offset 0 = the whole file. label -1 = none.
 
-    In a parquet file `column` is the name of the column, `offset` the row and `size` an estimate.
+    In a parquet file `column` is the name of the column, `offset` the row and `size` an estimate. In an IDX file
+    `column` is `data_prep.idx.IDX`, `offset` the row and `size` the bytes of the unpacked image.
     """
 
     key: str
