@@ -104,6 +104,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     config = resolved(config, stored, world)
     micro_batch, accumulation = solve(config, world)
     check_backend(config.engine, ds_config, world.device, accumulation)
+    method_class(config.method.name).check_batch(config, micro_batch * world.size)
     manifest = open_source(config.data, world.size)
     check_classes(config, manifest)
     steps_per_epoch = manifest.samples // config.schedule.global_batch
