@@ -59,7 +59,7 @@ def test_chain(site: Site) -> None:
         assert json.loads((shards / "finished").read_text()) == ["0-of-3", "1-of-3", "2-of-3"]
     assert site.launch()["arguments"][-3:] == [f"data.shards={site.folder}/train", "stub.steps=3", "note=two words"]
     for verb in ("knn", "linear", "attentive"):
-        words = ["--train", f"{site.folder}/train", "--val", f"{site.folder}/val", "--device=cuda"]
+        words = ["--train", f"{site.folder}/train", "--val", f"{site.folder}/val", "--device=cuda", "--workers=1"]
         for rank in range(4):
             assert json.loads((site.run_dir / f"evaluated.{verb}.{rank}").read_text()) == words
         assert site.cluster.show(jobs[verb])["StdOut"] == f"{site.run_dir}/job/{verb}-{jobs[verb]}.out"
