@@ -29,7 +29,8 @@ EXAMPLE = """\
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> Any:
+    """The parsers of the protocols, to which others may be added."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
     protocols = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL", title="protocols")
     for name in protocol_names():
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _add_common(own, pooled="pooled" in kind.needs)
         add_options(own, kind.Config)
     top1_cli.add_parser(protocols, _at_least)
+    return protocols
 
 
 def _add_common(parser: argparse.ArgumentParser, pooled: bool) -> None:
