@@ -24,6 +24,7 @@ from data_prep.progress import progress
 from data_prep.reports import SHOWN, report
 from data_prep.shard_list import list_shards
 from data_prep.table import TableOptions, read_table
+from data_prep.torchvision_sets import SETS, read_sets
 from data_prep.verify import duplicates, verify
 from data_prep.write_manifest import write_manifest
 from data_prep.write_shards import estimate, unfinished, write
@@ -95,6 +96,15 @@ def _imagenet(options: argparse.Namespace) -> int:
 
 def _imagenet_21k(options: argparse.Namespace) -> int:
     return _write(options, read_21k(options.source))
+
+
+def _torchvision(options: argparse.Namespace) -> int:
+    top = options.destination
+    sources = read_sets(options.name, options.root, options.split, options.download)  # before anything is written
+    for split, source in sources.items():
+        options.destination = top / split
+        _write(options, source)
+    return 0
 
 
 def _write(options: argparse.Namespace, source: Source) -> int:
@@ -287,6 +297,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_writing(larger)
     larger.set_defaults(run=_imagenet_21k)
 
+    named = verbs.add_parser(
+        "torchvision", help="shards of the data sets of transfer tables, from the files that torchvision reads"
+    )
+    named.add_argument("name", metavar="NAME", help=", ".join(SETS))
+    named.add_argument("root", type=Path, metavar="ROOT", help="folder that holds the data set's own folder")
+    named.add_argument("--download", action="store_true", help="let torchvision download what is missing")
+    named.add_argument("--split", metavar="SPLIT", help="only train, val or unlabelled (default: all that there are)")
+    _add_writing(named)
+    named.set_defaults(run=_torchvision)
     fashion = verbs.add_parser("fashion", help="shards DST/train and DST/val from the IDX files of Fashion-MNIST")
     where = "folder of the four files, .gz or not: /usr/share/datasets/fashion-mnist of Debian's package "
     where += "dataset-fashion-mnist, or torchvision's download folder"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from data_prep.idx import IDX, IdxFile, read_idx
+from data_prep import png_rows
+from data_prep.idx import IdxFile, read_idx
 from data_prep.plan import Item, Source
 from mimscale.errors import UserError
 
@@ -33,7 +34,7 @@ def read_fashion(folder: Path, split: str) -> Source:
     where = _folder_of(folder, begin)
     images = read_idx(_file(where, f"{begin}-images-idx3-ubyte"), dimensions=3)
     labels = read_idx(_file(where, f"{begin}-labels-idx1-ubyte"), dimensions=1)
-    values = labels.values()
+    values = labels.values().tobytes()
     if images.shape[0] != len(values):
         raise UserError(
             f"'{images.path}' holds {images.shape[0]:,} images and '{labels.path}' {len(values):,} labels; "
@@ -47,13 +48,18 @@ def read_fashion(folder: Path, split: str) -> Source:
             f"'{labels.path}' holds {len(values):,} labels that are not Fashion-MNIST's (MNIST has files of the same "
             "names); give the folder of Fashion-MNIST"
         )
-    return Source({"kind": f"fashion {split}", "path": str(where)}, _items(images, values, split), list(CLASSES))
+    return Source(
+        {"kind": f"fashion {split}", "path": str(where)},
+        _items(images, values, split),
+        list(CLASSES),
+        png_encoder=png_rows.encoder(),
+    )
 
 
 def _items(images: IdxFile, labels: bytes, split: str) -> list[Item]:
     size = images.shape[1] * images.shape[2]
     path = str(images.path)
-    return [Item(f"{split}-{row:05d}", label, path, row, size, IDX) for row, label in enumerate(labels)]
+    return [Item(f"{split}-{row:05d}", label, path, row, size, png_rows.IDX) for row, label in enumerate(labels)]
 
 
 def _folder_of(folder: Path, begin: str) -> Path:

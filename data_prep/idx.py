@@ -1,4 +1,4 @@
-"""IDX files (MNIST's format), packed with gzip or not: images as rows of bytes, handed out as PNG.
+"""IDX files (MNIST's format), packed with gzip or not.
 
 A file begins with two zero bytes, 8 for unsigned bytes, the number of dimensions, then each dimension as a big-endian
 int32; the values follow. http://yann.lecun.com/exdb/mnist
@@ -7,18 +7,17 @@ int32; the values follow. http://yann.lecun.com/exdb/mnist
 from __future__ import annotations
 
 import gzip
-import io
 import math
 import struct
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
 
 from mimscale.errors import UserError
 
-IDX = "idx"  # in place of the name of a column: `Item.offset` is a row of an IDX file
 GZIP = b"\x1f\x8b"
 
 
@@ -33,16 +32,9 @@ class IdxFile(NamedTuple):
     def start(self) -> int:
         return 4 + 4 * len(self.shape)
 
-    def values(self) -> bytes:
-        return self.data[self.start :]
-
-    def png(self, row: int) -> bytes:
-        """One image [H, W] as a grey PNG, lossless."""
-        _, height, width = self.shape
-        begin = self.start + row * height * width
-        packed = io.BytesIO()
-        Image.frombytes("L", (width, height), self.data[begin : begin + height * width]).save(packed, "PNG")
-        return packed.getvalue()
+    def values(self) -> NDArray[np.uint8]:
+        """uint8 [*shape]"""
+        return np.frombuffer(self.data, np.uint8, offset=self.start).reshape(self.shape)
 
 
 def read_idx(path: Path, dimensions: int) -> IdxFile:

@@ -81,7 +81,14 @@ def read_val(archive: Path, truth: Path, synsets: Path | None) -> Source:
         member_of = {stem: _file_member(path) for stem, path in path_of.items()}
     else:
         with open_for_reading(archive) as fd:
-            member_of = {_stem(m.name): m for m in members(fd, archive) if not is_sidecar(m.name)}
+            member_of = {}
+            for member in members(fd, archive):
+                if is_sidecar(member.name):
+                    images.skipped["hidden"] += 1
+                elif _stem(member.name) in member_of:
+                    images.skipped["with the name of another member"] += 1
+                else:
+                    member_of[_stem(member.name)] = member
     if member_of.keys() != wnid_of.keys():
         odd = sorted(member_of.keys() ^ wnid_of.keys())[0]
         raise UserError(

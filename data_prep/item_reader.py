@@ -1,4 +1,4 @@
-"""Reads the encoded images of a source: from files, members of archives, rows of parquet files or of IDX files."""
+"""Reads the encoded images of a source: from files, members of archives, rows of parquet files or of pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from data_prep.idx import IDX, IdxFile, read_idx
+from data_prep import png_rows
 from data_prep.plan import Item
 from mimscale.data.decode import BadImage
 from mimscale.errors import UserError
@@ -31,7 +31,6 @@ class ItemReader:
     def __init__(self, root: str = "") -> None:
         self._current: tuple[str, int] | None = None
         self._rows = _ParquetRows()
-        self._idx: IdxFile | None = None
         self._root = root
 
     @contextmanager
@@ -39,11 +38,11 @@ class ItemReader:
         """A function item -> bytes for the items of a shard. It raises UserError if a source cannot be read or has
         changed since it was listed, and BadImage for a row without an image.
         """
-        rows = self._rows.read([item for item in items if item.column not in ("", IDX)])
+        rows = self._rows.read([i for i in items if i.column and not i.column.startswith(png_rows.PREFIX)])
 
         def read(item: Item) -> bytes:
-            if item.column == IDX:
-                return self._png(item)
+            if item.column.startswith(png_rows.PREFIX):
+                return png_rows.png(item)
             return self._row(rows.pop((item.path, item.offset)), item) if item.column else self._file(item)
 
         yield read
@@ -52,7 +51,6 @@ class ItemReader:
         if self._current is not None:
             os.close(self._current[1])
             self._current = None
-        self._idx = None
         self._rows.close()
 
     def _file(self, item: Item) -> bytes:
@@ -69,14 +67,6 @@ class ItemReader:
         if len(data) != item.size or grown:
             raise UserError(f"source file '{item.path}' has changed since it was listed; start again")
         return data
-
-    def _png(self, item: Item) -> bytes:
-        if self._idx is None or str(self._idx.path) != item.path:
-            self._idx = read_idx(Path(item.path), dimensions=3)
-        rows, height, width = self._idx.shape
-        if item.offset >= rows or height * width != item.size:
-            raise UserError(f"source file '{item.path}' has changed since it was listed; start again")
-        return self._idx.png(item.offset)
 
     def _row(self, value: Any, item: Item) -> bytes:
         data = value.get("bytes") if isinstance(value, dict) else value

@@ -30,10 +30,10 @@ class Classifier(NamedTuple):
 
 
 def standardised(train_ND: Tensor, val_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the training set's mean removed and divided by its deviation, in place: they may be large."""
+    """Both with the training set's mean removed and divided by its deviation."""
     deviation, mean = torch.std_mean(train_ND, dim=0, correction=0)
     deviation = deviation.clamp_min(1e-6)  # a channel that never changes in training is 0 there
-    return train_ND.sub_(mean).div_(deviation), val_MD.sub_(mean).div_(deviation)
+    return train_ND.sub(mean).div_(deviation), val_MD.sub(mean).div_(deviation)
 
 
 def fit(

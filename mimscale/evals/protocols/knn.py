@@ -12,8 +12,11 @@ from torch import Tensor
 from mimscale.config.base import Strict
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
-from mimscale.evals.metrics import top1
-from mimscale.evals.protocols.base import Context, Features, Results, StreamingProtocol
+from mimscale.evals.metrics import mean_per_class, top1
+from mimscale.evals.parallel import all_rows, rows_of
+from mimscale.evals.protocols.base import Context, Features, Protocol, Results
+
+PIECE = 4096  # training samples on the device at a time
 
 
 class KnnConfig(Strict):
@@ -21,7 +24,7 @@ class KnnConfig(Strict):
     temperature: float = Field(0.07, gt=0, description="of the votes, whose weight is exp(similarity / temperature)")
 
 
-class Knn(StreamingProtocol):
+class Knn(Protocol):
     """k nearest neighbours by cosine similarity; nothing is trained
 
     Source: Wu et al., CVPR 2018 (arXiv 1805.01978), sec. 3.4. k = 20 and temperature 0.07 as in DINO (Caron et al.,
@@ -43,16 +46,18 @@ class Knn(StreamingProtocol):
                 f"--k {config.k} is more than the {train.samples} training samples of {train.location}; lower it"
             )
 
-    def start(self, val: Features) -> None:
-        self.labels = val.labels
-        self.neighbours = Neighbours(val.values, self.config.k)
-
-    def add(self, train: Features) -> None:
-        self.neighbours.add(train.values, train.labels)
-
-    def finish(self) -> Results:
-        votes = self.neighbours.votes(self.context.classes, self.config.temperature)
-        return {"knn": top1(votes.argmax(dim=1), self.labels, self.context.classes)}
+    def run(self, train: Features, val: Features) -> Results:
+        c = self.context
+        mine = rows_of(len(val.values), c.rank, c.world)
+        neighbours = Neighbours(val.values[mine], self.config.k)
+        for values, labels in zip(train.values.split(PIECE), train.labels.split(PIECE), strict=True):
+            neighbours.add(values.to(c.device), labels.to(c.device))
+        predicted = neighbours.votes(c.classes, self.config.temperature).argmax(dim=1)
+        predicted = all_rows(predicted, len(val.values), c.rank, c.world)
+        return {
+            "knn": top1(predicted, val.labels, c.classes),
+            "knn_per_class": mean_per_class(predicted, val.labels, c.classes),
+        }
 
 
 class Neighbours:
