@@ -9,7 +9,7 @@ inside them: the evaluation protocols hold out their own part. The metric of eac
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,7 @@ class DataSet:
     """
 
     read: Callable[[Path, str, bool], tuple[list[Item], list[str]]]
-    splits: dict[str, tuple[str, ...]]
+    splits: Mapping[str, tuple[str, ...]]
     place: str
     metric: str = TOP1
 
