@@ -1,4 +1,4 @@
-"""The section `evals` of a recipe: what is measured while a run trains."""
+"""The sections `evals` and `expected` of a recipe: what is measured while a run trains, and what papers report."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ class EvalsConfig(Strict):
     subset's images by then. train_samples, val_samples: size of the subset, at most; the samples lie evenly spread over
     each data set. protocols: name of a file in `mimscale/evals/protocols` -> its options. pool: mean of the patch tokens
     or class token. crop_pct: share of the short side that the centre crop keeps. batch: images of a forward pass.
+
+    top1_epochs: epochs between measurements of a classifier's accuracy (method finetune) on the whole of val, at the
+    crop of its own section data; null: never.
     """
 
     val: Path
@@ -37,6 +40,7 @@ class EvalsConfig(Strict):
     pool: Literal["mean", "cls"] = "mean"
     crop_pct: float = Field(0.875, gt=0, le=1)
     batch: int = Field(64, ge=1, le=2**16)
+    top1_epochs: float | None = Field(None, gt=0, le=10**6)
 
     @field_validator("protocols")
     @classmethod
@@ -52,3 +56,16 @@ class EvalsConfig(Strict):
         if self.every is not None:
             return self.every
         return max(LEAST_STEPS, -(-TRAINED_PER_EVALUATED * images // global_batch))
+
+
+class Expected(Strict):
+    """What a protocol of `mimscale evaluate` should find, for `mimscale results`; nothing else uses it.
+
+    value: in percent. source: who published it, for which weights. metric: of the protocol's report; default: the
+    protocol's name. pool: where the report has several.
+    """
+
+    value: float = Field(ge=0, le=100)
+    source: str = Field(min_length=1)
+    metric: str | None = None
+    pool: str | None = None

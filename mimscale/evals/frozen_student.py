@@ -43,8 +43,10 @@ class StudentSkeleton:
         return student
 
 
-def copied(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> list[tuple[str, Tensor]]:
-    """Copies of parameters named `student.*`, without that prefix. Takes all of `tensors` even if a copy fails (out of
+def copied(
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, prefix: str = STUDENT
+) -> list[tuple[str, Tensor]]:
+    """Copies of parameters, whose names lose the prefix. Takes all of `tensors` even if a copy fails (out of
     memory), because other ranks take them too; raises afterwards.
     """
     taken: list[tuple[str, Tensor]] = []
@@ -52,7 +54,7 @@ def copied(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> list[tu
     for name, tensor in tensors:
         if failure is None:
             try:
-                taken.append((name.removeprefix(STUDENT), tensor.detach().to(dtype, copy=True)))
+                taken.append((name.removeprefix(prefix), tensor.detach().to(dtype, copy=True)))
             except Exception as error:
                 failure = error
                 taken.clear()

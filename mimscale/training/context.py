@@ -26,6 +26,7 @@ from mimscale.training.inputs import TrainInputs
 from mimscale.training.plan import Plan
 
 if TYPE_CHECKING:
+    from mimscale.evals.top1_training import Top1Evaluator
     from mimscale.evals.while_training import Evaluator
 
 
@@ -35,7 +36,7 @@ class TrainContext:
 
     lock: on rank 0. closing: what is ended after the run. init_notes: a line for each thing that `init.weights` filled,
     resized or left. cost, cost_notes: FLOPs and the device's peak, and the lines that say them. evaluator:
-    of the section `evals`.
+    of the section `evals`; top1: of its accuracy of a classifier.
     """
 
     plan: Plan
@@ -59,6 +60,7 @@ class TrainContext:
     cost: StepCost = StepCost()
     cost_notes: tuple[str, ...] = ()
     evaluator: Evaluator | None = None
+    top1: Top1Evaluator | None = None
 
     @property
     def checkpoints(self) -> Path:

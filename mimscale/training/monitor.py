@@ -6,8 +6,10 @@ import gc
 import json
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
@@ -25,6 +27,9 @@ from mimscale.training.context import TrainContext
 from mimscale.training.recovery import describe_state
 from mimscale.training.state import TrainState
 from mimscale.types import StepInfo
+
+if TYPE_CHECKING:
+    from mimscale.evals.while_training import Evaluation
 
 GC_EVERY = 200
 """Steps between garbage collections. Python's own would start in other steps on each rank, and all ranks would wait for
@@ -60,6 +65,8 @@ class Monitor:
         notes = (*run.cost_notes, *run.init_notes, *run.method.notes, *run.teachers.notes, *run.engine.notes)
         if run.evaluator is not None:
             notes = (*run.evaluator.notes, *notes)
+        if run.top1 is not None:
+            notes = (*run.top1.notes, *notes)
         run.logger.print("\n".join((describe_run(run, state), *notes)))
         self._engine_notes = len(run.engine.notes)
         if state.step < plan.total_steps:
@@ -163,13 +170,19 @@ class Monitor:
 
     def _evaluate(self, info: StepInfo) -> None:
         """Measure the student where it is due. What fails is logged, and the run trains on: no figure is worth a run."""
-        run, evaluator = self._run, self._run.evaluator
-        if evaluator is None or not evaluator.plan.due(info.step, info.total):
-            return
+        run, evaluator, top1 = self._run, self._run.evaluator, self._run.top1
+        if evaluator is not None and evaluator.plan.due(info.step, info.total):
+            buffers = run.method.student.named_buffers()
+            self._measure(info, partial(evaluator.evaluate, run.engine.parameters, buffers))
+        if top1 is not None and top1.due(info.step, info.total):
+            self._measure(info, partial(top1.evaluate, run.engine.parameters, run.method.named_buffers()))
+
+    def _measure(self, info: StepInfo, evaluate: Callable[[], Evaluation]) -> None:
+        run = self._run
         run.timer.enter(EVALUATING)
         start_s = time.perf_counter()
         try:
-            found = evaluator.evaluate(run.engine.parameters, run.method.student.named_buffers())
+            found = evaluate()
         except Exception as error:  # of data, memory or a protocol, and the same on all ranks
             text = " ".join(str(error).split())[:300]
             run.logger.log_event("evals_failed", at=info.step, error=f"{type(error).__name__}: {text}")

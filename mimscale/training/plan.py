@@ -104,6 +104,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     config = resolved(config, stored, world)
     micro_batch, accumulation = solve(config, world)
     check_backend(config.engine, ds_config, world.device, accumulation)
+    method_class(config.method.name).check_batch(config, micro_batch * world.size)
     manifest = open_source(config.data, world.size)
     check_classes(config, manifest)
     steps_per_epoch = manifest.samples // config.schedule.global_batch
@@ -145,9 +146,12 @@ def plan_evals(config: RunConfig, manifest: Source) -> EvalsPlan | None:
     """Open and check what the section `evals` names. Raises UserError."""
     if config.evals is None:
         return None
+    from mimscale.evals.top1_training import check as check_top1
     from mimscale.evals.while_training import prepare as prepare_evals  # torchmetrics takes a second
 
-    return prepare_evals(config.evals, config.data, manifest, config.schedule.global_batch, config.seed)
+    found = prepare_evals(config.evals, config.data, manifest, config.schedule.global_batch, config.seed)
+    check_top1(config, found.val.manifest)
+    return found
 
 
 def check_classes(config: RunConfig, manifest: Source) -> None:

@@ -41,6 +41,7 @@ from mimscale.training.speed import step_cost
 from mimscale.types import TeacherInfo
 
 if TYPE_CHECKING:
+    from mimscale.evals.top1_training import Top1Evaluator
     from mimscale.evals.while_training import Evaluator
 
 
@@ -77,7 +78,7 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
     config = plan.config
     refuse_different_ranks(plan, teachers, coordinator)
     run_folder.prove_shared(plan.run_dir, coordinator)
-    evaluator = make_evaluator(plan, method, coordinator)
+    evaluator, top1 = make_evaluator(plan, method, coordinator), make_top1(plan, method, coordinator)
     startup.end("process_group")
 
     engine = connect(
@@ -118,6 +119,7 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
         cost=cost,
         cost_notes=cost_notes,
         evaluator=evaluator,
+        top1=top1,
     )
 
 
@@ -135,6 +137,16 @@ def make_evaluator(plan: Plan, method: Method, coordinator: Coordinator) -> Eval
     from mimscale.evals.while_training import Evaluator
 
     return Evaluator(plan.evals, method.student, plan.world, coordinator, precision_of(plan.ds_config))
+
+
+def make_top1(plan: Plan, method: Method, coordinator: Coordinator) -> Top1Evaluator | None:
+    """What measures a classifier while it trains, before the engine gets the method."""
+    if plan.evals is None or plan.evals.config.top1_epochs is None:
+        return None
+    from mimscale.evals.top1_training import Top1Evaluator
+
+    val, precision = plan.evals.val.manifest, precision_of(plan.ds_config)
+    return Top1Evaluator(plan.config, method, val, plan.steps_per_epoch, plan.world, coordinator, precision)
 
 
 def connect(
