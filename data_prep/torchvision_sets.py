@@ -229,3 +229,19 @@ SETS = {
     "dtd": DataSet(_dtd, JOINED, "dtd"),
     "aircraft": DataSet(_aircraft, TRAINVAL, "fgvc-aircraft-2013b", PER_CLASS),
 }
+SIZES = {  # kind of source -> (images, classes) of the official data
+    f"torchvision {name} {split}": (count, 0 if split == UNLABELLED else classes)
+    for name, classes, counts in (
+        ("cifar10", 10, {"train": 50_000, "val": 10_000}),
+        ("cifar100", 100, {"train": 50_000, "val": 10_000}),
+        ("stl10", 10, {"train": 5_000, "val": 8_000, UNLABELLED: 100_000}),
+        ("tiny_imagenet", 200, {"train": 100_000, "val": 10_000}),
+        ("food101", 101, {"train": 75_750, "val": 25_250}),
+        ("pets", 37, {"train": 3_680, "val": 3_669}),
+        ("flowers102", 102, {"train": 2_040, "val": 6_149}),
+        ("cars", 196, {"train": 8_144, "val": 8_041}),
+        ("dtd", 47, {"train": 3_760, "val": 1_880}),
+        ("aircraft", 100, {"train": 6_667, "val": 3_333}),
+    )
+    for split, count in counts.items()
+}

@@ -87,7 +87,7 @@ def evaluate(
         pools = ("blocks",) if "blocks" in kind.needs else ("tokens",)
 
     def prepare() -> tuple[Manifest, Manifest, list[Network]]:
-        train, val = _data(train_path, val_path, labelled="labels" in kind.needs)
+        train, val = open_data(train_path, val_path, labelled="labels" in kind.needs)
         kind.check(config, train, val)
         networks = load_networks(
             list(dict.fromkeys(runs)),
@@ -179,7 +179,8 @@ def _labels(manifest: Manifest) -> Tensor:
     return torch.from_numpy(np.array(manifest.labels))
 
 
-def _data(train_path: Path, val_path: Path, labelled: bool) -> tuple[Manifest, Manifest]:
+def open_data(train_path: Path, val_path: Path, labelled: bool) -> tuple[Manifest, Manifest]:
+    """The two data sets of an evaluation. Raises UserError where they do not go together."""
     train, val = Manifest.load(train_path), Manifest.load(val_path)
     for flag, path, manifest in (("--train", train_path, train), ("--val", val_path, val)):
         if labelled and (manifest.labels is None or manifest.labels.min() < 0):
