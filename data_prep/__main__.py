@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.digits import write_digits
 from data_prep.doctor import Job, examine
+from data_prep.fashion import SPLITS, read_fashion
 from data_prep.folder import read_folder
 from data_prep.imagenet import check_md5, read_21k, read_train, read_val
 from data_prep.images import ImageOptions
@@ -156,6 +157,15 @@ def _report_done(folder: Path, missing: list[int]) -> int:
     return 0
 
 
+def _fashion(options: argparse.Namespace) -> int:
+    top = options.destination
+    sources = {split: read_fashion(options.source, split) for split in SPLITS}  # both, before anything is written
+    for split, source in sources.items():
+        options.destination = top / split
+        _write(options, source)
+    return 0
+
+
 def _digits(options: argparse.Namespace) -> int:
     for name, count in write_digits(options.destination, options.side, options.seed).items():
         print(f"{options.destination / name}: {count:,} images", file=sys.stderr)
@@ -296,6 +306,12 @@ def _parser() -> argparse.ArgumentParser:
     named.add_argument("--split", metavar="SPLIT", help="only train, val or unlabelled (default: all that there are)")
     _add_writing(named)
     named.set_defaults(run=_torchvision)
+    fashion = verbs.add_parser("fashion", help="shards DST/train and DST/val from the IDX files of Fashion-MNIST")
+    where = "folder of the four files, .gz or not: /usr/share/datasets/fashion-mnist of Debian's package "
+    where += "dataset-fashion-mnist, or torchvision's download folder"
+    fashion.add_argument("source", type=Path, metavar="SRC", help=where)
+    _add_writing(fashion)
+    fashion.set_defaults(run=_fashion)
 
     end = verbs.add_parser("finish", help="write the manifests of folders whose shards all exist")
     end.add_argument("destination", type=Path, nargs="+", metavar="DST")

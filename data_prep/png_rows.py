@@ -1,4 +1,4 @@
-"""Images that lie in a file as arrays of pixels (CIFAR, STL-10), handed out as PNG, which loses nothing.
+"""Images that lie in a file as arrays of pixels (CIFAR, STL-10, IDX files), handed out as PNG, which loses nothing.
 
 Bytes of a PNG depend on Pillow and zlib, so the plan of such a source records both.
 """
@@ -14,12 +14,13 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image, features
 
+from data_prep.idx import read_idx
 from data_prep.plan import Item
 from mimscale.errors import UserError
 
-PREFIX = "rows:"  # of Item.column; what follows is a key of READERS; Item.offset is the row
-CIFAR_TRAIN, CIFAR_TEST, CIFAR100_TRAIN, CIFAR100_TEST, STL10 = (
-    f"{PREFIX}{name}" for name in ("cifar10 train", "cifar10 test", "cifar100 train", "cifar100 test", "stl10")
+PREFIX = "rows:"  # of Item.column; what follows names the format; Item.offset is the row
+CIFAR_TRAIN, CIFAR_TEST, CIFAR100_TRAIN, CIFAR100_TEST, STL10, IDX = (
+    f"{PREFIX}{name}" for name in ("cifar10 train", "cifar10 test", "cifar100 train", "cifar100 test", "stl10", "idx")
 )
 STL10_SHAPE = (3, 96, 96)  # colour, column, row: the file was written by MATLAB
 
@@ -41,7 +42,9 @@ def png(item: Item) -> bytes:
 
 @lru_cache(maxsize=1)
 def _rows(path: str, column: str) -> NDArray[np.uint8]:
-    """uint8 [N, H, W, 3]. STL-10's file is mapped, not read: its unlabelled part has 2.6 GiB."""
+    """uint8 [N, H, W, 3], grey [N, H, W]. STL-10's file is mapped, not read: its unlabelled part has 2.6 GiB."""
+    if column == IDX:
+        return read_idx(Path(path), dimensions=3).values()
     if column == STL10:
         try:
             return np.memmap(path, np.uint8, "r").reshape(-1, *STL10_SHAPE).transpose(0, 3, 2, 1)

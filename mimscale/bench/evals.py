@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", default="mae_vit_b16", help="without teachers; its student, image size and batch count")
+    parser.add_argument(
+        "--recipe", default="mae_vit_b16", help="without teachers; its student, image size and batch count"
+    )
     parser.add_argument("--images", type=int, default=8, help="of one training step and of one forward pass")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved measurements; the least of each counts")
     parser.add_argument("--classes", type=int, default=1000, help="of the features that the protocols get")

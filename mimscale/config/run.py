@@ -116,7 +116,9 @@ class RunConfig(Strict):
         return {
             key: value
             for key, value in flat.items()
-            if not key.startswith(free) and not key.endswith((".weights", ".compile")) and key not in ("evals", "expected")
+            if not key.startswith(free)
+            and not key.endswith((".weights", ".compile"))
+            and key not in ("evals", "expected")
         }
 
 

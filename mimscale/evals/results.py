@@ -179,7 +179,9 @@ def tables(gathered: Mapping[str, Any]) -> Iterator[Table]:
     table = Table("protocol", "pool", "metric", "step", "value", title=printable(gathered["run"]))
     for f in gathered["figures"]:
         step = "" if f["step"] is None else f"{f['step']:,}"
-        table.add_row(*(Text(printable(word)) for word in (f["protocol"], f["pool"], f["metric"], step)), f"{f['value']:.1f}")
+        table.add_row(
+            *(Text(printable(word)) for word in (f["protocol"], f["pool"], f["metric"], step)), f"{f['value']:.1f}"
+        )
     yield table
     if gathered["expected"]:
         table = Table("protocol", "expected", "found", "status", "source", title="the recipe's expected values")

@@ -47,7 +47,9 @@ def evenly_spread(manifest: Manifest, most: int) -> Subset:
     count = min(most, manifest.samples)
     ids = np.arange(count, dtype=np.int64) * manifest.samples // count
     labels = None if manifest.labels is None else np.array(manifest.labels)
-    loaded = Manifest(manifest.folder, manifest.file, np.array(manifest.index), labels, manifest.location, manifest.cache)
+    loaded = Manifest(
+        manifest.folder, manifest.file, np.array(manifest.index), labels, manifest.location, manifest.cache
+    )
     return Subset(loaded, ids)
 
 

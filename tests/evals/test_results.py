@@ -21,7 +21,9 @@ QUICK = ("--workers", "0", "--device", "cpu", "--no-cache")
 
 def report(protocol: str, *rows: dict[str, Any], metrics: tuple[str, ...] = ()) -> str:
     keys = {key: key for key in metrics or (protocol,)}
-    return json.dumps({"protocol": {"name": protocol}, "metrics": keys, "val": {"fingerprint": "f"}, "rows": list(rows)})
+    return json.dumps(
+        {"protocol": {"name": protocol}, "metrics": keys, "val": {"fingerprint": "f"}, "rows": list(rows)}
+    )
 
 
 def row(step: int | None = 5, pool: str = "mean", **values: float) -> dict[str, Any]:
