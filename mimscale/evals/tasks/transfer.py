@@ -18,7 +18,7 @@ from rich.table import Table
 from mimscale.data.storage import is_remote
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError, printable
-from mimscale.evals.launch import add_shared, check_out, default_out, on_ranks, publish
+from mimscale.evals.launch import add_shared, check_out, default_outs, on_ranks, publish
 from mimscale.evals.options import config_of
 from mimscale.evals.runner import Settings, evaluate, open_data, protocol_class
 
@@ -56,9 +56,10 @@ def run(args: argparse.Namespace) -> int:
         if "labels" not in protocol_class(name).needs:
             raise UserError(f"--protocols {name}: it takes no labels, so it has no accuracy; take knn or linear")
     report = on_ranks(args, lambda settings, ranks: transfer(protocols, args.runs, pairs, settings, ranks))
-    outs = [default_out(path, ["transfer", *names, *protocols], args) for path in args.runs]
     if report is not None:
-        publish(report, tables(report), [args.out] if args.out else outs)
+        prints = [part[split]["fingerprint"] for part in report["parts"] for split in ("train", "val")]
+        outs = default_outs(args, ["transfer", *names, *protocols], report["protocol"]["precision"], prints)
+        publish(report, tables(report), outs, args.json, report["departs"])
     return 0
 
 
@@ -103,7 +104,15 @@ def transfer(
         for (name, network, pool), row in rows.items()
     ]
     return {
-        "protocol": {"name": "transfer", "protocols": list(protocols)},
+        "protocol": {
+            "name": "transfer",
+            "protocols": list(protocols),
+            **{key: parts[0]["protocol"][key] for key in ("seed", "crop_pct", "precision", "device", "ema")},
+        },
+        "commit": parts[0]["commit"],
+        "ranks": ranks.world,
+        "seconds": {key: sum(part["seconds"][key] for part in parts) for key in ("features", "fit")},
+        "departs": list(dict.fromkeys(f"{p['protocol']['name']}: {line}" for p in parts for line in p["departs"])),
         "headings": headings,
         "sets": metrics,
         "rows": sorted(table, key=lambda row: list(protocols).index(row["protocol"])),
