@@ -22,7 +22,8 @@ EXAMPLE = """\
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> Any:
+    """The parsers of the protocols, to which others may be added."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
     protocols = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL", title="protocols")
     for name in protocol_names():
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         task = _task(name)
         usage = f"mimscale evaluate {name} RUN... [OPTIONS]"
         task.add_arguments(protocols.add_parser(name, help=task.SUMMARY, description=task.SUMMARY, usage=usage))
+    return protocols
 
 
 def run(args: argparse.Namespace) -> int:

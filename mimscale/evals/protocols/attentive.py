@@ -30,7 +30,7 @@ class AttentiveConfig(Strict):
     epochs: float = Field(90, gt=0, le=1000, description="passes over the training set, at least 1,250 steps")
     steps: int | None = Field(None, ge=1, description="optimiser steps in place of epochs")
     warmup_epochs: float = Field(10, ge=0, le=1000, description="of them with a rising rate, at most a ninth")
-    batch: int = Field(4096, ge=1, description="images per step, at most a quarter of the training set")
+    global_batch: int = Field(4096, ge=1, description="images per step, at most a quarter of the training set")
     rates: tuple[float, ...] = Field(RATES, min_length=1, description="learning rates per 256 images")
 
 
@@ -62,7 +62,7 @@ class Attentive(Protocol):
         """Rank r trains the rates r, r + world, ...: each sees the same batches wherever it is trained."""
         c, config = self.context, self.config
         parts = sgd_heads.split(train.labels, c.seed)
-        batch = sgd_heads.batch_of(config.batch, len(parts.inside))
+        batch = sgd_heads.batch_of(config.global_batch, len(parts.inside))
         steps = config.steps or max(LEAST_STEPS, round(config.epochs * len(parts.inside) / batch))
         warmup = steps * min(config.warmup_epochs / config.epochs, 1 / 9)
         numbers = list(range(len(config.rates)))[c.rank :: c.world]

@@ -28,7 +28,7 @@ Pool = Literal["cls", "cls+mean", "mean"]
 class SweepConfig(Strict):
     epochs: float = Field(10, gt=0, le=1000, description="passes over the training set, at least 1,250 steps")
     steps: int | None = Field(None, ge=1, description="optimiser steps in place of epochs")
-    batch: int = Field(1024, ge=1, description="images per step, at most a quarter of the training set")
+    global_batch: int = Field(1024, ge=1, description="images per step, at most a quarter of the training set")
     rates: tuple[float, ...] = Field(RATES, min_length=1, description="learning rates per 256 images")
 
 
@@ -85,7 +85,7 @@ class Sweep(Protocol):
         """Rank r trains the heads r, r + world, ...: each sees the same batches wherever it is trained."""
         c = self.context
         parts = sgd_heads.split(train.labels, c.seed)
-        batch = sgd_heads.batch_of(self.config.batch, len(parts.inside))
+        batch = sgd_heads.batch_of(self.config.global_batch, len(parts.inside))
         steps = self.config.steps or max(LEAST_STEPS, round(self.config.epochs * len(parts.inside) / batch))
         heads = all_heads(train.values.shape, self.config.rates)
         mine = heads[c.rank :: c.world]
