@@ -24,8 +24,9 @@ class EvalsConfig(Strict):
     val: labelled data set to be tested on. train: the one to learn from; default: `data.shards`. every: optimiser steps
     between evaluations; default: LEAST_STEPS, or more where the run has not trained on TRAINED_PER_EVALUATED times the
     subset's images by then. train_samples, val_samples: size of the subset, at most; the samples lie evenly spread over
-    each data set. protocols: name of a file in `mimscale/evals/protocols` -> its options. pool: mean of the patch tokens
-    or class token. crop_pct: share of the short side that the centre crop keeps. batch: images of a forward pass.
+    each data set. protocols: name of a file in `mimscale/evals/protocols` -> its options. pool: mean of the patch
+    tokens or class token. crop_pct: share of the short side that the centre crop keeps. batch: images of a forward
+    pass.
 
     top1_epochs: epochs between measurements of a classifier's accuracy (method finetune) on the whole of val, at the
     crop of its own section data; null: never.
