@@ -18,6 +18,10 @@ TRAINED_PER_EVALUATED = 100
 backward pass of everything, so at 100 images trained for one evaluated the forward passes stay near one per cent."""
 
 
+def _default_protocols() -> dict[str, dict[str, Any]]:
+    return {"knn": {}, "ridge": {}}
+
+
 class EvalsConfig(Strict):
     """Accuracy of the student's frozen features on a fixed subset, measured while it trains; it changes no weight.
 
@@ -37,7 +41,7 @@ class EvalsConfig(Strict):
     every: int | None = Field(None, ge=1)
     train_samples: int = Field(10_000, ge=2, le=10**7)
     val_samples: int = Field(2_000, ge=1, le=10**7)
-    protocols: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"knn": {}, "ridge": {}})
+    protocols: dict[str, dict[str, Any]] = Field(default_factory=_default_protocols)
     pool: Literal["mean", "cls"] = "mean"
     crop_pct: float = Field(0.875, gt=0, le=1)
     batch: int = Field(64, ge=1, le=2**16)
