@@ -246,6 +246,7 @@ def finished_report(
             **report["protocol"],
             "name": NAME,
             "pool": [config["method.pool"]],
+            "crop_pct": CROP_PCT,
             "precision": config["method.encoder_precision"],
             "recipe": {key: value for key, value in config.items() if key.startswith(keys)},
             "differs_from_paper": differences(config, args),

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision import datasets
 
 from data_prep.__main__ import main
-from data_prep.torchvision_sets import PER_CLASS, SETS, TOP1
+from data_prep.torchvision_sets import PER_CLASS, SETS, SIZES, TOP1
 from mimscale.data.manifest import Manifest
 from tests.data_prep import torchvision_layouts as layouts
 
@@ -95,6 +95,18 @@ def test_files_keep_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert manifests[0].classes == manifests[1].classes
     assert manifests[0].file.source["metric"] == SETS[name].metric
     assert len(manifests[0].classes or ()) == {"flowers102": 102}.get(name, 2)
+
+
+def test_info_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layouts.stl10(tmp_path / "in", monkeypatch)
+    assert run("stl10", tmp_path / "in", tmp_path / "out") == 0
+    for split, size in (("val", "8,000 images in 10 classes"), ("unlabelled", "100,000 images in 0 classes")):
+        assert main(["info", str(tmp_path / "out" / split)]) == 0
+        assert f"torchvision stl10 {split} has {size}: this is not all of it" in capsys.readouterr().out
+    assert {kind.split()[1] for kind in SIZES} == set(SETS)
+    assert all(f"torchvision {name} {split}" in SIZES for name, kind in SETS.items() for split in kind.splits)
 
 
 def test_the_metrics_are_those_of_the_protocol() -> None:

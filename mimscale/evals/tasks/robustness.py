@@ -9,6 +9,7 @@ logistic regression on frozen features (`--train`). C is stored at 224 pixels an
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +20,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from mimscale.checkpoint.run_folder import git_commit
 from mimscale.data.manifest import Manifest
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError, printable
 from mimscale.evals.extraction import features_of
-from mimscale.evals.launch import add_shared, check_out, default_out, on_ranks, publish
+from mimscale.evals.launch import add_shared, check_out, default_outs, on_ranks, publish
 from mimscale.evals.metrics import top1
 from mimscale.evals.networks import Network
 from mimscale.evals.robustness.classes import outputs_of
@@ -96,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
     )
     words = ["robustness", *(["linear"] if args.train else []), *wanted.sets, *(["c"] if args.corruptions else [])]
     if report is not None:
-        publish(report, [table(report)], [args.out] if args.out else [default_out(r, words, args) for r in args.runs])
+        prints = [one["fingerprint"] for one in report["sets"].values()]
+        outs = default_outs(args, words, report["protocol"]["precision"], prints)
+        publish(report, [table(report)], outs, args.json)
     return 0
 
 
@@ -111,6 +115,8 @@ def robustness(
     """The report: a row for each classifier with its percent on each set. Everything that can be refused is refused
     before an image is read. Raises UserError, on all ranks.
     """
+
+    start_s = time.monotonic()
 
     def prepare() -> tuple[list[TestSet], list[list[int]] | None]:
         sets = [TestSet(name, Manifest.load(path)) for name, path in wanted.sets.items()]
@@ -147,6 +153,7 @@ def robustness(
             "head": "own" if train is None else "logistic regression",
             "precision": settings.precision,
             "ema": settings.ema,
+            "device": torch.cuda.get_device_name() if settings.device.type == "cuda" else "cpu",
             "alexnet": ALEXNET if wanted.corruptions else None,
         },
         "columns": [*([VAL] if wanted.val else []), *([REAL] if real else []), *wanted.sets]
@@ -159,6 +166,9 @@ def robustness(
             }
             for one in sets
         },
+        "commit": git_commit(),
+        "ranks": ranks.world,
+        "seconds": round(time.monotonic() - start_s, 1),
         "rows": rows,
     }
 

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from mimscale.data.manifest import Manifest
 from mimscale.data.storage import is_remote
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError, printable
-from mimscale.evals.launch import add_shared, check_out, default_out, on_ranks, publish
+from mimscale.evals.launch import add_shared, check_out, default_outs, on_ranks, publish
 from mimscale.evals.options import config_of
-from mimscale.evals.runner import Settings, evaluate, protocol_class
+from mimscale.evals.runner import Settings, evaluate, open_data, protocol_class
 
 SUMMARY = "protocols on several data sets: one table, with its mean"
 PER_CLASS = "mean per-class"  # the metric in a manifest's source; any other is top-1
@@ -54,12 +53,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--sets {twice}: the name is given twice; each data set has one")
     protocols = list(dict.fromkeys(args.protocols))
     for name in protocols:
-        if not {"pooled", "labels"} <= protocol_class(name).needs:
-            raise UserError(f"--protocols {name}: it needs no pooled features and labels; take knn or linear")
+        if "labels" not in protocol_class(name).needs:
+            raise UserError(f"--protocols {name}: it takes no labels, so it has no accuracy; take knn or linear")
     report = on_ranks(args, lambda settings, ranks: transfer(protocols, args.runs, pairs, settings, ranks))
-    outs = [default_out(path, ["transfer", *names, *protocols], args) for path in args.runs]
     if report is not None:
-        publish(report, tables(report), [args.out] if args.out else outs)
+        prints = [part[split]["fingerprint"] for part in report["parts"] for split in ("train", "val")]
+        outs = default_outs(args, ["transfer", *names, *protocols], report["protocol"]["precision"], prints)
+        publish(report, tables(report), outs, args.json, report["departs"])
     return 0
 
 
@@ -85,7 +85,7 @@ def transfer(
     parts: the runner's report of each protocol on each set. Every set is opened before an image is read. Raises
     UserError.
     """
-    metrics = ranks.on_all_ranks(lambda: {pair.name: metric_of(pair) for pair in pairs})
+    metrics = ranks.on_all_ranks(lambda: {pair.name: checked(pair, protocols) for pair in pairs})
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     headings: dict[str, str] = {}
     parts = []
@@ -104,7 +104,15 @@ def transfer(
         for (name, network, pool), row in rows.items()
     ]
     return {
-        "protocol": {"name": "transfer", "protocols": list(protocols)},
+        "protocol": {
+            "name": "transfer",
+            "protocols": list(protocols),
+            **{key: parts[0]["protocol"][key] for key in ("seed", "crop_pct", "precision", "device", "ema")},
+        },
+        "commit": parts[0]["commit"],
+        "ranks": ranks.world,
+        "seconds": {key: sum(part["seconds"][key] for part in parts) for key in ("features", "fit")},
+        "departs": list(dict.fromkeys(f"{p['protocol']['name']}: {line}" for p in parts for line in p["departs"])),
         "headings": headings,
         "sets": metrics,
         "rows": sorted(table, key=lambda row: list(protocols).index(row["protocol"])),
@@ -112,9 +120,15 @@ def transfer(
     }
 
 
-def metric_of(pair: Pair) -> str:
-    """The metric that the manifest of the validation set names; top-1 where it names none. Raises UserError."""
-    return str(Manifest.load(pair.val).file.source.get("metric", "top-1"))
+def checked(pair: Pair, protocols: Sequence[str]) -> str:
+    """The metric that the manifest of the validation set names; top-1 where it names none. Raises UserError for a data
+    set that does not do for one of the protocols.
+    """
+    train, val = open_data(pair.train, pair.val, labelled=True)
+    for name in protocols:
+        kind = protocol_class(name)
+        kind.check(config_of({}, kind.Config), train, val)
+    return str(val.file.source.get("metric", "top-1"))
 
 
 def value_of(row: Mapping[str, Any], key: str, metric: str, protocol: str) -> float:
