@@ -102,7 +102,7 @@ def figures_in(run_dir: Path, unreadable: list[str]) -> Iterator[Figure]:
             for row in report["rows"]:
                 if "source" not in row:
                     continue
-                for metric in report["metrics"]:
+                for metric in (key for key in report["metrics"] if key in row):  # of small data sets some are absent
                     value = float(row[metric])
                     if not math.isfinite(value):
                         raise ValueError(f"{metric} = {value}")
