@@ -31,6 +31,7 @@ class Preset:
     batch: int
     steps: int
     finetune_steps: int
+    attentive_steps: int
     width: int
     depth: int
     heads: int
@@ -40,9 +41,9 @@ class Preset:
     teacher_stride: int
 
 
-CPU = Preset("cpu", "cpu", 5, 2, 60.0, 4000, 3000, 64, 400, 100, 64, 4, 4, 48, 1, 64, 16)
-GPU = Preset("gpu", "cuda", 5, 12, 8.5, 20000, 10000, 256, 600, 200, 192, 6, 6, 96, 2, 128, 16)
-TINY = Preset("tiny", "cpu", 2, 2, 10.0, 200, 100, 16, 4, 3, 16, 2, 2, 16, 1, 64, 16)
+CPU = Preset("cpu", "cpu", 5, 2, 60.0, 4000, 3000, 64, 400, 100, 150, 64, 4, 4, 48, 1, 64, 16)
+GPU = Preset("gpu", "cuda", 5, 12, 8.5, 20000, 10000, 256, 600, 200, 600, 192, 6, 6, 96, 2, 128, 16)
+TINY = Preset("tiny", "cpu", 2, 2, 10.0, 200, 100, 16, 4, 3, 4, 16, 2, 2, 16, 1, 64, 16)
 PRESETS = {preset.name: preset for preset in (CPU, GPU, TINY)}
 
 
