@@ -1,4 +1,4 @@
-"""The section `evals` of a recipe: what is measured while a run trains."""
+"""The sections `evals` and `expected` of a recipe: what is measured while a run trains, and what papers report."""
 
 from __future__ import annotations
 
@@ -56,3 +56,16 @@ class EvalsConfig(Strict):
         if self.every is not None:
             return self.every
         return max(LEAST_STEPS, -(-TRAINED_PER_EVALUATED * images // global_batch))
+
+
+class Expected(Strict):
+    """What a protocol of `mimscale evaluate` should find, for `mimscale results`; nothing else uses it.
+
+    value: in percent. source: who published it, for which weights. metric: of the protocol's report; default: the
+    protocol's name. pool: where the report has several.
+    """
+
+    value: float = Field(ge=0, le=100)
+    source: str = Field(min_length=1)
+    metric: str | None = None
+    pool: str | None = None

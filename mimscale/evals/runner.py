@@ -148,15 +148,7 @@ def _run(
     ranks: Coordinator,
 ) -> dict[Key, Results]:
     """Results of networks that take images of one size: one pass over each data set for all of them."""
-    how = Extraction(
-        settings.device,
-        settings.precision,
-        settings.crop_pct,
-        settings.batch,
-        settings.workers,
-        settings.cache,
-        settings.folder,
-    )
+    how = extraction_of(settings)
     of_val = features_of(networks, val, "val", how, ranks)
     of_train = features_of(networks, train, "train", how, ranks)
     context = Context(_classes(train, val), settings.seed, settings.device, ranks.rank, ranks.world)
@@ -167,6 +159,18 @@ def _run(
 
     keys = list(of_train)
     return {key: fit(key) for key in (keys if ranks.rank else progress(keys, len(keys), "fit", "networks"))}
+
+
+def extraction_of(settings: Settings) -> Extraction:
+    return Extraction(
+        settings.device,
+        settings.precision,
+        settings.crop_pct,
+        settings.batch,
+        settings.workers,
+        settings.cache,
+        settings.folder,
+    )
 
 
 def _labels(manifest: Manifest) -> Tensor:

@@ -243,3 +243,23 @@ def test_names_of_any_bytes_and_lengths(tmp_path: Path) -> None:
     assert manifest.samples == 2 and manifest.read(1) == JPEG + b"1"
     assert set(manifest.file.left_out) == {"a.tar/caf\\xe9\n", "a.tar/\\xff"}
     assert main(["info", str(source)]) == 0
+
+
+def test_a_shard_with_hard_links_is_indexed_verified_and_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two samples share an image, as after a program that replaced copies by links."""
+    source = folder(tmp_path / "in", shards=1)
+    shard = next(source.glob("*.tar"))
+    with tarfile.open(shard, "a") as tar:
+        image = next(member.name for member in tar.getmembers() if member.name.endswith(".jpg"))
+        for name, link in (("zz.jpg", image), ("zz.cls", image.replace(".jpg", ".cls"))):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.LNKTYPE, link
+            tar.addfile(info)
+    assert main(["index", "--checksums", str(source)]) == 0 and "5 images in 1 shards" in capsys.readouterr().out
+    assert main(["verify", str(source)]) == 0 and "1 images are copies" in capsys.readouterr().out
+    assert main(["doctor", str(source), "--ranks", "1", "--global-batch", "5"]) == 0
+    manifest = Manifest.load(source)
+    assert manifest.read(4) == manifest.read(0)
+    assert manifest.labels is not None and manifest.labels[4] == manifest.labels[0]

@@ -107,7 +107,9 @@ def test_the_micro_batch_changes_nothing(micro: int) -> None:
     """Groups of 4 images in a global batch of 16, whole or in pieces."""
     method = probe({"norm_batch": 4}, batch=16)
     features, positions = torch.randn(16, 32, generator=torch.Generator().manual_seed(1)), torch.arange(32, 48)
-    whole = torch.cat([method.classify(f, p) for f, p in zip(features.split(micro), positions.split(micro), strict=True)])
+    whole = torch.cat(
+        [method.classify(f, p) for f, p in zip(features.split(micro), positions.split(micro), strict=True)]
+    )
     other = probe({"norm_batch": 4}, batch=16)
     other.head[1].load_state_dict(method.head[1].state_dict())  # type: ignore[operator,union-attr]
     expected = torch.cat([other.head(part) for part in features.split(4)])

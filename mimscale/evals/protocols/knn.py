@@ -12,7 +12,7 @@ from torch import Tensor
 from mimscale.config.base import Strict
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
-from mimscale.evals.metrics import top1
+from mimscale.evals.metrics import mean_per_class, top1
 from mimscale.evals.parallel import all_rows, rows_of
 from mimscale.evals.protocols.base import Context, Features, Protocol, Results
 
@@ -53,7 +53,11 @@ class Knn(Protocol):
         for values, labels in zip(train.values.split(PIECE), train.labels.split(PIECE), strict=True):
             neighbours.add(values.to(c.device), labels.to(c.device))
         predicted = neighbours.votes(c.classes, self.config.temperature).argmax(dim=1)
-        return {"knn": top1(all_rows(predicted, len(val.values), c.rank, c.world), val.labels, c.classes)}
+        predicted = all_rows(predicted, len(val.values), c.rank, c.world)
+        return {
+            "knn": top1(predicted, val.labels, c.classes),
+            "knn_per_class": mean_per_class(predicted, val.labels, c.classes),
+        }
 
 
 class Neighbours:

@@ -13,7 +13,7 @@ from mimscale.config.base import Strict
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
 from mimscale.evals.logistic_regression import L2_GRID, MAX_ITERATIONS, Classifier, fit, predict, standardised
-from mimscale.evals.metrics import top1
+from mimscale.evals.metrics import mean_per_class, top1
 from mimscale.evals.protocols.base import Features, Protocol, Results
 
 HOLD_OUT = 0.1
@@ -46,8 +46,10 @@ class Linear(Protocol):
         x, x_val = standardised(train.values, val.values)
         found = full_data(x, train.labels, c.classes, seed=c.seed, device=c.device)
         classifier = found.classifier
+        predicted = predict(classifier, x_val)
         return {
-            "linear": top1(predict(classifier, x_val), val.labels, c.classes),
+            "linear": top1(predicted, val.labels, c.classes),
+            "linear_per_class": mean_per_class(predicted, val.labels, c.classes),
             "l2": found.l2,
             "iterations": classifier.iterations,
             "converged": classifier.converged,
