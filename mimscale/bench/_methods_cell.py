@@ -47,7 +47,7 @@ def probes(preset: Preset) -> dict[str, Probe]:
         "linear": Probe("linear", {}, "mean", "linear"),
         "lowshot": Probe("lowshot", {"percent": 1.0}, "mean", "lowshot"),
     }
-    attentive = {"steps": preset.attentive_steps, "batch": 256, "queries": 8, "rates": [0.1, 0.5, 2.0]}
+    attentive = {"steps": preset.attentive_steps, "global_batch": 256, "queries": 8, "rates": [0.1, 0.5, 2.0]}
     found["attentive"] = Probe("attentive", attentive, "tokens", "attentive")
     return found
 

@@ -24,6 +24,7 @@ from mimscale.config.recipes import load_recipe
 from mimscale.config.run import method_class
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
+from mimscale.evals.runner import protocol_class
 from mimscale.teachers.ensemble import build_skeletons, describe
 from tests.data_prep.test_fashion import idx
 
@@ -80,7 +81,7 @@ def test_table_of_what_is_there(out: Path, capsys: pytest.CaptureFixture[str], m
     assert "not measured" in printed and "one seed" not in printed
     assert (out / "methods.md").read_text() in printed
     report = json.loads((out / "methods.json").read_text())
-    assert report["intervals"]["mae"]["knn"]["count"] == 2 and len(report["cells"]) == 4
+    assert report["intervals"]["mae"]["knn"]["seeds"] == 2 and len(report["cells"]) == 4
     monkeypatch.setitem(rows.PRESETS, "tiny", replace(SMALL, steps=3))
     assert main(["bench", "methods", "--preset", "tiny", "--out", str(out), "--table"]) == 2
     assert "holds cells of other sizes" in capsys.readouterr().err
@@ -122,6 +123,18 @@ def test_every_row_of_every_preset_is_a_valid_run(name: str, preset: rows.Preset
         encoder = kind(run, infos).student.state_dict()
         classifier = method_class("finetune")(tuned, {}).student.state_dict()
     assert len(classifier.keys() & encoder.keys()) > 20
+
+
+@pytest.mark.parametrize("preset", rows.PRESETS.values(), ids=rows.PRESETS.keys())
+def test_probes_have_options_of_their_protocols(preset: rows.Preset) -> None:
+    for metric, probe in probes(preset).items():
+        kind = protocol_class(probe.protocol)
+        kind.Config.model_validate(probe.options)
+        assert (
+            probe.metric == metric
+            and metric in {*kind.metrics}
+            and ("tokens" in kind.needs) == (probe.pool == "tokens")
+        )
 
 
 def test_bases_and_claims_name_rows() -> None:
