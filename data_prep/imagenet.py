@@ -27,6 +27,8 @@ MD5 = {  # of the downloaded files; the same values as in torchvision and on ima
 FULL_SIZE = {  # kind of source -> (images, classes)
     "imagenet train": (1_281_167, 1000),
     "imagenet val": (50_000, 1000),
+    "fashion train": (60_000, 10),
+    "fashion val": (10_000, 10),
 }
 CHUNK = 4 << 20
 

@@ -20,7 +20,8 @@ from mimscale.errors import Stopped, UserError, warn
 VERBS = {
     "train": ("mimscale.training.cli", "pre-train a student; resumes what the run folder holds"),
     "recipes": ("mimscale.config.recipe_table", "list the recipes of this package: what each should reach and cost"),
-    "evaluate": ("mimscale.evals.cli", "accuracy of frozen features: kNN, linear, few-shot"),
+    "evaluate": ("mimscale.api.evaluate", "accuracy of frozen features: kNN, linear, low-shot and more"),
+    "results": ("mimscale.evals.results", "what the evaluations of a run found, beside what its recipe expects"),
     "convert": ("mimscale.convert.cli", "official checkpoints <-> ours <-> timm, each with an equality check"),
     "reconstruct": ("mimscale.api.cli", "a figure of masked images and their reconstructions"),
     "plan": ("mimscale.cost.cli", "what a run needs, takes and costs on a cluster, before it is submitted"),

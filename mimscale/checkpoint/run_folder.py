@@ -210,7 +210,7 @@ def launch(command: Sequence[str], **values: Any) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of the source tree, with "+" where it was changed; None for an installed package."""
-    source = Path(__file__).resolve().parent
+    source = Path(__file__).resolve().parent.parent  # the package, which stands beside .git
     if not (source.parent / ".git").exists():
         return None
     try:

@@ -70,7 +70,8 @@ def read_recipe(recipe: str) -> tuple[dict[str, Any], str | None]:
     """
     own = _read_yaml(recipe)
     if "extends" not in own:
-        for key in difflib.get_close_matches("extends", map(str, own), n=1):
+        unknown = [str(key) for key in own if key not in RunConfig.model_fields]
+        for key in difflib.get_close_matches("extends", unknown, n=1):
             raise UserError(f"{recipe}: unknown key {key}; did you mean 'extends'?")
         return own, None
     base = own.pop("extends")

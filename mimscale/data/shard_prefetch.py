@@ -42,11 +42,12 @@ class ShardPrefetcher:
         rank: int,
         world: int,
         step: int,
+        unit: int = 1,
     ):
         context = multiprocessing.get_context("spawn")
         self._step = context.Value("q", step, lock=False)
         self._begun = context.Value("b", 0, lock=False)
-        arguments = (manifest, order, global_batch, rank, world, self._step, self._begun, os.getpid())
+        arguments = (manifest, order, global_batch, rank, world, self._step, self._begun, os.getpid(), unit)
         self._make_process = partial(context.Process, target=_prefetch, args=arguments, daemon=True)
         self._starts = 0
         self._start()
@@ -86,13 +87,14 @@ class ShardPrefetcher:
 
 
 def upcoming_shards(
-    manifest: Indexed, order: AnyOrder, global_batch: int, rank: int, world: int, step: int
+    manifest: Indexed, order: AnyOrder, global_batch: int, rank: int, world: int, step: int, unit: int = 1
 ) -> Iterator[int]:
     """Shards in the order in which this rank first needs them from `step` on, each once, for HORIZON samples."""
     seen: set[int] = set()
     steps = max(1, STRIDE // (global_batch // world))
     for first in range(step, step + max(1, HORIZON // (global_batch // world)), steps):
-        positions = np.concatenate([rank_positions(s, global_batch, rank, world) for s in range(first, first + steps)])
+        steps_taken = range(first, first + steps)
+        positions = np.concatenate([rank_positions(s, global_batch, rank, world, unit) for s in steps_taken])
         shards, where = np.unique(manifest.locate(order.ids(positions))[0], return_index=True)
         for shard in shards[np.argsort(where)].tolist():
             if shard not in seen:
@@ -120,6 +122,7 @@ def _prefetch(
     step: Any,
     begun: Any,
     parent: int,
+    unit: int,
 ) -> None:
     begun.value = 1
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -135,7 +138,7 @@ def _prefetch(
                 cache.clean_up()
             if step.value != planned_at:
                 planned_at = step.value
-                shards = upcoming_shards(manifest, order, global_batch, rank, world, planned_at)
+                shards = upcoming_shards(manifest, order, global_batch, rank, world, planned_at, unit)
                 plan = first_within_budget(shards, sizes, share)
                 cache.set_wanted(manifest.shard_key(shard) for shard in plan)
         except OSError as error:  # of a cache that is gone or full

@@ -47,7 +47,7 @@ def recipe(tmp_path: Path) -> Path:
         ("data.image_size=36", "data.image_size = 36 is not a multiple of student.patch = 8"),
         ("data.crop_scale=[0.5,0.2]", "crop_scale = [0.5, 0.2]: must be ascending"),
         ("data.crop_padding=32", "crop_padding = 32: must be below image_size = 32"),
-        ("data.crop=pad", "data.crop = 'pad': input should be 'random_resized' or 'padded'"),
+        ("data.crop=pad", "data.crop = 'pad': input should be 'random_resized', 'padded' or 'center'"),
         ("student.heads=5", "width = 32 must be divisible by heads = 5"),
         ("student.drop_path=1.0", "student.drop_path = 1.0: input should be less than 1"),
         ("teachers.a.library=tim", "teachers.a.library = 'tim': input should be 'timm' or 'open_clip'"),
