@@ -81,6 +81,7 @@ def student_of(
         raise UserError(
             f"{path} holds no {kind}: {missing[0]} is missing among its {len(loaded.weights)} tensors ({names}, ...)"
         )
+    _check_shapes(encoder, path)
     stages = stages_of(encoder) if convolutional else None
     run = loaded.run
     student = run.student if run else loaded.student or _config_from(encoder, path, heads, stages)
@@ -151,6 +152,19 @@ def side_of(encoder: Mapping[str, Tensor]) -> int:
     return math.isqrt(encoder["pos_embed"].shape[1] - int("cls_token" in encoder))
 
 
+def _check_shapes(encoder: Mapping[str, Tensor], path: Path) -> None:
+    """Raise UserError for tensors whose sizes cannot be those of a network; the others are compared with one."""
+    dimensions = {"pos_embed": 3, "cls_token": 3, "patch_embed.proj.weight": 4}
+    for name, tensor in encoder.items():
+        linear = name.startswith(("blocks.", "blocks3.")) and name.endswith(".mlp.fc1.weight")
+        expected = 2 if linear else dimensions.get(name, tensor.dim())
+        if tensor.dim() != expected or (expected > 1 and not tensor.numel()):
+            raise UserError(
+                f"{path}: {name} has the shape {list(tensor.shape)}, where a ViT has {expected} dimensions, none of "
+                f"them 0; get the file again"
+            )
+
+
 def load(module: torch.nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Load a state dict with exactly the module's names and shapes. Raises UserError with one line that says `path`."""
     try:
@@ -164,10 +178,6 @@ def _config_from(
 ) -> StudentConfig:
     """The sizes of an encoder, from the shapes of its tensors. Raises UserError where the heads are not known."""
     blocks = "blocks." if stages is None else "blocks3."
-    for name, dimensions in ((f"{blocks}0.mlp.fc1.weight", 2), ("patch_embed.proj.weight", 4)):
-        if name in encoder and encoder[name].dim() != dimensions:
-            shape = list(encoder[name].shape)
-            raise UserError(f"{path}: {name} has the shape {shape}, not {dimensions} dimensions; it is no ViT of ours")
     hidden, width = encoder[f"{blocks}0.mlp.fc1.weight"].shape
     patch = encoder["patch_embed.proj.weight"].shape[2] if stages is None else stages.patch
     depth = len({name.split(".")[1] for name in encoder if name.startswith(blocks)})

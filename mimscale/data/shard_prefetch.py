@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class ShardPrefetcher:
         self._begun = context.Value("b", 0, lock=False)
         arguments = (manifest, order, global_batch, rank, world, self._step, self._begun, os.getpid(), unit)
         self._make_process = partial(context.Process, target=_prefetch, args=arguments, daemon=True)
-        self._starts = 0
+        self._starts, self._process = 0, cast(Any, None)
         self._start()
 
     @property
@@ -82,7 +82,7 @@ class ShardPrefetcher:
     def _start(self) -> None:
         self._starts, self._begun.value = self._starts + 1, 0
         self._deadline_s = time.monotonic() + START_S
-        self._process: Any = self._make_process()
+        self._process = self._make_process()
         self._process.start()
 
 
