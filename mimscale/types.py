@@ -107,7 +107,11 @@ class Masks(NamedTuple):
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """A teacher as far as it is known without its weights. grid: (rows, columns) of its patch tokens at image_size."""
+    """A teacher as far as it is known without its weights. grid: (rows, columns) of its patch tokens at image_size.
+
+    norm_attention: the norms of its patch tokens take the place of the CLS attention. resizes: its configuration may
+    ask for another grid (a feature map).
+    """
 
     name: str
     dim: int
@@ -115,6 +119,13 @@ class TeacherInfo:
     grid: tuple[int, int]
     image_size: int
     has_cls: bool
+    norm_attention: bool = False
+    resizes: bool = False
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether masks can follow it."""
+        return self.has_cls or self.norm_attention
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,8 @@ class Targets:
 
     levels: block index -> patch tokens [B, L, D], the raw residual stream after that block (no final norm).
     cls: block index -> class token [B, D]; empty where the teacher has none.
-    cls_attention: [B, L] float32, last block, softmax over all keys, mean over heads, the patch columns only.
+    cls_attention: [B, L] float32, last block, softmax over all keys, mean over heads, the patch columns only; or, where
+        the recipe says so, each patch's share of the norms of all patches.
     """
 
     levels: Mapping[int, Tensor]

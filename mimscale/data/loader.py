@@ -41,6 +41,7 @@ from mimscale.types import Batch, Needs
 
 HELD_ITEMS = 4  # items that the trainer, its teachers, copies to the device and hooks may hold at the same time
 EVAL_PREFETCH = 2
+LARGEST_SIDE = 1 << 16  # pixels of the short side from which the evaluation's crop is cut
 BatchGenerator = Generator[Batch, None, None]
 MakeLoader = Callable[[int], tuple[DataLoader[list[Batch]], SharedMemoryPool | None]]
 """Makes a loader whose workers write a byte into the pipe of this descriptor when they begin, and its pool."""
@@ -156,6 +157,11 @@ def eval_batches(
     if batch < 1 or not 0 <= rank < world or not 0 < crop_pct <= 1:
         raise UserError(
             f"batch {batch} must be >= 1, rank {rank} below world size {world}, crop_pct {crop_pct} in (0, 1]"
+        )
+    if image_size / crop_pct > LARGEST_SIDE:
+        raise UserError(
+            f"crop_pct = {crop_pct:g} enlarges the short side of an image to {image_size / crop_pct:,.0f} pixels; give "
+            "a larger one, 0.875 is usual"
         )
     first, last = (manifest.samples * r // world for r in (rank, rank + 1))
     largest = -(-manifest.samples // world)

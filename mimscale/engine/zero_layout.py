@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from mimscale.engine.flat_parameters import Place
 from mimscale.optim.ema import STUDENT, MovingAverage
-from mimscale.optim.optimizers.base import Optimizer
+from mimscale.optim.optimizers.base import Optimizer, Piece
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "skipped_steps", "global_samples")
@@ -109,6 +109,7 @@ class Layout:
             raise LayoutError(f"this DeepSpeed release keeps its state elsewhere ({error}); use 0.19.8") from error
         self.fragments = list(self._fragments(pieces))
         self.create_state(0)
+        self._optimizer.use_pieces(self._base, list(self._pieces()), [p.name for p in self.places], self._total)
         self.check()
         leaves = dict.fromkeys(f.leaf for f in self.fragments if f.name.startswith(averaged))
         self.average = None if ema_decay is None else MovingAverage(ema_decay, leaves)
@@ -161,6 +162,20 @@ class Layout:
                         skipped if self.stage == 3 else first,  # ZeRO-3's copy is the piece, else the whole holder
                         self.stage > 0 or index % self._world == self._rank,
                     )
+
+    def _pieces(self) -> Iterator[Piece]:
+        """The fragments, as the optimiser is told of them."""
+        dimensions = {place.name: len(place.shape) for place in self.places}
+        for f in self.fragments:
+            yield Piece(f.leaf, f.offset, f.length, f.name, dimensions[f.name])
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        """Summed over the ranks, where a parameter is cut into pieces; on the device that the ranks talk through."""
+        if not self.stage or self._world == 1:
+            return tensor
+        shared = tensor.to(self._ds.device)
+        dist.all_reduce(shared)
+        return shared.to(tensor.device)
 
     def kinds(self, fragment: Fragment) -> tuple[str, ...]:
         """What a checkpoint keeps of a fragment."""

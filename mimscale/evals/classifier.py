@@ -1,4 +1,4 @@
-"""A fine-tuned classifier out of a run or an official file, at its own image size and crop or at others."""
+"""A classifier (fine-tuned, or a linear probe) out of a run or an official file, at its own image size or at others."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ from mimscale.convert.read import Loaded, read
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
 from mimscale.methods.finetune import Finetune
+from mimscale.methods.linear_probe import LinearProbe
 from mimscale.models.beit import LAYER_SCALE, Beit
+
+CLASSIFIERS = {"finetune": "head.weight", "linear_probe": "head.1.weight"}
+"""Methods, and a tensor that a classifier of each has."""
 
 
 @dataclass(frozen=True)
 class Classifier:
     """method: in evaluation, on its device. run: how it was trained, with the image size at which it is evaluated; of
-    an official file only what its tensors show. path, sha256, step: of the checkpoint; step None where it has none.
+    an official file only what its tensors show. dtype: of the images; a linear probe always takes float32 and computes
+    as it was trained. path, sha256, step: of the checkpoint; step None where it has none.
     """
 
-    method: Finetune
+    method: Finetune | LinearProbe
     run: RunConfig
     dtype: torch.dtype
     path: Path
@@ -68,10 +73,10 @@ def load_classifier(
         if image_size % run.student.patch:
             raise UserError(f"--image-size {image_size} is not a multiple of the student's patch = {run.student.patch}")
         run = run.model_copy(update={"data": run.data.model_copy(update={"image_size": image_size})})
-    method = cast(Finetune, method_class("finetune")(run, {}))
+    method = cast(Finetune | LinearProbe, method_class(run.method.name)(run, {}))
     weights, _ = with_positions_of(weights, method.state_dict())
     load(method, weights, loaded.path)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" and isinstance(method, Finetune) else torch.float32
     method = method.eval().requires_grad_(False).to(device, dtype)
     step = checkpoint.step_of(loaded.path) if loaded.path.is_dir() else None
     return Classifier(method, run, dtype, loaded.path, loaded.sha256(), step)
@@ -84,7 +89,7 @@ def _whole(loaded: Loaded) -> tuple[RunConfig, dict[str, Tensor]]:
         f"one of a pre-trained encoder"
     )
     if loaded.run is not None:
-        if loaded.run.method.name != "finetune" or "head.weight" not in loaded.weights:
+        if loaded.run.method.name not in CLASSIFIERS or CLASSIFIERS[loaded.run.method.name] not in loaded.weights:
             raise wrong
         return loaded.run, dict(loaded.weights)
     if format_of(loaded.weights) != "finetune":

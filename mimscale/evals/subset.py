@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mimscale.data.datasets import EvalDataset
 from mimscale.data.manifest import Ints, Manifest
+from mimscale.evals.parallel import rows_of
 
 READ_AT_A_TIME = 16
 
@@ -46,14 +47,15 @@ def evenly_spread(manifest: Manifest, most: int) -> Subset:
     count = min(most, manifest.samples)
     ids = np.arange(count, dtype=np.int64) * manifest.samples // count
     labels = None if manifest.labels is None else np.array(manifest.labels)
-    loaded = Manifest(manifest.folder, manifest.file, np.array(manifest.index), labels, manifest.location, manifest.cache)
+    loaded = Manifest(
+        manifest.folder, manifest.file, np.array(manifest.index), labels, manifest.location, manifest.cache
+    )
     return Subset(loaded, ids)
 
 
 def part_of(subset: Subset, rank: int, world: int) -> Subset:
-    """The rank's part: the rank-th of `world` consecutive ones, which differ by one sample at most."""
-    first, last = (len(subset.ids) * r // world for r in (rank, rank + 1))
-    return replace(subset, ids=subset.ids[first:last])
+    """The rank's part of the samples, see `parallel.rows_of`."""
+    return replace(subset, ids=subset.ids[rows_of(len(subset.ids), rank, world)])
 
 
 def read_images(subset: Subset, image_size: int, crop_pct: float, threads: int) -> Tensor:

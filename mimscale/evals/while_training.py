@@ -1,8 +1,7 @@
 """Evaluation while a run trains: protocols, RankMe and feature spread of the frozen student on a fixed subset.
 
 Nothing of the run is touched: the student is copied, images are read by threads and kept, and random generators are put
-back. All ranks share the forward passes; every rank then has all features, so that a protocol gives the same figure for
-any number of ranks.
+back. All ranks share the forward passes and the work of the protocols.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -30,6 +28,7 @@ from mimscale.errors import UserError
 from mimscale.evals.config import EvalsConfig
 from mimscale.evals.features import frozen
 from mimscale.evals.frozen_student import STUDENT, StudentSkeleton, copied
+from mimscale.evals.parallel import all_rows
 from mimscale.evals.protocols.base import Context, Features, Protocol
 from mimscale.evals.runner import protocol_class
 from mimscale.evals.spectrum import rankme, spread
@@ -154,8 +153,9 @@ class Evaluator:
                 self._images = agree(self._read)
             student = self._student(parameters, buffers)
             train_part, val_part = agree(self._features, student)
-            train = self._gathered(train_part, len(self.plan.train.ids))
-            val = self._gathered(val_part, len(self.plan.val.ids))
+            place = self._world.rank, self._world.size
+            train = all_rows(train_part, len(self.plan.train.ids), *place)
+            val = all_rows(val_part, len(self.plan.val.ids), *place)
             return agree(self._measure, train, val)
 
     def _read(self) -> tuple[Tensor, Tensor]:
@@ -199,19 +199,6 @@ class Evaluator:
             found.append(torch.cat(pieces) if pieces else torch.empty(0, width, device=device))
         return found[0], found[1]
 
-    def _gathered(self, part_nD: Tensor, total: int) -> Tensor:
-        """The features of all ranks in the order of the subset, [total, D]. Collective."""
-        world = self._world.size
-        if world == 1:
-            return part_nD
-        largest = -(-total // world)
-        mine = part_nD.new_zeros(largest, part_nD.shape[1])
-        mine[: len(part_nD)] = part_nD
-        every = part_nD.new_empty(world * largest, part_nD.shape[1])
-        dist.all_gather_into_tensor(every, mine)
-        counts = [total * (rank + 1) // world - total * rank // world for rank in range(world)]
-        return torch.cat([piece[:count] for piece, count in zip(every.split(largest), counts, strict=True)])
-
     def _measure(self, train_ND: Tensor, val_MD: Tensor) -> Evaluation:
         if not (train_ND.isfinite().all() and val_MD.isfinite().all()):
             raise ValueError("the student's features are not finite")
@@ -219,12 +206,13 @@ class Evaluator:
         metrics, warnings = dict[str, float](), list[str]()
         labels = plan.train.labels, plan.val.labels
         classes = 1 + max(int(of.max()) for of in labels)
+        context = Context(classes, plan.seed, device, self._world.rank, self._world.size)
+        on_host = train_ND.cpu(), val_MD.cpu()
         for name, options in plan.protocols.items():
             kind = protocol_class(name)
-            protocol = kind(options, Context(classes, plan.seed, device))
-            train, val = (Features(v.cpu(), of) for v, of in zip((train_ND, val_MD), labels, strict=True))
-            results = protocol.run(Features(train.values.clone(), train.labels), Features(val.values.clone(), val.labels))
-            metrics |= {key: float(results[key]) for key in kind.metrics}
+            train, val = (Features(values.clone(), of) for values, of in zip(on_host, labels, strict=True))
+            results = kind(options, context).run(train, val)
+            metrics |= {key: float(results[key]) for key in kind.metrics if key in results}
             warnings += [f"{name}: {line}" for line in results.get("warnings", ())]
         return Evaluation({**metrics, "rankme": rankme(train_ND), "spread": spread(train_ND)}, warnings)
 

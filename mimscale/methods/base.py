@@ -54,6 +54,13 @@ class Method(nn.Module):
         classes: of the data set's class names, or its largest label plus one. Not called where there are no labels.
         """
 
+    @classmethod
+    def check_batch(cls, run: RunConfig, images: int) -> None:
+        """Refuse a number of images that does not do, before anything is built. Raises UserError.
+
+        images: that all ranks together pass through the method at a time, micro-batch x ranks.
+        """
+
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:
         super().__init__()
         self.check(run, teachers)

@@ -10,7 +10,7 @@ settings of the section data.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -96,12 +96,7 @@ class Finetune(base.Method):
                 f"schedule.global_batch = {run.schedule.global_batch} is odd, but method.mixup and method.cutmix mix "
                 f"images in pairs; take an even one, or set both to 0"
             )
-        if config.stages is not None and config.beit is not None:
-            raise UserError("method.stages and method.beit are two kinds of encoder; set one of them to null")
-        if config.stages is not None:
-            check_stages(config.stages, run.student)
-            if config.pool == "cls" and not config.stages.class_token:
-                raise UserError("method.pool = cls, but stages.class_token is false; set method.pool = mean")
+        check_encoder(config, run)
 
     @classmethod
     def check_classes(cls, run: RunConfig, classes: int) -> None:
@@ -115,7 +110,7 @@ class Finetune(base.Method):
         super().__init__(run, teachers)
         self.config = config = cast(FinetuneConfig, run.method)
         mean = config.pool == "mean"
-        self.student = _student(run, config, final_norm=not mean)
+        self.student = make_encoder(run, config, final_norm=not mean)
         set_fused_residuals(self.student, run.engine.uses("fused_residual"))
         self.fc_norm = nn.LayerNorm(run.student.width, eps=LN_EPS) if mean else nn.Identity()
         self.head = Classifier(run.student.width, config.classes, config.head_std)
@@ -169,7 +164,26 @@ class Finetune(base.Method):
         return order(name.removeprefix("student."), self.student.config.depth)
 
 
-def _student(run: RunConfig, config: FinetuneConfig, final_norm: bool) -> ViT | ConvViT | Beit:
+class EncoderChoice(Protocol):
+    """What a classifier's section says of its encoder."""
+
+    stages: ConvStages | None
+    beit: BeitConfig | None
+    pool: Literal["mean", "cls"]
+
+
+def check_encoder(config: EncoderChoice, run: RunConfig) -> None:
+    """Raises UserError where the section names two kinds of encoder, or one without the class token that it pools."""
+    if config.stages is not None and config.beit is not None:
+        raise UserError("method.stages and method.beit are two kinds of encoder; set one of them to null")
+    if config.stages is not None:
+        check_stages(config.stages, run.student)
+        if config.pool == "cls" and not config.stages.class_token:
+            raise UserError("method.pool = cls, but stages.class_token is false; set method.pool = mean")
+
+
+def make_encoder(run: RunConfig, config: EncoderChoice, final_norm: bool) -> ViT | ConvViT | Beit:
+    """The encoder under a classifier's head, with learned positions."""
     size, every, stages = run.data.image_size, run.engine.activation_checkpointing, config.stages
     if config.beit is not None:
         positions, scale = config.beit.positions, config.beit.layer_scale

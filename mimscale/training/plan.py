@@ -72,8 +72,11 @@ class Plan:
 def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:
     """Every check, before a process group is opened. Raises UserError."""
     use_cache_dir()
-    run_folder.check_names(run_dir, *([fork] if fork is not None else []))
+    folders = [run_dir, *([fork] if fork is not None else [])]
+    run_folder.check_names(*folders)
     world = from_environment(config.engine.device)
+    if world.rank == 0:  # its refusal ends the launch, and one rank is enough to list a folder on a shared disk
+        run_folder.refuse_special_files(*folders)
     ds_config = load_ds_config(config.engine.ds_config)
     check_precision(world.device, precision_of(ds_config))
     check_backend(config.engine, ds_config, world.device)
@@ -104,6 +107,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     config = resolved(config, stored, world)
     micro_batch, accumulation = solve(config, world)
     check_backend(config.engine, ds_config, world.device, accumulation)
+    method_class(config.method.name).check_batch(config, micro_batch * world.size)
     manifest = open_source(config.data, world.size)
     check_classes(config, manifest)
     steps_per_epoch = manifest.samples // config.schedule.global_batch

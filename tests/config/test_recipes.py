@@ -97,6 +97,11 @@ def test_it_says_only_what_differs_from_its_base(name: str) -> None:
     assert not needless
 
 
+def what_is_trained(run: RunConfig) -> dict[str, Any]:
+    """All values but those that say what the run should reach."""
+    return {key: value for key, value in run.dump().items() if key != "expected"}
+
+
 def test_values_that_must_not_change() -> None:
     """Recipes that runs were started from, written out whole: a run goes on only with the values that it began with.
 
@@ -108,8 +113,8 @@ def test_values_that_must_not_change() -> None:
     whole = json.loads((Path(__file__).parent / "whole_recipes.json").read_text())
     assert len(whole) == 50
     for name, values in whole.items():
-        wanted = validate(values, name).dump()
-        assert load_recipe(name).dump() == wanted, name
+        wanted = what_is_trained(validate(values, name))
+        assert what_is_trained(load_recipe(name)) == wanted, name
         assert list(load_recipe(name).teachers) == list(wanted["teachers"]), name
 
 
@@ -196,7 +201,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe -> (the one that i
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_differs_in_nothing_else(name: str) -> None:
     base, changes = VARIANTS[name]
-    assert load_recipe(name).dump() == load_recipe(base, [f"{key}={value}" for key, value in changes.items()]).dump()
+    changed = load_recipe(base, [f"{key}={value}" for key, value in changes.items()])
+    assert what_is_trained(load_recipe(name)) == what_is_trained(changed)
 
 
 def built(name: str, teachers: dict[str, TeacherInfo]) -> tuple[RunConfig, Method, int]:

@@ -28,7 +28,7 @@ def evaluate(count: int, protocol: str, run_dir: Path, data: tuple[Path, Path], 
 
 
 @pytest.mark.parametrize(
-    ("protocol", "cache"), [("knn", "--cache"), ("knn", "--no-cache"), ("linear", "--cache"), ("fewshot", "--cache")]
+    ("protocol", "cache"), [("knn", "--cache"), ("knn", "--no-cache"), ("linear", "--cache"), ("lowshot", "--cache")]
 )
 def test_one_two_and_four_ranks_agree(
     data: tuple[Path, Path], run_dir: Path, tmp_path: Path, protocol: str, cache: str

@@ -1,8 +1,5 @@
 """Whole training runs of the official programs, to be repeated by our engine.
 
-One of the files is not repeated here: mae_linprobe_train_dev trains a head alone, which is not a method that an
-engine trains.
-
 The teacher of the MaskAlign file is not stored as outputs but as weights, so it is computed here, by a few lines that
 are themselves checked against stored teacher outputs (test_training_golden.py).
 """
@@ -323,6 +320,28 @@ def _finetune(name: str) -> TrainingGolden:
     golden.close(resized, g["state0/pos_embed"], 1e-7, "table")
     noise = {"drop_path": g["droppath_uniform"].permute(0, 3, 1, 2)} if "droppath_uniform" in g.tensors else {}
     return _official_run(g, run, method, _micro_batches(g, **noise), finetune_names.from_official)
+
+
+def linear_probe() -> TrainingGolden:
+    """LARS; BatchNorm's statistics of each micro-batch, whose count is left to tests/engine/test_lars.py."""
+    g = golden.load("mae_linprobe_train_dev")
+    c = g.config
+    section = {"name": "linear_probe", "classes": c["classes"], "pool": "mean" if c["global_pool"] else "cls"}
+    section["norm_batch"] = c["batch"]
+    student = {"width": c["embed"], "depth": c["depth"], "heads": c["heads"], "patch": c["patch"]}
+    schedule = _sections({**c, "betas": None, "eps": None})["schedule"]
+    optim = {"name": "lars", "momentum": 0.9, "trust_coefficient": 1e-3, "weight_decay": c["weight_decay"]}
+    engine = {"ds_config": "cpu_zero0_fp32"}
+    run = golden.run_config(section, student, c["img"], optim=optim, schedule=schedule, engine=engine)
+    groups = {"decay": [], "no_decay": c["trainable"]}
+    if c["weight_decay"]:
+        groups = {key: [n for n in c["trainable"] if n.endswith(".weight") == (key == "decay")] for key in groups}
+    method = method_class("linear_probe")(run, {})
+    g = Golden(g.tensors, {**c, **groups})
+    t = _official_run(g, run, method, _micro_batches(g), finetune_names.from_official)
+    for state in (t.start, t.end):
+        del state["head.0.num_batches_tracked"]
+    return t
 
 
 def amt() -> TrainingGolden:

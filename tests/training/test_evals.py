@@ -48,7 +48,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 
 def on(val: Path) -> list[str]:
-    return [f"evals.val={val}", f"evals.every={EVERY}", "evals.protocols={ridge: {}, knn: {k: 5}}"]
+    return [f"evals.val={val}", f"evals.every={EVERY}", "evals.protocols={ridge: {}, knn: {}}"]
 
 
 def train_all(recipe: Path, runs: Sequence[tuple[Path, Sequence[str]]], folder: Path) -> None:
@@ -105,8 +105,8 @@ def test_figures_are_those_of_an_evaluation_afterwards(runs: Path, shards: Path,
     """Two ranks at ZeRO-3 in the run, one process afterwards; and they are in TensorBoard."""
     found = events(runs / "on3", "evals")[-1]
     for protocol in ("ridge", "knn"):
-        out, words = tmp_path / f"{protocol}.json", ["--k", "5"] if protocol == "knn" else []
-        words += ["--train", str(shards), "--val", str(val), "--workers", "0", "--device", "cpu", "--out", str(out)]
+        out = tmp_path / f"{protocol}.json"
+        words = ["--train", str(shards), "--val", str(val), "--workers", "0", "--device", "cpu", "--out", str(out)]
         assert main(["evaluate", protocol, str(runs / "on3"), *words]) == 0
         assert json.loads(out.read_text())["rows"][-1][protocol] == pytest.approx(found[protocol], abs=1e-3)
     board = EventAccumulator(str(runs / "on3" / "tensorboard"))

@@ -87,10 +87,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_every_protocol_names_its_source_and_what_it_reports() -> None:
-    assert {"knn", "linear", "fewshot"} <= set(protocol_names())
+    assert {"knn", "linear", "lowshot"} <= set(protocol_names())
     for name in protocol_names():
         kind = protocol_class(name)
-        assert "arXiv" in str(kind.__doc__) or "doi" in str(kind.__doc__) or "Source: " in str(kind.__doc__)
+        assert "Source: " in str(kind.__doc__) and re.search(r"\b(arXiv|doi)\b", str(kind.__doc__))
         assert kind.metrics and len(kind.needs & {"pooled", "tokens", "blocks"}) == 1
         assert all(field.description for field in kind.Config.model_fields.values())
 
