@@ -9,7 +9,7 @@ from mimscale.data import augment
 from mimscale.data.config import DataConfig
 from mimscale.types import Batch, Mixing
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def test_a_gpu_augments_as_a_cpu_does() -> None:
