@@ -12,6 +12,7 @@ from data_prep.folder import read_folder
 from data_prep.plan import Plan
 from data_prep.write_shards import unfinished, write
 from mimscale.__main__ import main
+from mimscale.config.recipes import validate
 from mimscale.data.synthetic import make_image_folder
 from mimscale.evals.metrics import mean_per_class, top1
 from mimscale.evals.tasks.transfer import Pair, pair_of
@@ -101,16 +102,20 @@ def test_reference_run(sets: Path, tmp_path: Path, seed: int) -> None:
 
 
 def test_classifiers_that_were_trained_on_the_sets(sets: Path, run_dir: Path, tmp_path: Path) -> None:
-    """Their row is what `evaluate top1` measures, where the metric is top-1."""
+    """The row of a method is what `evaluate top1` measures, where the metric is top-1."""
     head = {"head.weight": torch.randn(3, 32, generator=torch.Generator().manual_seed(3))}
     run = small_run("finetune")
     words = []
     for step, name in enumerate(("pets", "cars")):
         save_run(tmp_path / name, run, step=step, state=initial(run, step) | head)
         words.append(f"{name}={tmp_path / name}")
+    method = {"name": "linear_probe", "classes": 3, "norm_batch": 4}
+    probe = validate({**run.dump(), "method": method, "engine": {"ds_config": "zero0_fp32"}}, "test")
+    words += [f"{name}={save_run(tmp_path / f'probe-{name}', probe)}" for name in ("pets", "cars")]
     of_sets = ["--sets", f"pets={sets / 'pets'}", f"cars={sets / 'cars'}", "--protocols", "knn"]
     assert transfer(run_dir, *of_sets, "--classifiers", *words, "--out", tmp_path / "a.json") == 0
-    *_, row = json.loads((tmp_path / "a.json").read_text())["rows"]
+    *_, row, linear = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert linear["protocol"] == "linear_probe" and set(linear["values"]) == {"pets", "cars"}
     assert row["protocol"] == "finetune" and row["mean"] == pytest.approx(fmean(row["values"].values()))
     one = ["top1", str(tmp_path / "cars"), "--val", str(sets / "cars" / "val"), "--out", str(tmp_path / "one.json")]
     assert main(["evaluate", *one, "--workers", "0", "--device", "cpu"]) == 0
