@@ -170,7 +170,7 @@ class Monitor:
             run.logger.log_step(step, metrics | {"damaged": float(run.damage_log.total)})
 
     def _evaluate(self, info: StepInfo) -> None:
-        """Measure the student where it is due. What fails is logged, and the run trains on: no figure is worth a run."""
+        """Measure the student where it is due. What fails is logged and the run trains on: no figure is worth a run."""
         run, evaluator, top1 = self._run, self._run.evaluator, self._run.top1
         if evaluator is not None and evaluator.plan.due(info.step, info.total):
             buffers = run.method.student.named_buffers()

@@ -1,9 +1,8 @@
 """A stub for Python that behaves like the trainer towards the batch scripts, without torch, so it starts in 0.1 s.
 
     python stub.py -m mimscale train RECIPE --run-dir DIR [stub.steps=5] [stub.step_s=0.02] [anything else]
-    python stub.py -m mimscale evaluate VERB DIR ...      leaves a report; STUB_FAILING_VERB fails, STUB_SLOW_VERB waits for
-                                                          a file DIR/go at its first start
-    python stub.py -m mimscale results DIR ...            is the real one
+    python stub.py -m mimscale evaluate VERB DIR ...
+    python stub.py -m mimscale results DIR ...
     python stub.py -m data_prep ... DESTINATION --part I/N
     python stub.py -m data_prep finish --wait S DESTINATION ...
 
@@ -11,6 +10,8 @@ stub.deaf_s: seconds before the signal handlers are installed.  stub.deaf: ignor
 stub.crash_rank: this rank exits with 9 if there is a file `crash`.  stub.exit: exits at once with this code.
 stub.frozen: the step number does not increase.  stub.hang_at: at this step of the first start, saves and ends as the
 watchdog does.  stub.every: rank 0 saves every this many steps.
+evaluate leaves a report; that of STUB_FAILING_VERB fails, that of STUB_SLOW_VERB never ends its first start.
+results is the real verb.
 Every rank makes a file `ready.RESTART.RANK` when its signal handlers are installed.
 Rank 0 holds the run lock, and the file `saves` has a line "RESTART STEP" for each of its checkpoints.
 """
@@ -91,7 +92,7 @@ def evaluate(verb: str, run_dir: Path, arguments: list[str]) -> int:
     (run_dir / f"evaluated.{verb}.{rank}").write_text(json.dumps(arguments))
     if os.environ.get("STUB_FAILING_VERB") == verb:
         return 5
-    while os.environ.get("STUB_SLOW_VERB") == verb and restart == "0" and not (run_dir / "go").exists():
+    while os.environ.get("STUB_SLOW_VERB") == verb and restart == "0":
         time.sleep(0.1)
     if rank == "0":
         row = {"network": "stub", "source": str(run_dir), "step": 5, "pool": "mean", verb: 50.0}
