@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_prep import torchvision_sets
 from data_prep.folder import read_folder
 from data_prep.plan import Plan
 from data_prep.write_shards import unfinished, write
@@ -39,7 +40,7 @@ def shards(root: Path, name: str, split: str, seed: int, metric: str) -> None:
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sets")
-    for name, metric in (("pets", "mean per-class"), ("cars", "top-1")):
+    for name, metric in (("pets", torchvision_sets.PER_CLASS), ("cars", torchvision_sets.TOP1)):
         for split, seed in (("train", 0), ("val", 1)):
             shards(root, name, split, seed + 2 * (name == "cars"), metric)
     return root
@@ -71,7 +72,7 @@ def test_one_table_of_several_sets_and_protocols(
         assert row["values"] == {"pets": own["pets"][f"{key}_per_class"], "cars": own["cars"][key]}
         assert row["mean"] == pytest.approx(fmean(row["values"].values()))
     assert any(part[0]["knn"] != part[0]["knn_per_class"] for key, part in parts.items() if key[1] == "knn")
-    assert report["sets"] == {"pets": "mean per-class", "cars": "top-1"}
+    assert report["sets"] == {"pets": torchvision_sets.PER_CLASS, "cars": torchvision_sets.TOP1}
     text = capsys.readouterr().out
     assert "pets *" in text and "cars" in text and "mean" in text and f"{report['rows'][0]['mean']:.1f}" in text
 
