@@ -1,4 +1,4 @@
-"""Engines around a narrow method, measured in turns: plain PyTorch, our plain engine, DeepSpeed at each ZeRO stage."""
+"""Engines around a narrow method, measured in turns: PyTorch by hand, PyTorch's engine, DeepSpeed at each stage."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from mimscale.training import setup
 from mimscale.types import Batch, Targets
 
 PHASES = ("forward", "backward", "update")
+BY_HAND, TORCH = "PyTorch by hand", "engine.backend = torch"
 LR = 1e-6
 Enter = Callable[[str], None]
 """Called with the name of a phase as it begins."""
 
 
 class Case(NamedTuple):
-    """engine: plain (PyTorch without this package's engine), torch (`engine.backend`), or a file of ds_configs/."""
+    """engine: BY_HAND (PyTorch without this package's engine), TORCH (`engine.backend`), or a file of ds_configs/."""
 
     engine: str
     precision: str
@@ -73,7 +74,7 @@ class Measured:
         return [sum(step) for step in zip(*(self.cpu_ms[phase] for phase in PHASES), strict=True)]
 
 
-class PlainStep:
+class StepByHand:
     """What a careful user writes: one module, autocast, AdamW in one kernel per tensor."""
 
     def __init__(self, config: RunConfig, case: Case, batch: Batch, targets: Mapping[str, Targets]) -> None:
@@ -143,13 +144,13 @@ class EngineStep:
         return outputs["loss"]
 
 
-def build(config: RunConfig, case: Case, batch: Batch, targets: Mapping[str, Targets]) -> PlainStep | EngineStep:
+def build(config: RunConfig, case: Case, batch: Batch, targets: Mapping[str, Targets]) -> StepByHand | EngineStep:
     """The step of a case on a narrow recipe. The process group must be open."""
     values: dict[str, Any] = {}
-    if case.engine == "plain":
-        return PlainStep(config, case, batch, targets)
+    if case.engine == BY_HAND:
+        return StepByHand(config, case, batch, targets)
     values["compile"] = "blocks" if case.compiled else "off"
-    if case.engine == "torch":
+    if case.engine == TORCH:
         values |= {"backend": "torch", "ds_config": f"cpu_zero2_{case.precision}"}
     else:
         values["ds_config"] = case.engine
@@ -174,6 +175,8 @@ def measure(config: RunConfig, cases: list[Case], *, rounds: int, steps: int, wa
     with torch.no_grad():
         targets = teachers(prepared.images)
     del method
+    if any(case.compiled for case in cases):
+        _compile_each()
     built = [build(config, case, prepared, targets) for case in cases]
     for step in built:
         for _ in range(warm_up):
@@ -195,6 +198,17 @@ def measure(config: RunConfig, cases: list[Case], *, rounds: int, steps: int, wa
             Measured(case, taken, wall, operators, dict(counter.reads), float(loss), step.parameters, step.notes)
         )
     return found
+
+
+def _compile_each() -> None:
+    """All engines of this process share the code that is compiled: PyTorch's limit of graphs for one function, which a
+    run with its one engine stays far below, would leave the later ones eager.
+    """
+    import torch._dynamo.config as dynamo
+
+    for name in ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit"):
+        if hasattr(dynamo, name):
+            setattr(dynamo, name, 10_000)
 
 
 def timed(step: Step) -> dict[str, float]:

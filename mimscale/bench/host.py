@@ -58,16 +58,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 NOTE = (
-    "Median CPU ms of a step on one thread, and ms on the clock, which a busy machine makes longer. *Operators*: "
-    "dispatched in forward pass, backward pass and update. *x plain*: over those of the first row, for times in each "
-    "round. *Reads*: values that the host reads from the device. Depths, heads and options are the recipe's; width 32, "
-    "32 px, 2 images; teachers' targets are computed beforehand."
+    "Medians of a step on one thread; the clock is longer where the machine is busy. *By hand*: a loop without an "
+    "engine, eager; the two columns of CPU time are medians of the ratios inside each round. In bf16 a CPU's library "
+    "for products takes longer per call than in fp32, whatever the engine: the ratio to the same precision is without "
+    "that. *Operators*: dispatched in forward pass + backward pass + update. *Reads*: values that the host reads from "
+    "the device. Depths, heads and options are the recipe's; width 32, 32 px, 2 images; teachers' targets are computed "
+    "beforehand."
 )
 
 
 def report(config: Any, ds_configs: Sequence[str], compiled: bool, rounds: int, steps: int) -> dict[str, Any]:
-    """rows: one per case, the first is plain PyTorch in fp32. host: fields of `mimscale.cost.devices.HostCost`."""
+    """rows: one per case, the first is PyTorch by hand in fp32. host: fields of `mimscale.cost.devices.HostCost`."""
     from mimscale.bench import _host_cases, _narrow
+    from mimscale.bench._host_cases import BY_HAND
     from mimscale.distributed.world import from_environment
     from mimscale.engine.deepspeed_runtime import open_process_group
 
@@ -75,19 +78,21 @@ def report(config: Any, ds_configs: Sequence[str], compiled: bool, rounds: int, 
     narrow = _narrow.narrow(config, BATCH)
     open_process_group(from_environment("cpu"))
     measured = _host_cases.measure(narrow, cases, rounds=rounds, steps=steps)
-    rows = [row(one, measured[0], steps) for one in measured]
+    by_hand = {one.case.precision: one for one in measured if one.case.engine == BY_HAND and not one.case.compiled}
+    rows = [row(one, measured[0], by_hand.get(one.case.precision), steps) for one in measured]
     return {"rows": rows, "host": host_cost(rows)}
 
 
 def host_cost(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Fields of `mimscale.cost.devices.HostCost`, in seconds, for this machine: what DeepSpeed adds to plain PyTorch,
+    """Fields of `mimscale.cost.devices.HostCost`, in seconds, for this machine: what DeepSpeed adds to PyTorch by hand,
     spread over the parameters, from the eager rows that are there.
     """
-    plain, by_stage = rows[0], {one["engine"]: one for one in rows if not one["compiled"]}
-    found = {"kernel_s": (plain["ms"]["forward"] + plain["ms"]["backward"]) / _sum(plain, "forward", "backward") / 1000}
+    by_hand, by_stage = rows[0], {one["engine"]: one for one in rows if not one["compiled"]}
+    passes_ms = by_hand["ms"]["forward"] + by_hand["ms"]["backward"]
+    found = {"kernel_s": passes_ms / _sum(by_hand, "forward", "backward") / 1000}
 
     def added(one: dict[str, Any], phase: str, count: int) -> float:
-        return max(1e-9, (one["ms"][phase] - plain["ms"][phase]) / count / 1000)
+        return max(1e-9, (one["ms"][phase] - by_hand["ms"][phase]) / count / 1000)
 
     stage2 = next((one for name, one in by_stage.items() if "zero2" in name and one["precision"] == "bf16"), None)
     stage3 = next((one for name, one in by_stage.items() if "zero3" in name), None)
@@ -106,10 +111,10 @@ def _sum(one: dict[str, Any], *phases: str) -> int:
 
 
 def make_cases(ds_configs: Sequence[str], compiled: bool) -> list[Any]:
-    """Plain PyTorch in fp32 and bf16, our plain engine, DeepSpeed with each file; eager, then compiled."""
-    from mimscale.bench._host_cases import Case, precision_of_file
+    """PyTorch by hand in fp32 and bf16, the engine in PyTorch, DeepSpeed with each file; eager, then compiled."""
+    from mimscale.bench._host_cases import BY_HAND, TORCH, Case, precision_of_file
 
-    named = [*[(engine, precision) for engine in ("plain", "torch") for precision in ("fp32", "bf16")]]
+    named = [*[(engine, precision) for engine in (BY_HAND, TORCH) for precision in ("fp32", "bf16")]]
     named += [(name, precision_of_file(name)) for name in ds_configs]
     eager = [Case(engine, precision, False) for engine, precision in named]
     return eager + [case._replace(compiled=True) for case in eager if compiled and _compiles(case.engine)]
@@ -117,20 +122,24 @@ def make_cases(ds_configs: Sequence[str], compiled: bool) -> list[Any]:
 
 def _compiles(engine: str) -> bool:
     """Whether an engine has a compiled twin. Under ZeRO-3 hooks run between the operators of a block."""
+    from mimscale.bench._host_cases import BY_HAND, TORCH
     from mimscale.config.deepspeed import load_ds_config
 
-    if engine == "plain":
+    if engine == BY_HAND:
         return True
-    stage = 0 if engine == "torch" else load_ds_config(engine).get("zero_optimization", {}).get("stage", 0)
+    stage = 0 if engine == TORCH else load_ds_config(engine).get("zero_optimization", {}).get("stage", 0)
     return bool(stage < 3)
 
 
-def row(measured: Any, reference: Any, steps: int) -> dict[str, Any]:
-    """What JSON and the table say of a case."""
+def row(measured: Any, reference: Any, same_precision: Any, steps: int) -> dict[str, Any]:
+    """What JSON and the table say of a case. reference, same_precision: PyTorch by hand in fp32, in the case's own
+    precision (None where that cannot be on a CPU).
+    """
     from mimscale.bench._host_cases import PHASES, ratio
 
     operators = measured.operators
     all_of_them = None if operators is None else sum(operators.values())
+    same = None if same_precision is None else ratio(measured.totals, same_precision.totals, steps)
     return {
         "case": measured.case.name,
         "engine": measured.case.engine,
@@ -141,6 +150,7 @@ def row(measured: Any, reference: Any, steps: int) -> dict[str, Any]:
         "operators_ratio": None if all_of_them is None else all_of_them / sum(reference.operators.values()),
         "ms": {phase: measured.median(phase) for phase in PHASES} | {"step": statistics.median(measured.totals)},
         "ms_ratio": ratio(measured.totals, reference.totals, steps),
+        "ms_ratio_same_precision": same,
         "wall_ms": statistics.median(measured.wall_ms),
         "wall_ratio": ratio(measured.wall_ms, reference.wall_ms, steps),
         "reads": measured.reads,
@@ -153,7 +163,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     from mimscale.bench._host_cases import PHASES
     from mimscale.bench._report import table
 
-    heads = ["engine", *PHASES, "step, CPU ms", "x plain", "clock", "x plain", "operators", "x plain", "reads"]
+    parts = [f"{phase}, CPU ms" for phase in (*PHASES, "step")]
+    heads = ["engine", *parts, "/ by hand in fp32", "/ by hand in the same precision", "clock, ms", "/ by hand in fp32"]
+    heads += ["operators", "/ by hand in fp32", "reads"]
     lines = []
     for one in rows:
         operators, ms = one["operators"], one["ms"]
@@ -161,7 +173,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         if operators is not None:
             counted = [" + ".join(f"{operators.get(phase, 0):,}" for phase in PHASES), f"{one['operators_ratio']:.2f}"]
         times = [f"{ms[phase]:.1f}" for phase in (*PHASES, "step")]
+        same = one["ms_ratio_same_precision"]
+        times += [f"{one['ms_ratio']:.2f}", "" if same is None else f"{same:.2f}"]
         clock = [f"{one['wall_ms']:.1f}", f"{one['wall_ratio']:.2f}"]
-        reads = str(sum(one["reads"].values()))
-        lines.append([one["case"], *times, f"{one['ms_ratio']:.2f}", *clock, *counted, reads])
+        lines.append([one["case"], *times, *clock, *counted, str(sum(one["reads"].values()))])
     return table(heads, lines)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", action="store_true", help="read data.shards instead of random pixels on the device")
     parser.add_argument("--pretrained", action="store_true", help="load the teachers' weights instead of random ones")
     parser.add_argument("--save", action="store_true", help="also how long a checkpoint stalls the step")
-    parser.add_argument("--against", choices=["torch"], help="the same step in the plain engine, as another row")
+    parser.add_argument("--against", choices=["torch"], help="the same step on the PyTorch engine, as another row")
     parser.add_argument("--profile", action="store_true", help="torch.profiler: kernels, what takes longest")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="with --profile: a trace for chrome://tracing")
     parser.add_argument("--find-batch", action="store_true", help="find the largest micro-batch that fits, first")
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_cases(recipe: str, overrides: Sequence[str], against: str | None) -> list[TrainCase]:
-    """The recipe, then its variants, then (or before, where it is the only one) its twin in the plain engine."""
+    """The recipe, then its variants, then (or before, where it is the only one) the same on the PyTorch engine."""
     from mimscale.bench._cases import TrainCase
 
     name, *variants = recipe.split(",")
@@ -79,7 +79,7 @@ def make_cases(recipe: str, overrides: Sequence[str], against: str | None) -> li
     cases += [TrainCase(f"{name} {variant}", name, (*overrides, *variant.split("+"))) for variant in variants]
     if against is not None:
         cases += [
-            TrainCase(f"{case.name}, plain engine", name, (*case.overrides, "engine.backend=torch")) for case in cases
+            TrainCase(f"{case.name}, PyTorch engine", name, (*case.overrides, "engine.backend=torch")) for case in cases
         ]
     return cases
 
@@ -192,8 +192,10 @@ def _finish(rows: list[dict[str, Any]], args: argparse.Namespace) -> int:
     print("\n".join([name, "", heads(), *map(line, rows), _details(rows), NOTE, "", where]))
     if len(rows) > 1 and not any("error" in row for row in rows) and args.against is not None:
         half = len(rows) // 2
-        for ours, plain in zip(rows[:half], rows[half:], strict=True):
-            print(f"{ours['case']}: {ours['images_per_s'] / plain['images_per_s']:.2f} x the plain engine's images/s")
+        for ours, theirs in zip(rows[:half], rows[half:], strict=True):
+            print(
+                f"{ours['case']}: {ours['images_per_s'] / theirs['images_per_s']:.2f} x the PyTorch engine's images/s"
+            )
     if args.json is not None:
         values = {"bench": "train", "device_name": name, "origin": where, "cases": rows, **_for_plan(rows[0])}
         args.json.write_text(json.dumps(values, indent=1) + "\n")

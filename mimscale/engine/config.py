@@ -9,13 +9,20 @@ from pydantic import Field, field_validator
 from mimscale.config.base import Strict
 
 FastPath = Literal[
-    "flat_parameters", "norm_check", "fused_update", "masked_decoder", "fused_residual", "teacher_kernels"
+    "flat_parameters",
+    "norm_check",
+    "fused_update",
+    "one_rank",
+    "masked_decoder",
+    "fused_residual",
+    "teacher_kernels",
 ]
 """Parts of a step that are computed in another way than the plain one to be fast; see docs/engine.md.
 
 flat_parameters: DeepSpeed holds one parameter per Block and parameter group. Plain: one per natural parameter.
 norm_check: inf and NaN are found in the gradient norm. Plain: in every gradient.
 fused_update: the optimiser's step is one kernel per tensor on a CPU too. Plain: PyTorch's default there.
+one_rank: on one rank, ZeRO-1 and 2 put gradients straight where the optimiser reads them. Plain: DeepSpeed's buckets.
 masked_decoder: the last block, head, target and loss compute only the patches that the loss reads. Plain: all patches,
     and a loss that multiplies the others by zero.
 fused_residual: drop path and the residual sum are one kernel. Plain: two.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mimscale.config.run import RunConfig
 from mimscale.distributed.world import World
-from mimscale.engine import fast_paths, flat_parameters, global_norm
+from mimscale.engine import fast_paths, flat_parameters, global_norm, one_rank
 from mimscale.engine.base import method_groups, refuse_other_groups, refuse_other_parameters, refuse_unfit, unchanged
 from mimscale.engine.clip_and_skip import ClipAndSkip, guarded
 from mimscale.engine.compile import StudentCompiler
@@ -49,7 +49,7 @@ class DeepSpeedEngine:
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         groups = method_groups(method, config.optim)
         self._groups: list[dict[str, Any]] = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        paths = fast_paths.choose(config.engine)
+        paths = fast_paths.choose(config.engine, stage, world.size)
         places = (flat_parameters.flatten if "flat_parameters" in paths else flat_parameters.natural)(method, groups)
         holders = len(dict.fromkeys(place.holder for place in places))
         self.notes = [paths.line(len(places), holders)]
@@ -86,12 +86,15 @@ class DeepSpeedEngine:
                 "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in every micro-step
             },
         )
-        self.layout = Layout(self._ds, kind, places, None if config.ema is None else config.ema.decay)
+        decay = None if config.ema is None else config.ema.decay
+        self.layout = Layout(self._ds, kind, places, decay, method.averaged)
         try:
             if stage and "norm_check" in paths:
                 global_norm.use_in(self._ds.optimizer, stage)
             if stage in (1, 2) and "fused_update" in paths:
                 keep_weights_in_place(self._ds.optimizer)
+            if "one_rank" in paths:
+                one_rank.use_in(self._ds.optimizer)
         except AttributeError as error:
             raise LayoutError(f"this DeepSpeed release has other parts ({error}); use 0.19.8") from error
         if config.engine.student_fp8:

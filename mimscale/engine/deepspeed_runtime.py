@@ -23,13 +23,19 @@ def import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     import deepspeed
     import deepspeed.ops
+    import deepspeed.utils.nvtx
 
+    deepspeed.utils.nvtx.enable_nvtx = False  # a range around each of a thousand calls per step
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed 0.19 calls these two collectives, which recent releases of torch have renamed; each rank would log it
     names = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", message=names, category=FutureWarning)
-    if device.type == "cpu" and os.environ.get(EMULATE_FP16):
-        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if device.type == "cpu":  # it would start a process, numactl, for each bucket of gradients
+        devices = accelerator.device_count()
+        accelerator.device_count = lambda: devices
+        if os.environ.get(EMULATE_FP16):
+            accelerator.is_fp16_supported = lambda: True
     return deepspeed
 
 

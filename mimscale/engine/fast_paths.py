@@ -26,11 +26,13 @@ class FastPaths:
         return f"fast paths: {fast or 'none'}" + (f"; plain: {slow}" if slow else "")
 
 
-def choose(engine: EngineConfig) -> FastPaths:
-    """The fast paths of an engine that a recipe admits and its backend has."""
+def choose(engine: EngineConfig, stage: int = 0, ranks: int = 1) -> FastPaths:
+    """The fast paths of an engine that a recipe admits, and its backend, ZeRO stage and number of ranks have."""
     plain: dict[FastPath, str] = {"flat_parameters": "", "norm_check": "", "fused_update": ""}
     if engine.backend == "torch":
-        plain["flat_parameters"] = "plain PyTorch has no cost per parameter"
+        plain["flat_parameters"] = "PyTorch's engine has no cost per parameter"
+    elif stage in (1, 2) and ranks == 1:
+        plain["one_rank"] = ""
     for path in plain:
         if not engine.uses(path):
             plain[path] = "engine.plain"

@@ -90,7 +90,7 @@ def evaluate(
         pools = ("blocks",) if "blocks" in kind.needs else ("tokens",)
 
     def prepare() -> tuple[Manifest, Manifest, list[Network]]:
-        train, val = _data(train_path, val_path, labelled="labels" in kind.needs)
+        train, val = open_data(train_path, val_path, labelled="labels" in kind.needs)
         kind.check(config, train, val)
         networks = load_networks(
             list(dict.fromkeys(runs)),
@@ -162,15 +162,7 @@ def _run(
     seconds: to which the time of reading or computing features, and that of the protocol, is added.
     """
     start_s = time.monotonic()
-    how = Extraction(
-        settings.device,
-        settings.precision,
-        settings.crop_pct,
-        settings.batch,
-        settings.workers,
-        settings.cache,
-        settings.folder,
-    )
+    how = extraction_of(settings)
     of_val = features_of(networks, val, "val", how, ranks)
     of_train = features_of(networks, train, "train", how, ranks)
     fit_s = time.monotonic()
@@ -187,13 +179,26 @@ def _run(
     return found
 
 
+def extraction_of(settings: Settings) -> Extraction:
+    return Extraction(
+        settings.device,
+        settings.precision,
+        settings.crop_pct,
+        settings.batch,
+        settings.workers,
+        settings.cache,
+        settings.folder,
+    )
+
+
 def _labels(manifest: Manifest) -> Tensor:
     if manifest.labels is None:
         return torch.full((manifest.samples,), -1)
     return torch.from_numpy(np.array(manifest.labels))
 
 
-def _data(train_path: Path, val_path: Path, labelled: bool) -> tuple[Manifest, Manifest]:
+def open_data(train_path: Path, val_path: Path, labelled: bool) -> tuple[Manifest, Manifest]:
+    """The two data sets of an evaluation. Raises UserError where they do not go together."""
     train, val = Manifest.load(train_path), Manifest.load(val_path)
     for flag, path, manifest in (("--train", train_path, train), ("--val", val_path, val)):
         if labelled and (manifest.labels is None or manifest.labels.min() < 0):

@@ -14,7 +14,7 @@ from mimscale.config.recipes import load_recipe
 from tests import ranks
 
 LIMITS = {"cpu_zero2_bf16": 2.0, "cpu_zero3_fp32": 3.0}
-"""Operators of a step over those of plain PyTorch."""
+"""Operators of a step over those of PyTorch by hand."""
 ONE_OF_EACH = (
     "amt_mae_vit_b16",
     "amt_simmim_vit_b16",
@@ -68,18 +68,22 @@ def test_a_narrow_recipe_keeps_its_structure(recipe: str) -> None:
 
 @pytest.mark.multi
 def test_operators_of_each_engine_keep_to_their_limit(tmp_path: Path) -> None:
-    """Counts only. One process has plain PyTorch and DeepSpeed, on the same weights and images: their losses agree."""
+    """Counts only. One process has both, on the same weights and images: their losses agree."""
     file = tmp_path / "host.json"
     words = ["--eager", "--rounds", "1", "--steps", "1", "--ds-config", *LIMITS, "--json", str(file)]
     printed = ranks.run(1, "mimscale", "bench", "host", "mae_vit_l16", *words).stdout
     values = json.loads(file.read_text())
     rows = {row["case"]: row for row in values["rows"]}
     ratios = {row["engine"]: row["operators_ratio"] for row in values["rows"]}
-    assert rows["plain, fp32"]["operators_ratio"] == 1 and not rows["plain, fp32"]["reads"]
+    assert rows["PyTorch by hand, fp32"]["operators_ratio"] == 1 and not rows["PyTorch by hand, fp32"]["reads"]
     assert {name: ratio for name, ratio in ratios.items() if ratio > LIMITS.get(name, 2.0)} == {}
     losses = [row["loss"] for row in values["rows"]]
     assert max(losses) - min(losses) < 0.02 * max(losses)
-    assert "| plain, fp32 |" in printed and set(values["host"]) > {"kernel_s", "parameter_s", "zero3_parameter_s"}
+    assert "| PyTorch by hand, fp32 |" in printed and set(values["host"]) > {
+        "kernel_s",
+        "parameter_s",
+        "zero3_parameter_s",
+    }
 
 
 @pytest.mark.multi
@@ -87,8 +91,8 @@ def test_a_method_with_teachers_is_measured(tmp_path: Path) -> None:
     file = tmp_path / "host.json"
     words = ["--eager", "--rounds", "1", "--steps", "1", "--ds-config", "cpu_zero2_fp32", "--json", str(file)]
     ranks.run(1, "mimscale", "bench", "host", "mrmae_convmae_tiny", *words)
-    plain, *_, ours = json.loads(file.read_text())["rows"]
-    assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-4) and ours["parameters"] == plain["parameters"]
+    by_hand, *_, ours = json.loads(file.read_text())["rows"]
+    assert ours["loss"] == pytest.approx(by_hand["loss"], rel=1e-4) and ours["parameters"] == by_hand["parameters"]
 
 
 def test_compiled_twins_follow_the_eager_ones() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mimscale.config.base import Strict
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
-from mimscale.evals.metrics import top1
+from mimscale.evals.metrics import mean_per_class, top1
 from mimscale.evals.parallel import all_gather, parts_of
 from mimscale.evals.protocols.base import Context, Features, Protocol, Results
 
@@ -79,8 +79,10 @@ class Knn(Protocol):
         neighbours.merge()
         out: Results = {}
         for k, temperature in product(wanted, config.temperature):
-            found = top1(neighbours.predicted(c.classes, temperature, k), val.labels, c.classes)
-            out[_key(config, k, temperature) if out else "knn"] = found
+            predicted = neighbours.predicted(c.classes, temperature, k)
+            if not out:
+                out["knn_per_class"] = mean_per_class(predicted, val.labels, c.classes)
+            out[_key(config, k, temperature) if "knn" in out else "knn"] = top1(predicted, val.labels, c.classes)
         return {**out, "k": wanted[0], "temperature": config.temperature[0]}
 
 

@@ -12,7 +12,7 @@ from mimscale.config.base import Strict
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
 from mimscale.evals.logistic_regression import MAX_ITERATIONS, TOLERANCE, Classifier, Rows, fit, predict
-from mimscale.evals.metrics import top1
+from mimscale.evals.metrics import mean_per_class, top1
 from mimscale.evals.parallel import all_rows, rows_of
 from mimscale.evals.protocols.base import Features, Protocol, Results
 
@@ -62,6 +62,7 @@ class Linear(Protocol):
         predicted = all_rows(predict(classifier, rows.scaling(mine)), len(val.values), c.rank, c.world)
         return {
             "linear": top1(predicted, val.labels, c.classes),
+            "linear_per_class": mean_per_class(predicted, val.labels, c.classes),
             "l2": found.l2,
             "iterations": classifier.iterations,
             "converged": classifier.converged,
