@@ -46,7 +46,7 @@ def probes(preset: Preset) -> dict[str, Probe]:
     found = {
         "knn": Probe("knn", {}, "mean", "knn"),
         "linear": Probe("linear", {}, "mean", "linear"),
-        "lowshot": Probe("fewshot", {"shots": shots}, "mean", "few_shot"),
+        "lowshot": Probe("lowshot", {"shots": shots}, "mean", "lowshot"),
     }
     attentive = {"steps": preset.attentive_steps, "batch": 256, "queries": 8, "rates": [0.1, 0.5, 2.0]}
     found["attentive"] = Probe("attentive", attentive, "tokens", "attentive")
