@@ -164,6 +164,10 @@ def _config_from(
 ) -> StudentConfig:
     """The sizes of an encoder, from the shapes of its tensors. Raises UserError where the heads are not known."""
     blocks = "blocks." if stages is None else "blocks3."
+    for name, dimensions in ((f"{blocks}0.mlp.fc1.weight", 2), ("patch_embed.proj.weight", 4)):
+        if name in encoder and encoder[name].dim() != dimensions:
+            shape = list(encoder[name].shape)
+            raise UserError(f"{path}: {name} has the shape {shape}, not {dimensions} dimensions; it is no ViT of ours")
     hidden, width = encoder[f"{blocks}0.mlp.fc1.weight"].shape
     patch = encoder["patch_embed.proj.weight"].shape[2] if stages is None else stages.patch
     depth = len({name.split(".")[1] for name in encoder if name.startswith(blocks)})
