@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ import numpy as np
 
 from data_prep.digits import write_digits
 from data_prep.doctor import Job, examine
+from data_prep.fashion import SPLITS, read_fashion
 from data_prep.folder import read_folder
 from data_prep.imagenet import check_md5, read_21k, read_train, read_val
 from data_prep.images import ImageOptions
@@ -23,6 +25,7 @@ from data_prep.progress import progress
 from data_prep.reports import SHOWN, report
 from data_prep.shard_list import list_shards
 from data_prep.table import TableOptions, read_table
+from data_prep.torchvision_sets import SETS, read_sets
 from data_prep.verify import duplicates, verify
 from data_prep.write_manifest import write_manifest
 from data_prep.write_shards import estimate, unfinished, write
@@ -42,10 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(AttributeError, OSError):  # of a notebook, which shows any text, or of another stream
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         warn(f"data_prep: {error}")
         return 2
+    except BrokenPipeError:  # nobody reads what is printed: `| head`
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's exit would fail
+        return 141
     except OSError as error:  # a full disk above all
         where = f" ('{error.filename}')" if error.filename else ""
         print(
@@ -96,6 +105,15 @@ def _imagenet_21k(options: argparse.Namespace) -> int:
     return _write(options, read_21k(options.source))
 
 
+def _torchvision(options: argparse.Namespace) -> int:
+    top = options.destination
+    sources = read_sets(options.name, options.root, options.split, options.download)  # before anything is written
+    for split, source in sources.items():
+        options.destination = top / split
+        _write(options, source)
+    return 0
+
+
 def _write(options: argparse.Namespace, source: Source) -> int:
     images = ImageOptions(options.check, options.transcode, options.short_side, options.quality)
     plan = Plan(
@@ -143,6 +161,15 @@ def _report_done(folder: Path, missing: list[int]) -> int:
     report("left out", [f"{key}: {reason}" for key, reason in list(file.left_out.items())[:SHOWN]], folder)
     left_out = f", {sum(file.skipped.values()):,} left out" if file.skipped else ""
     print(f"{folder}: complete, {file.samples:,} images{left_out}", file=sys.stderr)
+    return 0
+
+
+def _fashion(options: argparse.Namespace) -> int:
+    top = options.destination
+    sources = {split: read_fashion(options.source, split) for split in SPLITS}  # both, before anything is written
+    for split, source in sources.items():
+        options.destination = top / split
+        _write(options, source)
     return 0
 
 
@@ -276,6 +303,22 @@ def _parser() -> argparse.ArgumentParser:
     larger.add_argument("source", type=Path, metavar="SRC", help="fall11_whole.tar, or a folder of wnid.tar")
     _add_writing(larger)
     larger.set_defaults(run=_imagenet_21k)
+
+    named = verbs.add_parser(
+        "torchvision", help="shards of the data sets of transfer tables, from the files that torchvision reads"
+    )
+    named.add_argument("name", metavar="NAME", help=", ".join(SETS))
+    named.add_argument("root", type=Path, metavar="ROOT", help="folder that holds the data set's own folder")
+    named.add_argument("--download", action="store_true", help="let torchvision download what is missing")
+    named.add_argument("--split", metavar="SPLIT", help="only train, val or unlabelled (default: all that there are)")
+    _add_writing(named)
+    named.set_defaults(run=_torchvision)
+    fashion = verbs.add_parser("fashion", help="shards DST/train and DST/val from the IDX files of Fashion-MNIST")
+    where = "folder of the four files, .gz or not: /usr/share/datasets/fashion-mnist of Debian's package "
+    where += "dataset-fashion-mnist, or torchvision's download folder"
+    fashion.add_argument("source", type=Path, metavar="SRC", help=where)
+    _add_writing(fashion)
+    fashion.set_defaults(run=_fashion)
 
     end = verbs.add_parser("finish", help="write the manifests of folders whose shards all exist")
     end.add_argument("destination", type=Path, nargs="+", metavar="DST")

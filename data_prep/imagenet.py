@@ -27,6 +27,8 @@ MD5 = {  # of the downloaded files; the same values as in torchvision and on ima
 FULL_SIZE = {  # kind of source -> (images, classes)
     "imagenet train": (1_281_167, 1000),
     "imagenet val": (50_000, 1000),
+    "fashion train": (60_000, 10),
+    "fashion val": (10_000, 10),
 }
 CHUNK = 4 << 20
 
@@ -79,7 +81,14 @@ def read_val(archive: Path, truth: Path, synsets: Path | None) -> Source:
         member_of = {stem: _file_member(path) for stem, path in path_of.items()}
     else:
         with open_for_reading(archive) as fd:
-            member_of = {_stem(m.name): m for m in members(fd, archive) if not is_sidecar(m.name)}
+            member_of = {}
+            for member in members(fd, archive):
+                if is_sidecar(member.name):
+                    images.skipped["hidden"] += 1
+                elif _stem(member.name) in member_of:
+                    images.skipped["with the name of another member"] += 1
+                else:
+                    member_of[_stem(member.name)] = member
     if member_of.keys() != wnid_of.keys():
         odd = sorted(member_of.keys() ^ wnid_of.keys())[0]
         raise UserError(

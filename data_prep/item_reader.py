@@ -1,4 +1,4 @@
-"""Reads the encoded images of a source: from files, members of archives or rows of parquet files."""
+"""Reads the encoded images of a source: from files, members of archives, rows of parquet files or of pixels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from data_prep import png_rows
 from data_prep.plan import Item
 from mimscale.data.decode import BadImage
 from mimscale.errors import UserError
@@ -37,9 +38,11 @@ class ItemReader:
         """A function item -> bytes for the items of a shard. It raises UserError if a source cannot be read or has
         changed since it was listed, and BadImage for a row without an image.
         """
-        rows = self._rows.read([item for item in items if item.column])
+        rows = self._rows.read([i for i in items if i.column and not i.column.startswith(png_rows.PREFIX)])
 
         def read(item: Item) -> bytes:
+            if item.column.startswith(png_rows.PREFIX):
+                return png_rows.png(item)
             return self._row(rows.pop((item.path, item.offset)), item) if item.column else self._file(item)
 
         yield read

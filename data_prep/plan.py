@@ -27,7 +27,8 @@ KEY_BYTES = 90  # with its extension it fits into the 100-byte name field of a t
 class Item(NamedTuple):
     """One image of a source: `size` bytes at `offset` of file `path`; offset 0 = the whole file. label -1 = none.
 
-    In a parquet file `column` is the name of the column, `offset` the row and `size` an estimate.
+    In a parquet file `column` is the name of the column, `offset` the row and `size` an estimate. In a file of pixels
+    `column` begins with `data_prep.png_rows.PREFIX`, `offset` is the row and `size` the bytes of its pixels.
     """
 
     key: str
@@ -44,6 +45,7 @@ class Source:
 
     root: folder of relative paths that rows of parquet files have instead of bytes.
     runs: lengths of consecutive runs of items that should be read together (row groups of parquet); None = no runs.
+    png_encoder: versions of what makes PNGs of pixels; None where the images are encoded already.
     """
 
     description: dict[str, Any]
@@ -52,6 +54,7 @@ class Source:
     skipped: Counter[str] = field(default_factory=Counter)
     runs: list[int] | None = None
     root: str = ""
+    png_encoder: str | None = None
 
 
 def unique_keys(names: Iterable[str]) -> list[str]:
@@ -94,6 +97,7 @@ class Plan:
             "shard_mb": shard_mb,
             "shard_samples": shard_samples,
             **self.images.options(),
+            **({} if source.png_encoder is None else {"png_encoder": source.png_encoder}),
         }
         self.items = _shuffled(source, seed)
         total = len(self.items)

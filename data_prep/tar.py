@@ -1,15 +1,17 @@
 """Lists the members of tar archives from their headers, without reading or unpacking the files.
 
 Stricter than Python's tarfile, which treats a damaged header or a missing end marker as the end of the archive. Here an
-incomplete download is an error, and so are members that a data set must not have: links, devices, and names that lead
-out of the folder. Zero blocks are not taken for the end: a joined archive behind them is read too, and anything else
-behind them is an error. Nothing is written to the disk or executed.
+incomplete download is an error, and so are members that a data set must not have: symbolic links, devices, and names
+that lead out of the folder. A hard link stands for the earlier member that it names. Zero blocks are not taken for the
+end: a joined archive behind them is read too, and anything else behind them is an error. Nothing is written to the disk
+or executed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -31,7 +33,6 @@ PACKED = {  # first bytes of compressed files
 SUFFIX = {"gzip": (".gz", ".tgz"), "zstd": (".zst",), "xz": (".xz",), "bzip2": (".bz2",), "lz4": (".lz4",)}
 _EMPTY = bytes(BLOCK)
 _REFUSED_KINDS = {
-    b"1": "a hard link",
     b"2": "a symbolic link",
     b"3": "a device",
     b"4": "a device",
@@ -84,10 +85,12 @@ def open_for_reading(path: Path) -> Iterator[int]:
     if path.is_dir():
         raise UserError(f"archive '{path}' is a folder; give the .tar file, or for a folder of images the verb folder")
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for its writer
     except OSError as error:
         raise UserError(f"archive '{path}' cannot be read: {error.strerror}") from None
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise UserError(f"archive '{path}' is no regular file; give the .tar file itself")
         yield fd
     finally:
         os.close(fd)
@@ -98,18 +101,19 @@ def members(
 ) -> Iterator[Member]:
     """The regular files of the archive at bytes [start, end) of an open file (default: all of it), in archive order.
 
-    archive: where the archive begins, if `start` is a later member of it.
+    archive: where the archive begins, if `start` is a later member of it; hard links are passed over then.
 
-    Reads two blocks per member. Supports ustar, GNU and pax headers, and archives that are joined. Raises BadArchive,
-    with the offset, for anything but complete archives of regular files and folders; `path` is for the message.
+    Reads two blocks per member. Supports ustar, GNU and pax headers, hard links to earlier members, and archives that
+    are joined. Raises BadArchive, with the offset, for anything but complete archives of regular files and folders;
+    `path` is for the message.
     """
     end = size_of(file) if end is None else end
     packed = compression(read_at(file, 8, start)) if archive is None else None
     if packed is not None:
         where = f"the member at byte {start:,} of '{path}'" if start else f"'{path}'"
         raise BadArchive(f"{where} is compressed ({packed}), so its members have no offsets; {unpack(path, packed)}")
-    offset, long_name, long_size = start, None, None
-    start = start if archive is None else archive
+    offset, long, known = start, _Extended(), dict[str, tuple[int, int]]()  # place and size of each member so far
+    whole, start = archive is None, start if archive is None else archive
     while True:
         head = read_at(file, 2 * BLOCK, offset) if offset + BLOCK <= end else b""
         header = head[:BLOCK]
@@ -134,8 +138,10 @@ def members(
                 "download or make it again"
             )
         size, kind = number(header[124:136]), header[156:157]
-        if long_size is not None and kind in b"0\0":
-            size = long_size
+        if long.size is not None and kind in b"0\0":
+            size = long.size
+        if kind == b"1":
+            size = 0  # whatever it says: the contents are those of another member
         data, offset = offset + BLOCK, offset + BLOCK + padded_size(size)
         if size < 0 or offset > end:
             raise BadArchive(
@@ -146,23 +152,50 @@ def members(
             if size > MAX_EXTENDED_HEADER:
                 raise BadArchive(f"'{path}': an extended header of {size:,} bytes at byte {data - BLOCK:,}")
             if kind == b"L":
-                long_name = read_at(file, size, data).rstrip(b"\0").decode(errors="surrogateescape")
+                long = long._replace(name=_text(read_at(file, size, data).rstrip(b"\0")))
+            elif kind == b"K":
+                long = long._replace(link=_text(read_at(file, size, data).rstrip(b"\0")))
             elif kind == b"x":
-                long_name, long_size = _pax(read_at(file, size, data), long_name)
+                long = _pax(read_at(file, size, data), long)
             continue
-        name = long_name or _name(header)
-        long_name = long_size = None
-        if kind in (b"0", b"\0", b"7"):
+        name, link = long.name or _name(header), long.link or _text(header[157:257].split(b"\0", 1)[0])
+        long = _Extended()
+        if kind in (b"0", b"\0", b"7", b"1"):
             if name.startswith("/") or ".." in name.split("/") or not name:
-                raise BadArchive(
-                    f"'{path}': refused the member '{one_line(name)}', whose name leads out of the archive"
-                )
-            if not name.endswith("/"):  # old archives mark a folder in this way
+                raise BadArchive(f"{_refused(path, name)}, whose name leads out of the archive")
+            if kind == b"1":
+                if whole:
+                    yield _linked(file, path, name, link, known)
+            elif not name.endswith("/"):  # old archives mark a folder in this way
                 yield Member(name, data, size, head[BLOCK : BLOCK + size])
+            if kind != b"1":
+                known[_plain(name)] = data, size
+            elif _plain(link) in known:
+                known[_plain(name)] = known[_plain(link)]
         elif kind != b"5":
-            raise BadArchive(
-                f"'{path}': refused the member '{one_line(name)}': {_REFUSED_KINDS.get(kind, 'not a regular file')}"
-            )
+            raise BadArchive(f"{_refused(path, name)}: {_REFUSED_KINDS.get(kind, 'not a regular file')}")
+
+
+class _Extended(NamedTuple):
+    """What headers before a member's own say of it; None = nothing."""
+
+    name: str | None = None
+    link: str | None = None
+    size: int | None = None
+
+
+def _linked(file: File, path: Path | str, name: str, link: str, known: Mapping[str, tuple[int, int]]) -> Member:
+    """The member that a hard link stands for, under the name of the link. Raises BadArchive."""
+    if _plain(link) not in known:
+        raise BadArchive(f"{_refused(path, name)}: a hard link to '{one_line(link)}', which is not a file before it")
+    offset, size = known[_plain(link)]
+    return Member(name, offset, size, read_at(file, min(BLOCK, size), offset))
+
+
+def _plain(name: str) -> str:
+    while name.startswith("./"):
+        name = name[2:]
+    return name
 
 
 def _refused(path: Path | str, name: str) -> str:
@@ -188,17 +221,23 @@ def _name(header: bytes) -> str:
     return (prefix + b"/" + name if prefix else name).decode(errors="surrogateescape")
 
 
-def _pax(data: bytes, name: str | None) -> tuple[str | None, int | None]:
-    """Records "LENGTH KEY=VALUE\\n" -> (name, size) of the member; size is None, and name unchanged, if not given."""
-    size = None
+def _text(name: bytes) -> str:
+    return name.decode(errors="surrogateescape")
+
+
+def _pax(data: bytes, long: _Extended) -> _Extended:
+    """Records "LENGTH KEY=VALUE\\n" of a member; a field is unchanged if not given, and the size None."""
+    long = long._replace(size=None)
     while data:
         length = int(digits) if (digits := data.split(b" ", 1)[0][:10]).isdigit() else 0
         key, found, value = data[len(digits) + 1 : length - 1].partition(b"=")
         if not found or length <= len(digits):
             break
         if key == b"path":
-            name = value.decode(errors="surrogateescape")
+            long = long._replace(name=_text(value))
+        elif key == b"linkpath":
+            long = long._replace(link=_text(value))
         elif key == b"size" and value.isdigit() and len(value) < 20:
-            size = int(value)
+            long = long._replace(size=int(value))
         data = data[length:]
-    return name, size
+    return long

@@ -30,6 +30,8 @@ read_site() {
 setup_job() { # set the environment of the ranks
   local head packages key
   : "${SLURM_JOB_ID:?is not set: start this file with sbatch}"
+  unset SHARED_FILE # that of jobs/submit, which all its jobs would share
+  [ -z "${MIMSCALE_STAGE_FILE:-}" ] || begin_stage
   early_stop=''
   trap 'early_stop=1' USR1 # a signal before the ranks run must not kill this shell
   # after `sbatch --export=NONE` or a list, every srun would drop what is exported here
@@ -77,6 +79,18 @@ setup_job() { # set the environment of the ranks
       die 2 "MIMSCALE_PYTHON='$MIMSCALE_PYTHON' does not exist; set it in jobs/site.env"
   fi
   export ENV_DIR MIMSCALE_PYTHON PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+}
+
+begin_stage() { # for jobs/submit: leave in MIMSCALE_STAGE_FILE what became of this job, which results.sbatch reads
+  STAGE_FILE=${MIMSCALE_STAGE_FILE%.txt}${SLURM_ARRAY_TASK_COUNT:+-$SLURM_ARRAY_TASK_ID}.txt
+  unset MIMSCALE_STAGE_FILE
+  echo "running" > "$STAGE_FILE" || die 2 "$STAGE_FILE cannot be written; set RUN_DIR to a folder that all nodes share"
+  trap 'end_stage $?' EXIT
+  trap 'exit 143' TERM # ended by the signal itself, the shell would see exit code 0 in its EXIT trap
+}
+
+end_stage() { # EXIT_CODE
+  if [ "$1" = 0 ]; then echo "done"; else echo "failed, exit code $1"; fi > "$STAGE_FILE" || true
 }
 
 set_run_dir() { # RECIPE SUFFIX: default of RUN_DIR; makes the folder

@@ -55,16 +55,34 @@ class TeacherNeeds:
 
 
 @dataclass(frozen=True)
+class Mixing:
+    """Mixup and CutMix of pairs of images and of their labels; the pairs are the positions 2n and 2n + 1.
+
+    mixup, cutmix: alpha of the Beta distribution that a pair's share is drawn from; 0: never.  prob: that a pair is
+    mixed.  switch: the share of CutMix where both are on.  classes, smoothing: of the soft labels.
+    """
+
+    mixup: float
+    cutmix: float
+    prob: float
+    switch: float
+    classes: int
+    smoothing: float
+
+
+@dataclass(frozen=True)
 class Needs:
     """Everything that a method wants to find in a batch and in the targets.
 
     uncropped_images: at how many positions of each global batch, its first ones, the uncut image is wanted as well.
+    mixing: None: images are not mixed.
     """
 
     noise: Mapping[str, Noise] = field(default_factory=dict)
     teachers: Mapping[str, TeacherNeeds] = field(default_factory=dict)
     labels: bool = False
     uncropped_images: int = 0
+    mixing: Mixing | None = None
 
     def __or__(self, other: Needs) -> Needs:
         """What both want; each draws its own noise."""
@@ -72,7 +90,8 @@ class Needs:
         nothing = TeacherNeeds()
         teachers = {name: self.teachers.get(name, nothing) | other.teachers.get(name, nothing) for name in names}
         uncropped_images = max(self.uncropped_images, other.uncropped_images)
-        return Needs({**self.noise, **other.noise}, teachers, self.labels or other.labels, uncropped_images)
+        labels, mixing = self.labels or other.labels, self.mixing or other.mixing
+        return Needs({**self.noise, **other.noise}, teachers, labels, uncropped_images, mixing)
 
 
 class Masks(NamedTuple):
@@ -88,7 +107,11 @@ class Masks(NamedTuple):
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """A teacher as far as it is known without its weights. grid: (rows, columns) of its patch tokens at image_size."""
+    """A teacher as far as it is known without its weights. grid: (rows, columns) of its patch tokens at image_size.
+
+    norm_attention: the norms of its patch tokens take the place of the CLS attention. resizes: its configuration may
+    ask for another grid (a feature map).
+    """
 
     name: str
     dim: int
@@ -96,6 +119,13 @@ class TeacherInfo:
     grid: tuple[int, int]
     image_size: int
     has_cls: bool
+    norm_attention: bool = False
+    resizes: bool = False
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether masks can follow it."""
+        return self.has_cls or self.norm_attention
 
 
 @dataclass(frozen=True)
@@ -104,7 +134,8 @@ class Targets:
 
     levels: block index -> patch tokens [B, L, D], the raw residual stream after that block (no final norm).
     cls: block index -> class token [B, D]; empty where the teacher has none.
-    cls_attention: [B, L] float32, last block, softmax over all keys, mean over heads, the patch columns only.
+    cls_attention: [B, L] float32, last block, softmax over all keys, mean over heads, the patch columns only; or, where
+        the recipe says so, each patch's share of the norms of all patches.
     """
 
     levels: Mapping[int, Tensor]
@@ -154,11 +185,14 @@ class Batch:
         float32, contiguous, ImageNet-normalised, after `normalised()`.
     ids: int64 [B], row of the sample in the manifest (in a stream: 63 bits of a hash of shard and key).
     positions: int64 [B], place in the endless training sequence (or in the evaluation order).
-    noise: purpose -> float32 [B, *shape], as `Needs.noise` asked.
+    noise: purpose -> float32 [B, *shape], as `Needs.noise` asked; and what the augmentations draw (mimscale/data).
     boxes: float32 [B, 4], crop (top, left, height, width) as fractions of the stored image; a padded crop may reach a
         little outside of it.
     flips: bool [B], mirrored left-right after the crop.
     labels: int64 [B] where asked, else None.
+    soft_labels: float32 [B, classes], class probabilities of images that were mixed on the device; else None.
+    partners: int64 [B], out of the loader where images are mixed: the row of the image that each is mixed with. Rows
+        behind those of the micro-batch are there as partners only; None on the device.
     uncropped: uint8 [F, 3, H, W], the whole images of the rows `uncropped_rows`, int64 [F], resized to the same size,
         neither cropped nor mirrored nor normalised. None where not asked; F may be 0.
     importance: uint8 [B, L], what a masking policy that learns has stored of these samples' patches; None else.
@@ -173,6 +207,8 @@ class Batch:
     boxes: Tensor
     flips: Tensor
     labels: Tensor | None = None
+    soft_labels: Tensor | None = None
+    partners: Tensor | None = None
     uncropped: Tensor | None = None
     uncropped_rows: Tensor | None = None
     importance: Tensor | None = None

@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {  # the section `method` of a tiny run
     "convmae": {"stages": STAGES, **DECODER},
     "mrmae": {"fusion": {"kind": "mff", "levels": [0, 2]}, **DECODER},
     "finetune_beit": {"name": "finetune", "classes": 4, "beit": {}, "head_std": 0.02},
+    "finetune_mixed": {"name": "finetune", "classes": 4, "mixup": 0.8, "cutmix": 1.0, "head_std": 0.02},
     "mrmae_convmae": {"name": "mrmae", "stages": {**STAGES, "class_token": True}, **DECODER},
 }
 BARE_TARGET = {"weight": 0.5, "levels": [1, 3], "target_norm": "l2", "cls_target": False}

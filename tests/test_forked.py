@@ -27,7 +27,26 @@ def test_one_process_has_its_own_exit_code_and_no_group(tmp_path: Path) -> None:
     assert done.returncode == 7 and done.stdout == "" and done.stderr == ""
 
 
+@pytest.mark.multi
+def test_ranks_that_hang_show_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def both_run(pids: list[int]) -> None:
+        ranks.until(lambda: len(list(tmp_path.iterdir())) == 2, pids)
+
+    monkeypatch.setattr(forked, "LIMIT_S", 3.0)
+    with pytest.raises(TimeoutError, match="not over after 3 s") as caught:
+        forked.run(1, ["tests.test_forked", str(tmp_path)], {**ranks.environment(), "HANG": "1"}, both_run)
+    assert str(caught.value).count("in wait_for_ever") == 2  # the rank and its child, which are gone: the pipe ended
+
+
+def wait_for_ever() -> None:
+    (Path(sys.argv[1]) / str(os.getpid())).touch()
+    time.sleep(600)
+
+
 if __name__ == "__main__":
+    if "HANG" in os.environ:
+        os.fork()
+        wait_for_ever()
     if "RANK" not in os.environ:
         sys.exit(7)
     (Path(sys.argv[1]) / str(os.getpid())).touch()

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimscale.api import arguments
 from mimscale.api.images import Images, normalised_batch
 from mimscale.api.pretrained_folder import Pretrained, folder_of, load_folder
 from mimscale.convert.networks import student_from
 from mimscale.errors import UserError
 from mimscale.models.vit import LN_EPS
 from mimscale.types import IMAGENET_MEAN, IMAGENET_STD
+
+MOST_HEADS = 1024
 
 
 class Features(NamedTuple):
@@ -118,7 +121,12 @@ def load_encoder(
     >>> tokens.shape, cls.shape, pooled.shape
     (torch.Size([2, 36, 64]), torch.Size([2, 64]), torch.Size([2, 64]))
     """
-    place = Path(path)
+    place, ema = arguments.path("path", path), arguments.flag("ema", ema)
+    if image_size is not None:
+        image_size = arguments.whole_number("image_size", image_size, 1, arguments.LARGEST_IMAGE)
+    if heads is not None:
+        heads = arguments.whole_number("heads", heads, 1, MOST_HEADS)
+    target, kind = arguments.device(device), arguments.float_type(dtype)
     folder = folder_of(place)
     if folder is not None:
         for name, given in (("ema", ema), ("heads", heads)):
@@ -131,7 +139,7 @@ def load_encoder(
         encoder = Encoder(
             network, width=config.width, patch=config.patch, grid=network.grid, prefix=prefix, has_cls=prefix > 0
         )
-    return encoder.to(device=device, dtype=dtype or torch.float32)
+    return encoder.to(device=target, dtype=kind)
 
 
 def _pretrained(found: Pretrained) -> Encoder:

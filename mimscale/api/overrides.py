@@ -12,6 +12,8 @@ from mimscale.errors import UserError
 
 def as_words(overrides: Mapping[str, Any]) -> list[str]:
     """{"section.key": value} -> ["section.key=VALUE"], VALUE as YAML's flow style, which JSON is. Raises UserError."""
+    if not isinstance(overrides, Mapping):
+        raise UserError(f"overrides is a {type(overrides).__name__}; give a mapping, such as {{'schedule.steps': 100}}")
     return [f"{key}={_flow(key, value)}" for key, value in overrides.items()]
 
 
@@ -21,4 +23,9 @@ def _flow(key: str, value: Any) -> str:
             return str(value)
         raise UserError(f"override {key}: a {type(value).__name__} has no place in a recipe; give plain values")
 
-    return json.dumps(value, default=plain, ensure_ascii=False)
+    try:
+        return json.dumps(value, default=plain, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError) as error:  # a mapping with itself or with odd keys in it
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"override {key}: {error}; give plain values") from None

@@ -10,9 +10,11 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from timm.data.constants import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
@@ -21,8 +23,9 @@ from timm.data.constants import (
 )
 from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
+from mimscale.config.base import numbers_in
 from mimscale.convert.read import read
 from mimscale.errors import UserError
 from mimscale.teachers import huggingface
@@ -30,6 +33,7 @@ from mimscale.teachers.base import one_line
 from mimscale.types import IMAGENET_MEAN, IMAGENET_STD
 
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
+MOST, MOST_BLOCKS = 8192, 512  # pixels, channels, heads; blocks: nobody has trained a larger one
 
 
 class Pretrained(NamedTuple):
@@ -49,17 +53,30 @@ class _Family(NamedTuple):
     std: tuple[float, ...]
 
 
+class _Sizes(BaseModel):
+    """What is read of transformers' config.json; the defaults are those of its ViTs and of CLIP's vision tower."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+
+    hidden_size: int = Field(768, ge=1, le=MOST)
+    num_hidden_layers: int = Field(12, ge=1, le=MOST_BLOCKS)
+    num_attention_heads: int = Field(12, ge=1, le=MOST)
+    intermediate_size: int = Field(3072, ge=1, le=1 << 20)
+    image_size: int = Field(224, ge=1, le=MOST)
+    patch_size: int = Field(ge=1, le=MOST)
+    num_channels: Literal[3] = 3
+    qkv_bias: bool = True
+    hidden_act: str
+    layer_norm_eps: float = Field(ge=0, lt=1)
+
+    @field_validator("image_size", "patch_size", mode="before")
+    @classmethod
+    def _of_a_square(cls, value: Any) -> Any:
+        return value[0] if isinstance(value, list) and len(value) == 2 and value[0] == value[1] else value
+
+
 _VIT: dict[str, Any] = {"patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
 _CLIP: dict[str, Any] = {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "image_size": 224,
-    "num_channels": 3,
-    "qkv_bias": True,
-}
 _FAMILIES = {
     "vit": _Family(_VIT, False, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
     "vit_mae": _Family(_VIT, False, IMAGENET_MEAN, IMAGENET_STD),
@@ -104,28 +121,37 @@ def load_folder(folder: Path, image_size: int | None = None) -> Pretrained:
     kind = config.get("model_type")
     if "architecture" in config:
         return _timm(folder, config, weights, image_size)
-    if kind in _FAMILIES:
+    if isinstance(kind, str) and kind in _FAMILIES:
         if image_size is not None:
             raise UserError(f"image_size = {image_size}: a transformers model keeps its own size; leave it out")
         return _transformers(folder, config, weights, _FAMILIES[kind])
     if kind is not None:
         raise UserError(
-            f"{folder} holds a '{kind}' of transformers; {', '.join(sorted(_FAMILIES))} are read. Others: take timm's "
-            "version of the model"
+            f"{folder} holds a {_shown(kind)} of transformers; {', '.join(sorted(_FAMILIES))} are read. Others: take "
+            "timm's version of the model"
         )
     raise UserError(f"{folder / CONFIG} has neither 'architecture' (timm) nor 'model_type' (transformers)")
 
 
 def _timm(folder: Path, config: Mapping[str, Any], weights: Path, image_size: int | None) -> Pretrained:
-    facts = config.get("pretrained_cfg") or {k: v for k, v in config.items() if k not in _NOT_OF_THE_CARD}
+    facts = _mapping(folder, config, "pretrained_cfg") or {k: v for k, v in config.items() if k not in _NOT_OF_THE_CARD}
+    options = {**_mapping(folder, config, "model_args"), "num_classes": 0}
+    if not isinstance(config["architecture"], str):
+        raise UserError(f"{folder / CONFIG}: architecture = {_shown(config['architecture'])} is not a name of timm's")
+    for place, number in numbers_in(options):
+        if abs(number) > (MOST_BLOCKS if place.split(".")[0] == "depth" else MOST):
+            raise UserError(f"{folder / CONFIG}: model_args.{place} = {number:g} is no size of a model; get it again")
     classes = {"num_classes": config["num_classes"]} if "num_classes" in config else {}
-    options = {**config.get("model_args", {}), "num_classes": 0}
     if image_size is not None:  # not every architecture takes it
         options["img_size"] = image_size
     state = read(weights).weights
     card = {**{k: v for k, v in facts.items() if k not in _SOURCES}, **classes, "state_dict": state}
     try:
+        with torch.device("meta"):
+            _refuse_larger(folder, timm.create_model(config["architecture"], pretrained=False, **options), state)
         model: Any = timm.create_model(config["architecture"], pretrained=True, pretrained_cfg=card, **options)
+    except UserError:
+        raise
     except Exception as error:  # of whatever kind the architecture raises for options that it does not know
         raise UserError(f"{folder}: timm cannot load it ({one_line(error)})") from None
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
@@ -136,32 +162,47 @@ def _timm(folder: Path, config: Mapping[str, Any], weights: Path, image_size: in
     if grid[0] != grid[1]:
         raise UserError(f"{folder} takes images of {grid[0]} x {grid[1]} patches; only square images are read")
     card = model.pretrained_cfg
-    return Pretrained(model, tuple(card["mean"]), tuple(card["std"]))
+    mean, std = (_of_channels(folder / CONFIG, name, card.get(name)) for name in ("mean", "std"))
+    return Pretrained(model, mean, std)
 
 
 def _transformers(folder: Path, config: Mapping[str, Any], weights: Path, family: _Family) -> Pretrained:
-    values = {**_DEFAULTS, **family.defaults, **(config.get("vision_config") or config)}
-    if values["hidden_act"] not in _ACTIVATIONS:
-        known = ", ".join(_ACTIVATIONS)
-        raise UserError(f"{folder}: hidden_act = {values['hidden_act']} is not known; {known} are")
+    given = _mapping(folder, config, "vision_config") or config
     try:
-        model = VisionTransformer(
-            img_size=values["image_size"],
-            patch_size=values["patch_size"],
-            in_chans=values["num_channels"],
-            num_classes=0,
-            embed_dim=values["hidden_size"],
-            depth=values["num_hidden_layers"],
-            num_heads=values["num_attention_heads"],
-            mlp_ratio=values["intermediate_size"] / values["hidden_size"],
-            qkv_bias=values["qkv_bias"],
-            pre_norm=family.pre_norm,
-            norm_layer=partial(nn.LayerNorm, eps=values["layer_norm_eps"]),
-            act_layer=_ACTIVATIONS[values["hidden_act"]],
+        sizes = _Sizes.model_validate(
+            {**family.defaults, **{k: v for k, v in given.items() if k in _Sizes.model_fields}}
         )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{folder / CONFIG}: {'.'.join(map(str, first['loc']))} = {_shown(first['input'])}: "
+            f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        ) from None
+    if sizes.hidden_act not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise UserError(f"{folder}: hidden_act = {sizes.hidden_act[:80]} is not known; {known} are")
+    build = partial(
+        VisionTransformer,
+        img_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        in_chans=sizes.num_channels,
+        num_classes=0,
+        embed_dim=sizes.hidden_size,
+        depth=sizes.num_hidden_layers,
+        num_heads=sizes.num_attention_heads,
+        mlp_ratio=sizes.intermediate_size / sizes.hidden_size,
+        qkv_bias=sizes.qkv_bias,
+        pre_norm=family.pre_norm,
+        norm_layer=partial(nn.LayerNorm, eps=sizes.layer_norm_eps),
+        act_layer=_ACTIVATIONS[sizes.hidden_act],
+    )
+    try:
         state = huggingface.to_timm(read(weights).weights)
         if state is None:
             raise UserError(f"{weights} does not hold the tensors of a {config['model_type']}")
+        with torch.device("meta"):
+            _refuse_larger(folder, build(), state)
+        model = build()
         model.load_state_dict(state)
     except KeyError as error:
         raise UserError(f"{weights}: the tensor {error} is missing") from None
@@ -173,18 +214,53 @@ def _transformers(folder: Path, config: Mapping[str, Any], weights: Path, family
     return Pretrained(model, *_normalisation(folder / "preprocessor_config.json", family))
 
 
+def _refuse_larger(folder: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError before memory is taken for a model that the file of weights cannot fill. Positions may be
+    resized.
+    """
+    described = sum(tensor.numel() for name, tensor in model.named_parameters() if "pos_embed" not in name)
+    held = sum(tensor.numel() for tensor in state.values())
+    if described > 2 * held:
+        raise UserError(
+            f"{folder}: {CONFIG} and the weights do not fit together: a model of {described:,} parameters, and "
+            f"{held:,} numbers"
+        )
+
+
 def _normalisation(path: Path, family: _Family) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of a transformers folder."""
     facts = _json(path) if path.is_file() else {}
     if facts.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return tuple(facts.get("image_mean") or family.mean), tuple(facts.get("image_std") or family.std)
+    mean, std = facts.get("image_mean") or family.mean, facts.get("image_std") or family.std
+    return _of_channels(path, "image_mean", mean), _of_channels(path, "image_std", std)
+
+
+def _of_channels(path: Path, name: str, values: Any) -> tuple[float, ...]:
+    """Three finite numbers, those of a standard deviation above 0. Raises UserError."""
+    numbers = tuple(values) if isinstance(values, list | tuple) else ()
+    whole = len(numbers) == 3 and all(type(number) in (int, float) and abs(number) < 1e6 for number in numbers)
+    if not whole or ("std" in name and min(numbers) <= 0):
+        raise UserError(f"{path}: {name} = {_shown(values)} is not a number for each of red, green and blue")
+    return tuple(map(float, numbers))
+
+
+def _mapping(folder: Path, config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section of config.json, empty where there is none. Raises UserError."""
+    values = config.get(name)
+    if values is not None and not isinstance(values, dict):
+        raise UserError(f"{folder / CONFIG}: {name} = {_shown(values)} is not a section; get the file again")
+    return values or {}
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({one_line(error)}); get it again") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, not a mapping; get it again")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimscale.api import arguments
 from mimscale.api.images import Images, normalised_batch
 from mimscale.api.overrides import as_words
 from mimscale.config.recipes import load_recipe, validate
@@ -74,14 +75,17 @@ def reconstruct(
     >>> predicted.shape, mask.sum(dim=1).tolist()
     (torch.Size([2, 3, 48, 48]), [18.0, 18.0])
     """
-    method, config = load_method(Path(path), recipe, as_words(overrides or {}), mask_ratio, ema)
-    return reconstruct_with(method, config, images, seed, torch.device(device or "cpu"))
+    place, ema, target = arguments.path("path", path), arguments.flag("ema", ema), arguments.device(device)
+    name = None if recipe is None else arguments.path("recipe", recipe)
+    method, config = load_method(place, name, as_words(overrides or {}), mask_ratio, ema)
+    return reconstruct_with(method, config, images, seed, target)
 
 
 def reconstruct_with(
     method: MaskedMethod, config: RunConfig, images: Images, seed: int, device: torch.device
 ) -> Reconstruction:
-    """What `reconstruct` returns, for a method of `load_method`."""
+    """What `reconstruct` returns, for a method of `load_method`. Raises UserError."""
+    seed = arguments.whole_number("seed", seed, *arguments.SEEDS)
     pixels = normalised_batch(images, config.data.image_size, IMAGENET_MEAN, IMAGENET_STD, device)
     view = method.to(device).view(_batch(pixels, method, seed), {})
     assert view is not None and view.mask is not None and view.reconstruction is not None
@@ -100,8 +104,13 @@ def load_method(
 
     overrides: section.key=value, of `recipe`. Raises UserError.
     """
-    if mask_ratio is not None and not 0 < mask_ratio < 1:
-        raise UserError(f"mask_ratio = {mask_ratio:g} must lie between 0 and 1; 0.75 is MAE's")
+    if mask_ratio is not None:
+        mask_ratio = arguments.fraction("mask_ratio", mask_ratio, "0.75 is MAE's")
+    if overrides and recipe is None:
+        raise UserError(
+            f"{overrides[0].partition('=')[0]} is a change to a recipe, and none is given; name the recipe of an "
+            f"official file, or leave the change out: a checkpoint of ours is as it was trained"
+        )
     loaded = read(path, ema)
     if loaded.run is not None and recipe is not None:
         raise UserError(f"{path} is a checkpoint of ours and knows its recipe; leave recipe out")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mimscale.api import arguments
 from mimscale.api.images import CROP_PCT
 from mimscale.data.loader import eval_batches
 from mimscale.data.manifest import Manifest
@@ -83,9 +84,13 @@ class Shards:
         >>> [len(batch) for batch in shards.batches(300, image_size=48)]
         [300, 300, 300, 100]
         """
-        for name, value, least in (("size", size, 1), ("image_size", image_size, 1), ("workers", workers or 0, 0)):
-            if value < least:
-                raise UserError(f"{name} = {value} must be {least} or more")
+        size = arguments.whole_number("size", size, 1, 2**31)
+        image_size = arguments.whole_number("image_size", image_size, 1, arguments.LARGEST_IMAGE)
+        if workers is not None:
+            workers = arguments.whole_number("workers", workers, 0, 1024)
+        crop_pct = 1.0 if crop_pct == 1 else arguments.fraction("crop_pct", crop_pct, "0.875 is usual, 1 the whole")
+        if labels is not None:
+            labels = arguments.flag("labels", labels)
         stored = self._manifest.labels
         if labels and (stored is None or stored.min() < 0):
             raise UserError(
@@ -124,12 +129,14 @@ def open_shards(path: str | Path, *, cache: str | Path | None = None, cache_gib:
     >>> batch.ids[:3].tolist(), len(batch.labels), len(batch.keys)
     ([0, 1, 2], 32, 32)
     """
+    arguments.path("path", path)
     if is_remote(path) and cache is None:
         raise UserError(f"{path} is remote: give cache=, a folder on this machine's own disk")
-    if not cache_gib > 0:
-        raise UserError(f"cache_gib = {cache_gib:g} must be above 0")
+    if isinstance(cache_gib, bool) or not isinstance(cache_gib, int | float) or not 0 < cache_gib <= 1e9:
+        raise UserError(f"cache_gib = {cache_gib!r} must be a number above 0 and at most 1e9")
     try:
-        opened = None if cache is None else Cache(Path(cache), int(cache_gib * 2**30))
+        place = None if cache is None else arguments.path("cache", cache)
+        opened = None if place is None else Cache(place, int(cache_gib * 2**30))
     except OSError as error:
         raise UserError(f"cache = {cache} cannot be made: {error.strerror}") from None
     return Shards(Manifest.load(path, cache=opened))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ def train(
     *,
     run_dir: str | Path | None = None,
     fork: str | Path | None = None,
+    words: Sequence[str] = (),
 ) -> TrainResult:
     """Pre-train as `mimscale train RECIPE` does, in this process, until the last step or a signal that asks to stop.
 
@@ -47,6 +48,7 @@ def train(
     overrides: "section.key" -> value, as the recipe would have it in YAML: {"schedule.epochs": 2, "init": None}.
     run_dir: the run's folder, runs/RECIPE by default; a run that it holds is continued, a finished one is left alone.
     fork: a folder for a new run that starts from the weights of `run_dir`.
+    words: further overrides, as on the command line: "section.key=value".
 
     Under torchrun or srun every rank calls it, and each is one rank of the run. In a plain process it may be called
     several times, on one kind of device; DeepSpeed's process group stays open in between. It must be called from the
@@ -59,7 +61,7 @@ def train(
     >>> result.run_dir, result.step, result.finished, sorted(result.metrics)[:3]
     (PosixPath('runs/ten'), 10, True, ['damaged', 'data_wait', 'epoch'])
     """
-    words = as_words(overrides or {})
+    words = [*as_words(overrides or {}), *words]
     config = load_recipe(str(recipe), words)
     folder = Path(run_dir) if run_dir is not None else Path("runs") / Path(recipe).stem
     target = None if fork is None else Path(fork)

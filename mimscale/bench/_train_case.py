@@ -22,6 +22,7 @@ from mimscale.config.recipes import validate
 from mimscale.config.run import RunConfig
 from mimscale.cost import peak
 from mimscale.cost.flops import flops_of
+from mimscale.data.augment import DeviceAugmentation
 from mimscale.data.device_prefetch import DevicePrefetcher
 from mimscale.data.loader import TrainLoader
 from mimscale.data.wds_stream import open_source
@@ -139,7 +140,8 @@ class TrainStep:
             pin=world.device.type == "cuda",
         )
         closing.callback(loader.close)
-        return DevicePrefetcher(iter(loader), world.device)
+        augment = DeviceAugmentation(config.data, self.method.needs.mixing, self.micro_batch)
+        return DevicePrefetcher(iter(loader), world.device, augment)
 
     def __call__(self, mark: Callable[[str], None] = lambda phase: None) -> StepInfo:
         """`mimscale.training.loop.train_step`, which enters each phase of PHASES as it begins."""

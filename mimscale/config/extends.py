@@ -13,7 +13,7 @@ nobody knows stays an error in either. The rule:
    teacher, replaces that section whole. `schedule.epochs` takes the place of `steps` and the reverse, `student.size`
    that of `width`, `depth` and `heads`, `width` that of `size`. Another `schedule.kind` drops `milestones`, `gamma`,
    `min_lr` and `warmup_start_factor`, another `data.crop` drops `crop_scale`, `crop_ratio` and `crop_padding`, other
-   `data.shards` drop `data.stream`, and other `weights` drop their `sha256`.
+   `data.shards` drop `data.stream`, and other `weights` drop their `sha256`. `expected` never carries over.
 
 Teachers keep the base's order, new ones follow. A value that is the base's own may be repeated.
 """
@@ -44,7 +44,8 @@ DEPENDENTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # What a recipe means that does not say. The defaults of masking and fusion are each method's own, so any is another.
 UNSAID = {"data": {"crop": "random_resized"}, "optim": {"name": "adamw"}, "schedule": {"kind": "cosine"}}
-NAMED = ((), ("teachers",), ("method", "targets"))  # mappings from names to things: the recipe itself, and two in it
+NAMED = ((), ("teachers",), ("method", "targets"), ("evals", "protocols"))
+"""Mappings from names to things: the recipe itself, and three in it."""
 
 
 def merged(base: Mapping[str, Any], own: Mapping[str, Any], place: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -53,6 +54,8 @@ def merged(base: Mapping[str, Any], own: Mapping[str, Any], place: tuple[str, ..
     place: keys from the recipe's root to the section that both are. Raises UserError for a null that removes nothing.
     """
     gone = _exchanged(base, own, place)
+    if not place:
+        gone.add("expected")  # of another recipe: what it should reach is not known from this one
     values = {key: value for key, value in base.items() if key not in gone}
     for key, value in own.items():
         if value is None and place in NAMED and key in base:

@@ -70,7 +70,8 @@ def read_recipe(recipe: str) -> tuple[dict[str, Any], str | None]:
     """
     own = _read_yaml(recipe)
     if "extends" not in own:
-        for key in difflib.get_close_matches("extends", map(str, own), n=1):
+        unknown = [str(key) for key in own if key not in RunConfig.model_fields]
+        for key in difflib.get_close_matches("extends", unknown, n=1):
             raise UserError(f"{recipe}: unknown key {key}; did you mean 'extends'?")
         return own, None
     base = own.pop("extends")
@@ -145,7 +146,9 @@ def _parse_value(key: str, text: str) -> Any:
 
 def _assign(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     for depth, key in enumerate(keys[:-1]):
-        inner = values.setdefault(key, {})
+        inner = values.get(key)
+        if inner is None:  # absent, or null: a section that is left out
+            inner = values[key] = {}
         if not isinstance(inner, dict):
             raise UserError(f"override {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} is a value, not a section")
         values = inner

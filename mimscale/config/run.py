@@ -16,6 +16,7 @@ from mimscale.config.base import Strict
 from mimscale.config.registry import MethodConfig, class_in, names_in, section_by_name
 from mimscale.data.config import DataConfig
 from mimscale.engine.config import EngineConfig
+from mimscale.evals.config import EvalsConfig, Expected
 from mimscale.fault_tolerance.config import GuardConfig, WatchdogConfig
 from mimscale.models.config import StudentConfig
 from mimscale.monitoring.config import LogConfig
@@ -41,6 +42,8 @@ class RunConfig(Strict):
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()
+    evals: EvalsConfig | None = None
+    expected: dict[str, Expected] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -100,6 +103,8 @@ class RunConfig(Strict):
             "guard.",
             "watchdog.",
             "log.",
+            "evals.",
+            "expected.",
             "data.workers",
             "data.prefetch",
             "data.shards",
@@ -111,7 +116,9 @@ class RunConfig(Strict):
         return {
             key: value
             for key, value in flat.items()
-            if not key.startswith(free) and not key.endswith((".weights", ".compile"))
+            if not key.startswith(free)
+            and not key.endswith((".weights", ".compile"))
+            and key not in ("evals", "expected")
         }
 
 

@@ -18,7 +18,7 @@ from mimscale.convert.names import Levels, Mapped
 from mimscale.convert.read import Loaded, read
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
-from mimscale.models import pos_embed
+from mimscale.models import pos_embed, rel_pos_bias
 from mimscale.models.beit import LAYER_SCALE, Beit, Positions
 from mimscale.models.config import STUDENT_SIZES, StudentConfig
 from mimscale.models.convvit import ConvStages, ConvViT, stages_of
@@ -89,9 +89,10 @@ def student_of(
     if size % student.patch:
         raise UserError(f"image size {size} is not a multiple of the student's patch = {student.patch}")
     new = size // student.patch
-    if relative and new != side:
-        raise UserError(f"{path} has relative positions, which are not resized; take image size {side * student.patch}")
-    if not relative:
+    if relative:
+        tables = [name for name in encoder if name.endswith(TABLE)]
+        encoder = {**encoder, **{name: rel_pos_bias.resize(encoder[name], (new, new)) for name in tables}}
+    else:
         table = pos_embed.resize(encoder["pos_embed"], (side, side), (new, new), int("cls_token" in encoder))
         encoder = {**encoder, "pos_embed": table}
     final_norm = "norm.weight" in encoder

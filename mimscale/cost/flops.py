@@ -2,7 +2,7 @@
 
 Counted on the real modules without memory (`mimscale.cost.trace`): products, convolutions and attention, a multiply and
 an add as 2; no softmax, norm or activation. Trained parts count three times their forward pass (forward, gradient of
-the input, gradient of the weights), frozen teachers once; recomputation (activation checkpointing) stands apart and
+the input, gradient of the weights), frozen parts and teachers once; recomputation (activation checkpointing) stands apart and
 does not count for MFU.
 """
 
@@ -26,18 +26,22 @@ class Flops:
     forward: forward pass of the method by part: `student`, `decoder`, heads and what else the method has as children;
     `other` is what happens in none of them. teachers: forward pass by teacher. uncropped: what a masking policy that
     learns (AMT) passes through the student besides, averaged over all images. recompute: forward passes that
-    activation checkpointing repeats.
+    activation checkpointing repeats. frozen: the parts of `forward` that have nothing to train.
     """
 
     forward: Mapping[str, float]
     teachers: Mapping[str, float]
     uncropped: float
     recompute: float
+    frozen: frozenset[str] = frozenset()
 
     @property
     def trained(self) -> float:
-        """The method's training: 3 x forward."""
-        return 3 * sum(self.forward.values())
+        """The method's training: 3 x forward, but for what is frozen."""
+        return sum(self._of(part) for part in self.forward)
+
+    def _of(self, part: str) -> float:
+        return (1 if part in self.frozen else 3) * self.forward[part]
 
     @property
     def teacher(self) -> float:
@@ -60,7 +64,7 @@ class Flops:
 
     def by_part(self) -> dict[str, float]:
         """FLOPs of training by part, without recomputation; they sum to `training`."""
-        parts = {name: 3 * flops for name, flops in self.forward.items() if flops}
+        parts = {name: self._of(name) for name, flops in self.forward.items() if flops}
         parts |= {f"teacher {name}": flops for name, flops in self.teachers.items()}
         return parts | ({"uncropped images": self.uncropped} if self.uncropped else {})
 
@@ -91,7 +95,7 @@ def flops_of_shapes(shapes: Shapes) -> Flops:
         for part in dict.fromkeys([*uniform.forward, *learned.forward])
     }
     recompute = warm_up * uniform.recompute + (1 - warm_up) * learned.recompute
-    return Flops(forward, learned.teachers, learned.uncropped, recompute)
+    return Flops(forward, learned.teachers, learned.uncropped, recompute, learned.frozen)
 
 
 def warm_up_share(shapes: Shapes) -> float:
@@ -122,4 +126,5 @@ def flops_of_trace(traced: Trace, uncropped_per_image: float) -> Flops:
         {name: work.flops / images for name, work in traced.teachers.items()},
         traced.uncropped.flops * uncropped_per_image,
         total(recomputed).flops / images,
+        traced.frozen,
     )

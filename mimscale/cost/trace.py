@@ -308,7 +308,7 @@ class Trace:
     masking policy passes through the student. activations: bytes that are alive after the forward pass, for the
     backward pass. backward: (bytes alive at most, elements of the gradients that are already elsewhere) from each
     parameter's gradient to the next, during the backward pass. teacher_peak: the same while the teachers run. inputs,
-    targets: bytes of the micro-batch and of what teachers give for it.
+    targets: bytes of the micro-batch and of what teachers give for it. frozen: parts that have nothing to train.
     """
 
     micro_batch: int
@@ -320,6 +320,7 @@ class Trace:
     teacher_peak: int
     inputs: int
     targets: int
+    frozen: frozenset[str] = frozenset()
 
     @property
     def parts(self) -> list[str]:
@@ -349,6 +350,7 @@ def at(first: Trace, second: Trace, micro_batch: int) -> Trace:
         number(first.teacher_peak, second.teacher_peak),
         number(first.inputs, second.inputs),
         number(first.targets, second.targets),
+        first.frozen,
     )
 
 
@@ -397,6 +399,7 @@ def trace(
         teacher_peak,
         inputs=sum(tensor.untyped_storage().nbytes() for tensor in _tensors(batch)),
         targets=_distinct_bytes(tensor for value in targets.values() for tensor in _tensors(value)),
+        frozen=frozenset(name for name, part in method.named_children() if not list(part.parameters())),
     )
 
 

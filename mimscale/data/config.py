@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,23 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mimscale.config.base import NonNegative, Strict
 from mimscale.errors import without_secrets
+
+RAND_AUGMENT = {"m": (0, 30), "n": (1, 16), "p": (0, 1), "mstd": (0, 10), "mmax": (1, 30), "inc": (0, 1)}
+"""Parts of `rand_augment` and their bounds."""
+
+
+def rand_augment_parts(text: str) -> list[tuple[str, float]]:
+    """`rand-m9-inc1` -> [("m", 9), ("inc", 1)]. Raises ValueError."""
+    first, *words = text.split("-")
+    found = [re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", word) for word in words]
+    parts = [(match[1], float(match[2])) for match in found if match is not None and match[1] in RAND_AUGMENT]
+    whole = all(name in ("p", "mstd") or number == int(number) for name, number in parts)
+    if first != "rand" or len(parts) != len(words) or len(dict(parts)) != len(parts) or not whole:
+        raise ValueError(
+            f"'{text}' is not understood; give rand and, once each, -m9, -n2, -p0.5, -mstd0.5, -mmax10 or -inc1, such "
+            f"as rand-m9-mstd0.5-inc1"
+        )
+    return parts
 
 
 def default_decoder() -> Literal["simplejpeg", "pillow"]:
@@ -38,10 +56,14 @@ class DataConfig(Strict):
 
     crop: random_resized takes a part of random area (crop_scale) and aspect ratio (crop_ratio). padded, the
     conservative crop of PixMIM and MFF, resizes the short side to image_size, pads crop_padding pixels by reflection on
-    each edge and takes a random square.
+    each edge and takes a random square. center: the centre crop of evaluation, of which crop_pct is the share of the
+    short side; the default is that of MAE's release, 0.875 up to 224 pixels and 1 above.
 
     colour_jitter: maximum change of brightness, contrast and saturation (0.3: factors from 0.7 to 1.3), applied in
-    random order on the device; no published recipe in this project uses it.
+    random order on the device; no published recipe in this project uses it. rand_augment: timm's RandAugment of the
+    crop, such as rand-m9-mstd0.5-inc1 (m: magnitude, n: operations, p: probability of each, mstd: deviation of the
+    magnitude, mmax: its limit, inc: stronger with the magnitude). random_erasing: share of images in which a rectangle
+    becomes noise (docs/finetuning.md).
 
     decoder: decides the pixel values, so a resumed run must use the one that it was started with (see data/decode.py).
     Default: simplejpeg if it is installed. decode_short_side: larger JPEGs are decoded at a fraction of their size,
@@ -58,13 +80,16 @@ class DataConfig(Strict):
     cache: Path | None = None
     cache_gib: float = Field(200.0, gt=0, le=1e9)
     image_size: int = Field(224, ge=8, le=8192)
-    crop: Literal["random_resized", "padded"] = "random_resized"
+    crop: Literal["random_resized", "padded", "center"] = "random_resized"
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     crop_padding: int = Field(4, ge=0)
+    crop_pct: float | None = Field(None, ge=0.05, le=1)
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     flip: float = Field(0.5, ge=0, le=1)
     colour_jitter: tuple[NonNegative, NonNegative, NonNegative] = (0.0, 0.0, 0.0)
+    rand_augment: str | None = None
+    random_erasing: float = Field(0.0, ge=0, le=1)
     workers: int = Field(8, ge=0, le=1024)
     prefetch: int = Field(2, ge=1, le=1024)
     streams: int = Field(256, ge=1, le=2**20)
@@ -96,6 +121,16 @@ class DataConfig(Strict):
             raise ValueError("an empty path; name a folder on the node's own disk, or set cache=null")
         return value
 
+    @field_validator("rand_augment")
+    @classmethod
+    def _check_rand_augment(cls, value: str | None) -> str | None:
+        for part in [] if value is None else rand_augment_parts(value):
+            name, number = part
+            low, high = RAND_AUGMENT[name]
+            if not low <= number <= high:
+                raise ValueError(f"'{value}': {name} = {number:g} must be from {low} to {high}")
+        return value
+
     @field_validator("decoder")
     @classmethod
     def _check_installed(cls, value: str) -> str:
@@ -111,6 +146,11 @@ class DataConfig(Strict):
         if self.crop_padding >= self.image_size:
             raise ValueError(f"crop_padding = {self.crop_padding}: must be below image_size = {self.image_size}")
         return self
+
+    @property
+    def eval_crop_pct(self) -> float:
+        """Share of the short side that the centre crop keeps."""
+        return self.crop_pct or (0.875 if self.image_size <= 224 else 1.0)
 
     @model_validator(mode="after")
     def _check_fractions(self) -> DataConfig:

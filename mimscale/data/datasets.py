@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mimscale.data import color_jitter, noise
+from mimscale.data import augment, color_jitter, noise
 from mimscale.data.config import DataConfig
 from mimscale.data.decode import AnyImage, Part, Size, Wanted, decode, make_decoder
 from mimscale.data.manifest import Ints, Manifest
@@ -29,7 +29,7 @@ from mimscale.data.transforms import (
     resized_to_square,
     to_pixels,
 )
-from mimscale.types import Batch, Damage, Needs, Noise
+from mimscale.types import Batch, Damage, Mixing, Needs, Noise
 
 Load = Callable[[int, Wanted], tuple[int, AnyImage, list[Damage]]]
 """(column, see decode.Decoder) -> sample id, its image, damage found before it."""
@@ -87,6 +87,7 @@ class BatchBuilder:
 
     def __init__(self, samples: int, data: DataConfig, needs: Needs, seed: int, global_batch: int):
         self.samples, self.data, self.needs, self.seed, self.global_batch = samples, data, needs, seed, global_batch
+        self.rand_augment = augment.make_rand_augment(data)
         self.empty: Empty = empty
 
     def __call__(self, positions: Ints, load: Load, manifest: Indexed | None) -> list[Batch]:
@@ -102,6 +103,7 @@ class BatchBuilder:
         uncropped = _colours_first(np.empty((len(uncropped_rows), side, side, 3), np.uint8))
         whole = set(uncropped_rows.tolist())
         ids, damage = np.empty(total, np.int64), list[Damage]()
+        augments = None if self.rand_augment is None else self._raw(augment.RAND_AUGMENT, self._keys(positions), 1)
         numbers = noise.to_uniform(self._raw("crop", self._keys(positions), CROP_NUMBERS)).reshape(rows, total, -1)
         for column in range(total):
             crops = _Crops(self.data, numbers[:, column].tolist(), column in whole)
@@ -110,11 +112,15 @@ class BatchBuilder:
             for row, crop_numbers in enumerate(crops.numbers):
                 flips[row, column] = flip = crop_numbers[-1] < self.data.flip
                 crop, boxes[row, column] = crops.cut(image, row)
-                images[row][column] = to_pixels(crop, flip)
+                if augments is None:
+                    images[row][column] = to_pixels(crop, flip)
+                else:
+                    images[row][column] = self._augmented(crop, flip, int(augments[row * total + column, 0]))
             if column in whole:
                 square = resized_to_square(image, side, self.data.interpolation)
                 uncropped[uncropped_rows.searchsorted(column)] = to_pixels(square)
         labels = _labels(manifest, ids) if self.needs.labels and manifest is not None else None
+        partners = None if self.needs.mixing is None else torch.from_numpy(augment.partner_rows(positions[0]))
         return [
             Batch(
                 images=torch.from_numpy(images[row]),
@@ -124,12 +130,19 @@ class BatchBuilder:
                 boxes=torch.from_numpy(boxes[row]),
                 flips=torch.from_numpy(flips[row]),
                 labels=labels,
+                partners=partners,
                 uncropped=torch.from_numpy(uncropped) if self.needs.uncropped_images else None,
                 uncropped_rows=torch.from_numpy(uncropped_rows) if self.needs.uncropped_images else None,
                 damage=tuple(damage) if row == 0 else (),
             )
             for row in range(rows)
         ]
+
+    def _augmented(self, crop: AnyImage | NDArray[np.uint8], flip: bool, key: int) -> NDArray[np.uint8]:
+        assert self.rand_augment is not None
+        with augment.keyed_generators() as seed:
+            seed(key)
+            return to_pixels(augment.rand_augmented(self.rand_augment, crop, flip))
 
     def _keys(self, positions: Ints) -> list[tuple[int, int]]:
         """(epoch, index in it) of each."""
@@ -145,7 +158,21 @@ class BatchBuilder:
         if any(self.data.colour_jitter):
             rows = [color_jitter.draw_factors(self.data.colour_jitter, self.seed, *key) for key in keys]
             drawn[color_jitter.PURPOSE] = torch.from_numpy(np.stack(rows))
+        if self.data.random_erasing:
+            drawn[augment.ERASE] = torch.from_numpy(self._raw(augment.ERASE, keys, 1)[:, 0].view(np.int64))
+        if self.needs.mixing is not None:
+            drawn[augment.MIX] = torch.from_numpy(self._mixing(self.needs.mixing, positions))
         return drawn
+
+    def _mixing(self, mixing: Mixing, positions: Ints) -> NDArray[np.float32]:
+        """float32 [B, 7]: both images of a pair have the draw of its first position."""
+        pairs, pair_of = np.unique(positions - positions % 2, return_inverse=True)
+        rows = []
+        with augment.keyed_generators() as seed:
+            for key in self._raw(augment.MIX, self._keys(pairs), 1)[:, 0].tolist():
+                seed(key)
+                rows.append(augment.draw_mixing(mixing, self.data.image_size))
+        return np.stack(rows)[pair_of]
 
     def _noise(self, name: str, wanted: Noise, keys: list[tuple[int, int]]) -> Tensor:
         integers = self._raw(f"noise/{name}", keys, int(np.prod(wanted.shape)))
@@ -161,7 +188,7 @@ class _Crops:
         self._boxes: dict[Size, list[Box]] = {}
 
     def wanted(self, size: Size) -> Part:
-        if self.whole or self.data.crop == "padded":
+        if self.whole or self.data.crop != "random_resized":
             return Part(size[0], min(size))
         boxes = self._random_boxes(size)
         return Part(max(top + height for top, _, height, _ in boxes), min(min(box[2:]) for box in boxes))
@@ -169,6 +196,8 @@ class _Crops:
     def cut(self, image: AnyImage, number: int) -> tuple[AnyImage | NDArray[np.uint8], tuple[float, ...]]:
         """The crop, and its box as fractions of the stored image."""
         data = self.data
+        if data.crop == "center":
+            return center_crop(image, data.image_size, data.eval_crop_pct)
         if data.crop == "padded":
             image = resized_short_side(image, data.image_size, data.interpolation)
             size = image.height, image.width

@@ -12,15 +12,19 @@ from collections.abc import Iterator
 
 import torch
 
+from mimscale.data.augment import DeviceAugmentation
 from mimscale.data.color_jitter import jitter_and_normalise
 from mimscale.types import Batch, PrefetchedBatch
 
 
 class DevicePrefetcher:
-    """Iterates over `batches`. The device copies are normalised, after colour jitter if the recipe asks for it."""
+    """Iterates over `batches`. The device copies are normalised, after colour jitter if the recipe asks for it.
 
-    def __init__(self, batches: Iterator[Batch], device: torch.device):
-        self._batches, self._device = batches, device
+    augment: what else is done to the images on the device; None: nothing.
+    """
+
+    def __init__(self, batches: Iterator[Batch], device: torch.device, augment: DeviceAugmentation | None = None):
+        self._batches, self._device, self._augment = batches, device, augment
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._queue: deque[PrefetchedBatch] = deque()
         self._copied: deque[PrefetchedBatch] = deque()  # not known to be whole yet
@@ -45,6 +49,8 @@ class DevicePrefetcher:
             if raw is None:
                 return None
             copy = jitter_and_normalise(raw.to(self._device))
+            if self._augment is not None:
+                copy = self._augment(raw, copy)
             prefetched = PrefetchedBatch(raw, copy, None if self._stream is None else self._stream.record_event())
         while self._copied and (ready := self._copied[0].ready) is not None and ready.query():
             self._copied.popleft()

@@ -15,16 +15,18 @@ import signal
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from mimscale.data.augment import with_partners
 from mimscale.data.config import DataConfig
 from mimscale.data.datasets import EvalDataset, TrainDataset
 from mimscale.data.manifest import Ints, Manifest
@@ -39,6 +41,7 @@ from mimscale.types import Batch, Needs
 
 HELD_ITEMS = 4  # items that the trainer, its teachers, copies to the device and hooks may hold at the same time
 EVAL_PREFETCH = 2
+LARGEST_SIDE = 1 << 16  # pixels of the short side from which the evaluation's crop is cut
 BatchGenerator = Generator[Batch, None, None]
 MakeLoader = Callable[[int], tuple[DataLoader[list[Batch]], SharedMemoryPool | None]]
 """Makes a loader whose workers write a byte into the pipe of this descriptor when they begin, and its pool."""
@@ -80,7 +83,9 @@ class TrainLoader:
             raise UserError(
                 f"the method needs labels and '{manifest.folder}' has none; prepare it without --unlabelled"
             )
-        sampler = PositionSampler(global_batch, micro_batch, rank, world, start_step, data.crops, jumps)
+        mixes = needs.mixing is not None
+        unit = 2 if mixes and global_batch % (2 * world) == 0 else 1
+        sampler = PositionSampler(global_batch, micro_batch, rank, world, start_step, data.crops, jumps, unit, mixes)
         dataset: Dataset[list[Batch]]
         self._make_shard_prefetcher: Callable[[int], ShardPrefetcher] | None = None
         self._shard_prefetcher: ShardPrefetcher | None = None
@@ -90,10 +95,13 @@ class TrainLoader:
             order = order_of(manifest, seed, data.streams, data.block)
             dataset = TrainDataset(manifest, order, data, needs, seed, global_batch)
             if manifest.cache:
-                self._make_shard_prefetcher = partial(ShardPrefetcher, manifest, order, global_batch, rank, world)
+                self._make_shard_prefetcher = partial(
+                    ShardPrefetcher, manifest, order, global_batch, rank, world, unit=unit
+                )
         self._micro_batches = global_batch // (world * micro_batch)  # per step
         held = HELD_ITEMS + (self._micro_batches if data.crops > 1 else 0)
-        slots, size = data.workers * data.prefetch + held, batch_bytes(data.image_size, needs, micro_batch)
+        rows = next(iter(sampler))[0].size if mixes else micro_batch
+        slots, size = data.workers * data.prefetch + held, batch_bytes(data.image_size, needs, rows)
         self._make_loader = partial(
             _data_loader,
             dataset,
@@ -150,14 +158,37 @@ def eval_batches(
         raise UserError(
             f"batch {batch} must be >= 1, rank {rank} below world size {world}, crop_pct {crop_pct} in (0, 1]"
         )
+    if image_size / crop_pct > LARGEST_SIDE:
+        raise UserError(
+            f"crop_pct = {crop_pct:g} enlarges the short side of an image to {image_size / crop_pct:,.0f} pixels; give "
+            "a larger one, 0.875 is usual"
+        )
     first, last = (manifest.samples * r // world for r in (rank, rank + 1))
     largest = -(-manifest.samples // world)
     batch = min(batch, largest)
     padded_ids = np.arange(first, first + -(-largest // batch) * batch).reshape(-1, batch)
     padding = min(first, manifest.samples - 1)
     batches = [(np.where(ids < last, ids, padding), (ids < last).astype(np.float32)) for ids in padded_ids]
+    return listed_batches(manifest, image_size, batches, workers=workers, crop_pct=crop_pct)
+
+
+def listed_batches(
+    manifest: Manifest,
+    image_size: int,
+    batches: Sequence[tuple[Ints, NDArray[np.float32]]],
+    *,
+    workers: int,
+    crop_pct: float = 0.875,
+) -> Iterator[Batch]:
+    """The images of `eval_batches` in batches that the caller has chosen.
+
+    batches: int64 [B] sample ids and float32 [B] `Batch.weights` of each. Iterating raises DamagedSample.
+    """
+    if not 0 < crop_pct <= 1:
+        raise UserError(f"crop_pct {crop_pct} must be in (0, 1]")
     dataset = EvalDataset(manifest, image_size, crop_pct)
-    slots, size = workers * EVAL_PREFETCH + HELD_ITEMS, batch_bytes(image_size, Needs(), batch)
+    largest = max((len(ids) for ids, _ in batches), default=1)
+    slots, size = workers * EVAL_PREFETCH + HELD_ITEMS, batch_bytes(image_size, Needs(), largest)
     make_pool = partial(SharedMemoryPool, slots, size)
     return _open_generator(
         partial(_data_loader, dataset, batches, workers=workers, prefetch=EVAL_PREFETCH, make_pool=make_pool), 1
@@ -171,6 +202,9 @@ class PositionSampler:
     batch number w of the order for window w. There is one row of crop positions for each batch of the window. A run
     that starts in the middle of a window, or jumps there, yields only the remaining rows. With crops = 1 there is one
     row, equal to the image positions.
+
+    unit: see `rank_positions`. mixes: B grows by the partners that images are mixed with and that are elsewhere (see
+    `augment.with_partners`).
     """
 
     def __init__(
@@ -182,8 +216,11 @@ class PositionSampler:
         start_step: int,
         crops: int,
         jumps: Jumps = (),
+        unit: int = 1,
+        mixes: bool = False,
     ):
         self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
+        self.unit, self.mixes = unit, mixes
         self.start_step, self.crops, self.jumps = start_step, crops, jumps
 
     def __iter__(self) -> Iterator[tuple[Ints, Ints]]:
@@ -197,8 +234,10 @@ class PositionSampler:
             step += len(batches)
 
     def _micro_batch_positions(self, batch: int) -> Ints:
-        """int64 [micro-batches per step, micro_batch]: this rank's positions in one global batch."""
-        return rank_positions(batch, self.global_batch, self.rank, self.world).reshape(-1, self.micro_batch)
+        """int64 [micro-batches per step, B]: this rank's positions in one global batch."""
+        positions = rank_positions(batch, self.global_batch, self.rank, self.world, self.unit)
+        rows = positions.reshape(-1, self.micro_batch)
+        return with_partners(rows) if self.mixes else rows
 
 
 def batch_bytes(image_size: int, needs: Needs, micro_batch: int) -> int:

@@ -129,14 +129,16 @@ def jumped(jumps: Jumps, start: int, step: int) -> Jumps:
     return (*kept, (start, batch_of(step, jumps) - batch_of(start, kept)))
 
 
-def rank_positions(batch: int, global_batch: int, rank: int, world: int) -> Ints:
+def rank_positions(batch: int, global_batch: int, rank: int, world: int, unit: int = 1) -> Ints:
     """int64 [global_batch / world]: the positions of one rank in one global batch (counted from 0), ascending.
 
     Rank r has the offsets r, r + world, ... of the global batch. If world divides the number of streams, a rank
-    therefore reads only its own streams within an epoch. Micro-batches are consecutive parts of this list.
+    therefore reads only its own streams within an epoch. Micro-batches are consecutive parts of this list. unit: so
+    many neighbouring positions stay together on one rank; ranks then take turns by units.
     """
-    if global_batch % world or not 0 <= rank < world:
+    if global_batch % (world * unit) or not 0 <= rank < world:
         raise UserError(
             f"global batch {global_batch} must be a multiple of the world size {world}, and rank {rank} in it"
         )
-    return np.arange(batch * global_batch + rank, (batch + 1) * global_batch, world, dtype=np.int64)
+    positions = np.arange(batch * global_batch, (batch + 1) * global_batch, dtype=np.int64)
+    return positions.reshape(-1, world, unit)[:, rank].reshape(-1)

@@ -34,11 +34,14 @@ class ShardPrefetcher:
         rank: int,
         world: int,
         step: int,
+        unit: int = 1,
     ):
         context = multiprocessing.get_context("spawn")  # this process may have threads
         self.step = context.Value("q", step, lock=False)
         self._process = context.Process(
-            target=_prefetch, args=(manifest, order, global_batch, rank, world, self.step, os.getpid()), daemon=True
+            target=_prefetch,
+            args=(manifest, order, global_batch, rank, world, self.step, os.getpid(), unit),
+            daemon=True,
         )
         self._process.start()
 
@@ -48,13 +51,14 @@ class ShardPrefetcher:
 
 
 def upcoming_shards(
-    manifest: Indexed, order: AnyOrder, global_batch: int, rank: int, world: int, step: int
+    manifest: Indexed, order: AnyOrder, global_batch: int, rank: int, world: int, step: int, unit: int = 1
 ) -> Iterator[int]:
     """Shards in the order in which this rank first needs them from `step` on, each once, for HORIZON samples."""
     seen: set[int] = set()
     steps = max(1, STRIDE // (global_batch // world))
     for first in range(step, step + max(1, HORIZON // (global_batch // world)), steps):
-        positions = np.concatenate([rank_positions(s, global_batch, rank, world) for s in range(first, first + steps)])
+        steps_taken = range(first, first + steps)
+        positions = np.concatenate([rank_positions(s, global_batch, rank, world, unit) for s in steps_taken])
         shards, where = np.unique(manifest.locate(order.ids(positions))[0], return_index=True)
         for shard in shards[np.argsort(where)].tolist():
             if shard not in seen:
@@ -81,6 +85,7 @@ def _prefetch(
     world: int,
     step: Any,
     parent: int,
+    unit: int,
 ) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -93,7 +98,7 @@ def _prefetch(
     while os.getppid() == parent:
         if step.value != planned_at:
             planned_at = step.value
-            shards = upcoming_shards(manifest, order, global_batch, rank, world, planned_at)
+            shards = upcoming_shards(manifest, order, global_batch, rank, world, planned_at, unit)
             plan = first_within_budget(shards, sizes, share)
             cache.set_wanted(manifest.shard_key(shard) for shard in plan)
         for shard in plan:

@@ -232,12 +232,24 @@ def _members(shard: _ShardFile, url: str, record: Callable[[Exception], bool]) -
             shard.offset = start
             stream = io.BufferedReader(shard, CHUNK)
             with tarfile.open(fileobj=stream, mode="r|") as archive:
+                places: dict[str, tuple[int, int]] = {}  # of each file, for hard links to it
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
-                    skip = not member.isreg() or METADATA.match(member.name) or is_sidecar(member.name)
-                    file = None if skip else archive.extractfile(member)
-                    if file is not None:
-                        yield {"fname": member.name, "data": file.read(), "__url__": url}
+                    if METADATA.match(member.name) or is_sidecar(member.name) or member.isdir():
+                        continue
+                    place = start + member.offset_data, member.size
+                    if member.isreg():
+                        contents = archive.extractfile(member)
+                        data = b"" if contents is None else contents.read()
+                    elif member.islnk() and member.linkname in places:
+                        place = places[member.linkname]
+                        data = shard.read_at(*place)
+                    else:
+                        if member.name.rpartition(".")[2].lower() in EXTENSIONS:
+                            record(OSError(f"'{one_line(member.name)}' is a link or device, which is not followed"))
+                        continue
+                    places[member.name] = place
+                    yield {"fname": member.name, "data": data, "__url__": url}
                 length = archive.offset  # where its end mark stands
             yield {}
             stream.detach()

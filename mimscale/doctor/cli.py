@@ -198,9 +198,10 @@ def check_recipe(config: RunConfig, report: Report) -> None:
 def check_teacher(name: str, config: TeacherConfig, info: TeacherInfo, fetch: Path | None, report: Report) -> None:
     """The teacher's shape and weights. fetch: a folder to download missing weights into."""
     cls = "with" if info.has_cls else "without"
+    by_norm = ", masks follow the norm of its features" if info.norm_attention else ""
     grid = f"{info.grid[0]}x{info.grid[1]} at {info.image_size} px"
     report.rows.append((f"teacher {name}", f"{config.library} {config.model}, {config.precision}"))
-    report.rows.append(("", f"{info.dim} wide, {info.depth} blocks, {grid}, {cls} class token"))
+    report.rows.append(("", f"{info.dim} wide, {info.depth} blocks, {grid}, {cls} class token{by_norm}"))
     if config.random:
         report.rows.append(("", "random weights (a control experiment)"))
         return

@@ -64,15 +64,17 @@ def run(args: argparse.Namespace) -> int:
     levels = needs.levels or (info.depth - 1,)
     if args.levels is not None:
         levels = parse_levels(args.levels, info)
-    needs = TeacherNeeds(levels, info.has_cls)
+    needs = TeacherNeeds(levels, info.has_attention)
     images, shown = load_images(args.images, size)
     grid = f"{info.grid[0]}x{info.grid[1]} patches at {info.image_size} px"
     cls = "with class token" if info.has_cls else "no class token, so no attention masking"
+    cls = "masks follow the norm of its features" if info.norm_attention else cls
     print(f"{config.library} {config.model}: {info.dim} wide, {info.depth} blocks, {grid}, {cls}")
     print(f"weights: {origin}")
     print(f"images: {shown}")
     show_precisions(name, config, needs, size, images)
-    show_grids(info)
+    if config.grid is None:  # otherwise its map is resized to any student's grid
+        show_grids(info)
     return 0
 
 

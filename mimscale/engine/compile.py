@@ -130,7 +130,7 @@ class StudentCompiler:
     def _agreed(self, compute_loss: Callable[[], Tensor]) -> tuple[float, float]:
         """Seconds of an eager and a compiled pass on the slowest rank; inf where a pass fails."""
         parameters = [p for p in self._method.parameters() if p.requires_grad]
-        seconds = []
+        seconds, before = [], [buffer.clone() for buffer in self._method.buffers()]
         for compiled in (False, True):
             with nullcontext() if compiled else uncompiled():
                 try:
@@ -138,6 +138,8 @@ class StudentCompiler:
                 except Exception as error:  # a compiler fails in many ways; what is eager fails again in the step
                     self._notes.append(f"compile: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
                     seconds.append(math.inf)
+        for buffer, value in zip(self._method.buffers(), before, strict=True):  # running statistics count steps only
+            buffer.copy_(value)
         slowest = torch.tensor(seconds, dtype=torch.float64, device=self._device)
         if dist.is_initialized():
             dist.all_reduce(slowest, dist.ReduceOp.MAX)

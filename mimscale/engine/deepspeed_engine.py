@@ -86,7 +86,8 @@ class DeepSpeedEngine:
                 "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in every micro-step
             },
         )
-        self.layout = Layout(self._ds, kind, places, None if config.ema is None else config.ema.decay)
+        decay = None if config.ema is None else config.ema.decay
+        self.layout = Layout(self._ds, kind, places, decay, method.averaged)
         try:
             if stage and "norm_check" in paths:
                 global_norm.use_in(self._ds.optimizer, stage)

@@ -24,7 +24,7 @@ from mimscale.engine.base import method_groups, refuse_other_groups, refuse_othe
 from mimscale.engine.compile import StudentCompiler
 from mimscale.engine.cuda_graphs import StudentGraphs
 from mimscale.engine.student_fp8 import use_fp8
-from mimscale.optim.ema import STUDENT, MovingAverage
+from mimscale.optim.ema import MovingAverage
 from mimscale.optim.optimizers.base import optimizer_class
 from mimscale.types import Batch, Targets
 
@@ -62,10 +62,10 @@ class TorchEngine:
             **self._kind.options(config.optim, fused=world.device.type == "cuda" or "fused_update" in paths),
         )
         self._kind.create_state(self._optimizer, self._parameters.values(), 0)
-        self._average = None
+        self._average, self._averaged = None, method.averaged
         if config.ema is not None:
-            student = (p for name, p in self._parameters.items() if name.startswith(STUDENT))
-            self._average = MovingAverage(config.ema.decay, student)
+            averaged = (p for name, p in self._parameters.items() if name.startswith(self._averaged))
+            self._average = MovingAverage(config.ema.decay, averaged)
         self._model: Any = self._module
         if world.size > 1:
             self._model = DistributedDataParallel(self._module, broadcast_buffers=False)
@@ -142,7 +142,7 @@ class TorchEngine:
             live[f"fp32|{name}|0"] = parameter.detach().view(-1)
             for kind in self._kind.STATES:
                 live[f"{kind}|{name}|0"] = self._optimizer.state[parameter][kind].view(-1)
-            if self._average is not None and name.startswith(STUDENT):
+            if self._average is not None and name.startswith(self._averaged):
                 live[f"ema|{name}|0"] = self._average.of(parameter).view(-1)
         return live
 

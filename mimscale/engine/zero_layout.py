@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from mimscale.engine.flat_parameters import Place
 from mimscale.optim.ema import STUDENT, MovingAverage
-from mimscale.optim.optimizers.base import Optimizer
+from mimscale.optim.optimizers.base import Optimizer, Piece
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "skipped_steps", "global_samples")
@@ -80,14 +80,19 @@ def _numel(parameter: Tensor) -> int:
 class Layout:
     """The fragments of this rank. Built right after `deepspeed.initialize`; creates the optimiser's state, empty.
 
-    places: of all natural parameters, in the order in which they are shown. ema_decay: of the student's moving average,
-    which is kept beside the leaves that hold a piece of the student; None: there is none.
+    places: of all natural parameters, in the order in which they are shown. ema_decay: of the moving average, which is
+    kept beside the leaves that hold a piece of it; None: there is none. averaged: how the names in it begin.
     """
 
     def __init__(
-        self, ds_engine: Any, optimizer: type[Optimizer], places: Sequence[Place], ema_decay: float | None = None
+        self,
+        ds_engine: Any,
+        optimizer: type[Optimizer],
+        places: Sequence[Place],
+        ema_decay: float | None = None,
+        averaged: tuple[str, ...] = (STUDENT,),
     ) -> None:
-        self._ds, self._optimizer = ds_engine, optimizer
+        self._ds, self._optimizer, self._averaged = ds_engine, optimizer, averaged
         self.stage: int = ds_engine.zero_optimization_stage()
         self.places = tuple(places)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
@@ -104,9 +109,10 @@ class Layout:
             raise LayoutError(f"this DeepSpeed release keeps its state elsewhere ({error}); use 0.19.8") from error
         self.fragments = list(self._fragments(pieces))
         self.create_state(0)
+        self._optimizer.use_pieces(self._base, list(self._pieces()), [p.name for p in self.places], self._total)
         self.check()
-        averaged = dict.fromkeys(f.leaf for f in self.fragments if f.name.startswith(STUDENT))
-        self.average = None if ema_decay is None else MovingAverage(ema_decay, averaged)
+        leaves = dict.fromkeys(f.leaf for f in self.fragments if f.name.startswith(averaged))
+        self.average = None if ema_decay is None else MovingAverage(ema_decay, leaves)
 
     def _map(self, zero: Any) -> tuple[list[Tensor], list[_Piece]]:
         pieces = []
@@ -157,9 +163,23 @@ class Layout:
                         self.stage > 0 or index % self._world == self._rank,
                     )
 
+    def _pieces(self) -> Iterator[Piece]:
+        """The fragments, as the optimiser is told of them."""
+        dimensions = {place.name: len(place.shape) for place in self.places}
+        for f in self.fragments:
+            yield Piece(f.leaf, f.offset, f.length, f.name, dimensions[f.name])
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        """Summed over the ranks, where a parameter is cut into pieces; on the device that the ranks talk through."""
+        if not self.stage or self._world == 1:
+            return tensor
+        shared = tensor.to(self._ds.device)
+        dist.all_reduce(shared)
+        return shared.to(tensor.device)
+
     def kinds(self, fragment: Fragment) -> tuple[str, ...]:
         """What a checkpoint keeps of a fragment."""
-        averaged = self.average is not None and fragment.name.startswith(STUDENT)
+        averaged = self.average is not None and fragment.name.startswith(self._averaged)
         return ("fp32", *self._optimizer.STATES, *(("ema",) if averaged else ()))
 
     def view(self, fragment: Fragment, kind: str) -> Tensor:

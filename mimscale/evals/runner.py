@@ -1,29 +1,36 @@
-"""Runs one protocol on the features of some networks: reads images once, measures each network, gathers a report."""
+"""Runs one protocol on the features of some networks: reads images once, measures each network, gathers a report.
+
+Every rank of a launch calls `evaluate`. They share the images and the protocol's work, and all return one report.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
+from mimscale.checkpoint.run_folder import git_commit
 from mimscale.config.base import Strict
 from mimscale.config.registry import class_in, names_in
 from mimscale.data.manifest import Manifest
+from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError, warn
-from mimscale.evals.features import Key, Pooling, collect, stream
+from mimscale.evals.extraction import Extraction, features_of
+from mimscale.evals.features import Key, Pooling
 from mimscale.evals.networks import Network, load_networks
-from mimscale.evals.protocols.base import Context, Features, Protocol, Results, StreamingProtocol
-from mimscale.files.console import plain_console
+from mimscale.evals.overlap import check_apart
+from mimscale.evals.progress import progress
+from mimscale.evals.protocols.base import Context, Features, Protocol, Results
 
 PROTOCOLS = "mimscale.evals.protocols"
-PACKAGES = ("mimscale", "torch", "torchmetrics", "scikit-learn", "numpy", "pillow")
-T = TypeVar("T")
+PACKAGES = ("mimscale", "torch", "torchmetrics", "scikit-learn", "scipy", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,8 @@ class Settings:
 
     pools: for protocols that need "pooled". image_size: None for that of each run. crop_pct: share of the short side
     that the centre crop keeps. seed: of random networks and of what a protocol draws. precision: of the networks, fp32
-    or bf16. ema: measure the moving average of each student.
+    or bf16. ema: measure the moving average of each student. baselines: measure raw pixels and random networks, too.
+    cache: keep features on disk, in `folder` or with each run.
     """
 
     device: torch.device
@@ -44,6 +52,9 @@ class Settings:
     workers: int = 8
     seed: int = 0
     ema: bool = False
+    baselines: bool = False
+    cache: bool = True
+    folder: Path | None = None
 
 
 def protocol_names() -> list[str]:
@@ -60,30 +71,47 @@ def protocol_class(name: str) -> type[Protocol]:
 
 
 def evaluate(
-    name: str, config: Strict, runs: Sequence[Path], train_path: Path, val_path: Path, settings: Settings
+    name: str,
+    config: Strict,
+    runs: Sequence[Path],
+    train_path: Path,
+    val_path: Path,
+    settings: Settings,
+    ranks: Coordinator | None = None,
 ) -> dict[str, Any]:
     """The report: what was measured, how, on which data, and a row for each network and pooling.
 
-    name: of the protocol; config: of its Config. runs: run folders, checkpoint folders or files. Warnings of the
-    protocol are printed, too. Raises UserError.
+    name: of the protocol; config: of its Config. runs: run folders, checkpoint folders or files. ranks: of this launch,
+    None for one process. Warnings of the protocol are printed, too. Raises UserError, on all ranks.
     """
-    kind = protocol_class(name)
-    train, val = _data(train_path, val_path, labelled="labels" in kind.needs)
-    kind.check(config, train, val)
-    pools: tuple[Pooling, ...] = settings.pools if "pooled" in kind.needs else ("tokens",)
-    networks = load_networks(
-        list(dict.fromkeys(runs)),
-        pools=pools,
-        image_size=settings.image_size,
-        seed=settings.seed,
-        device=settings.device,
-        precision=settings.precision,
-        ema=settings.ema,
-    )
+    kind, ranks, start_s = protocol_class(name), ranks or Coordinator(), time.monotonic()
+    pools: tuple[Pooling, ...] = settings.pools
+    if "pooled" not in kind.needs:
+        pools = ("blocks",) if "blocks" in kind.needs else ("tokens",)
+
+    def prepare() -> tuple[Manifest, Manifest, list[Network]]:
+        train, val = open_data(train_path, val_path, labelled="labels" in kind.needs)
+        kind.check(config, train, val)
+        networks = load_networks(
+            list(dict.fromkeys(runs)),
+            pools=pools,
+            image_size=settings.image_size,
+            seed=settings.seed,
+            device=settings.device,
+            precision=settings.precision,
+            ema=settings.ema,
+            blocks=kind.blocks,
+            baselines=settings.baselines,
+        )
+        return train, val, networks
+
+    train, val, networks = ranks.on_all_ranks(prepare)
+    ranks.on_rank0(check_apart, train_path, train, val_path, val)
     results: dict[Key, Results] = {}
+    seconds = {"features": 0.0, "fit": 0.0}
     for size in sorted({network.image_size for network in networks}):
         group = [network for network in networks if network.image_size == size]
-        results |= _run(kind, config, group, train, val, settings)
+        results |= _run(kind, config, group, train, val, settings, ranks, seconds)
     rows = [
         {"network": network.name, "pool": pool, **network.about, **result}
         for network in networks
@@ -91,25 +119,29 @@ def evaluate(
         if name_of == network.name
     ]
     for row in rows:
-        for line in row.setdefault("warnings", []):
+        for line in row.setdefault("warnings", []) if ranks.rank == 0 else ():
             warn(f"mimscale evaluate: warning: {row['network']}, {row['pool']}: {line}")
-    options = config.model_dump(mode="json")
     return {
         "protocol": {
             "name": name,
             "pool": list(pools),
+            "image_size": sorted({network.image_size for network in networks}),
             "crop_pct": settings.crop_pct,
             "seed": settings.seed,
             "precision": settings.precision,
             "device": torch.cuda.get_device_name() if settings.device.type == "cuda" else "cpu",
             "ema": settings.ema,
-            **options,
+            **config.model_dump(mode="json"),
             **kind.constants,
         },
+        "departs": list(kind.departs),
         "unit": kind.unit,
-        "metrics": {key: heading.format(**options) for key, heading in kind.metrics.items()},
+        "metrics": kind.headings(config),
         "train": _identity(train_path, train),
         "val": _identity(val_path, val),
+        "seconds": {"total": round(time.monotonic() - start_s, 1), **{key: round(s, 1) for key, s in seconds.items()}},
+        "ranks": ranks.world,
+        "commit": git_commit(),
         "versions": {package: metadata.version(package) for package in PACKAGES},
         "rows": rows,
     }
@@ -122,48 +154,51 @@ def _run(
     train: Manifest,
     val: Manifest,
     settings: Settings,
+    ranks: Coordinator,
+    seconds: dict[str, float],
 ) -> dict[Key, Results]:
-    """Results of networks that take images of one size: one pass over each data set for all of them."""
-    extractors, image_size = {network.name: network.extract for network in networks}, networks[0].image_size
-    context = Context(_classes(train, val), settings.seed, settings.device)
+    """Results of networks that take images of one size: one pass over each data set for all of them.
 
-    def batches(manifest: Manifest, what: str) -> Iterator[tuple[dict[Key, Tensor], Tensor]]:
-        pieces = stream(
-            extractors,
-            manifest,
-            image_size,
-            batch=settings.batch,
-            workers=settings.workers,
-            crop_pct=settings.crop_pct,
-            device=settings.device,
-        )
-        return _progress(pieces, -(-manifest.samples // settings.batch), what)
+    seconds: to which the time of reading or computing features, and that of the protocol, is added.
+    """
+    start_s = time.monotonic()
+    how = extraction_of(settings)
+    of_val = features_of(networks, val, "val", how, ranks)
+    of_train = features_of(networks, train, "train", how, ranks)
+    fit_s = time.monotonic()
+    seconds["features"] += fit_s - start_s
+    context = Context(_classes(train, val), settings.seed, settings.device, ranks.rank, ranks.world, train, val)
 
-    of_val, val_labels = collect(batches(val, "val"))
-    if issubclass(kind, StreamingProtocol):
-        protocols = {key: kind(config, context) for key in of_val}
-        for key, protocol in protocols.items():
-            protocol.start(Features(of_val.pop(key), val_labels))
-        for of_batch, labels in batches(train, "train"):
-            for key, values in of_batch.items():
-                protocols[key].add(Features(values, labels))
-        return {key: protocol.finish() for key, protocol in protocols.items()}
-    of_train, train_labels = collect(batches(train, "train"))
-    return {
-        key: kind(config, context).run(Features(of_train.pop(key), train_labels), Features(of_val.pop(key), val_labels))
-        for key in _progress(list(of_train), len(of_train), "fit")
-    }
+    def fit(key: Key) -> Results:
+        protocol = kind(config, context)
+        return protocol.run(Features(of_train[key], _labels(train)), Features(of_val[key], _labels(val)))
+
+    keys = list(of_train)
+    found = {key: fit(key) for key in (keys if ranks.rank else progress(keys, len(keys), kind.__name__, "fits"))}
+    seconds["fit"] += time.monotonic() - fit_s
+    return found
 
 
-def _progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """A bar for a person who watches, nothing in a file."""
-    console = plain_console(stderr=True)
-    if console.is_terminal:
-        items = track(items, what, total, console=console, transient=True)
-    yield from items
+def extraction_of(settings: Settings) -> Extraction:
+    return Extraction(
+        settings.device,
+        settings.precision,
+        settings.crop_pct,
+        settings.batch,
+        settings.workers,
+        settings.cache,
+        settings.folder,
+    )
 
 
-def _data(train_path: Path, val_path: Path, labelled: bool) -> tuple[Manifest, Manifest]:
+def _labels(manifest: Manifest) -> Tensor:
+    if manifest.labels is None:
+        return torch.full((manifest.samples,), -1)
+    return torch.from_numpy(np.array(manifest.labels))
+
+
+def open_data(train_path: Path, val_path: Path, labelled: bool) -> tuple[Manifest, Manifest]:
+    """The two data sets of an evaluation. Raises UserError where they do not go together."""
     train, val = Manifest.load(train_path), Manifest.load(val_path)
     for flag, path, manifest in (("--train", train_path, train), ("--val", val_path, val)):
         if labelled and (manifest.labels is None or manifest.labels.min() < 0):
@@ -172,8 +207,6 @@ def _data(train_path: Path, val_path: Path, labelled: bool) -> tuple[Manifest, M
         differ = sorted(set(train.classes or ()) ^ set(val.classes or ()))
         what = f"'{differ[0]}' is in one of them only" if differ else "their order differs"
         raise UserError(f"--train {train_path} and --val {val_path} have different classes: {what}")
-    if train.fingerprint == val.fingerprint:
-        raise UserError(f"--val {val_path} is the training set itself; give data that --train does not hold")
     return train, val
 
 

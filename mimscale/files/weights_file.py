@@ -87,7 +87,7 @@ def unwrapped(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[s
             notes.append(f"what is below {tower}" + (f", {others} other tensors left out" if others else ""))
             found = kept
             break
-    if any(_CHUNKED.match(name) for name in found):
+    if _TOWER_ANCHORS[0] in found and any(_CHUNKED.match(name) for name in found):  # EfficientNet's are not chunks
         found = {_CHUNKED.sub(r"blocks.\1.", name): tensor for name, tensor in found.items()}
         notes.append("blocks out of their chunks")
     return found, tuple(notes)

@@ -72,12 +72,12 @@ class Attention(Masking):
 
 
 def _teacher(config: AttentionConfig, teachers: Mapping[str, TeacherInfo]) -> str:
-    able = [name for name, info in teachers.items() if info.has_cls]
+    able = [name for name, info in teachers.items() if info.has_attention]
     if not able:
         raise UserError(
             f"method.masking.policy = {config.policy} needs CLS attention and no teacher has a class token; add one "
-            "that has (CLIP, DINO, DINOv2, DINOv3, EVA02) to the section teachers, or set method.masking.policy = "
-            "random"
+            "that has (CLIP, DINO, DINOv2, DINOv3, EVA02) to the section teachers, or set teachers.NAME.attention = "
+            "norm, or method.masking.policy = random"
         )
     if config.teacher is not None and config.teacher not in able:
         raise UserError(

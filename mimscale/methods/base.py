@@ -23,6 +23,7 @@ from mimscale.models.convvit import ConvViT
 from mimscale.models.patches import unnormalised
 from mimscale.models.token_selection import RasterOrder
 from mimscale.models.vit import Residual, ViT, set_fused_residuals
+from mimscale.optim.ema import STUDENT
 from mimscale.types import Batch, Needs, Noise, StepInfo, Targets, TeacherInfo, TeacherNeeds, View
 
 
@@ -32,9 +33,11 @@ class Method(nn.Module):
     Rules that ZeRO needs: every parameter gets a gradient in every step, no parameter is 0-dimensional, a parameter is
     used only in the forward pass of the module that owns it, and `forward` draws no random numbers.
     The encoder is the attribute `student`; its state dict has the names of timm's VisionTransformer or Beit.
+    averaged: parameters whose names begin so belong to the moving average.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+    averaged: ClassVar[tuple[str, ...]] = (STUDENT,)
     needs: Needs
     student: nn.Module
 
@@ -49,6 +52,13 @@ class Method(nn.Module):
         """Refuse a data set with another number of classes than the method has outputs for. Raises UserError.
 
         classes: of the data set's class names, or its largest label plus one. Not called where there are no labels.
+        """
+
+    @classmethod
+    def check_batch(cls, run: RunConfig, images: int) -> None:
+        """Refuse a number of images that does not do, before anything is built. Raises UserError.
+
+        images: that all ranks together pass through the method at a time, micro-batch x ranks.
         """
 
     def __init__(self, run: RunConfig, teachers: Mapping[str, TeacherInfo]) -> None:

@@ -120,10 +120,11 @@ def _shares(config: FeatureConfig, own: TargetConfig, name: str, depth: int) -> 
 def check_grid(name: str, info: TeacherInfo, run: RunConfig) -> None:
     """Refuse a teacher whose grid of patches differs from the student's. Raises UserError."""
     if info.grid != run.grid:
+        other = f", or teachers.{name}.grid to {run.grid[0]}" if info.resizes else ""
         raise UserError(
             f"teachers.{name} has a {info.grid[0]}x{info.grid[1]} grid at {info.image_size} px, the student "
             f"{run.grid[0]}x{run.grid[1]}; set teachers.{name}.image_size to "
-            f"{run.grid[0] * info.image_size // info.grid[0]} so that the grids are equal"
+            f"{run.grid[0] * info.image_size // info.grid[0]}{other} so that the grids are equal"
         )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 CLS_ROWS = 3  # the last rows of a table: class token to patch, patch to class token, class token to itself
@@ -29,6 +31,44 @@ def relative_index(grid: tuple[int, int], device: torch.device) -> Tensor:
     index = np.pad(patches, ((1, 0), (1, 0)))
     index[0, 1:], index[1:, 0], index[0, 0] = np.arange(-CLS_ROWS, 0) + table_rows(grid)
     return torch.from_numpy(index.astype(np.int64)).to(device)
+
+
+def resize(table_RH: Tensor, new: tuple[int, int]) -> Tensor:
+    """A table of a square grid for the square grid `new`; the CLS_ROWS stay. float32 [table_rows(new), heads].
+
+    As in BEiT's and SimMIM's fine-tuning: the known offsets are placed on a geometric scale, denser near zero, that
+    reaches as far as the new ones, and cubic splines go through them; behind the last the value of the edge holds.
+    """
+    if len(table_RH) == table_rows(new):
+        return table_RH
+    from scipy.interpolate import RectBivariateSpline
+
+    old = (math.isqrt(len(table_RH) - CLS_ROWS) + 1) // 2
+    known, wanted = _geometric_offsets(old, new[0]), np.arange(-new[0] + 1, new[0], dtype=np.float64)
+    maps = table_RH[:-CLS_ROWS].double().reshape(2 * old - 1, 2 * old - 1, -1).cpu().numpy()
+    degree = min(3, len(known) - 1)
+    resized = np.stack(
+        [
+            RectBivariateSpline(known, known, maps[..., head], kx=degree, ky=degree)(wanted, wanted)
+            for head in range(maps.shape[2])
+        ],
+        axis=-1,
+    )
+    rows = torch.from_numpy(resized.reshape(-1, maps.shape[2])).float().to(table_RH.device)
+    return torch.cat([rows, table_RH[-CLS_ROWS:].float()])
+
+
+def _geometric_offsets(old: int, new: int) -> NDArray[np.float64]:
+    """float64 [2 old - 1], ascending and symmetric: 0, 1, 1 + q, 1 + q + q^2, ..., with the q that reaches new - 1.
+
+    q is found by bisection between 1.01 and 1.5, which the official programs take for its bounds.
+    """
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (q ** (old - 1) - 1) / (q - 1) > new - 1 else (q, high)
+    reach = np.cumsum(q ** np.arange(old - 1))
+    return np.concatenate([-reach[::-1], [0.0], reach])
 
 
 def index_among(grid: tuple[int, int], device: torch.device, ids_keep_BK: Tensor | None = None) -> Tensor:

@@ -59,6 +59,10 @@ class ThroughputMeter:
         self._images = 0
         self._start_s, self._waited_before_s = time.perf_counter(), self._waited_s()
 
+    def leave_out(self, seconds: float) -> None:
+        """Time of this window that was not spent on training."""
+        self._start_s += seconds
+
     def add(self, scalars: Mapping[str, Tensor], images: int) -> None:
         """scalars: 0-dim tensors of one micro-step of this rank. images: over all ranks."""
         for name, value in scalars.items():

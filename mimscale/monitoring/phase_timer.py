@@ -13,7 +13,7 @@ from torch import Tensor
 from mimscale.distributed.coordination import Coordinator
 
 WAITING, FORWARD, BACKWARD = "waiting for data", "forward pass", "backward pass and step"
-BETWEEN, SAVING = "between steps", "the last save"
+BETWEEN, SAVING, EVALUATING = "between steps", "the last save", "evaluation"
 SLOW = 1.5  # times the median step of the ranks
 WAITS = 0.25  # share of the time
 

@@ -79,6 +79,14 @@ class RunLogger:
             eta_s = (time.monotonic() - start_s) / max(1, step - first) * (self._total - step)
             self.print(f"step {step}/{self._total}  {line}  ETA {_duration(eta_s)}")
 
+    def log_evaluation(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        """Figures of the student after `step`: an event in metrics.jsonl, evals/NAME in TensorBoard, and a line."""
+        self.log_event("evals", at=step, **metrics, seconds=round(seconds, 3))
+        for name, value in metrics.items():
+            self._on_board(lambda board, name=name, value=value: board.add_scalar(f"evals/{name}", value, step))  # type: ignore[misc]
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.print(f"evals at step {step}:  {figures}  ({seconds:.2g} s)")
+
     def add_panel(self, step: int, view: View) -> None:
         """A panel for TensorBoard, drawn in a thread (see `PanelWriter`). Its tensors must not change later."""
         if self._board is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 STUDENT = "student."
-"""Parameters whose names begin so are averaged: the part of a method that is kept after pre-training."""
+"""Parameters whose names begin so are averaged, unless a method says otherwise: what is kept after pre-training."""
 
 
 class MovingAverage:

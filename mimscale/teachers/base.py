@@ -108,8 +108,11 @@ class Teacher(nn.Module, ABC):
         runs = max((level + 1 for level in needs.levels), default=0)
         if needs.cls_attention:
             runs = max(runs, last)  # it is computed from the input of the last block
+        by_norm = needs.cls_attention and self.info.norm_attention
+        if by_norm:
+            runs = last + 1
         for index, block in enumerate(self.blocks):
-            if index == last and needs.cls_attention:
+            if index == last and needs.cls_attention and not by_norm:
                 attention = cls_attention(*self.query_and_keys(block, tokens))[:, self.prefix :]
             if index >= runs:
                 break
@@ -118,6 +121,8 @@ class Teacher(nn.Module, ABC):
                 levels[index] = tokens[:, self.prefix :]
                 if self.info.has_cls:
                     cls[index] = tokens[:, 0]
+        if by_norm:
+            attention = norm_attention(tokens[:, self.prefix :])
         return Targets(levels, cls, attention)
 
     def load(
@@ -163,6 +168,12 @@ def cls_attention(query: Tensor, keys: Tensor) -> Tensor:
     return (query.float() @ keys.float().transpose(-1, -2)).softmax(-1).mean(1).squeeze(1)
 
 
+def norm_attention(tokens_BLD: Tensor) -> Tensor:
+    """Each patch's share of the L2 norms of all patches: float32 [B, L], positive, sum 1."""
+    norms_BL = tokens_BLD.float().norm(dim=-1)
+    return norms_BL / norms_BL.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def fault_of(targets: Targets) -> str | None:
     """Why targets are unusable, None if they are fine. Synchronises with the device."""
     for part, levels in (("patch", targets.levels), ("class", targets.cls)):
@@ -182,10 +193,11 @@ def check_needs(info: TeacherInfo, needs: TeacherNeeds) -> None:
     for level in needs.levels:
         if not 0 <= level < info.depth:
             raise UserError(f"teachers.{info.name} has blocks 0 to {info.depth - 1}; level {level} does not exist")
-    if needs.cls_attention and not info.has_cls:
+    if needs.cls_attention and not info.has_attention:
         raise UserError(
             f"teachers.{info.name} has no class token, so there is no CLS attention; "
-            f"use random masking or a teacher with a class token (CLIP, DINO, DINOv2, DINOv3, EVA02)"
+            f"use random masking or a teacher with a class token (CLIP, DINO, DINOv2, DINOv3, EVA02), or set "
+            f"teachers.{info.name}.attention = norm"
         )
 
 
@@ -199,7 +211,18 @@ def info_of(
             f"teachers.{name}: image size {size} is not a multiple of the patch {patch[0]} of {config.model}; "
             f"set teachers.{name}.image_size to {fits[0] or fits[1]} or {fits[1]}"
         )
-    return TeacherInfo(name, dim, depth, (size // patch[0], size // patch[1]), size, has_cls)
+    for key in ("stride", "grid"):
+        if getattr(config, key) is not None:
+            raise UserError(
+                f"teachers.{name}.{key} is of convolutional networks; {config.model} is a transformer, whose grid "
+                f"follows from image_size: remove {key}"
+            )
+    if config.attention == "cls" and not has_cls:
+        raise UserError(
+            f"teachers.{name}.attention = cls: {config.model} has no class token; use norm, or random masking"
+        )
+    grid = size // patch[0], size // patch[1]
+    return TeacherInfo(name, dim, depth, grid, size, has_cls, norm_attention=config.attention == "norm")
 
 
 def one_line(error: Exception) -> str:

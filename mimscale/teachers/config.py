@@ -13,6 +13,14 @@ from mimscale.config.base import Strict
 class TeacherConfig(Strict):
     """A frozen teacher. `weights` is a local file; without it the file of the library's tag `pretrained` is used.
 
+    weights: `package:NAME/PATH` is a file inside an installed Python package.
+    attention: what attentive masking and AMT's like read: cls, the class token's attention in the last block; norm, the
+        norm of each patch's features after the last block (after Zagoruyko & Komodakis 2017), for teachers without a
+        class token. null: cls where there is a class token, none elsewhere.
+    stride, grid: of convolutional networks, whose one feature map is the target. stride: of the map in pixels of the
+        teacher's image (null: 16). grid: side of the grid that the map is resized to, bilinear with antialiasing (null:
+        as it is).
+
     options: keyword arguments for the library's model constructor (e.g. embed_dim, depth of a custom ViT).
     activation: required for open_clip with a local file and no tag, because a file does not record QuickGELU or GELU.
     precision: int8 and fp8 quantise the blocks' linear layers (teachers/quantise.py) and need the extra [fp8].
@@ -39,6 +47,9 @@ class TeacherConfig(Strict):
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     norm_eps: float | None = Field(None, gt=0, le=1)
+    attention: Literal["cls", "norm"] | None = None
+    stride: int | None = Field(None, ge=2, le=64)
+    grid: int | None = Field(None, ge=1, le=1024)
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import timm
@@ -18,7 +19,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer, 
 from torch import Tensor, nn
 
 from mimscale.errors import UserError
-from mimscale.teachers import huggingface
+from mimscale.teachers import feature_maps, huggingface
 from mimscale.teachers.base import Teacher, info_of, one_line, project
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.weights import TIMM_FILE, HubFile
@@ -123,10 +124,24 @@ def models() -> list[str]:
     return timm.list_models()
 
 
-def build(name: str, config: TeacherConfig, image_size: int) -> TimmTeacher:
+def build(name: str, config: TeacherConfig, image_size: int) -> Teacher:
     """Build the teacher, without loading weights. Raises UserError."""
+    model, _ = _tagged(name, config)
+    if _has_feature_maps(model):
+        return feature_maps.build(name, config, model, image_size)
     tower = _tower(name, config, image_size)
     return (RotaryTeacher if type(tower) is Eva else TimmTeacher)(name, config, image_size, tower)
+
+
+@lru_cache
+def _has_feature_maps(model: str) -> bool:
+    """Whether a model is a convolutional network with maps of several strides. It is built once, without memory."""
+    with torch.device("meta"):
+        try:
+            network: Any = timm.create_model(model, num_classes=0)
+        except (TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError):
+            return False
+    return feature_maps.is_hierarchical(network) and not hasattr(network, "patch_embed")
 
 
 def _read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

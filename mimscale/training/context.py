@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -24,13 +25,18 @@ from mimscale.teachers.ensemble import TeacherEnsemble
 from mimscale.training.inputs import TrainInputs
 from mimscale.training.plan import Plan
 
+if TYPE_CHECKING:
+    from mimscale.evals.top1_training import Top1Evaluator
+    from mimscale.evals.while_training import Evaluator
+
 
 @dataclass(frozen=True)
 class TrainContext:
     """What is trained: method, teachers, engine, inputs. What watches it: the rest.
 
     lock: on rank 0. closing: what is ended after the run. init_notes: a line for each thing that `init.weights` filled,
-    resized or left. cost, cost_notes: FLOPs and the device's peak, and the lines that say them.
+    resized or left. cost, cost_notes: FLOPs and the device's peak, and the lines that say them. evaluator:
+    of the section `evals`; top1: of its accuracy of a classifier.
     """
 
     plan: Plan
@@ -53,6 +59,8 @@ class TrainContext:
     init_notes: tuple[str, ...] = ()
     cost: StepCost = StepCost()
     cost_notes: tuple[str, ...] = ()
+    evaluator: Evaluator | None = None
+    top1: Top1Evaluator | None = None
 
     @property
     def checkpoints(self) -> Path:

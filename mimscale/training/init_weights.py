@@ -6,9 +6,7 @@ only; a resume does not need it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
@@ -18,10 +16,10 @@ from mimscale.convert.formats.base import encoder_of, format_of, formats
 from mimscale.convert.formats.timm import SHARED_TABLE, TABLE
 from mimscale.convert.names import State
 from mimscale.convert.networks import levels_of, parts_that_no_student_has
+from mimscale.convert.positions import with_positions_of
 from mimscale.convert.read import Loaded, identity_file, read, resolve
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
-from mimscale.models import pos_embed
 
 OPTIONAL = ("norm.", "mask_token", "stage1_output_decode.", "stage2_output_decode.")
 """Tensors that the student of one method has and that of another lacks: last norm, SimMIM's token, ConvMAE's fusion."""
@@ -70,7 +68,7 @@ def load_into(method: Method, run: RunConfig) -> tuple[str, ...]:
         )
     _same_shape(loaded, run, weights, own, "" if not whole else "student.")
     weights, spread = _one_table_per_block(weights, own)
-    weights, resized = _resized(weights, own, loaded.path)
+    weights, resized = with_positions_of(weights, own)
     notes = (*spread, *resized)
 
     missing, unused = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -163,23 +161,3 @@ def _one_table_per_block(weights: State, own: State) -> tuple[State, tuple[str, 
     rest = {name: tensor for name, tensor in weights.items() if name != shared}
     note = f"{shared} copied into each of the {len(tables)} blocks"
     return rest | dict.fromkeys(tables, weights[shared]), (note,)
-
-
-def _resized(weights: State, own: State, path: Path) -> tuple[State, tuple[str, ...]]:
-    """Resize position tables of another grid."""
-    weights, notes = dict(weights), []
-    for name in [name for name in weights if name.endswith(("pos_embed", TABLE)) and name in own]:
-        old, new = weights[name], own[name]
-        if old.shape == new.shape:
-            continue
-        if name.endswith(TABLE):
-            raise UserError(f"init.weights = {path} has relative positions, which are not resized; keep its image size")
-        if old.shape[-1] != new.shape[-1]:
-            continue
-        prefix = new.shape[1] - math.isqrt(new.shape[1]) ** 2
-        before, after = (math.isqrt(table.shape[1] - prefix) for table in (old, new))
-        if before**2 + prefix != old.shape[1]:
-            continue
-        weights[name] = pos_embed.resize(old, (before, before), (after, after), prefix)
-        notes.append(f"{name} resized from {before}x{before} to {after}x{after} patches")
-    return weights, tuple(notes)

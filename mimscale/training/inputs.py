@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from mimscale.data.augment import DeviceAugmentation
 from mimscale.data.device_prefetch import DevicePrefetcher
 from mimscale.data.loader import TrainLoader
 from mimscale.methods.base import Method
@@ -49,7 +50,8 @@ class TrainInputs:
             jumps=state.jumps,
             pin=device.type == "cuda",
         )
-        batches = DevicePrefetcher(iter(self._loader), device)
+        augment = DeviceAugmentation(config.data, self._method.needs.mixing, plan.micro_batch)
+        batches = DevicePrefetcher(iter(self._loader), device, augment)
         ahead = config.engine.teachers_ahead
         self._prefetcher = TeacherPrefetcher(self._teachers, device, batches, ahead=ahead, prepare=self._method.prepare)
 
@@ -64,7 +66,8 @@ class TrainInputs:
         raw = self._prefetcher.next_batch()
         if len(self.ids) == self._plan.accumulation:
             self.ids = []
-        self.ids.append(raw.ids.clone())  # the loader's memory is given back
+        ids = raw.ids[: self._plan.micro_batch]  # the others are partners that images are mixed with
+        self.ids.append(ids.clone())  # the loader's memory is given back
         self._timer.ids = self.ids  # not before there are any: who waits for data reports the last step's samples
         self._damage_log.add(raw.damage)
         self._timer.enter(FORWARD)

@@ -5,25 +5,32 @@ from __future__ import annotations
 import gc
 import json
 import resource
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.checkpoint.async_writer import AsyncCheckpointWriter
 from mimscale.config.compiler import compile_seconds, uncompiled
+from mimscale.data.mixture import Mixture
 from mimscale.data.wds_stream import NOT_EXACT
 from mimscale.errors import Stopped, UserError
 from mimscale.fault_tolerance import activation_magnitudes
 from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_marker, there
 from mimscale.monitoring.metrics import ThroughputMeter
 from mimscale.monitoring.panels import SAMPLES
-from mimscale.monitoring.phase_timer import BETWEEN, SAVING, WAITING
+from mimscale.monitoring.phase_timer import BETWEEN, EVALUATING, SAVING, WAITING
 from mimscale.training.bad_steps import explain, flush_writes, roll_back
 from mimscale.training.context import TrainContext
 from mimscale.training.recovery import describe_state
 from mimscale.training.state import TrainState
 from mimscale.types import StepInfo
+
+if TYPE_CHECKING:
+    from mimscale.evals.while_training import Evaluation
 
 GC_EVERY = 200
 """Steps between garbage collections. Python's own would start in other steps on each rank, and all ranks would wait for
@@ -57,6 +64,10 @@ class Monitor:
         run.inputs.start(state)
         run.logger.start(total=plan.total_steps, step=state.step, tensorboard=plan.config.log.tensorboard)
         notes = (*run.cost_notes, *run.init_notes, *run.method.notes, *run.teachers.notes, *run.engine.notes)
+        if run.evaluator is not None:
+            notes = (*run.evaluator.notes, *notes)
+        if run.top1 is not None:
+            notes = (*run.top1.notes, *notes)
         run.logger.print("\n".join((describe_run(run, state), *notes)))
         self._engine_notes = len(run.engine.notes)
         if state.step < plan.total_steps:
@@ -96,6 +107,7 @@ class Monitor:
                 self._throughput.restart()
                 return state
         self._log_step(info)
+        self._evaluate(info)
         self._draw_panel(info)
         self._save_and_stop(state, info)
         return state
@@ -156,6 +168,32 @@ class Monitor:
             }
             self._log_damage()
             run.logger.log_step(step, metrics | {"damaged": float(run.damage_log.total)})
+
+    def _evaluate(self, info: StepInfo) -> None:
+        """Measure the student where it is due. What fails is logged and the run trains on: no figure is worth a run."""
+        run, evaluator, top1 = self._run, self._run.evaluator, self._run.top1
+        if evaluator is not None and evaluator.plan.due(info.step, info.total):
+            buffers = run.method.student.named_buffers()
+            self._measure(info, partial(evaluator.evaluate, run.engine.parameters, buffers))
+        if top1 is not None and top1.due(info.step, info.total):
+            self._measure(info, partial(top1.evaluate, run.engine.parameters, run.method.named_buffers()))
+
+    def _measure(self, info: StepInfo, evaluate: Callable[[], Evaluation]) -> None:
+        run = self._run
+        run.timer.enter(EVALUATING)
+        start_s = time.perf_counter()
+        try:
+            found = evaluate()
+        except Exception as error:  # of data, memory or a protocol, and the same on all ranks
+            text = " ".join(str(error).split())[:300]
+            run.logger.log_event("evals_failed", at=info.step, error=f"{type(error).__name__}: {text}")
+            run.logger.print(f"evals at step {info.step} failed, training goes on: {text}")
+        else:
+            run.logger.log_evaluation(info.step, found.metrics, time.perf_counter() - start_s)
+            for line in found.warnings:
+                run.logger.print(f"evals at step {info.step}: {line}")
+        self._throughput.leave_out(time.perf_counter() - start_s)
+        run.timer.enter(BETWEEN)
 
     def _draw_panel(self, info: StepInfo) -> None:
         run, every = self._run, self._run.plan.config.log.panels
@@ -254,4 +292,5 @@ def describe_run(run: TrainContext, state: TrainState) -> str:
         f"accumulation {plan.accumulation} x ranks {plan.world.size}, peak lr {config.schedule.peak_lr:.3g}, "
         f"{plan.manifest.samples} images, step {state.step} of {plan.total_steps}, folder {plan.run_dir}"
         + ("" if config.data.stream is None else f"\n{NOT_EXACT}")
+        + (f"\nmixture: {plan.manifest.describe()}" if isinstance(plan.manifest, Mixture) else "")
     )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +29,9 @@ from mimscale.training import init_weights
 from mimscale.training.auto_micro_batch import resolved, solve
 from mimscale.types import TeacherInfo
 
+if TYPE_CHECKING:
+    from mimscale.evals.while_training import EvalsPlan
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -38,7 +41,7 @@ class Plan:
     checkpoint of this run to continue from. ds_config: DeepSpeed's JSON, parsed. micro_batch: images per rank and
     forward pass; accumulation: micro-batches per optimiser step. skeletons: every teacher on the meta
     device, for `TeacherEnsemble`. command: for launches.jsonl. auto_micro_batch: whether the micro-batch is solved from
-    the memory of this rank's device (`auto_micro_batch.agreed`).
+    the memory of this rank's device (`auto_micro_batch.agreed`). evals: what is measured while it trains.
     """
 
     config: RunConfig
@@ -55,6 +58,7 @@ class Plan:
     total_steps: int
     command: tuple[str, ...]
     auto_micro_batch: bool = False
+    evals: EvalsPlan | None = None
 
     @property
     def teachers(self) -> dict[str, TeacherInfo]:
@@ -68,8 +72,11 @@ class Plan:
 def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:
     """Every check, before a process group is opened. Raises UserError."""
     use_cache_dir()
-    run_folder.check_names(run_dir, *([fork] if fork is not None else []))
+    folders = [run_dir, *([fork] if fork is not None else [])]
+    run_folder.check_names(*folders)
     world = from_environment(config.engine.device)
+    if world.rank == 0:  # its refusal ends the launch, and one rank is enough to list a folder on a shared disk
+        run_folder.refuse_special_files(*folders)
     ds_config = load_ds_config(config.engine.ds_config)
     check_precision(world.device, precision_of(ds_config))
     check_backend(config.engine, ds_config, world.device)
@@ -100,6 +107,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     config = resolved(config, stored, world)
     micro_batch, accumulation = solve(config, world)
     check_backend(config.engine, ds_config, world.device, accumulation)
+    method_class(config.method.name).check_batch(config, micro_batch * world.size)
     manifest = open_source(config.data, world.size)
     check_classes(config, manifest)
     steps_per_epoch = manifest.samples // config.schedule.global_batch
@@ -133,7 +141,20 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
         total,
         command,
         auto_micro_batch,
+        plan_evals(config, manifest),
     )
+
+
+def plan_evals(config: RunConfig, manifest: Source) -> EvalsPlan | None:
+    """Open and check what the section `evals` names. Raises UserError."""
+    if config.evals is None:
+        return None
+    from mimscale.evals.top1_training import check as check_top1
+    from mimscale.evals.while_training import prepare as prepare_evals  # torchmetrics takes a second
+
+    found = prepare_evals(config.evals, config.data, manifest, config.schedule.global_batch, config.seed)
+    check_top1(config, found.val.manifest)
+    return found
 
 
 def check_classes(config: RunConfig, manifest: Source) -> None:

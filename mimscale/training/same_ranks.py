@@ -19,7 +19,7 @@ from mimscale.errors import UserError
 from mimscale.teachers.ensemble import TeacherEnsemble
 from mimscale.training.plan import Plan
 
-PER_RANK = ("data.shards", "data.cache", "data.workers", "data.prefetch")
+PER_RANK = ("data.shards", "data.cache", "data.workers", "data.prefetch", "evals.train", "evals.val")
 """Keys in which nodes may differ: their data is compared by its fingerprint, weights by their sha256."""
 SHOWN = 3
 
@@ -64,6 +64,7 @@ def identity(plan: Plan) -> dict[str, str]:
         **recipe,
         **_flat("engine.ds_config", plan.ds_config),
         "data": plan.manifest.fingerprint,
+        **_evals_data(plan),
         "code": f"{run_folder.head_commit() or 'installed'}, {source_digest()[:12]}",
         "python": platform.python_version(),
         **{name: str(version) for name, version in run_folder.versions().items()},
@@ -71,6 +72,12 @@ def identity(plan: Plan) -> dict[str, str]:
         "--run-dir": str(plan.run_dir),
         "checkpoints to continue from": "none" if plan.fresh else "found",
     }
+
+
+def _evals_data(plan: Plan) -> dict[str, str]:
+    if plan.evals is None:
+        return {}
+    return {f"evals.{key}": getattr(plan.evals, key).manifest.fingerprint for key in ("train", "val")}
 
 
 def source_digest() -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mimscale.checkpoint import run_folder
+from mimscale.config.deepspeed import precision_of
 from mimscale.config.run import RunConfig, method_class
 from mimscale.distributed.coordination import Coordinator
 from mimscale.distributed.rendezvous import meet
@@ -38,6 +39,10 @@ from mimscale.training.plan import Plan, open_damage_log
 from mimscale.training.same_ranks import refuse_different_ranks
 from mimscale.training.speed import step_cost
 from mimscale.types import TeacherInfo
+
+if TYPE_CHECKING:
+    from mimscale.evals.top1_training import Top1Evaluator
+    from mimscale.evals.while_training import Evaluator
 
 
 def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext:
@@ -73,6 +78,7 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
     config = plan.config
     refuse_different_ranks(plan, teachers, coordinator)
     run_folder.prove_shared(plan.run_dir, coordinator)
+    evaluator, top1 = make_evaluator(plan, method, coordinator), make_top1(plan, method, coordinator)
     startup.end("process_group")
 
     engine = connect(
@@ -112,6 +118,8 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
         init_notes=init_notes,
         cost=cost,
         cost_notes=cost_notes,
+        evaluator=evaluator,
+        top1=top1,
     )
 
 
@@ -120,6 +128,25 @@ def make_method(config: RunConfig, teachers: Mapping[str, TeacherInfo]) -> Metho
     torch.manual_seed(config.seed)
     method: Method = method_class(config.method.name)(config, teachers)
     return method
+
+
+def make_evaluator(plan: Plan, method: Method, coordinator: Coordinator) -> Evaluator | None:
+    """What evaluates the student while it trains, before the engine gets the method. Raises UserError."""
+    if plan.evals is None:
+        return None
+    from mimscale.evals.while_training import Evaluator
+
+    return Evaluator(plan.evals, method.student, plan.world, coordinator, precision_of(plan.ds_config))
+
+
+def make_top1(plan: Plan, method: Method, coordinator: Coordinator) -> Top1Evaluator | None:
+    """What measures a classifier while it trains, before the engine gets the method."""
+    if plan.evals is None or plan.evals.config.top1_epochs is None:
+        return None
+    from mimscale.evals.top1_training import Top1Evaluator
+
+    val, precision = plan.evals.val.manifest, precision_of(plan.ds_config)
+    return Top1Evaluator(plan.config, method, val, plan.steps_per_epoch, plan.world, coordinator, precision)
 
 
 def connect(

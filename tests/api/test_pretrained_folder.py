@@ -178,3 +178,88 @@ def test_what_timm_cannot_load_is_refused(tmp_path: Path) -> None:
     convnet = timm.create_model("resnet10t", num_classes=0)
     save_for_hf(convnet, str(tmp_path / "convnet"), safe_serialization=True)
     assert "holds a ResNet, which has no patch tokens" in refused(tmp_path / "convnet")
+
+
+ODD_VALUES: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"hidden_size": "32"}, "hidden_size = '32': input should be a valid integer"),
+    ({"hidden_size": 32.5}, "hidden_size = 32.5"),
+    ({"hidden_size": None}, "hidden_size = None"),
+    ({"hidden_size": 0}, "hidden_size = 0: input should be greater than or equal to 1"),
+    ({"hidden_size": 10**30}, "hidden_size = 1000000000000000000000000000000"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000: input should be less than or equal to 512"),
+    ({"num_hidden_layers": True}, "num_hidden_layers = True"),
+    ({"num_attention_heads": [4]}, "num_attention_heads = [4]"),
+    ({"num_attention_heads": 3}, "do not fit together"),
+    ({"image_size": [32, 48]}, "image_size = [32, 48]"),
+    ({"image_size": 1 << 40}, "image_size = 1099511627776"),
+    ({"patch_size": -8}, "patch_size = -8"),
+    ({"num_channels": 4}, "num_channels = 4"),
+    ({"qkv_bias": "no"}, "qkv_bias = 'no'"),
+    ({"hidden_act": ["gelu"]}, "hidden_act = ['gelu']"),
+    ({"layer_norm_eps": "small"}, "layer_norm_eps = 'small'"),
+    ({"layer_norm_eps": float("nan")}, "layer_norm_eps = nan"),
+    ({"intermediate_size": 1 << 20, "hidden_size": 8192}, "a model of "),
+    ({"model_type": ["vit"]}, "holds a ['vit'] of transformers"),
+    ({"model_type": 5}, "holds a 5 of transformers"),
+    ({"vision_config": [1]}, "vision_config = [1] is not a section"),
+)
+
+
+@pytest.mark.parametrize("values, text", ODD_VALUES)
+def test_odd_values_in_a_config_are_one_line(tmp_path: Path, values: dict[str, Any], text: str) -> None:
+    assert text in refused(hf.save(tmp_path / "model", hf.vit_state(), **{**hf.config(model_type="vit"), **values}))
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        (b"[]", "holds a list, not a mapping"),
+        (b"null", "holds a NoneType, not a mapping"),
+        (b"1e999", "holds a float, not a mapping"),
+        (b"", "is not JSON"),
+        (b"\xff\xfe{}", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"a": 1', "is not JSON"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_what_is_no_mapping_is_one_line(tmp_path: Path, content: bytes, text: str, name: str) -> None:
+    folder = hf.save(tmp_path / "model", hf.vit_state(), **hf.config(model_type="vit"))
+    (folder / name).write_bytes(content)
+    assert text in refused(folder) and name in refused(folder)
+
+
+@pytest.mark.parametrize("values", [0.5, [0.5], [0.5, 0.5, "0.5"], [0.5, 0.5, float("inf")], {"r": 1}, [0, 1, 1]])
+def test_an_odd_normalisation_is_one_line(tmp_path: Path, values: Any) -> None:
+    folder = hf.save(tmp_path / "model", hf.vit_state(), **hf.config(model_type="vit"))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_std": values}))
+    assert "is not a number for each of red, green and blue" in refused(folder)
+
+
+def test_a_square_given_as_a_pair_is_read(tmp_path: Path) -> None:
+    pairs = {"image_size": [hf.SIDE, hf.SIDE], "patch_size": [hf.PATCH, hf.PATCH]}
+    folder = hf.save(tmp_path / "model", hf.vit_state(), **{**hf.config(model_type="vit"), **pairs})
+    assert mimscale.load_encoder(folder).image_size == hf.SIDE
+
+
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        ({"architecture": ["vit"]}, "architecture = ['vit'] is not a name of timm's"),
+        ({"architecture": None}, "architecture = None is not a name of timm's"),
+        ({"model_args": [1, 2]}, "model_args = [1, 2] is not a section"),
+        ({"model_args": {"depth": 10**9}}, "model_args.depth = 1e+09 is no size of a model"),
+        ({"model_args": {"embed_dim": 10**40}}, "model_args.embed_dim = 1e+40 is no size of a model"),
+        ({"model_args": {"embed_dim": 8192, "num_heads": 64}}, "a model of "),
+        ({"model_args": {"embed_dim": "wide"}}, "timm cannot load it"),
+        ({"model_args": {"embed_dim": 0}}, "timm cannot load it"),
+        ({"pretrained_cfg": "card"}, "pretrained_cfg = 'card' is not a section"),
+        ({"pretrained_cfg": {"mean": 0.5, "std": [1, 1, 1]}}, "mean = 0.5 is not a number for each"),
+        ({"pretrained_cfg": {"mean": [0, 0, 0], "std": None}}, "std = None is not a number for each"),
+    ],
+)
+def test_odd_values_in_timms_config_are_one_line(tmp_path: Path, values: dict[str, Any], text: str) -> None:
+    folder, _ = timm_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    assert text in refused(folder)

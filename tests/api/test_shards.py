@@ -79,12 +79,25 @@ def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
             mimscale.open_shards(path)
     with pytest.raises(mimscale.UserError, match="cannot be made: Not a directory"):
         mimscale.open_shards(shards, cache=shards / "manifest.json")
+    for number in (0, float("nan"), float("inf"), "1", True):
+        with pytest.raises(mimscale.UserError, match="cache_gib = "):
+            mimscale.open_shards(shards, cache=tmp_path / "cache", cache_gib=number)
+    for place in (5, "", None, b"bytes"):
+        with pytest.raises(mimscale.UserError, match="path = .* is not a path"):
+            mimscale.open_shards(place)
     data = mimscale.open_shards(shards)
     for size, options, text in (
         (0, {}, "size = 0 must be 1 or more"),
-        (4, {"crop_pct": 1.5}, "crop_pct 1.5"),
+        (4.0, {}, "size = 4.0 is not a whole number"),
+        (True, {}, "size = True is not a whole number"),
+        (4, {"crop_pct": 1.5}, "crop_pct = 1.5 must lie between 0 and 1"),
+        (4, {"crop_pct": "all"}, "crop_pct = 'all' is not a number"),
+        (4, {"crop_pct": 1e-9}, "crop_pct = 1e-09 enlarges the short side of an image to 224,000,000,000 pixels"),
         (4, {"image_size": 0}, "image_size = 0"),
+        (4, {"image_size": 1 << 40}, "image_size = 1099511627776 must be 1 or more and at most 8192"),
         (4, {"workers": -1}, "workers = -1"),
+        (4, {"workers": 1e9}, "workers = 1000000000.0 is not a whole number"),
+        (4, {"labels": "yes"}, "labels = 'yes' is neither True nor False"),
     ):
         with pytest.raises(mimscale.UserError, match=text):
             data.batches(size, **options)

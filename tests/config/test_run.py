@@ -47,7 +47,7 @@ def recipe(tmp_path: Path) -> Path:
         ("data.image_size=36", "data.image_size = 36 is not a multiple of student.patch = 8"),
         ("data.crop_scale=[0.5,0.2]", "crop_scale = [0.5, 0.2]: must be ascending"),
         ("data.crop_padding=32", "crop_padding = 32: must be below image_size = 32"),
-        ("data.crop=pad", "data.crop = 'pad': input should be 'random_resized' or 'padded'"),
+        ("data.crop=pad", "data.crop = 'pad': input should be 'random_resized', 'padded' or 'center'"),
         ("student.heads=5", "width = 32 must be divisible by heads = 5"),
         ("student.drop_path=1.0", "student.drop_path = 1.0: input should be less than 1"),
         ("teachers.a.library=tim", "teachers.a.library = 'tim': input should be 'timm' or 'open_clip'"),
@@ -107,6 +107,18 @@ def test_overrides_and_round_trip(recipe: Path, tmp_path: Path) -> None:
     dumped = tmp_path / "dumped.yaml"
     dumped.write_text(yaml.safe_dump(run.dump()))
     assert load_recipe(str(dumped)) == run
+
+
+def test_an_override_fills_a_section_that_a_dump_shows_as_null(recipe: Path, tmp_path: Path) -> None:
+    """As `mimscale train RECIPE --show` prints sections that are left out."""
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(yaml.safe_dump(load_recipe(str(recipe)).dump()))
+    assert yaml.safe_load(dumped.read_text())["ema"] is None
+    run = load_recipe(str(dumped), ["ema.decay=0.5", "init.weights=mae.pth"])
+    assert run.ema is not None and run.ema.decay == 0.5 and run.init is not None
+    assert run.shaping() == load_recipe(str(recipe), ["ema.decay=0.5", "init.weights=mae.pth"]).shaping()
+    with pytest.raises(UserError, match="unknown key ema.decai"):
+        load_recipe(str(dumped), ["ema.decai=0.5"])
 
 
 def test_what_may_change_at_a_resume(recipe: Path) -> None:

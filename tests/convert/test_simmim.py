@@ -17,7 +17,6 @@ from mimscale.__main__ import main
 from mimscale.convert.formats import simmim
 from mimscale.convert.names import same
 from mimscale.convert.networks import student_from
-from mimscale.errors import UserError
 from mimscale.methods.simmim import SimMIM
 from mimscale.models.beit import Beit
 from tests import golden
@@ -108,11 +107,8 @@ def test_official_names(name: str) -> None:
     assert all(again[n].dtype == t.dtype and torch.equal(again[n], t) for n, t in state.items())
 
 
-def test_relative_positions_are_not_resized(saved: tuple[Path, SimMIM]) -> None:
+def test_positions_are_resized(saved: tuple[Path, SimMIM]) -> None:
     folder, method = saved
-    if method.student.positions == "absolute":
-        larger, info = student_from(folder, image_size=96)
-        assert info.image_size == 96 and larger(torch.zeros(1, 3, 96, 96)).tokens.shape == (1, 37, 32)
-        return
-    with pytest.raises(UserError, match="relative positions, which are not resized; take image size 64"):
-        student_from(folder, image_size=96)
+    larger, info = student_from(folder, image_size=96)
+    assert info.image_size == 96 and larger(torch.zeros(1, 3, 96, 96)).tokens.shape == (1, 37, 32)
+    assert larger.positions == method.student.positions

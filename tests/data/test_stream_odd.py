@@ -47,6 +47,26 @@ def test_compressed_shards_are_read_without_complaint(tmp_path: Path, kind: str)
         assert found == list(members.values()) and not damage
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_hard_links_are_read_and_symbolic_ones_named(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in some(0, 2).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, link, kind in (("008.jpg", "000.jpg", tarfile.LNKTYPE), ("009.jpg", "001.jpg", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, link
+            tar.addfile(info)
+        info = tarfile.TarInfo("notes")
+        info.type, info.linkname = tarfile.SYMTYPE, "elsewhere"  # no image: passed over, as by webdataset
+        tar.addfile(info)
+    found, damage = read(tmp_path / "a.tar", pack(buffer.getvalue()))
+    assert len(found) == 3 and found[2] == found[0] != found[1]
+    assert [entry.reason for entry in damage] == ["OSError: '009.jpg' is a link or device, which is not followed"]
+
+
 def test_large_and_joined_compressed_shards(tmp_path: Path) -> None:
     members = [some(0, 30, 1 << 20), some(30, 5), some(40, 2)]
     one, two, three = map(archive, members)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -224,6 +226,17 @@ def test_shards_in_a_bucket_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert manifest.read(5) == JPEG * 6
 
 
+def test_output_that_nobody_reads_is_no_fault(tmp_path: Path) -> None:
+    """As with `| head -1`."""
+    source = folder(tmp_path / "in", shards=1)
+    words = [sys.executable, "-m", "data_prep", "index", str(source)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 141 and said == ""
+
+
 def test_names_of_any_bytes_and_lengths(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
@@ -243,3 +256,23 @@ def test_names_of_any_bytes_and_lengths(tmp_path: Path) -> None:
     assert manifest.samples == 2 and manifest.read(1) == JPEG + b"1"
     assert set(manifest.file.left_out) == {"a.tar/caf\\xe9\n", "a.tar/\\xff"}
     assert main(["info", str(source)]) == 0
+
+
+def test_a_shard_with_hard_links_is_indexed_verified_and_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two samples share an image, as after a program that replaced copies by links."""
+    source = folder(tmp_path / "in", shards=1)
+    shard = next(source.glob("*.tar"))
+    with tarfile.open(shard, "a") as tar:
+        image = next(member.name for member in tar.getmembers() if member.name.endswith(".jpg"))
+        for name, link in (("zz.jpg", image), ("zz.cls", image.replace(".jpg", ".cls"))):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.LNKTYPE, link
+            tar.addfile(info)
+    assert main(["index", "--checksums", str(source)]) == 0 and "5 images in 1 shards" in capsys.readouterr().out
+    assert main(["verify", str(source)]) == 0 and "1 images are copies" in capsys.readouterr().out
+    assert main(["doctor", str(source), "--ranks", "1", "--global-batch", "5"]) == 0
+    manifest = Manifest.load(source)
+    assert manifest.read(4) == manifest.read(0)
+    assert manifest.labels is not None and manifest.labels[4] == manifest.labels[0]

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.tar import BLOCK, MAX_EXTENDED_HEADER, BadArchive, members, open_for_reading
+from mimscale.errors import UserError
 
 
 def pack(path: Path, names: dict[str, bytes], **options) -> Path:
@@ -78,6 +80,48 @@ def test_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "pax.tar").write_bytes(pax.tobuf(tarfile.PAX_FORMAT) + bytes(2 * BLOCK))
     with pytest.raises(BadArchive, match="leads out"):
         listed(tmp_path / "pax.tar")
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax", "ustar"])
+def test_hard_links_have_the_contents_of_the_file_that_they_name(tmp_path: Path, kind: str) -> None:
+    """As `tar` stores files that share an inode; names above 100 characters stand in headers of their own."""
+    long = "x" * 60 if kind == "ustar" else "l" * 150
+    (tmp_path / "in" / "d").mkdir(parents=True)
+    (tmp_path / "in" / "d" / f"{long}.jpg").write_bytes(b"one" * 300)
+    (tmp_path / "in" / "between.jpg").write_bytes(b"other")
+    names = [f"d/{long}.jpg", "between.jpg", f"{long}.2.jpg", "d/third.jpg"]
+    for name in names[2:]:
+        os.link(tmp_path / "in" / names[0], tmp_path / "in" / name)
+    command = ["tar", f"--format={kind}", "-C", str(tmp_path / "in"), "-cf", str(tmp_path / "a.tar")]
+    subprocess.run([*command, *(f"./{name}" for name in names)], check=True)
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert [member.islnk() for member in tar] == [False, False, True, True]
+    contents = [b"one" * 300, b"other", b"one" * 300, b"one" * 300]
+    assert listed(tmp_path / "a.tar") == [(f"./{name}", data) for name, data in zip(names, contents, strict=True)]
+
+
+def test_a_hard_link_to_a_link_and_one_to_nothing(tmp_path: Path) -> None:
+    def header(name: str, link: str) -> bytes:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname, info.size = tarfile.LNKTYPE, link, 7  # some programs repeat the size of the file
+        return info.tobuf(tarfile.GNU_FORMAT)
+
+    pack(tmp_path / "a.tar", {"a.jpg": b"x" * 600})
+    first = (tmp_path / "a.tar").read_bytes()[: 3 * BLOCK]
+    (tmp_path / "a.tar").write_bytes(first + header("b.jpg", "a.jpg") + header("c.jpg", "b.jpg") + bytes(2 * BLOCK))
+    assert listed(tmp_path / "a.tar") == [(name, b"x" * 600) for name in ("a.jpg", "b.jpg", "c.jpg")]
+    (tmp_path / "b.tar").write_bytes(header("b.jpg", "later.jpg") + first + bytes(2 * BLOCK))
+    with pytest.raises(BadArchive, match="'b.jpg': a hard link to 'later.jpg', which is not a file before it"):
+        listed(tmp_path / "b.tar")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_a_pipe_or_device_in_place_of_an_archive_is_refused_at_once(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "a.tar")
+    with pytest.raises(UserError, match="is no regular file"):
+        listed(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize(

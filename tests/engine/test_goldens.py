@@ -32,6 +32,8 @@ WRONG_GROUP: dict[Callable[[], TrainingGolden], tuple[str, ...]] = {
     training_golden.pixmim: ("student.cls_token", "decoder.mask_token"),
     training_golden.amt: ("student.cls_token", "decoder.mask_token"),
     training_golden.finetune: ("student.cls_token", "student.pos_embed"),
+    training_golden.linear_probe: (),
+    training_golden.finetune_soft: ("student.cls_token", "student.pos_embed"),
 }
 
 

@@ -43,9 +43,18 @@ def initial(run: RunConfig, seed: int) -> dict[str, Tensor]:
     return method_class(run.method.name)(run, {}).state_dict()
 
 
-def save_run(folder: Path, run: RunConfig, step: int = 7, ema: Mapping[str, Tensor] | None = None) -> Path:
-    """A run folder with one checkpoint of the method at its seeded initialisation. ema: parameter -> its average."""
-    state = initial(run, step)
+def save_run(
+    folder: Path,
+    run: RunConfig,
+    step: int = 7,
+    ema: Mapping[str, Tensor] | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> Path:
+    """A run folder with one checkpoint of the method at its seeded initialisation. ema: parameter -> its average.
+
+    state: in place of the initialisation.
+    """
+    state = state or initial(run, step)
     fixed = {name for name in state if name.endswith("pos_embed") and run.method.name == "mae"}
     part = folder / "checkpoints" / ".tmp"
     pieces = {f"{'buffer' if n in fixed else 'fp32'}|{n}|0": t.detach().flatten() for n, t in state.items()}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from mimscale.data.manifest import Manifest
-from mimscale.evals.features import collect, frozen, random_like, raw_pixel_tokens, raw_pixels, stream
+from mimscale.evals.features import Key, chunks, frozen, random_like, raw_pixel_tokens, raw_pixels, stream
 from mimscale.evals.protocols.knn import Neighbours
 from mimscale.models.beit import Beit
 from mimscale.models.config import StudentConfig
+from mimscale.models.convvit import ConvStages, ConvViT
 from mimscale.models.vit import LN_EPS, ViT
 
 SMALL = StudentConfig(width=32, depth=2, heads=2, patch=8)
@@ -101,7 +103,43 @@ def test_tokens_are_those_whose_mean_is_the_pooled_feature() -> None:
     assert torch.equal(tokens.mean(dim=1), frozen(vit, ["mean"])(images)["mean"])
 
 
-def test_collect_joins_the_pieces_in_order() -> None:
-    pieces = [({("a", "mean"): torch.full((2, 1), float(i))}, torch.full((2,), i)) for i in range(3)]
-    features, labels = collect(pieces)
-    assert features["a", "mean"].flatten().tolist() == labels.tolist() == [0, 0, 1, 1, 2, 2]
+@pytest.mark.parametrize("final_norm", [True, False])
+def test_blocks_are_class_token_and_mean_of_the_last_blocks(final_norm: bool) -> None:
+    vit = ViT(SMALL, 32, final_norm=final_norm)
+    images = torch.randn(2, 3, 32, 32)
+    found = frozen(vit, ["mean", "cls", "blocks"], blocks=4)(images)  # more than there are
+    assert found["blocks"].shape == (2, 2, 2, 32)
+    assert torch.equal(found["blocks"][:, -1], torch.stack([found["cls"], found["mean"]], dim=1))
+    first = vit(images, levels=[0]).levels[0]
+    first = F.layer_norm(first, (32,), eps=LN_EPS)  # a new norm has weight 1 and bias 0
+    expected = torch.stack([first[:, 0], first[:, 1:].mean(dim=1)], dim=1)
+    torch.testing.assert_close(found["blocks"][:, 0], expected)
+    assert torch.equal(frozen(vit, ["blocks"], blocks=1)(images)["blocks"], found["blocks"][:, -1:])
+
+
+def test_blocks_without_a_class_token_are_means() -> None:
+    stages = ConvStages(patches=(2, 2, 2), widths=(8, 16), depths=(1, 1))
+    vit = ConvViT(SMALL, stages, 32)
+    found = frozen(vit, ["mean", "blocks"], blocks=2)(torch.randn(2, 3, 32, 32))
+    assert found["blocks"].shape == (2, 2, 1, 32) and torch.equal(found["blocks"][:, -1, 0], found["mean"])
+
+
+@pytest.mark.parametrize("batch", [16, 20, 1000])
+def test_chunks_are_the_features_of_their_samples(data: tuple[Path, Path], batch: int) -> None:
+    """Whichever are asked for, of whichever network, in whatever company, to the bit."""
+    manifest = Manifest.load(data[0])
+    both = {"vit": frozen(random_like(ViT(SMALL, 32), seed=0), ["mean"]), "raw": raw_pixels}
+
+    def found(wanted: Mapping[int, Collection[str]]) -> dict[int, dict[Key, torch.Tensor]]:
+        options = {"length": 32, "batch": batch, "workers": 0, "crop_pct": 1.0, "device": torch.device("cpu")}
+        return dict(chunks(wanted, both, manifest, 32, **options))  # type: ignore[arg-type]
+
+    whole = found(dict.fromkeys(range(4), ["vit", "raw"]))
+    assert [len(whole[number]["raw", "pixels"]) for number in range(4)] == [32, 32, 32, 24]
+    streamed = list(stream(both, manifest, 32, batch=120, workers=0, crop_pct=1.0, device=torch.device("cpu")))
+    for key in (("vit", "mean"), ("raw", "pixels")):
+        together = torch.cat([whole[number][key] for number in range(4)])
+        torch.testing.assert_close(together, torch.cat([features[key] for features, _ in streamed]))
+    some = found({3: ["vit"], 1: ["raw"]})
+    assert some.keys() == {1, 3} and some[1].keys() == {("raw", "pixels")} and some[3].keys() == {("vit", "mean")}
+    assert torch.equal(some[3]["vit", "mean"], whole[3]["vit", "mean"])

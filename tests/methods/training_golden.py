@@ -1,8 +1,5 @@
 """Whole training runs of the official programs, to be repeated by our engine.
 
-Two of the files are not repeated here: mae_finetune_train_dev has soft targets (mixup and cutmix), which `finetune`
-does not have, and mae_linprobe_train_dev trains a head alone, which is not a method that an engine trains.
-
 The teacher of the MaskAlign file is not stored as outputs but as weights, so it is computed here, by a few lines that
 are themselves checked against stored teacher outputs (test_training_golden.py).
 """
@@ -30,6 +27,7 @@ from mimscale.masking._amt_importance import importance_from_attention
 from mimscale.masking.amt import AMT, UNKNOWN
 from mimscale.methods.base import Method
 from mimscale.methods.mae import MAE
+from mimscale.models import pos_embed
 from mimscale.types import IMAGENET_MEAN, IMAGENET_STD, Batch, Targets
 from tests import golden
 from tests.golden import Golden, batch_of
@@ -228,9 +226,12 @@ def _micro_batches(g: Golden, **noise: Tensor) -> list[Batch]:
     size, pool = g.config["batch"], g["images"]
     rows = [torch.arange(size * k, size * (k + 1)) % len(pool) for k in range(g.config["micro_steps"])]
     batches = [batch_of(pool[row], **{name: values[k] for name, values in noise.items()}) for k, row in enumerate(rows)]
-    if "labels" not in g.tensors:
-        return batches
-    return [replace(batch, labels=g["labels"][row]) for batch, row in zip(batches, rows, strict=True)]
+    labels, soft = g.tensors.get("labels"), g.tensors.get("soft_targets")
+    if labels is not None:
+        batches = [replace(batch, labels=labels[row]) for batch, row in zip(batches, rows, strict=True)]
+    if soft is not None:
+        batches = [replace(batch, soft_labels=soft[row]) for batch, row in zip(batches, rows, strict=True)]
+    return batches
 
 
 def simmim() -> TrainingGolden:
@@ -291,7 +292,16 @@ def _openmmlab(g: Golden, changes: dict[str, Any]) -> TrainingGolden:
 
 def finetune() -> TrainingGolden:
     """Layer decay, accumulation, clipping, label smoothing."""
-    g = golden.load("mae_finetune_cls_train_dev")
+    return _finetune("mae_finetune_cls_train_dev")
+
+
+def finetune_soft() -> TrainingGolden:
+    """Layer decay, soft labels, drop path, mean pooling, a position table of another grid."""
+    return _finetune("mae_finetune_train_dev")
+
+
+def _finetune(name: str) -> TrainingGolden:
+    g = golden.load(name)
     c = g.config
     section = {
         "name": "finetune",
@@ -300,10 +310,38 @@ def finetune() -> TrainingGolden:
         "label_smoothing": c["smoothing"],
     }
     student = {"width": c["embed"], "depth": c["depth"], "heads": c["heads"], "patch": c["patch"]}
-    optim = {"layer_decay": c["layer_decay"], "clip": c["clip_grad"]}
+    student["drop_path"] = c["drop_path"]
+    optim = {"layer_decay": c["layer_decay"], "clip": c["clip_grad"] or 0.0}
     run = golden.run_config(section, student, c["img"], **_sections(c, optim))
     method = method_class("finetune")(run, {})
-    return _official_run(g, run, method, _micro_batches(g), finetune_names.from_official)
+    prefix, table = method.student.prefix, g["checkpoint_pos_embed"]
+    before, after = (round((tokens - prefix) ** 0.5) for tokens in (table.shape[1], method.student.pos_embed.shape[1]))
+    resized = pos_embed.resize(table, (before, before), (after, after), prefix)
+    golden.close(resized, g["state0/pos_embed"], 1e-7)
+    noise = {"drop_path": g["droppath_uniform"].permute(0, 3, 1, 2)} if "droppath_uniform" in g.tensors else {}
+    return _official_run(g, run, method, _micro_batches(g, **noise), finetune_names.from_official)
+
+
+def linear_probe() -> TrainingGolden:
+    """LARS; BatchNorm's statistics of each micro-batch, whose count is left to tests/engine/test_lars.py."""
+    g = golden.load("mae_linprobe_train_dev")
+    c = g.config
+    section = {"name": "linear_probe", "classes": c["classes"], "pool": "mean" if c["global_pool"] else "cls"}
+    section["norm_batch"] = c["batch"]
+    student = {"width": c["embed"], "depth": c["depth"], "heads": c["heads"], "patch": c["patch"]}
+    schedule = _sections({**c, "betas": None, "eps": None})["schedule"]
+    optim = {"name": "lars", "momentum": 0.9, "trust_coefficient": 1e-3, "weight_decay": c["weight_decay"]}
+    engine = {"ds_config": "cpu_zero0_fp32"}
+    run = golden.run_config(section, student, c["img"], optim=optim, schedule=schedule, engine=engine)
+    groups = {"decay": [], "no_decay": c["trainable"]}
+    if c["weight_decay"]:
+        groups = {key: [n for n in c["trainable"] if n.endswith(".weight") == (key == "decay")] for key in groups}
+    method = method_class("linear_probe")(run, {})
+    g = Golden(g.tensors, {**c, **groups})
+    t = _official_run(g, run, method, _micro_batches(g), finetune_names.from_official)
+    for state in (t.start, t.end):
+        del state["head.0.num_batches_tracked"]
+    return t
 
 
 def amt() -> TrainingGolden:

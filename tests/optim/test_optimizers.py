@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mimscale.config.registry import names_in, section_by_name
-from mimscale.optim.optimizers.base import optimizer_class
+from mimscale.optim.optimizers.base import Piece, optimizer_class
 
 PACKAGE = "mimscale.optim.optimizers"
-SHAPES = ((3, 5), (7,), (1,))
+SHAPES = ((3, 5), (7,), (1,), (2, 4))
 
 
 def steps(name: str, flat: bool, created: bool, count: int = 4) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
@@ -20,6 +20,13 @@ def steps(name: str, flat: bool, created: bool, count: int = 4) -> tuple[torch.o
     parts = values.split([torch.Size(shape).numel() for shape in SHAPES])
     tensors = [values.clone()] if flat else [p.view(s).clone() for p, s in zip(parts, SHAPES, strict=True)]
     optimizer = kind.TORCH(tensors, lr=0.1, **kind.options(config, fused=False))  # type: ignore[call-arg]
+    if flat:
+        starts = [sum(torch.Size(shape).numel() for shape in SHAPES[:n]) for n in range(len(SHAPES))]
+        pieces = [
+            Piece(tensors[0], start, torch.Size(shape).numel(), str(shape), len(shape))
+            for start, shape in zip(starts, SHAPES, strict=True)
+        ]
+        kind.use_pieces(optimizer, pieces, [str(shape) for shape in SHAPES], lambda tensor: tensor)
     if created:
         kind.create_state(optimizer, tensors, 0)
     for _ in range(count):
@@ -46,7 +53,7 @@ def test_state_is_what_it_says_and_zeros_are_a_valid_start(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", names_in(PACKAGE))
-def test_works_element_by_element(name: str) -> None:
+def test_works_on_concatenated_parameters(name: str) -> None:
     _, tensors = steps(name, flat=False, created=True)
     _, (joined,) = steps(name, flat=True, created=True)
     torch.testing.assert_close(joined, torch.cat([tensor.flatten() for tensor in tensors]), rtol=1e-6, atol=1e-7)

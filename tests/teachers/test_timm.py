@@ -172,7 +172,6 @@ def test_skeleton_of_a_giant_takes_no_memory() -> None:
         ("vit_base_patch16_rope_mixed_224", {}, "Eva.* is not a plain .* choose a CLIP, DINO, DINOv2, DINOv3, EVA02"),
         ("deit_base_distilled_patch16_224", {}, "VisionTransformerDistilled.* is not a plain"),
         ("vit_small_r26_s32_224", {}, "is not a plain"),
-        ("resnet18", {"options": {}}, "timm cannot build resnet18"),
         ("vit_base_patch16_224", {"options": {"width": 3}}, "timm cannot build .*width"),
         ("vit_base_patch14_dinov2", {}, "image size 64 is not a multiple of the patch 14 .* to 56 or 70"),
         (

@@ -7,8 +7,8 @@ checkpoints ask the class which tensors there are, so none of them knows a parti
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,21 @@ from mimscale.config.registry import class_in
 from mimscale.optim.config import OptimConfig
 
 
+class Piece(NamedTuple):
+    """flat(tensor)[offset : offset + length] holds a part of the parameter `name`, which has so many dimensions."""
+
+    tensor: Tensor
+    offset: int
+    length: int
+    name: str
+    dimensions: int
+
+
 class Optimizer:
     """Base class, never instantiated. A subclass sets all four attributes and `options`.
 
-    TORCH: the optimiser. It must work element by element, because ZeRO hands it slices of concatenated parameters.
+    TORCH: the optimiser. ZeRO hands it slices of concatenated parameters, so it must work element by element; one that
+        does not, such as LARS, overrides `use_pieces`.
     STATES: keys of its state that hold one float32 number per element of a parameter; zeros must be a valid start.
         A checkpoint keeps each under this name, as a kind of fragment.
     COUNTS_STEPS: whether its state has the key "step", the number of steps taken, a 0-dim float32 tensor.
@@ -51,6 +62,20 @@ class Optimizer:
                 state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
             for name in cls.STATES:
                 state[name] = torch.zeros_like(tensor.data)
+
+    @classmethod
+    def use_pieces(
+        cls,
+        optimizer: torch.optim.Optimizer,
+        pieces: Sequence[Piece],
+        names: Sequence[str],
+        total: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Told once by an engine whose optimiser steps on other tensors than parameters. Most need nothing of it.
+
+        pieces: of this rank. names: of all parameters, the same on every rank. total: a tensor summed over the ranks
+        that hold the pieces of one parameter, collective; the identity where each rank holds all.
+        """
 
 
 def optimizer_class(name: str) -> type[Optimizer]:

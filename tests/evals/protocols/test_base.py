@@ -47,34 +47,28 @@ class Majority(Protocol):
 
 SPREAD = '''
 from mimscale.config.base import Strict
-from mimscale.evals.protocols.base import StreamingProtocol
+from mimscale.evals.protocols.base import Protocol
 
 
 class SpreadConfig(Strict):
     pass
 
 
-class Spread(StreamingProtocol):
+class Spread(Protocol):
     """deviation of the patch tokens; needs no labels"""
 
     Config = SpreadConfig
-    needs = frozenset({"tokens"})
+    needs = frozenset({NEEDS})
+    blocks = 3
     metrics = {"train": "train", "val": "val"}
     unit = "standard deviation"
 
-    def start(self, val):
-        self.val, self.pieces = val, []
-
-    def add(self, train):
-        self.pieces.append(train)
-
-    def finish(self):
-        values = [piece.values for piece in self.pieces]
+    def run(self, train, val):
         return {
-            "train": float(sum(v.var(dim=1).sum() for v in values)),
-            "val": float(self.val.values.std()),
-            "pieces": [list(v.shape) for v in values],
-            "labels": sorted({int(label) for piece in self.pieces for label in piece.labels}),
+            "train": float(train.values.std()),
+            "val": float(val.values.std()),
+            "shape": list(train.values.shape),
+            "labels": sorted(set(train.labels.tolist())),
         }
 '''
 
@@ -93,26 +87,39 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_every_protocol_names_its_source_and_what_it_reports() -> None:
-    assert {"knn", "linear", "fewshot"} <= set(protocol_names())
+    assert {"knn", "linear", "lowshot"} <= set(protocol_names())
     for name in protocol_names():
         kind = protocol_class(name)
-        assert "Source: " in str(kind.__doc__) and "arXiv" in str(kind.__doc__)
-        assert kind.metrics and len(kind.needs & {"pooled", "tokens"}) == 1
+        assert "Source: " in str(kind.__doc__) and re.search(r"\b(arXiv|doi)\b", str(kind.__doc__))
+        assert kind.metrics and len(kind.needs & {"pooled", "tokens", "blocks"}) == 1
         assert all(field.description for field in kind.Config.model_fields.values())
 
 
 def test_a_new_file_is_a_protocol(
     data: tuple[Path, Path], run_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    built_in = protocol_names()
     (folder / "majority.py").write_text(MAJORITY)
-    assert protocol_names() == ["fewshot", "knn", "linear", "majority"]
+    assert protocol_names() == sorted([*built_in, "majority"])
     for words, expected in ((["majority", "--help"], "--wanted {most,least}"), (["--help"], "the most frequent train")):
         with pytest.raises(SystemExit):
             main(["evaluate", *words])
         assert expected in capsys.readouterr().out
     out = tmp_path / "majority.json"
     words = [str(run_dir), "--train", str(data[0]), "--val", str(data[1]), "--workers", "0", "--device", "cpu"]
-    words += ["--pool", "mean", "cls", "--wanted", "least", "--min-samples", "7", "--out", str(out)]
+    words += [
+        "--baselines",
+        "--no-cache",
+        "--pool",
+        "mean",
+        "cls",
+        "--wanted",
+        "least",
+        "--min-samples",
+        "7",
+        "--out",
+        str(out),
+    ]
     assert main(["evaluate", "majority", *words]) == 0
     report = json.loads(out.read_text())
     options = {key: report["protocol"][key] for key in ("name", "wanted", "min_samples", "features_used")}
@@ -137,25 +144,30 @@ def test_the_example_of_the_documentation_runs(
     words = [str(run_dir), "--train", str(data[0]), "--val", str(data[1]), "--workers", "0", "--device", "cpu"]
     for metric in ("cosine", "l2"):
         out = tmp_path / f"{metric}.json"
-        assert main(["evaluate", "mean", *words, "--metric", metric, "--out", str(out)]) == 0
+        assert main(["evaluate", "mean", *words, "--metric", metric, "--baselines", "--out", str(out)]) == 0
         raw = json.loads(out.read_text())["rows"][0]
         assert raw["network"] == "raw pixels" and raw["mean"] > 100 / 3  # the class decides the hue
 
 
-def test_a_protocol_may_take_tokens_in_pieces_and_no_labels(run_dir: Path, folder: Path, tmp_path: Path) -> None:
-    (folder / "spread.py").write_text(SPREAD)
+@pytest.mark.parametrize(
+    ("needs", "shapes"),
+    [("tokens", ([10, 1024, 3], [10, 16, 32])), ("blocks", ([10, 1, 1, 3072], [10, 2, 2, 32]))],
+)
+def test_a_protocol_may_take_tokens_or_blocks_and_no_labels(
+    run_dir: Path, folder: Path, tmp_path: Path, needs: str, shapes: tuple[list[int], list[int]]
+) -> None:
+    (folder / "spread.py").write_text(SPREAD.replace("NEEDS", f'"{needs}"'))
     sets = []
     for name, seed in (("train", 0), ("val", 1)):
         images = make_image_folder(tmp_path / f"{name}-images", classes=2, per_class=5, side=32, seed=seed)
         sets.append(str(shards(images, tmp_path / name, labelled=False)))
     out = tmp_path / "spread.json"
     words = [str(run_dir), "--train", sets[0], "--val", sets[1], "--workers", "0", "--device", "cpu", "--batch", "4"]
-    assert main(["evaluate", "spread", *words, "--out", str(out)]) == 0
+    assert main(["evaluate", "spread", *words, "--baselines", "--no-cache", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert [(row["network"], row["pool"]) for row in report["rows"]] == [
-        ("raw pixels", "pixels"), ("random init", "tokens"), ("mae", "tokens")
+        ("raw pixels", "pixels"), ("random init", needs), ("mae", needs)
     ]  # fmt: skip
-    assert report["rows"][0]["pieces"] == [[4, 1024, 3], [4, 1024, 3], [2, 1024, 3]]
-    assert report["rows"][2]["pieces"] == [[4, 16, 32], [4, 16, 32], [2, 16, 32]]
+    assert (report["rows"][0]["shape"], report["rows"][2]["shape"]) == shapes
     assert all(row["labels"] == [-1] and row["train"] > 0 for row in report["rows"])
     assert report["unit"] == "standard deviation"

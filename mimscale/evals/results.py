@@ -1,0 +1,191 @@
+"""mimscale results: what the evaluations of a run found, in one file, beside what its recipe expects. Needs no torch.
+
+It reads reports of `mimscale evaluate` in RUN/eval and in eval/ of runs inside RUN (a fine-tuning), metrics.jsonl, and
+what the stages of `jobs/submit` left in RUN/job. It trusts none of them: what cannot be read is listed and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+from mimscale.config.recipes import load_recipe
+from mimscale.errors import UserError, printable, warn
+from mimscale.evals.config import Expected
+from mimscale.files.atomic import atomic_write
+from mimscale.files.console import plain_console
+
+FORMAT = 1
+STAGE_OF = {"top1": "finetune"}
+"""Protocol -> the stage of jobs/submit that runs it, where its name is another."""
+ROUNDING = 0.05  # published values have one decimal
+
+
+class Figure(NamedTuple):
+    """One number out of a report. step: of the checkpoint, None where its file does not say. report: its path, from the
+    run's folder.
+    """
+
+    protocol: str
+    metric: str
+    value: float
+    pool: str
+    step: int | None
+    sha256: str | None
+    val: str | None
+    report: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--recipe", help="whose expected values to compare with (default: the run's own config.yaml)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: results.json in the run's folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.run.is_dir():
+        raise UserError(f"{args.run} is no folder; name the folder of a run")
+    gathered = gather(args.run, expected_values(args.run, args.recipe))
+    console = plain_console()
+    for table in tables(gathered):
+        console.print(table)
+    for line in gathered["unreadable"]:
+        warn(f"mimscale results: {line}; left out")
+    out = args.out or args.run / "results.json"
+    try:
+        atomic_write(out, (json.dumps(gathered, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}; name another file with --out") from None
+    console.print(printable(f"wrote {out}"), soft_wrap=True)
+    return 0
+
+
+def expected_values(run_dir: Path, recipe: str | None) -> Mapping[str, Expected]:
+    """Of the recipe, or of the run's own; none where the run has not begun. Raises UserError for a bad recipe."""
+    if recipe is None and not (run_dir / "config.yaml").is_file():
+        return {}
+    return load_recipe(recipe or str(run_dir / "config.yaml")).expected
+
+
+def gather(run_dir: Path, expected: Mapping[str, Expected]) -> dict[str, Any]:
+    """The content of results.json."""
+    unreadable: list[str] = []
+    figures = list(figures_in(run_dir, unreadable))
+    stages = stages_of(run_dir)
+    return {
+        "format": FORMAT,
+        "run": str(run_dir),
+        "stages": stages,
+        "training": training(run_dir),
+        "figures": [figure._asdict() for figure in figures],
+        "expected": [compared(name, wanted, figures, stages) for name, wanted in expected.items()],
+        "unreadable": unreadable,
+    }
+
+
+def figures_in(run_dir: Path, unreadable: list[str]) -> Iterator[Figure]:
+    """Every metric of every row that measures a checkpoint; baselines have no source. unreadable: gets a line for each
+    report that is not one.
+    """
+    for path in sorted([*run_dir.glob("eval/*.json"), *run_dir.glob("*/eval/*.json")]):
+        name = str(path.relative_to(run_dir))
+        try:
+            report = json.loads(path.read_text())
+            for row in report["rows"]:
+                if "source" not in row:
+                    continue
+                for metric in (key for key in report["metrics"] if key in row):  # of small data sets some are absent
+                    value = float(row[metric])
+                    if not math.isfinite(value):
+                        raise ValueError(f"{metric} = {value}")
+                    protocol, val = str(report["protocol"]["name"]), report.get("val", {}).get("fingerprint")
+                    pool, step = str(row.get("pool", "")), row.get("step")
+                    yield Figure(protocol, metric, value, pool, step, row.get("sha256"), val, name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            unreadable.append(f"{name} is no report of an evaluation ({type(error).__name__}: {error})")
+
+
+def stages_of(run_dir: Path) -> dict[str, dict[str, str]]:
+    """Stage of `jobs/submit` -> the number of its last job, and its state.
+
+    done; failed, exit code N; not run: it never began, because a stage that it needs failed; unfinished: it runs, or
+    was killed before it could say what became of it.
+    """
+    stages: dict[str, dict[str, str]] = {}
+    jobs = run_dir / "job" / "jobs.txt"
+    for line in jobs.read_text(errors="replace").splitlines() if jobs.is_file() else ():
+        stage, _, job = line.partition(" ")
+        if not re.fullmatch(r"[\w.-]+", stage) or stage == "results":
+            continue
+        found = [run_dir / "job" / f"stage-{stage}.txt", *(run_dir / "job").glob(f"stage-{stage}-*.txt")]
+        states = sorted({path.read_text(errors="replace").strip() for path in found if path.is_file()})
+        state = next((s for s in states if s.startswith("failed")), None)
+        if state is None:
+            state = {(): "not run", ("done",): "done"}.get(tuple(states), "unfinished")
+        stages[stage] = {"job": job, "state": state}
+    return stages
+
+
+def training(run_dir: Path) -> dict[str, Any]:
+    """The last line of the training's metrics, and the last evaluation while it trained; empty where there is none."""
+    last: dict[str, Any] = {}
+    path = run_dir / "metrics.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue  # cut off by a crash
+        if isinstance(values, dict) and "step" in values and "loss" in values:
+            last |= {"step": values["step"], "loss": values["loss"]}
+        elif isinstance(values, dict) and values.get("event") == "evals":
+            last["evals"] = {key: value for key, value in values.items() if key not in ("event", "time", "seconds")}
+    return last | {"finished": (run_dir / "done").is_file()}
+
+
+def compared(
+    name: str, wanted: Expected, figures: Sequence[Figure], stages: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """An expected value beside what was found: reached, short by so much, failed, or not run.
+
+    Of several figures that of the newest checkpoint counts. Reached: at the published one decimal.
+    """
+    metric = wanted.metric or name
+    fit = [f for f in figures if f.protocol == name and f.metric == metric and wanted.pool in (None, f.pool)]
+    entry = {"protocol": name, "metric": metric, "expected": wanted.value, "source": wanted.source}
+    if not fit:
+        state = stages.get(STAGE_OF.get(name, name), {}).get("state", "")
+        return {**entry, "found": None, "status": "failed" if state.startswith("failed") else "not run"}
+    best = max(fit, key=lambda figure: -1 if figure.step is None else figure.step)
+    short = wanted.value - best.value
+    status = "reached" if short < ROUNDING else f"short by {short:.1f}"
+    return {**entry, "found": best.value, "pool": best.pool, "report": best.report, "status": status}
+
+
+def tables(gathered: Mapping[str, Any]) -> Iterator[Table]:
+    """For the terminal: stages, figures, and the comparison, as far as there are any."""
+    if gathered["stages"]:
+        table = Table("stage", "job", "state", title="stages")
+        for stage, of in gathered["stages"].items():
+            table.add_row(stage, of["job"], Text(printable(of["state"])))
+        yield table
+    table = Table("protocol", "pool", "metric", "step", "value", title=printable(gathered["run"]))
+    for f in gathered["figures"]:
+        step = "" if f["step"] is None else f"{f['step']:,}"
+        table.add_row(
+            *(Text(printable(word)) for word in (f["protocol"], f["pool"], f["metric"], step)), f"{f['value']:.1f}"
+        )
+    yield table
+    if gathered["expected"]:
+        table = Table("protocol", "expected", "found", "status", "source", title="the recipe's expected values")
+        for e in gathered["expected"]:
+            found = "" if e["found"] is None else f"{e['found']:.1f}"
+            table.add_row(e["protocol"], f"{e['expected']:.1f}", found, e["status"], Text(e["source"]))
+        yield table
