@@ -127,9 +127,10 @@ def memory(
         if zero.secondary > 1:
             live += zero.width * kept / zero.secondary
         always["gathered parameters"] = live
+    one_rank = ranks == 1 and zero.stage in (1, 2) and config.engine.uses("one_rank")
     moments = {
         "backward pass": _backward(zero, trace, kept, ranks, zero.buckets),
-        "update": _update(zero, kept, states, split, ranks, zero.buckets, fused_update),
+        "update": _update(zero, kept, states, split, ranks, zero.buckets, fused_update, one_rank),
         "teachers": {"workspace": float(trace.teacher_peak)},
     }
     worst: Moment = max(moments, key=lambda moment: sum(moments[moment].values()))  # type: ignore[arg-type]
@@ -148,16 +149,16 @@ def _backward(zero: Zero, trace: Trace, kept: float, ranks: int, bucket: float) 
 
 
 def _update(
-    zero: Zero, kept: float, states: int, split: int, ranks: int, bucket: float, fused: bool
+    zero: Zero, kept: float, states: int, split: int, ranks: int, bucket: float, fused: bool, one_rank: bool
 ) -> dict[str, float]:
-    """Gradients as they were summed, and their float32 copy, which sums in float32 beside 16-bit weights do without;
-    then what an optimiser that is not fused allocates.
+    """Gradients as they were summed, and their float32 copy, which sums in float32 beside 16-bit weights do without, and
+    on one rank all sums in float32; then what an optimiser that is not fused allocates.
     """
     temporaries = 0.0 if fused or states < 2 else 8.0 * kept / split
     if zero.stage == 0:
         return {"gradients": 4.0 * kept, "workspace": 4.0 * kept}
     summed = zero.sums * kept / (ranks if zero.stage > 1 else 1)
-    in_place = zero.stage < 3 and zero.sums == 4 and zero.width < 4
+    in_place = zero.stage < 3 and zero.sums == 4 and (zero.width < 4 or one_rank)
     copy = 0.0 if in_place else 4.0 * kept / split
     stays = summed if in_place or zero.sums == zero.width or zero.stage == 3 else 0.0  # else freed before the step
     at_copy, at_step = summed + copy, stays + copy + temporaries
