@@ -151,8 +151,8 @@ def _backward(zero: Zero, trace: Trace, kept: float, ranks: int, bucket: float) 
 def _update(
     zero: Zero, kept: float, states: int, split: int, ranks: int, bucket: float, fused: bool, one_rank: bool
 ) -> dict[str, float]:
-    """Gradients as they were summed, and their float32 copy, which sums in float32 beside 16-bit weights do without, and
-    on one rank all sums in float32; then what an optimiser that is not fused allocates.
+    """Gradients as they were summed, and their float32 copy, which sums in float32 beside 16-bit weights do without, on
+    one rank all sums in float32; then what an optimiser that is not fused allocates.
     """
     temporaries = 0.0 if fused or states < 2 else 8.0 * kept / split
     if zero.stage == 0:
