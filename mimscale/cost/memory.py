@@ -129,7 +129,7 @@ def memory(
         always["gathered parameters"] = live
     one_rank = ranks == 1 and zero.stage in (1, 2) and config.engine.uses("one_rank")
     moments = {
-        "backward pass": _backward(zero, trace, kept, ranks, zero.buckets),
+        "backward pass": _backward(zero, trace, kept, ranks, zero.buckets, one_rank),
         "update": _update(zero, kept, states, split, ranks, zero.buckets, fused_update, one_rank),
         "teachers": {"workspace": float(trace.teacher_peak)},
     }
@@ -137,10 +137,11 @@ def memory(
     return Memory({name: size for name, size in {**always, **moments[worst]}.items() if size}, worst)
 
 
-def _backward(zero: Zero, trace: Trace, kept: float, ranks: int, bucket: float) -> dict[str, float]:
+def _backward(zero: Zero, trace: Trace, kept: float, ranks: int, bucket: float, one_rank: bool) -> dict[str, float]:
     """The worst moment of the backward pass: activations leave while gradients come."""
     summed = 4.0 if zero.stage == 0 else zero.sums / (ranks if zero.stage > 1 else 1)
-    all_along = zero.stage == 3  # ZeRO-3 has a buffer for its partition of the gradients from the start
+    # a buffer for the partition of the gradients from the start
+    all_along = zero.stage == 3 or (one_rank and zero.stage == 2)
     alive, gradients = max(
         ((float(peak), summed * (kept if all_along else done)) for peak, done in trace.backward), key=sum
     )
