@@ -146,7 +146,12 @@ def _cell(out: Path, row: str, seed: int) -> None:
 
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # a killed call leaves nothing
+
+    def end_with(caller: multiprocessing.process.BaseProcess) -> None:
+        caller.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()  # a killed call leaves nothing
     log = _log(out, row, seed)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:

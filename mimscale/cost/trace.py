@@ -97,7 +97,8 @@ class Counter(TorchDispatchMode):
         call = _call(func, args, kwargs)
         known = None if call is None else self._results.get(call)
         if known is not None:
-            outputs, work = [_empty(*spec) for spec in known.outputs], known.work
+            outputs = [_empty(*spec) for spec in known.outputs]
+            work: Work | None = known.work
             out: Any = outputs[0] if known.single else tuple(outputs)
         else:
             out = func(*args, **kwargs)

@@ -135,7 +135,7 @@ def test_interval_by_hand() -> None:
     values = [80.0, 82.0, 81.0, 79.0, 83.0]
     found = interval(values)
     half = 2.7764451 * math.sqrt(2.5) / math.sqrt(5)
-    assert found.mean == 81.0 and found.count == 5 and abs(found.half - half) < 1e-6
+    assert found.mean == 81.0 and found.seeds == 5 and abs(found.half - half) < 1e-6
     assert str(found) == "81.0 ± 2.0" and str(interval([3.0])) == "3.0 (1 seed)"
 
 
@@ -144,7 +144,7 @@ def test_differences_are_paired() -> None:
     base = {seed: {"knn": value} for seed, value in enumerate((50.0, 60.0, 70.0))}
     ours = {seed: {"knn": value} for seed, value in enumerate((51.0, 61.2, 70.8, 99.0))}
     gap = difference({"a": ours, "b": base}, "a", "b", "knn")
-    assert gap is not None and abs(gap.mean - 1.0) < 1e-9 and gap.count == 3
+    assert gap is not None and abs(gap.mean - 1.0) < 1e-9 and gap.seeds == 3
     assert abs(gap.half - 4.3026527 * 0.2 / math.sqrt(3)) < 1e-6
     assert difference({"a": ours}, "a", "b", "knn") is None
 

@@ -156,7 +156,7 @@ def test_a_killed_job_goes_on(data: tuple[Path, Path], tmp_path: Path) -> None:
     images = make_image_folder(tmp_path / "images", classes=3, per_class=500, side=32, seed=2)
     train, run_dir = shards(images, tmp_path / "train"), save_run(tmp_path / "mae", small_run("mae"))
     cache = tmp_path / "cache"
-    words = ("--train", train, "--val", data[1], *COMMON)
+    words: tuple[str | Path, ...] = ("--train", train, "--val", data[1], *COMMON)
 
     def strike(pids: list[int]) -> None:
         ranks.until(lambda: len(list(cache.glob("mean-*/part-*"))) > 4, pids)

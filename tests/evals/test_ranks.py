@@ -20,7 +20,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def evaluate(count: int, protocol: str, run_dir: Path, data: tuple[Path, Path], out: Path, *more: str) -> list[Any]:
-    words = ("--train", data[0], "--val", data[1], *COMMON, *more, "--out", out)
+    words: tuple[str | Path, ...] = ("--train", data[0], "--val", data[1], *COMMON, *more, "--out", out)
     done = ranks.run(count, "mimscale", "evaluate", protocol, run_dir, *words)
     assert done.stdout.count("wrote") == 1
     rows: list[Any] = json.loads(out.read_text())["rows"]

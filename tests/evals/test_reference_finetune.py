@@ -15,8 +15,8 @@ from tests import ranks
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 RECIPE = Path(__file__).parent / "finetune_digits.yaml"
 SEEDS = (0, 1, 2)
-STATED, MARGIN = 0.0, 4.0
-"""Percent top-1 on 500 digits, mean of the three seeds on a CPU, and how far a change of libraries may move it."""
+STATED, MARGIN = 88.7, 4.0
+"""Percent top-1 on 500 digits, mean of the three seeds on a CPU (88.8, 90.2, 87.2), and how far it may move."""
 
 
 def test_accuracy_on_digits(tmp_path: Path) -> None:

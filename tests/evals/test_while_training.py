@@ -139,11 +139,12 @@ def test_generators_and_features_survive_a_protocol(data: tuple[Path, Path]) -> 
     torch.manual_seed(0)
     student = ViT(small_run("mae").student, 32)
     found = []
-    for names in ({"ridge": {}}, {"greedy": {}, "ridge": {}}):
+    choices: tuple[dict[str, Any], ...] = ({"ridge": {}}, {"greedy": {}, "ridge": {}})
+    for names in choices:
         evaluator = Evaluator(plan(data, protocols=names), student, World(0, 1, 0, CPU), Coordinator(), "fp32")
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
         state = [(f"student.{n}", p) for n, p in student.named_parameters()]
-        found.append(evaluator.evaluate(lambda prefix, state=state: iter(state), student.named_buffers()).metrics)
+        found.append(evaluator.evaluate(lambda prefix: iter(state), student.named_buffers()).metrics)  # noqa: B023  # at once
         after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
         assert before[:2] == after[:2] and torch.equal(before[2], after[2])
     assert found[1].pop("greedy") >= 0

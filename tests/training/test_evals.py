@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -57,7 +58,7 @@ def train_all(recipe: Path, runs: Sequence[tuple[Path, Sequence[str]]], folder: 
     ranks.run(2, "tests.training.several", listed)
 
 
-def events(run_dir: Path, name: str) -> list[dict[str, object]]:
+def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
     return [line for line in ranks.lines(run_dir) if line.get("event") == name]
 
 

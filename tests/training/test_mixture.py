@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def sets(folder: Path) -> list[str]:
 def test_weights_are_printed_and_may_not_change_at_a_resume(tmp_path: Path) -> None:
     one, two = sets(tmp_path)
 
-    def start(weights: dict[str, float], code: int = 0) -> str:
+    def start(weights: Mapping[str, float], code: int = 0) -> str:
         sections: dict[str, Any] = {"schedule": {"steps": 6, "warmup_epochs": 0}, "data": {"shards": weights}}
         recipe = ranks.recipe(tmp_path, tmp_path, **sections, checkpoint={"every": 2}, student={"depth": 1})
         done = ranks.run(1, "mimscale", "train", recipe, "--run-dir", tmp_path / "run", check=False)

@@ -20,7 +20,8 @@ from mimscale.evals.launch import CROP_PCT
 from mimscale.evals.logistic_regression import Rows
 from mimscale.evals.networks import Network, features_folder, load_networks
 from mimscale.evals.protocols.linear import HOLD_OUT, full_data, hold_out
-from mimscale.evals.robustness.classifiers import Classifier, class_names, digest, linear_logits
+from mimscale.evals.robustness.classes import outputs_of
+from mimscale.evals.robustness.classifiers import PREDICTION, Classifier, class_names, digest, linear_logits
 from mimscale.evals.runner import Settings, extraction_of
 
 Check = Callable[[list[str]], None]
@@ -41,7 +42,7 @@ def classifiers_of(
     """
     paths = list(dict.fromkeys(runs))
     if train is None:
-        return ranks.on_all_ranks(lambda: [_own(path, paths, settings, classes_of, check) for path in paths])
+        return ranks.on_all_ranks(lambda: [own_classifier(path, paths, settings, classes_of, check) for path in paths])
     settings = replace(settings, crop_pct=settings.crop_pct or CROP_PCT)
     manifest, networks = ranks.on_all_ranks(lambda: _frozen(paths, settings, train, check))
     found = []
@@ -54,7 +55,10 @@ def classifiers_of(
     return found
 
 
-def _own(path: Path, paths: Sequence[Path], settings: Settings, classes_of: Path | None, check: Check) -> Classifier:
+def own_classifier(
+    path: Path, paths: Sequence[Path], settings: Settings, classes_of: Path | None, check: Check
+) -> Classifier:
+    """A run with a head of its own. paths: all of the table, whose names are to differ. Raises UserError."""
     found = load_classifier(
         path,
         image_size=settings.image_size,
@@ -65,7 +69,8 @@ def _own(path: Path, paths: Sequence[Path], settings: Settings, classes_of: Path
     names = class_names(found.run, classes_of)
     check(names)
     data = found.run.data
-    about = {"source": str(found.path), "step": found.step, "sha256": found.sha256, "head": "own"}
+    about = {"source": str(found.path), "step": found.step, "sha256": found.sha256}
+    about |= {"method": found.run.method.name, "head": "own"}
     identity = {"classifier": found.sha256, "ema": settings.ema}
     name = path.name if [one.name for one in paths].count(path.name) == 1 else str(path)
     name += " (ema)" if settings.ema else ""
@@ -112,3 +117,23 @@ def _fitted(
     identity = {**network.identity, "pool": pool, "head": digest(head.weight, head.bias, mean, deviation)}
     name = f"{network.name}, {pool}"
     return Classifier(name, network.image_size, settings.crop_pct, logits, classes, identity, network.folder, about)
+
+
+def predictions_of(
+    classifier: Classifier,
+    manifest: Manifest,
+    what: str,
+    settings: Settings,
+    ranks: Coordinator,
+    whole: bool = False,
+) -> Tensor:
+    """int64 [N]: for each image of a data set one of its labels. what: the data set in a word, for the progress.
+
+    whole: the images are not cropped. They are kept where features are, 4 bytes each. Raises UserError, on all ranks.
+    """
+    outputs, _ = outputs_of(manifest.classes or [], classifier.classes, manifest.location)
+    c = classifier
+    identity = {**c.identity, "outputs": outputs.tolist()}
+    network = Network(c.name, c.image_size, c.answers(outputs), identity, c.folder, c.about)
+    how = extraction_of(replace(settings, crop_pct=1.0 if whole else c.crop_pct))
+    return features_of([network], manifest, what, how, ranks)[c.name, PREDICTION][:, 0].long()
