@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -44,10 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(AttributeError, OSError):  # of a notebook, which shows any text, or of another stream
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         warn(f"data_prep: {error}")
         return 2
+    except BrokenPipeError:  # nobody reads what is printed: `| head`
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's exit would fail
+        return 141
     except OSError as error:  # a full disk above all
         where = f" ('{error.filename}')" if error.filename else ""
         print(

@@ -9,6 +9,7 @@ import numpy as np
 
 from data_prep.imagenet import FULL_SIZE
 from data_prep.reports import SHOWN
+from data_prep.torchvision_sets import SIZES
 from mimscale.data.manifest import Ints, Manifest, ManifestFile
 from mimscale.data.names import one_line
 
@@ -56,9 +57,10 @@ def _left_out(file: ManifestFile) -> list[str]:
 def known_size(manifest: Manifest) -> list[str]:
     """One line if the full size of the source is known, else none."""
     kind = manifest.file.source.get("kind")
-    if kind not in FULL_SIZE:
+    known = FULL_SIZE | SIZES
+    if kind not in known:
         return []
-    images, classes = FULL_SIZE[kind]
+    images, classes = known[kind]
     size = manifest.samples, len(manifest.classes or [])
     verdict = "all of it" if size == (images, classes) else "not all of it"
     return [f"{kind} has {images:,} images in {classes:,} classes: this is {verdict}"]

@@ -8,10 +8,10 @@ inside them: the evaluation protocols hold out their own part. The metric of eac
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from mimscale.data.names import one_line
 from mimscale.errors import UserError, nearest
 
 Sample = tuple[str, int]  # path of a file, label
+Read = Callable[[Path, str, bool], tuple[list[Item], list[str]]]
+FLOWERS = 102
 TOP1, PER_CLASS = "top-1", "mean per-class"  # names of metrics, as mimscale.evals reads them from a manifest
 UNLABELLED = "unlabelled"
 
@@ -33,7 +35,7 @@ class DataSet:
     splits: name of ours -> torchvision's splits that it joins. metric: of its tables.
     """
 
-    read: Callable[[Path, str, bool], tuple[list[Item], list[str]]]
+    read: Read
     splits: Mapping[str, tuple[str, ...]]
     place: str
     metric: str = TOP1
@@ -85,8 +87,6 @@ def _read(kind: DataSet, name: str, root: Path, split: str, download: bool) -> t
     except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        if isinstance(error, TypeError) and "loader" in str(error):
-            raise UserError(f"torchvision {version('torchvision')} gives no paths of {name}; it needs 0.22") from None
         raise UserError(f"'{root / kind.place}' cannot be read as {name} ({error}); get its files again") from None
     if not items:
         raise UserError(f"'{root / kind.place}' lists no image of {name} {split}; get its files again")
@@ -119,9 +119,19 @@ def _path(path: Any) -> str:
     return str(path)
 
 
-def _listed(dataset: Any) -> tuple[list[Item], list[str]]:
-    """Of a data set that was made with the loader `_path`."""
-    return _files(dataset[number] for number in range(len(dataset))), list(dataset.classes)
+def _listed(kind: Any, root: Path, **options: Any) -> tuple[list[Item], list[str]]:
+    """The files and classes of one of torchvision's data sets. Pets takes no loader, and of older versions (0.21) no
+    class does: their lists are read.
+    """
+    if "loader" in inspect.signature(kind).parameters:
+        found = kind(root, loader=_path, **options)
+        samples = [found[number] for number in range(len(found))]
+    else:
+        found = kind(root, **options)
+        files = getattr(found, "_image_files", None) or getattr(found, "_images", None)
+        samples = found._samples if files is None else list(zip(files, found._labels, strict=True))
+    names = getattr(found, "classes", None)  # Flowers102 of 0.21 has none
+    return _files(samples), list(names or map(str, range(1, FLOWERS + 1)))
 
 
 def _rows(path: Path, labels: Sequence[int], column: str, size: int) -> list[Item]:
@@ -175,42 +185,15 @@ def _tiny_imagenet(root: Path, split: str, download: bool) -> tuple[list[Item], 
     return _files(found.samples), list(found.classes)
 
 
-def _food101(root: Path, split: str, download: bool) -> tuple[list[Item], list[str]]:
-    from torchvision.datasets import Food101
+def _class(name: str, **options: Any) -> Read:
+    """Of torchvision's class of this name, which takes root, split and download."""
 
-    return _listed(Food101(root, split=split, download=download, loader=_path))
+    def read(root: Path, split: str, download: bool) -> tuple[list[Item], list[str]]:
+        import torchvision.datasets
 
+        return _listed(getattr(torchvision.datasets, name), root, split=split, download=download, **options)
 
-def _pets(root: Path, split: str, download: bool) -> tuple[list[Item], list[str]]:
-    """The one class without a loader argument: its lists of files and labels are taken."""
-    from torchvision.datasets import OxfordIIITPet
-
-    found = OxfordIIITPet(root, split=split, download=download)
-    return _files(zip(map(str, found._images), found._labels, strict=True)), list(found.classes)
-
-
-def _flowers102(root: Path, split: str, download: bool) -> tuple[list[Item], list[str]]:
-    from torchvision.datasets import Flowers102
-
-    return _listed(Flowers102(root, split=split, download=download, loader=_path))
-
-
-def _cars(root: Path, split: str, download: bool) -> tuple[list[Item], list[str]]:
-    from torchvision.datasets import StanfordCars
-
-    return _listed(StanfordCars(root, split=split, download=download, loader=_path))
-
-
-def _dtd(root: Path, split: str, download: bool) -> tuple[list[Item], list[str]]:
-    from torchvision.datasets import DTD
-
-    return _listed(DTD(root, split=split, partition=1, download=download, loader=_path))
-
-
-def _aircraft(root: Path, split: str, download: bool) -> tuple[list[Item], list[str]]:
-    from torchvision.datasets import FGVCAircraft
-
-    return _listed(FGVCAircraft(root, split=split, download=download, loader=_path))
+    return read
 
 
 TINY = "tiny-imagenet-200"
@@ -222,10 +205,26 @@ SETS = {
     "cifar100": DataSet(_cifar100, TRAIN_TEST, "cifar-100-python"),
     "stl10": DataSet(_stl10, {**TRAIN_TEST, UNLABELLED: ("unlabeled",)}, "stl10_binary"),
     "tiny_imagenet": DataSet(_tiny_imagenet, {"train": ("train",), "val": ("val",)}, TINY),
-    "food101": DataSet(_food101, TRAIN_TEST, "food-101"),
-    "pets": DataSet(_pets, TRAINVAL, "oxford-iiit-pet", PER_CLASS),
-    "flowers102": DataSet(_flowers102, JOINED, "flowers-102", PER_CLASS),
-    "cars": DataSet(_cars, TRAIN_TEST, "stanford_cars"),
-    "dtd": DataSet(_dtd, JOINED, "dtd"),
-    "aircraft": DataSet(_aircraft, TRAINVAL, "fgvc-aircraft-2013b", PER_CLASS),
+    "food101": DataSet(_class("Food101"), TRAIN_TEST, "food-101"),
+    "pets": DataSet(_class("OxfordIIITPet"), TRAINVAL, "oxford-iiit-pet", PER_CLASS),
+    "flowers102": DataSet(_class("Flowers102"), JOINED, "flowers-102", PER_CLASS),
+    "cars": DataSet(_class("StanfordCars"), TRAIN_TEST, "stanford_cars"),
+    "dtd": DataSet(_class("DTD", partition=1), JOINED, "dtd"),
+    "aircraft": DataSet(_class("FGVCAircraft"), TRAINVAL, "fgvc-aircraft-2013b", PER_CLASS),
+}
+SIZES = {  # kind of source -> (images, classes) of the official data
+    f"torchvision {name} {split}": (count, 0 if split == UNLABELLED else classes)
+    for name, classes, counts in (
+        ("cifar10", 10, {"train": 50_000, "val": 10_000}),
+        ("cifar100", 100, {"train": 50_000, "val": 10_000}),
+        ("stl10", 10, {"train": 5_000, "val": 8_000, UNLABELLED: 100_000}),
+        ("tiny_imagenet", 200, {"train": 100_000, "val": 10_000}),
+        ("food101", 101, {"train": 75_750, "val": 25_250}),
+        ("pets", 37, {"train": 3_680, "val": 3_669}),
+        ("flowers102", 102, {"train": 2_040, "val": 6_149}),
+        ("cars", 196, {"train": 8_144, "val": 8_041}),
+        ("dtd", 47, {"train": 3_760, "val": 1_880}),
+        ("aircraft", 100, {"train": 6_667, "val": 3_333}),
+    )
+    for split, count in counts.items()
 }

@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import tarfile
+from collections import Counter
 from pathlib import Path
 
+from mimscale.data.names import one_line
 from mimscale.errors import UserError
 
 DEVKIT_META = "data/meta.mat"
@@ -28,7 +30,11 @@ def read_val_labels(truth: Path, synsets: Path | None) -> dict[str, str]:
     try:
         if truth.suffix == ".csv":
             with open(truth, newline="") as file:
-                return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+                rows = [(row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file)]
+            if len(dict(rows)) != len(rows):
+                twice, _ = Counter(name for name, _ in rows).most_common(1)[0]
+                raise UserError(f"ground truth '{truth}': '{one_line(str(twice))}' has several rows; keep one")
+            return dict(rows)
         if truth.name.endswith((".tar", ".tar.gz", ".tgz")):
             with tarfile.open(truth) as devkit:
                 wnids = _class_wnids(_extract(devkit, DEVKIT_META))

@@ -30,6 +30,7 @@ read_site() {
 setup_job() { # set the environment of the ranks
   local head packages key
   : "${SLURM_JOB_ID:?is not set: start this file with sbatch}"
+  unset SHARED_FILE # that of jobs/submit, which all its jobs would share
   [ -z "${MIMSCALE_STAGE_FILE:-}" ] || begin_stage
   early_stop=''
   trap 'early_stop=1' USR1 # a signal before the ranks run must not kill this shell

@@ -49,7 +49,7 @@ EXTRAS = {  # with --all: network -> (title, recipe, changes)
     "mrmae_convmae": ("MR-MAE on ConvMAE's encoder", "demo_mrmae", (f"method.stages={STAGES}", "student.depth=3")),
 }
 CONV_RANDOM = "random init ConvViT"
-METRICS = {"knn": "kNN", "linear": "linear", "few_shot": "5-shot"}
+METRICS = {"knn": "kNN", "linear": "linear", "lowshot": "5-shot"}
 OVER_RANDOM, OVER_CONTROL = 12.0, 8.0  # required margins of MaskAlign, in points, in kNN and with 5 labels per class
 Scores = dict[str, dict[str, float]]  # network -> metric -> percent, of one seed
 console = Console(highlight=False)
@@ -153,9 +153,9 @@ def evaluate(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages,
     """Accuracy in percent on the 500 test digits. One process per protocol for all networks."""
     runs = [folder / name for name in (*RUNS, *(EXTRAS if extras else ()))]
     common = ["--train", shards["digits-train"], "--val", shards["digits-test"], "--crop-pct", 1, "--workers", 0]
-    common += ["--seed", seed, "--device", DEVICE]
+    common += ["--seed", seed, "--device", DEVICE, "--baselines"]
     scores: Scores = {name: {} for name in rows(extras)}
-    for protocol, flags in (("knn", []), ("linear", []), ("fewshot", ["--shots", 5, "--draws", 3])):
+    for protocol, flags in (("knn", []), ("linear", []), ("lowshot", ["--shots", 5, "--draws", 3])):
         report = folder / f"{protocol}.json"
         words = ["-m", "mimscale", "evaluate", protocol, *runs, *common, *flags, "--out", report]
         stage(f"seed {seed}: evaluate {protocol}", *words)
@@ -192,7 +192,7 @@ def findings(scores: Sequence[Scores]) -> list[str]:
     titles = rows(extras := "mrmae" in scores[0])
 
     def compare(first: str, second: str) -> str:
-        gaps = [(m, mean(scores, first, m) - mean(scores, second, m)) for m in ("knn", "few_shot")]
+        gaps = [(m, mean(scores, first, m) - mean(scores, second, m)) for m in ("knn", "lowshot")]
         text = " and ".join(f"{gap:+.1f} points in {METRICS[m]}" for m, gap in gaps)
         return f"{titles[first][0]} against {titles[second][0]}: {text}."
 
@@ -208,7 +208,7 @@ def failures(scores: Sequence[Scores], scale: float) -> list[str]:
     pairs = [("maskalign", "random init", OVER_RANDOM), ("maskalign", "control", OVER_CONTROL)]
     pairs += [("mrmae", "random init", OVER_RANDOM)] if "mrmae" in scores[0] else []
     for name, other, points in pairs:
-        for metric in ("knn", "few_shot"):
+        for metric in ("knn", "lowshot"):
             margin = mean(scores, name, metric) - mean(scores, other, metric)
             if not margin > points * scale:
                 title = rows(True)[name][0]

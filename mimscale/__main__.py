@@ -7,6 +7,7 @@ import atexit
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from mimscale.errors import Stopped, UserError, warn
 VERBS = {
     "train": ("mimscale.training.cli", "pre-train a student; resumes what the run folder holds"),
     "recipes": ("mimscale.config.recipe_table", "list the recipes of this package: what each should reach and cost"),
-    "evaluate": ("mimscale.api.evaluate", "accuracy of frozen features: kNN, linear, few-shot"),
+    "evaluate": ("mimscale.api.evaluate", "accuracy of frozen features: kNN, linear, low-shot and more"),
     "results": ("mimscale.evals.results", "what the evaluations of a run found, beside what its recipe expects"),
     "convert": ("mimscale.convert.cli", "official checkpoints <-> ours <-> timm, each with an equality check"),
     "reconstruct": ("mimscale.api.cli", "a figure of masked images and their reconstructions"),
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def without_local_rank(arguments: list[str]) -> list[str]:
+def without_local_rank(arguments: Sequence[str]) -> list[str]:
     """The arguments without `--local_rank=N`, which deepspeed and torch.distributed.launch put before all others.
 
     They set LOCAL_RANK to the same number; where it is missing, it is set here.
@@ -101,8 +102,27 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def answer_early_signals(arguments: Sequence[str]) -> None:
+    """Until a training run has its own handlers: a signal in the seconds of imports and checks ends it with one line.
+
+    What the parent ignores stays ignored, as the batch scripts do it with SIGUSR1.
+    """
+    if next((word for word in without_local_rank(arguments) if not word.startswith("-")), None) != "train":
+        return
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _leave_early)
+
+
+def _leave_early(number: int, frame: object) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        warn(f"stopped before the first step ({signal.Signals(number).name})")
+    os._exit(128 + signal.SIGTERM)
+
+
 def entry() -> NoReturn:
     """The console script."""
+    answer_early_signals(sys.argv[1:])
     try:
         code = main()
     except SystemExit as stop:

@@ -54,7 +54,7 @@ def test_results(demo: tuple[Path, str]) -> None:
     (scores,) = json.loads((out / "demo.json").read_text())["scores"]
     assert list(scores) == NETWORKS
     assert all(10 < value <= 100 for row in scores.values() for value in row.values())
-    assert all(row.keys() == {"knn", "linear", "few_shot"} for row in scores.values())
+    assert all(row.keys() == {"knn", "linear", "lowshot"} for row in scores.values())
     table = (out / "demo.md").read_text()
     for text in (printed, table):
         assert f"{scores['maskalign']['knn']:.1f}" in text and "4,000 MNIST digits with labels" in text
@@ -91,13 +91,13 @@ def test_a_second_call_trains_nothing_again(demo: tuple[Path, str]) -> None:
 
 
 def test_margins_that_are_not_reached_fail(capsys: pytest.CaptureFixture[str]) -> None:
-    reached = {name: dict.fromkeys(("knn", "linear", "few_shot"), 50.0) for name in NETWORKS}
-    reached["maskalign"] = dict.fromkeys(("knn", "linear", "few_shot"), 62.5)
+    reached = {name: dict.fromkeys(("knn", "linear", "lowshot"), 50.0) for name in NETWORKS}
+    reached["maskalign"] = dict.fromkeys(("knn", "linear", "lowshot"), 62.5)
     demo = module()
     assert demo.verdict([reached], 1.0) == 0 and "not reached" not in capsys.readouterr().out
     assert demo.verdict([reached], 1.1) == 1
     assert "not reached  kNN: MaskAlign is 12.5 points over random init, not 13.2" in capsys.readouterr().out
-    reached["control"]["few_shot"] = 55.0
+    reached["control"]["lowshot"] = 55.0
     assert demo.verdict([reached], 1.0) == 1
     assert "not reached  5-shot: MaskAlign is 7.5 points over control, not 8" in capsys.readouterr().out
 

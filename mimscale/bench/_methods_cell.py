@@ -21,9 +21,9 @@ from mimscale.convert.networks import student_from
 from mimscale.convert.read import read
 from mimscale.data.loader import eval_batches
 from mimscale.data.manifest import Manifest
-from mimscale.evals.features import Extractor, collect, frozen, random_like, raw_pixels, stream
+from mimscale.evals.features import Extractor, frozen, random_like, raw_pixels, stream
 from mimscale.evals.protocols.base import Context, Features
-from mimscale.evals.runner import protocol_class, protocol_names
+from mimscale.evals.runner import protocol_class
 from mimscale.files.atomic import atomic_write
 from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons
 from mimscale.types import TeacherNeeds
@@ -41,16 +41,15 @@ class Probe(NamedTuple):
 
 
 def probes(preset: Preset) -> dict[str, Probe]:
-    """Of the protocols that this commit has."""
+    """The frozen measures. A low-shot draw has 1 % of the training images; the mean of three draws counts."""
     shots = max(1, preset.images // CLASSES // 100)
     found = {
         "knn": Probe("knn", {}, "mean", "knn"),
         "linear": Probe("linear", {}, "mean", "linear"),
         "lowshot": Probe("fewshot", {"shots": shots}, "mean", "few_shot"),
     }
-    if "attentive" in protocol_names():
-        kind = protocol_class("attentive")
-        found["attentive"] = Probe("attentive", {}, "tokens", next(iter(kind.metrics)))
+    attentive = {"steps": preset.attentive_steps, "batch": 256, "queries": 8, "rates": [0.1, 0.5, 2.0]}
+    found["attentive"] = Probe("attentive", attentive, "tokens", "attentive")
     return found
 
 
@@ -140,8 +139,13 @@ def teacher_features(config: RunConfig, device: torch.device) -> Extractor:
 
 def _features(extract: Extractor, manifest: Manifest, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
     batches = stream({"x": extract}, manifest, IMAGE, batch=250, workers=0, crop_pct=1.0, device=device)
-    found, labels = collect(batches)
-    return {pool: values for (_, pool), values in found.items()}, labels
+    pieces: dict[str, list[Tensor]] = {}
+    labels = []
+    for found, of_batch in batches:
+        labels.append(of_batch.cpu())
+        for (_, pool), values in found.items():
+            pieces.setdefault(pool, []).append(values.cpu())
+    return {pool: torch.cat(values) for pool, values in pieces.items()}, torch.cat(labels)
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ from mimscale.data.manifest import Manifest
 from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons, describe
 from mimscale.types import Batch
 
-WARM_UP, STEPS = 2, 4
+WARM_UP, STEPS = 1, 2
 START_S = 3.0  # start, building and closing of the runs of one cell
-PROBES_S = 5.0  # of the fits of probes
+PROBES_S = 13.0  # of the fits of probes, 8 of them the attentive one
 READ_BATCHES = 4
 
 

@@ -27,14 +27,14 @@ Scores = Mapping[str, Mapping[int, Mapping[str, float]]]  # row -> seed -> metri
 
 
 class Interval(NamedTuple):
-    """mean and half width, of Student's t at CONFIDENCE; NaN for one value. count: of the seeds."""
+    """mean and half width, of Student's t at CONFIDENCE; NaN for one value. seeds: how many."""
 
     mean: float
     half: float
-    count: int
+    seeds: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" + (f" ± {self.half:.1f}" if self.count > 1 else " (1 seed)")
+        return f"{self.mean:.1f}" + (f" ± {self.half:.1f}" if self.seeds > 1 else " (1 seed)")
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -60,7 +60,7 @@ def verdict(gap: Interval | None) -> str:
     """Of a paper's ranking: whether the interval lies above 0, below 0, or holds it."""
     if gap is None:
         return "not measured"
-    if gap.count < 2:
+    if gap.seeds < 2:
         return "one seed: no interval"
     if gap.mean - gap.half > 0:
         return "reached"

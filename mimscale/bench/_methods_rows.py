@@ -31,6 +31,7 @@ class Preset:
     batch: int
     steps: int
     finetune_steps: int
+    attentive_steps: int
     width: int
     depth: int
     heads: int
@@ -40,9 +41,9 @@ class Preset:
     teacher_stride: int
 
 
-CPU = Preset("cpu", "cpu", 5, 2, 60.0, 4000, 3000, 64, 400, 100, 64, 4, 4, 48, 1, 64, 16)
-GPU = Preset("gpu", "cuda", 5, 12, 8.5, 20000, 10000, 256, 600, 200, 192, 6, 6, 96, 2, 128, 16)
-TINY = Preset("tiny", "cpu", 2, 2, 10.0, 200, 100, 16, 4, 3, 16, 2, 2, 16, 1, 64, 16)
+CPU = Preset("cpu", "cpu", 5, 2, 60.0, 4000, 3000, 64, 400, 100, 150, 64, 4, 4, 48, 1, 64, 16)
+GPU = Preset("gpu", "cuda", 5, 14, 7.5, 10000, 5000, 256, 400, 120, 300, 192, 6, 6, 96, 2, 128, 16)
+TINY = Preset("tiny", "cpu", 2, 2, 10.0, 200, 100, 16, 4, 3, 4, 16, 2, 2, 16, 1, 64, 16)
 PRESETS = {preset.name: preset for preset in (CPU, GPU, TINY)}
 
 
@@ -148,7 +149,7 @@ def _teacher(name: str, preset: Preset) -> str:
     return (
         f"{{library: timm, model: tf_efficientnet_lite0, {weights}, image_size: {preset.teacher_px}, "
         f"stride: {preset.teacher_stride}, grid: {side}, attention: norm, "
-        f"precision: {'fp32' if preset.device == 'cpu' else 'bf16'}}}"
+        f"compile: false, precision: {'fp32' if preset.device == 'cpu' else 'bf16'}}}"
     )
 
 
@@ -167,6 +168,7 @@ def _common(preset: Preset, shards: str, seed: int) -> list[str]:
         f"schedule.lr_batch={preset.batch}",
         f"engine.max_micro_batch={preset.batch}",
         "engine.backend=torch",
+        "engine.compile=off",  # it would take longer than such a run
         f"engine.device={preset.device}",
         f"engine.ds_config={'cpu_zero2_fp32' if preset.device == 'cpu' else 'zero2_bf16'}",
         "log.every=100",

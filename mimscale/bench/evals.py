@@ -1,4 +1,4 @@
-"""Cost of evaluation while training: CPU time of one evaluation against the steps between two, at the default interval."""
+"""Cost of evaluation while training: CPU time of an evaluation and of the steps between two at the default interval."""
 
 from __future__ import annotations
 

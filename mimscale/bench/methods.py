@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -143,6 +144,14 @@ def _cell(out: Path, row: str, seed: int) -> None:
     from mimscale.__main__ import end_process
     from mimscale.bench._methods_cell import write_cell
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with(caller: multiprocessing.process.BaseProcess) -> None:
+        caller.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()  # a killed call leaves nothing
     log = _log(out, row, seed)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:

@@ -34,6 +34,7 @@ from mimscale.config.run import RunConfig
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError, printable
 from mimscale.files.atomic import atomic_write
+from mimscale.files.regular import special_files
 
 PACKAGES = (
     "mimscale",
@@ -64,6 +65,13 @@ def check_names(*folders: Path) -> None:
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"--run-dir {shown} cannot be used: {why}; name another folder") from None
+
+
+def refuse_special_files(*folders: Path) -> None:
+    """Raise UserError for a named pipe, socket or device in a run folder, which would hang whoever opens it."""
+    for folder in folders:
+        for path, kind in special_files(folder):
+            raise UserError(f"{path} is {kind}, not a file of a run; remove it, and start again")
 
 
 def existing_run(run_dir: Path) -> RunConfig | None:
@@ -202,7 +210,7 @@ def launch(command: Sequence[str], **values: Any) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of the source tree, with "+" where it was changed; None for an installed package."""
-    source = Path(__file__).resolve().parent
+    source = Path(__file__).resolve().parent.parent  # the package, which stands beside .git
     if not (source.parent / ".git").exists():
         return None
     try:

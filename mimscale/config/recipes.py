@@ -146,7 +146,9 @@ def _parse_value(key: str, text: str) -> Any:
 
 def _assign(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     for depth, key in enumerate(keys[:-1]):
-        inner = values.setdefault(key, {})
+        inner = values.get(key)
+        if inner is None:  # absent, or null: a section that is left out
+            inner = values[key] = {}
         if not isinstance(inner, dict):
             raise UserError(f"override {'.'.join(keys)}: {'.'.join(keys[: depth + 1])} is a value, not a section")
         values = inner

@@ -2,8 +2,8 @@
 
 Counted on the real modules without memory (`mimscale.cost.trace`): products, convolutions and attention, a multiply and
 an add as 2; no softmax, norm or activation. Trained parts count three times their forward pass (forward, gradient of
-the input, gradient of the weights), frozen parts and teachers once; recomputation (activation checkpointing) stands apart and
-does not count for MFU.
+the input, gradient of the weights), frozen parts and teachers once; recomputation (activation checkpointing) stands
+apart and does not count for MFU.
 """
 
 from __future__ import annotations

@@ -196,6 +196,16 @@ class Manifest:
         """Name of the sample inside its shard, without extension. Raises OSError."""
         return os.path.splitext(_header(self._read_member(sample_id)).name)[0]
 
+    def keys(self) -> list[str]:
+        """The keys of all samples, in order: reads only their tar headers, by several threads. Raises OSError."""
+
+        def name(sample_id: int) -> str:
+            header = self._files.read(self.shard_of(sample_id), BLOCK, int(self.offsets[sample_id]) - BLOCK)
+            return os.path.splitext(_header(header).name)[0]
+
+        with ThreadPoolExecutor(MAX_REQUESTS) as pool:
+            return list(pool.map(name, range(self.samples), chunksize=1024))
+
     def read_ahead(self, ids: Ints) -> None:
         """Ask the system to read these samples in the background. Errors are raised by `read`, not here."""
         if is_remote(self.location) and self.cache is None:

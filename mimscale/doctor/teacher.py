@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"weights: {origin}")
     print(f"images: {shown}")
     show_precisions(name, config, needs, size, images)
-    show_grids(info)
+    if config.grid is None:  # otherwise its map is resized to any student's grid
+        show_grids(info)
     return 0
 
 

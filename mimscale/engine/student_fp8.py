@@ -22,11 +22,6 @@ from mimscale.teachers.quantise import FP8_CAPABILITY, SIDE, unavailable
 
 def check(device: torch.device, stage: int, precision: str) -> None:
     """Refuse fp8 where machine, stage or precision have none. Raises UserError."""
-    if unavailable():
-        raise UserError(
-            f"engine.student_fp8 = true needs a torchao for torch {torch.__version__} ({unavailable()}); "
-            f"pip install 'mimscale[fp8]', or set it to false"
-        )
     if precision != "bf16":
         raise UserError(
             f"engine.student_fp8 = true with engine.ds_config in {precision}: fp8 products have bf16 results; name a "
@@ -41,6 +36,11 @@ def check(device: torch.device, stage: int, precision: str) -> None:
         raise UserError(
             f"engine.student_fp8 = true, which {torch.cuda.get_device_name(device)} does not support (compute "
             f"capability 8.9 is needed); set it to false"
+        )
+    if unavailable():  # last, because the import takes seconds
+        raise UserError(
+            f"engine.student_fp8 = true needs a torchao for torch {torch.__version__} ({unavailable()}); "
+            f"pip install 'mimscale[fp8]', or set it to false"
         )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from mimscale.config.registry import names_in
 from mimscale.evals import top1_cli
-from mimscale.evals.launch import add_shared, at_least, check_out, default_out, on_ranks, publish, with_ranks
+from mimscale.evals.launch import add_shared, at_least, check_out, default_outs, on_ranks, publish, with_ranks
 from mimscale.evals.options import add_options, config_of, default_suffix
-from mimscale.evals.report import table
+from mimscale.evals.report import lines, table
 from mimscale.evals.runner import evaluate, protocol_class, protocol_names
 
 TASKS = "mimscale.evals.tasks"
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> Any:
     protocols = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL", title="protocols")
     for name in protocol_names():
         kind = protocol_class(name)
-        text = (kind.__doc__ or name).splitlines()[0]
+        text = (kind.__doc__ or name).splitlines()[0].replace("%", "%%")
         usage = f"mimscale evaluate {name} RUN... --train SHARDS --val SHARDS [OPTIONS]"
         own = protocols.add_parser(name, help=text, description=text, usage=usage)
         add_shared(own, pooled="pooled" in kind.needs)
@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     )
     if report is not None:
         words = [args.protocol + default_suffix(config)]
-        publish(report, [table(report)], [args.out] if args.out else [default_out(r, words, args) for r in args.runs])
+        sets = [report["train"]["fingerprint"], report["val"]["fingerprint"]]
+        outs = default_outs(args, words, report["protocol"]["precision"], sets)
+        publish(report, [table(report)], outs, args.json, lines(report))
     return 0
 
 

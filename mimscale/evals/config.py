@@ -18,14 +18,19 @@ TRAINED_PER_EVALUATED = 100
 backward pass of everything, so at 100 images trained for one evaluated the forward passes stay near one per cent."""
 
 
+def _default_protocols() -> dict[str, dict[str, Any]]:
+    return {"knn": {}, "ridge": {}}
+
+
 class EvalsConfig(Strict):
     """Accuracy of the student's frozen features on a fixed subset, measured while it trains; it changes no weight.
 
     val: labelled data set to be tested on. train: the one to learn from; default: `data.shards`. every: optimiser steps
     between evaluations; default: LEAST_STEPS, or more where the run has not trained on TRAINED_PER_EVALUATED times the
     subset's images by then. train_samples, val_samples: size of the subset, at most; the samples lie evenly spread over
-    each data set. protocols: name of a file in `mimscale/evals/protocols` -> its options. pool: mean of the patch tokens
-    or class token. crop_pct: share of the short side that the centre crop keeps. batch: images of a forward pass.
+    each data set. protocols: name of a file in `mimscale/evals/protocols` -> its options. pool: mean of the patch
+    tokens or class token. crop_pct: share of the short side that the centre crop keeps. batch: images of a forward
+    pass.
 
     top1_epochs: epochs between measurements of a classifier's accuracy (method finetune) on the whole of val, at the
     crop of its own section data; null: never.
@@ -36,7 +41,7 @@ class EvalsConfig(Strict):
     every: int | None = Field(None, ge=1)
     train_samples: int = Field(10_000, ge=2, le=10**7)
     val_samples: int = Field(2_000, ge=1, le=10**7)
-    protocols: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"knn": {}, "ridge": {}})
+    protocols: dict[str, dict[str, Any]] = Field(default_factory=_default_protocols)
     pool: Literal["mean", "cls"] = "mean"
     crop_pct: float = Field(0.875, gt=0, le=1)
     batch: int = Field(64, ge=1, le=2**16)

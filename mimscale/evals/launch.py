@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +23,7 @@ from mimscale.evals.runner import Settings
 from mimscale.files.console import plain_console
 
 T = TypeVar("T")
+CROP_PCT = 0.875
 
 
 def add_shared(parser: argparse.ArgumentParser, pooled: bool) -> None:
@@ -37,7 +40,7 @@ def add_shared(parser: argparse.ArgumentParser, pooled: bool) -> None:
     parser.add_argument("--ema", action="store_true", help="the moving average of the student, not the student itself")
     parser.add_argument("--image-size", type=at_least(1), metavar="PX", help="default: as the run was trained")
     parser.add_argument(
-        "--crop-pct", type=float, default=0.875, metavar="X", help="share of the short side kept (default 0.875)"
+        "--crop-pct", type=float, default=CROP_PCT, metavar="X", help="share of the short side kept (default 0.875)"
     )
     parser.add_argument("--batch", type=at_least(1), default=256, metavar="N", help="images at a time (default 256)")
     parser.add_argument(
@@ -54,6 +57,7 @@ def add_shared(parser: argparse.ArgumentParser, pooled: bool) -> None:
     stored = parser.add_mutually_exclusive_group()
     stored.add_argument("--cache", type=Path, metavar="DIR", help="keep features there (default RUN/eval/features)")
     stored.add_argument("--no-cache", action="store_true", help="keep features in memory only")
+    parser.add_argument("--json", action="store_true", help="print the report in place of the table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: eval/ in the folder of each run")
 
 
@@ -102,25 +106,59 @@ def settings_of(args: argparse.Namespace, device: torch.device) -> Settings:
     )
 
 
-def publish(report: Mapping[str, Any], tables: Sequence[Table], outs: Sequence[Path]) -> None:
-    """The tables first: a file that cannot be written does not cost the numbers. Raises UserError."""
+def publish(
+    report: Mapping[str, Any],
+    tables: Sequence[Table],
+    outs: Sequence[Path],
+    as_json: bool = False,
+    lines: Sequence[str] = (),
+) -> None:
+    """The tables first: a file that cannot be written does not cost the numbers. as_json: the report in their place.
+
+    lines: below the tables. Raises UserError.
+    """
     console = plain_console()
-    for table in tables:
-        console.print(table)
-    for out in dict.fromkeys(outs):
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        for table in tables:
+            console.print(table)
+        for line in lines:
+            console.print(printable(line), soft_wrap=True)
+    for out in outs:
         try:
             write(report, out)
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"{out} cannot be written: {why}; name another file with --out") from None
-        console.print(printable(f"wrote {out}"), soft_wrap=True)
+        if not as_json:
+            console.print(printable(f"wrote {out}"), soft_wrap=True)
 
 
-def default_out(path: Path, words: Sequence[str], args: argparse.Namespace) -> Path:
-    """RUN/eval/WORDS-POOL-CHECKPOINT.json."""
-    of = checkpoint.newest(path) or path if (path / "config.yaml").is_file() else path
-    words = [*words, *getattr(args, "pool", ()), *(["ema"] if args.ema else [])]
-    return eval_folder(path) / f"{'-'.join(words)}-{of.stem}.json"
+def default_outs(
+    args: argparse.Namespace, words: Sequence[str], precision: str, fingerprints: Sequence[str]
+) -> list[Path]:
+    """--out, or RUN/eval/WORDS-POOL-SETTINGS-DATA-CHECKPOINT.json for each run: a file for each thing to be measured.
+
+    DATA: the start of a sha256 of the data sets' fingerprints.
+    """
+    if args.out:
+        return [args.out]
+    settings = {
+        "ema": (args.ema, False),
+        f"px{args.image_size}": (args.image_size, None),
+        f"crop{args.crop_pct:g}": (args.crop_pct or CROP_PCT, CROP_PCT),
+        f"seed{args.seed}": (args.seed, 0),
+        "baselines": (args.baselines, False),
+    }
+    changed = [word for word, (value, default) in settings.items() if value != default]
+    data = hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:8]
+    name = "-".join([*words, *getattr(args, "pool", ()), *changed, precision, data])
+    outs = []
+    for path in args.runs:
+        of = checkpoint.newest(path) or path if (path / "config.yaml").is_file() else path
+        outs.append(eval_folder(path) / f"{name}-{of.stem}.json")
+    return list(dict.fromkeys(outs))
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import PurePath
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -55,7 +56,15 @@ def default_suffix(config: Strict) -> str:
     """Of a file name: `-k10` for each option that is not at its default, so that no report replaces another."""
     fields = type(config).model_fields
     changed = {name: value for name, value in config.model_dump().items() if value != fields[name].default}
-    return "".join(f"-{name}{value}".replace(" ", "").replace("/", "_") for name, value in changed.items())
+    return "".join(f"-{name}{_word(value)}" for name, value in changed.items())
+
+
+def _word(value: Any) -> str:
+    """Of a file name."""
+    if isinstance(value, PurePath):
+        value = value.name
+    text = "+".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    return text.replace(" ", "").replace("/", "_")
 
 
 def _flag(name: str) -> str:

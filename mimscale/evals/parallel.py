@@ -12,6 +12,7 @@ from mimscale.distributed.coordination import Coordinator
 from mimscale.distributed.rendezvous import meet
 from mimscale.distributed.world import World
 
+PARTS = 8  # of a sum over samples, at least
 TIMEOUT_S = 7200.0  # of a collective: rank 0 may fit for long while the others wait
 
 
@@ -21,18 +22,39 @@ def rows_of(count: int, rank: int, world: int) -> slice:
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """The sum over the ranks, in place where it can be, on the tensor's device. One process: the tensor itself.
+    """The sum over the ranks, in place, on the tensor's device. One process: the tensor itself.
 
     Every rank must call it, with one shape and dtype.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return tensor
-    if tensor.device.type == "cpu" and dist.get_backend() == "nccl":  # a group that a trainer has opened
-        on_device = tensor.to("cuda")
-        dist.all_reduce(on_device)
-        return tensor.copy_(on_device)
-    dist.all_reduce(tensor)
-    return tensor
+    carried = _carried(tensor)
+    dist.all_reduce(carried)
+    return tensor if carried is tensor else tensor.copy_(carried)
+
+
+def all_gather(tensor: Tensor) -> list[Tensor]:
+    """The tensor of every rank, in rank order, on every rank. All must have one shape and dtype."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [tensor]
+    carried = _carried(tensor).contiguous()
+    found = [torch.empty_like(carried) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, carried)
+    return [each.to(tensor.device) for each in found]
+
+
+def _carried(tensor: Tensor) -> Tensor:
+    """Where the process group can carry it: nccl's alone, which a trainer has opened, knows no host memory."""
+    return tensor.cuda() if tensor.device.type == "cpu" and dist.get_backend() == "nccl" else tensor
+
+
+def parts_of(count: int, rank: int, world: int, most: int) -> list[slice]:
+    """This rank's share of consecutive parts of `count` rows, at most `most` rows each.
+
+    For up to `PARTS` ranks the parts are the same, so what is computed part by part is the same to the bit.
+    """
+    total = max(PARTS, world, -(-count // most))
+    return [rows_of(count, number, total) for number in range(total)[rows_of(total, rank, world)]]
 
 
 def all_rows(part: Tensor, count: int, rank: int, world: int) -> Tensor:

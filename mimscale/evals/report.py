@@ -19,6 +19,17 @@ def write(report: Mapping[str, Any], out: Path) -> None:
     atomic_write(out, (json.dumps(report, indent=1) + "\n").encode())
 
 
+def lines(report: Mapping[str, Any]) -> list[str]:
+    """What stands below the table: how the figures differ from those of papers, and what they cost."""
+    protocol, seconds = report["protocol"], report["seconds"]
+    place = f"{protocol['device']}, {report['ranks']} rank(s), {protocol['precision']}"
+    times = f"features {seconds['features']:.1f} s, {protocol['name']} {seconds['fit']:.1f} s"
+    return [
+        *(f"differs from papers: {line}" for line in report["departs"]),
+        f"{place}: {times}; commit {(report['commit'] or 'unknown')[:12]}",
+    ]
+
+
 def table(report: Mapping[str, Any]) -> Table:
     """The rows of a report for the terminal: one column per metric of its protocol."""
     val = report["val"]
@@ -35,5 +46,7 @@ def table(report: Mapping[str, Any]) -> Table:
 
 
 def _value(row: Mapping[str, Any], metric: str) -> str:
+    if metric not in row:
+        return ""
     spread = row.get(f"{metric}_sd")
     return f"{row[metric]:.1f}" if spread is None else f"{row[metric]:.1f} ± {spread:.1f}"

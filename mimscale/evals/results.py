@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def expected_values(run_dir: Path, recipe: str | None) -> Mapping[str, Expected]:
-    """Of the recipe, or of the run's own; none where the run has not begun. Raises UserError for a recipe that is bad."""
+    """Of the recipe, or of the run's own; none where the run has not begun. Raises UserError for a bad recipe."""
     if recipe is None and not (run_dir / "config.yaml").is_file():
         return {}
     return load_recipe(recipe or str(run_dir / "config.yaml")).expected
@@ -102,7 +102,7 @@ def figures_in(run_dir: Path, unreadable: list[str]) -> Iterator[Figure]:
             for row in report["rows"]:
                 if "source" not in row:
                     continue
-                for metric in report["metrics"]:
+                for metric in (key for key in report["metrics"] if key in row):  # of small data sets some are absent
                     value = float(row[metric])
                     if not math.isfinite(value):
                         raise ValueError(f"{metric} = {value}")
@@ -116,8 +116,8 @@ def figures_in(run_dir: Path, unreadable: list[str]) -> Iterator[Figure]:
 def stages_of(run_dir: Path) -> dict[str, dict[str, str]]:
     """Stage of `jobs/submit` -> the number of its last job, and its state.
 
-    done; failed, exit code N; not run: it never began, because a stage that it needs failed; unfinished: it runs, or was
-    killed before it could say what became of it.
+    done; failed, exit code N; not run: it never began, because a stage that it needs failed; unfinished: it runs, or
+    was killed before it could say what became of it.
     """
     stages: dict[str, dict[str, str]] = {}
     jobs = run_dir / "job" / "jobs.txt"

@@ -5,6 +5,7 @@ Every rank of a launch calls `evaluate`. They share the images and the protocol'
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mimscale.checkpoint.run_folder import git_commit
 from mimscale.config.base import Strict
 from mimscale.config.registry import class_in, names_in
 from mimscale.data.manifest import Manifest
@@ -23,11 +25,12 @@ from mimscale.errors import UserError, warn
 from mimscale.evals.extraction import Extraction, features_of
 from mimscale.evals.features import Key, Pooling
 from mimscale.evals.networks import Network, load_networks
+from mimscale.evals.overlap import check_apart
 from mimscale.evals.progress import progress
 from mimscale.evals.protocols.base import Context, Features, Protocol, Results
 
 PROTOCOLS = "mimscale.evals.protocols"
-PACKAGES = ("mimscale", "torch", "torchmetrics", "scikit-learn", "numpy", "pillow")
+PACKAGES = ("mimscale", "torch", "torchmetrics", "scikit-learn", "scipy", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,13 @@ def evaluate(
     name: of the protocol; config: of its Config. runs: run folders, checkpoint folders or files. ranks: of this launch,
     None for one process. Warnings of the protocol are printed, too. Raises UserError, on all ranks.
     """
-    kind, ranks = protocol_class(name), ranks or Coordinator()
+    kind, ranks, start_s = protocol_class(name), ranks or Coordinator(), time.monotonic()
     pools: tuple[Pooling, ...] = settings.pools
     if "pooled" not in kind.needs:
         pools = ("blocks",) if "blocks" in kind.needs else ("tokens",)
 
     def prepare() -> tuple[Manifest, Manifest, list[Network]]:
-        train, val = _data(train_path, val_path, labelled="labels" in kind.needs)
+        train, val = open_data(train_path, val_path, labelled="labels" in kind.needs)
         kind.check(config, train, val)
         networks = load_networks(
             list(dict.fromkeys(runs)),
@@ -103,10 +106,12 @@ def evaluate(
         return train, val, networks
 
     train, val, networks = ranks.on_all_ranks(prepare)
+    ranks.on_rank0(check_apart, train_path, train, val_path, val)
     results: dict[Key, Results] = {}
+    seconds = {"features": 0.0, "fit": 0.0}
     for size in sorted({network.image_size for network in networks}):
         group = [network for network in networks if network.image_size == size]
-        results |= _run(kind, config, group, train, val, settings, ranks)
+        results |= _run(kind, config, group, train, val, settings, ranks, seconds)
     rows = [
         {"network": network.name, "pool": pool, **network.about, **result}
         for network in networks
@@ -116,23 +121,27 @@ def evaluate(
     for row in rows:
         for line in row.setdefault("warnings", []) if ranks.rank == 0 else ():
             warn(f"mimscale evaluate: warning: {row['network']}, {row['pool']}: {line}")
-    options = config.model_dump(mode="json")
     return {
         "protocol": {
             "name": name,
             "pool": list(pools),
+            "image_size": sorted({network.image_size for network in networks}),
             "crop_pct": settings.crop_pct,
             "seed": settings.seed,
             "precision": settings.precision,
             "device": torch.cuda.get_device_name() if settings.device.type == "cuda" else "cpu",
             "ema": settings.ema,
-            **options,
+            **config.model_dump(mode="json"),
             **kind.constants,
         },
+        "departs": list(kind.departs),
         "unit": kind.unit,
-        "metrics": {key: heading.format(**options) for key, heading in kind.metrics.items()},
+        "metrics": kind.headings(config),
         "train": _identity(train_path, train),
         "val": _identity(val_path, val),
+        "seconds": {"total": round(time.monotonic() - start_s, 1), **{key: round(s, 1) for key, s in seconds.items()}},
+        "ranks": ranks.world,
+        "commit": git_commit(),
         "versions": {package: metadata.version(package) for package in PACKAGES},
         "rows": rows,
     }
@@ -146,19 +155,28 @@ def _run(
     val: Manifest,
     settings: Settings,
     ranks: Coordinator,
+    seconds: dict[str, float],
 ) -> dict[Key, Results]:
-    """Results of networks that take images of one size: one pass over each data set for all of them."""
+    """Results of networks that take images of one size: one pass over each data set for all of them.
+
+    seconds: to which the time of reading or computing features, and that of the protocol, is added.
+    """
+    start_s = time.monotonic()
     how = extraction_of(settings)
     of_val = features_of(networks, val, "val", how, ranks)
     of_train = features_of(networks, train, "train", how, ranks)
-    context = Context(_classes(train, val), settings.seed, settings.device, ranks.rank, ranks.world)
+    fit_s = time.monotonic()
+    seconds["features"] += fit_s - start_s
+    context = Context(_classes(train, val), settings.seed, settings.device, ranks.rank, ranks.world, train, val)
 
     def fit(key: Key) -> Results:
         protocol = kind(config, context)
         return protocol.run(Features(of_train[key], _labels(train)), Features(of_val[key], _labels(val)))
 
     keys = list(of_train)
-    return {key: fit(key) for key in (keys if ranks.rank else progress(keys, len(keys), "fit", "networks"))}
+    found = {key: fit(key) for key in (keys if ranks.rank else progress(keys, len(keys), kind.__name__, "fits"))}
+    seconds["fit"] += time.monotonic() - fit_s
+    return found
 
 
 def extraction_of(settings: Settings) -> Extraction:
@@ -179,7 +197,8 @@ def _labels(manifest: Manifest) -> Tensor:
     return torch.from_numpy(np.array(manifest.labels))
 
 
-def _data(train_path: Path, val_path: Path, labelled: bool) -> tuple[Manifest, Manifest]:
+def open_data(train_path: Path, val_path: Path, labelled: bool) -> tuple[Manifest, Manifest]:
+    """The two data sets of an evaluation. Raises UserError where they do not go together."""
     train, val = Manifest.load(train_path), Manifest.load(val_path)
     for flag, path, manifest in (("--train", train_path, train), ("--val", val_path, val)):
         if labelled and (manifest.labels is None or manifest.labels.min() < 0):
@@ -188,8 +207,6 @@ def _data(train_path: Path, val_path: Path, labelled: bool) -> tuple[Manifest, M
         differ = sorted(set(train.classes or ()) ^ set(val.classes or ()))
         what = f"'{differ[0]}' is in one of them only" if differ else "their order differs"
         raise UserError(f"--train {train_path} and --val {val_path} have different classes: {what}")
-    if train.fingerprint == val.fingerprint:
-        raise UserError(f"--val {val_path} is the training set itself; give data that --train does not hold")
     return train, val
 
 

@@ -1,4 +1,4 @@
-"""How much of their space features fill, without labels: effective rank and spread. Both fall when features collapse."""
+"""How much of their space features fill, without labels: effective rank and spread. Both fall where they collapse."""
 
 from __future__ import annotations
 

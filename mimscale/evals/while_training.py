@@ -212,7 +212,7 @@ class Evaluator:
             kind = protocol_class(name)
             train, val = (Features(values.clone(), of) for values, of in zip(on_host, labels, strict=True))
             results = kind(options, context).run(train, val)
-            metrics |= {key: float(results[key]) for key in kind.metrics}
+            metrics |= {key: float(results[key]) for key in kind.metrics if key in results}
             warnings += [f"{name}: {line}" for line in results.get("warnings", ())]
         return Evaluation({**metrics, "rankme": rankme(train_ND), "spread": spread(train_ND)}, warnings)
 

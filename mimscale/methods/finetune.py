@@ -167,9 +167,12 @@ class Finetune(base.Method):
 class EncoderChoice(Protocol):
     """What a classifier's section says of its encoder."""
 
-    stages: ConvStages | None
-    beit: BeitConfig | None
-    pool: Literal["mean", "cls"]
+    @property
+    def stages(self) -> ConvStages | None: ...
+    @property
+    def beit(self) -> BeitConfig | None: ...
+    @property
+    def pool(self) -> Literal["mean", "cls"]: ...
 
 
 def check_encoder(config: EncoderChoice, run: RunConfig) -> None:

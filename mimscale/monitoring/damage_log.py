@@ -10,6 +10,7 @@ from typing import Any
 
 from mimscale.errors import UserError
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
+from mimscale.files.regular import read_regular
 from mimscale.types import Damage
 
 
@@ -69,7 +70,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     """What a killed run left unfinished, and what is no entry of ours, is passed over. Raises UserError."""
     entries = []
     try:
-        text = path.read_bytes()
+        text = read_regular(path)
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -9,6 +9,8 @@ same models with separate layers.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from functools import cache
 from typing import Any, Literal
 
@@ -30,10 +32,16 @@ def is_quantised(precision: str) -> bool:
 @cache
 def unavailable() -> str:
     """Why torchao cannot be used here; empty if it can. torchao supports a range of torch versions."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of torch about torchao's own calls, which a user cannot change
     try:
-        from torchao.quantization import Float8Tensor, Int8DynamicActivationInt8WeightConfig  # noqa: F401
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torchao.quantization import Float8Tensor, Int8DynamicActivationInt8WeightConfig  # noqa: F401
     except Exception as error:  # a torchao for another torch version fails in many ways
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    finally:
+        logging.disable(disabled)
     return ""
 
 

@@ -15,6 +15,7 @@ from mimscale.checkpoint import format as checkpoint
 from mimscale.checkpoint import run_folder
 from mimscale.checkpoint.async_writer import AsyncCheckpointWriter
 from mimscale.config.compiler import compile_seconds, uncompiled
+from mimscale.data.mixture import Mixture
 from mimscale.data.wds_stream import NOT_EXACT
 from mimscale.errors import Stopped, UserError
 from mimscale.fault_tolerance import activation_magnitudes
@@ -169,7 +170,7 @@ class Monitor:
             run.logger.log_step(step, metrics | {"damaged": float(run.damage_log.total)})
 
     def _evaluate(self, info: StepInfo) -> None:
-        """Measure the student where it is due. What fails is logged, and the run trains on: no figure is worth a run."""
+        """Measure the student where it is due. What fails is logged and the run trains on: no figure is worth a run."""
         run, evaluator, top1 = self._run, self._run.evaluator, self._run.top1
         if evaluator is not None and evaluator.plan.due(info.step, info.total):
             buffers = run.method.student.named_buffers()
@@ -291,4 +292,5 @@ def describe_run(run: TrainContext, state: TrainState) -> str:
         f"accumulation {plan.accumulation} x ranks {plan.world.size}, peak lr {config.schedule.peak_lr:.3g}, "
         f"{plan.manifest.samples} images, step {state.step} of {plan.total_steps}, folder {plan.run_dir}"
         + ("" if config.data.stream is None else f"\n{NOT_EXACT}")
+        + (f"\nmixture: {plan.manifest.describe()}" if isinstance(plan.manifest, Mixture) else "")
     )

@@ -72,8 +72,11 @@ class Plan:
 def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:
     """Every check, before a process group is opened. Raises UserError."""
     use_cache_dir()
-    run_folder.check_names(run_dir, *([fork] if fork is not None else []))
+    folders = [run_dir, *([fork] if fork is not None else [])]
+    run_folder.check_names(*folders)
     world = from_environment(config.engine.device)
+    if world.rank == 0:  # its refusal ends the launch, and one rank is enough to list a folder on a shared disk
+        run_folder.refuse_special_files(*folders)
     ds_config = load_ds_config(config.engine.ds_config)
     check_precision(world.device, precision_of(ds_config))
     check_backend(config.engine, ds_config, world.device)

@@ -150,7 +150,8 @@ def refuse_other_inputs(reader: checkpoint.CheckpointReader, plan: Plan, teacher
     """The images and the teachers are inputs like the recipe, but are known only by their content."""
     if reader.meta["data"] != plan.manifest.fingerprint:
         raise UserError(
-            f"data.shards = {plan.config.data.shards} holds other samples than {reader.path} was trained on"
+            f"data.shards = {plan.config.data.shards} holds other samples, or mixes them with other weights, than "
+            f"{reader.path} was trained on; undo that, or start a new run from its weights with --fork NEW_RUN_DIR"
         )
     if reader.meta["teachers"] != teachers.identities():
         raise UserError(f"the teachers' weights differ from those that {reader.path} was trained with")

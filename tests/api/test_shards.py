@@ -81,10 +81,10 @@ def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
         mimscale.open_shards(shards, cache=shards / "manifest.json")
     for number in (0, float("nan"), float("inf"), "1", True):
         with pytest.raises(mimscale.UserError, match="cache_gib = "):
-            mimscale.open_shards(shards, cache=tmp_path / "cache", cache_gib=number)
+            mimscale.open_shards(shards, cache=tmp_path / "cache", cache_gib=number)  # type: ignore[arg-type]
     for place in (5, "", None, b"bytes"):
         with pytest.raises(mimscale.UserError, match="path = .* is not a path"):
-            mimscale.open_shards(place)
+            mimscale.open_shards(place)  # type: ignore[arg-type]
     data = mimscale.open_shards(shards)
     for size, options, text in (
         (0, {}, "size = 0 must be 1 or more"),
@@ -100,7 +100,7 @@ def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
         (4, {"labels": "yes"}, "labels = 'yes' is neither True nor False"),
     ):
         with pytest.raises(mimscale.UserError, match=text):
-            data.batches(size, **options)
+            data.batches(size, **options)  # type: ignore[arg-type]
 
 
 def test_a_damaged_sample_stops_the_iteration(shards: Path, tmp_path: Path) -> None:

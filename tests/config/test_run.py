@@ -109,6 +109,18 @@ def test_overrides_and_round_trip(recipe: Path, tmp_path: Path) -> None:
     assert load_recipe(str(dumped)) == run
 
 
+def test_an_override_fills_a_section_that_a_dump_shows_as_null(recipe: Path, tmp_path: Path) -> None:
+    """As `mimscale train RECIPE --show` prints sections that are left out."""
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(yaml.safe_dump(load_recipe(str(recipe)).dump()))
+    assert yaml.safe_load(dumped.read_text())["ema"] is None
+    run = load_recipe(str(dumped), ["ema.decay=0.5", "init.weights=mae.pth"])
+    assert run.ema is not None and run.ema.decay == 0.5 and run.init is not None
+    assert run.shaping() == load_recipe(str(recipe), ["ema.decay=0.5", "init.weights=mae.pth"]).shaping()
+    with pytest.raises(UserError, match="unknown key ema.decai"):
+        load_recipe(str(dumped), ["ema.decai=0.5"])
+
+
 def test_what_may_change_at_a_resume(recipe: Path) -> None:
     run = load_recipe(str(recipe))
     free = [

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
-from timm.data.mixup import Mixup
+from timm.data.mixup import Mixup, one_hot
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_pil_interp
 
@@ -98,15 +99,16 @@ def test_the_same_crops_of_one_decoded_image(manifest: Manifest) -> None:
     assert_same(samples(manifest, crops=2, steps=4), samples(manifest, crops=2, steps=4, world=2, micro=3))
 
 
-def test_pairs_share_a_draw(uninterrupted: dict[int, Sample]) -> None:
-    """Both shares of a pair sum to 1 and the partner is the neighbour; most pairs are mixed, some are not."""
-    mixed = 0
+def test_pairs_share_a_draw(manifest: Manifest, uninterrupted: dict[int, Sample]) -> None:
+    """What one image of a pair gives away of its label the other gets; most pairs are mixed, some are not."""
+    assert manifest.labels is not None
+    mixed, off = 0, MIXING.smoothing / MIXING.classes
     for first in range(0, STEPS * GLOBAL, 2):
-        one, two = uninterrupted[first][1], uninterrupted[first + 1][1]
-        assert one.sum() == pytest.approx(1, abs=1e-6) and two.sum() == pytest.approx(1, abs=1e-6)
-        off = MIXING.smoothing / MIXING.classes
-        assert torch.allclose(one + two - 2 * off, (one + two - 2 * off).clamp(min=-1e-6))
-        mixed += one.max() < 1 - MIXING.smoothing + off - 1e-6
+        (_, one, id_of_one), (_, two, id_of_two) = uninterrupted[first], uninterrupted[first + 1]
+        labels = torch.tensor([int(manifest.labels[id_of_one]), int(manifest.labels[id_of_two])])
+        hot = one_hot(labels, MIXING.classes, on_value=1 - MIXING.smoothing + off, off_value=off)
+        torch.testing.assert_close(one + two, hot.sum(0))
+        mixed += bool((one - hot[0]).abs().max() > 1e-6)
     assert 0.3 * STEPS * GLOBAL / 2 < mixed < STEPS * GLOBAL / 2
 
 
@@ -181,7 +183,7 @@ def test_rand_augment_is_timms(manifest: Manifest) -> None:
     assert changed > GLOBAL / 2
 
 
-WHOLE = {"seed": 3, "global_batch": GLOBAL, "micro_batch": GLOBAL, "rank": 0, "world": 1}
+WHOLE: dict[str, Any] = {"seed": 3, "global_batch": GLOBAL, "micro_batch": GLOBAL, "rank": 0, "world": 1}
 
 
 def test_generators_are_left_as_they_were(manifest: Manifest) -> None:

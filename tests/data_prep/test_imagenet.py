@@ -141,6 +141,7 @@ def test_mistakes_are_named(official: Path, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "high.txt").write_text("1\n2\n3\n4\n5\n1\n")
     (tmp_path / "words.txt").write_text("cat\n")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "twice.csv").write_text("ImageId,PredictionString\na,n1 1\nb,n2 1\na,n3 1\n")
     pack(tmp_path / "other.tar.gz", {"x": b""}, "w:gz")
     val, synsets = "ILSVRC2012_img_val.tar", ["--synsets", "synsets.txt"]
     assert "needs --truth" in refused("--val", val)
@@ -149,6 +150,7 @@ def test_mistakes_are_named(official: Path, tmp_path: Path, monkeypatch: pytest.
     assert "5 is not in it" in refused("--val", val, "--truth", str(tmp_path / "high.txt"), *synsets)
     assert "cannot be read" in refused("--val", val, "--truth", str(tmp_path / "words.txt"), *synsets)
     assert "'ImageId' is not in it" in refused("--val", val, "--truth", str(tmp_path / "other.csv"))
+    assert "'a' has several rows; keep one" in refused("--val", val, "--truth", str(tmp_path / "twice.csv"))
     assert "holds no data/meta.mat" in refused("--val", val, "--truth", str(tmp_path / "other.tar.gz"))
     assert "cannot be read" in refused("--val", val, "--truth", "nowhere.csv")
     assert "not one tar per class" in refused("--train", val)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -222,6 +224,17 @@ def test_shards_in_a_bucket_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
         manifest = Manifest.load(tmp_path / "to")
         assert manifest.samples == 8 and manifest.file.location == url
         assert manifest.read(5) == JPEG * 6
+
+
+def test_output_that_nobody_reads_is_no_fault(tmp_path: Path) -> None:
+    """As with `| head -1`."""
+    source = folder(tmp_path / "in", shards=1)
+    words = [sys.executable, "-m", "data_prep", "index", str(source)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 141 and said == ""
 
 
 def test_names_of_any_bytes_and_lengths(tmp_path: Path) -> None:

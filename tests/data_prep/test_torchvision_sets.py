@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision import datasets
 
 from data_prep.__main__ import main
-from data_prep.torchvision_sets import PER_CLASS, SETS, TOP1
+from data_prep.torchvision_sets import PER_CLASS, SETS, SIZES, TOP1
 from mimscale.data.manifest import Manifest
 from tests.data_prep import torchvision_layouts as layouts
 
@@ -28,6 +28,11 @@ def pixels_of(manifest: Manifest, sample: int) -> np.ndarray:
     image = Image.open(io.BytesIO(manifest.read(sample)))
     assert image.format == "PNG"
     return np.asarray(image)
+
+
+def label_of(manifest: Manifest, sample: int) -> int:
+    assert manifest.labels is not None
+    return int(manifest.labels[sample])
 
 
 def row_of(manifest: Manifest, sample: int) -> int:
@@ -44,7 +49,7 @@ def test_cifar_is_lossless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
         assert manifest.classes == ["cat", "dog", "owl"] and manifest.samples == len(images)
         rows = [row_of(manifest, sample) for sample in range(manifest.samples)]
         assert sorted(rows) == list(range(len(images)))
-        assert [manifest.labels[sample] for sample in range(len(rows))] == [labels[row] for row in rows]
+        assert [label_of(manifest, sample) for sample in range(len(rows))] == [labels[row] for row in rows]
         assert all((pixels_of(manifest, sample) == images[row]).all() for sample, row in enumerate(rows))
         assert manifest.file.source["metric"] == TOP1 and "zlib" in manifest.file.options["png_encoder"]
 
@@ -61,7 +66,7 @@ def test_stl10_with_its_unlabelled_part(tmp_path: Path, monkeypatch: pytest.Monk
             image, label = official[row]
             assert (pixels_of(manifest, sample) == np.asarray(image)).all()
             assert (pixels_of(manifest, sample) == made[theirs][row]).all()
-            assert (manifest.labels is None) if ours == "unlabelled" else (manifest.labels[sample] == label)
+            assert (manifest.labels is None) if ours == "unlabelled" else (label_of(manifest, sample) == label)
         assert manifest.classes == (None if ours == "unlabelled" else ["airplane", "bird", "car"])
 
 
@@ -72,7 +77,7 @@ def test_tiny_imagenet_before_and_after_its_val_was_sorted(tmp_path: Path, sorte
     assert run("tiny_imagenet", root, tmp_path / "out") == 0
     train, val = (Manifest.load(tmp_path / "out" / split) for split in ("train", "val"))
     assert train.classes == val.classes == layouts.WNIDS and train.samples == 6
-    found = {val.key(s).rpartition("/")[2]: (val.read(s), layouts.WNIDS[val.labels[s]]) for s in range(3)}
+    found = {val.key(s).rpartition("/")[2]: (val.read(s), layouts.WNIDS[label_of(val, s)]) for s in range(3)}
     wanted = {f"val_{n}": (made[f"val_{n}.JPEG"], wnid) for n, wnid in enumerate(reversed(layouts.WNIDS))}
     assert found == wanted
 
@@ -86,7 +91,7 @@ def test_files_keep_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert tuple(manifest.samples for manifest in manifests) == layouts.COUNTS[name]
     found = {
         manifest.key(sample).rpartition("/images/" if name == "food101" else "/")[2]: (
-            manifest.read(sample), manifest.labels[sample]
+            manifest.read(sample), label_of(manifest, sample)
         )
         for manifest in manifests
         for sample in range(manifest.samples)
@@ -95,6 +100,18 @@ def test_files_keep_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert manifests[0].classes == manifests[1].classes
     assert manifests[0].file.source["metric"] == SETS[name].metric
     assert len(manifests[0].classes or ()) == {"flowers102": 102}.get(name, 2)
+
+
+def test_info_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layouts.stl10(tmp_path / "in", monkeypatch)
+    assert run("stl10", tmp_path / "in", tmp_path / "out") == 0
+    for split, size in (("val", "8,000 images in 10 classes"), ("unlabelled", "100,000 images in 0 classes")):
+        assert main(["info", str(tmp_path / "out" / split)]) == 0
+        assert f"torchvision stl10 {split} has {size}: this is not all of it" in capsys.readouterr().out
+    assert {kind.split()[1] for kind in SIZES} == set(SETS)
+    assert all(f"torchvision {name} {split}" in SIZES for name, kind in SETS.items() for split in kind.splits)
 
 
 def test_the_metrics_are_those_of_the_protocol() -> None:

@@ -122,7 +122,7 @@ def test_official_linear_probe_step_by_step(name: str) -> None:
         assert values["head.0.num_batches_tracked"] == g["history/head.0.num_batches_tracked"][step + 1]
     t.method.eval()
     state = {n: v for n, v in weights(engine).items() if n.startswith("head.")}
-    t.method.head.load_state_dict({n.removeprefix("head."): v for n, v in state.items()})  # type: ignore[operator]
+    t.method.head.load_state_dict({n.removeprefix("head."): v for n, v in state.items()})  # type: ignore[union-attr]
     close(t.method.features(g["images"]), g["features_eval"])  # type: ignore[operator]
     close(t.method.logits(g["images"]), g["logits_eval"])  # type: ignore[operator]
     engine.close()

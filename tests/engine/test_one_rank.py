@@ -29,6 +29,7 @@ class Branches(nn.Module):
     def forward(self, batch: tuple[Tensor, int], targets: Any) -> dict[str, Tensor]:
         x, which = batch
         layer = self.layers[which]
+        assert isinstance(layer, nn.Linear)
         return {"loss": layer(x.to(layer.weight.dtype)).float().square().mean()}
 
     def no_weight_decay(self) -> frozenset[str]:

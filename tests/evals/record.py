@@ -28,10 +28,10 @@ from mimscale.evals import metrics
 from tests.evals.conftest import save_run, small_run
 
 SETTINGS = {
-    "defaults": ("knn", "linear", "fewshot --shots 1 --draws 2"),
-    "others": ("knn --k 7 --temperature 0.2", "linear", "fewshot --shots 5 --draws 3"),
+    "defaults": ("knn", "linear", "lowshot --shots 1 --draws 2"),
+    "others": ("knn --k 7 --temperature 0.2", "linear", "lowshot --shots 5 --draws 3"),
 }
-METRICS = ("knn", "linear", "l2", "few_shot", "few_shot_sd", "few_shot_draws")
+METRICS = ("knn", "linear", "l2", "lowshot", "lowshot_sd", "lowshot_draws")
 
 
 def record(folder: Path) -> dict[str, Any]:

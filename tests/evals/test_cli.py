@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_prep.folder import read_folder
+from data_prep.plan import Plan
+from data_prep.write_shards import unfinished, write
 from mimscale.__main__ import main
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
@@ -20,6 +24,12 @@ def evaluate(*words: object) -> int:
     return main(["evaluate", *map(str, words), *QUICK])
 
 
+def report_of(run_dir: Path, start: str) -> Path:
+    """The one report of a run whose name starts so."""
+    (path,) = (run_dir / "eval").glob(f"{start}-*.json")
+    return path
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"]
 
@@ -29,7 +39,8 @@ def test_knn_has_raw_pixels_and_the_random_network_beside_the_run(
 ) -> None:
     words = ["knn", run_dir, "--train", data[0], "--val", data[1], "--pool", "mean", "cls", "--baselines"]
     assert evaluate(*words) == 0
-    path = run_dir / "eval" / "knn-mean-cls-step-00000007.json"
+    path = report_of(run_dir, "knn-mean-cls")
+    assert path.name.startswith("knn-mean-cls-crop1-baselines-fp32-") and path.name.endswith("-step-00000007.json")
     report = json.loads(path.read_text())
     assert [(r["network"], r["pool"]) for r in report["rows"]] == [
         ("raw pixels", "pixels"), ("random init", "mean"), ("random init", "cls"), ("mae", "mean"), ("mae", "cls")
@@ -41,8 +52,15 @@ def test_knn_has_raw_pixels_and_the_random_network_beside_the_run(
         "samples": 120,
         "fingerprint": Manifest.load(data[0]).fingerprint,
     }
-    assert report["protocol"]["k"] == 20 and report["versions"]["torch"] and report["protocol"]["ema"] is False
-    assert report["metrics"] == {"knn": "kNN (k = 20)"} and report["unit"] == "percent top-1"
+    assert report["rows"][0]["k"] == 20 and report["versions"]["scipy"] and report["protocol"]["ema"] is False
+    assert report["metrics"] == {
+        "knn": "kNN (k = 20)",
+        "knn_k10": "k = 10",
+        "knn_k100": "k = 100",
+        "knn_k200": "k = 200",
+    }
+    assert report["unit"] == "percent top-1" and report["protocol"]["image_size"] == [32] and report["ranks"] == 1
+    assert report["seconds"]["total"] >= 0 and report["commit"] and "knn_k200" not in report["rows"][0]
     text = capsys.readouterr().out
     assert "kNN (k = 20)" in text
     assert "raw pixels" in text and "random init" in text and f"{report['rows'][3]['knn']:.1f}" in text
@@ -60,20 +78,20 @@ def test_linear_and_few_shot_of_several_runs_at_once(data: tuple[Path, Path], ru
     assert [r["network"] for r in rows(tmp_path / "linear.json")] == names
     assert all(row["l2"] > 0 and row["iterations"] > 0 for row in rows(tmp_path / "linear.json"))
     assert rows(tmp_path / "linear.json")[0]["linear"] > 50  # the class decides shape and hue: pixels are no chance
-    assert evaluate("fewshot", *words, "--shots", 1, "--draws", 2, "--out", tmp_path / "fewshot.json") == 0
-    assert [r["network"] for r in rows(tmp_path / "fewshot.json")] == names
+    assert evaluate("lowshot", *words, "--shots", 1, "--draws", 2, "--out", tmp_path / "lowshot.json") == 0
+    assert [r["network"] for r in rows(tmp_path / "lowshot.json")] == names
 
 
-def test_few_shot_draws_come_from_the_seed(data: tuple[Path, Path], run_dir: Path, tmp_path: Path) -> None:
-    words = ["fewshot", run_dir, "--train", data[0], "--val", data[1], "--shots", 2, "--draws", 3]
+def test_lowshot_draws_come_from_the_seed(data: tuple[Path, Path], run_dir: Path, tmp_path: Path) -> None:
+    words = ["lowshot", run_dir, "--train", data[0], "--val", data[1], "--shots", 2, "--draws", 3]
     assert evaluate(*words, "--out", tmp_path / "a.json") == 0
     for row in rows(tmp_path / "a.json"):
-        assert len(row["few_shot_draws"]) == 3
-        assert row["few_shot"] == pytest.approx(sum(row["few_shot_draws"]) / 3)
+        assert len(row["lowshot_draws"]) == 3
+        assert row["lowshot"] == pytest.approx(sum(row["lowshot_draws"]) / 3)
     assert evaluate(*words, "--out", tmp_path / "b.json") == 0
     assert rows(tmp_path / "a.json") == rows(tmp_path / "b.json")
     assert evaluate(*words, "--seed", 1, "--out", tmp_path / "c.json") == 0
-    assert rows(tmp_path / "a.json")[0]["few_shot_draws"] != rows(tmp_path / "c.json")[0]["few_shot_draws"]
+    assert rows(tmp_path / "a.json")[0]["lowshot_draws"] != rows(tmp_path / "c.json")[0]["lowshot_draws"]
 
 
 def test_batch_size_does_not_change_the_result(data: tuple[Path, Path], run_dir: Path, tmp_path: Path) -> None:
@@ -102,7 +120,7 @@ def test_refusals(data: tuple[Path, Path], run_dir: Path, tmp_path: Path, capsys
     assert "--k 200 is more than the 120" in refused("knn", run_dir, "--k", 200)
     assert "--temperature 0: input should be greater than 0" in refused("knn", run_dir, "--temperature", 0)
     assert "--k many: input should be a valid integer" in refused("knn", run_dir, "--k", "many")
-    assert "--shots 41: class 0 has 40" in refused("fewshot", run_dir, "--shots", 41)
+    assert "--shots 41: class 0 has 40" in refused("lowshot", run_dir, "--shots", 41)
     assert "has no moving average" in refused("knn", run_dir, "--ema")
     assert "image size 33 is not a multiple" in refused("knn", run_dir, "--image-size", 33)
     assert "neither a run folder" in refused("knn", tmp_path / "nothing")
@@ -112,9 +130,57 @@ def test_refusals(data: tuple[Path, Path], run_dir: Path, tmp_path: Path, capsys
     assert "no complete checkpoint yet" in refused("knn", fresh)
 
 
-def test_other_settings_get_another_file(data: tuple[Path, Path], run_dir: Path) -> None:
-    assert evaluate("fewshot", run_dir, "--train", data[0], "--val", data[1], "--shots", 1, "--draws", 2) == 0
-    assert (run_dir / "eval" / "fewshot-shots1-draws2-mean-step-00000007.json").is_file()
+def test_other_settings_get_another_file(data: tuple[Path, Path], tmp_path: Path) -> None:
+    run_dir = save_run(tmp_path / "mae", small_run("mae"))
+    sets = ["--train", data[0], "--val", data[1]]
+    for more in (
+        [],
+        ["--crop-pct", "0.9"],
+        ["--precision", "bf16"],
+        ["--seed", "1"],
+        ["--image-size", "48"],
+        ["--baselines"],
+        ["--pool", "cls"],
+        ["--k", "3", "7"],
+        ["--train", data[1], "--val", data[0]],
+    ):
+        before = set((run_dir / "eval").glob("*.json"))
+        assert main(["evaluate", "knn", *map(str, [run_dir, *sets, "--workers", "0", "--no-cache", *more])]) == 0
+        assert len(set((run_dir / "eval").glob("*.json")) - before) == 1
+    assert report_of(run_dir, "knn-k3+7-mean")
+
+
+def test_the_report_goes_to_the_terminal_as_json(
+    data: tuple[Path, Path], run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["lowshot", run_dir, "--train", data[0], "--val", data[1], "--shots", 1, "--draws", 2]
+    assert evaluate(*words, "--out", tmp_path / "a.json") == 0
+    assert "1 labels per class" in (text := capsys.readouterr().out) and "differs from papers: MSN's low-shot" in text
+    assert evaluate(*words, "--out", tmp_path / "a.json", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "a.json").read_text())
+
+
+def test_validation_images_out_of_the_training_set(
+    data: tuple[Path, Path], run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same folder elsewhere, the same shards in another set, the same images in other shards, some of them."""
+    train, val = data
+    shutil.copytree(train, tmp_path / "copy")
+    images = tmp_path / "train-images"
+    make_image_folder(images, classes=3, per_class=40, side=32, seed=0)  # as the fixture does
+    plan = Plan(read_folder(images, labelled=True), seed=1, shard_mb=256, shard_samples=30)
+    assert not write(plan, tmp_path / "shuffled", unfinished(plan, tmp_path / "shuffled"))
+    make_image_folder(tmp_path / "mixed-images", classes=3, per_class=15, side=32, seed=1)
+    for path in sorted(images.rglob("*.*"))[:5]:
+        shutil.copy(path, tmp_path / "mixed-images" / path.parent.name / f"other-{path.name}")
+    mixed = shards(tmp_path / "mixed-images", tmp_path / "mixed")
+    words = ["knn", run_dir, "--train", train, "--out", tmp_path / "a.json"]
+    for other, text in (("copy", "is the training set itself"), ("shuffled", "were compared are there to the byte")):
+        assert evaluate(*words, "--val", tmp_path / other) == 2
+        assert text in capsys.readouterr().err
+    assert evaluate(*words, "--val", mixed) == 0
+    assert "images of --val" in (text := capsys.readouterr().err) and "too, so the figures are too high" in text
+    assert evaluate(*words, "--val", val) == 0 and "too high" not in capsys.readouterr().err
 
 
 def test_warnings_of_a_protocol_are_printed_and_kept(
@@ -142,9 +208,9 @@ def test_the_moving_average_is_another_student(data: tuple[Path, Path], tmp_path
     assert evaluate("linear", both, *words, "--ema") == 0
     assert evaluate("linear", both, *words) == 0
     assert evaluate("linear", alone, *words) == 0
-    averaged = json.loads((both / "eval" / "linear-mean-ema-step-00000007.json").read_text())
-    row, trained = averaged["rows"][-1], rows(both / "eval" / "linear-mean-step-00000007.json")[-1]
-    expected = rows(alone / "eval" / "linear-mean-step-00000008.json")[-1]
+    averaged = json.loads(report_of(both, "linear-mean-ema").read_text())
+    row, trained = averaged["rows"][-1], rows(report_of(both, "linear-mean-crop1-fp32"))[-1]
+    expected = rows(report_of(alone, "linear-mean"))[-1]
     metrics = ("linear", "l2", "iterations", "hold_out_accuracy", "search_iterations")
     assert averaged["protocol"]["ema"] is True and row["network"] == "both (ema)" and trained["network"] == "both"
     assert [row[m] for m in metrics] == [expected[m] for m in metrics] != [trained[m] for m in metrics]
@@ -159,9 +225,9 @@ def test_help_fits_a_screen_and_has_a_line_for_each_protocol(
             main(["evaluate", *words])
         assert stop.value.code == 0
         lines = capsys.readouterr().out.splitlines()
-        assert len(lines) <= 40 and all(len(line) <= 80 for line in lines)
+        assert len(lines) <= 48 and all(len(line) <= 80 for line in lines)
         if words == ["--help"]:
+            whole = "".join(" ".join(lines).split())  # a long line goes on in the next
             for name in protocol_names():
-                (line,) = [line for line in lines if line.split()[:1] == [name]]
-                assert str(protocol_class(name).__doc__).splitlines()[0] in line
+                assert "".join((name + str(protocol_class(name).__doc__).splitlines()[0]).split()) in whole
             assert lines[-1].startswith("  mimscale evaluate knn ")

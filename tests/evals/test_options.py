@@ -71,3 +71,4 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_file_name_holds_what_is_not_at_its_default() -> None:
     assert default_suffix(Config(steps=4, norm="ln", grid=(1.0, 0.1))) == "-steps4-normln"
+    assert default_suffix(Config(steps=1, grid=(3.0, 0.5))) == "-steps1-grid3.0+0.5"

@@ -20,7 +20,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def evaluate(count: int, protocol: str, run_dir: Path, data: tuple[Path, Path], out: Path, *more: str) -> list[Any]:
-    words = ("--train", data[0], "--val", data[1], *COMMON, *more, "--out", out)
+    words: tuple[str | Path, ...] = ("--train", data[0], "--val", data[1], *COMMON, *more, "--out", out)
     done = ranks.run(count, "mimscale", "evaluate", protocol, run_dir, *words)
     assert done.stdout.count("wrote") == 1
     rows: list[Any] = json.loads(out.read_text())["rows"]
@@ -28,7 +28,7 @@ def evaluate(count: int, protocol: str, run_dir: Path, data: tuple[Path, Path], 
 
 
 @pytest.mark.parametrize(
-    ("protocol", "cache"), [("knn", "--cache"), ("knn", "--no-cache"), ("linear", "--cache"), ("fewshot", "--cache")]
+    ("protocol", "cache"), [("knn", "--cache"), ("knn", "--no-cache"), ("linear", "--cache"), ("lowshot", "--cache")]
 )
 def test_one_two_and_four_ranks_agree(
     data: tuple[Path, Path], run_dir: Path, tmp_path: Path, protocol: str, cache: str

@@ -111,9 +111,10 @@ def test_reports_of_real_evaluations_are_understood(data: tuple[Path, Path], tmp
     for protocol in ("knn", "ridge"):
         assert main(["evaluate", protocol, str(run_dir), *words]) == 0
     found = results(run_dir)
-    assert {(f["protocol"], f["metric"], f["step"]) for f in found["figures"]} == {
-        ("knn", "knn", 7), ("ridge", "ridge", 7)
-    }  # fmt: skip
+    assert {("knn", "knn", 7), ("ridge", "ridge", 7)} <= {
+        (f["protocol"], f["metric"], f["step"]) for f in found["figures"]
+    }
+    assert found["unreadable"] == []
     assert all(len(f["sha256"]) == 64 for f in found["figures"])
 
 
@@ -127,7 +128,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_expected_values_name_protocols_and_change_nothing() -> None:
-    known = {"knn", "linear", "linear_mae", "attentive", "sweep", "top1"}
+    known = {"knn", "linear", "linear_mae", "attentive", "sweep", "top1"}  # protocols whose metric has their name
     with_values = 0
     for name in recipe_names():
         recipe = load_recipe(name)

@@ -92,6 +92,7 @@ def test_real_follows_the_numbers_of_the_images(val: Path, tmp_path: Path) -> No
     manifest = Manifest.load(val)
     rows = [[number % 4] if number != 5 else [] for number in range(8)]
     (tmp_path / "real.json").write_text(json.dumps(rows))
+    assert manifest.labels is not None
     labels = real_labels(tmp_path / "real.json", manifest, 4)
     for sample, row in enumerate(labels):
         number = int(manifest.key(sample)[-8:])

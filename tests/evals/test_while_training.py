@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,14 @@ def test_a_failing_copy_still_takes_every_parameter() -> None:
 GREEDY = '''
 import random
 import numpy, torch
+from pydantic import Field
 from mimscale.config.base import Strict
+from mimscale.errors import UserError
 from mimscale.evals.protocols.base import Protocol
 
 
 class GreedyConfig(Strict):
-    pass
+    least: int = Field(1, ge=1)
 
 
 class Greedy(Protocol):
@@ -109,28 +112,41 @@ class Greedy(Protocol):
     Config = GreedyConfig
     metrics = {"greedy": "greedy"}
 
+    @classmethod
+    def check(cls, config, train, val):
+        if train.samples < config.least:
+            raise UserError(f"--least {config.least} is more than the {train.samples} training samples; lower it")
+
     def run(self, train, val):
         train.values.zero_()
         return {"greedy": float(torch.rand(1)) + random.random() + float(numpy.random.rand())}
 '''
 
 
-def test_generators_and_features_survive_a_protocol(
-    data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "greedy.py").write_text(GREEDY)
-    monkeypatch.setattr(protocols, "__path__", [*protocols.__path__, str(tmp_path)])
+@pytest.fixture
+def greedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A protocol of this name, beside those of the package."""
+    folder = tmp_path / "protocols"
+    folder.mkdir()
+    (folder / "greedy.py").write_text(GREEDY)
+    monkeypatch.setattr(protocols, "__path__", [*protocols.__path__, str(folder)])
+    yield
+    sys.modules.pop(f"{protocols.__name__}.greedy", None)
+
+
+@pytest.mark.usefixtures("greedy")
+def test_generators_and_features_survive_a_protocol(data: tuple[Path, Path]) -> None:
     torch.manual_seed(0)
     student = ViT(small_run("mae").student, 32)
     found = []
-    for names in ({"ridge": {}}, {"greedy": {}, "ridge": {}}):
+    choices: tuple[dict[str, Any], ...] = ({"ridge": {}}, {"greedy": {}, "ridge": {}})
+    for names in choices:
         evaluator = Evaluator(plan(data, protocols=names), student, World(0, 1, 0, CPU), Coordinator(), "fp32")
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
         state = [(f"student.{n}", p) for n, p in student.named_parameters()]
-        found.append(evaluator.evaluate(lambda prefix, state=state: iter(state), student.named_buffers()).metrics)
+        found.append(evaluator.evaluate(lambda prefix: iter(state), student.named_buffers()).metrics)  # noqa: B023  # at once
         after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
         assert before[:2] == after[:2] and torch.equal(before[2], after[2])
-    sys.modules.pop(f"{protocols.__name__}.greedy")
     assert found[1].pop("greedy") >= 0
     assert found[0] == found[1] and found[0].keys() == {"ridge", "rankme", "spread"}
 
@@ -172,14 +188,16 @@ def test_a_bad_section_is_one_line(section: dict[str, Any], line: str) -> None:
     ("section", "line"),
     [
         ({"val": "/nowhere"}, "evals.val = /nowhere: data set '/nowhere': no such folder"),
-        ({"protocols": {"knn": {"k": 0}}}, "evals.protocols.knn.k = 0: input should be greater than or equal to 1"),
-        ({"protocols": {"knn": {"neighbours": 1}}}, "unknown key evals.protocols.knn.neighbours"),
-        ({"protocols": {"knn": {}}, "train_samples": 10}, "evals.protocols.knn: --k 20 is more than the 10 training"),
+        ({"protocols": {"greedy": {"least": 0}}}, "evals.protocols.greedy.least = 0: input should be greater than or"),
+        ({"protocols": {"greedy": {"lest": 1}}}, "unknown key evals.protocols.greedy.lest; did you mean 'least'?"),
+        ({"protocols": {"greedy": {"least": 11}}, "train_samples": 10}, "evals.protocols.greedy: --least 11 is more"),
+        ({"protocols": {"attentive": {}}}, "'attentive' does not learn from pooled features; measure it after the run"),
         ({"val": "TRAIN"}, "is the training set itself"),
         ({"val": "UNLABELLED"}, "has samples without labels"),
         ({"val": "OTHER"}, "has other classes than evals.train"),
     ],
 )
+@pytest.mark.usefixtures("greedy")
 def test_what_cannot_be_measured_is_refused_before_the_run(
     section: dict[str, Any], line: str, data: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mimscale.__main__ import answer_early_signals
 from mimscale.checkpoint import format as checkpoint
 from mimscale.distributed.world import free_port
 from tests import forked, ranks
@@ -88,6 +89,41 @@ def test_a_rank_that_waits_for_the_others_to_come(
     assert done.returncode == code
     assert ("stopped before the first step (SIGTERM)" if code == 143 else "train: interrupted") in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_the_imports_ends_with_one_line(number: signal.Signals, recipe: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "mimscale", "train", str(recipe), "--run-dir", str(tmp_path / "run")]
+    with subprocess.Popen(words, env=ranks.environment(), stderr=subprocess.PIPE, text=True) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        caught = f"{1 << (number - 1):x}"
+
+        def handled() -> bool:
+            mask = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+            return bool(int(mask.split()[1], 16) & int(caught, 16))
+
+        ranks.until(handled, [process.pid])
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert said == f"stopped before the first step ({number.name})\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_batch_script_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        answer_early_signals(["evaluate", "train"])
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # another verb
+        answer_early_signals(["--local_rank=0", "train", "mae_tiny"])
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("phase", ["start", "loop"])

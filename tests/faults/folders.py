@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import os
 import random
 import shutil
 import sys
@@ -117,8 +118,8 @@ class Folders:
 def harm(run_dir: Path, file: Path, dice: random.Random) -> Damage:
     path = run_dir / file
     content = path.read_bytes()
-    kinds = ["flip", "flip", "flip", "flip", "cut", "absent", "others", "folder", "longer"]
-    kind = dice.choice(kinds if content else ["absent", "others", "folder", "longer"])
+    kinds = ["flip", "flip", "flip", "flip", "cut", "absent", "others", "folder", "longer", "pipe", "link"]
+    kind = dice.choice(kinds if content else ["absent", "others", "folder", "longer", "pipe", "link"])
     if kind == "flip":
         what, content = flipped(content, dice)
         path.write_bytes(content)
@@ -138,6 +139,10 @@ def harm(run_dir: Path, file: Path, dice: random.Random) -> Damage:
         what = kind
         if kind == "folder":
             path.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "link":
+            path.symlink_to(dice.choice(["nothing", "/dev/null", "/dev/zero", "/etc", "."]))
     return Damage(str(file), what)
 
 

@@ -226,9 +226,11 @@ def _micro_batches(g: Golden, **noise: Tensor) -> list[Batch]:
     size, pool = g.config["batch"], g["images"]
     rows = [torch.arange(size * k, size * (k + 1)) % len(pool) for k in range(g.config["micro_steps"])]
     batches = [batch_of(pool[row], **{name: values[k] for name, values in noise.items()}) for k, row in enumerate(rows)]
-    for name, field_of in (("labels", "labels"), ("soft_targets", "soft_labels")):
-        if name in g.tensors:
-            batches = [replace(batch, **{field_of: g[name][row]}) for batch, row in zip(batches, rows, strict=True)]
+    labels, soft = g.tensors.get("labels"), g.tensors.get("soft_targets")
+    if labels is not None:
+        batches = [replace(batch, labels=labels[row]) for batch, row in zip(batches, rows, strict=True)]
+    if soft is not None:
+        batches = [replace(batch, soft_labels=soft[row]) for batch, row in zip(batches, rows, strict=True)]
     return batches
 
 

@@ -2,6 +2,7 @@
 
     python stub.py -m mimscale train RECIPE --run-dir DIR [stub.steps=5] [stub.step_s=0.02] [anything else]
     python stub.py -m mimscale evaluate VERB DIR ...
+    python stub.py -m mimscale results DIR ...
     python stub.py -m data_prep ... DESTINATION --part I/N
     python stub.py -m data_prep finish --wait S DESTINATION ...
 
@@ -9,6 +10,8 @@ stub.deaf_s: seconds before the signal handlers are installed.  stub.deaf: ignor
 stub.crash_rank: this rank exits with 9 if there is a file `crash`.  stub.exit: exits at once with this code.
 stub.frozen: the step number does not increase.  stub.hang_at: at this step of the first start, saves and ends as the
 watchdog does.  stub.every: rank 0 saves every this many steps.
+evaluate leaves a report; that of STUB_FAILING_VERB fails, that of STUB_SLOW_VERB never ends its first start.
+results is the real verb.
 Every rank makes a file `ready.RESTART.RANK` when its signal handlers are installed.
 Rank 0 holds the run lock, and the file `saves` has a line "RESTART STEP" for each of its checkpoints.
 """
@@ -84,6 +87,21 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
+def evaluate(verb: str, run_dir: Path, arguments: list[str]) -> int:
+    rank, restart = os.environ["RANK"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    (run_dir / f"evaluated.{verb}.{rank}").write_text(json.dumps(arguments))
+    if os.environ.get("STUB_FAILING_VERB") == verb:
+        return 5
+    while os.environ.get("STUB_SLOW_VERB") == verb and restart == "0":
+        time.sleep(0.1)
+    if rank == "0":
+        row = {"network": "stub", "source": str(run_dir), "step": 5, "pool": "mean", verb: 50.0}
+        report = {"protocol": {"name": verb}, "metrics": {verb: verb}, "rows": [row]}
+        (run_dir / "eval").mkdir(exist_ok=True)
+        (run_dir / "eval" / f"{verb}.json").write_text(json.dumps(report))
+    return 0
+
+
 def prepare(arguments: list[str]) -> int:
     if arguments[0] == "finish":
         for folder in arguments[3:]:
@@ -105,8 +123,9 @@ def main() -> int:
                 print(error, file=sys.stderr)
                 return 2 if isinstance(error, UserError) else Stopped.code
         case ["-m", "mimscale", "evaluate", verb, run_dir, *arguments]:
-            (Path(run_dir) / f"evaluated.{verb}").write_text(json.dumps(arguments))
-            return 0
+            return evaluate(verb, Path(run_dir), arguments)
+        case ["-m", "mimscale", "results", *_]:
+            os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
         case ["-m", "data_prep", *arguments]:
             return prepare(arguments)
     raise SystemExit(f"stub: unknown arguments: {sys.argv[1:]}")

@@ -13,18 +13,14 @@ import pytest
 from tests.slurm.conftest import JOBS, SMALL, Site
 
 pytestmark = pytest.mark.slurm
-CHAIN = {
-    "ARRAY": "0-2%2",
-    "PREP_OPTS": "--cpus-per-task=1",
-    "TRAIN_OPTS": "--nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1 --comment='two words'",
-    "EVAL_OPTS": "--cpus-per-task=1",
-}
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in JOBS.glob("*.sbatch")))
 def test_slurm_accepts_every_header(site: Site, name: str) -> None:
-    fits = ["--nodes=2", "--ntasks-per-node=8", "--cpus-per-task=2"] if name.startswith("pretrain") else []
-    done = site.cluster.run("sbatch", "--test-only", *fits, str(JOBS / name), env=site.env)
+    fits = {"pretrain": ["--nodes=2", "--cpus-per-task=2"], "evaluate": ["--cpus-per-task=2"]}
+    fits["finetune"] = fits["evaluate"]
+    options = fits.get(name.partition(".")[0].partition("_")[0], [])
+    done = site.cluster.run("sbatch", "--test-only", *options, str(JOBS / name), env=site.env)
     assert done.returncode == 0, done.stderr
 
 
@@ -289,44 +285,7 @@ def test_packed_environment_is_unpacked_once_per_node(site: Site) -> None:
         assert site.cluster.wait(job)["ExitCode"] == "2:0" and "has no bin/python" in site.log(job)
 
 
-# ------------------------------------------------------------------------------------------------------------ chain
-
-
-def submit(site: Site, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    folders = {"IMAGENET": "/in", "SHARDS": f"{site.folder}/train", "VAL_SHARDS": f"{site.folder}/val"}
-    everything = {**site.env, **CHAIN, **folders, "RUN_DIR": str(site.run_dir), **env}
-    return site.cluster.run(str(JOBS / "submit"), *arguments, env=everything, cwd=site.folder)
-
-
-def test_chain(site: Site) -> None:
-    done = submit(site, "stub.steps=3", "note=two words")
-    assert done.returncode == 0, done.stderr
-    jobs = dict(line.split() for line in (site.run_dir / "job" / "jobs.txt").read_text().splitlines())
-    assert list(jobs) == ["prepare", "finish", "pretrain", "evaluate"]
-    last = site.cluster.wait(jobs["evaluate"])
-    assert last["JobState"] == "COMPLETED", site.log(jobs["evaluate"])
-    for shards in (site.folder / "train", site.folder / "val"):
-        assert json.loads((shards / "finished").read_text()) == ["0-of-3", "1-of-3", "2-of-3"]
-    assert site.launch()["arguments"][-3:] == [f"data.shards={site.folder}/train", "stub.steps=3", "note=two words"]
-    assert {p.name for p in site.run_dir.glob("evaluated.*")} == {"evaluated.knn", "evaluated.linear"}
-    assert last["StdOut"].startswith(f"{site.run_dir}/job/")
-
-
-def test_failed_preparation_cancels_what_follows(site: Site) -> None:
-    assert submit(site, STUB_FAILING_PART="1").returncode == 0
-    jobs = dict(line.split() for line in (site.run_dir / "job" / "jobs.txt").read_text().splitlines())
-    for stage in ("finish", "pretrain", "evaluate"):
-        assert site.cluster.wait(jobs[stage])["JobState"] == "CANCELLED"
-    assert not list(site.run_dir.glob("launch.*"))
-
-
-def test_dry_run_submits_nothing(site: Site) -> None:
-    done = submit(site, "--dry-run", "a=1")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("to start at") == 4
-    assert not site.run_dir.exists()
-    refused = submit(site, "--dry-run", TRAIN_OPTS="--nodes=3")
-    assert refused.returncode == 1 and "would refuse stage 'pretrain'" in refused.stderr
+# ------------------------------------------------------------------------------------------------------ preparation
 
 
 def test_plain_array(site: Site) -> None:

@@ -57,8 +57,8 @@ def prepare(site: Site, seed: int) -> Path:
 
 
 def test_an_interrupted_run_equals_an_uninterrupted_one(site: Site) -> None:
-    """Preparation, pre-training with and without a time limit and a lost node, evaluation."""
-    shards, other = prepare(site, seed=0), prepare(site, seed=1)
+    """Preparation, and pre-training with and without a time limit and a lost node."""
+    shards = prepare(site, seed=0)
     plain = pretrain(site, shards, site.folder / "plain")
     assert site.cluster.wait(plain, timeout_s=400)["JobState"] == "COMPLETED", site.log(plain)
     assert launches(site) == [(4, 0)]
@@ -90,11 +90,6 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(site: Site) -> None:
         weights.append(load_weights(checkpoint))
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-
-    folders = {"RUN_DIR": str(site.run_dir), "SHARDS": str(shards), "VAL_SHARDS": str(other)}
-    job = site.sbatch("--cpus-per-task=1", str(JOBS / "evaluate.sbatch"), "--workers=1", env=folders)
-    assert site.cluster.wait(job, timeout_s=400)["JobState"] == "COMPLETED", site.log(job)
-    assert {"knn", "linear"} <= {path.stem.split("-")[0] for path in (site.run_dir / "eval").iterdir()}
 
 
 def test_fewer_nodes_than_before(site: Site, shards: Path) -> None:

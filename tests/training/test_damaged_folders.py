@@ -41,10 +41,10 @@ def test_another_weight_would_be_noticed(folders: Folders, tmp_path: Path) -> No
 
 def test_every_kind_of_damage_changes_the_file(tmp_path: Path) -> None:
     dice, kinds = random.Random(0), set()
-    for number in range(60):
+    for number in range(120):
         path = tmp_path / str(number)
         path.write_bytes(b'{"a": 12}\n')
         kinds.add(harm(tmp_path, Path(str(number)), dice).what.split()[0])
         assert not path.is_file() or path.read_bytes() != b'{"a": 12}\n'
-    assert {"bit", "cut", "absent", "folder", "holds", "has"} <= kinds
+    assert {"bit", "cut", "absent", "folder", "holds", "has", "pipe", "link"} <= kinds
     assert len({flipped(b'{"a": 12}\n', dice)[0] for _ in range(100)}) > 15

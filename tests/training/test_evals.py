@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -48,7 +49,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 
 def on(val: Path) -> list[str]:
-    return [f"evals.val={val}", f"evals.every={EVERY}", "evals.protocols={ridge: {}, knn: {k: 5}}"]
+    return [f"evals.val={val}", f"evals.every={EVERY}", "evals.protocols={ridge: {}, knn: {}}"]
 
 
 def train_all(recipe: Path, runs: Sequence[tuple[Path, Sequence[str]]], folder: Path) -> None:
@@ -57,7 +58,7 @@ def train_all(recipe: Path, runs: Sequence[tuple[Path, Sequence[str]]], folder: 
     ranks.run(2, "tests.training.several", listed)
 
 
-def events(run_dir: Path, name: str) -> list[dict[str, object]]:
+def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
     return [line for line in ranks.lines(run_dir) if line.get("event") == name]
 
 
@@ -105,8 +106,8 @@ def test_figures_are_those_of_an_evaluation_afterwards(runs: Path, shards: Path,
     """Two ranks at ZeRO-3 in the run, one process afterwards; and they are in TensorBoard."""
     found = events(runs / "on3", "evals")[-1]
     for protocol in ("ridge", "knn"):
-        out, words = tmp_path / f"{protocol}.json", ["--k", "5"] if protocol == "knn" else []
-        words += ["--train", str(shards), "--val", str(val), "--workers", "0", "--device", "cpu", "--out", str(out)]
+        out = tmp_path / f"{protocol}.json"
+        words = ["--train", str(shards), "--val", str(val), "--workers", "0", "--device", "cpu", "--out", str(out)]
         assert main(["evaluate", protocol, str(runs / "on3"), *words]) == 0
         assert json.loads(out.read_text())["rows"][-1][protocol] == pytest.approx(found[protocol], abs=1e-3)
     board = EventAccumulator(str(runs / "on3" / "tensorboard"))

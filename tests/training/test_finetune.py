@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def val(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path, val: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         "method": METHOD,
         "data": DATA,
         "optim": {"layer_decay": 0.75},
@@ -92,8 +93,8 @@ def test_two_ranks_measure_what_one_does(runs: Path, val: Path) -> None:
     reports = []
     for count in (1, 2):
         out = runs / f"ranks{count}.json"
-        words = [runs / "zero2", "--ema", "--val", val, "--workers", "0", "--batch", "5", "--device", "cpu"]
-        words += ["--out", out]
+        words: list[str | Path] = [runs / "zero2", "--ema", "--val", val, "--workers", "0", "--device", "cpu"]
+        words += ["--batch", "5", "--out", out]
         ranks.run(count, "mimscale", "evaluate", "top1", *words)
         reports.append(json.loads(out.read_text()))
     one, two = (report["rows"] for report in reports)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.run import RunConfig
 from mimscale.convert.formats import mae, simmim
+from mimscale.convert.formats.timm import SHARED_TABLE
 from mimscale.convert.read import identity_file, resolve
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
@@ -20,10 +21,10 @@ from mimscale.methods.finetune import Finetune
 from mimscale.methods.mae import MAE
 from mimscale.methods.mff import MFF
 from mimscale.methods.simmim import SimMIM
-from mimscale.models import pos_embed
+from mimscale.models import pos_embed, rel_pos_bias
 from mimscale.training import init_weights
 from tests import golden
-from tests.convert.runs import IMAGES, METHODS, STUDENT, save_run, saved_run
+from tests.convert.runs import IMAGES, METHODS, STUDENT, build, save_run, saved_run
 from tests.golden import batch_of, close, run_config
 
 FINETUNE = {"name": "finetune", "classes": 3, "head_std": 0.1}
@@ -73,6 +74,21 @@ def test_positions_are_resized_as_in_the_official_fine_tuning(tmp_path: Path) ->
     table = pos_embed.resize(source.student.get_buffer("pos_embed"), (4, 4), (6, 6))
     assert torch.equal(method.student.get_parameter("pos_embed"), table)
     assert "pos_embed resized from 4x4 to 6x6 patches" in notes
+
+
+def test_relative_positions_are_resized_in_every_block(tmp_path: Path) -> None:
+    """SimMIM's shared table becomes one per block, of the larger grid."""
+    source, run = build("simmim")
+    torch.nn.init.normal_(source.student.get_parameter(SHARED_TABLE))
+    folder = save_run(tmp_path / "run", source, run)
+    method, notes, _ = started(Finetune, {**FINETUNE, "beit": {}}, folder, size=96)
+    assert isinstance(method, Finetune)
+    table = rel_pos_bias.resize(source.student.get_parameter(SHARED_TABLE).detach(), (6, 6))
+    for block in range(method.student.depth):
+        name = f"blocks.{block}.attn.relative_position_bias_table"
+        assert torch.equal(method.student.get_parameter(name), table)
+        assert f"{name} resized from 4x4 to 6x6 patches" in notes
+    assert method.logits(torch.zeros(1, 3, 96, 96)).isfinite().all()
 
 
 def test_a_last_norm_that_is_not_in_the_weights_stays(tmp_path: Path) -> None:

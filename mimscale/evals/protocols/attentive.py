@@ -95,7 +95,7 @@ class Attentive(Protocol):
 
 
 def make_head(kind: Kind, width: int, most: int, context: Context) -> nn.Module:
-    """Pooling, BatchNorm without parameters, linear layer; the same start each time, the global generators left alone."""
+    """Pooling, BatchNorm without parameters, linear layer; the same start each time, from generators of its own."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(context.seed)
         pool, _ = attentive_pool(kind, width, most)

@@ -42,7 +42,8 @@ class Context:
     """What holds for every protocol. classes: labels are 0 to classes - 1. device: where to compute.
 
     rank, world: of this process, see `evals.parallel`. All ranks run the protocol at the same time with the same
-    features; they share its work, and each returns the same results, which rank 0 writes.
+    features; they share its work, and each returns the same results, which rank 0 writes. train_data, val_data: the
+    data sets behind the features, where they are on disk.
     """
 
     classes: int
@@ -50,6 +51,8 @@ class Context:
     device: torch.device
     rank: int = 0
     world: int = 1
+    train_data: Manifest | None = None
+    val_data: Manifest | None = None
 
 
 class Protocol(ABC):
@@ -61,8 +64,9 @@ class Protocol(ABC):
     needs: "pooled", "tokens" or "blocks", and "labels" where an unlabelled data set is to be refused.
     blocks: L of "blocks".
     metrics: key in the results -> heading of its column, in which `{k}` stands for the field k. Where the results also
-        hold KEY_sd, the column shows it behind a ±.
+        hold KEY_sd, the column shows it behind a ±. See `headings`.
     constants: what the report is to say of the protocol beside the Config.
+    departs: in what the figures differ from those of papers under the same name, a line each; printed under the table.
     unit: of the metrics.
     """
 
@@ -71,6 +75,7 @@ class Protocol(ABC):
     blocks: ClassVar[int] = 1
     metrics: ClassVar[Mapping[str, str]]
     constants: ClassVar[Mapping[str, Any]] = {}
+    departs: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str] = "percent top-1"
 
     def __init__(self, config: Any, context: Context) -> None:
@@ -79,6 +84,12 @@ class Protocol(ABC):
     @classmethod  # noqa: B027  # most protocols have nothing to check
     def check(cls, config: Any, train: Manifest, val: Manifest) -> None:
         """Raises UserError where the data sets do not do, before any image is read."""
+
+    @classmethod
+    def headings(cls, config: Any) -> dict[str, str]:
+        """Key in the results -> heading of its column; a key that the results lack leaves an empty cell."""
+        options = config.model_dump(mode="json")
+        return {key: heading.format(**options) for key, heading in cls.metrics.items()}
 
     @abstractmethod
     def run(self, train: Features, val: Features) -> Results:

@@ -28,8 +28,8 @@ class Ridge(Protocol):
     Least squares onto +1 for the sample's class and -1 for the others on standardised features, with a free intercept;
     the largest output is the class. l2 has the least squared error of leave-one-out over the grid, which the
     eigenvectors of X^T X give exactly. Source: Golub, Heath and Wahba, Technometrics 21(2), 1979 (doi
-    10.1080/00401706.1979.10489751); scikit-learn's RidgeClassifierCV is the same. It is no replacement of `linear`: it is 10 to 100 times as fast, has nothing that
-    could fail to converge, and is usually some points lower.
+    10.1080/00401706.1979.10489751); scikit-learn's RidgeClassifierCV is the same. One eigendecomposition and nothing
+    that could fail to converge, so it suits a training run; `linear` is the probe to report.
     """
 
     Config = RidgeConfig

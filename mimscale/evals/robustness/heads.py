@@ -16,13 +16,14 @@ from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError
 from mimscale.evals.classifier import load_classifier
 from mimscale.evals.extraction import features_of
-from mimscale.evals.logistic_regression import standardised
+from mimscale.evals.launch import CROP_PCT
+from mimscale.evals.logistic_regression import Rows
 from mimscale.evals.networks import Network, features_folder, load_networks
-from mimscale.evals.protocols.linear import full_data
-from mimscale.evals.robustness.classifiers import Classifier, class_names, digest, linear_logits
+from mimscale.evals.protocols.linear import HOLD_OUT, full_data, hold_out
+from mimscale.evals.robustness.classes import outputs_of
+from mimscale.evals.robustness.classifiers import PREDICTION, Classifier, class_names, digest, linear_logits
 from mimscale.evals.runner import Settings, extraction_of
 
-FROZEN_CROP = 0.875  # as the runner's default
 Check = Callable[[list[str]], None]
 """Raises UserError where a classifier with outputs of these names cannot answer for the data sets."""
 
@@ -37,12 +38,12 @@ def classifiers_of(
 ) -> list[Classifier]:
     """train: fit heads to its features; None: the runs have heads of their own. Raises UserError, on all ranks.
 
-    A crop_pct of 0 in the settings is that of each run, 0.875 for frozen features.
+    A crop_pct of 0 in the settings is that of each run, the runner's default for frozen features.
     """
     paths = list(dict.fromkeys(runs))
     if train is None:
-        return ranks.on_all_ranks(lambda: [_own(path, paths, settings, classes_of, check) for path in paths])
-    settings = replace(settings, crop_pct=settings.crop_pct or FROZEN_CROP)
+        return ranks.on_all_ranks(lambda: [own_classifier(path, paths, settings, classes_of, check) for path in paths])
+    settings = replace(settings, crop_pct=settings.crop_pct or CROP_PCT)
     manifest, networks = ranks.on_all_ranks(lambda: _frozen(paths, settings, train, check))
     found = []
     for size in sorted({network.image_size for network in networks}):
@@ -54,7 +55,10 @@ def classifiers_of(
     return found
 
 
-def _own(path: Path, paths: Sequence[Path], settings: Settings, classes_of: Path | None, check: Check) -> Classifier:
+def own_classifier(
+    path: Path, paths: Sequence[Path], settings: Settings, classes_of: Path | None, check: Check
+) -> Classifier:
+    """A run with a head of its own. paths: all of the table, whose names are to differ. Raises UserError."""
     found = load_classifier(
         path,
         image_size=settings.image_size,
@@ -65,7 +69,8 @@ def _own(path: Path, paths: Sequence[Path], settings: Settings, classes_of: Path
     names = class_names(found.run, classes_of)
     check(names)
     data = found.run.data
-    about = {"source": str(found.path), "step": found.step, "sha256": found.sha256, "head": "own"}
+    about = {"source": str(found.path), "step": found.step, "sha256": found.sha256}
+    about |= {"method": found.run.method.name, "head": "own"}
     identity = {"classifier": found.sha256, "ema": settings.ema}
     name = path.name if [one.name for one in paths].count(path.name) == 1 else str(path)
     name += " (ema)" if settings.ema else ""
@@ -94,15 +99,12 @@ def _frozen(paths: Sequence[Path], settings: Settings, train: Path, check: Check
 def _fitted(
     network: Network, pool: str, features: Tensor, manifest: Manifest, settings: Settings, ranks: Coordinator
 ) -> Classifier:
-    """Every rank fits; all take rank 0's numbers, so that their predictions are those of one head."""
+    """The ranks share the fit, as in the protocol linear, and end with the same head."""
     labels = torch.from_numpy(np.array(manifest.labels))
     classes = manifest.classes or []
-    deviation, mean = torch.std_mean(features, dim=0, correction=0)
-    deviation = deviation.clamp_min(1e-6)
-    x = standardised(features, features[:1])[0]
-    search = full_data(x, labels, len(classes), seed=settings.seed, device=settings.device)
-    weight, bias = ranks.broadcast((search.classifier.weight.cpu(), search.classifier.bias.cpu()))
-    head = search.classifier._replace(weight=weight.to(settings.device), bias=bias.to(settings.device))
+    rows = Rows(features, labels, len(classes), settings.device, ranks.rank, ranks.world)
+    search = full_data(rows, hold_out(labels.numpy(), HOLD_OUT, settings.seed))
+    head, (mean, deviation) = search.classifier, rows.scaling
     logits = linear_logits(lambda images: network.extract(images)[pool], mean, deviation, head)
     about: dict[str, Any] = {
         **network.about,
@@ -112,6 +114,26 @@ def _fitted(
         "converged": head.converged,
         "train": {"shards": manifest.location, "samples": manifest.samples, "fingerprint": manifest.fingerprint},
     }
-    identity = {**network.identity, "pool": pool, "head": digest(weight, bias, mean, deviation)}
+    identity = {**network.identity, "pool": pool, "head": digest(head.weight, head.bias, mean, deviation)}
     name = f"{network.name}, {pool}"
     return Classifier(name, network.image_size, settings.crop_pct, logits, classes, identity, network.folder, about)
+
+
+def predictions_of(
+    classifier: Classifier,
+    manifest: Manifest,
+    what: str,
+    settings: Settings,
+    ranks: Coordinator,
+    whole: bool = False,
+) -> Tensor:
+    """int64 [N]: for each image of a data set one of its labels. what: the data set in a word, for the progress.
+
+    whole: the images are not cropped. They are kept where features are, 4 bytes each. Raises UserError, on all ranks.
+    """
+    outputs, _ = outputs_of(manifest.classes or [], classifier.classes, manifest.location)
+    c = classifier
+    identity = {**c.identity, "outputs": outputs.tolist()}
+    network = Network(c.name, c.image_size, c.answers(outputs), identity, c.folder, c.about)
+    how = extraction_of(replace(settings, crop_pct=1.0 if whole else c.crop_pct))
+    return features_of([network], manifest, what, how, ranks)[c.name, PREDICTION][:, 0].long()

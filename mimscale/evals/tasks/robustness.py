@@ -9,8 +9,9 @@ logistic regression on frozen features (`--train`). C is stored at 224 pixels an
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,14 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from mimscale.checkpoint.run_folder import git_commit
 from mimscale.data.manifest import Manifest
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError, printable
-from mimscale.evals.extraction import features_of
-from mimscale.evals.launch import add_shared, check_out, default_out, on_ranks, publish
+from mimscale.evals.launch import add_shared, check_out, default_outs, on_ranks, publish
 from mimscale.evals.metrics import top1
-from mimscale.evals.networks import Network
 from mimscale.evals.robustness.classes import outputs_of
-from mimscale.evals.robustness.classifiers import PREDICTION, Classifier
+from mimscale.evals.robustness.classifiers import Classifier
 from mimscale.evals.robustness.corruptions import (
     ALEXNET,
     SEVERITIES,
@@ -35,9 +35,9 @@ from mimscale.evals.robustness.corruptions import (
     corruption_errors,
     mean_corruption_error,
 )
-from mimscale.evals.robustness.heads import classifiers_of
+from mimscale.evals.robustness.heads import classifiers_of, predictions_of
 from mimscale.evals.robustness.real import covered, real_accuracy, real_labels
-from mimscale.evals.runner import Settings, extraction_of
+from mimscale.evals.runner import Settings
 
 SUMMARY = "ImageNet-A, -R, -Sketch, -V2, -C and ReaL with a classifier"
 VAL, REAL, MCE = "val", "ReaL", "mCE"
@@ -96,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
     )
     words = ["robustness", *(["linear"] if args.train else []), *wanted.sets, *(["c"] if args.corruptions else [])]
     if report is not None:
-        publish(report, [table(report)], [args.out] if args.out else [default_out(r, words, args) for r in args.runs])
+        prints = [one["fingerprint"] for one in report["sets"].values()]
+        outs = default_outs(args, words, report["protocol"]["precision"], prints)
+        publish(report, [table(report)], outs, args.json)
     return 0
 
 
@@ -111,6 +113,8 @@ def robustness(
     """The report: a row for each classifier with its percent on each set. Everything that can be refused is refused
     before an image is read. Raises UserError, on all ranks.
     """
+
+    start_s = time.monotonic()
 
     def prepare() -> tuple[list[TestSet], list[list[int]] | None]:
         sets = [TestSet(name, Manifest.load(path)) for name, path in wanted.sets.items()]
@@ -138,7 +142,10 @@ def robustness(
     classifiers = classifiers_of(runs, settings, ranks, train, classes_of, check)
     rows = []
     for classifier in classifiers:
-        predictions = {one.name: _predictions(classifier, one, settings, ranks) for one in sets}
+        predictions = {
+            one.name: predictions_of(classifier, one.manifest, one.name, settings, ranks, whole=not one.cropped)
+            for one in sets
+        }
         about = {"image_size": classifier.image_size, "crop_pct": classifier.crop_pct, **classifier.about}
         rows.append({"network": classifier.name, **about, **_results(classifier, sets, predictions, real)})
     return {
@@ -147,6 +154,7 @@ def robustness(
             "head": "own" if train is None else "logistic regression",
             "precision": settings.precision,
             "ema": settings.ema,
+            "device": torch.cuda.get_device_name() if settings.device.type == "cuda" else "cpu",
             "alexnet": ALEXNET if wanted.corruptions else None,
         },
         "columns": [*([VAL] if wanted.val else []), *([REAL] if real else []), *wanted.sets]
@@ -159,25 +167,11 @@ def robustness(
             }
             for one in sets
         },
+        "commit": git_commit(),
+        "ranks": ranks.world,
+        "seconds": round(time.monotonic() - start_s, 1),
         "rows": rows,
     }
-
-
-def _predictions(classifier: Classifier, one: TestSet, settings: Settings, ranks: Coordinator) -> Tensor:
-    """int64 [N], labels of the data set."""
-    outputs, _ = outputs_of(one.manifest.classes or [], classifier.classes, one.manifest.location)
-    identity = {**classifier.identity, "outputs": outputs.tolist()}
-    network = Network(
-        classifier.name,
-        classifier.image_size,
-        classifier.answers(outputs),
-        identity,
-        classifier.folder,
-        classifier.about,
-    )
-    how = extraction_of(replace(settings, crop_pct=classifier.crop_pct if one.cropped else 1.0))
-    found = features_of([network], one.manifest, one.name, how, ranks)
-    return found[classifier.name, PREDICTION][:, 0].long()
 
 
 def _results(

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from rich.table import Table
 
 from mimscale.data.manifest import Manifest
 from mimscale.data.storage import is_remote
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError, printable
-from mimscale.evals.launch import add_shared, check_out, default_out, on_ranks, publish
+from mimscale.evals.launch import add_shared, check_out, default_outs, on_ranks, publish
+from mimscale.evals.metrics import mean_per_class, top1
 from mimscale.evals.options import config_of
-from mimscale.evals.runner import Settings, evaluate, protocol_class
+from mimscale.evals.robustness.classifiers import Classifier
+from mimscale.evals.robustness.heads import own_classifier, predictions_of
+from mimscale.evals.runner import Settings, evaluate, open_data, protocol_class
 
 SUMMARY = "protocols on several data sets: one table, with its mean"
 PER_CLASS = "mean per-class"  # the metric in a manifest's source; any other is top-1
@@ -43,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocols", nargs="+", default=["knn", "linear"], metavar="PROTOCOL", help="(default knn linear)"
     )
+    text = "a run of finetune or linear_mae that was trained on the set, measured with its own head"
+    parser.add_argument("--classifiers", nargs="+", default=[], metavar="NAME=RUN", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,12 +62,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--sets {twice}: the name is given twice; each data set has one")
     protocols = list(dict.fromkeys(args.protocols))
     for name in protocols:
-        if not {"pooled", "labels"} <= protocol_class(name).needs:
-            raise UserError(f"--protocols {name}: it needs no pooled features and labels; take knn or linear")
-    report = on_ranks(args, lambda settings, ranks: transfer(protocols, args.runs, pairs, settings, ranks))
-    outs = [default_out(path, ["transfer", *names, *protocols], args) for path in args.runs]
+        if "labels" not in protocol_class(name).needs:
+            raise UserError(f"--protocols {name}: it takes no labels, so it has no accuracy; take knn or linear")
+    heads = heads_of(args.classifiers, names)
+    report = on_ranks(args, lambda settings, ranks: transfer(protocols, args.runs, pairs, settings, ranks, heads))
     if report is not None:
-        publish(report, tables(report), [args.out] if args.out else outs)
+        prints = [part[split]["fingerprint"] for part in report["parts"] for split in ("train", "val")]
+        outs = default_outs(args, ["transfer", *names, *protocols], report["protocol"]["precision"], prints)
+        publish(report, tables(report), outs, args.json, report["departs"])
     return 0
 
 
@@ -78,14 +88,20 @@ def pair_of(text: str) -> Pair:
 
 
 def transfer(
-    protocols: Sequence[str], runs: Sequence[Path], pairs: Sequence[Pair], settings: Settings, ranks: Coordinator
+    protocols: Sequence[str],
+    runs: Sequence[Path],
+    pairs: Sequence[Pair],
+    settings: Settings,
+    ranks: Coordinator,
+    heads: Sequence[tuple[str, Path]] = (),
 ) -> dict[str, Any]:
     """The report: a row for each protocol, network and pooling with the value of each data set and their mean.
 
-    parts: the runner's report of each protocol on each set. Every set is opened before an image is read. Raises
-    UserError.
+    heads: (name of a set, run that was trained on it): a row for each method. parts: the runner's report of each
+    protocol on each set. Every set and head is opened before an image is read. Raises UserError.
     """
-    metrics = ranks.on_all_ranks(lambda: {pair.name: metric_of(pair) for pair in pairs})
+    metrics = ranks.on_all_ranks(lambda: {pair.name: checked(pair, protocols) for pair in pairs})
+    of_heads = ranks.on_all_ranks(lambda: _classifiers(heads, pairs, settings))
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     headings: dict[str, str] = {}
     parts = []
@@ -99,22 +115,43 @@ def transfer(
             for row in part["rows"]:
                 own = rows.setdefault((name, row["network"], row["pool"]), {"values": {}})
                 own["values"][pair.name] = value_of(row, key, metrics[pair.name], name)
+    for method, of_sets in of_heads.items():
+        headings[method] = f"{method}, own heads"
+        own = rows.setdefault((method, "own heads", ""), {"values": {}, "sources": {}})
+        for pair in pairs:
+            found = of_sets[pair.name]
+            own["values"][pair.name] = _accuracy(found, pair, metrics[pair.name], settings, ranks)
+            own["sources"][pair.name] = found.about
     table = [
         {"protocol": name, "network": network, "pool": pool, **row, "mean": fmean(row["values"].values())}
         for (name, network, pool), row in rows.items()
     ]
     return {
-        "protocol": {"name": "transfer", "protocols": list(protocols)},
+        "protocol": {
+            "name": "transfer",
+            "protocols": list(protocols),
+            **{key: parts[0]["protocol"][key] for key in ("seed", "crop_pct", "precision", "device", "ema")},
+        },
+        "commit": parts[0]["commit"],
+        "ranks": ranks.world,
+        "seconds": {key: sum(part["seconds"][key] for part in parts) for key in ("features", "fit")},
+        "departs": list(dict.fromkeys(f"{p['protocol']['name']}: {line}" for p in parts for line in p["departs"])),
         "headings": headings,
         "sets": metrics,
-        "rows": sorted(table, key=lambda row: list(protocols).index(row["protocol"])),
+        "rows": sorted(table, key=lambda row: list(headings).index(row["protocol"])),
         "parts": parts,
     }
 
 
-def metric_of(pair: Pair) -> str:
-    """The metric that the manifest of the validation set names; top-1 where it names none. Raises UserError."""
-    return str(Manifest.load(pair.val).file.source.get("metric", "top-1"))
+def checked(pair: Pair, protocols: Sequence[str]) -> str:
+    """The metric that the manifest of the validation set names; top-1 where it names none. Raises UserError for a data
+    set that does not do for one of the protocols.
+    """
+    train, val = open_data(pair.train, pair.val, labelled=True)
+    for name in protocols:
+        kind = protocol_class(name)
+        kind.check(config_of({}, kind.Config), train, val)
+    return str(val.file.source.get("metric", "top-1"))
 
 
 def value_of(row: Mapping[str, Any], key: str, metric: str, protocol: str) -> float:
@@ -125,6 +162,44 @@ def value_of(row: Mapping[str, Any], key: str, metric: str, protocol: str) -> fl
             f"--protocols {protocol} reports no {metric} accuracy, the metric of one of --sets; leave it out"
         )
     return float(row[wanted])
+
+
+def heads_of(texts: Sequence[str], names: Sequence[str]) -> list[tuple[str, Path]]:
+    """(name of a set, run) of each `NAME=RUN`. Raises UserError."""
+    found = []
+    for text in texts:
+        name, _, path = text.partition("=")
+        if name not in names or not path:
+            raise UserError(f"--classifiers {text} is not NAME=RUN with a NAME of --sets ({', '.join(names)})")
+        found.append((name, Path(path)))
+    return found
+
+
+def _classifiers(
+    heads: Sequence[tuple[str, Path]], pairs: Sequence[Pair], settings: Settings
+) -> dict[str, dict[str, Classifier]]:
+    """Method -> set -> its classifier, at its own image size and crop. Raises UserError."""
+    found: dict[str, dict[str, Classifier]] = {}
+    own_sizes = replace(settings, image_size=None, crop_pct=0.0)
+    of_pair = {pair.name: pair for pair in pairs}
+    for name, path in heads:
+        one = own_classifier(path, [path for _, path in heads], own_sizes, of_pair[name].train, lambda names: None)
+        of_sets = found.setdefault(one.about["method"], {})
+        if name in of_sets:
+            raise UserError(f"--classifiers {name}: two runs of {one.about['method']}; give one")
+        of_sets[name] = one
+    for method, of_sets in found.items():
+        missing = [pair.name for pair in pairs if pair.name not in of_sets]
+        if missing:
+            raise UserError(f"--classifiers: no run of {method} for {', '.join(missing)}; give one for each of --sets")
+    return found
+
+
+def _accuracy(found: Classifier, pair: Pair, metric: str, settings: Settings, ranks: Coordinator) -> float:
+    val = ranks.on_all_ranks(Manifest.load, pair.val)
+    labels = torch.from_numpy(np.array(val.labels))
+    of = mean_per_class if metric == PER_CLASS else top1
+    return of(predictions_of(found, val, pair.name, settings, ranks), labels, len(found.classes))
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:

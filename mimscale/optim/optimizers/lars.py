@@ -38,7 +38,8 @@ class WholeParameterLars(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.momentum, self.trust_coefficient = momentum, trust_coefficient
         self._pieces: dict[Tensor, list[tuple[int, Piece]]] | None = None
-        self._count, self._total = 0, _unchanged
+        self._count = 0
+        self._total: Callable[[Tensor], Tensor] = _unchanged
 
     def use_pieces(self, pieces: Sequence[Piece], names: Sequence[str], total: Callable[[Tensor], Tensor]) -> None:
         """Where the parameters lie in the tensors; see `Optimizer.use_pieces`."""

@@ -87,7 +87,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_every_protocol_names_its_source_and_what_it_reports() -> None:
-    assert {"knn", "linear", "fewshot"} <= set(protocol_names())
+    assert {"knn", "linear", "lowshot"} <= set(protocol_names())
     for name in protocol_names():
         kind = protocol_class(name)
         assert "Source: " in str(kind.__doc__) and re.search(r"\b(arXiv|doi)\b", str(kind.__doc__))

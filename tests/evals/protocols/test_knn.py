@@ -15,18 +15,18 @@ Digits = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def test_equals_scikit_learn(digits: Digits) -> None:
     train, labels, queries, truth = digits
-    config = KnnConfig()
-    reference = KNeighborsClassifier(
-        config.k, metric="cosine", weights=lambda d: np.exp((1 - d) / config.temperature)
-    ).fit(train.double().numpy(), labels.numpy())
-    neighbours = Neighbours(queries, config.k)
+    reference = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(
+        train.double().numpy(), labels.numpy()
+    )
+    neighbours = Neighbours(queries, 20)
     neighbours.add(train, labels)
-    votes = neighbours.votes(10, config.temperature)
+    votes = neighbours.votes(10, 0.07)
     shares = votes / votes.sum(dim=1, keepdim=True)
     expected = torch.from_numpy(reference.predict_proba(queries.double().numpy())).float()
     torch.testing.assert_close(shares, expected, atol=1e-4, rtol=0)
-    result = Knn(config, Context(10, 0, torch.device("cpu"))).run(Features(train, labels), Features(queries, truth))
-    assert result == {"knn": top1(votes.argmax(1), truth, 10)}
+    context = Context(10, 0, torch.device("cpu"))
+    result = Knn(KnnConfig(), context).run(Features(train, labels), Features(queries, truth))
+    assert result["knn"] == top1(votes.argmax(1), truth, 10) and (result["k"], result["temperature"]) == (20, 0.07)
     assert result["knn"] == pytest.approx(100 * reference.score(queries.double().numpy(), truth.numpy()), abs=1e-4)
 
 
@@ -50,12 +50,27 @@ def test_fewer_neighbours_than_k_have_no_vote() -> None:
     assert votes.argmax(1).tolist() == [0] and torch.isfinite(votes).all()
 
 
-def test_the_options_count(digits: Digits) -> None:
+def test_the_options_count() -> None:
     """Three neighbours of the same direction as the query, ten of another that is only a little worse."""
     near, far = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.95, 0.3122]])
     train = Features(torch.cat([near.expand(3, -1), far.expand(10, -1)]), torch.tensor([0] * 3 + [1] * 10))
     val = Features(near, torch.tensor([0]))
-    context = Context(2, 0, torch.device("cpu"))
-    assert Knn(KnnConfig(k=3), context).run(train, val) == {"knn": 100.0}
-    assert Knn(KnnConfig(k=13), context).run(train, val) == {"knn": 0.0}
-    assert Knn(KnnConfig(k=13, temperature=0.01), context).run(train, val) == {"knn": 100.0}
+    config = KnnConfig(k=(3, 13), temperature=(0.07, 0.01))
+    result = Knn(config, Context(2, 0, torch.device("cpu"))).run(train, val)
+    cells = {"knn": 100.0, "knn_k3_t0.01": 100.0, "knn_k13_t0.07": 0.0, "knn_k13_t0.01": 100.0}
+    assert {key: result[key] for key in cells} == cells
+    assert Knn.headings(config).keys() == cells.keys()
+
+
+def test_one_search_serves_every_k(digits: Digits) -> None:
+    train, labels, queries, truth = (tensor[:150] for tensor in digits)
+    context = Context(10, 0, torch.device("cpu"))
+
+    def run(config: KnnConfig) -> dict[str, float]:
+        return Knn(config, context).run(Features(train, labels), Features(queries, truth))
+
+    usual = run(KnnConfig())  # 200 are more than there are
+    assert usual.keys() & Knn.headings(KnnConfig()).keys() == {"knn", "knn_k10", "knn_k100"}
+    for k, key in ((20, "knn"), (10, "knn_k10"), (100, "knn_k100")):
+        assert run(KnnConfig(k=(k,)))["knn"] == usual[key]
+    assert len({usual["knn"], usual["knn_k10"], usual["knn_k100"]}) == 3

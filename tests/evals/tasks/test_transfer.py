@@ -15,7 +15,7 @@ from mimscale.__main__ import main
 from mimscale.data.synthetic import make_image_folder
 from mimscale.evals.metrics import mean_per_class, top1
 from mimscale.evals.tasks.transfer import Pair, pair_of
-from tests.evals.conftest import save_run, small_run
+from tests.evals.conftest import initial, save_run, small_run
 
 QUICK = ["--workers", "0", "--crop-pct", "1", "--device", "cpu"]
 
@@ -100,6 +100,24 @@ def test_reference_run(sets: Path, tmp_path: Path, seed: int) -> None:
         assert row["mean"] == pytest.approx(figure, abs=margin), row
 
 
+def test_classifiers_that_were_trained_on_the_sets(sets: Path, run_dir: Path, tmp_path: Path) -> None:
+    """Their row is what `evaluate top1` measures, where the metric is top-1."""
+    head = {"head.weight": torch.randn(3, 32, generator=torch.Generator().manual_seed(3))}
+    run = small_run("finetune")
+    words = []
+    for step, name in enumerate(("pets", "cars")):
+        save_run(tmp_path / name, run, step=step, state=initial(run, step) | head)
+        words.append(f"{name}={tmp_path / name}")
+    of_sets = ["--sets", f"pets={sets / 'pets'}", f"cars={sets / 'cars'}", "--protocols", "knn"]
+    assert transfer(run_dir, *of_sets, "--classifiers", *words, "--out", tmp_path / "a.json") == 0
+    *_, row = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["protocol"] == "finetune" and row["mean"] == pytest.approx(fmean(row["values"].values()))
+    one = ["top1", str(tmp_path / "cars"), "--val", str(sets / "cars" / "val"), "--out", str(tmp_path / "one.json")]
+    assert main(["evaluate", *one, "--workers", "0", "--device", "cpu"]) == 0
+    (top,) = json.loads((tmp_path / "one.json").read_text())["rows"]
+    assert row["values"]["cars"] == top["top1"] and row["values"]["pets"] != row["values"]["cars"]
+
+
 def test_forms_of_a_set(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     assert pair_of(f"a={tmp_path}") == Pair("a", tmp_path / "train", tmp_path / "val")
@@ -120,5 +138,12 @@ def test_refusals(sets: Path, run_dir: Path, tmp_path: Path, capsys: pytest.Capt
     assert "--sets pets: the name is given twice" in refused("--sets", pets, pets)
     assert "no such folder" in refused("--sets", pets, f"b={tmp_path / 'x'}:{tmp_path / 'y'}")
     assert "protocol = 'knm' is unknown; did you mean 'knn'?" in refused("--sets", pets, "--protocols", "knm")
+    assert "is not NAME=RUN with a NAME of --sets (pets)" in refused("--sets", pets, "--classifiers", "cars=x")
+    assert "holds no fine-tuned classifier" in refused("--sets", pets, "--classifiers", f"pets={run_dir}")
+    ft = save_run(tmp_path / "ft", small_run("finetune"))
+    twice = [f"pets={ft}", f"pets={ft}"]
+    assert "--classifiers pets: two runs of finetune" in refused("--sets", pets, "--classifiers", *twice)
+    cars = f"cars={sets / 'cars'}"
+    assert "no run of finetune for cars" in refused("--sets", pets, cars, "--classifiers", f"pets={ft}")
     assert transfer(run_dir, "--sets", pets, "--out", tmp_path / "out.txt") == 2
     assert "must end in .json" in capsys.readouterr().err

@@ -1,0 +1,41 @@
+"""Reading regular files only: whoever opens a named pipe waits for its writer, and a device may have no end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def read_regular(path: Path) -> bytes:
+    """As `Path.read_bytes`; raises OSError at once for what is no regular file."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, f"it is {KINDS.get(stat.S_IFMT(mode), 'no file')}, not a file", str(path))
+        return file.read()
+
+
+def special_files(folder: Path) -> Iterator[tuple[Path, str]]:
+    """(path, what it is) of all pipes, sockets and devices below a folder, also those that a link stands for.
+
+    Links to folders are not followed. What cannot be listed is passed over: whoever opens it will say so.
+    """
+    for top, _, names in os.walk(folder):
+        for name in names:
+            path = Path(top, name)
+            try:
+                kind = KINDS.get(stat.S_IFMT(path.stat().st_mode))
+            except OSError:  # a link to nothing, or a file that was removed meanwhile
+                continue
+            if kind is not None:
+                yield path, kind
