@@ -6,7 +6,7 @@ with --global_pool; `fc_norm` is not trained, so its weight is 1 and its bias 0.
 
 Differences from the release: there each process takes the statistics of its own micro-batch, 512 images as published,
 and a checkpoint keeps those of process 0. Here they are of `norm_batch` images that follow each other in the global
-batch, on whatever ranks these are, so that ranks and micro-batch change nothing; all groups move the running statistics.
+batch, on whatever ranks these are, so that ranks and micro-batch change nothing; all groups move the running values.
 With one process and a micro-batch of `norm_batch` images it is the release's computation.
 """
 
