@@ -24,7 +24,18 @@ def test_one_and_two_ranks_agree(data: tuple[Path, Path], tmp_path: Path, protoc
     found: dict[int, Any] = {}
     for count in (1, 2):
         out = tmp_path / f"{count}.json"
-        words = ["--train", data[0], "--val", data[1], "--workers", "0", "--device", "cpu", "--out", out]
+        words: list[str | Path] = [
+            "--train",
+            data[0],
+            "--val",
+            data[1],
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+            "--out",
+            out,
+        ]
         ranks.run(count, "mimscale", "evaluate", protocol, run_dir, *words, *OPTIONS[protocol])
         (found[count],) = json.loads(out.read_text())["rows"]
     heads = found[1]["heads"]
