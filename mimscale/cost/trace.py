@@ -96,7 +96,6 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         call = _call(func, args, kwargs)
         known = None if call is None else self._results.get(call)
-        work: Work | None
         if known is not None:
             outputs = [_empty(*spec) for spec in known.outputs]
             work: Work | None = known.work
