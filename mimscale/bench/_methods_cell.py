@@ -42,11 +42,10 @@ class Probe(NamedTuple):
 
 def probes(preset: Preset) -> dict[str, Probe]:
     """The frozen measures. A low-shot draw has 1 % of the training images; the mean of three draws counts."""
-    shots = max(1, preset.images // CLASSES // 100)
     found = {
         "knn": Probe("knn", {}, "mean", "knn"),
         "linear": Probe("linear", {}, "mean", "linear"),
-        "lowshot": Probe("fewshot", {"shots": shots}, "mean", "few_shot"),
+        "lowshot": Probe("lowshot", {"percent": 1.0}, "mean", "lowshot"),
     }
     attentive = {"steps": preset.attentive_steps, "batch": 256, "queries": 8, "rates": [0.1, 0.5, 2.0]}
     found["attentive"] = Probe("attentive", attentive, "tokens", "attentive")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -53,7 +54,8 @@ def forecast(out: Path, preset: Preset, cells: Sequence[tuple[str, int]], jobs: 
             seconds += images * tune[row.encoder] / preset.batch / 2  # features: a forward pass
         lines.append([name, str(count), f"{1000 * step_s:.0f}" if step_s else "", f"{seconds:.0f}"])
         total += count * seconds
-    return lines, total / jobs
+    at_once = min(jobs, os.cpu_count() or 1) if preset.device == "cpu" else jobs  # more do not make cores faster
+    return lines, total / at_once
 
 
 def _read_seconds(shards: Path, clock: Callable[[], float]) -> float:
