@@ -35,6 +35,7 @@ from mimscale.errors import UserError, printable, warn
 
 FILES = "only the files of SRC with such names, for example 'train-*'"
 CLASSES = "names of the classes, one per line, from class 0 on"
+LARGEST_SIZE = 1 << 24  # of ranks, images or workers
 SKIP_UNLABELLED = "leave out images whose label is missing, empty, NaN or -1, instead of refusing them"
 
 
@@ -372,12 +373,12 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = verbs.add_parser("doctor", help="check a data set for a job; exit code 1 if something must be fixed")
     doctor.add_argument("destination", type=Path, metavar="DST")
-    doctor.add_argument("--ranks", type=_positive, required=True, metavar="W", help="data-parallel ranks of all nodes")
-    doctor.add_argument("--global-batch", type=_positive, required=True, metavar="G")
-    doctor.add_argument("--workers", type=_positive, default=8, metavar="N", help="per rank (default 8)")
-    doctor.add_argument("--ranks-per-node", type=_positive, default=8, metavar="N", help="(default 8)")
-    doctor.add_argument("--streams", type=_positive, default=256, metavar="C", help="data.streams (default 256)")
-    doctor.add_argument("--block", type=_positive, default=8192, metavar="B", help="data.block (default 8192)")
+    doctor.add_argument("--ranks", type=_size, required=True, metavar="W", help="data-parallel ranks of all nodes")
+    doctor.add_argument("--global-batch", type=_size, required=True, metavar="G")
+    doctor.add_argument("--workers", type=_size, default=8, metavar="N", help="per rank (default 8)")
+    doctor.add_argument("--ranks-per-node", type=_size, default=8, metavar="N", help="(default 8)")
+    doctor.add_argument("--streams", type=_size, default=256, metavar="C", help="data.streams (default 256)")
+    doctor.add_argument("--block", type=_size, default=8192, metavar="B", help="data.block (default 8192)")
     doctor.add_argument("--labels", action="store_true", help="the job needs labels")
     doctor.set_defaults(run=_doctor)
     return top
@@ -412,6 +413,14 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' must be a whole number above 0")
     return int(text)
+
+
+def _size(text: str) -> int:
+    """Of a job: larger numbers would be counted through for ever."""
+    number = _positive(text)
+    if number > LARGEST_SIZE:
+        raise argparse.ArgumentTypeError(f"'{text}' must be at most {LARGEST_SIZE:,}")
+    return number
 
 
 def _quality(text: str) -> int:

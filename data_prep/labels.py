@@ -11,6 +11,7 @@ from mimscale.data.names import one_line
 from mimscale.errors import UserError
 
 MAX_CLASSES = 1_000_000  # a larger number is an id, and a list of that many names would fill the memory
+INFINITE = ("inf", "-inf", "+inf", "infinity", "-infinity", "+infinity")
 MISSING = ("", "nan", "none", "null", "<na>")  # as pandas and pyarrow write a missing value
 _WHOLE = re.compile(r"([+-]?\d{1,30})(?:\.0*)?")
 _NUMBER = re.compile(r"[+-]?[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?")
@@ -20,7 +21,7 @@ def label_value(value: object) -> int | float | str | None:
     """A number, a name, or None for no label. A float is one that is no whole number."""
     if value is None or isinstance(value, bool):
         return None if value is None else int(value)
-    text = (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).strip()
+    text = (value.decode("utf-8-sig", "replace") if isinstance(value, bytes) else str(value)).strip()
     if text.lower() in MISSING:
         return None
     whole = _WHOLE.fullmatch(text) if text.isascii() else None
@@ -48,6 +49,10 @@ def classes_of(
     numbers = [value for value in distinct if isinstance(value, int | float)]
     if known is not None:
         return list(known), _known_indices(values, distinct, where, known)
+    infinite = [text for text, value in values.items() if isinstance(value, str) and value.lower() in INFINITE]
+    if numbers and len(numbers) + len({values[text] for text in infinite}) == len(distinct):
+        for text in infinite:
+            raise UserError(f"{where}: label {one_line(text)} is no whole number; see --label")
     if len(numbers) < len(distinct):
         names = {text: str(value) for text, value in values.items()}
         classes = sorted(set(names.values()))

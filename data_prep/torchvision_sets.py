@@ -32,13 +32,15 @@ UNLABELLED = "unlabelled"
 class DataSet:
     """One data set. read: (root, torchvision's split, download) -> items without key and the names of the classes.
 
-    splits: name of ours -> torchvision's splits that it joins. metric: of its tables.
+    splits: name of ours -> torchvision's splits that it joins. place: its folder in the root. metric: of its tables.
+    downloads: whether torchvision can fetch it.
     """
 
     read: Read
     splits: Mapping[str, tuple[str, ...]]
     place: str
     metric: str = TOP1
+    downloads: bool = True
 
 
 def read_sets(name: str, root: Path, only: str | None = None, download: bool = False) -> dict[str, Source]:
@@ -49,6 +51,8 @@ def read_sets(name: str, root: Path, only: str | None = None, download: bool = F
     if name not in SETS:
         raise UserError(f"torchvision {name}: no such data set{nearest(name, list(SETS))}")
     kind = SETS[name]
+    if download and not kind.downloads:
+        raise UserError(f"--download: torchvision has no download of {name}; unpack it into '{root / kind.place}'")
     if not root.is_dir() and not download:
         raise UserError(f"source '{root}': no such folder")
     if only is not None and only not in kind.splits:
@@ -171,8 +175,6 @@ def _tiny_imagenet(root: Path, split: str, download: bool) -> tuple[list[Item], 
     """train/WNID/images/*.JPEG. val: the same, where it was sorted into classes, else by val_annotations.txt."""
     from torchvision.datasets import ImageFolder
 
-    if download:
-        raise UserError("torchvision has no download of Tiny ImageNet; unpack tiny-imagenet-200.zip into the root")
     below = root / TINY
     folder = below if below.is_dir() else root
     annotations = folder / split / "val_annotations.txt"
@@ -204,11 +206,11 @@ SETS = {
     "cifar10": DataSet(_cifar10, TRAIN_TEST, "cifar-10-batches-py"),
     "cifar100": DataSet(_cifar100, TRAIN_TEST, "cifar-100-python"),
     "stl10": DataSet(_stl10, {**TRAIN_TEST, UNLABELLED: ("unlabeled",)}, "stl10_binary"),
-    "tiny_imagenet": DataSet(_tiny_imagenet, {"train": ("train",), "val": ("val",)}, TINY),
+    "tiny_imagenet": DataSet(_tiny_imagenet, {"train": ("train",), "val": ("val",)}, TINY, downloads=False),
     "food101": DataSet(_class("Food101"), TRAIN_TEST, "food-101"),
     "pets": DataSet(_class("OxfordIIITPet"), TRAINVAL, "oxford-iiit-pet", PER_CLASS),
     "flowers102": DataSet(_class("Flowers102"), JOINED, "flowers-102", PER_CLASS),
-    "cars": DataSet(_class("StanfordCars"), TRAIN_TEST, "stanford_cars"),
+    "cars": DataSet(_class("StanfordCars"), TRAIN_TEST, "stanford_cars", downloads=False),
     "dtd": DataSet(_class("DTD", partition=1), JOINED, "dtd"),
     "aircraft": DataSet(_class("FGVCAircraft"), TRAINVAL, "fgvc-aircraft-2013b", PER_CLASS),
 }

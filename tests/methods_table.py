@@ -48,6 +48,8 @@ PARTS = {
     "attentive": "maskalign",
     "schedules": "finetune",
     "mae_finetune": "finetune",
+    "mae_linprobe": "linear_probe",
+    "lars": "linear_probe",
 }
 POLICIES = ("amt",)
 Measured = dict[str, dict[str, dict[str, list[float]]]]  # method -> golden -> kind -> [largest error, tolerance]

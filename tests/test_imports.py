@@ -113,7 +113,7 @@ def test_preparing_data_does_not_wait_for_torch() -> None:
 CONVERT: tuple[tuple[str, ...], ...] = (
     ("names", "difference"),
     ("formats",),
-    ("read", "reference"),
+    ("read", "reference", "positions"),
     ("networks", "write"),
     ("check",),
     ("full_state",),

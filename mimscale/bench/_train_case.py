@@ -30,6 +30,7 @@ from mimscale.distributed.world import World, check_precision, from_environment
 from mimscale.engine.factory import check_backend, open_process_group
 from mimscale.fault_tolerance.step_guard import StepGuard
 from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons, describe
+from mimscale.teachers.fidelity import cosine
 from mimscale.teachers.prefetcher import TeacherPrefetcher
 from mimscale.training import setup
 from mimscale.training.plan import check_teachers
@@ -37,6 +38,7 @@ from mimscale.types import PrefetchedBatch, StepInfo
 
 GIB = 2**30
 LR = 1e-6
+COMPARED_IMAGES = 16
 PHASES = ("data", "teacher", "forward", "backward", "update", "after")
 
 
@@ -229,7 +231,27 @@ def _measure(step: TrainStep, options: Options) -> dict[str, Any]:
             result["profile"] = found
     if options.save:
         result |= _stall(step)
-    return result
+    cosines = _teacher_cosines(step, info)
+    return result | ({"teacher_cosine": cosines} if cosines else {})
+
+
+def _teacher_cosines(step: TrainStep, info: StepInfo) -> dict[str, float]:
+    """Of each teacher below fp32: mean cosine of the features that the student learned from in a step with those of the
+    same weights in fp32, on the level where it is lowest.
+    """
+    config, images, found = step.config, info.batch.images[:COMPARED_IMAGES], {}
+    for name, teacher in config.teachers.items():
+        levels = info.targets[name].levels if name in info.targets else {}
+        if teacher.precision == "fp32" or teacher.shard or not levels:
+            continue
+        exact = {name: teacher.model_copy(update={"precision": "fp32", "compile": False})}
+        needs = {name: step.method.needs.teachers[name]}
+        side, device = config.data.image_size, step.world.device
+        reference = TeacherEnsemble(exact, build_skeletons(exact, side), needs, side, device)
+        with torch.no_grad():
+            theirs = reference(images)[name].levels
+        found[name] = min(cosine(ours[: len(images)], theirs[level])[0] for level, ours in levels.items())
+    return found
 
 
 def _stall(step: TrainStep) -> dict[str, float]:

@@ -172,6 +172,8 @@ def _run_suite(args: argparse.Namespace) -> int:
 
 # ------------------------------------------------------------------------------------------------------------ report
 
+LEAST_COSINE = 0.995
+"""Of a teacher's features in low precision with those in fp32, below which its rate is worth nothing."""
 COLUMNS = (
     "case", "images", "images/s (min - max)", "step ms", "MFU %", "of product %", "host ms", "data", "teacher",
     "forward", "backward", "update", "GiB", "loss",
@@ -252,6 +254,9 @@ def _details(rows: Sequence[dict[str, Any]]) -> str:
         if "save_stall_ms" in row:
             stall = f"{row['save_stall_ms']:.1f} ms, its step takes {row['step_ms']:.1f} ms"
             lines.append(f"{row['case']}: a save of {row['save_gib']:.2f} GiB stalls for {stall}")
+        for name, value in row.get("teacher_cosine", {}).items():
+            verdict = "reached" if value >= LEAST_COSINE else "MISSED"
+            lines.append(f"{row['case']}: teachers.{name}: cosine {value:.5f} with fp32; {LEAST_COSINE}: {verdict}")
         found = row.get("profile")
         if found is not None:
             lines.append(

@@ -81,6 +81,7 @@ def student_of(
         raise UserError(
             f"{path} holds no {kind}: {missing[0]} is missing among its {len(loaded.weights)} tensors ({names}, ...)"
         )
+    _check_shapes(encoder, path)
     stages = stages_of(encoder) if convolutional else None
     run = loaded.run
     student = run.student if run else loaded.student or _config_from(encoder, path, heads, stages)
@@ -149,6 +150,19 @@ def side_of(encoder: Mapping[str, Tensor]) -> int:
     if table is not None:
         return grid_side(table)
     return math.isqrt(encoder["pos_embed"].shape[1] - int("cls_token" in encoder))
+
+
+def _check_shapes(encoder: Mapping[str, Tensor], path: Path) -> None:
+    """Raise UserError for tensors whose sizes cannot be those of a network; the others are compared with one."""
+    dimensions = {"pos_embed": 3, "cls_token": 3, "patch_embed.proj.weight": 4}
+    for name, tensor in encoder.items():
+        linear = name.startswith(("blocks.", "blocks3.")) and name.endswith(".mlp.fc1.weight")
+        expected = 2 if linear else dimensions.get(name, tensor.dim())
+        if tensor.dim() != expected or (expected > 1 and not tensor.numel()):
+            raise UserError(
+                f"{path}: {name} has the shape {list(tensor.shape)}, where a ViT has {expected} dimensions, none of "
+                f"them 0; get the file again"
+            )
 
 
 def load(module: torch.nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -21,17 +21,18 @@ from mimscale.cost.planner import Planner
 from mimscale.cost.run_cost import samples_of
 from mimscale.errors import UserError
 from mimscale.files.console import plain_console
+from mimscale.files.measurement import origin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="a recipe (`mimscale recipes` lists them) or a path to a YAML file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="changes to the recipe")
-    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs in all, one rank each (default: 8)")
+    parser.add_argument("--gpus", type=whole, default=8, metavar="N", help="GPUs in all, one rank each (default: 8)")
     parser.add_argument("--gpu", default="a100", metavar="NAME", help="h100, h200, a100 (80 GB), a100-40, v100, cpu")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--gpus-per-node", type=whole, default=8, metavar="N", help="default: 8")
     parser.add_argument("--interconnect", metavar="NAME", help=f"network of a node: {', '.join(INTERCONNECTS)}")
     parser.add_argument(
-        "--samples", type=int, metavar="N", help="images in the data set, where it is not on this machine"
+        "--samples", type=whole, metavar="N", help="images in the data set, where it is not on this machine"
     )
     parser.add_argument(
         "--measured", type=Path, metavar="FILE", help="JSON of `mimscale bench`; replaces rows of the table"
@@ -50,22 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def whole(text: str) -> int:
+    """A number of GPUs or images on the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1, in digits")
+    return int(text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises UserError for bad input and for a recipe that cannot run on this cluster."""
-    if args.gpus < 1 or args.gpus_per_node < 1:
-        raise UserError(f"--gpus {args.gpus} --gpus-per-node {args.gpus_per_node}: both must be at least 1")
-    if args.samples is not None and args.samples < 1:
-        raise UserError(f"--samples {args.samples}: must be at least 1")
     gpu = device(args.gpu, args.measured)
     link = interconnect(args.interconnect, gpu)
     if args.inputs:
-        print(tables.inputs())
+        print(f"{tables.inputs()}\n\n{origin()}")
         return 0
     if args.fit:
-        print(tables.fit([measured.compare(row) for row in measured.ROWS]))
+        print(f"{tables.fit([measured.compare(row) for row in measured.ROWS])}\n\n{origin()}")
         return 0
     if args.all:
-        print(tables.all_recipes())
+        print(f"{tables.all_recipes()}\n\n{origin()}")
         return 0
     if args.recipe is None:
         raise UserError("plan needs a recipe, or one of --all, --fit and --inputs; `mimscale recipes` lists recipes")

@@ -191,9 +191,7 @@ def device(name: str, measured: Path | None = None) -> Device:
     """The row of a GPU, with what was measured on it in its place. Raises UserError."""
     key = ALIASES.get(name.lower(), name.lower())
     if key not in DEVICES:
-        raise UserError(
-            f"--gpu {name} is unknown{nearest(name, [*DEVICES, *ALIASES])}; the table has {', '.join(DEVICES)}"
-        )
+        raise UserError(f"--gpu {name} is unknown{nearest(name, list(DEVICES))}")
     return DEVICES[key] if measured is None else with_measured(DEVICES[key], measured)
 
 
@@ -201,10 +199,7 @@ def interconnect(name: str | None, gpu: Device) -> Interconnect:
     """The row of a network; None: the usual one of nodes with this GPU. Raises UserError."""
     key = USUAL.get(gpu.name, "eth1x100") if name is None else name.lower()
     if key not in INTERCONNECTS:
-        known = ", ".join(INTERCONNECTS)
-        raise UserError(
-            f"--interconnect {name} is unknown{nearest(str(name), list(INTERCONNECTS))}; the table has {known}"
-        )
+        raise UserError(f"--interconnect {name} is unknown{nearest(str(name), list(INTERCONNECTS))}")
     return INTERCONNECTS[key]
 
 

@@ -127,19 +127,21 @@ def memory(
         if zero.secondary > 1:
             live += zero.width * kept / zero.secondary
         always["gathered parameters"] = live
+    one_rank = ranks == 1 and zero.stage in (1, 2) and config.engine.uses("one_rank")
     moments = {
-        "backward pass": _backward(zero, trace, kept, ranks, zero.buckets),
-        "update": _update(zero, kept, states, split, ranks, zero.buckets, fused_update),
+        "backward pass": _backward(zero, trace, kept, ranks, zero.buckets, one_rank),
+        "update": _update(zero, kept, states, split, ranks, zero.buckets, fused_update, one_rank),
         "teachers": {"workspace": float(trace.teacher_peak)},
     }
     worst: Moment = max(moments, key=lambda moment: sum(moments[moment].values()))  # type: ignore[arg-type]
     return Memory({name: size for name, size in {**always, **moments[worst]}.items() if size}, worst)
 
 
-def _backward(zero: Zero, trace: Trace, kept: float, ranks: int, bucket: float) -> dict[str, float]:
+def _backward(zero: Zero, trace: Trace, kept: float, ranks: int, bucket: float, one_rank: bool) -> dict[str, float]:
     """The worst moment of the backward pass: activations leave while gradients come."""
     summed = 4.0 if zero.stage == 0 else zero.sums / (ranks if zero.stage > 1 else 1)
-    all_along = zero.stage == 3  # ZeRO-3 has a buffer for its partition of the gradients from the start
+    # a buffer for the partition of the gradients from the start
+    all_along = zero.stage == 3 or (one_rank and zero.stage == 2)
     alive, gradients = max(
         ((float(peak), summed * (kept if all_along else done)) for peak, done in trace.backward), key=sum
     )
@@ -148,16 +150,16 @@ def _backward(zero: Zero, trace: Trace, kept: float, ranks: int, bucket: float) 
 
 
 def _update(
-    zero: Zero, kept: float, states: int, split: int, ranks: int, bucket: float, fused: bool
+    zero: Zero, kept: float, states: int, split: int, ranks: int, bucket: float, fused: bool, one_rank: bool
 ) -> dict[str, float]:
-    """Gradients as they were summed, and their float32 copy, which sums in float32 beside 16-bit weights do without;
-    then what an optimiser that is not fused allocates.
+    """Gradients as they were summed, and their float32 copy, which sums in float32 beside 16-bit weights do without, on
+    one rank all sums in float32; then what an optimiser that is not fused allocates.
     """
     temporaries = 0.0 if fused or states < 2 else 8.0 * kept / split
     if zero.stage == 0:
         return {"gradients": 4.0 * kept, "workspace": 4.0 * kept}
     summed = zero.sums * kept / (ranks if zero.stage > 1 else 1)
-    in_place = zero.stage < 3 and zero.sums == 4 and zero.width < 4
+    in_place = zero.stage < 3 and zero.sums == 4 and (zero.width < 4 or one_rank)
     copy = 0.0 if in_place else 4.0 * kept / split
     stays = summed if in_place or zero.sums == zero.width or zero.stage == 3 else 0.0  # else freed before the step
     at_copy, at_step = summed + copy, stays + copy + temporaries

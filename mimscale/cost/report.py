@@ -109,6 +109,8 @@ def command(plan: Plan, name: str) -> str:
 
 
 def gib(size: float) -> str:
+    if size < GIB / 10:
+        return f"{size / 2**20:.3g} MiB"
     return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.1f} GiB"
 
 
@@ -120,10 +122,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h" if seconds < 172800 else f"{seconds / 86400:,.1f} days"
 
 
+def operations(count: float) -> str:
+    """FLOPs with the unit that leaves a number of at least 1."""
+    unit, size = next((u for u in (("GFLOP", 1e9), ("MFLOP", 1e6)) if count >= u[1]), ("kFLOP", 1e3))
+    return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
+
+
 def flops_rows(planner: Planner) -> list[tuple[str, str]]:
     flops = planner.flops
-    rows = [(part, f"{value / 1e9:.2f} GFLOP, {value / flops.training:.0%}") for part, value in flops.by_part().items()]
-    return [*rows, ("all", f"{flops.training / 1e9:.1f} GFLOP per image of training")]
+    rows = [(part, f"{operations(value)}, {value / flops.training:.0%}") for part, value in flops.by_part().items()]
+    return [*rows, ("all", f"{operations(flops.training)} per image of training")]
 
 
 def memory_rows(planner: Planner, choice: Choice) -> list[list[str]]:

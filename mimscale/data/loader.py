@@ -124,7 +124,7 @@ class TrainLoader:
     def _with_shard_prefetcher(self, batches: BatchGenerator, prefetcher: ShardPrefetcher) -> Iterator[Batch]:
         for number, batch in enumerate(batches):
             step = self._start_step + number // self._micro_batches
-            prefetcher.step.value = batch_of(step, self._jumps) // self._crops
+            prefetcher.advance(batch_of(step, self._jumps) // self._crops)
             yield batch
 
     def close(self) -> None:

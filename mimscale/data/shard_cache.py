@@ -103,7 +103,7 @@ class Cache:
             if not _alive(path.name):
                 path.unlink(missing_ok=True)
                 continue
-            with suppress(OSError, json.JSONDecodeError):
+            with suppress(OSError, ValueError, TypeError):  # another program's
                 keys |= set(json.loads(path.read_text()))
         return keys
 

@@ -12,7 +12,7 @@ def solve_micro_batch(global_batch: int, world: int, max_micro_batch: int) -> tu
     """
     if global_batch % world:
         below, above = global_batch // world * world, -(-global_batch // world) * world
-        worlds = [w for w in range(1, 2 * world) if global_batch % w == 0]
+        worlds = [w for w in range(1, min(2 * world, global_batch + 1)) if global_batch % w == 0]
         nearest = sorted(worlds, key=lambda w: abs(w - world))[:3]
         raise UserError(
             f"schedule.global_batch = {global_batch} does not divide over {world} ranks; "

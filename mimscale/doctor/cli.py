@@ -25,9 +25,9 @@ from rich.text import Text
 from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig, method_class
-from mimscale.cost.devices import DEVICES, GIB, interconnect
+from mimscale.cost.devices import DEVICES, interconnect
 from mimscale.cost.planner import Planner
-from mimscale.cost.report import flops_rows
+from mimscale.cost.report import flops_rows, gib
 from mimscale.data.config import default_decoder
 from mimscale.data.decode import explain
 from mimscale.data.wds_stream import open_source
@@ -258,11 +258,9 @@ def batch_rows(config: RunConfig, planner: Planner) -> list[tuple[str, str]]:
         try:
             here = planner.on(world)
             choice = here.asked()
-            size = here.memory(choice).total / GIB
-            fits = (
-                "" if size * GIB <= here.room else f", more than the {here.room / GIB:.1f} GiB of one {here.gpu.name}"
-            )
-            rows.append((str(world), f"{choice.micro_batch} x {choice.accumulation}, {size:.1f} GiB per GPU{fits}"))
+            size = here.memory(choice).total
+            fits = "" if size <= here.room else f", more than the {gib(here.room)} of one {here.gpu.name}"
+            rows.append((str(world), f"{choice.micro_batch} x {choice.accumulation}, {gib(size)} per GPU{fits}"))
         except UserError:
             rows.append((str(world), f"does not divide {config.schedule.global_batch}"))
     return rows

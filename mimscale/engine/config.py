@@ -76,6 +76,13 @@ class EngineConfig(Strict):
             raise ValueError(f"engine.max_micro_batch = {value!r}: must be a number of images, at least 1, or auto")
         return value
 
+    @field_validator("plain", mode="before")
+    @classmethod
+    def _a_list_or_all(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "all":
+            raise ValueError(f"engine.plain = {value!r}: must be a list or all; write engine.plain=[{value}]")
+        return value
+
     def uses(self, path: FastPath) -> bool:
         """Whether the recipe admits this fast path; the engine may still leave it, with a printed reason."""
         return path not in (get_args(FastPath) if self.plain == "all" else self.plain)

@@ -7,7 +7,7 @@ place in memory for the whole run: its inputs, its activations, and the gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mimscale.engine.compile import SEGMENT
 from mimscale.engine.config import EngineConfig
 from mimscale.errors import UserError
-from mimscale.models.vit import Residual, SegmentRunner, run_segment
+from mimscale.models.vit import Residual, Segment, SegmentRunner, run_segment
 
 Asked = Literal["off", "auto", "on"]
 Key = tuple[Any, ...]
@@ -71,13 +71,13 @@ class SegmentCall:
     keep: tuple[bool, ...]
 
 
-class Segment(nn.Module):
+class SegmentModule(nn.Module):
     """Blocks as a module of tensors: (x, then what else is a tensor) -> (x, outputs that are kept).
 
     run: computes them, see `run_segment`. The blocks are this module's only by its list of parameters.
     """
 
-    def __init__(self, call: SegmentCall, run: Callable[..., tuple[Tensor, list[Tensor]]]) -> None:
+    def __init__(self, call: SegmentCall, run: Callable[[Segment], tuple[Tensor, list[Tensor]]]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(call.blocks)
         self._call, self._run = call, run
@@ -88,15 +88,13 @@ class Segment(nn.Module):
         extra, last = rest[: len(rest) - len(call.names)], rest[len(rest) - len(call.names) :]
         recompute = (False,) * len(call.keep)
         named = dict(zip(call.names, last, strict=True))
-        out, kept = self._run(tuple(self.blocks), x, scales, tuple(extra), recompute, call.keep, named)
+        out, kept = self._run(Segment(tuple(self.blocks), x, scales, tuple(extra), recompute, call.keep, named))
         return (out, *kept)
 
 
-def separated(
-    x: Tensor, scales: Tensor | None, extra: tuple[Any, ...], last: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """(the arguments of `run_segment`: None for a tensor, (value,) for what is none; the tensors)."""
-    values = (x, scales, *extra, *last.values())
+def separated(segment: Segment) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """(what the blocks of a segment get: None for a tensor, (value,) for what is none; the tensors)."""
+    values = (segment.x_BTD, segment.scales_BN2, *segment.extra, *segment.last.values())
     constants = tuple(None if isinstance(value, Tensor) else (value,) for value in values)
     return constants, [value for value in values if isinstance(value, Tensor)]
 
@@ -141,28 +139,20 @@ class StudentGraphs:
         if len(set(keys)) < len(keys):
             self._notes.append("cuda_graphs: off for the student (a block runs more than once in a forward pass)")
             return
-        segments = tuple(Segment(call, inner.run) for call in calls)
+        segments = tuple(SegmentModule(call, inner.run) for call in calls)
         graphed = self._capture(segments, tuple(call.tensors for call in calls))
         self._graphs = dict(zip(keys, graphed, strict=True))
         for block in blocks:
             block.runner = SegmentRunner(inner.length, self._replayed(inner))
 
-    def _replayed(self, inner: SegmentRunner) -> Callable[..., tuple[Tensor, list[Tensor]]]:
-        def run(
-            blocks: tuple[nn.Module, ...],
-            x: Tensor,
-            scales: Tensor | None,
-            extra: tuple[Any, ...],
-            recompute: tuple[bool, ...],
-            keep: tuple[bool, ...],
-            last: Mapping[str, Any],
-        ) -> tuple[Tensor, list[Tensor]]:
-            constants, tensors = separated(x, scales, extra, last)
+    def _replayed(self, inner: SegmentRunner) -> Callable[[Segment], tuple[Tensor, list[Tensor]]]:
+        def run(segment: Segment) -> tuple[Tensor, list[Tensor]]:
+            constants, tensors = separated(segment)
             graph = None
             if torch.is_grad_enabled():
-                graph = self._graphs.get(key_of(blocks, keep, constants, tuple(last), tensors))
+                graph = self._graphs.get(key_of(segment.blocks, segment.keep, constants, tuple(segment.last), tensors))
             if graph is None:
-                return inner.run(blocks, x, scales, extra, recompute, keep, last)
+                return inner.run(segment)
             out, *kept = graph(*tensors)
             return out, kept
 
@@ -173,19 +163,11 @@ def record(blocks: list[Any], inner: SegmentRunner, compute_loss: Callable[[], T
     """The segments that a forward pass runs, in their order."""
     calls: list[SegmentCall] = []
 
-    def run(
-        blocks: tuple[nn.Module, ...],
-        x: Tensor,
-        scales: Tensor | None,
-        extra: tuple[Any, ...],
-        recompute: tuple[bool, ...],
-        keep: tuple[bool, ...],
-        last: Mapping[str, Any],
-    ) -> tuple[Tensor, list[Tensor]]:
-        constants, tensors = separated(x, scales, extra, last)
+    def run(segment: Segment) -> tuple[Tensor, list[Tensor]]:
+        constants, tensors = separated(segment)
         copies = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
-        calls.append(SegmentCall(blocks, copies, constants, tuple(last), keep))
-        return inner.run(blocks, x, scales, extra, recompute, keep, last)
+        calls.append(SegmentCall(segment.blocks, copies, constants, tuple(segment.last), segment.keep))
+        return inner.run(segment)
 
     before = [getattr(block, "runner", None) for block in blocks]
     for block in blocks:

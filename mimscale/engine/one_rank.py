@@ -28,7 +28,7 @@ class _Gradients(list[Tensor]):
 
 
 class _Partition:
-    """The gradients of one parameter group. On a CPU the tensor is kept: new memory costs a page fault per page."""
+    """The gradients of one parameter group: a new tensor in each step, as DeepSpeed has it."""
 
     def __init__(self, zero: Any, group: int) -> None:
         self._places: dict[Any, tuple[int, int]] = {}
@@ -37,18 +37,16 @@ class _Partition:
             self._places[parameter] = (zero.grad_partition_insertion_offset[group][0][number], parameter.numel())
         self._size, self._dtype = int(zero.partition_size[group]), zero.gradient_accumulation_dtype
         self._device = zero.single_partition_of_fp32_groups[group].device
-        self._kept: Tensor | None = None
         self._written: set[Any] = set()
 
     def begin(self) -> _Gradients:
         """For a step's first gradient."""
-        flat = self._kept if self._kept is not None else torch.zeros(self._size, dtype=self._dtype, device=self._device)
-        if self._device.type == "cpu":
-            self._kept = flat
+        flat = torch.empty(self._size, dtype=self._dtype, device=self._device)
         self._written.clear()
         views = [flat.narrow(0, start, numel).view(p.shape) for p, (start, numel) in self._places.items()]
         padding = self._size - sum(numel for _, numel in self._places.values())
-        return _Gradients([*views, *([flat.narrow(0, self._size - padding, padding)] if padding else [])], flat)
+        rest = [flat.narrow(0, self._size - padding, padding).zero_()] if padding else []
+        return _Gradients([*views, *rest], flat)
 
     def take(self, parameter: Any, gradient: Tensor, gradients: _Gradients) -> None:
         start, numel = self._places[parameter]
@@ -60,7 +58,7 @@ class _Partition:
             self._written.add(parameter)
 
     def end(self, gradients: _Gradients) -> None:
-        """After a step's last gradient: those that never came are zero, whatever the step before left there."""
+        """After a step's last gradient: those that never came are zero."""
         for parameter, (start, numel) in self._places.items():
             if parameter not in self._written:
                 gradients.flat_partition.narrow(0, start, numel).zero_()

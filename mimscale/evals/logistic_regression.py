@@ -26,7 +26,6 @@ MAX_ITERATIONS = 5000
 TOLERANCE = 1e-6  # largest entry of the gradient of the mean loss at the end
 SUFFICIENT = 1e-4  # the same where the line search finds nothing better in float32: scikit-learn's default tolerance
 FLOAT32_NOISE = 1e-10  # relative change of the loss that float32 features no longer resolve
-LEAST = 128  # samples of a part, where there are fewer parts
 CHUNK = 65_536  # samples whose logits are on the device at a time
 ROOM = 0.6  # share of a GPU's free memory that features may take; larger ones stay in host memory
 
@@ -69,9 +68,9 @@ def scaling_of(features_ND: Tensor, rank: int = 0, world: int = 1) -> Scaling:
     return Scaling(mean.float(), deviation.float().clamp_min(1e-6))
 
 
-def _parts(count: int, rank: int, world: int) -> tuple[int, dict[int, slice]]:
+def _parts(count: int, rank: int, world: int, parts: int = PARTS) -> tuple[int, dict[int, slice]]:
     """How many parts there are, and the rows of those of this rank, by their number."""
-    total = max(world, min(PARTS, -(-count // LEAST)))
+    total = max(world, parts)
     return total, {number: rows_of(count, number, total) for number in range(total)[rows_of(total, rank, world)]}
 
 
@@ -83,7 +82,8 @@ class Rows:
     """The part of a training set that this rank works on, standardised.
 
     features: float32 [N, D], labels: int64 [N] in host memory, the same on all ranks; this rank's part is copied, onto
-    the device if it fits there. scaling: None for the mean and deviation of these features.
+    the device if it fits there. scaling: None for the mean and deviation of these features. parts: 1 for few samples
+    that no other rank shares.
     """
 
     def __init__(
@@ -95,9 +95,10 @@ class Rows:
         rank: int = 0,
         world: int = 1,
         scaling: Scaling | None = None,
+        parts: int = PARTS,
     ) -> None:
         self.count, self.classes, self.device, self.world = len(features_ND), classes, device, world
-        self.total, self.slices = _parts(self.count, rank, world)
+        self.total, self.slices = _parts(self.count, rank, world, parts)
         self.scaling = scaling or scaling_of(features_ND, rank, world)
         mine = sum(4 * features_ND[rows].numel() for rows in self.slices.values())
         fits = device.type == "cpu" or mine < ROOM * torch.cuda.mem_get_info(device)[0]

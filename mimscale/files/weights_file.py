@@ -66,6 +66,9 @@ def read_weights(path: Path) -> WeightsFile:
             f"{path} holds {cut[0]} in {str(weights[cut[0]].dtype).removeprefix('torch.')} ({len(cut)} such tensors): "
             f"it is quantised, and its numbers mean nothing without their scales; take the file in fp32, bf16 or fp16"
         )
+    unreal = sorted(name for name, tensor in weights.items() if tensor.is_complex())
+    if unreal:
+        raise UserError(f"{path} holds {unreal[0]} in complex numbers ({len(unreal)} such tensors), as no ViT has")
     weights, more = unwrapped(weights)
     return WeightsFile(weights, (*notes, *more), metadata)
 

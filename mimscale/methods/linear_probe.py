@@ -4,10 +4,10 @@ BatchNorm without parameters (eps 1e-6), then a linear layer, on the class token
 `pool: mean` the input is the mean of the patch tokens before that norm, normalised by `fc_norm`, as the release does
 with --global_pool; `fc_norm` is not trained, so its weight is 1 and its bias 0.
 
-Difference from the release: there each process takes the statistics of its own micro-batch, 512 images in the published
-setting, and a checkpoint keeps those of process 0. Here they are of `norm_batch` images that follow each other in the
-global batch, on whatever ranks these are, so that ranks and micro-batch change nothing; all groups move the running
-statistics. With one process and a micro-batch of `norm_batch` images it is the release's computation.
+Differences from the release: there each process takes the statistics of its own micro-batch, 512 images as published,
+and a checkpoint keeps those of process 0. Here they are of `norm_batch` images that follow each other in the global
+batch, on whatever ranks these are, so that ranks and micro-batch change nothing; all groups move the running values.
+With one process and a micro-batch of `norm_batch` images it is the release's computation.
 """
 
 from __future__ import annotations

@@ -204,20 +204,26 @@ def drop_path_scales(noise_BN2: Tensor, rate: float) -> Tensor:
     return torch.floor(noise_BN2.float() + keep[:, None]) / keep[:, None]
 
 
-def run_segment(
-    blocks: tuple[nn.Module, ...],
-    x_BTD: Tensor,
-    scales_BN2: Tensor | None,
-    extra: tuple[Any, ...],
-    recompute: tuple[bool, ...],
-    keep: tuple[bool, ...],
-    last: Mapping[str, Any],
-) -> tuple[Tensor, list[Tensor]]:
-    """Some consecutive blocks: (output of the last, outputs of those to `keep`). recompute: in the backward pass.
-    last: further arguments of the last block.
+class Segment(NamedTuple):
+    """Some consecutive blocks and what they get. recompute: which in the backward pass. keep: whose outputs are wanted.
+    extra: further arguments of every block, last: of the last.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    x_BTD: Tensor
+    scales_BN2: Tensor | None
+    extra: tuple[Any, ...]
+    recompute: tuple[bool, ...]
+    keep: tuple[bool, ...]
+    last: Mapping[str, Any]
+
+
+def run_segment(segment: Segment) -> tuple[Tensor, list[Tensor]]:
+    """(output of the last block, outputs of those to `keep`).
 
     All that varies between segments is an argument, so that equal segments share one compiled graph.
     """
+    blocks, x_BTD, scales_BN2, extra, recompute, keep, last = segment
     kept = []
     for index, block in enumerate(blocks):
         scales = None if scales_BN2 is None else scales_BN2[:, index]
@@ -238,7 +244,7 @@ class SegmentRunner(NamedTuple):
     """
 
     length: int
-    run: Callable[..., tuple[Tensor, list[Tensor]]]
+    run: Callable[[Segment], tuple[Tensor, list[Tensor]]]
 
 
 PLAIN = SegmentRunner(1000, run_segment)
@@ -275,7 +281,7 @@ def run_blocks(
         if attention_prefix is not None and stop == len(chain):
             attention = chain[-1](x_BTD, None, *extra, prefix=attention_prefix)
         which = range(start, stop)
-        x_BTD, outputs = runner.run(
+        segment = Segment(
             tuple(chain[start:stop]),
             x_BTD,
             None if scales_BN2 is None else scales_BN2[:, start:stop],
@@ -284,6 +290,7 @@ def run_blocks(
             tuple(index in levels for index in which),
             dict(last) if stop == len(chain) else {},
         )
+        x_BTD, outputs = runner.run(segment)
         kept |= zip((index for index in which if index in levels), outputs, strict=True)
     return ViTOutput(x_BTD, kept, attention)
 

@@ -7,7 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mimscale.config.base import Strict
+from mimscale.config.base import Strict, numbers_in
+
+SIZES = ("depth", "layers", "embed_dim", "width", "num_heads", "heads", "head_width", "patch_size", "img_size")
+MOST_BLOCKS, LARGEST_OPTION = 512, 1 << 20
+"""Of `options`: nobody has trained a larger model, and building one would not end."""
 
 
 class TeacherConfig(Strict):
@@ -58,6 +62,17 @@ class TeacherConfig(Strict):
             other = "compile = true" if self.compile is True else f"precision = {self.precision}"
             raise ValueError(f"shard = true with {other}: not supported together; use one or the other")
         return self
+
+    @field_validator("options")
+    @classmethod
+    def _of_a_model(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for place, number in numbers_in(options):
+            most = MOST_BLOCKS if place.split(".")[0] in ("depth", "layers") else LARGEST_OPTION
+            if abs(number) > most:
+                raise ValueError(f"{place} = {number:g}: must be at most {most:,}; correct it")
+            if number < (1 if place in SIZES else 0):
+                raise ValueError(f"{place} = {number:g}: must be {int(place in SIZES)} or more; correct it")
+        return options
 
     @field_validator("std")
     @classmethod

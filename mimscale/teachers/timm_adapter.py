@@ -184,7 +184,7 @@ def _tower(name: str, config: TeacherConfig, image_size: int) -> Any:
         options["act_layer"] = _ACTIVATIONS[config.activation]
     try:
         tower: Any = timm.create_model(model, img_size=image_size, num_classes=0, dynamic_img_size=False, **options)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # of whatever kind the library raises for options that it does not know
         raise UserError(
             f"teachers.{name}: timm cannot build {config.model} at {image_size} px as a plain vision transformer"
             f"{f' with {config.options}' if config.options else ''}: {one_line(error)}"

@@ -71,6 +71,14 @@ def recipe(tmp_path: Path) -> Path:
         ),
         ("optim.weight_decay=1e308", "optim.weight_decay = 1e+308: input should be less than or equal to 1000"),
         ("teachers.a={library: timm, model: m, std: [0, 0, 0]}", "teachers.a.std: [0.0, 0.0, 0.0]: pixels are divided"),
+        (
+            "teachers.a={library: timm, model: m, options: {depth: 1000000}}",
+            "teachers.a.options: depth = 1e+06: must be at most 512",
+        ),
+        (
+            "teachers.a={library: timm, model: m, options: {embed_dim: 1.0e+9}}",
+            "teachers.a.options: embed_dim = 1e+09: must be at most 1,048,576",
+        ),
         ("data={shards: a, shards: b}", "override data={shards: a, shards: b}: the value is not YAML"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mimscale.__main__ import main
 from mimscale.checkpoint import format as checkpoint
@@ -92,3 +92,28 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(
     shutil.copytree(tmp_path / "kept", old)
     main(["convert", str(run_dir), str(tmp_path / "state"), "--to", "state"])
     assert json.loads((tmp_path / "state" / "state.json").read_text())["source"] == str(new)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "text"),
+    [
+        ("blocks.0.mlp.fc1.weight", torch.zeros(()), "blocks.0.mlp.fc1.weight has the shape []"),
+        ("patch_embed.proj.weight", torch.zeros(32, 3), "patch_embed.proj.weight has the shape [32, 3]"),
+        ("pos_embed", torch.zeros(17, 32), "pos_embed has the shape [17, 32], where a ViT has 3 dimensions"),
+        ("pos_embed", torch.zeros(1, 0, 32), "pos_embed has the shape [1, 0, 32]"),
+        ("cls_token", torch.zeros(1, 1, 32, dtype=torch.complex64), "cls_token in complex numbers (1 such tensors)"),
+    ],
+)
+def test_tensors_of_odd_shapes_and_types_are_one_line(
+    name: str, tensor: torch.Tensor, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = saved_run(tmp_path / "run", "mae")
+    assert main(["convert", str(folder), str(tmp_path / "a.safetensors"), "--to", "official"]) == 0
+    state = load_file(tmp_path / "a.safetensors")
+    assert name in state
+    save_file({**state, name: tensor}, tmp_path / "odd.safetensors")
+    capsys.readouterr()
+    words = [str(tmp_path / "odd.safetensors"), str(tmp_path / "b.safetensors"), "--to", "student", "--heads", "2"]
+    assert main(["convert", *words]) == 2
+    said = capsys.readouterr().err
+    assert text in said and len(said.strip().splitlines()) == 1 and not (tmp_path / "b.safetensors").exists()

@@ -128,3 +128,13 @@ def test_images_behind_the_last_one_of_the_index(shards: Path, tmp_path: Path) -
     file["shards"][0]["bytes"] = first.stat().st_size
     (copy / "manifest.json").write_text(json.dumps(file))
     assert "write the index again" in fixes(copy, ranks=4, global_batch=16)
+
+
+@pytest.mark.parametrize("option", ["--ranks", "--global-batch", "--workers", "--streams", "--block"])
+def test_numbers_that_would_be_counted_through_for_ever_are_refused(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"--ranks": "8", "--global-batch": "64", option: str(10**12)}
+    with pytest.raises(SystemExit):
+        main(["doctor", str(tmp_path), *(word for pair in given.items() for word in pair)])
+    assert f"argument {option}: '1000000000000' must be at most 16,777,216" in capsys.readouterr().err

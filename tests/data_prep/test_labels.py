@@ -85,3 +85,16 @@ def test_an_id_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "2 rows, 2 different labels: label 1,585,214,400 is an id" in done.stderr
+
+
+@pytest.mark.parametrize("label", ["inf", "-inf", "Infinity"])
+def test_an_infinite_label_among_numbers_renumbers_no_class(label: str) -> None:
+    """As a column of floats after a division by zero; among names it is a name."""
+    with pytest.raises(UserError, match=f"label {label} is no whole number"):
+        classes_of([label, "3", "0.0"], "table")
+    assert classes_of([label, "3", "cat"], "table")[0] == sorted([label, "3", "cat"])
+    assert classes_of([label], "table")[0] == [label]
+
+
+def test_a_byte_order_mark_before_a_label_is_no_part_of_it() -> None:
+    assert label_value(b"\xef\xbb\xbf2\r\n") == 2

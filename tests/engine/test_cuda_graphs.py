@@ -15,7 +15,7 @@ from mimscale.config.recipes import load_recipe
 from mimscale.config.run import method_class
 from mimscale.engine import cuda_graphs
 from mimscale.engine.config import EngineConfig
-from mimscale.engine.cuda_graphs import Segment, StudentGraphs
+from mimscale.engine.cuda_graphs import SegmentModule, StudentGraphs
 from mimscale.methods.base import Method
 from mimscale.types import Batch
 from tests import ranks
@@ -78,10 +78,10 @@ def built(folder: Path, name: str) -> tuple[Method, list[Batch]]:
 LEVELS = {"mff": ("method.fusion.levels=[0,2,4]",)}
 
 
-def uncaptured(modules: tuple[Segment, ...], arguments: tuple[Any, ...]) -> tuple[Callable[..., Any], ...]:
+def uncaptured(modules: tuple[SegmentModule, ...], arguments: tuple[Any, ...]) -> tuple[Callable[..., Any], ...]:
     """As `make_graphed_callables`, but each piece is computed instead of replayed, and counted."""
 
-    def counted(module: Segment) -> Callable[..., Any]:
+    def counted(module: SegmentModule) -> Callable[..., Any]:
         def run(*tensors: torch.Tensor) -> Any:
             REPLAYED.append(module)
             return module(*tensors)
@@ -96,7 +96,7 @@ def uncaptured(modules: tuple[Segment, ...], arguments: tuple[Any, ...]) -> tupl
     return tuple(map(counted, modules))
 
 
-REPLAYED: list[Segment] = []
+REPLAYED: list[SegmentModule] = []
 
 
 def gradients(method: Method, batch: Batch) -> list[torch.Tensor]:

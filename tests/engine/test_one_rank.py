@@ -21,6 +21,8 @@ ACCUMULATION = 3
 class Branches(nn.Module):
     """Learns with one of two layers, so that a step may leave parameters without a gradient."""
 
+    averaged = ("layers",)
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)

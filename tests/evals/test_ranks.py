@@ -1,40 +1,49 @@
-"""`mimscale evaluate` as several processes: the same numbers as one, and a killed job goes on."""
+"""`mimscale evaluate` as several processes: the same numbers as one."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from mimscale.__main__ import main
 from tests import ranks
 from tests.evals.conftest import save_run, small_run
 
 COMMON = ("--workers", "0", "--crop-pct", "1", "--device", "cpu", "--pool", "mean", "cls", "--batch", "16")
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    return save_run(tmp_path / "mae", small_run("mae"))
-
-
-def evaluate(count: int, protocol: str, run_dir: Path, data: tuple[Path, Path], out: Path, *more: str) -> list[Any]:
-    words: tuple[str | Path, ...] = ("--train", data[0], "--val", data[1], *COMMON, *more, "--out", out)
-    done = ranks.run(count, "mimscale", "evaluate", protocol, run_dir, *words)
-    assert done.stdout.count("wrote") == 1
-    rows: list[Any] = json.loads(out.read_text())["rows"]
-    return rows
-
-
 @pytest.mark.parametrize(
-    ("protocol", "cache"), [("knn", "--cache"), ("knn", "--no-cache"), ("linear", "--cache"), ("lowshot", "--cache")]
+    ("protocol", "cache", "counts"),
+    [
+        ("knn", "--cache", (2, 4)),
+        ("knn", "--no-cache", (2,)),
+        ("linear", "--cache", (2, 4)),
+        ("lowshot", "--cache", (2,)),
+    ],
 )
-def test_one_two_and_four_ranks_agree(
-    data: tuple[Path, Path], run_dir: Path, tmp_path: Path, protocol: str, cache: str
+def test_all_ranks_together_report_what_one_reports(
+    data: tuple[Path, Path], tmp_path: Path, protocol: str, cache: str, counts: tuple[int, ...]
 ) -> None:
-    found = {}
-    for count in (1, 2, 4):
-        flags = (cache,) if cache == "--no-cache" else (cache, str(tmp_path / f"of-{count}"))
-        found[count] = evaluate(count, protocol, run_dir, data, tmp_path / f"{count}.json", *flags, "--baselines")
-    assert found[1] == found[2] == found[4]
+    run_dir = save_run(tmp_path / "mae", small_run("mae"))
+
+    def words(count: int) -> list[str]:
+        where = [] if cache == "--no-cache" else [str(tmp_path / f"cache-{count}")]
+        sets = ["--train", str(data[0]), "--val", str(data[1]), "--out", str(tmp_path / f"{count}.json")]
+        return ["evaluate", protocol, str(run_dir), *sets, *COMMON, cache, *where]
+
+    assert main(words(1)) == 0
+    expected = json.loads((tmp_path / "1.json").read_text())["rows"]
+    for count in counts:
+        done = ranks.run(count, "mimscale", *words(count))
+        assert done.stdout.count("wrote") == 1
+        report = json.loads((tmp_path / f"{count}.json").read_text())
+        assert report["ranks"] == count and report["rows"] == expected  # to the bit
+
+
+def test_what_is_wrong_is_said_once(data: tuple[Path, Path], tmp_path: Path) -> None:
+    run_dir = save_run(tmp_path / "mae", small_run("mae"))
+    words = ("--train", data[0], "--val", data[0], *COMMON)
+    done = ranks.run(2, "mimscale", "evaluate", "knn", run_dir, *words, check=False)
+    assert done.returncode and done.stderr.count("is the training set itself") == 1 and "Traceback" not in done.stderr

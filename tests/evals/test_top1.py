@@ -87,7 +87,7 @@ def test_an_official_file(data: tuple[Path, Path], tmp_path: Path) -> None:
     state = g.part("state_end")
     state = {name: tensor for name, tensor in state.items() if name not in ("head.weight", "head.bias")}
     state |= {"head.weight": g["state_end/head.weight"][:3].clone(), "head.bias": g["state_end/head.bias"][:3].clone()}
-    # of a width that tells the number of heads: that of the file's has none
+    # a width of 32 does not show the number of heads, 192 does
     with pytest.raises(UserError, match="give the heads"):
         save_file(state, tmp_path / "odd.safetensors")
         load_classifier(tmp_path / "odd.safetensors", image_size=None, device=CPU, precision="fp32")

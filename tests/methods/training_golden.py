@@ -317,7 +317,7 @@ def _finetune(name: str) -> TrainingGolden:
     prefix, table = method.student.prefix, g["checkpoint_pos_embed"]
     before, after = (round((tokens - prefix) ** 0.5) for tokens in (table.shape[1], method.student.pos_embed.shape[1]))
     resized = pos_embed.resize(table, (before, before), (after, after), prefix)
-    golden.close(resized, g["state0/pos_embed"], 1e-7)
+    golden.close(resized, g["state0/pos_embed"], 1e-7, "table")
     noise = {"drop_path": g["droppath_uniform"].permute(0, 3, 1, 2)} if "droppath_uniform" in g.tensors else {}
     return _official_run(g, run, method, _micro_batches(g, **noise), finetune_names.from_official)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mimscale.config.recipes import load_recipe
 from mimscale.errors import UserError
 from mimscale.teachers.ensemble import build_skeleton
 from mimscale.types import TeacherNeeds
@@ -185,3 +187,14 @@ def test_refusals(model: str, changes: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line) as error:
         tiny.describe(tiny.timm_config(model, None, **changes), 64)
     assert "\n" not in str(error.value) and "teachers.t" in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["patch_size", "embed_dim", "num_heads"])
+@pytest.mark.parametrize("value", [0, -1, [], {"a": 1}, "wide"])
+def test_options_that_no_model_can_have_are_one_line(option: str, value: Any) -> None:
+    """timm divides by some of them."""
+    section = {"library": "timm", "model": "vit_tiny_patch16_224", "random": True, "options": {option: value}}
+    with pytest.raises(UserError, match="teachers.a") as caught:
+        config = load_recipe("maskalign_tiny", [f"teachers={json.dumps({'a': section})}"])
+        build_skeleton("a", config.teachers["a"], 48)
+    assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""What a run does after each step, on the plain PyTorch engine in this process: nothing is replaced by a stand-in."""
+"""What a run does after each step, on PyTorch's engine in this process: nothing is replaced by a stand-in."""
 
 from __future__ import annotations
 

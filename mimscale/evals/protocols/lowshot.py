@@ -92,7 +92,7 @@ class LowShot(Protocol):
         found = torch.zeros(len(chosen), 3, dtype=torch.float64)  # accuracy, l2, converged
         for draw in range(c.rank, len(chosen), c.world):
             ids = torch.from_numpy(chosen[draw])
-            rows = Rows(train.values[ids], train.labels[ids], c.classes, c.device, scaling=scaling)
+            rows = Rows(train.values[ids], train.labels[ids], c.classes, c.device, scaling=scaling, parts=1)
             classifier, l2 = few_labels(rows, train.labels[ids])
             accuracy = top1(predict(classifier, queries), val.labels, c.classes)
             found[draw] = torch.tensor([accuracy, l2, classifier.converged], dtype=torch.float64)

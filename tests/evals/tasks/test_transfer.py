@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from data_prep import torchvision_sets
 from data_prep.folder import read_folder
 from data_prep.plan import Plan
 from data_prep.write_shards import unfinished, write
 from mimscale.__main__ import main
+from mimscale.config.recipes import validate
 from mimscale.data.synthetic import make_image_folder
 from mimscale.evals.metrics import mean_per_class, top1
 from mimscale.evals.tasks.transfer import Pair, pair_of
@@ -38,7 +40,7 @@ def shards(root: Path, name: str, split: str, seed: int, metric: str) -> None:
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sets")
-    for name, metric in (("pets", "mean per-class"), ("cars", "top-1")):
+    for name, metric in (("pets", torchvision_sets.PER_CLASS), ("cars", torchvision_sets.TOP1)):
         for split, seed in (("train", 0), ("val", 1)):
             shards(root, name, split, seed + 2 * (name == "cars"), metric)
     return root
@@ -70,7 +72,7 @@ def test_one_table_of_several_sets_and_protocols(
         assert row["values"] == {"pets": own["pets"][f"{key}_per_class"], "cars": own["cars"][key]}
         assert row["mean"] == pytest.approx(fmean(row["values"].values()))
     assert any(part[0]["knn"] != part[0]["knn_per_class"] for key, part in parts.items() if key[1] == "knn")
-    assert report["sets"] == {"pets": "mean per-class", "cars": "top-1"}
+    assert report["sets"] == {"pets": torchvision_sets.PER_CLASS, "cars": torchvision_sets.TOP1}
     text = capsys.readouterr().out
     assert "pets *" in text and "cars" in text and "mean" in text and f"{report['rows'][0]['mean']:.1f}" in text
 
@@ -101,16 +103,20 @@ def test_reference_run(sets: Path, tmp_path: Path, seed: int) -> None:
 
 
 def test_classifiers_that_were_trained_on_the_sets(sets: Path, run_dir: Path, tmp_path: Path) -> None:
-    """Their row is what `evaluate top1` measures, where the metric is top-1."""
+    """The row of a method is what `evaluate top1` measures, where the metric is top-1."""
     head = {"head.weight": torch.randn(3, 32, generator=torch.Generator().manual_seed(3))}
     run = small_run("finetune")
     words = []
     for step, name in enumerate(("pets", "cars")):
         save_run(tmp_path / name, run, step=step, state=initial(run, step) | head)
         words.append(f"{name}={tmp_path / name}")
+    method = {"name": "linear_probe", "classes": 3, "norm_batch": 4}
+    probe = validate({**run.dump(), "method": method, "engine": {"ds_config": "zero0_fp32"}}, "test")
+    words += [f"{name}={save_run(tmp_path / f'probe-{name}', probe)}" for name in ("pets", "cars")]
     of_sets = ["--sets", f"pets={sets / 'pets'}", f"cars={sets / 'cars'}", "--protocols", "knn"]
     assert transfer(run_dir, *of_sets, "--classifiers", *words, "--out", tmp_path / "a.json") == 0
-    *_, row = json.loads((tmp_path / "a.json").read_text())["rows"]
+    *_, row, linear = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert linear["protocol"] == "linear_probe" and set(linear["values"]) == {"pets", "cars"}
     assert row["protocol"] == "finetune" and row["mean"] == pytest.approx(fmean(row["values"].values()))
     one = ["top1", str(tmp_path / "cars"), "--val", str(sets / "cars" / "val"), "--out", str(tmp_path / "one.json")]
     assert main(["evaluate", *one, "--workers", "0", "--device", "cpu"]) == 0
