@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import importlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +13,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from mimscale import __version__
+from mimscale.distributed.end_process import end_process
 from mimscale.errors import Stopped, UserError, warn
 
 VERBS = {
@@ -85,21 +84,6 @@ def _run(arguments: Sequence[str]) -> int:
         if rank == "0" or not getattr(error, "everywhere", False):
             warn(f"mimscale {args.verb}: {'' if rank == '0' else f'rank {rank}: '}{error}")
         return 2 if isinstance(error, UserError) else Stopped.code
-
-
-def end_process(code: int) -> NoReturn:
-    """Leave without taking the interpreter apart, and without the processes that this one has started.
-
-    DeepSpeed keeps process groups beyond their destruction, so their threads still run when the work is done. One that
-    asks for the interpreter while it is being taken apart would abort a process that had succeeded.
-    """
-    for child in multiprocessing.active_children():  # they ignore the signal with which multiprocessing ends them
-        child.kill()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads it any more
-            stream.flush()
-    os._exit(code)
 
 
 def answer_early_signals(arguments: Sequence[str]) -> None:

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from mimscale.__main__ import end_process, main
+from mimscale.__main__ import main
 from mimscale.checkpoint.host_buffer import HostBuffer
 from mimscale.config.recipes import load_recipe
+from mimscale.distributed.end_process import end_process
 from mimscale.engine.deepspeed_engine import DeepSpeedEngine
 from mimscale.teachers.ensemble import TeacherEnsemble
 from mimscale.types import Batch

@@ -135,6 +135,6 @@ def _become(words: Sequence[str], environment: Mapping[str, str], *printed: Conn
     except BaseException:
         traceback.print_exc()
         code = 1
-    from mimscale.__main__ import end_process
+    from mimscale.distributed.end_process import end_process
 
     end_process(code)  # loaders end their workers at exit, which multiprocessing leaves out

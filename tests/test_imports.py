@@ -25,7 +25,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("convert",),
     ("evals",),
     ("training",),
-    ("doctor", "bench", "api"),
+    ("doctor", "api"),
+    ("bench",),
     ("__init__",),
     ("__main__",),
 )

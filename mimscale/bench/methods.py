@@ -141,8 +141,8 @@ def run_cells(out: Path, cells: list[Cell], jobs: int, minutes: float) -> list[C
 
 def _cell(out: Path, row: str, seed: int) -> None:
     """In a process of its own, whose output goes to the cell's log."""
-    from mimscale.__main__ import end_process
     from mimscale.bench._methods_cell import write_cell
+    from mimscale.distributed.end_process import end_process
 
     parent = multiprocessing.parent_process()
     assert parent is not None

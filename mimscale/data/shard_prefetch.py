@@ -27,7 +27,7 @@ STRIDE, HORIZON = 4096, 1 << 17  # samples of this rank: planned at a time, and 
 
 
 class ShardPrefetcher:
-    """Runs `_prefetch` in a process of its own. The loader must tell it of every step, see `advance`.
+    """Runs `_prefetch` in a process of its own. The loader must call `advance` at every step.
 
     The process is spawned, which runs a new program: unlike a fork it cannot inherit a lock that another thread holds.
     One that has not begun after START_S, or that has ended, is started again, STARTS times in all; the run goes on

@@ -19,16 +19,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CPU_CHUNK = 1 << 16
+CPU_CHUNK = 1 << 12
 """PyTorch's CPU kernel adds up float32 squares one after another, so long tensors are cut; its CUDA kernel does so."""
 
 
 def local_norm(gradients: Sequence[Tensor]) -> Tensor:
     """L2 norm of all elements, 0-dim float64. Each tensor's own, or on a CPU a piece's, is computed in float32."""
-    if gradients[0].device.type == "cpu":
-        parts = (g.view(-1).split(CPU_CHUNK) if g.numel() > CPU_CHUNK else (g,) for g in gradients)
-        gradients = [piece for pieces in parts for piece in pieces]
-    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
+    pieces: list[Tensor] = []
+    for gradient in gradients:
+        whole = gradient.numel() // CPU_CHUNK * CPU_CHUNK if gradient.device.type == "cpu" else 0
+        flat = gradient.reshape(-1)
+        if whole:
+            rows = flat[:whole].view(-1, CPU_CHUNK)
+            pieces.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
+        if whole < flat.numel():
+            pieces.append(flat[whole:])
+    norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
     return torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)
 
 

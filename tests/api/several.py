@@ -9,8 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-from mimscale.__main__ import end_process, main
+from mimscale.__main__ import main
 from mimscale.distributed import world
+from mimscale.distributed.end_process import end_process
 
 if __name__ == "__main__":
     close_process_group = world.close_process_group

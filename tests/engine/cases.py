@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimscale.__main__ import end_process
 from mimscale.config.deepspeed import load_ds_config
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig, method_class
 from mimscale.data.loader import TrainLoader
 from mimscale.data.manifest import Manifest
+from mimscale.distributed.end_process import end_process
 from mimscale.distributed.world import close_process_group, from_environment
 from mimscale.engine.base import Engine, unchanged
 from mimscale.engine.deepspeed_engine import DeepSpeedEngine

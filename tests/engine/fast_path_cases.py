@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimscale.__main__ import end_process
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.deepspeed import load_ds_config
+from mimscale.distributed.end_process import end_process
 from mimscale.distributed.world import close_process_group, from_environment
 from mimscale.engine.deepspeed_engine import DeepSpeedEngine
 from mimscale.engine.deepspeed_runtime import open_process_group

@@ -111,7 +111,7 @@ def test_the_norm_of_long_and_short_gradients(dtype: torch.dtype) -> None:
         bad = [gradients[0].clone(), gradients[1]]
         bad[0][-1] = value
         assert float(global_norm(bad)) == math.inf
-    assert count_operators(lambda: global_norm(gradients))[1] < 12
+    assert count_operators(lambda: global_norm(gradients))[1] < 16
 
 
 def test_what_a_norm_can_hold() -> None:

@@ -20,7 +20,8 @@ def test_a_run_needs_no_deepspeed(shards: Path, tmp_path: Path) -> None:
     words = ["train", str(recipe), *TORCH, "--run-dir", str(tmp_path / "run")]
     code = (
         "import sys; sys.modules['deepspeed'] = None\n"
-        f"from mimscale.__main__ import end_process, main; assert main({words!r}) == 0\n"
+        "from mimscale.distributed.end_process import end_process\n"
+        f"from mimscale.__main__ import main; assert main({words!r}) == 0\n"
         "import torch.distributed as dist; assert not dist.is_initialized()\n"
         "end_process(0)"  # as the command does: threads of torch may outlive the interpreter
     )

@@ -40,7 +40,7 @@ def sets() -> list[tuple[Features, Features]]:
     out = []
     for pool in ("mean", "cls"):
         for seed in range(3):
-            values = frozen(random_like(student, seed), [pool])(images)[pool]  # type: ignore[list-item]
+            values = frozen(random_like(student, seed), [pool])(images)[pool]
             out.append((Features(values[:600], labels[:600]), Features(values[600:1200], labels[600:1200])))
     return out
 

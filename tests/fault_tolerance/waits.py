@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mimscale.__main__ import end_process
 from mimscale.distributed.coordination import Coordinator
+from mimscale.distributed.end_process import end_process
 from mimscale.distributed.rendezvous import meet
 from mimscale.distributed.world import from_environment
 from mimscale.fault_tolerance import preemption

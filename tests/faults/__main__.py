@@ -13,7 +13,7 @@ from tests.faults.layer import PAGE, rerun_with_layer
 
 if __name__ == "__main__":
     if PAGE in os.environ:
-        from mimscale.__main__ import end_process
+        from mimscale.distributed.end_process import end_process
         from tests.faults.soak import main
 
         end_process(main())

@@ -24,8 +24,9 @@ import torch
 import mimscale.engine.deepspeed_engine
 import mimscale.training.loop  # noqa: F401
 from data_prep.__main__ import main as data_prep
-from mimscale.__main__ import end_process, main
+from mimscale.__main__ import main
 from mimscale.data.synthetic import make_image_folder
+from mimscale.distributed.end_process import end_process
 from mimscale.engine.deepspeed_runtime import import_deepspeed
 from mimscale.fault_tolerance.step_guard import StepGuard
 from tests import ranks

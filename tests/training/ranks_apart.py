@@ -13,8 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-from mimscale.__main__ import end_process, main
+from mimscale.__main__ import main
 from mimscale.checkpoint import run_folder
+from mimscale.distributed.end_process import end_process
 
 if __name__ == "__main__":
     rank, outcomes = int(os.environ["RANK"]), []
