@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = int(options.run(options))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # of a caller that prints nothing
+            sys.stdout.flush()
         return code
     except UserError as error:
         warn(f"data_prep: {error}")

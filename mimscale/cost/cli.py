@@ -27,13 +27,11 @@ from mimscale.files.measurement import origin
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="a recipe (`mimscale recipes` lists them) or a path to a YAML file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="changes to the recipe")
-    parser.add_argument("--gpus", type=whole, default=8, metavar="N", help="GPUs in all, one rank each (default: 8)")
+    parser.add_argument("--gpus", default="8", metavar="N", help="GPUs in all, one rank each (default: 8)")
     parser.add_argument("--gpu", default="a100", metavar="NAME", help="h100, h200, a100 (80 GB), a100-40, v100, cpu")
-    parser.add_argument("--gpus-per-node", type=whole, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--gpus-per-node", default="8", metavar="N", help="default: 8")
     parser.add_argument("--interconnect", metavar="NAME", help=f"network of a node: {', '.join(INTERCONNECTS)}")
-    parser.add_argument(
-        "--samples", type=whole, metavar="N", help="images in the data set, where it is not on this machine"
-    )
+    parser.add_argument("--samples", metavar="N", help="images in the data set, where it is not on this machine")
     parser.add_argument(
         "--measured", type=Path, metavar="FILE", help="JSON of `mimscale bench`; replaces rows of the table"
     )
@@ -51,10 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def whole(text: str) -> int:
-    """A number of GPUs or images on the command line."""
+def whole(option: str, text: str) -> int:
+    """A number of GPUs or images on the command line. Raises UserError."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1, in digits")
+        raise UserError(f"{option} {text} must be a whole number of at least 1, in digits")
     return int(text)
 
 
@@ -73,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.recipe is None:
         raise UserError("plan needs a recipe, or one of --all, --fit and --inputs; `mimscale recipes` lists recipes")
+    for option in ("gpus", "gpus_per_node", "samples"):
+        if (given := getattr(args, option)) is not None:
+            setattr(args, option, whole(f"--{option.replace('_', '-')}", given))
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
         raise UserError(f"--gpus {args.gpus} is not a multiple of --gpus-per-node {args.gpus_per_node}")
     config, precision = report.for_gpu(load_recipe(args.recipe, args.overrides), gpu)

@@ -66,7 +66,7 @@ def test_random_weights_are_labelled_and_levels_chosen(capsys: pytest.CaptureFix
         ),
         (["--teacher", "ViT-B-61"], "did you mean ViT-B-16"),
         (["--teacher", "vit_base_patch16_224.dinoo"], "no tag 'dinoo' for vit_base_patch16_224; choose one of"),
-        (["--teacher", "resnet18.a1_in1k"], "timm cannot build resnet18"),
+        (["--teacher", "crossvit_9_240.in1k"], "timm cannot build crossvit_9_240"),
         (["--teacher", SMALL, "--levels", "99"], "--levels 99: teacher has blocks 0 to "),
         (["--teacher", SMALL, "--levels", "last"], "--levels last: give numbers from 0 to"),
         (["--teacher", SMALL, "--images", "absent.png"], "--images absent.png: .*No such file.*give image files"),
