@@ -324,7 +324,7 @@ def test_half_precision_is_close_to_fp32(dtype: torch.dtype) -> None:
     [
         ((), {"masking": {"ratio": 0.95}}, "leaves 0 of 16"),
         (({"grid": (16, 16), "image_size": 224},), {}, "the student 4x4; set teachers.clip.image_size to 56"),
-        (({"has_cls": False},), {}, "set method.masking.policy = random"),
+        (({"has_cls": False},), {}, "or method.masking.policy = random"),
         (({"has_cls": False},), {"masking": {"policy": "random"}, "cls_target": True}, "set method.cls_target = false"),
         ((), {"cls_target": True, "stages": {}}, "set stages.class_token"),
         ((), {"stages": {"patches": [2, 2, 2]}}, "multiply to 8, student.patch is 16"),
