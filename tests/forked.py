@@ -123,6 +123,7 @@ def _become(words: Sequence[str], environment: Mapping[str, str], *printed: Conn
     # new ones, because those of the server take the pipe for the file that its own output went to
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     faulthandler.register(signal.SIGQUIT, file=2, all_threads=True)  # workers that are forked from here have it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests are a shell's background job
     os.environ.clear()
     os.environ.update(environment)
     module, *arguments = words
