@@ -1,6 +1,7 @@
 """The plan of a conversion, made before anything is written: which images, in which order, in which shard.
 
-A plan depends on the names, labels and sizes of the source images and on the options; not on when, where or by how many
+A plan depends on the names, labels and sizes of the source images, on the pixels of a source that is read as a whole
+(where every image has the same size, these say nothing), and on the options; not on when, where or by how many
 processes it is executed. Its hash is stored with every finished shard, so that a killed run can be resumed.
 """
 
@@ -46,6 +47,7 @@ class Source:
     root: folder of relative paths that rows of parquet files have instead of bytes.
     runs: lengths of consecutive runs of items that should be read together (row groups of parquet); None = no runs.
     png_encoder: versions of what makes PNGs of pixels; None where the images are encoded already.
+    pixels: sha256 of all images; None where something else compares them (torchvision's own checksums), or their sizes.
     """
 
     description: dict[str, Any]
@@ -55,6 +57,7 @@ class Source:
     runs: list[int] | None = None
     root: str = ""
     png_encoder: str | None = None
+    pixels: str | None = None
 
 
 def unique_keys(names: Iterable[str]) -> list[str]:
@@ -132,6 +135,8 @@ class Plan:
         digest = hashlib.sha256(json.dumps([2, self.options, self.bounds, self.source.classes]).encode())
         for item in self.items:
             digest.update(f"\n{item.key} {item.label} {item.size}".encode())
+        if self.source.pixels is not None:
+            digest.update(f"\n{self.source.pixels}".encode())
         return digest.hexdigest()
 
 

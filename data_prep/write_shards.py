@@ -59,7 +59,7 @@ def reserve_folder(folder: Path, plan: Plan) -> None:
         pairs = {name: (getattr(found, name), getattr(mine, name)) for name in ("samples", "shards")}
         pairs |= {f"--{k.replace('_', '-')}": (found.options.get(k), v) for k, v in plan.options.items()}
         changed = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in pairs.items() if old != new)
-        reason = changed or "other names, sizes or labels in the source"
+        reason = changed or "other names, sizes, labels or pixels in the source"
         raise UserError(f"destination '{folder}' was made differently ({reason}); choose another folder or delete it")
 
 

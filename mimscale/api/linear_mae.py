@@ -20,6 +20,7 @@ from mimscale.convert.read import resolve
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError, printable, warn
 from mimscale.evals.networks import eval_folder
+from mimscale.evals.overlap import check_apart
 from mimscale.evals.report import table, write
 from mimscale.files.console import plain_console
 
@@ -114,8 +115,7 @@ def check_data(args: argparse.Namespace, train: Manifest, val: Manifest) -> None
             raise UserError(f"{flag} {path} has samples without labels; prepare it without --unlabelled")
     if train.classes != val.classes:
         raise UserError(f"--train {args.train} and --val {args.val} have different classes; give sets of one kind")
-    if train.fingerprint == val.fingerprint:
-        raise UserError(f"--val {args.val} is the training set itself; give data that --train does not hold")
+    check_apart(args.train, train, args.val, val)
 
 
 def overrides_of(path: Path, args: argparse.Namespace, train: Manifest, precision: str) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from mimscale.convert.networks import load, method_from, student_of
 from mimscale.convert.positions import with_positions_of
 from mimscale.convert.read import Loaded, read
 from mimscale.data.manifest import Manifest
+from mimscale.data.names import one_line
 from mimscale.errors import UserError
+from mimscale.evals.robustness.classifiers import class_names
 from mimscale.methods.finetune import Finetune
 from mimscale.methods.linear_probe import LinearProbe
 from mimscale.models.beit import LAYER_SCALE, Beit
@@ -49,7 +51,10 @@ class Classifier:
         return self.method.logits(images_B3HW.to(self.dtype))
 
     def check_labels(self, val: Manifest, path: Path) -> None:
-        """Raises UserError where a data set's labels are not the classes of this network."""
+        """Raises UserError where a data set's labels are not the classes of this network.
+
+        The names are compared where the run's training set can be opened here, else their number.
+        """
         if val.labels is None or val.labels.min() < 0:
             raise UserError(f"--val {path} has samples without labels; prepare it without --unlabelled")
         classes = len(val.classes) if val.classes is not None else int(val.labels.max()) + 1
@@ -57,6 +62,16 @@ class Classifier:
             raise UserError(
                 f"--val {path} has {classes} classes, and {self.path} was trained for {self.classes}; give the "
                 f"validation set of its own data"
+            )
+        try:
+            names = class_names(self.run, None)
+        except UserError:  # the training set has moved, or the file names none
+            return
+        if val.classes is not None and names != val.classes:
+            at = next(number for number in range(classes) if names[number] != val.classes[number])
+            raise UserError(
+                f"--val {path}: label {at} is class '{one_line(val.classes[at])}', output {at} of {self.path} is "
+                f"'{one_line(names[at])}'; prepare --val with the class names of the training set, in their order"
             )
 
 

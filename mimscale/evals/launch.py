@@ -136,20 +136,24 @@ def publish(
 
 
 def default_outs(
-    args: argparse.Namespace, words: Sequence[str], precision: str, fingerprints: Sequence[str]
+    args: argparse.Namespace,
+    words: Sequence[str],
+    precision: str,
+    fingerprints: Sequence[str],
+    crop_pct: float | None = CROP_PCT,
 ) -> list[Path]:
     """--out, or RUN/eval/WORDS-POOL-SETTINGS-DATA-CHECKPOINT.json for each run: a file for each thing to be measured.
 
-    DATA: the start of a sha256 of the data sets' fingerprints.
+    DATA: the start of a sha256 of the data sets' fingerprints. crop_pct: where none is given; None: that of each run.
     """
     if args.out:
         return [args.out]
     settings = {
         "ema": (args.ema, False),
         f"px{args.image_size}": (args.image_size, None),
-        f"crop{args.crop_pct:g}": (args.crop_pct or CROP_PCT, CROP_PCT),
-        f"seed{args.seed}": (args.seed, 0),
-        "baselines": (args.baselines, False),
+        f"crop{args.crop_pct or 0:g}": (args.crop_pct or crop_pct, crop_pct),
+        f"seed{getattr(args, 'seed', 0)}": (getattr(args, "seed", 0), 0),
+        "baselines": (getattr(args, "baselines", False), False),
     }
     changed = [word for word, (value, default) in settings.items() if value != default]
     data = hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:8]

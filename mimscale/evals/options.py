@@ -54,9 +54,14 @@ def config_of(args: Mapping[str, Any], config: type[C]) -> C:
 
 def default_suffix(config: Strict) -> str:
     """Of a file name: `-k10` for each option that is not at its default, so that no report replaces another."""
+    return "".join(f"-{name}{_word(value)}" for name, value in changed(config).items())
+
+
+def changed(config: Strict, mode: Literal["python", "json"] = "python") -> dict[str, Any]:
+    """The options that are not at their defaults."""
     fields = type(config).model_fields
-    changed = {name: value for name, value in config.model_dump().items() if value != fields[name].default}
-    return "".join(f"-{name}{_word(value)}" for name, value in changed.items())
+    names = [name for name, value in config.model_dump().items() if value != fields[name].default]
+    return {name: value for name, value in config.model_dump(mode=mode).items() if name in names}
 
 
 def _word(value: Any) -> str:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -20,28 +19,15 @@ from rich.text import Text
 from mimscale.config.recipes import load_recipe
 from mimscale.errors import UserError, printable, warn
 from mimscale.evals.config import Expected
+from mimscale.evals.figures import BROKEN, Figure, figures_of, options_that_differ, parsed, scalar
 from mimscale.files.atomic import atomic_write
 from mimscale.files.console import plain_console
 
 FORMAT = 1
+RUN_FILES = ("config.yaml", "metrics.jsonl", "eval", "job")
 STAGE_OF = {"top1": "finetune"}
 """Protocol -> the stage of jobs/submit that runs it, where its name is another."""
 ROUNDING = 0.05  # published values have one decimal
-
-
-class Figure(NamedTuple):
-    """One number out of a report. step: of the checkpoint, None where its file does not say. report: its path, from the
-    run's folder.
-    """
-
-    protocol: str
-    metric: str
-    value: float
-    pool: str
-    step: int | None
-    sha256: str | None
-    val: str | None
-    report: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.run.is_dir():
         raise UserError(f"{args.run} is no folder; name the folder of a run")
+    if not any((args.run / name).exists() for name in RUN_FILES):
+        raise UserError(f"{args.run} is no run: it holds none of {', '.join(RUN_FILES)}; name the folder of a run")
     gathered = gather(args.run, expected_values(args.run, args.recipe))
     console = plain_console()
     for table in tables(gathered):
@@ -61,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         warn(f"mimscale results: {line}; left out")
     out = args.out or args.run / "results.json"
     try:
-        atomic_write(out, (json.dumps(gathered, indent=1) + "\n").encode())
+        atomic_write(out, (json.dumps(gathered, indent=1, allow_nan=False) + "\n").encode())
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}; name another file with --out") from None
     console.print(printable(f"wrote {out}"), soft_wrap=True)
@@ -92,24 +80,12 @@ def gather(run_dir: Path, expected: Mapping[str, Expected]) -> dict[str, Any]:
 
 
 def figures_in(run_dir: Path, unreadable: list[str]) -> Iterator[Figure]:
-    """Every metric of every row that measures a checkpoint; baselines have no source. unreadable: gets a line for each
-    report that is not one.
-    """
+    """Those of all reports. unreadable: gets a line for each file that is no report."""
     for path in sorted([*run_dir.glob("eval/*.json"), *run_dir.glob("*/eval/*.json")]):
         name = str(path.relative_to(run_dir))
         try:
-            report = json.loads(path.read_text())
-            for row in report["rows"]:
-                if "source" not in row:
-                    continue
-                for metric in (key for key in report["metrics"] if key in row):  # of small data sets some are absent
-                    value = float(row[metric])
-                    if not math.isfinite(value):
-                        raise ValueError(f"{metric} = {value}")
-                    protocol, val = str(report["protocol"]["name"]), report.get("val", {}).get("fingerprint")
-                    pool, step = str(row.get("pool", "")), row.get("step")
-                    yield Figure(protocol, metric, value, pool, step, row.get("sha256"), val, name)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            yield from figures_of(path, name)
+        except BROKEN as error:
             unreadable.append(f"{name} is no report of an evaluation ({type(error).__name__}: {error})")
 
 
@@ -140,13 +116,16 @@ def training(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "metrics.jsonl"
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
-            values = json.loads(line)
-        except ValueError:
+            values = parsed(line)
+        except BROKEN:
             continue  # cut off by a crash
-        if isinstance(values, dict) and "step" in values and "loss" in values:
-            last |= {"step": values["step"], "loss": values["loss"]}
-        elif isinstance(values, dict) and values.get("event") == "evals":
-            last["evals"] = {key: value for key, value in values.items() if key not in ("event", "time", "seconds")}
+        if not isinstance(values, dict):
+            continue
+        plain = {key: value for key, value in values.items() if scalar(value)}
+        if "step" in plain and "loss" in plain:
+            last |= {"step": plain["step"], "loss": plain["loss"]}
+        elif plain.get("event") == "evals":
+            last["evals"] = {key: value for key, value in plain.items() if key not in ("event", "time", "seconds")}
     return last | {"finished": (run_dir / "done").is_file()}
 
 
@@ -155,7 +134,8 @@ def compared(
 ) -> dict[str, Any]:
     """An expected value beside what was found: reached, short by so much, failed, or not run.
 
-    Of several figures that of the newest checkpoint counts. Reached: at the published one decimal.
+    Of several figures with the published options that of the newest checkpoint counts. Reached: at the published one
+    decimal.
     """
     metric = wanted.metric or name
     fit = [f for f in figures if f.protocol == name and f.metric == metric and wanted.pool in (None, f.pool)]
@@ -163,10 +143,16 @@ def compared(
     if not fit:
         state = stages.get(STAGE_OF.get(name, name), {}).get("state", "")
         return {**entry, "found": None, "status": "failed" if state.startswith("failed") else "not run"}
-    best = max(fit, key=lambda figure: -1 if figure.step is None else figure.step)
+    published = [figure for figure in fit if not figure.changed]
+    if not published:
+        other = "; ".join(dict.fromkeys(word for figure in fit for word in figure.changed))
+        return {**entry, "found": None, "status": f"only with other options ({other})"}
+    best = max(published, key=lambda figure: -1 if figure.step is None else figure.step)
     short = wanted.value - best.value
     status = "reached" if short < ROUNDING else f"short by {short:.1f}"
-    return {**entry, "found": best.value, "pool": best.pool, "report": best.report, "status": status}
+    return {**entry, "found": best.value, "pool": best.pool, "report": best.report, "options": best.options} | {
+        "status": status
+    }
 
 
 def tables(gathered: Mapping[str, Any]) -> Iterator[Table]:
@@ -176,16 +162,18 @@ def tables(gathered: Mapping[str, Any]) -> Iterator[Table]:
         for stage, of in gathered["stages"].items():
             table.add_row(stage, of["job"], Text(printable(of["state"])))
         yield table
-    table = Table("protocol", "pool", "metric", "step", "value", title=printable(gathered["run"]))
-    for f in gathered["figures"]:
+    table = Table("protocol", "pool", "metric", "step", "value", "options", title=printable(gathered["run"]))
+    for f, options in zip(gathered["figures"], options_that_differ(gathered["figures"]), strict=True):
         step = "" if f["step"] is None else f"{f['step']:,}"
         table.add_row(
-            *(Text(printable(word)) for word in (f["protocol"], f["pool"], f["metric"], step)), f"{f['value']:.1f}"
+            *(Text(printable(word)) for word in (f["protocol"], f["pool"], f["metric"], step)),
+            f"{f['value']:.1f}",
+            Text(printable(options)),
         )
     yield table
     if gathered["expected"]:
         table = Table("protocol", "expected", "found", "status", "source", title="the recipe's expected values")
         for e in gathered["expected"]:
             found = "" if e["found"] is None else f"{e['found']:.1f}"
-            table.add_row(e["protocol"], f"{e['expected']:.1f}", found, e["status"], Text(e["source"]))
+            table.add_row(e["protocol"], f"{e['expected']:.1f}", found, Text(printable(e["status"])), Text(e["source"]))
         yield table

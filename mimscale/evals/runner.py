@@ -25,6 +25,7 @@ from mimscale.errors import UserError, warn
 from mimscale.evals.extraction import Extraction, features_of
 from mimscale.evals.features import Key, Pooling
 from mimscale.evals.networks import Network, load_networks
+from mimscale.evals.options import changed
 from mimscale.evals.overlap import check_apart
 from mimscale.evals.progress import progress
 from mimscale.evals.protocols.base import Context, Features, Protocol, Results
@@ -134,6 +135,7 @@ def evaluate(
             **config.model_dump(mode="json"),
             **kind.constants,
         },
+        "changed": changed(config, "json"),
         "departs": list(kind.departs),
         "unit": kind.unit,
         "metrics": kind.headings(config),

@@ -17,7 +17,8 @@ from mimscale.data.manifest import Manifest
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError, printable
 from mimscale.evals.classifier import Classifier, load_classifier
-from mimscale.evals.networks import eval_folder
+from mimscale.evals.launch import default_outs
+from mimscale.evals.overlap import check_apart_from_training
 from mimscale.evals.parallel import all_sum
 from mimscale.evals.progress import progress
 from mimscale.evals.report import table, write
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace, device: torch.device, ranks: Coordinator) -> i
         batch=args.batch,
         workers=args.workers,
     )
-    ranks.on_rank0(_publish, report, [args.out] if args.out else _out_files(args, report))
+    outs = default_outs(args, [NAME], report["protocol"]["precision"], [report["val"]["fingerprint"]], crop_pct=None)
+    ranks.on_rank0(_publish, report, outs)
     return 0
 
 
@@ -97,6 +99,8 @@ def measure(
     def counted(path: Path) -> tuple[Classifier, float, Tensor]:
         found = load_classifier(path, image_size=image_size, device=device, precision=precision, ema=ema)
         found.check_labels(val, val_path)
+        if ranks.rank == 0:
+            check_apart_from_training(found.run.data.shards, f"--val {val_path}", val)
         crop = crop_pct or found.run.data.eval_crop_pct
         batches = eval_batches(
             val,
@@ -153,18 +157,6 @@ def _publish(report: Mapping[str, Any], outs: Sequence[Path]) -> None:
             why = error.strerror or error
             raise UserError(f"{out} cannot be written: {why}; name another file with --out") from None
         console.print(printable(f"wrote {out}"), soft_wrap=True)
-
-
-def _out_files(args: argparse.Namespace, report: Mapping[str, Any]) -> list[Path]:
-    """RUN/eval/top1-OPTIONS-CHECKPOINT.json for each run."""
-    words = [
-        NAME,
-        *(["ema"] if args.ema else []),
-        *([f"size{args.image_size}"] if args.image_size else []),
-        *([f"crop{args.crop_pct}"] if args.crop_pct else []),
-    ]
-    sources = [Path(row["source"]) for row in report["rows"]]
-    return [eval_folder(source) / f"{'-'.join(words)}-{source.stem}.json" for source in sources]
 
 
 def _share(text: str) -> float:

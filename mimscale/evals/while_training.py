@@ -28,6 +28,7 @@ from mimscale.errors import UserError
 from mimscale.evals.config import EvalsConfig
 from mimscale.evals.features import frozen
 from mimscale.evals.frozen_student import STUDENT, StudentSkeleton, copied
+from mimscale.evals.overlap import check_shards_apart
 from mimscale.evals.parallel import all_rows
 from mimscale.evals.protocols.base import Context, Features, Protocol
 from mimscale.evals.runner import protocol_class
@@ -80,8 +81,10 @@ def prepare(config: EvalsConfig, data: DataConfig, source: Source, global_batch:
             f"evals.val = {val.location} has other classes than evals.train = {train.location}; both need the same "
             f"classes in one order"
         )
-    if train.fingerprint == val.fingerprint:
-        raise UserError(f"evals.val = {val.location} is the training set itself; name data that is not trained on")
+    given = f"evals.val = {val.location}"
+    check_shards_apart(f"evals.train = {train.location}", train, given, val)
+    if isinstance(source, Manifest) and source is not train:
+        check_shards_apart(f"data.shards = {source.location}", source, given, val)
     for name, options_of in protocols.items():
         try:
             protocol_class(name).check(options_of, *(subset.as_manifest() for subset in subsets))

@@ -98,6 +98,20 @@ def test_a_stopped_run_continues(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert hashes(tmp_path / "parts") == whole
 
 
+def test_other_pixels_of_the_same_shape_are_another_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_files(tmp_path / "in")
+    assert run(source, tmp_path / "out") == 0
+    before = hashes(tmp_path / "out")
+    images = source / TRAIN_IMAGES
+    images.write_bytes(images.read_bytes()[:-1] + bytes([images.read_bytes()[-1] ^ 1]))
+    capsys.readouterr()
+    assert run(source, tmp_path / "out") == 2
+    assert "was made differently (other names, sizes, labels or pixels in the source)" in capsys.readouterr().err
+    assert hashes(tmp_path / "out") == before
+
+
 def cut(data: bytes) -> bytes:
     return data[:-1]
 

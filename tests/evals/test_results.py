@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def report(protocol: str, *rows: dict[str, Any], metrics: tuple[str, ...] = ()) 
     )
 
 
-def row(step: int | None = 5, pool: str = "mean", **values: float) -> dict[str, Any]:
+def row(step: Any = 5, pool: str = "mean", **values: Any) -> dict[str, Any]:
     return {"network": "run", "source": "run", "step": step, "sha256": "0" * 64, "pool": pool, **values}
 
 
@@ -84,7 +85,15 @@ def test_reached_short_failed_and_not_run(run_dir: Path, capsys: pytest.CaptureF
     assert all(words in text for words in ("short by 1.6", "reached", "not run", "a paper", "wrote "))
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"rows": [{"source": 1}]}', "{", '{"rows": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", '{"rows": [{"source": 1}]}', "{", '{"rows": 3}', "[" * 100_000,
+        report("knn", row(knn=40.0, step="abc")), report("knn", row(knn=40.0, step=[1])),
+        report("knn", row(knn=float("nan"))), report("knn", row(knn=True)), report("knn", row(knn=10**400)),
+        report("transfer", row()),
+    ],
+)  # fmt: skip
 def test_what_is_no_report_is_named_and_left_out(
     content: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +102,51 @@ def test_what_is_no_report_is_named_and_left_out(
     (line,) = found["unreadable"]
     assert line.startswith("eval/other.json is no report of an evaluation") and len(found["figures"]) == 4
     assert "eval/other.json" in capsys.readouterr().err
+
+
+def test_a_pipe_and_numbers_that_json_lacks(run_dir: Path) -> None:
+    os.mkfifo(run_dir / "eval" / "pipe.json")
+    (run_dir / "metrics.jsonl").write_text(
+        '{"step": 6, "loss": NaN}\n' + "[" * 100_000 + '\n{"step": [1], "loss": 1}\n'
+    )
+    found = results(run_dir)
+    assert "it is a named pipe" in found["unreadable"][0]
+    assert "NaN" not in (run_dir / "results.json").read_text().replace('"NaN"', "")
+    assert found["training"] == {"step": 6, "loss": "NaN", "finished": False}
+
+
+def test_robustness_and_transfer_have_figures(run_dir: Path) -> None:
+    val = {"fingerprint": "f"}
+    of_sets = {"protocol": {"name": "robustness"}, "columns": ["val", "mCE"], "sets": {"val": val}}
+    (run_dir / "eval" / "a.json").write_text(json.dumps({**of_sets, "rows": [row(val=50.0, mCE=70.0)]}))
+    one = {"protocol": "knn", "network": "run", "pool": "mean", "values": {"cifar10": 60.0}, "mean": 60.0}
+    rows = [one, {**one, "network": "raw pixels", "pool": "pixels"}]
+    part = {"set": "cifar10", "val": val, "rows": [row(knn=60.0), {"network": "raw pixels", "pool": "pixels"}]}
+    transfer = {"protocol": {"name": "transfer"}, "rows": rows, "parts": [part]}
+    (run_dir / "eval" / "b.json").write_text(json.dumps(transfer))
+    found = results(run_dir)
+    assert found["unreadable"] == []
+    assert [(f["protocol"], f["metric"], f["value"], f["step"], f["val"]) for f in found["figures"][:4]] == [
+        ("robustness", "val", 50.0, 5, "f"),
+        ("robustness", "mCE", 70.0, 5, None),
+        ("transfer knn", "cifar10", 60.0, 5, "f"),
+        ("transfer knn", "mean", 60.0, 5, None),
+    ]
+
+
+def test_other_options_are_shown_and_not_compared(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for k in (3, 20):
+        values = json.loads(report("knn", row(step=9, knn=90.0 - k)))
+        values["protocol"]["k"], values["changed"] = k, {} if k == 20 else {"k": k}
+        (run_dir / "eval" / f"knn{k}.json").write_text(json.dumps(values))
+    short = json.loads(report("attentive", row(attentive=80.0)))
+    short["protocol"]["differs_from_paper"] = ["epochs = 1, not 90", "global_batch = 8, not 16384"]
+    (run_dir / "eval" / "attentive.json").write_text(json.dumps(short))
+    found = {entry["protocol"]: (entry["found"], entry["status"]) for entry in results(run_dir)["expected"]}
+    assert found["knn"] == (70.0, "reached")
+    assert found["attentive"] == (None, "only with other options (epochs = 1, not 90)")
+    printed = capsys.readouterr().out
+    assert "k = 3" in printed and "k = 20" in printed
 
 
 def test_a_run_that_never_began_has_the_recipes_expectations(tmp_path: Path) -> None:
@@ -121,6 +175,8 @@ def test_reports_of_real_evaluations_are_understood(data: tuple[Path, Path], tmp
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["results", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.strip().endswith("is no folder; name the folder of a run")
+    assert main(["results", str(tmp_path)]) == 2
+    assert "is no run: it holds none of config.yaml, " in capsys.readouterr().err
     with pytest.raises(UserError, match=r"expected.knn.value = 140: input should be less than or equal to 100"):
         load_recipe("mae_tiny", ["expected.knn={value: 140, source: x}"])
     with pytest.raises(UserError, match=r"expected.knn.source is missing"):

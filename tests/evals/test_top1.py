@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from mimscale.__main__ import main
 from mimscale.convert.formats import finetune as official_names
 from mimscale.data.loader import eval_batches
 from mimscale.data.manifest import Manifest
+from mimscale.data.synthetic import make_image_folder
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError
 from mimscale.evals.classifier import load_classifier
@@ -21,7 +23,7 @@ from mimscale.evals.top1_cli import measure
 from mimscale.methods.finetune import Finetune
 from mimscale.types import normalised
 from tests import golden
-from tests.evals.conftest import initial, save_run, small_run
+from tests.evals.conftest import initial, save_run, shards, small_run
 
 CPU, ALONE = torch.device("cpu"), Coordinator(None)
 
@@ -106,11 +108,16 @@ def test_the_command(run_dir: Path, data: tuple[Path, Path], capsys: pytest.Capt
     words = ["evaluate", "top1", str(run_dir), "--val", str(data[1]), "--workers", "0", "--device", "cpu"]
     assert main(words) == 0
     printed = capsys.readouterr().out
-    report = json.loads((run_dir / "eval" / "top1-step-00000007.json").read_text())
+    (out,) = (run_dir / "eval").glob("top1-fp32-*-step-00000007.json")
+    report = json.loads(out.read_text())
     assert f"{report['rows'][0]['top1']:.1f}" in printed and "top-5" in printed
     assert report["val"]["samples"] == 45
     assert main([*words, "--ema", "--image-size", "48", "--crop-pct", "1"]) == 0
-    assert (run_dir / "eval" / "top1-ema-size48-crop1.0-step-00000007.json").is_file()
+    assert len(list((run_dir / "eval").glob("top1-ema-px48-crop1-fp32-*-step-00000007.json"))) == 1
+    for other in (["--val", str(data[0])], ["--precision", "bf16"], ["--crop-pct", "0.875"]):
+        before = len(list((run_dir / "eval").glob("top1-*.json")))
+        assert main([*words, *other]) == 0
+        assert len(list((run_dir / "eval").glob("top1-*.json"))) == before + 1, other
 
 
 def test_weights_that_diverged(run_dir: Path, data: tuple[Path, Path]) -> None:
@@ -139,3 +146,22 @@ def test_bad_input_is_one_line(
     )
     assert "has no moving average" in line(str(five), *val, "--ema")
     assert "must end in .json" in line(str(run_dir), *val, "--out", "x.txt")
+
+
+def test_names_and_training_images_of_the_runs_own_data(
+    data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run("finetune")
+    run = run.model_copy(update={"data": run.data.model_copy(update={"shards": str(data[0])})})
+    own = save_run(tmp_path / "own", run)
+    words = ["evaluate", "top1", str(own), "--workers", "0", "--device", "cpu", "--val"]
+    assert main([*words, str(data[1])]) == 0
+    made = make_image_folder(tmp_path / "images", classes=3, per_class=2, side=32, seed=5)
+    last = sorted(made.iterdir())[-1]
+    last.rename(made / "zebra")
+    capsys.readouterr()
+    assert main([*words, str(shards(made, tmp_path / "zebra"))]) == 2
+    assert "label 2 is class 'zebra', output 2 of" in capsys.readouterr().err
+    shutil.copytree(data[0], tmp_path / "copy")
+    assert main([*words, str(tmp_path / "copy")]) == 2
+    assert "is the training set itself" in capsys.readouterr().err

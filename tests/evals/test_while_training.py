@@ -193,6 +193,7 @@ def test_a_bad_section_is_one_line(section: dict[str, Any], line: str) -> None:
         ({"protocols": {"greedy": {"least": 11}}, "train_samples": 10}, "evals.protocols.greedy: --least 11 is more"),
         ({"protocols": {"attentive": {}}}, "'attentive' does not learn from pooled features; measure it after the run"),
         ({"val": "TRAIN"}, "is the training set itself"),
+        ({"val": "TRAIN", "train": "VAL"}, "is the training set itself; give data that data.shards = "),
         ({"val": "UNLABELLED"}, "has samples without labels"),
         ({"val": "OTHER"}, "has other classes than evals.train"),
     ],
@@ -207,7 +208,7 @@ def test_what_cannot_be_measured_is_refused_before_the_run(
         images = make_image_folder(tmp_path / "images", classes=2, per_class=4, side=32, seed=5)
         section = {"val": str(shards(images, tmp_path / "other", labelled=section["val"] == "OTHER"))}
     if section.get("val") == "TRAIN":
-        section = {"val": str(data[0])}
+        section = {"val": str(data[0]), **({"train": str(data[1])} if "train" in section else {})}
     with pytest.raises(UserError) as found:
         plan(data, **section)
     assert line in str(found.value) and "\n" not in str(found.value)

@@ -71,6 +71,7 @@ def own_classifier(
     data = found.run.data
     about = {"source": str(found.path), "step": found.step, "sha256": found.sha256}
     about |= {"method": found.run.method.name, "head": "own"}
+    about["trained_on"] = found.run.data.shards if isinstance(found.run.data.shards, str) else None
     identity = {"classifier": found.sha256, "ema": settings.ema}
     name = path.name if [one.name for one in paths].count(path.name) == 1 else str(path)
     name += " (ema)" if settings.ema else ""

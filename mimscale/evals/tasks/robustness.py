@@ -9,6 +9,7 @@ logistic regression on frozen features (`--train`). C is stored at 224 pixels an
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from mimscale.checkpoint.run_folder import git_commit
 from mimscale.data.manifest import Manifest
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError, printable
-from mimscale.evals.launch import add_shared, check_out, default_outs, on_ranks, publish
+from mimscale.evals.launch import CROP_PCT, add_shared, check_out, default_outs, on_ranks, publish
 from mimscale.evals.metrics import top1
+from mimscale.evals.overlap import OWN, check_apart_from_training
 from mimscale.evals.robustness.classes import outputs_of
 from mimscale.evals.robustness.classifiers import Classifier
 from mimscale.evals.robustness.corruptions import (
@@ -94,10 +96,13 @@ def run(args: argparse.Namespace) -> int:
         args,
         lambda settings, ranks: robustness(args.runs, wanted, settings, ranks, args.train, args.classes_of),
     )
-    words = ["robustness", *(["linear"] if args.train else []), *wanted.sets, *(["c"] if args.corruptions else [])]
+    words = ["robustness", *(["linear"] if args.train else []), *(["real"] if args.real else []), *wanted.sets]
+    words += ["c"] if args.corruptions else []
     if report is not None:
         prints = [one["fingerprint"] for one in report["sets"].values()]
-        outs = default_outs(args, words, report["protocol"]["precision"], prints)
+        prints += [str(report["protocol"][key]) for key in ("train", "real", "classes_of") if report["protocol"][key]]
+        crop_pct = CROP_PCT if args.train else None
+        outs = default_outs(args, words, report["protocol"]["precision"], prints, crop_pct)
         publish(report, [table(report)], outs, args.json)
     return 0
 
@@ -139,7 +144,16 @@ def robustness(
         for one in sets:
             outputs_of(one.manifest.classes or [], names, one.manifest.location)
 
+    def check_apart_from(shards: str | None, learned: str) -> None:
+        for one in sets:
+            if one.cropped:  # the corruptions are none of these images to the byte
+                check_apart_from_training(shards, _given(one), one.manifest, learned)
+
+    if train is not None:
+        ranks.on_rank0(check_apart_from, str(train), "--train")
     classifiers = classifiers_of(runs, settings, ranks, train, classes_of, check)
+    for shards in dict.fromkeys(classifier.about["trained_on"] for classifier in classifiers if train is None):
+        ranks.on_rank0(check_apart_from, shards, OWN)
     rows = []
     for classifier in classifiers:
         predictions = {
@@ -156,6 +170,9 @@ def robustness(
             "ema": settings.ema,
             "device": torch.cuda.get_device_name() if settings.device.type == "cuda" else "cpu",
             "alexnet": ALEXNET if wanted.corruptions else None,
+            "train": None if train is None else Manifest.load(train, check_shards=False).fingerprint,
+            "real": None if wanted.real is None else hashlib.sha256(wanted.real.read_bytes()).hexdigest(),
+            "classes_of": None if classes_of is None else Manifest.load(classes_of, check_shards=False).fingerprint,
         },
         "columns": [*([VAL] if wanted.val else []), *([REAL] if real else []), *wanted.sets]
         + ([MCE] if wanted.corruptions else []),
@@ -202,6 +219,10 @@ def _corrupted(name: str, severity: int) -> str:
     return f"{name}/{severity}"
 
 
+def _given(one: TestSet) -> str:
+    return f"--val {one.manifest.location}" if one.name == VAL else f"--sets {one.name}={one.manifest.location}"
+
+
 def _named(texts: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for text in texts:
@@ -214,7 +235,8 @@ def _named(texts: Sequence[str]) -> dict[str, Path]:
 
 def table(report: Mapping[str, Any]) -> Table:
     """A row per classifier: percent top-1, and mCE, of which less is better."""
-    out = Table(title="percent top-1; mCE: percent of AlexNet's error, less is better")
+    mce = "; mCE: percent of AlexNet's error, less is better" if MCE in report["columns"] else ""
+    out = Table(title=f"percent top-1{mce}")
     out.add_column("network")
     for column in report["columns"]:
         out.add_column(printable(column), justify="right")

@@ -157,6 +157,15 @@ def test_the_linear_head_is_that_of_the_protocol(world: Path, run_dir: Path, tmp
     assert [row["l2"] for row in ours] == [row["l2"] for row in theirs]
 
 
+def test_reports_of_other_labels_have_other_names(world: Path, finetuned: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finetuned, tmp_path / "run")
+    (tmp_path / "real.json").write_text(json.dumps([[1]] * 18))
+    changes: list[list[object]] = [[], ["--real", world / "real.json"], ["--real", tmp_path / "real.json"]]
+    for number, words in enumerate([*changes, ["--classes-of", world / "train"]], 1):
+        assert robustness(run, "--val", world / "val", *words) == 0
+        assert len(list((run / "eval").glob("*.json"))) == number
+
+
 def test_predictions_are_kept_and_belong_to_their_classes(
     world: Path, finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,5 +203,7 @@ def test_refusals(
     assert "is not NAME=SHARDS" in refused(finetuned, "--sets", f"mCE={world / 'a'}")
     assert "--baselines are measured with a linear head" in refused(finetuned, "--sets", a, "--baselines")
     assert "--image-size 33 is not a multiple" in refused(finetuned, "--sets", a, "--image-size", 33)
+    assert "is the training set itself" in refused(finetuned, "--val", world / "train")
+    assert "is the training set itself" in refused(run_dir, "--val", world / "train", "--train", world / "train")
     moved = save_run(tmp_path / "moved", small_run("finetune"))
     assert "name it with --classes-of SHARDS" in refused(moved, "--sets", a)
