@@ -83,6 +83,8 @@ class Stored:
         if self.about.exists():
             why = self._fault()
             if why is None:
+                for path in self.folder.glob("part-*"):  # of a job that worked beside the one that finished
+                    path.unlink(missing_ok=True)
                 return []
             warn(f"mimscale evaluate: {self.folder} {why}; its features are computed again")
             for path in (self.about, self.values):
@@ -139,7 +141,7 @@ class Stored:
 
     def _has(self, number: int) -> bool:
         path = self._part(number)
-        if not path.exists():
+        if not path.is_file():
             return False
         try:
             values, metadata = _read_part(path)
@@ -159,19 +161,22 @@ class Stored:
 
     def _fault(self) -> str | None:
         """What is wrong with the complete array."""
+        if not (self.about.is_file() and self.values.is_file()):
+            return "is damaged: not two regular files"
         try:
             about = json.loads(self.about.read_bytes())
-            if about["key"] != self.array.key:
+            key, wanted = about["key"], about["sha256"]
+            if key != self.array.key:
                 return "is of other weights or data"
             values = np.load(self.values, mmap_mode="r")
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
             return f"is damaged ({error})"
         if values.shape != (self.array.samples, *self.array.shape) or values.dtype != np.float32:
             return f"is damaged: {values.dtype} {list(values.shape)}"
         checksum = hashlib.sha256()
         for piece in _pieces(self.values, self.values.stat().st_size - values.nbytes):
             checksum.update(piece)
-        return None if checksum.hexdigest() == about["sha256"] else "is damaged: its checksum is another"
+        return None if checksum.hexdigest() == wanted else "is damaged: its checksum is another"
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mimscale.config.registry import names_in
 from mimscale.evals import top1_cli
-from mimscale.evals.launch import add_shared, at_least, check_out, default_outs, on_ranks, publish, with_ranks
+from mimscale.evals.launch import add_shared, check_out, default_outs, on_ranks, publish, with_ranks
 from mimscale.evals.options import add_options, config_of, default_suffix
 from mimscale.evals.report import lines, table
 from mimscale.evals.runner import evaluate, protocol_class, protocol_names
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> Any:
         own.add_argument("--train", type=Path, required=True, metavar="SHARDS", help="labelled data set to learn from")
         own.add_argument("--val", type=Path, required=True, metavar="SHARDS", help="labelled data set to be tested on")
         add_options(own, kind.Config)
-    top1_cli.add_parser(protocols, at_least)
+    top1_cli.add_parser(protocols)
     for name in names_in(TASKS):
         task = _task(name)
         usage = f"mimscale evaluate {name} RUN... [OPTIONS]"

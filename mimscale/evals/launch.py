@@ -24,6 +24,8 @@ from mimscale.files.console import plain_console
 
 T = TypeVar("T")
 CROP_PCT = 0.875
+MAX_IMAGE_SIZE, MAX_WORKERS = 8192, 1024  # as a recipe's section `data` has them
+MAX_SEED = 2**63 - 1
 
 
 def add_shared(parser: argparse.ArgumentParser, pooled: bool) -> None:
@@ -38,16 +40,22 @@ def add_shared(parser: argparse.ArgumentParser, pooled: bool) -> None:
             help="patch mean, class token (default mean)",
         )
     parser.add_argument("--ema", action="store_true", help="the moving average of the student, not the student itself")
-    parser.add_argument("--image-size", type=at_least(1), metavar="PX", help="default: as the run was trained")
     parser.add_argument(
-        "--crop-pct", type=float, default=CROP_PCT, metavar="X", help="share of the short side kept (default 0.875)"
+        "--image-size", type=at_least(1, MAX_IMAGE_SIZE), metavar="PX", help="default: as the run was trained"
+    )
+    parser.add_argument(
+        "--crop-pct", type=share, default=CROP_PCT, metavar="X", help="share of the short side kept (default 0.875)"
     )
     parser.add_argument("--batch", type=at_least(1), default=256, metavar="N", help="images at a time (default 256)")
     parser.add_argument(
-        "--workers", type=at_least(0), default=8, metavar="N", help="processes that read images (default 8)"
+        "--workers",
+        type=at_least(0, MAX_WORKERS),
+        default=8,
+        metavar="N",
+        help="processes that read images (default 8)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of random networks and draws (default 0)"
+        "--seed", type=at_least(0, MAX_SEED), default=0, metavar="N", help="of random networks and draws (default 0)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
@@ -165,10 +173,24 @@ def default_outs(
     return list(dict.fromkeys(outs))
 
 
-def at_least(least: int) -> Callable[[str], int]:
+def share(text: str) -> float:
+    """Type of an option: a number in (0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a number above 0 and at most 1")
+    return value
+
+
+def at_least(least: int, most: int = MAX_SEED) -> Callable[[str], int]:
+    """Type of an option."""
+
     def whole_number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"'{text}' must be a whole number, {least} or more")
+        if not text.isdecimal() or len(text) > 19 or not least <= int(text) <= most:
+            above = "" if most == MAX_SEED else f", {most} at most"
+            raise argparse.ArgumentTypeError(f"'{text}' must be a whole number, {least} or more{above}")
         return int(text)
 
     return whole_number

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mimscale.evals.metrics import top1
@@ -19,6 +20,7 @@ from mimscale.evals.protocols.linear import hold_out
 HELD_OUT_IMAGES = 5_000
 """So many training images are held out, but at least 1 % and at most 10 % of them."""
 CHUNK = 2_048  # samples that are classified at a time
+Rate = Annotated[float, Field(gt=0, lt=1e9)]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def split(labels_N: Tensor, seed: int) -> Split:
 
 def batch_of(asked: int, samples: int) -> int:
     """Images per step: as asked, or a quarter of a training set that is small."""
-    return max(1, min(asked, samples // 4))
+    return max(2, min(asked, samples // 4))  # BatchNorm needs two
 
 
 def batches(rows: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:

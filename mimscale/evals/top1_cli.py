@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mimscale.data.manifest import Manifest
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError, printable
 from mimscale.evals.classifier import Classifier, load_classifier
-from mimscale.evals.launch import default_outs
+from mimscale.evals.launch import MAX_IMAGE_SIZE, MAX_WORKERS, at_least, default_outs, share
 from mimscale.evals.overlap import check_apart_from_training
 from mimscale.evals.parallel import all_sum
 from mimscale.evals.progress import progress
@@ -36,7 +36,7 @@ under official names (MAE, ConvMAE, SimMIM, timm). The crop is that of the run's
 """
 
 
-def add_parser(protocols: Any, at_least: Callable[[int], Callable[[str], int]]) -> None:
+def add_parser(protocols: Any) -> None:
     own = protocols.add_parser(
         NAME,
         help=HELP,
@@ -47,11 +47,11 @@ def add_parser(protocols: Any, at_least: Callable[[int], Callable[[str], int]]) 
     own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, checkpoint folder or file")
     own.add_argument("--val", type=Path, required=True, metavar="SHARDS", help="labelled data set to be tested on")
     own.add_argument("--ema", action="store_true", help="the moving average of the weights, not the weights themselves")
-    own.add_argument("--image-size", type=at_least(1), metavar="PX", help="default: as the run was trained")
-    own.add_argument("--crop-pct", type=_share, metavar="X", help="share of the short side kept (default: the run's)")
+    own.add_argument("--image-size", type=at_least(1, MAX_IMAGE_SIZE), metavar="PX", help="default: that of the run")
+    own.add_argument("--crop-pct", type=share, metavar="X", help="share of the short side kept (default: the run's)")
     own.add_argument("--batch", type=at_least(1), default=256, metavar="N", help="images at a time (default 256)")
     own.add_argument(
-        "--workers", type=at_least(0), default=8, metavar="N", help="processes that read images (default 8)"
+        "--workers", type=at_least(0, MAX_WORKERS), default=8, metavar="N", help="processes that read (default 8)"
     )
     own.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     own.add_argument("--precision", choices=("fp32", "bf16"), help="number format (default bf16 on cuda)")
@@ -157,13 +157,3 @@ def _publish(report: Mapping[str, Any], outs: Sequence[Path]) -> None:
             why = error.strerror or error
             raise UserError(f"{out} cannot be written: {why}; name another file with --out") from None
         console.print(printable(f"wrote {out}"), soft_wrap=True)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' must be above 0 and at most 1")
-    return value

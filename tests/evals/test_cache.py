@@ -67,7 +67,7 @@ def test_a_part_is_kept_and_a_bad_one_is_not(tmp_path: Path, capsys: pytest.Capt
     assert other.missing() == [0, 1, 2] and "is of other weights or data" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("harm", ["byte", "cut", "no values", "about", "renamed"])
+@pytest.mark.parametrize("harm", ["byte", "cut", "no values", "about", "no checksum", "nested", "fifo", "renamed"])
 def test_a_complete_array_that_is_not_what_it_should_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: str
 ) -> None:
@@ -83,6 +83,13 @@ def test_a_complete_array_that_is_not_what_it_should_be(
         store.values.unlink()
     elif harm == "about":
         store.about.write_text("[]")
+    elif harm == "no checksum":
+        store.about.write_text(json.dumps({"key": store.array.key}))
+    elif harm == "nested":
+        store.about.write_text("[" * 100_000)
+    elif harm == "fifo":
+        store.values.unlink()
+        os.mkfifo(store.values)
     else:
         other = stored(tmp_path, data="4" * 64)
         store.folder.rename(other.folder)
@@ -91,6 +98,15 @@ def test_a_complete_array_that_is_not_what_it_should_be(
     error = capsys.readouterr().err
     assert error.endswith("its features are computed again\n") and error.count("\n") == 1
     assert not store.about.exists() and not store.values.exists()
+
+
+def test_parts_of_a_job_that_worked_beside_the_one_that_finished_are_removed(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    parts = {path: path.read_bytes() for path in store.folder.glob("part-*")}
+    store.complete()
+    for path, data in parts.items():
+        path.write_bytes(data)
+    assert store.missing() == [] and not list(store.folder.glob("part-*")) and store.values.exists()
 
 
 def test_whatever_the_numbers_depend_on_is_another_key() -> None:

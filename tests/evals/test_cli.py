@@ -121,6 +121,10 @@ def test_refusals(data: tuple[Path, Path], run_dir: Path, tmp_path: Path, capsys
     assert "--temperature 0: input should be greater than 0" in refused("knn", run_dir, "--temperature", 0)
     assert "--k many: input should be a valid integer" in refused("knn", run_dir, "--k", "many")
     assert "--shots 41: class 0 has 40" in refused("lowshot", run_dir, "--shots", 41)
+    assert "--steps 10 stands in place of --epochs 5" in refused("sweep", run_dir, "--steps", 10, "--epochs", 5)
+    assert "--rates 0: input should be greater than 0" in refused("sweep", run_dir, "--rates", 0)
+    assert "--global-batch 1: input should be greater" in refused("attentive", run_dir, "--global-batch", 1)
+    assert "--queries 7 does not divide" in refused("attentive", run_dir, "--queries", 7)
     assert "has no moving average" in refused("knn", run_dir, "--ema")
     assert "image size 33 is not a multiple" in refused("knn", run_dir, "--image-size", 33)
     assert "neither a run folder" in refused("knn", tmp_path / "nothing")
@@ -128,6 +132,24 @@ def test_refusals(data: tuple[Path, Path], run_dir: Path, tmp_path: Path, capsys
     fresh.mkdir()
     (fresh / "config.yaml").write_text((run_dir / "config.yaml").read_text())
     assert "no complete checkpoint yet" in refused("knn", fresh)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--crop-pct", "0", "above 0 and at most 1"),
+        ("--crop-pct", "nan", "above 0 and at most 1"),
+        ("--image-size", "80000", "8192 at most"),
+        ("--workers", "100000", "1024 at most"),
+        ("--seed", "-1", "0 or more"),
+        ("--seed", "9" * 20, "0 or more"),
+    ],
+)
+def test_options_out_of_bounds(option: str, value: str, rule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", "knn", "run", "--train", "a", "--val", "b", f"{option}={value}"])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert caught.value.code == 2 and option in last and f"'{value}' must be" in last and rule in last
 
 
 def test_other_settings_get_another_file(data: tuple[Path, Path], tmp_path: Path) -> None:

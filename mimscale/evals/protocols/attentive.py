@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mimscale.config.base import Strict
 from mimscale.data.manifest import Manifest
+from mimscale.errors import UserError
 from mimscale.evals import sgd_heads
 from mimscale.evals.protocols.base import Context, Features, Protocol, Results
 from mimscale.models.attentive_pool import Kind, attentive_pool
@@ -30,8 +31,14 @@ class AttentiveConfig(Strict):
     epochs: float = Field(90, gt=0, le=1000, description="passes over the training set, at least 1,250 steps")
     steps: int | None = Field(None, ge=1, description="optimiser steps in place of epochs")
     warmup_epochs: float = Field(10, ge=0, le=1000, description="of them with a rising rate, at most a ninth")
-    global_batch: int = Field(4096, ge=1, description="images per step, at most a quarter of the training set")
-    rates: tuple[float, ...] = Field(RATES, min_length=1, description="learning rates per 256 images")
+    global_batch: int = Field(4096, ge=2, description="images per step, at most a quarter of the training set")
+    rates: tuple[sgd_heads.Rate, ...] = Field(RATES, min_length=1, description="learning rates per 256 images")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> AttentiveConfig:
+        if self.steps is not None and "epochs" in self.model_fields_set:
+            raise ValueError(f"--steps {self.steps} stands in place of --epochs {self.epochs:g}; give one of them")
+        return self
 
 
 class Attentive(Protocol):
@@ -67,6 +74,8 @@ class Attentive(Protocol):
         warmup = steps * min(config.warmup_epochs / config.epochs, 1 / 9)
         numbers = list(range(len(config.rates)))[c.rank :: c.world]
         width, most = train.values.shape[-1], config.queries or MOST[config.head]
+        if config.queries is not None and width % config.queries:
+            raise UserError(f"--queries {config.queries} does not divide the features' width {width}")
         heads = [make_head(config.head, width, most, c) for _ in numbers]
         fit(heads, [config.rates[n] for n in numbers], train, parts.inside, batch, steps, warmup, c)
 

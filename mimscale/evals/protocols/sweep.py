@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mimscale.config.base import Strict
@@ -28,8 +28,14 @@ Pool = Literal["cls", "cls+mean", "mean"]
 class SweepConfig(Strict):
     epochs: float = Field(10, gt=0, le=1000, description="passes over the training set, at least 1,250 steps")
     steps: int | None = Field(None, ge=1, description="optimiser steps in place of epochs")
-    global_batch: int = Field(1024, ge=1, description="images per step, at most a quarter of the training set")
-    rates: tuple[float, ...] = Field(RATES, min_length=1, description="learning rates per 256 images")
+    global_batch: int = Field(1024, ge=2, description="images per step, at most a quarter of the training set")
+    rates: tuple[sgd_heads.Rate, ...] = Field(RATES, min_length=1, description="learning rates per 256 images")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> SweepConfig:
+        if self.steps is not None and "epochs" in self.model_fields_set:
+            raise ValueError(f"--steps {self.steps} stands in place of --epochs {self.epochs:g}; give one of them")
+        return self
 
 
 class Input(NamedTuple):
