@@ -7,6 +7,9 @@ cannot be cached, and it takes as long as 90 forward epochs. The same command go
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ TRUST, MOMENTUM = 1e-3, 0.9
 LEAST_NORMS = 10
 CROP_PCT = 0.875  # 224 of 256 pixels
 PUBLISHED = {"global_batch": 16384, "epochs": 90.0, "warmup_epochs": 10.0, "base_lr": 0.1, "pool": "cls"}
+PLACES = ("data.shards", "init.weights", "engine.device")  # which do not say what a probe is
 LEAST_STEPS = 16
 """Per epoch: a data set on which the published batch makes fewer of them gets a smaller one by default."""
 
@@ -85,18 +89,21 @@ def run(args: argparse.Namespace) -> int:
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     manifest, val = Manifest.load(args.train), Manifest.load(args.val)
     check_data(args, manifest, val)
-    for path in dict.fromkeys(args.runs):
-        values = overrides_of(path, args, manifest, precision)
+    runs = [(path, overrides_of(path, args, manifest, precision)) for path in dict.fromkeys(args.runs)]
+    for path, values in runs:  # all of them were checked before the first is trained
         batch = values["schedule.global_batch"]
-        slow = too_slow(manifest.samples, batch, args.epochs, args.base_lr)
+        changed = any(word.startswith("schedule.") for word in args.override)
+        slow = "" if changed else too_slow(manifest.samples, batch, args.epochs, args.base_lr)
         if slow and rank == 0:
             warn(f"mimscale evaluate {NAME}: warning: {slow}")
-        folder = eval_folder(path) / _folder_name(path, args, values)
+        folder = eval_folder(path) / folder_name(args, values, manifest.fingerprint)
         done = train(RECIPE, values, run_dir=folder, words=args.override)
         if not done.finished:
-            warn(f"mimscale evaluate {NAME}: {folder} stopped at step {done.step}; the same command goes on there")
-            return 0
-        _measure(path, folder, args, device, [slow] if slow else [])
+            if rank == 0:
+                warn(f"mimscale evaluate {NAME}: {folder} stopped at step {done.step}; the same command goes on there")
+            return 128 + signal.SIGTERM  # there is no result
+        out = args.out or eval_folder(path) / f"{folder.name}-{val.fingerprint[:8]}.json"
+        _measure(path, folder, out, args, device, [slow] if slow else [])
     close_process_group()
     return 0
 
@@ -164,9 +171,11 @@ def too_slow(samples: int, batch: int, epochs: float, base_lr: float) -> str:
     norms = 0.5 * peak * steps * TRUST / (1 - MOMENTUM)
     if norms >= LEAST_NORMS:
         return ""
+    published = 6.4 * 256 / batch
+    raise_lr = f"raise --base-lr, {published:.3g} gives the published peak; " if base_lr < 0.99 * published else ""
     return (
         f"{steps:.0f} steps at a peak rate of {peak:.3g} move the layer by {norms:.2g} of its norm at most (published: "
-        f"225), so it stays near its start; raise --base-lr, {6.4 * 256 / batch:.3g} gives the published peak"
+        f"225), so it stays near its start; {raise_lr}more --epochs take more steps"
     )
 
 
@@ -189,18 +198,23 @@ def _short(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def _folder_name(path: Path, args: argparse.Namespace, values: Mapping[str, Any]) -> str:
-    """linear_mae-POOL-OPTIONS-CHECKPOINT: another choice is another run."""
+def folder_name(args: argparse.Namespace, values: Mapping[str, Any], train_fingerprint: str) -> str:
+    """linear_mae-POOL-OPTIONS-CHECKPOINT-HASH: another choice is another run.
+
+    HASH: of all that the probe depends on; of the training set it takes the fingerprint, wherever the set lies.
+    """
+    depends = {key: value for key, value in values.items() if key not in PLACES}
+    text = json.dumps([depends, train_fingerprint, sorted(args.override)], sort_keys=True)
     words = [NAME, args.pool]
     words += [f"epochs{args.epochs:g}"] if args.epochs != 90 else []
     words += [f"lr{args.base_lr:g}"] if args.base_lr != 0.1 else []
     words += [f"batch{args.global_batch}"] if args.global_batch else []
     words += [f"size{args.image_size}"] if args.image_size else []
     words += [f"seed{args.seed}"] if args.seed else []
-    return "-".join([*words, Path(values["init.weights"]).stem])
+    return "-".join([*words, Path(values["init.weights"]).stem, hashlib.sha256(text.encode()).hexdigest()[:8]])
 
 
-def _measure(path: Path, folder: Path, args: argparse.Namespace, device: Any, warnings: list[str]) -> None:
+def _measure(path: Path, folder: Path, out: Path, args: argparse.Namespace, device: Any, warnings: list[str]) -> None:
     """Accuracy of the trained probe on all ranks, a table, and a file. Collective."""
     from mimscale.config.recipes import load_recipe
     from mimscale.distributed.world import from_environment
@@ -221,7 +235,7 @@ def _measure(path: Path, folder: Path, args: argparse.Namespace, device: Any, wa
     )
     report = finished_report(report, path, folder, config, args)
     report["rows"][0]["warnings"] = warnings
-    ranks.on_rank0(_publish, report, _out(path, folder, args))
+    ranks.on_rank0(_publish, report, out)
 
 
 def finished_report(
@@ -263,11 +277,6 @@ def _identity(path: Path) -> dict[str, Any]:
     return {"shards": str(path), "samples": manifest.samples, "fingerprint": manifest.fingerprint}
 
 
-def _out(path: Path, folder: Path, args: argparse.Namespace) -> Path:
-    out: Path = args.out or eval_folder(path) / f"{folder.name}.json"
-    return out
-
-
 def _publish(report: Mapping[str, Any], out: Path) -> None:
     console = plain_console()
     console.print(table(report))  # first: a file that cannot be written does not cost the numbers
@@ -292,7 +301,7 @@ def _number(text: str, kind: Callable[[str], float], rule: str) -> float:
 
 
 def _positive(text: str) -> float:
-    return _number(text, float, "a number above 0")
+    return _number(text, float, "a number above 0 and below 1e9")
 
 
 def _whole(text: str) -> int:

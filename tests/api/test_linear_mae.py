@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mimscale.__main__ import main
-from mimscale.api.linear_mae import PUBLISHED, differences, fitting_batch, too_slow
+from mimscale.api.linear_mae import PUBLISHED, differences, fitting_batch, folder_name, too_slow
 from tests import ranks
 from tests.evals.conftest import data, save_run, small_run  # noqa: F401  # a fixture
 
@@ -79,8 +79,12 @@ def test_goes_on_where_it_was_stopped(data: tuple[Path, Path], tmp_path: Path) -
         for pid in pids:
             os.kill(pid, signal.SIGTERM)
 
-    done = ranks.run(1, "mimscale", *words(stopped, data), meanwhile=strike)
-    assert "the same command goes on there" in done.stderr and not list((stopped / "eval").glob("*.json"))
+    done = ranks.run(1, "mimscale", *words(stopped, data), check=False, meanwhile=strike)
+    assert (
+        done.returncode == 143
+        and "the same command goes on there" in done.stderr
+        and not list((stopped / "eval").glob("*.json"))
+    )
     run_all(1, tmp_path, [words(stopped, data)])
     assert ranks.identical(probe, probe_of(whole))
     assert report(stopped)["rows"][0]["linear_mae"] == report(whole)["rows"][0]["linear_mae"]
@@ -94,6 +98,22 @@ def test_the_batch_fits_the_data(samples: int, batch: int) -> None:
 def test_a_layer_that_stays_at_its_start_is_said() -> None:
     assert not too_slow(1_281_167, 16384, 90, 0.1)
     assert "raise --base-lr, 25.6 gives the published peak" in too_slow(1_297, 64, 90, 0.1)
+    assert "--base-lr" not in too_slow(160, 8, 3, 205.0) and "more --epochs" in too_slow(160, 8, 3, 205.0)
+
+
+def test_other_data_and_options_are_other_runs() -> None:
+    args = Namespace(pool="cls", epochs=90.0, base_lr=0.1, global_batch=None, image_size=None, seed=0, override=[])
+    values = {"init.weights": "runs/a/checkpoints/step-7", "data.shards": "a", "schedule.warmup_epochs": 10.0}
+    name = folder_name(args, values, "f1")
+    assert name.startswith("linear_mae-cls-step-7-")
+    assert folder_name(args, values | {"data.shards": "elsewhere/a", "init.weights": "b/step-7"}, "f1") == name
+    others = [
+        folder_name(args, values, "f2"),
+        folder_name(args, values | {"schedule.warmup_epochs": 5.0}, "f1"),
+        folder_name(args, values | {"method.encoder_precision": "bf16"}, "f1"),
+        folder_name(Namespace(**{**vars(args), "override": ["optim.momentum=0.8"]}), values, "f1"),
+    ]
+    assert len({name, *others}) == 5
 
 
 def test_the_published_probe_differs_in_nothing() -> None:

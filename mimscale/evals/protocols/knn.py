@@ -136,11 +136,13 @@ class Neighbours:
         self.labels[rows] = labels.gather(1, index).cpu()
 
     def votes(self, classes: int, temperature: float, k: int | None = None, rows: slice = slice(None)) -> Tensor:
-        """float32 [Q, classes]: each neighbour votes for its label with weight exp(similarity / temperature).
+        """float32 [Q, classes]: each neighbour votes for its label with weight exp((similarity - best) / temperature).
 
+        Without the best similarity, which scales all votes of a query alike, the weights overflow at low temperatures.
         k: of the nearest only. rows: of these queries only.
         """
-        weights = (self.similarity[rows, :k] / temperature).exp()
+        similarity = self.similarity[rows, :k]
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
         return torch.zeros(len(weights), classes).scatter_add_(1, self.labels[rows, :k], weights)
 
     def predicted(self, classes: int, temperature: float, k: int | None = None) -> Tensor:

@@ -74,3 +74,14 @@ def test_one_search_serves_every_k(digits: Digits) -> None:
     for k, key in ((20, "knn"), (10, "knn_k10"), (100, "knn_k100")):
         assert run(KnnConfig(k=(k,)))["knn"] == usual[key]
     assert len({usual["knn"], usual["knn_k10"], usual["knn_k100"]}) == 3
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 1e-4, 1e-9])
+def test_at_a_low_temperature_the_nearest_neighbour_decides(digits: Digits, temperature: float) -> None:
+    train, labels, queries, _ = digits
+    neighbours = Neighbours(queries, 20)
+    neighbours.add(train, labels)
+    votes = neighbours.votes(10, temperature)
+    assert votes.isfinite().all() and (votes.amax(dim=1) >= 1).all()
+    if temperature < 1e-3:
+        assert torch.equal(votes.argmax(dim=1), neighbours.labels[:, 0])
