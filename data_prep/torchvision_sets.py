@@ -57,7 +57,7 @@ def read_sets(name: str, root: Path, only: str | None = None, download: bool = F
         raise UserError(f"source '{root}': no such folder")
     if only is not None and only not in kind.splits:
         raise UserError(f"--split {only}: {name} has the splits {', '.join(kind.splits)}")
-    sources = {}
+    sources: dict[str, Source] = {}
     for split, parts in kind.splits.items():
         if only not in (None, split):
             continue
@@ -66,9 +66,12 @@ def read_sets(name: str, root: Path, only: str | None = None, download: bool = F
         for part in parts:
             found, names = _read(kind, name, root, part, download)
             if classes and names != classes:
-                raise UserError(f"'{root}': the splits of {name} have different classes; get its files again")
+                raise _different(root, name, classes, names)
             items, classes = items + found, names
         labelled = split != UNLABELLED
+        before = next((source.classes for source in sources.values() if source.classes), classes)
+        if labelled and classes != before:
+            raise _different(root, name, before, classes)
         if labelled and max(item.label for item in items) >= len(classes):
             raise UserError(f"'{root}': {name} has a label above its {len(classes)} classes; get its files again")
         keys = unique_keys(_relative(item, root) for item in items)
@@ -80,6 +83,12 @@ def read_sets(name: str, root: Path, only: str | None = None, download: bool = F
     return sources
 
 
+def _different(root: Path, name: str, first: list[str], second: list[str]) -> UserError:
+    differ = sorted(set(first) ^ set(second))
+    what = f"'{differ[0]}' is in one of them only" if differ else "their order differs"
+    return UserError(f"'{root}': the splits of {name} have different classes: {what}; get its files again")
+
+
 def _read(kind: DataSet, name: str, root: Path, split: str, download: bool) -> tuple[list[Item], list[str]]:
     try:
         items, classes = kind.read(root, split, download)
@@ -88,9 +97,9 @@ def _read(kind: DataSet, name: str, root: Path, split: str, download: bool) -> t
             f"'{root}' lacks {name} or holds a damaged copy; torchvision reads it from '{root / kind.place}': put it "
             "there"
         ) from None
-    except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (UserError, ImportError):
+        raise
+    except Exception as error:  # torchvision, scipy and pickle each have errors of their own for a damaged file
         raise UserError(f"'{root / kind.place}' cannot be read as {name} ({error}); get its files again") from None
     if not items:
         raise UserError(f"'{root / kind.place}' lists no image of {name} {split}; get its files again")

@@ -7,6 +7,7 @@ of their small files into these lists, so that the comparison itself is the real
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,14 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     layouts.food101(root)
     (root / "food-101" / "images" / "waffles" / "1.jpg").unlink()
     assert "1 listed images do not exist" in refused("food101", root)
+    layouts.food101(root / "fewer")
+    meta = root / "fewer" / "food-101" / "meta" / "test.json"
+    meta.write_text(json.dumps({"waffles": json.loads(meta.read_text())["waffles"]}))
+    assert "the splits of food101 have different classes: '" in refused("food101", root / "fewer")
+    layouts.FILES["cars"](root)
+    for path in (root / "stanford_cars").rglob("*.mat"):
+        path.write_bytes(b"")
+    assert "cannot be read as cars (" in refused("cars", root)
     layouts.aircraft(root)
     (root / "fgvc-aircraft-2013b" / "data" / "images_variant_test.txt").write_text("0 Concorde\n")
     assert "cannot be read as aircraft ('Concorde')" in refused("aircraft", root)

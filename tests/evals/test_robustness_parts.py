@@ -106,6 +106,7 @@ def test_real_follows_the_numbers_of_the_images(val: Path, tmp_path: Path) -> No
         ([[0]] * 7, "has labels of 7 images, --val .* holds 8"),
         ([[0]] * 7 + [[4]], "has class 4 of ImageNet's sorted wnids, --val .* has 4"),
         ([[0]] * 7 + [3], "is not a list of lists"),
+        ([[True]] * 8, "is not a list of lists"),
         ({"0": [1]}, "is not a list of lists"),
     ],
 )

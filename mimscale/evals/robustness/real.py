@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
+from mimscale.files.regular import read_regular
 
 _NUMBER = re.compile(r"val_(\d+)$")  # ILSVRC2012_val_00000001 is line 1
 
@@ -23,13 +24,13 @@ def read_real(path: Path) -> list[list[int]]:
     Raises UserError.
     """
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"--real {path} cannot be read ({error}); give real.json of google-research/reassessed-imagenet"
         ) from None
     if not isinstance(found, list) or not all(
-        isinstance(row, list) and all(isinstance(v, int) and v >= 0 for v in row) for row in found
+        isinstance(row, list) and all(type(v) is int and v >= 0 for v in row) for row in found
     ):
         raise UserError(f"--real {path} is not a list of lists of class indices; give the original real.json")
     return found

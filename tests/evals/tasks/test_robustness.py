@@ -157,13 +157,16 @@ def test_the_linear_head_is_that_of_the_protocol(world: Path, run_dir: Path, tmp
     assert [row["l2"] for row in ours] == [row["l2"] for row in theirs]
 
 
-def test_reports_of_other_labels_have_other_names(world: Path, finetuned: Path, tmp_path: Path) -> None:
+def test_reports_of_other_labels_have_other_names(
+    world: Path, finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = shutil.copytree(finetuned, tmp_path / "run")
     (tmp_path / "real.json").write_text(json.dumps([[1]] * 18))
     changes: list[list[object]] = [[], ["--real", world / "real.json"], ["--real", tmp_path / "real.json"]]
     for number, words in enumerate([*changes, ["--classes-of", world / "train"]], 1):
         assert robustness(run, "--val", world / "val", *words) == 0
         assert len(list((run / "eval").glob("*.json"))) == number
+    assert "AlexNet" not in capsys.readouterr().out
 
 
 def test_predictions_are_kept_and_belong_to_their_classes(
