@@ -63,7 +63,7 @@ class Attentive(Protocol):
     @classmethod
     def check(cls, config: AttentiveConfig, train: Manifest, val: Manifest) -> None:
         assert train.labels is not None
-        sgd_heads.split(torch.from_numpy(train.labels), seed=0)
+        sgd_heads.split(torch.tensor(train.labels), seed=0)
 
     def run(self, train: Features, val: Features) -> Results:
         """Rank r trains the rates r, r + world, ...: each sees the same batches wherever it is trained."""

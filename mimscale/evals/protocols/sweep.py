@@ -85,7 +85,7 @@ class Sweep(Protocol):
     @classmethod
     def check(cls, config: SweepConfig, train: Manifest, val: Manifest) -> None:
         assert train.labels is not None
-        sgd_heads.split(torch.from_numpy(train.labels), seed=0)
+        sgd_heads.split(torch.tensor(train.labels), seed=0)
 
     def run(self, train: Features, val: Features) -> Results:
         """Rank r trains the heads r, r + world, ...: each sees the same batches wherever it is trained."""
