@@ -14,15 +14,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mimscale.api.overrides import as_words
 from mimscale.checkpoint import format as checkpoint
+from mimscale.config.recipes import load_recipe
+from mimscale.config.run import RunConfig
 from mimscale.convert.networks import Student, StudentInfo, student_from
 from mimscale.convert.read import resolve
 from mimscale.data.manifest import Manifest
-from mimscale.errors import UserError, printable, warn
+from mimscale.errors import UserError, warn
+from mimscale.evals.launch import at_least, publish
 from mimscale.evals.networks import eval_folder
 from mimscale.evals.overlap import check_apart
-from mimscale.evals.report import table, write
-from mimscale.files.console import plain_console
+from mimscale.evals.report import table
+from mimscale.evals.runner import identity, open_data
+from mimscale.optim.config import ScheduleConfig
 
 NAME = "linear_mae"
 HELP = "MAE's linear probe: LARS on random crops for 90 epochs, trained as a run of its own"
@@ -37,7 +42,7 @@ TRUST, MOMENTUM = 1e-3, 0.9
 LEAST_NORMS = 10
 CROP_PCT = 0.875  # 224 of 256 pixels
 PUBLISHED = {"global_batch": 16384, "epochs": 90.0, "warmup_epochs": 10.0, "base_lr": 0.1, "pool": "cls"}
-PLACES = ("data.shards", "init.weights", "engine.device")  # which do not say what a probe is
+PLACES = ("data.shards", "init.weights")  # which do not say what a probe is
 LEAST_STEPS = 16
 """Per epoch: a data set on which the published batch makes fewer of them gets a smaller one by default."""
 
@@ -66,7 +71,7 @@ def add_parser(protocols: Any) -> None:
     )
     own.add_argument("--base-lr", type=_positive, default=0.1, metavar="X", help="rate per 256 images (default 0.1)")
     own.add_argument("--image-size", type=_whole, metavar="PX", help="default: as the run was trained")
-    own.add_argument("--seed", type=int, default=0, metavar="N", help="of the head's start and the crops (default 0)")
+    own.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of head and crops (default 0)")
     own.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     own.add_argument("--precision", choices=("fp32", "bf16"), help="of the encoder (default bf16 on cuda)")
     own.add_argument(
@@ -76,7 +81,7 @@ def add_parser(protocols: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # here, because help does not wait for torch
+    # here, because help needs no trainer
     from mimscale.api.training import train
     from mimscale.distributed.world import close_process_group, from_environment
 
@@ -87,16 +92,14 @@ def run(args: argparse.Namespace) -> int:
     world = from_environment(args.device)
     device, rank = world.device, world.rank
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    manifest, val = Manifest.load(args.train), Manifest.load(args.val)
-    check_data(args, manifest, val)
-    runs = [(path, overrides_of(path, args, manifest, precision)) for path in dict.fromkeys(args.runs)]
-    for path, values in runs:  # all of them were checked before the first is trained
-        batch = values["schedule.global_batch"]
-        changed = any(word.startswith("schedule.") for word in args.override)
-        slow = "" if changed else too_slow(manifest.samples, batch, args.epochs, args.base_lr)
+    manifest, val = open_data(args.train, args.val, labelled=True)
+    check_apart(args.train, manifest, args.val, val)
+    runs = [(path, *recipe_of(path, args, manifest, precision)) for path in dict.fromkeys(args.runs)]
+    for path, values, config in runs:  # all of them were checked before the first is trained
+        slow = too_slow(manifest.samples, config.schedule)
         if slow and rank == 0:
             warn(f"mimscale evaluate {NAME}: warning: {slow}")
-        folder = eval_folder(path) / folder_name(args, values, manifest.fingerprint)
+        folder = eval_folder(path) / folder_name(args, config, manifest.fingerprint)
         done = train(RECIPE, values, run_dir=folder, words=args.override)
         if not done.finished:
             if rank == 0:
@@ -108,19 +111,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_data(args: argparse.Namespace, train: Manifest, val: Manifest) -> None:
-    """Raises UserError where the data sets do not do."""
-    for flag, path, manifest in (("--train", args.train, train), ("--val", args.val, val)):
-        if manifest.labels is None or manifest.labels.min() < 0:
-            raise UserError(f"{flag} {path} has samples without labels; prepare it without --unlabelled")
-    if train.classes != val.classes:
-        raise UserError(f"--train {args.train} and --val {args.val} have different classes; give sets of one kind")
-    check_apart(args.train, train, args.val, val)
+def recipe_of(
+    path: Path, args: argparse.Namespace, train: Manifest, precision: str
+) -> tuple[dict[str, Any], RunConfig]:
+    """The values that make the recipe that of this run, data and command line, and the recipe with them and with those
+    of --override. Raises UserError.
+    """
+    values = overrides_of(path, args, train, precision)
+    return values, load_recipe(RECIPE, [*as_words(values), *args.override])
 
 
 def overrides_of(path: Path, args: argparse.Namespace, train: Manifest, precision: str) -> dict[str, Any]:
     """What makes the recipe that of this run, data and command line. Raises UserError."""
     student, info = student_from(path, image_size=args.image_size)
+    if args.pool == "cls" and not student.prefix:
+        raise UserError(f"--pool cls: {path} has no class token; choose --pool mean")
     assert train.labels is not None
     batch = args.global_batch or fitting_batch(train.samples)
     warmup = args.epochs / 9 if args.warmup_epochs is None else args.warmup_epochs
@@ -161,21 +166,22 @@ def fitting_batch(samples: int) -> int:
     return batch
 
 
-def too_slow(samples: int, batch: int, epochs: float, base_lr: float) -> str:
-    """A warning where LARS hardly moves the layer; empty where it does.
+def too_slow(samples: int, schedule: ScheduleConfig) -> str:
+    """A warning where LARS hardly moves the layer; empty where it does. samples: of the training set.
 
     Each step moves the weights by at most rate x trust coefficient / (1 - momentum) of their norm; over the published
     run on ImageNet-1K these add up to 225 norms.
     """
-    peak, steps = base_lr * batch / 256, epochs * (samples // batch)
-    norms = 0.5 * peak * steps * TRUST / (1 - MOMENTUM)
+    steps = schedule.steps or (schedule.epochs or 0) * (samples // schedule.global_batch)
+    norms = 0.5 * schedule.peak_lr * steps * TRUST / (1 - MOMENTUM)
     if norms >= LEAST_NORMS:
         return ""
-    published = 6.4 * 256 / batch
-    raise_lr = f"raise --base-lr, {published:.3g} gives the published peak; " if base_lr < 0.99 * published else ""
+    published = 6.4 * schedule.lr_batch / schedule.global_batch
+    slower = schedule.base_lr < 0.99 * published
+    raise_lr = f"raise --base-lr, {published:.3g} gives the published peak; " if slower else ""
     return (
-        f"{steps:.0f} steps at a peak rate of {peak:.3g} move the layer by {norms:.2g} of its norm at most (published: "
-        f"225), so it stays near its start; {raise_lr}more --epochs take more steps"
+        f"{steps:.0f} steps at a peak rate of {schedule.peak_lr:.3g} move the layer by {norms:.2g} of its norm at most "
+        f"(published: 225), so it stays near its start; {raise_lr}more --epochs take more steps"
     )
 
 
@@ -198,25 +204,25 @@ def _short(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def folder_name(args: argparse.Namespace, values: Mapping[str, Any], train_fingerprint: str) -> str:
+def folder_name(args: argparse.Namespace, config: RunConfig, train_fingerprint: str) -> str:
     """linear_mae-POOL-OPTIONS-CHECKPOINT-HASH: another choice is another run.
 
-    HASH: of all that the probe depends on; of the training set it takes the fingerprint, wherever the set lies.
+    HASH: of all that shapes the probe; of the training set it takes the fingerprint, wherever the set lies.
     """
-    depends = {key: value for key, value in values.items() if key not in PLACES}
-    text = json.dumps([depends, train_fingerprint, sorted(args.override)], sort_keys=True)
+    shaping = {key: value for key, value in config.shaping().items() if key not in PLACES}
+    text = json.dumps([shaping, train_fingerprint], sort_keys=True, default=str)
     words = [NAME, args.pool]
     words += [f"epochs{args.epochs:g}"] if args.epochs != 90 else []
     words += [f"lr{args.base_lr:g}"] if args.base_lr != 0.1 else []
     words += [f"batch{args.global_batch}"] if args.global_batch else []
     words += [f"size{args.image_size}"] if args.image_size else []
     words += [f"seed{args.seed}"] if args.seed else []
-    return "-".join([*words, Path(values["init.weights"]).stem, hashlib.sha256(text.encode()).hexdigest()[:8]])
+    of = Path(str(config.flat()["init.weights"])).stem
+    return "-".join([*words, of, hashlib.sha256(text.encode()).hexdigest()[:8]])
 
 
 def _measure(path: Path, folder: Path, out: Path, args: argparse.Namespace, device: Any, warnings: list[str]) -> None:
     """Accuracy of the trained probe on all ranks, a table, and a file. Collective."""
-    from mimscale.config.recipes import load_recipe
     from mimscale.distributed.world import from_environment
     from mimscale.evals.parallel import join
     from mimscale.evals.top1_cli import measure
@@ -235,7 +241,8 @@ def _measure(path: Path, folder: Path, out: Path, args: argparse.Namespace, devi
     )
     report = finished_report(report, path, folder, config, args)
     report["rows"][0]["warnings"] = warnings
-    ranks.on_rank0(_publish, report, out)
+    lines = [f"differs from the published probe: {line}" for line in report["protocol"]["differs_from_paper"]]
+    ranks.on_rank0(lambda: publish(report, [table(report)], [out], lines=lines))
 
 
 def finished_report(
@@ -267,27 +274,9 @@ def finished_report(
         },
         "unit": "percent right",
         "metrics": {NAME: "MAE's linear probe", f"{NAME}_top5": "top-5"},
-        "train": _identity(args.train),
+        "train": identity(args.train, Manifest.load(args.train)),
         "rows": [{**row, **of}],
     }
-
-
-def _identity(path: Path) -> dict[str, Any]:
-    manifest = Manifest.load(path)
-    return {"shards": str(path), "samples": manifest.samples, "fingerprint": manifest.fingerprint}
-
-
-def _publish(report: Mapping[str, Any], out: Path) -> None:
-    console = plain_console()
-    console.print(table(report))  # first: a file that cannot be written does not cost the numbers
-    for line in report["protocol"]["differs_from_paper"]:
-        console.print(printable(f"differs from the published probe: {line}"), soft_wrap=True)
-    try:
-        write(report, out)
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"{out} cannot be written: {why}; name another file with --out") from None
-    console.print(printable(f"wrote {out}"), soft_wrap=True)
 
 
 def _number(text: str, kind: Callable[[str], float], rule: str) -> float:

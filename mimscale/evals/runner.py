@@ -93,18 +93,7 @@ def evaluate(
     def prepare() -> tuple[Manifest, Manifest, list[Network]]:
         train, val = open_data(train_path, val_path, labelled="labels" in kind.needs)
         kind.check(config, train, val)
-        networks = load_networks(
-            list(dict.fromkeys(runs)),
-            pools=pools,
-            image_size=settings.image_size,
-            seed=settings.seed,
-            device=settings.device,
-            precision=settings.precision,
-            ema=settings.ema,
-            blocks=kind.blocks,
-            baselines=settings.baselines,
-        )
-        return train, val, networks
+        return train, val, networks_of(runs, pools, settings, kind.blocks)
 
     train, val, networks = ranks.on_all_ranks(prepare)
     ranks.on_rank0(check_apart, train_path, train, val_path, val)
@@ -139,8 +128,8 @@ def evaluate(
         "departs": list(kind.departs),
         "unit": kind.unit,
         "metrics": kind.headings(config),
-        "train": _identity(train_path, train),
-        "val": _identity(val_path, val),
+        "train": identity(train_path, train),
+        "val": identity(val_path, val),
         "seconds": {"total": round(time.monotonic() - start_s, 1), **{key: round(s, 1) for key, s in seconds.items()}},
         "ranks": ranks.world,
         "commit": git_commit(),
@@ -181,6 +170,21 @@ def _run(
     return found
 
 
+def networks_of(runs: Sequence[Path], pools: tuple[Pooling, ...], settings: Settings, blocks: int = 1) -> list[Network]:
+    """The rows of a table, each run once; see `load_networks`. Raises UserError."""
+    return load_networks(
+        list(dict.fromkeys(runs)),
+        pools=pools,
+        image_size=settings.image_size,
+        seed=settings.seed,
+        device=settings.device,
+        precision=settings.precision,
+        ema=settings.ema,
+        blocks=blocks,
+        baselines=settings.baselines,
+    )
+
+
 def extraction_of(settings: Settings) -> Extraction:
     return Extraction(
         settings.device,
@@ -217,5 +221,6 @@ def _classes(*manifests: Manifest) -> int:
     return 1 + max(int(m.labels.max()) if m.labels is not None else -1 for m in manifests)
 
 
-def _identity(path: Path, manifest: Manifest) -> dict[str, Any]:
+def identity(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """What a report says of a data set."""
     return {"shards": str(path), "samples": manifest.samples, "fingerprint": manifest.fingerprint}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,13 @@ from torch import Tensor
 from mimscale.data.loader import eval_batches
 from mimscale.data.manifest import Manifest
 from mimscale.distributed.coordination import Coordinator
-from mimscale.errors import UserError, printable
 from mimscale.evals.classifier import Classifier, load_classifier
-from mimscale.evals.launch import MAX_IMAGE_SIZE, MAX_WORKERS, at_least, default_outs, share
+from mimscale.evals.launch import MAX_IMAGE_SIZE, MAX_WORKERS, at_least, default_outs, publish, share
 from mimscale.evals.overlap import check_apart_from_training
 from mimscale.evals.parallel import all_sum
 from mimscale.evals.progress import progress
-from mimscale.evals.report import table, write
+from mimscale.evals.report import table
 from mimscale.evals.top1 import accuracy, count, labelled
-from mimscale.files.console import plain_console
 
 NAME = "top1"
 PACKAGES = ("mimscale", "torch", "timm", "numpy", "pillow")
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace, device: torch.device, ranks: Coordinator) -> i
         workers=args.workers,
     )
     outs = default_outs(args, [NAME], report["protocol"]["precision"], [report["val"]["fingerprint"]], crop_pct=None)
-    ranks.on_rank0(_publish, report, outs)
+    ranks.on_rank0(publish, report, [table(report)], outs)
     return 0
 
 
@@ -124,7 +122,7 @@ def measure(
                 "source": str(found.path),
                 "step": found.step,
                 "sha256": found.sha256,
-                "method": "finetune",
+                "method": found.run.method.name,
                 "image_size": found.run.data.image_size,
                 "crop_pct": crop,
                 **accuracy(all_sum(counts))._asdict(),
@@ -145,15 +143,3 @@ def measure(
         "seconds": round(time.monotonic() - start, 1),
         "rows": rows,
     }
-
-
-def _publish(report: Mapping[str, Any], outs: Sequence[Path]) -> None:
-    console = plain_console()
-    console.print(table(report))  # first: a file that cannot be written does not cost the numbers
-    for out in outs:
-        try:
-            write(report, out)
-        except OSError as error:
-            why = error.strerror or error
-            raise UserError(f"{out} cannot be written: {why}; name another file with --out") from None
-        console.print(printable(f"wrote {out}"), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""AMT's importance of patches (Gui et al. 2023, sec. 3): from attention, as bytes, and cropped like the image.
+"""AMT's importance of patches (Liu et al. 2023, sec. 3): from attention, as bytes, and cropped like the image.
 
 Importance is one number per patch of an image, computed from the attention of the student's last block. The released
 code calls these numbers weights. Pure functions.

@@ -1,4 +1,4 @@
-"""AMT: masking and dropping of patches by the student's own attention (Gui et al., AAAI 2023, arXiv 2211.15362).
+"""AMT: masking and dropping of patches by the student's own attention (Liu et al., AAAI 2023, arXiv 2211.15362).
 
 From time to time the student sees an uncropped image; the attention of its last block gives one importance per patch,
 which is stored per sample. Patches are drawn without replacement in proportion to their importance: the first are

@@ -12,6 +12,8 @@ import pytest
 
 from mimscale.__main__ import main
 from mimscale.api.linear_mae import PUBLISHED, differences, fitting_batch, folder_name, too_slow
+from mimscale.config.recipes import load_recipe
+from mimscale.config.run import RunConfig
 from tests import ranks
 from tests.evals.conftest import data, save_run, small_run  # noqa: F401  # a fixture
 
@@ -95,25 +97,30 @@ def test_the_batch_fits_the_data(samples: int, batch: int) -> None:
     assert fitting_batch(samples) == batch
 
 
+def recipe(*changes: str) -> RunConfig:
+    return load_recipe("mae_vit_b16_linear", list(changes))
+
+
 def test_a_layer_that_stays_at_its_start_is_said() -> None:
-    assert not too_slow(1_281_167, 16384, 90, 0.1)
-    assert "raise --base-lr, 25.6 gives the published peak" in too_slow(1_297, 64, 90, 0.1)
-    assert "--base-lr" not in too_slow(160, 8, 3, 205.0) and "more --epochs" in too_slow(160, 8, 3, 205.0)
+    assert not too_slow(1_281_167, recipe().schedule)
+    small = recipe("schedule.global_batch=64").schedule
+    assert "raise --base-lr, 25.6 gives the published peak" in too_slow(1_297, small)
+    fast = recipe("schedule.global_batch=8", "schedule.epochs=3", "schedule.warmup_epochs=0", "schedule.base_lr=205")
+    assert "--base-lr" not in too_slow(160, fast.schedule) and "more --epochs" in too_slow(160, fast.schedule)
+    assert not too_slow(1_281_167, recipe("schedule.epochs=null", "schedule.steps=7020").schedule)
 
 
 def test_other_data_and_options_are_other_runs() -> None:
-    args = Namespace(pool="cls", epochs=90.0, base_lr=0.1, global_batch=None, image_size=None, seed=0, override=[])
-    values = {"init.weights": "runs/a/checkpoints/step-7", "data.shards": "a", "schedule.warmup_epochs": 10.0}
-    name = folder_name(args, values, "f1")
+    args = Namespace(pool="cls", epochs=90.0, base_lr=0.1, global_batch=None, image_size=None, seed=0)
+    ours = "init.weights=runs/a/checkpoints/step-7"
+    name = folder_name(args, recipe(ours), "f1")
     assert name.startswith("linear_mae-cls-step-7-")
-    assert folder_name(args, values | {"data.shards": "elsewhere/a", "init.weights": "b/step-7"}, "f1") == name
-    others = [
-        folder_name(args, values, "f2"),
-        folder_name(args, values | {"schedule.warmup_epochs": 5.0}, "f1"),
-        folder_name(args, values | {"method.encoder_precision": "bf16"}, "f1"),
-        folder_name(Namespace(**{**vars(args), "override": ["optim.momentum=0.8"]}), values, "f1"),
-    ]
-    assert len({name, *others}) == 5
+    assert folder_name(args, recipe("init.weights=b/step-7", "data.shards=there", "engine.device=cpu"), "f1") == name
+    changes = ("schedule.warmup_epochs=5", "method.encoder_precision=fp32", "optim.momentum=0.8")
+    others = [folder_name(args, recipe(ours, change), "f1") for change in changes]
+    assert len({name, *others, folder_name(args, recipe(ours), "f2")}) == 5
+    twice = [folder_name(args, recipe(ours, f"seed={a}", f"seed={b}"), "f1") for a, b in ((1, 2), (2, 1))]
+    assert twice[0] != twice[1]
 
 
 def test_the_published_probe_differs_in_nothing() -> None:

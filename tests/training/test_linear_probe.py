@@ -22,7 +22,8 @@ def train_all(count: int, recipe: Path, runs: dict[str, Path]) -> None:
     engines = {"torch": TORCH, **STAGES}
     words = [[str(recipe), *engines[name], "--run-dir", str(folder)] for name, folder in runs.items()]
     listed.write_text(json.dumps(words))
-    ranks.run(count, "tests.training.several", listed)
+    done = ranks.run(count, "tests.training.several", listed)
+    assert "untested" not in done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ from mimscale.evals.classifier import load_classifier
 from mimscale.evals.extraction import features_of
 from mimscale.evals.launch import CROP_PCT
 from mimscale.evals.logistic_regression import Rows
-from mimscale.evals.networks import Network, features_folder, load_networks
+from mimscale.evals.networks import Network, features_folder
 from mimscale.evals.protocols.linear import HOLD_OUT, full_data, hold_out
 from mimscale.evals.robustness.classes import outputs_of
 from mimscale.evals.robustness.classifiers import PREDICTION, Classifier, class_names, digest, linear_logits
-from mimscale.evals.runner import Settings, extraction_of
+from mimscale.evals.runner import Settings, extraction_of, networks_of
 
 Check = Callable[[list[str]], None]
 """Raises UserError where a classifier with outputs of these names cannot answer for the data sets."""
@@ -84,17 +84,7 @@ def _frozen(paths: Sequence[Path], settings: Settings, train: Path, check: Check
     if manifest.labels is None or manifest.labels.min() < 0 or manifest.classes is None:
         raise UserError(f"--train {train} has samples without labels; prepare it without --unlabelled")
     check(manifest.classes)
-    networks = load_networks(
-        paths,
-        pools=settings.pools,
-        image_size=settings.image_size,
-        seed=settings.seed,
-        device=settings.device,
-        precision=settings.precision,
-        ema=settings.ema,
-        baselines=settings.baselines,
-    )
-    return manifest, networks
+    return manifest, networks_of(paths, settings.pools, settings)
 
 
 def _fitted(

@@ -19,8 +19,8 @@ from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError, printable
 from mimscale.evals.feature_colours import colours
 from mimscale.evals.launch import add_shared, on_ranks
-from mimscale.evals.networks import Network, load_networks
-from mimscale.evals.runner import Settings
+from mimscale.evals.networks import Network
+from mimscale.evals.runner import Settings, networks_of
 from mimscale.files.atomic import atomic_path
 from mimscale.types import imagenet_statistics
 
@@ -63,19 +63,12 @@ def draw(
 
 def _draw(runs: Sequence[Path], shards: Path, samples: Sequence[int] | None, settings: Settings) -> Image.Image:
     manifest = Manifest.load(shards)
-    ids = np.array(samples if samples is not None else range(min(6, manifest.samples)), dtype=np.int64)
-    if len(ids) == 0 or ids.min() < 0 or ids.max() >= manifest.samples:
-        raise UserError(f"--samples: ids are 0 to {manifest.samples - 1} in {shards}")
-    networks = load_networks(
-        list(dict.fromkeys(runs)),
-        pools=("tokens",),
-        image_size=settings.image_size,
-        seed=settings.seed,
-        device=settings.device,
-        precision=settings.precision,
-        ema=settings.ema,
-        baselines=settings.baselines,
-    )
+    chosen = range(min(6, manifest.samples)) if samples is None else samples
+    outside = [number for number in chosen if not 0 <= number < manifest.samples]
+    if outside or not chosen:
+        raise UserError(f"--samples {outside[0] if outside else ''}: ids are 0 to {manifest.samples - 1} in {shards}")
+    ids = np.array(chosen, dtype=np.int64)
+    networks = networks_of(runs, ("tokens",), settings)
     networks = [network for network in networks if not network.name.startswith("raw pixels")]
     inputs = {n.image_size: _images(manifest, ids, n.image_size, settings) for n in networks}
     panels = colours([_tokens(network, inputs[network.image_size]) for network in networks])

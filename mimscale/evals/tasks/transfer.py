@@ -8,6 +8,9 @@ accuracy for Pets, Flowers and Aircraft, top-1 for the others. `data_prep torchv
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,9 +71,18 @@ def run(args: argparse.Namespace) -> int:
     report = on_ranks(args, lambda settings, ranks: transfer(protocols, args.runs, pairs, settings, ranks, heads))
     if report is not None:
         prints = [part[split]["fingerprint"] for part in report["parts"] for split in ("train", "val")]
-        outs = default_outs(args, ["transfer", *names, *protocols], report["protocol"]["precision"], prints)
+        outs = default_outs(args, report_words(names, protocols, heads), report["protocol"]["precision"], prints)
         publish(report, tables(report), outs, args.json, report["departs"])
     return 0
+
+
+def report_words(names: Sequence[str], protocols: Sequence[str], heads: Sequence[tuple[str, Path]]) -> list[str]:
+    """Of the report's name: what was measured. Runs with heads of their own stand there as a hash of their paths."""
+    words = ["transfer", *names, *protocols]
+    if heads:
+        text = json.dumps(sorted((name, str(path.resolve())) for name, path in heads))
+        words.append("heads" + hashlib.sha256(text.encode()).hexdigest()[:8])
+    return words
 
 
 def pair_of(text: str) -> Pair:
@@ -80,6 +92,8 @@ def pair_of(text: str) -> Pair:
     train, *val = (part.replace("\0", "://") for part in parts)
     if not name or not train or len(val) > 1 or (val and not val[0]):
         raise UserError(f"--sets {text} is not NAME=FOLDER or NAME=TRAIN:VAL, such as cifar10=shards/cifar10")
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise UserError(f"--sets {name}: the name of a data set is made of letters, digits and . _ + -; rename it")
     if val:
         return Pair(name, Path(train), Path(val[0]))
     if not is_remote(train) and not (Path(train) / "train").is_dir():

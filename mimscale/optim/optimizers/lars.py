@@ -83,7 +83,8 @@ class WholeParameterLars(torch.optim.Optimizer):
 
     def _scale(self, pieces: Sequence[tuple[int, Tensor, Tensor, float]], count: int) -> None:
         """Add the weight decay, then multiply by the trust ratio, both into the gradients. Collective with pieces."""
-        device = pieces[0][1].device if pieces else torch.device("cpu")
+        # of any tensor, because a rank without pieces takes part in the collective
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         squares = torch.zeros(2, count, dtype=torch.float64, device=device)
         for number, values, gradient, decay in pieces:
             if decay:

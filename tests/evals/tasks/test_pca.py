@@ -68,7 +68,8 @@ def test_refusals(data: tuple[Path, Path], run_dir: Path, tmp_path: Path, capsys
     assert "must name the figure to write, FILE.png" in refused("--images", data[1])
     assert "must name the figure" in refused("--images", data[1], "--out", tmp_path / "a.json")
     out = ["--out", tmp_path / "a.png"]
-    assert "--samples: ids are 0 to 44" in refused("--images", data[1], "--samples", 45, *out)
+    for number in (45, -1, 10**30):
+        assert f"--samples {number}: ids are 0 to 44" in refused("--images", data[1], f"--samples={number}", *out)
     assert "no such folder" in refused("--images", tmp_path / "none", *out)
     (tmp_path / "file").touch()
     assert "cannot be written" in refused("--images", data[1], "--out", tmp_path / "file" / "a.png")

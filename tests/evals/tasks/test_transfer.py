@@ -15,8 +15,9 @@ from data_prep.write_shards import unfinished, write
 from mimscale.__main__ import main
 from mimscale.config.recipes import validate
 from mimscale.data.synthetic import make_image_folder
+from mimscale.errors import UserError
 from mimscale.evals.metrics import mean_per_class, top1
-from mimscale.evals.tasks.transfer import Pair, pair_of
+from mimscale.evals.tasks.transfer import Pair, pair_of, report_words
 from tests.evals.conftest import initial, save_run, small_run
 
 QUICK = ["--workers", "0", "--crop-pct", "1", "--device", "cpu"]
@@ -44,6 +45,12 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split, seed in (("train", 0), ("val", 1)):
             shards(root, name, split, seed + 2 * (name == "cars"), metric)
     return root
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "a b"])
+def test_the_name_of_a_set_is_no_path(name: str) -> None:
+    with pytest.raises(UserError, match="the name of a data set is made of letters"):
+        pair_of(f"{name}=train:val")
 
 
 def test_mean_per_class_by_hand() -> None:
@@ -122,6 +129,12 @@ def test_classifiers_that_were_trained_on_the_sets(sets: Path, run_dir: Path, tm
     assert main(["evaluate", *one, "--workers", "0", "--device", "cpu"]) == 0
     (top,) = json.loads((tmp_path / "one.json").read_text())["rows"]
     assert row["values"]["cars"] == top["top1"] and row["values"]["pets"] != row["values"]["cars"]
+
+
+def test_a_report_with_classifiers_has_another_name() -> None:
+    heads = [[], [("pets", Path("a"))], [("pets", Path("b"))]]
+    names = {"-".join(report_words(["pets"], ["knn"], some)) for some in heads}
+    assert len(names) == 3 and "transfer-pets-knn" in names and not any("/" in name for name in names)
 
 
 def test_forms_of_a_set(tmp_path: Path) -> None:
