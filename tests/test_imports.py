@@ -25,7 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("convert",),
     ("evals",),
     ("training",),
-    ("doctor", "api"),
+    ("doctor", "api", "report"),
     ("bench",),
     ("__init__",),
     ("__main__",),

@@ -4,6 +4,7 @@ config.yaml       the resolved recipe
 launches.jsonl    one line per start: command, versions, commit, ranks
 metrics.jsonl     one line per log step
 damaged.jsonl     one line per sample that could not be used
+panels/           images of what the method sees and predicts, a PNG per panel: monitoring/panel_files.py
 tensorboard/      the same as curves and panels
 checkpoints/      see format.py
 job/              what the batch scripts keep there

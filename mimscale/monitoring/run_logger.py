@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl`, TensorBoard and a progress line. Rank 0 only; silent elsewhere.
+"""What a run reports: `metrics.jsonl`, panels, TensorBoard and a progress line. Rank 0 only; silent elsewhere.
 
 A disk that refuses never ends the run: lines wait in memory until it takes them, TensorBoard is left out until the next
 start.
@@ -22,7 +22,9 @@ from torch.utils.tensorboard import SummaryWriter
 from mimscale.errors import printable, warn, without_secrets
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.files.console import plain_console
+from mimscale.monitoring import panel_files
 from mimscale.monitoring.panel_writer import PanelWriter
+from mimscale.monitoring.panels import panel
 from mimscale.types import View
 
 
@@ -88,14 +90,15 @@ class RunLogger:
         self.print(f"evals at step {step}:  {figures}  ({seconds:.2g} s)")
 
     def add_panel(self, step: int, view: View) -> None:
-        """A panel for TensorBoard, drawn in a thread (see `PanelWriter`). Its tensors must not change later."""
-        if self._board is not None:
+        """A panel for RUN/panels and TensorBoard, drawn in a thread (`PanelWriter`). Its tensors must not change later."""
+        if self._active:
             if self._panel_writer is None:
                 self._panel_writer = PanelWriter(self._publish, self._not_drawn)
             self._panel_writer.show(step, view)
 
-    def _publish(self, step: int, panel_3HW: Tensor) -> None:
-        self._on_board(lambda board: board.add_image("view", panel_3HW, step))
+    def _publish(self, step: int, tiles_B3HW: dict[str, Tensor]) -> None:
+        self._on_board(lambda board: board.add_image("view", panel(tiles_B3HW), step))
+        panel_files.write(self._run_dir, step, tiles_B3HW)
 
     def _not_drawn(self, step: int, error: Exception) -> None:
         self.log_event("panel_failed", at=step, error=f"{type(error).__name__}: {error}")
