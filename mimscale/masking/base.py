@@ -110,7 +110,7 @@ class Masking:
         return batch
 
     def prepare_view(self, batch: Batch) -> Batch:
-        """The same for a batch, on the device, that is drawn and not trained on; changes nothing of the policy's own."""
+        """The same for a batch on the device that is shown and not trained on. Must not change the policy."""
         return batch
 
     def after_step(self, info: StepInfo, student: nn.Module) -> None:

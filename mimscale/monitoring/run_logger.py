@@ -90,7 +90,7 @@ class RunLogger:
         self.print(f"evals at step {step}:  {figures}  ({seconds:.2g} s)")
 
     def add_panel(self, step: int, view: View) -> None:
-        """A panel for RUN/panels and TensorBoard, drawn in a thread (`PanelWriter`). Its tensors must not change later."""
+        """A panel for RUN/panels and TensorBoard, drawn in a thread. The view's tensors must not change later."""
         if self._active:
             if self._panel_writer is None:
                 self._panel_writer = PanelWriter(self._publish, self._not_drawn)

@@ -211,7 +211,7 @@ def _marks(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row for each protocol, metric and pool: the newest figure of each run, what its recipe expects, and a verdict."""
+    """A row for each protocol, metric and pool: the newest figure of each run, and what its recipe expects."""
     keys: dict[tuple[str, str, str], list[str]] = {}
     for run in runs:
         for one in run.results["figures"]:
