@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mimscale.report import thin
 from mimscale.report.history import EVALS, Event, Row, columns
@@ -121,7 +122,7 @@ def ends(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
         lasts = [x for run in runs for x in _x(run, run.history.rows + run.history.evals)[axis] if math.isfinite(x)]
         lasts += [x for run in runs for x in _x(run, run.history.events)[axis] if math.isfinite(x)]
         if lasts and max(lasts) > 0:
-            found[axis] = (-0.01 * max(lasts), 1.04 * max(lasts))
+            found[axis] = (-0.01 * max(lasts), 1.07 * max(lasts))
     return found or {"step": (0.0, 1.0)}
 
 
@@ -148,12 +149,14 @@ def make(runs: Sequence[Run]) -> tuple[Any, list[Chart], dict[str, str]]:
 
 
 def _chart(runs: Sequence[Run], name: str, shared: Any) -> Chart:
-    from bokeh.models import HoverTool, NumeralTickFormatter
+    from bokeh.models import HoverTool, NumeralTickFormatter, PrintfTickFormatter
 
     metric = metric_of(name)
     figure = _figure(shared, height=210)
     if metric.axis:
         figure.yaxis.formatter = NumeralTickFormatter(format=metric.axis)
+    elif name == "lr":
+        figure.yaxis.formatter = PrintfTickFormatter(format="%.1e")
     drawn, table = [], []
     for number, run in enumerate(runs):
         rows = values_of(run, name)
@@ -164,11 +167,15 @@ def _chart(runs: Sequence[Run], name: str, shared: Any) -> Chart:
         for gone in run.history.discarded:
             old = [row for row in gone if name in row.values]
             if old:
-                source = _source(run, name, old)
-                figure.line("step", "y", source=source, color=colour, line_width=1, line_dash=[1, 2], alpha=0.6)
-        source = _source(run, name, rows)
-        label = letter(number)
-        drawn.append(figure.line("step", "y", source=source, color=colour, line_width=1.8, line_dash=dash, name=label))
+                source, _ = _sources(run, name, old)
+                figure.line("step", "y", source=source, color=colour, line_width=1.4, line_dash=[2, 2], alpha=0.75)
+        source, means = _sources(run, name, rows)
+        options = {"color": colour, "name": letter(number)}
+        if means is None:
+            drawn.append(figure.line("step", "y", source=source, line_width=1.8, line_dash=dash, **options))
+        else:
+            drawn.append(figure.line("step", "y", source=source, line_width=1, alpha=0.35, **options))
+            figure.line("step", "y", source=means, line_width=2.2, line_dash=dash, **options)
         if len(rows) < 40:
             figure.scatter("step", "y", source=source, color=colour, size=4)
         _ends_with_letter(figure, run, name, rows, number)
@@ -256,16 +263,20 @@ def _x(run: Run, of: Sequence[Row] | Sequence[Event]) -> dict[str, list[float]]:
     return {"step": steps, "samples": [step * per_step for step in steps], "hours": [one.hours for one in of]}
 
 
-def _source(run: Run, name: str, rows: Sequence[Row]) -> Any:
-    """The thinned curve, in fp32: what is drawn needs no more."""
+def _sources(run: Run, name: str, rows: Sequence[Row]) -> tuple[Any, Any | None]:
+    """(the thinned curve, means over it where it is long), in fp32: what is drawn needs no more."""
     from bokeh.models import ColumnDataSource
 
+    steps = np.array([row.step for row in rows], dtype=np.float64)
     y = np.array([row.values[name] for row in rows], dtype=np.float64)
-    chosen = thin.kept(np.array([row.step for row in rows], dtype=np.float64), y)
-    shown = [rows[index] for index in chosen]
-    data: dict[str, Any] = {axis: np.array(x, dtype=np.float32) for axis, x in _x(run, shown).items()}
-    data |= {"y": y[chosen].astype(np.float32)}
-    return ColumnDataSource(data)
+
+    def source(indices: NDArray[np.int64], values: NDArray[np.float64]) -> Any:
+        x = _x(run, [rows[index] for index in indices])
+        data = {axis: np.array(of_axis, dtype=np.float32) for axis, of_axis in x.items()}
+        return ColumnDataSource(data | {"y": values.astype(np.float32)})
+
+    chosen, (middles, means) = thin.kept(steps, y), thin.means(steps, y)
+    return source(chosen, y[chosen]), source(middles, means) if len(middles) else None
 
 
 def _ends_with_letter(figure: Any, run: Run, name: str, rows: Sequence[Row], number: int) -> None:

@@ -144,7 +144,12 @@ def _text(name: str, line: Mapping[str, Any]) -> str:
         "spread": "ranks differ",
     }
     kept = {k: v for k, v in line.items() if k not in ("event", "time", "at", "keys", "batches", "stalled_s")}
-    shown = [f"{k} {_shown(v)}" for k, v in kept.items() if isinstance(v, str | int | float) and v != ""]
+    plain = ("why", "error", "line", "reason")
+    shown = [
+        _shown(v) if k in plain else f"{k} {_shown(v)}"
+        for k, v in kept.items()
+        if isinstance(v, str | int | float) and v != ""
+    ]
     return without_secrets(": ".join(filter(None, (words.get(name, name), ", ".join(shown)))))[:300]
 
 

@@ -80,20 +80,20 @@ def _mosaics(path: Path) -> dict[str, Image.Image]:
             raise ValueError("rows and columns do not fit")
         pixels = image.convert("RGB")
     shown = min(columns, SAMPLES)
-    across = min(shown, ACROSS)
+    across, gap = min(shown, ACROSS), max(1, side // 32)
     found = {}
     for number, row in enumerate(rows):
-        mosaic = Image.new("RGB", (across * side, -(-shown // across) * side), "white")
+        size = (across * (side + gap) - gap, -(-shown // across) * (side + gap) - gap)
+        mosaic = Image.new("RGB", size, "white")
         for column in range(shown):
             tile = pixels.crop((column * side, number * side, (column + 1) * side, (number + 1) * side))
-            mosaic.paste(tile, (column % across * side, column // across * side))
+            mosaic.paste(tile, (column % across * (side + gap), column // across * (side + gap)))
         found[row] = mosaic
     return found
 
 
 def _uri(image: Image.Image, side: int) -> str:
-    across = min(ACROSS, max(1, image.width // max(1, image.height // 2)))
-    factor = side * across / image.width
+    factor = side * ACROSS / image.width
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     resampling = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
     data = io.BytesIO()

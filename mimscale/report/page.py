@@ -62,6 +62,7 @@ def render(runs: Sequence[Run], now_s: float | None = None) -> str:
         ],
         "unchanged": unchanged,
         "figures": _figures(runs),
+        "headers": _headers(runs),
         "differences": differences(runs) if len(runs) > 1 else {},
     }
     page = ""
@@ -100,9 +101,9 @@ def _of_run(number: int, run: Run) -> dict[str, Any]:
         "step": f"{last.step:,}{f' of {run.total:,}' if run.total else ''}" if last else "none logged",
         "epoch": f"{values['epoch']:.4g}" if "epoch" in values else "",
         "samples": f"{last.step * batch:,}" if last and isinstance(batch, int) else "",
-        "hours": _hours(history.hours),
+        "running time": _hours(history.hours),
         "last loss": charts.in_words(charts.METRICS["loss"], values["loss"]) if "loss" in values else "",
-        "throughput": f"{_median(history, 'images_per_s'):,.0f} images/s (median)" if "images_per_s" in values else "",
+        "median throughput": f"{_median(history, 'images_per_s'):,.0f} images/s" if "images_per_s" in values else "",
         "waiting for data": f"{_mean(history, 'data_wait'):.1%} of the time" if "data_wait" in values else "",
         "ranks": _device(launch),
     }
@@ -198,7 +199,7 @@ def _slow(history: History) -> list[tuple[str, int, int]]:
     found: dict[str, tuple[str, int, int]] = {}
     for event in history.events:
         if event.kind == "spread":
-            text = event.text.partition("line ")[2] or event.text
+            text = event.text.partition(": ")[2] or event.text
             rank = " ".join(text.split()[:4]) + (" waits" if "waits" in text else " slow")
             found[rank] = (text, found.get(rank, ("", 0, 0))[1] + 1, event.step)
     return sorted(found.values(), key=lambda one: -one[1])[:MOST_LINES]
@@ -208,6 +209,15 @@ def _marks(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """(character, meaning) of the kinds of events that the timeline shows."""
     kinds = {event.kind for run in runs for event in run.history.events}
     return list(dict.fromkeys(mark[1:] for kind, mark in charts.MARKS.items() if kind in kinds))
+
+
+def _headers(runs: Sequence[Run]) -> list[tuple[str, list[str], Any]]:
+    """(recipe, letters of its runs, its header) of each recipe of this package."""
+    found: dict[str, tuple[str, list[str], Any]] = {}
+    for number, run in enumerate(runs):
+        if run.header is not None:
+            found.setdefault(run.header[0], (run.header[0], [], run.header[1]))[1].append(charts.letter(number))
+    return list(found.values())
 
 
 def _figures(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 COLUMNS = 500
 """Of pixels that a curve is drawn on; a wider chart shows no more."""
+MEANS = 120
+"""Parts of a long curve whose means are drawn over it."""
 
 
 def kept(x: Floats, y: Floats, columns: int = COLUMNS) -> NDArray[np.int64]:
@@ -28,3 +30,18 @@ def kept(x: Floats, y: Floats, columns: int = COLUMNS) -> NDArray[np.int64]:
     holes = np.flatnonzero(~np.isfinite(y))
     chosen.append(holes[np.unique(part[holes], return_index=True)[1]] if len(holes) else holes)
     return np.unique(np.concatenate(chosen)).astype(np.int64)
+
+
+def means(x: Floats, y: Floats, columns: int = MEANS) -> tuple[NDArray[np.int64], Floats]:
+    """(index of the middle point, mean of y) of each of `columns` equal parts of x that holds a finite y.
+
+    Nothing where `kept` keeps all points: such a curve needs no mean.
+    """
+    finite = np.flatnonzero(np.isfinite(y))
+    if len(x) <= 2 * COLUMNS or not len(finite):
+        return np.zeros(0, dtype=np.int64), np.zeros(0)
+    width = (x[-1] - x[0]) / columns or 1.0
+    part = np.minimum(((x[finite] - x[0]) / width).astype(np.int64), columns - 1)
+    starts = np.flatnonzero(np.diff(part, prepend=-1))
+    pieces = np.split(finite, starts[1:])
+    return np.array([piece[len(piece) // 2] for piece in pieces]), np.array([y[piece].mean() for piece in pieces])
