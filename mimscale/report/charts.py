@@ -131,7 +131,7 @@ def make(runs: Sequence[Run]) -> tuple[Any, list[Chart], dict[str, str]]:
     from bokeh.models import Range1d
 
     start, end = ends(runs).get("step", (0.0, 1.0))
-    shared = Range1d(start, end)
+    shared = Range1d(start=start, end=end)
     charts, unchanged = [], {}
     for name in metric_names(runs):
         metric = metric_of(name)
@@ -229,7 +229,7 @@ def _timeline(runs: Sequence[Run], shared: Any) -> Any:
 
 
 def _figure(shared: Any, height: int, **options: Any) -> Any:
-    from bokeh.models import BoxZoomTool, NumeralTickFormatter
+    from bokeh.models import BasicTicker, BoxZoomTool, NumeralTickFormatter
     from bokeh.plotting import figure
 
     plot = figure(
@@ -244,9 +244,9 @@ def _figure(shared: Any, height: int, **options: Any) -> Any:
     )
     plot.add_tools(BoxZoomTool(dimensions="width"))
     plot.xaxis.formatter = NumeralTickFormatter(format="0.[0]a")
-    plot.xaxis.ticker.desired_num_ticks = 6
+    plot.xaxis.ticker = BasicTicker(desired_num_ticks=6)
     if "y_range" not in options:
-        plot.yaxis.ticker.desired_num_ticks = 4
+        plot.yaxis.ticker = BasicTicker(desired_num_ticks=4)
     for axis in plot.axis:
         axis.major_label_text_font_size = "11px"
         axis.minor_tick_line_color = None

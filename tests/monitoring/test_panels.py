@@ -53,7 +53,7 @@ def test_heat_ends_at_its_first_and_last_colour() -> None:
 
 
 def test_panel_shows_tile_row_by_row_and_sample_by_column() -> None:
-    image = panel(view())
+    image = panel(tiles(view()))
     side = 64  # 8 px, enlarged
     assert image.dtype == torch.uint8 and image.shape == (3, 4 * side + 3 * GAP, 2 * side + GAP)
     second_masked = image[:, side + GAP : 2 * side + GAP, side + GAP :]

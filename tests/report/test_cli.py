@@ -89,11 +89,11 @@ def test_names_are_the_shortest_that_differ(tmp_path: Path) -> None:
 def test_secrets_stay_out(tmp_path: Path) -> None:
     run = folders.Folder(tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(
-        "data: {shards: 'https://me:secret@host/x?token=secret'}\nwhen: 2026-01-01\n"
+        "data: {shards: 'https://me:hunter2@host/x?token=hunter2'}\nwhen: 2026-01-01\n"
     )
-    run.launch(command=["train", "data.shards=s3://key:secret@bucket/x"])
+    run.launch(command=["train", "data.shards=s3://key:hunter2@bucket/x"])
     read = runs.read(run.path, "run")
-    assert "secret" not in page.render([read]) + json.dumps(runs.summary(read))
+    assert "hunter2" not in page.render([read]) + json.dumps(runs.summary(read))
 
 
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mimscale.bench._operators import counting
 from mimscale.checkpoint import format as checkpoint
@@ -20,11 +22,14 @@ from mimscale.config.recipes import load_recipe
 from mimscale.config.run import method_class
 from mimscale.errors import Stopped
 from mimscale.fault_tolerance.preemption import HANDLED
+from mimscale.monitoring import panel_files
 from mimscale.monitoring.metrics import StartupTimer
+from mimscale.monitoring.panels import SAMPLES
 from mimscale.training import recovery, setup
 from mimscale.training.context import TrainContext
 from mimscale.training.loop import train_step
 from mimscale.training.monitor import Monitor
+from mimscale.training.panel_inputs import PanelInputs
 from mimscale.training.plan import prepare
 from mimscale.training.speed import step_cost
 from mimscale.training.state import TrainState
@@ -131,6 +136,14 @@ def test_panels_are_drawn_when_due_and_at_the_end(start: Open) -> None:
 
     board = EventAccumulator(str(run.plan.run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [image.step for image in board.Images("view")] == [5, 10, 12]
+    files = panel_files.steps(run.plan.run_dir)
+    assert list(files) == [5, 10, 12]
+    panels = [np.asarray(Image.open(path)) for path in files.values()]
+    side = panels[0].shape[1] // SAMPLES
+    assert (panels[0][: 2 * side] == panels[2][: 2 * side]).all()  # the same images and masks, another reconstruction
+    assert (panels[0][2 * side :] != panels[2][2 * side :]).any()
+    batch, _ = PanelInputs(run).of(info_of(run, state))
+    assert batch.positions.tolist() == list(range(SAMPLES))  # also after a resume, on any number of ranks
 
 
 def test_a_stop_file_saves_and_stops(start: Open) -> None:
