@@ -11,13 +11,16 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 from PIL import Image, PngImagePlugin
-from torch import Tensor
 
 from mimscale.errors import warn
 from mimscale.files.atomic import atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER, KEPT, LARGEST = "panels", 24, 128
 """LARGEST: pixels of a tile's side; larger ones are made smaller."""
@@ -27,9 +30,10 @@ TEXT = "mimscale"
 
 def write(run_dir: Path, step: int, tiles_B3HW: Mapping[str, Tensor]) -> None:
     """Keep the tiles of one panel, uint8 [B, 3, H, W] each. A disk that refuses costs a warning."""
-    rows = torch.stack(list(tiles_B3HW.values()))  # R B 3 H W
-    columns, side = rows.shape[1], min(rows.shape[-1], LARGEST)
-    image = Image.fromarray(rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy())
+    rows = np.stack([tiles.numpy() for tiles in tiles_B3HW.values()])  # R B 3 H W
+    (columns, _, height, width), side = rows.shape[1:], min(rows.shape[-1], LARGEST)
+    pixels = rows.transpose(0, 3, 1, 4, 2).reshape(len(rows) * height, columns * width, 3)
+    image = Image.fromarray(pixels)
     image = image.resize((columns * side, len(rows) * side), Image.Resampling.BOX)
     text, data = PngImagePlugin.PngInfo(), io.BytesIO()
     text.add_text(TEXT, json.dumps({"rows": list(tiles_B3HW), "columns": columns}))

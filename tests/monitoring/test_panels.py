@@ -62,7 +62,7 @@ def test_panel_shows_tile_row_by_row_and_sample_by_column() -> None:
 
 def test_images_alone_and_fewer_samples() -> None:
     assert list(tiles(View(torch.rand(3, 3, 8, 8)), samples=2)) == ["input"]
-    assert panel(View(torch.rand(3, 3, 70, 70)), samples=2).shape == (3, 70, 2 * 70 + GAP)
+    assert panel(tiles(View(torch.rand(3, 3, 70, 70)), samples=2)).shape == (3, 70, 2 * 70 + GAP)
 
 
 def test_dropped_patches_are_dark() -> None:

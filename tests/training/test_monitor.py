@@ -130,8 +130,11 @@ def test_without_a_checkpoint_a_row_of_skipped_steps_goes_on(start: Open) -> Non
 
 def test_panels_are_drawn_when_due_and_at_the_end(start: Open) -> None:
     run, monitor, state = start(log={"panels": 5, "tensorboard": True})
-    state = advance(run, monitor, state, 12)
-    monitor.finish(state)
+    state = advance(run, monitor, state, 11)
+    info = train_step(run, state.step)
+    batch, _ = PanelInputs(run).of(info)
+    assert batch.positions.tolist() == list(range(SAMPLES))  # so too after a resume, and on any number of ranks
+    monitor.finish(monitor.after_step(state, info))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(run.plan.run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
@@ -142,8 +145,6 @@ def test_panels_are_drawn_when_due_and_at_the_end(start: Open) -> None:
     side = panels[0].shape[1] // SAMPLES
     assert (panels[0][: 2 * side] == panels[2][: 2 * side]).all()  # the same images and masks, another reconstruction
     assert (panels[0][2 * side :] != panels[2][2 * side :]).any()
-    batch, _ = PanelInputs(run).of(info_of(run, state))
-    assert batch.positions.tolist() == list(range(SAMPLES))  # also after a resume, on any number of ranks
 
 
 def test_a_stop_file_saves_and_stops(start: Open) -> None:
