@@ -98,6 +98,11 @@ def flops_of_shapes(shapes: Shapes) -> Flops:
     return Flops(forward, learned.teachers, learned.uncropped, recompute, learned.frozen)
 
 
+def arithmetic_of(config: RunConfig, precision: str) -> str:
+    """The precision of nearly all FLOPs. precision: of the parameters; a frozen encoder may compute in another."""
+    return str(getattr(config.method, "encoder_precision", precision))
+
+
 def warm_up_share(shapes: Shapes) -> float:
     """Share of the run during which a masking policy that learns (AMT) still draws uniform masks."""
     epochs = getattr(getattr(shapes.config.method, "masking", None), "warmup_epochs", 0.0)

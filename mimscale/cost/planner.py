@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from mimscale.config.deepspeed import load_ds_config, precision_of
-from mimscale.config.run import RunConfig
+from mimscale.config.run import RunConfig, method_class
 from mimscale.cost.communication import Collective, collectives, crossing
 from mimscale.cost.devices import Device, Interconnect
 from mimscale.cost.flops import Flops, flops_of_shapes, uncropped_share
@@ -142,7 +142,15 @@ class Planner:
     def _micro_batches(self) -> Iterator[int]:
         """Divisors of the images per rank, largest first. Raises UserError where the batch does not divide."""
         per_rank = math.prod(solve_micro_batch(self.config.schedule.global_batch, self.ranks, 2**62))
-        return (size for size in range(per_rank, 0, -1) if per_rank % size == 0)
+        return (size for size in range(per_rank, 0, -1) if per_rank % size == 0 and self._suits(size))
+
+    def _suits(self, micro_batch: int) -> bool:
+        """Whether the method can take this many images per rank: a probe's norm needs whole groups of them."""
+        try:
+            method_class(self.config.method.name).check_batch(self.config, micro_batch * self.ranks)
+        except UserError:
+            return False
+        return True
 
     def memory(self, choice: Choice, stage: int | None = None) -> Memory:
         """What a choice allocates on each GPU. stage: another ZeRO stage than that of its config."""

@@ -12,6 +12,7 @@ from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.recipes import recipe_names, with_overrides
 from mimscale.config.run import RunConfig
 from mimscale.cost.devices import GIB, Device
+from mimscale.cost.flops import arithmetic_of
 from mimscale.cost.planner import Choice, Planner, Prediction, as_json, changes
 from mimscale.cost.run_cost import RunCost, run_cost
 
@@ -28,6 +29,8 @@ def for_gpu(config: RunConfig, gpu: Device) -> tuple[RunConfig, list[str]]:
     words = []
     if precision not in gpu.peak and config.engine.ds_config.endswith(precision):
         words.append(f"engine.ds_config={config.engine.ds_config.removesuffix(precision)}fp16")
+    if arithmetic_of(config, precision) not in (precision, *gpu.peak):
+        words.append(f"method.encoder_precision={precision}")
     for name, teacher in config.teachers.items():
         if teacher.precision not in ("fp32", "fp16") and teacher.precision not in gpu.peak:
             words.append(f"teachers.{name}.precision=fp16")

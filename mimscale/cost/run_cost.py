@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mimscale.config.run import RunConfig
 from mimscale.cost.devices import Device
-from mimscale.cost.flops import uncropped_share
+from mimscale.cost.flops import arithmetic_of, uncropped_share
 from mimscale.cost.planner import Planner, Prediction
 from mimscale.cost.trace import Shapes
 from mimscale.data.wds_stream import open_source
@@ -67,8 +67,8 @@ def checkpoint_bytes(shapes: Shapes, samples: int) -> float:
     config = shapes.config
     count = float(sum(shapes.parameters.values()))
     states = len(optimizer_class(config.optim.name).STATES)
-    average = 4.0 * shapes.parameters.get("student", 0) if config.ema is not None else 0.0
-    buffers = float(sum(b.numel() * 4 for b in shapes.method.buffers()))
+    average = 4.0 * shapes.averaged(whole_groups=False)
+    buffers = 4.0 * shapes.frozen
     table = float(samples * math.prod(config.grid)) if uncropped_share(shapes) else 0.0
     return 4.0 * count * (1 + states) + average + buffers + table
 
@@ -92,7 +92,7 @@ def run_cost(planner: Planner, found: Prediction, samples: int, assumed: bool) -
     size = checkpoint_bytes(planner.shapes, samples)
     return RunCost(
         images_per_s=rate,
-        mfu=mfu(planner, rate, found.zero.precision, planner.gpu),
+        mfu=mfu(planner, rate, arithmetic_of(config, found.zero.precision), planner.gpu),
         samples=samples,
         assumed=assumed,
         steps=steps,

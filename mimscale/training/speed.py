@@ -6,7 +6,7 @@ import torch
 
 from mimscale.config.deepspeed import precision_of
 from mimscale.cost import peak
-from mimscale.cost.flops import Flops, flops_of
+from mimscale.cost.flops import Flops, arithmetic_of, flops_of
 from mimscale.monitoring.metrics import StepCost
 from mimscale.training.checked_run import CheckedRun
 
@@ -19,7 +19,7 @@ def step_cost(checked: CheckedRun) -> tuple[StepCost, tuple[str, ...]]:
     """
     if checked.world.rank:
         return StepCost(), ()
-    device, precision = checked.world.device, precision_of(checked.ds_config)
+    device, precision = checked.world.device, arithmetic_of(checked.config, precision_of(checked.ds_config))
     rate, known = peak.measured_flops(device, precision), peak.peak_flops(device, precision)
     sheet = "" if known is None else f"{known / 1e12:.4g} TFLOP/s in {precision} by the data sheet, "
     line = f"peak: {sheet}{rate / 1e12:.3g} TFLOP/s measured with a product of {peak.SIDES[device.type]} squared"
