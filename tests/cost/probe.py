@@ -3,8 +3,8 @@
     python -m tests.cost.probe [RECIPE] MICRO_BATCH ACCUMULATION DS_CONFIG... [-- key=value ...]
 
 Trains a small MAE, or RECIPE, for two steps with each DeepSpeed config and prints, on every rank, a line of JSON: per
-config the collectives of the second step as [operator, bytes, from a forward or backward pass or the update], the allocated bytes
-at most (by torch's profiler), the lengths of this rank's fragments, and whether the update was fused.
+config the collectives of the second step as [operator, bytes, from a forward or backward pass or the update], the
+allocated bytes at most (by torch's profiler), the lengths of this rank's fragments, and whether the update was fused.
 """
 
 from __future__ import annotations
