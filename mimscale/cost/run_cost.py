@@ -20,6 +20,8 @@ IMAGE_BYTES = 110e3
 """A JPEG of ImageNet-1K: 138 GB over its training images."""
 DECODE_S = 1.32e-3
 """CPU time of the loader per image: decoding, cropping, batching (`mimscale bench data`, docs/benchmarks.md)."""
+RAND_AUGMENT_SHARE = 0.67
+"""CPU time that RandAugment adds, over all else of the loader (`mimscale bench data`, docs/finetuning.md)."""
 WRITE_RATE = 1e9
 """Bytes/s at which a shared file system takes a checkpoint; assumed."""
 GPU_HOURS_PER_FAILURE = 40_000
@@ -30,10 +32,9 @@ INTERVAL_S = (300.0, 1800.0)
 @dataclass(frozen=True)
 class RunCost:
     """A whole run. mfu: of the GPU's peak in the student's precision, recomputation not counted. samples: in the data
-    set;
-    assumed: whether that number is ImageNet-1K's, because the data is not here. bytes_per_s: JPEGs that must arrive,
-    all ranks together. cores: CPU cores per GPU that decode them. checkpoint_every: steps between saves (0: only at the
-    end).
+    set; assumed: whether that number is ImageNet-1K's, because the data is not here. bytes_per_s: JPEGs that must
+    arrive, all ranks together. cores: CPU cores per GPU that decode and augment them. checkpoint_every: steps between
+    saves (0: only at the end).
     """
 
     images_per_s: float
@@ -60,6 +61,11 @@ def samples_of(config: RunConfig) -> tuple[int, bool]:
         return open_source(config.data).samples, False
     except UserError:
         return IMAGENET, True
+
+
+def loader_s(config: RunConfig) -> float:
+    """CPU seconds of the loader per image. Mixing, erasing and colour jitter are not in it: the device computes them."""
+    return DECODE_S * (1 + (RAND_AUGMENT_SHARE if config.data.rand_augment is not None else 0))
 
 
 def checkpoint_bytes(shapes: Shapes, samples: int) -> float:
@@ -100,7 +106,7 @@ def run_cost(planner: Planner, found: Prediction, samples: int, assumed: bool) -
         run_s=steps * step_s,
         gpu_hours=steps * step_s * planner.ranks / 3600,
         bytes_per_s=rate * IMAGE_BYTES / config.data.crops,
-        cores=rate / planner.ranks * DECODE_S,
+        cores=rate / planner.ranks * loader_s(config),
         checkpoint_bytes=size,
         checkpoint_every=checkpoint_every(step_s, size, planner.ranks) if steps * step_s > INTERVAL_S[1] else 0,
     )
