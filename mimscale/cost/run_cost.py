@@ -64,7 +64,7 @@ def samples_of(config: RunConfig) -> tuple[int, bool]:
 
 
 def loader_s(config: RunConfig) -> float:
-    """CPU seconds of the loader per image. Mixing, erasing and colour jitter are not in it: the device computes them."""
+    """CPU seconds of the loader per image; mixing, erasing and colour jitter run on the device and are not in it."""
     return DECODE_S * (1 + (RAND_AUGMENT_SHARE if config.data.rand_augment is not None else 0))
 
 
