@@ -102,10 +102,18 @@ def teacher_bytes(shapes: Shapes, ranks: int) -> float:
 
 
 def memory(
-    shapes: Shapes, zero: Zero, trace: Trace, ranks: int, *, fused_update: bool = True, ahead: bool | None = None
+    shapes: Shapes,
+    zero: Zero,
+    trace: Trace,
+    ranks: int,
+    *,
+    accumulation: int = 1,
+    fused_update: bool = True,
+    ahead: bool | None = None,
 ) -> Memory:
     """What one rank allocates at most. fused_update: whether the optimiser's step is one kernel without temporaries.
 
+    accumulation: with more than one micro-batch per step, the sums of the first lie there while the second runs.
     ahead: whether teachers run one micro-batch ahead; None: as the recipe says.
     """
     config = shapes.config
@@ -130,7 +138,7 @@ def memory(
         always["gathered parameters"] = live
     one_rank = ranks == 1 and zero.stage in (1, 2) and config.engine.uses("one_rank")
     # a group's buffer comes with its first gradient: under layer decay with the layer's, else with the last layer's
-    from_start = zero.stage == 3 or (one_rank and zero.stage == 2 and config.optim.layer_decay == 1)
+    from_start = zero.stage == 3 or (one_rank and zero.stage == 2 and config.optim.layer_decay == 1) or accumulation > 1
     moments = {
         "forward pass": _forward(zero, trace, kept, ranks, zero.buckets, from_start),
         "backward pass": _backward(zero, trace, kept, ranks, zero.buckets, from_start),

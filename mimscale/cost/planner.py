@@ -157,7 +157,11 @@ class Planner:
         zero = Zero.of(load_ds_config(choice.ds_config))
         zero = zero if stage is None else replace(zero, stage=stage)
         traced = at(*self._trace(zero.precision, choice.recompute_every), choice.micro_batch)
-        return memory(self.shapes, zero, traced, self.ranks, fused_update=self.gpu.name != "cpu")
+        return self._memory(zero, traced, choice)
+
+    def _memory(self, zero: Zero, traced: Trace, choice: Choice) -> Memory:
+        fused = self.gpu.name != "cpu"
+        return memory(self.shapes, zero, traced, self.ranks, accumulation=choice.accumulation, fused_update=fused)
 
     def predict(self, choice: Choice) -> Prediction:
         """Memory, communication and time of a choice. Raises UserError where the GPU lacks its precision."""
@@ -182,7 +186,7 @@ class Planner:
             accumulation=choice.accumulation,
             uncropped_per_image=uncropped_share(self.shapes),
         )
-        used = memory(self.shapes, zero, traced, self.ranks, fused_update=self.gpu.name != "cpu")
+        used = self._memory(zero, traced, choice)
         over = crossing(found, self.ranks, self.per_node)
         return Prediction(choice, zero, used, self.room, taken, tuple(found), over)
 

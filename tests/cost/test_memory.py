@@ -59,18 +59,24 @@ def with_small_buckets(folder: Path, configs: Sequence[str]) -> list[str]:
 
 
 def compared(
-    files: Sequence[str], images: int, overrides: Sequence[str] = (), recipe: str = "", recompute_every: int = 0
+    files: Sequence[str],
+    images: int,
+    overrides: Sequence[str] = (),
+    recipe: str = "",
+    recompute_every: int = 0,
+    accumulation: int = 1,
 ) -> Iterator[tuple[str, float, float]]:
     """(DeepSpeed config, bytes that were predicted, bytes that were counted). The probe holds one micro-batch, where a
     run has the next one ready too.
     """
     changes = list(overrides)
-    [found] = counted([*([recipe] if recipe else []), str(images), "1", *files, "--", *changes])
+    [found] = counted([*([recipe] if recipe else []), str(images), str(accumulation), *files, "--", *changes])
     for file in files:
         zero = Zero.of(load_ds_config(file))
         shapes = build(probe.configuration(file, images, 1, 1, changes, recipe))
         traced = trace(shapes, images, zero.precision, recompute_every=recompute_every, cuda=False)
-        predicted = memory(shapes, zero, traced, 1, fused_update=bool(found[file]["fused"]))
+        fused = bool(found[file]["fused"])
+        predicted = memory(shapes, zero, traced, 1, accumulation=accumulation, fused_update=fused)
         yield file, predicted.total - traced.inputs, found[file]["peak"]
 
 
@@ -88,6 +94,12 @@ def test_a_frozen_encoder_has_weights_and_a_forward_pass(tmp_path: Path) -> None
 
 
 AVERAGE = "ema={decay: 0.99}"
+
+
+def test_the_sums_of_a_first_micro_batch_are_there_in_the_second(tmp_path: Path) -> None:
+    files = with_small_buckets(tmp_path, ("cpu_zero0_fp32", "cpu_zero2_bf16"))
+    for file, predicted, peak in compared(files, IMAGES, accumulation=2):
+        assert predicted == pytest.approx(peak, rel=0.03), file
 
 
 def test_a_moving_average_is_counted(tmp_path: Path) -> None:
