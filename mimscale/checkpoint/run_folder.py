@@ -29,6 +29,7 @@ from typing import Any
 
 import yaml
 
+from mimscale.config.difference import differences
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig
 from mimscale.distributed.coordination import Coordinator
@@ -97,12 +98,8 @@ def existing_run(run_dir: Path) -> RunConfig | None:
 
 def refuse_changes(stored: RunConfig, wanted: RunConfig, run_dir: Path) -> None:
     """A resume may change ranks, micro-batch, ZeRO stage, workers, saving and logging; anything else is refused."""
-    old, new = stored.shaping(), wanted.shaping()
-    changed = [
-        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    found = differences([stored.shaping(), wanted.shaping()])
+    changed = [f"{key}: {old} -> {new}" for key, (old, new) in sorted(found.items())]
     if changed:
         raise UserError(
             f"{run_dir} was started with other values ({'; '.join(changed[:8])}); undo the change, "
