@@ -4,7 +4,9 @@ config.yaml       the resolved recipe
 launches.jsonl    one line per start: command, versions, commit, ranks
 metrics.jsonl     one line per log step
 damaged.jsonl     one line per sample that could not be used
-tensorboard/      the same as curves and panels
+evals.jsonl       of metrics.jsonl, the evaluations while it trained
+tensorboard/, wandb/   the same as curves and panels
+wandb.json, mlflow.json   under which id these know the run
 checkpoints/      see format.py
 job/              what the batch scripts keep there
 lock, lock.held   who writes here: fault_tolerance/run_lock.py

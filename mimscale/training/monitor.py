@@ -62,7 +62,7 @@ class Monitor:
         run.startup.end("buffers")
 
         run.inputs.start(state)
-        run.logger.start(total=plan.total_steps, step=state.step, tensorboard=plan.config.log.tensorboard)
+        run.logger.start(total=plan.total_steps, step=state.step, log=plan.config.log, recipe=plan.config.dump())
         notes = (*run.cost_notes, *run.init_notes, *run.method.notes, *run.teachers.notes, *run.engine.notes)
         if run.evaluator is not None:
             notes = (*run.evaluator.notes, *notes)
@@ -119,7 +119,7 @@ class Monitor:
         """
         run = self._run
         failure = self._say_how_it_ended(state, saved=bool(self._checkpoints.wait_for_writes()))
-        run.logger.close()
+        run.logger.close(done=failure is None and state.step == run.plan.total_steps)
         run.coordinator.finish_pending()
         run.coordinator.on_rank0(flush_writes, run)
         run.inputs.close()
@@ -279,6 +279,8 @@ def open_folder(run: TrainContext, state: TrainState) -> None:
         device=str(plan.world.device.type),
         ds_config=plan.config.engine.ds_config,
         step=state.step,
+        total_steps=plan.total_steps,
+        steps_per_epoch=plan.steps_per_epoch,
         forked_from=None if plan.parent is None else str(plan.parent),
     )
     run.writer.append(plan.run_dir / "launches.jsonl", json.dumps(launch) + "\n")

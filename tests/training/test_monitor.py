@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import signal
 from collections.abc import Callable, Iterator
@@ -124,13 +125,46 @@ def test_without_a_checkpoint_a_row_of_skipped_steps_goes_on(start: Open) -> Non
 
 
 def test_panels_are_drawn_when_due_and_at_the_end(start: Open) -> None:
-    run, monitor, state = start(log={"panels": 5, "tensorboard": True})
+    run, monitor, state = start(log={"panels": 5, "trackers": ["tensorboard"]})
     state = advance(run, monitor, state, 12)
     monitor.finish(state)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(run.plan.run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [image.step for image in board.Images("view")] == [5, 10, 12]
+
+
+def test_trackers_change_no_bit_and_a_resume_continues_their_runs(start: Open, tmp_path: Path) -> None:
+    run, monitor, state = start()
+    monitor.finish(advance(run, monitor, state, 12))
+    plain, expected = ranks.curve(run.plan.run_dir), weights(run)
+    run.closing.close()
+    run.plan.run_dir.rename(tmp_path / "plain")
+
+    log = {
+        "trackers": ["tensorboard", "wandb", "mlflow"],
+        "wandb": {"mode": "offline"},
+        "mlflow": {"uri": f"file:{tmp_path / 'mlruns'}"},
+        "panels": 5,
+    }
+    run, monitor, state = start(log=log)
+    state = advance(run, monitor, state, 4)
+    run.preemption.reason = "SIGUSR1"
+    monitor.finish(advance(run, monitor, state, 1))
+    run.closing.close()
+    (known,) = (tmp_path / "mlruns").glob("*/*/metrics/loss")
+    assert [line.split()[2] for line in known.read_text().splitlines()] == ["1", "2", "3", "4", "5"]
+    run, monitor, state = start(log=log)
+    monitor.finish(advance(run, monitor, state, 7))
+
+    assert ranks.curve(run.plan.run_dir) == plain
+    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(run).items())
+    assert events(run, "tracker_failed") == []
+    identity = json.loads((run.plan.run_dir / "wandb.json").read_text())["id"]
+    assert len(list(run.plan.run_dir.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb"))) == 2
+    (known,) = (tmp_path / "mlruns").glob("*/*/metrics/loss")
+    assert [int(line.split()[2]) for line in known.read_text().splitlines()] == list(range(1, 13))
+    assert {float(line.split()[1]) for line in known.read_text().splitlines()} == set(plain.values())
 
 
 def test_a_stop_file_saves_and_stops(start: Open) -> None:
