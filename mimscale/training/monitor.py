@@ -278,6 +278,7 @@ def open_folder(run: TrainContext, state: TrainState) -> None:
         ranks=plan.world.size,
         device=str(plan.world.device.type),
         ds_config=plan.config.engine.ds_config,
+        method=plan.config.method.name,
         step=state.step,
         total_steps=plan.total_steps,
         steps_per_epoch=plan.steps_per_epoch,

@@ -22,6 +22,7 @@ from mimscale.config.run import method_class
 from mimscale.errors import Stopped
 from mimscale.fault_tolerance.preemption import HANDLED
 from mimscale.monitoring.metrics import StartupTimer
+from mimscale.runs.summary import summary_of
 from mimscale.training import recovery, setup
 from mimscale.training.context import TrainContext
 from mimscale.training.loop import train_step
@@ -178,6 +179,10 @@ def test_a_stop_file_saves_and_stops(start: Open) -> None:
     assert state.step < 12 and checkpoint.newest_step(run.plan.run_dir) == state.step
     assert not (run.plan.run_dir / "done").exists()
     assert events(run, "stopped")[0]["at"] == state.step
+    run.closing.close()
+    seen = summary_of(run.plan.run_dir)
+    assert (seen.status, seen.step, seen.total_steps) == ("stopped", state.step, 12)
+    assert str(run.plan.run_dir / "stop") in seen.reason
 
 
 def test_the_last_step_is_saved_and_the_folder_marked_done(start: Open) -> None:
@@ -186,6 +191,11 @@ def test_the_last_step_is_saved_and_the_folder_marked_done(start: Open) -> None:
     assert not monitor.stopped
     monitor.finish(state)
     assert (run.plan.run_dir / "done").read_text() == "12\n"
+    assert summary_of(run.plan.run_dir).status == "running"  # the folder is still held
+    run.closing.close()
+    seen = summary_of(run.plan.run_dir)
+    assert (seen.status, seen.step, seen.total_steps, seen.device) == ("done", 12, 12, "1 x cpu")
+    assert seen.loss == ranks.curve(run.plan.run_dir)[12] and seen.epochs == 12 / run.plan.steps_per_epoch
     assert [checkpoint.step_of(path) for path in checkpoint.steps(run.checkpoints)] == [4, 8, 12]
 
 
