@@ -21,7 +21,7 @@ def records(path: Path) -> list[Any]:
         part += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (FULL, LAST):
-            found.append(wandb_internal_pb2.Record.FromString(part))
+            found.append(wandb_internal_pb2.Record.FromString(part))  # type: ignore[attr-defined]
             part = b""
     return found
 
