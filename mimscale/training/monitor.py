@@ -62,7 +62,7 @@ class Monitor:
         run.startup.end("buffers")
 
         run.inputs.start(state)
-        run.logger.start(total=checked.total_steps, step=state.step, tensorboard=checked.config.log.tensorboard)
+        run.logger.start(total=checked.total_steps, step=state.step, log=checked.config.log, recipe=checked.config.dump())
         notes = (*run.cost_notes, *run.init_notes, *run.method.notes, *run.teachers.notes, *run.engine.notes)
         if run.evaluator is not None:
             notes = (*run.evaluator.notes, *notes)
@@ -119,7 +119,7 @@ class Monitor:
         """
         run = self._run
         failure = self._say_how_it_ended(state, saved=bool(self._checkpoints.wait_for_writes()))
-        run.logger.close()
+        run.logger.close(done=failure is None and state.step == run.checked.total_steps)
         run.coordinator.finish_pending()
         run.coordinator.on_rank0(flush_writes, run)
         run.inputs.close()
@@ -278,7 +278,10 @@ def open_folder(run: TrainContext, state: TrainState) -> None:
         ranks=checked.world.size,
         device=str(checked.world.device.type),
         ds_config=checked.config.engine.ds_config,
+        method=checked.config.method.name,
         step=state.step,
+        total_steps=checked.total_steps,
+        steps_per_epoch=checked.steps_per_epoch,
         forked_from=None if checked.parent is None else str(checked.parent),
     )
     run.writer.append(checked.run_dir / "launches.jsonl", json.dumps(launch) + "\n")
