@@ -43,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
     from mimscale.bench._other_loaders import OTHER_LOADERS
 
     torch.set_num_threads(1)
-    spawn = multiprocessing.get_context("spawn")  # its workers are forked, which is only safe in a process of one thread
+    spawn = multiprocessing.get_context(
+        "spawn"
+    )  # its workers are forked, which is only safe in a process of one thread
     with tempfile.TemporaryDirectory() as base, ProcessPoolExecutor(1, spawn) as others:
         root = Path(base)
         images, shards = write_folder(root / "images", args.images), _make_shards(root)
