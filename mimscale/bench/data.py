@@ -163,7 +163,7 @@ def _prepare_other(name: str, images: Path, own: Path, shards: Path) -> None:
 
 @cache
 def _other_data(name: str, images: Path, own: Path, shards: Path) -> Any:
-    """Raises ImportError where that loader is not installed. Once in a process, because some write files of their own."""
+    """Made once, because some write files of their own. Raises ImportError where a loader is not installed."""
     import torch
 
     from mimscale.bench._other_loaders import OTHER_LOADERS

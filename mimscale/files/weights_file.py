@@ -148,7 +148,10 @@ def _unpickled(path: Path) -> Any:
         raise UserError(f"{path} cannot be read as a torch checkpoint ({reason}); get it again") from None
 
 
-NUMPY_TYPES = "? i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 c8 c16 S1 U1 M8[s] m8[s]".split()  # all that hold no objects
+NUMPY_TYPES = (  # all that hold no objects
+    *("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"),
+    *("f2", "f4", "f8", "c8", "c16", "S1", "U1", "M8[s]", "m8[s]"),
+)
 
 
 def _harmless() -> list[Any]:
