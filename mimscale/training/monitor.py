@@ -62,7 +62,8 @@ class Monitor:
         run.startup.end("buffers")
 
         run.inputs.start(state)
-        run.logger.start(total=checked.total_steps, step=state.step, log=checked.config.log, recipe=checked.config.dump())
+        log, recipe = checked.config.log, checked.config.dump()
+        run.logger.start(total=checked.total_steps, step=state.step, log=log, recipe=recipe)
         notes = (*run.cost_notes, *run.init_notes, *run.method.notes, *run.teachers.notes, *run.engine.notes)
         if run.evaluator is not None:
             notes = (*run.evaluator.notes, *notes)
