@@ -22,7 +22,7 @@ class PanelInputs:
     def __init__(self, run: TrainContext) -> None:
         self._run = run
         self._fixed: tuple[Batch, Mapping[str, Targets]] | None = None
-        self._tried = run.plan.config.data.stream is not None or run.method.needs.mixing is not None
+        self._tried = run.checked.config.data.stream is not None or run.method.needs.mixing is not None
 
     def of(self, info: StepInfo) -> tuple[Batch, Mapping[str, Targets]]:
         """Normalised on the device, and every teacher's targets. Collective."""
@@ -42,19 +42,19 @@ class PanelInputs:
         return run.method.prepare_view(batch), targets
 
     def _read(self) -> PrefetchedBatch:
-        plan, needs = self._run.plan, replace(self._run.method.needs, uncropped_images=0)
-        data = plan.config.data.model_copy(update={"workers": 0, "crops": 1})
+        checked, needs = self._run.checked, replace(self._run.method.needs, uncropped_images=0)
+        data = checked.config.data.model_copy(update={"workers": 0, "crops": 1})
         loader = TrainLoader(
-            plan.manifest,
+            checked.manifest,
             data,
             needs,
-            seed=plan.config.seed,
+            seed=checked.config.seed,
             global_batch=SAMPLES,
             micro_batch=SAMPLES,
             rank=0,
             world=1,
         )
         try:
-            return next(DevicePrefetcher(iter(loader), plan.world.device))
+            return next(DevicePrefetcher(iter(loader), checked.world.device))
         finally:
             loader.close()
