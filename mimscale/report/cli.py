@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 def as_json(found: list[runs.Run]) -> dict[str, Any]:
     """What --json prints."""
     summaries = [runs.summary(one) for one in found]
-    return {"format": 1, "runs": summaries, "differences": runs.differences(found) if len(found) > 1 else {}}
+    return {"format": 1, "runs": summaries, "differences": runs.recipe_differences(found) if len(found) > 1 else {}}
 
 
 def write(out: Path, text: str) -> None:

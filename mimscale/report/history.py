@@ -140,6 +140,7 @@ def _text(name: str, line: Mapping[str, Any]) -> str:
         "evals": "evaluated",
         "evals_failed": "evaluation failed",
         "panel_failed": "panel could not be drawn",
+        "tracker_failed": "tracker given up",
         "damaged": "sample could not be used",
         "spread": "ranks differ",
     }

@@ -14,7 +14,7 @@ from mimscale import __version__
 from mimscale.errors import UserError, without_secrets
 from mimscale.report import charts, images
 from mimscale.report.history import History
-from mimscale.report.runs import Run, clean, differences, setup_line
+from mimscale.report.runs import Run, clean, recipe_differences, setup_line
 
 LIMIT = 5_000_000
 """Bytes of a page, whatever the number of runs: images become smaller."""
@@ -63,7 +63,7 @@ def render(runs: Sequence[Run], now_s: float | None = None) -> str:
         "unchanged": unchanged,
         "figures": _figures(runs),
         "headers": _headers(runs),
-        "differences": differences(runs) if len(runs) > 1 else {},
+        "differences": recipe_differences(runs) if len(runs) > 1 else {},
     }
     page = ""
     for side in SIDES:
@@ -122,8 +122,8 @@ def _of_run(number: int, run: Run) -> dict[str, Any]:
         "name": run.name,
         "path": clean(str(run.path)),
         "setup": setup_line(run),
-        "state": run.state,
-        "status": clean(run.status),
+        "status": run.status,
+        "reason": clean(run.reason),
         "progress": min(1.0, last.step / run.total) if last and run.total else None,
         "shown": {key: value for key, value in shown.items() if value},
         "events": {key: value for key, value in events.items() if value or key in always},

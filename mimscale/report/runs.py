@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -11,26 +10,24 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mimscale.config.difference import differences, flat
 from mimscale.config.recipe_table import Header, header_of, student_name
 from mimscale.config.recipes import recipe_names
 from mimscale.errors import UserError, printable, without_secrets
 from mimscale.evals import results
-from mimscale.files.regular import read_regular
 from mimscale.report import history as histories
 from mimscale.report.history import History
+from mimscale.runs.compare import recipe_of
+from mimscale.runs.summary import Summary, summary_of
 
 OF_A_RUN = ("metrics.jsonl", "launches.jsonl", "config.yaml")
-SILENT_S = 600.0
-"""A run that has written nothing for so long, or for ten of its log intervals, is taken for ended."""
 
 
 @dataclass(frozen=True)
 class Run:
     """name: short, and unlike those of the runs beside it. recipe: resolved, `section.key` -> value. results: as
-    `mimscale results` gathers them. header: of the recipe of this package that the run was started with. notes: what
-    could not be read.
+    `mimscale results` gathers them. header: of the recipe of this package that the run was started with. status,
+    reason: as `mimscale runs` has them. total: optimiser steps of the whole run. notes: what could not be read.
     """
 
     path: Path
@@ -39,13 +36,13 @@ class Run:
     recipe: Mapping[str, Any]
     results: Mapping[str, Any]
     header: tuple[str, Header] | None
-    state: str
     status: str
+    reason: str
     total: int | None
     notes: Sequence[str]
 
 
-def read(path: Path, name: str, now_s: float | None = None) -> Run:
+def read(path: Path, name: str) -> Run:
     """Raises UserError for what is no run."""
     shown = printable(str(path))
     if not path.is_dir():
@@ -59,18 +56,26 @@ def read(path: Path, name: str, now_s: float | None = None) -> Run:
         raise UserError(f"{printable(str(error.filename))} cannot be read ({error.strerror}); repair it") from None
     if history.unreadable:
         notes.append(f"{history.unreadable} lines of metrics.jsonl or launches.jsonl are no entries; left out")
-    values = _recipe(path / "config.yaml", notes)
+    recipe, found = _recipe(path, notes), summary_of(path)
     try:
         expected = results.expected_values(path, None)
     except UserError as error:
         expected = {}
         notes.append(f"expected values are left out: {error}")
-    found = results.gather(path, expected)
-    notes += [f"{line}; left out" for line in found["unreadable"]]
-    total = _total(values, history)
-    state, status = _status(path, history, values, time.time() if now_s is None else now_s)
-    header, recipe = _header(history), {key: clean(value) for key, value in flat(values).items()}
-    return Run(path, name, history, recipe, found, header, state, status, total, [clean(note) for note in notes])
+    figures = results.gather(path, expected)
+    notes += [f"{line}; left out" for line in figures["unreadable"]]
+    return Run(
+        path,
+        name,
+        history,
+        {key: clean(value) for key, value in recipe.items()},
+        figures,
+        _header(history),
+        found.status,
+        found.reason,
+        _total(found, recipe),
+        [clean(note) for note in notes],
+    )
 
 
 def names(paths: Sequence[Path]) -> list[str]:
@@ -96,22 +101,9 @@ def clean(value: Any) -> Any:
     return printable(without_secrets(str(value)))
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections -> `section.key` -> value."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
-def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """`section.key` -> its value in each run (None: absent), where they are not all the same."""
-    keys = dict.fromkeys(key for run in runs for key in run.recipe)
-    rows = {key: [run.recipe.get(key) for run in runs] for key in keys}
-    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """`section.key` -> its value in each run, where they are not all the same."""
+    return differences([run.recipe for run in runs])
 
 
 def setup_line(run: Run) -> str:
@@ -139,8 +131,8 @@ def summary(run: Run) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "name": run.name,
-        "state": run.state,
         "status": run.status,
+        "reason": run.reason,
         "step": last.step if last else 0,
         "total_steps": run.total,
         "samples": last.step * batch if last and isinstance(batch, int) else None,
@@ -171,56 +163,22 @@ def _finite(value: float) -> float | None:
 
 def _recipe(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(read_regular(path))
-    except FileNotFoundError:
-        notes.append("config.yaml is missing: the recipe is not known")
+        return flat(recipe_of(path))
+    except UserError as error:
+        notes.append(f"the recipe is not known: {error}")
         return {}
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        notes.append(f"config.yaml cannot be read ({' '.join(str(error).split())[:120]}): the recipe is not known")
-        return {}
-    if not isinstance(values, dict):
-        notes.append("config.yaml is no mapping: the recipe is not known")
-        return {}
-    return values
 
 
-def _total(values: Mapping[str, Any], history: History) -> int | None:
-    """Optimiser steps of the whole run; from epochs by what the log says an epoch has."""
-    schedule = values.get("schedule")
-    schedule = schedule if isinstance(schedule, Mapping) else {}
-    if isinstance(schedule.get("steps"), int):
-        return int(schedule["steps"])
-    epochs = schedule.get("epochs")
-    per_epoch = [row.step / row.values["epoch"] for row in history.rows[-1:] if row.values.get("epoch", 0) > 0]
-    return round(epochs * per_epoch[0]) if isinstance(epochs, int | float) and per_epoch else None
-
-
-def _status(path: Path, history: History, values: Mapping[str, Any], now_s: float) -> tuple[str, str]:
-    """(done, running, stopped or ended, the same in words)."""
-    step = history.rows[-1].step if history.rows else 0
-    if (path / "done").is_file():
-        return "done", "done"
-    if (path / "guard.json").is_file():
-        return "ended", f"ended by the guard near step {step:,}: too many bad steps in a row"
-    last = history.events[-1] if history.events else None
-    if last is not None and last.kind == "stopped":
-        return "stopped", f"{last.text}, step {last.step:,}"
-    begun = [launch["time"] for launch in history.launches if isinstance(launch.get("time"), int | float)]
-    seen = max([*([history.last_s] if history.last_s is not None else []), *begun], default=None)
-    if seen is None:
-        return "ended", "not started"
-    gaps = [(b.hours - a.hours) * 3600 for a, b in zip(history.rows[-11:], history.rows[-10:], strict=False)]
-    silent_s = now_s - seen
-    if silent_s <= max(SILENT_S, 10 * max(gaps, default=0.0)):
-        return "running", f"running, or ended less than {max(1, round(silent_s / 60))} min ago without saying so"
-    return "ended", f"ended at step {step:,} without saying why (killed or crashed), {_age(silent_s)} ago"
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 60:.0f} min"
+def _total(found: Summary, recipe: Mapping[str, Any]) -> int | None:
+    """Optimiser steps of the whole run; of older releases, from epochs by what the log says an epoch has."""
+    epochs, steps = recipe.get("schedule.epochs"), recipe.get("schedule.steps")
+    if found.total_steps is not None:
+        return found.total_steps
+    if isinstance(steps, int):
+        return steps
+    if not isinstance(epochs, int | float) or not found.epoch or not found.step:
+        return None
+    return round(epochs * found.step / found.epoch)
 
 
 def _header(history: History) -> tuple[str, Header] | None:

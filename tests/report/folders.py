@@ -12,6 +12,7 @@ import torch
 from mimscale.checkpoint import run_folder
 from mimscale.config.recipes import load_recipe
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
+from mimscale.monitoring.config import LogConfig
 from mimscale.monitoring.run_logger import RunLogger
 from mimscale.types import View
 
@@ -72,7 +73,7 @@ def eventful(path: Path) -> Folder:
 def add_panels(run: Folder, *steps: int) -> None:
     """Drawn and written as in a run: the same two images, another reconstruction at each step."""
     logger = RunLogger(run.path, RetryingWriter(), active=True)
-    logger.start(total=60, step=0, tensorboard=False)
+    logger.start(total=60, step=0, log=LogConfig(trackers=()))
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     for step in steps:
         features = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(step))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mimscale.__main__ import main
-from mimscale.report import page, runs
+from mimscale.fault_tolerance.run_lock import RunLock
+from mimscale.report import page
+from mimscale.report.runs import names, read
+from mimscale.report.runs import summary as summary_of
 from tests.report import folders
 
 
@@ -32,7 +34,7 @@ def test_the_page_and_its_summary_say_the_same(tmp_path: Path, capsys: pytest.Ca
     assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     a, b = found["runs"]
-    assert (a["state"], a["step"], a["total_steps"], a["last"]["loss"]) == ("done", 60, 60, 0.25)
+    assert (a["status"], a["step"], a["total_steps"], a["last"]["loss"]) == ("done", 60, 60, 0.25)
     assert a["events"]["skipped"] == 2 and a["events"]["rollback"] == 1 and a["discarded_lines"] == 20
     assert [figure["value"] for figure in a["figures"]] == [71.25] and a["recipe_name"] == "mae_tiny"
     assert b["step"] == 0 and b["last"] == {}
@@ -43,27 +45,30 @@ def test_the_page_and_its_summary_say_the_same(tmp_path: Path, capsys: pytest.Ca
         assert words in text
 
 
-def test_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = {name: folders.Folder(tmp_path / name) for name in ("running", "crashed", "stopped", "guard", "fresh")}
-    made["running"].now_s = time.time() - 200
+def test_runs_in_every_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = {name: folders.Folder(tmp_path / name) for name in ("running", "crashed", "stopped", "fresh")}
     for name, run in made.items():
         if name != "fresh":
             run.launch()
             run.step(5)
     made["stopped"].event("stopped", at=5, reason="SIGTERM")
-    (tmp_path / "guard" / "guard.json").write_text("{}")
     with (tmp_path / "running" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    found = {one["name"]: one for one in summary(capsys, *(tmp_path / name for name in made))["runs"]}
-    assert {name: one["state"] for name, one in found.items()} == {
+    lock = RunLock(tmp_path / "running")
+    try:
+        runs = summary(capsys, *(tmp_path / name for name in made))["runs"]
+        text = page.render([read(tmp_path / name, name) for name in made])
+    finally:
+        lock.release()
+    assert {one["name"]: one["status"] for one in runs} == {
         "running": "running",
-        "crashed": "ended",
+        "crashed": "crashed",
         "stopped": "stopped",
-        "guard": "ended",
-        "fresh": "ended",
+        "fresh": "new",
     }
-    assert "SIGTERM" in found["stopped"]["status"] and "killed or crashed" in found["crashed"]["status"]
-    assert "guard" in found["guard"]["status"] and found["running"]["step"] == 5 and not found["running"]["notes"]
+    running, _, stopped, fresh = runs
+    assert stopped["reason"] == "SIGTERM" and "stopped: SIGTERM" in text
+    assert (running["step"], running["total_steps"], running["notes"]) == (5, 60, []) and fresh["last"] == {}
 
 
 def test_a_folder_of_which_little_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,14 +81,14 @@ def test_a_folder_of_which_little_is_left(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "run" / "eval" / "knn.json").write_text("[]")
     (found,) = summary(capsys, run.path)["runs"]
     assert found["step"] == 60 and found["samples"] is None and found["launches"] == []
-    assert any("config.yaml cannot be read" in note for note in found["notes"])
+    assert any("config.yaml is not YAML" in note for note in found["notes"])
     assert any("eval/knn.json is no report" in note for note in found["notes"])
-    assert "is no panel" in page.render([runs.read(run.path, "run")])
+    assert "is no panel" in page.render([read(run.path, "run")])
 
 
 def test_names_are_the_shortest_that_differ(tmp_path: Path) -> None:
     paths = [Path("/x/seed-0/mae"), Path("/x/seed-1/mae"), Path("/x/amt"), Path("/x/amt")]
-    assert runs.names(paths) == ["seed-0/mae", "seed-1/mae", "amt", "amt (4)"]
+    assert names(paths) == ["seed-0/mae", "seed-1/mae", "amt", "amt (4)"]
 
 
 def test_secrets_stay_out(tmp_path: Path) -> None:
@@ -92,8 +97,8 @@ def test_secrets_stay_out(tmp_path: Path) -> None:
         "data: {shards: 'https://me:hunter2@host/x?token=hunter2'}\nwhen: 2026-01-01\n"
     )
     run.launch(command=["train", "data.shards=s3://key:hunter2@bucket/x"])
-    read = runs.read(run.path, "run")
-    assert "hunter2" not in page.render([read]) + json.dumps(runs.summary(read))
+    found = read(run.path, "run")
+    assert "hunter2" not in page.render([found]) + json.dumps(summary_of(found))
 
 
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
