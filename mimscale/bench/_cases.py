@@ -39,7 +39,7 @@ def run_case(case: TrainCase, words: Sequence[str], limit_s: float) -> dict[str,
     with tempfile.TemporaryDirectory(prefix="mimscale-bench-") as folder:
         file = Path(folder) / "case.json"
         command = [sys.executable, "-m", "mimscale", "bench", "train", case.recipe, *case.overrides]
-        command += [*case.words, *words, "--json", str(file)]
+        command += [*case.words, *words, "--out", str(file)]
         done = ended(command, limit_s)
         row: dict[str, Any] = {"case": case.name, "recipe": case.recipe, "overrides": list(case.overrides)}
         if isinstance(done, str):

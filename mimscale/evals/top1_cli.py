@@ -22,6 +22,7 @@ from mimscale.evals.parallel import all_sum
 from mimscale.evals.progress import progress
 from mimscale.evals.report import table
 from mimscale.evals.top1 import accuracy, count, labelled
+from mimscale.files.command_line import add_json, end_with_example
 
 NAME = "top1"
 PACKAGES = ("mimscale", "torch", "timm", "numpy", "pillow")
@@ -39,8 +40,6 @@ def add_parser(protocols: Any) -> None:
         NAME,
         help=HELP,
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="mimscale evaluate top1 RUN... --val SHARDS [OPTIONS]",
     )
     own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, checkpoint folder or file")
     own.add_argument("--val", type=Path, required=True, metavar="SHARDS", help="labelled data set to be tested on")
@@ -54,6 +53,8 @@ def add_parser(protocols: Any) -> None:
     own.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     own.add_argument("--precision", choices=("fp32", "bf16"), help="number format (default bf16 on cuda)")
     own.add_argument("--out", type=Path, metavar="FILE.json", help="default: eval/ in the folder of each run")
+    add_json(own)
+    end_with_example(own, "mimscale evaluate top1 runs/finetuned --val shards/imagenet-val")
 
 
 def run(args: argparse.Namespace, device: torch.device, ranks: Coordinator) -> int:
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace, device: torch.device, ranks: Coordinator) -> i
         workers=args.workers,
     )
     outs = default_outs(args, [NAME], report["protocol"]["precision"], [report["val"]["fingerprint"]], crop_pct=None)
-    ranks.on_rank0(publish, report, [table(report)], outs)
+    ranks.on_rank0(publish, report, [table(report)], outs, args.json)
     return 0
 
 
