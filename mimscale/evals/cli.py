@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> Any:
     protocols = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL", title="protocols")
     for name in protocol_names():
         kind = protocol_class(name)
-        text = (kind.__doc__ or name).splitlines()[0].replace("%", "%%")
-        own = protocols.add_parser(name, help=text, description=text)
+        text = (kind.__doc__ or name).splitlines()[0]
+        own = protocols.add_parser(name, help=text.replace("%", "%%"), description=text)
         own.add_argument("--train", type=Path, required=True, metavar="SHARDS", help="labelled data set to learn from")
         own.add_argument("--val", type=Path, required=True, metavar="SHARDS", help="labelled data set to be tested on")
         add_shared(own, pooled="pooled" in kind.needs)

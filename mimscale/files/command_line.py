@@ -60,8 +60,7 @@ def end_with_example(parser: argparse.ArgumentParser, *commands: str, before: st
     """The help of a verb in the common form, with commands at its end that work as they stand. before: lines of text."""
     parser.formatter_class = Help
     head = "example:" if len(commands) == 1 else "examples:"
-    text = before + "\n".join([head, *(f"  {command}" for command in commands)])
-    parser.epilog = text.replace("%", "%%")
+    parser.epilog = before + "\n".join([head, *(f"  {command}" for command in commands)])
 
 
 def add_json(parser: argparse.ArgumentParser, text: str = "print JSON in place of the tables") -> None:
