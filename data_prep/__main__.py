@@ -42,7 +42,7 @@ SKIP_UNLABELLED = "leave out images whose label is missing, empty, NaN or -1, in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 damage found, 2 bad input or a full disk, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):  # names may have bytes that no terminal can show
         with suppress(AttributeError, OSError):  # of a notebook, which shows any text, or of another stream
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -277,7 +277,7 @@ def _lines(path: Path) -> list[str]:
         raise UserError(f"list '{path}' cannot be read: {error}") from None
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     text = "Make and check data sets of tar shards."
     top = argparse.ArgumentParser(prog="python -m data_prep", description=text, formatter_class=Help)
     verbs = top.add_subparsers(required=True, metavar="VERB")
