@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mimscale.bench import _profile, _synthetic
+from mimscale.bench import _synthetic
 from mimscale.bench._phases import PhaseMarks
 from mimscale.checkpoint.host_buffer import HostBuffer
 from mimscale.config.compiler import use_cache_dir
@@ -35,6 +35,7 @@ from mimscale.teachers.prefetcher import TeacherPrefetcher
 from mimscale.training import setup
 from mimscale.training.plan import check_teachers
 from mimscale.types import PrefetchedBatch, StepInfo
+from mimscale.monitoring import torch_profile
 
 GIB = 2**30
 LR = 1e-6
@@ -225,7 +226,7 @@ def _measure(step: TrainStep, options: Options) -> dict[str, Any]:
         "notes": [*step.teachers.notes, *step.engine.notes],
     }
     if options.profile or step.world.size > 1:
-        found = _profile.profiled(step, device, 3 if options.profile else 1, options.trace)
+        found = torch_profile.profiled(step, device, 3 if options.profile else 1, options.trace)
         result["communication_ms"] = found["communication_ms"]
         if options.profile:
             result["profile"] = found

@@ -13,6 +13,7 @@ from mimscale.monitoring.metrics import StartupTimer
 from mimscale.training import recovery, setup
 from mimscale.training.context import TrainContext
 from mimscale.training.monitor import Monitor
+from mimscale.training.out_of_memory import explained
 from mimscale.training.plan import Plan
 from mimscale.types import StepInfo
 
@@ -29,14 +30,15 @@ def train(plan: Plan, startup: StartupTimer, closing: ExitStack) -> bool:
         if plan.world.rank == 0:
             warn(f"{plan.run_dir} is finished; nothing to do")
         return False
-    run = setup.build(plan, startup, closing)
-    state = recovery.restore(run).launched()
-    monitor = Monitor(run, state)
-    while state.step < plan.total_steps and not monitor.stopped:
-        info = train_step(run, state.step)
-        run.method.after_step(info)
-        state = monitor.after_step(state, info)
-    monitor.finish(state)
+    with explained(plan):  # of an error of memory: the micro-batch that would fit
+        run = setup.build(plan, startup, closing)
+        state = recovery.restore(run).launched()
+        monitor = Monitor(run, state)
+        while state.step < plan.total_steps and not monitor.stopped:
+            info = train_step(run, state.step)
+            run.method.after_step(info)
+            state = monitor.after_step(state, info)
+        monitor.finish(state)
     return monitor.stopped and run.preemption.reason == "SIGINT"
 
 
