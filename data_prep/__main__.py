@@ -21,7 +21,6 @@ from data_prep.images import ImageOptions
 from data_prep.index import IndexOptions, index_shards
 from data_prep.info import describe_set, figures_of_set
 from data_prep.plan import Plan, Source, describe
-from data_prep.progress import progress
 from data_prep.reports import SHOWN, report
 from data_prep.shard_list import list_shards
 from data_prep.table import TableOptions, read_table
@@ -33,6 +32,7 @@ from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError, printable, warn
 from mimscale.files.command_line import Help, add_json, end_with_example, print_json, stdout_kept
+from mimscale.files.progress import progress, working
 
 FILES = "only the files of SRC with such names, for example 'train-*'"
 CLASSES = "names of the classes, one per line, from class 0 on"
@@ -87,7 +87,9 @@ def _table(options: argparse.Namespace) -> int:
         files=options.files,
         delimiter=options.delimiter,
     )
-    return _write(options, read_table(options.source, options.root, chosen))
+    with progress("listing", 0, "rows") as advance:
+        source = read_table(options.source, options.root, chosen, advance)
+    return _write(options, source)
 
 
 def _imagenet(options: argparse.Namespace) -> int:
@@ -99,18 +101,24 @@ def _imagenet(options: argparse.Namespace) -> int:
         ]
         with progress("checking md5", sum(file.stat().st_size for file in files if file.exists()), "bytes") as advance:
             check_md5(files, advance)
-    if options.train:
-        return _write(options, read_train(options.train))
-    return _write(options, read_val(options.val, options.truth, options.synsets))
+    with progress("listing", 0) as advance:
+        if options.train:
+            source = read_train(options.train, advance)
+        else:
+            source = read_val(options.val, options.truth, options.synsets, advance)
+    return _write(options, source)
 
 
 def _imagenet_21k(options: argparse.Namespace) -> int:
-    return _write(options, read_21k(options.source))
+    with progress("listing", 0) as advance:
+        source = read_21k(options.source, advance)
+    return _write(options, source)
 
 
 def _torchvision(options: argparse.Namespace) -> int:
     top = options.destination
-    sources = read_sets(options.name, options.root, options.split, options.download)  # before anything is written
+    with working(f"reading {options.name}", moving=not options.download):  # torchvision's download draws its own bar
+        sources = read_sets(options.name, options.root, options.split, options.download)  # before anything is written
     for split, source in sources.items():
         options.destination = top / split
         _write(options, source)
@@ -129,7 +137,8 @@ def _write(options: argparse.Namespace, source: Source) -> int:
         file=sys.stderr,
     )
     if options.dry_run:
-        processed, seconds = estimate(plan, options.jobs)
+        with working("estimating"):
+            processed, seconds = estimate(plan, options.jobs)
         time_text = str(timedelta(seconds=round(seconds)))
         print(
             f"about {time_text} with --jobs {options.jobs}, estimated from {processed:,} images; add the time "
@@ -145,7 +154,8 @@ def _write(options: argparse.Namespace, source: Source) -> int:
 
 def _finish(options: argparse.Namespace) -> int:
     for folder in options.destination:
-        missing = write_manifest(folder, options.wait)
+        with working(f"finishing {folder}"):
+            missing = write_manifest(folder, options.wait)
         if missing:
             raise UserError(
                 f"'{folder}' lacks {len(missing):,} shards, the first is number {missing[0]}; run its command again"
@@ -169,7 +179,8 @@ def _report_done(folder: Path, missing: list[int]) -> int:
 
 def _fashion(options: argparse.Namespace) -> int:
     top = options.destination
-    sources = {split: read_fashion(options.source, split) for split in SPLITS}  # both, before anything is written
+    with working("reading Fashion-MNIST"):
+        sources = {split: read_fashion(options.source, split) for split in SPLITS}  # both, before anything is written
     for split, source in sources.items():
         options.destination = top / split
         _write(options, source)
@@ -177,19 +188,26 @@ def _fashion(options: argparse.Namespace) -> int:
 
 
 def _digits(options: argparse.Namespace) -> int:
-    for name, count in write_digits(options.destination, options.side, options.seed).items():
+    with working("writing digits"):
+        counts = write_digits(options.destination, options.side, options.seed)
+    for name, count in counts.items():
         print(f"{options.destination / name}: {count:,} images", file=sys.stderr)
     return 0
 
 
 def _synthetic(options: argparse.Namespace) -> int:
-    make_image_folder(options.destination, classes=options.classes, per_class=options.per_class, seed=options.seed)
-    print(f"{options.destination}: {options.classes * options.per_class:,} images", file=sys.stderr)
+    count = options.classes * options.per_class
+    with progress("writing", count) as advance:
+        make_image_folder(
+            options.destination, classes=options.classes, per_class=options.per_class, seed=options.seed, done=advance
+        )
+    print(f"{options.destination}: {count:,} images", file=sys.stderr)
     return 0
 
 
 def _index(options: argparse.Namespace) -> int:
-    shards = list_shards(options.source, options.files)
+    with working("listing shards"):
+        shards = list_shards(options.source, options.files)
     chosen = IndexOptions(
         image=options.image,
         label=options.label,
@@ -228,7 +246,8 @@ def _verify(options: argparse.Namespace) -> int:
         _print_set(options, options.destination)
     copies: list[str] = []
     if not damage:
-        same = duplicates(manifest, np.concatenate(hashes))
+        with working("comparing images"):
+            same = duplicates(manifest, np.concatenate(hashes))
         copies = [" = ".join(manifest.key(sample) for sample in group) for group in same]
         with stdout_kept(options.json):
             print(f"{sum(map(len, same)) - len(same):,} images are copies of another")
@@ -258,7 +277,8 @@ def _doctor(options: argparse.Namespace) -> int:
         block=options.block,
         labels=options.labels,
     )
-    findings = examine(options.destination, job)
+    with working("checking"):
+        findings = examine(options.destination, job)
     problems = sum(bool(finding.fix) for finding in findings)
     if options.json:
         print_json({"to_fix": problems, "findings": [{"text": one.text, "fix": one.fix or None} for one in findings]})

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.__main__ import make_parser as data_prep_parser
 from data_prep.__main__ import main as data_prep
+from data_prep.__main__ import make_parser as data_prep_parser
 from mimscale.__main__ import VERBS, main, make_parser, parse
 from mimscale.config.completion import parsers
 from mimscale.config.recipes import load_recipe

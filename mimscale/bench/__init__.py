@@ -12,6 +12,10 @@ import importlib
 from importlib import resources
 
 from mimscale.files.command_line import add_json, end_with_example
+from mimscale.files.progress import working
+
+SAY_MORE = ("methods", "train")
+"""Benchmarks that print a line for each of their parts."""
 
 
 def names() -> list[str]:
@@ -33,4 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return int(args.start(args))
+    if args.bench in SAY_MORE:
+        return int(args.start(args))
+    with working(f"bench {args.bench}", moving=False):
+        return int(args.start(args))

@@ -18,8 +18,9 @@ def publish(args: argparse.Namespace, tables: Sequence[Table], notes: Sequence[s
     """Print the tables of a benchmark, the lines below them, and where they come from. more: goes on in that line."""
     where = origin() + more
     if args.json:
-        print_json({"bench": args.bench, "tables": tables_json(("", *one) for one in tables), "notes": notes} | {
-            "origin": where
-        })
+        print_json(
+            {"bench": args.bench, "tables": tables_json(("", *one) for one in tables), "notes": notes}
+            | {"origin": where}
+        )
         return
     print("\n\n".join([*(table(*one) for one in tables), *notes, where]))

@@ -29,13 +29,13 @@ from mimscale.data.wds_stream import open_source
 from mimscale.distributed.world import World, check_precision, from_environment
 from mimscale.engine.factory import check_backend, open_process_group
 from mimscale.fault_tolerance.step_guard import StepGuard
+from mimscale.monitoring import torch_profile
 from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons, describe
 from mimscale.teachers.fidelity import cosine
 from mimscale.teachers.prefetcher import TeacherPrefetcher
 from mimscale.training import setup
 from mimscale.training.plan import check_teachers
 from mimscale.types import PrefetchedBatch, StepInfo
-from mimscale.monitoring import torch_profile
 
 GIB = 2**30
 LR = 1e-6

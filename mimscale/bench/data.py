@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
     rows = [_row(name, values, seconds[OURS]) for name, values in seconds.items()]
     rows += [[f"{name}: not installed ({why})", "", "", ""] for name, why in missing.items()]
     more = (
-        f", {args.images} images, batch {BATCH}, {args.workers} worker, medians of {args.rounds} rounds; ratios are taken "
-        "inside each round"
+        f", {args.images} images, batch {BATCH}, {args.workers} worker, medians of {args.rounds} rounds; ratios are "
+        "taken inside each round"
     )
     _report.publish(args, [(["loader", "CPU ms per image", "x mimscale", "from - to"], rows)], more=more)
     return 0

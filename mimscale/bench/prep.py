@@ -30,7 +30,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(folder: Path, images: int, rounds: int) -> tuple[_report.Table, str]:
-    """The table, and a line about the images. All files are in the page cache; times are CPU seconds of this process, with system time."""
+    """The table, and a line about the images. All files are in the page cache; times are CPU seconds of this process,
+    with system time.
+    """
     from data_prep.imagenet import read_train
     from data_prep.images import ImageOptions
     from data_prep.index import IndexOptions, index_shards

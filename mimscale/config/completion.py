@@ -1,5 +1,5 @@
-"""`mimscale completion bash|zsh`: a script for the shell. Whatever it completes stands in the script, so that pressing TAB
-starts no Python: verbs, options, recipes, the keys of each recipe, and where paths are meant, paths.
+"""`mimscale completion bash|zsh`: a script for the shell. All that it completes stands in it, so that TAB starts no
+Python: verbs, options, recipes, the keys of each recipe, and where paths are meant, paths.
 
 shtab writes the part that knows the parser; recipes and keys are completed by the functions below.
 """
@@ -123,13 +123,14 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
     for one in parsers(parser):
         for action in one._actions:
-            known = COMPLETED.get(action.dest)
+            known: Any = COMPLETED.get(action.dest)
             if known is None and action.type is Path:
                 known = shtab.DIRECTORY if action.metavar in FOLDERS else shtab.FILE
             if known is not None and not action.choices:
                 action.complete = known  # type: ignore[attr-defined]
     text = table() + (BASH if shell == "bash" else ZSH)
-    found = str(shtab.complete(parser, shell=shell, root_prefix="mimscale", preamble={shell: text}))
+    preamble: Any = {shell: text}
+    found = str(shtab.complete(parser, shell=shell, root_prefix="mimscale", preamble=preamble))
     return found + (BASH_END if shell == "bash" else "")
 
 
@@ -159,7 +160,7 @@ def _text(lines: set[str] | tuple[str, ...]) -> str:
 
 
 def keys_of(section: BaseModel | type[BaseModel], place: str = "") -> dict[str, str]:
-    """`section.key` -> the words that may be its value, "PATH" for a path, else "". Sections that are left out count."""
+    """`section.key` -> the words that may be its value, "PATH" for a path, else "". Also of sections left out."""
     found: dict[str, str] = {}
     kind = section if isinstance(section, type) else type(section)
     for name, field in kind.model_fields.items():

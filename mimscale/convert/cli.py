@@ -18,6 +18,7 @@ from mimscale.convert.write import Check, report_path, write
 from mimscale.errors import UserError
 from mimscale.files.atomic import remove_leftovers
 from mimscale.files.command_line import end_with_example
+from mimscale.files.progress import working
 from mimscale.models.convvit import ConvViT
 
 TO = """what --to makes:
@@ -33,12 +34,14 @@ TO = """what --to makes:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="run folder, checkpoint folder, or a file (.pth, .safetensors)")
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="run folder, checkpoint folder, .pth or .safetensors"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="file or folder to write; it must not exist")
     names = [name for name in formats() if name not in TARGETS]
     kinds = (*TARGETS, *full_state.TARGETS, "official", *names)
     parser.add_argument("--to", required=True, choices=kinds, metavar="WHAT", help="see below")
-    parser.add_argument("--recipe", metavar="RECIPE", help="with --to mimscale: the recipe that a whole official file belongs to")
+    parser.add_argument("--recipe", metavar="RECIPE", help="with --to mimscale: that of a whole official file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of --recipe")
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads of an official file of an unusual size")
     parser.add_argument("--ema", action="store_true", help="the exponential moving average of the student's weights")
@@ -60,11 +63,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.out.parent.is_dir():
             remove_leftovers(args.out.parent)
-        if args.to in full_state.TARGETS:
-            lines = full_state.TARGETS[args.to](args.source, args.out)
-        else:
-            loaded = read(args.source, args.ema)
-            lines = [*loaded.notes, *TARGETS.get(args.to, _to_official)(args, loaded)]
+        with working("converting"):
+            if args.to in full_state.TARGETS:
+                lines = full_state.TARGETS[args.to](args.source, args.out)
+            else:
+                loaded = read(args.source, args.ema)
+                lines = [*loaded.notes, *TARGETS.get(args.to, _to_official)(args, loaded)]
     except OSError as error:
         raise UserError(f"{args.out} cannot be written: {error}; make room, or check both paths") from error
     print(*lines, f"wrote {args.out}", sep="\n")

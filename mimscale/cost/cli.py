@@ -23,6 +23,7 @@ from mimscale.errors import UserError
 from mimscale.files.command_line import add_json, end_with_example, print_json, tables_json
 from mimscale.files.console import plain_console
 from mimscale.files.measurement import origin
+from mimscale.files.progress import tracked, working
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if args.inputs:
         return titled(tables.inputs(), as_json=args.json)
     if args.fit:
-        return titled(*tables.fit([measured.compare(row) for row in measured.ROWS]), as_json=args.json)
+        rows = tracked(measured.ROWS, len(measured.ROWS), "comparing", "rows")
+        return titled(*tables.fit([measured.compare(row) for row in rows]), as_json=args.json)
     if args.all:
         return titled(tables.all_recipes(), as_json=args.json)
     if args.recipe is None:
@@ -82,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         return simulated(planner, args, samples)
     if args.plot is not None:
         raise UserError(f"--plot {args.plot} draws what --simulate computes; add --simulate 8,64,256")
-    plan = report.make_plan(planner, samples, assumed, precision, args.overrides)
+    with working("planning"):
+        plan = report.make_plan(planner, samples, assumed, precision, args.overrides)
     name = str(args.recipe)
     if args.json:
         print_json(report.plan_json(plan, name))
@@ -96,7 +99,7 @@ def titled(found: list[tables.Titled], remarks: Sequence[str] = (), *, as_json: 
     if as_json:
         print_json({"tables": tables_json(found), "notes": remarks, "origin": origin()})
     else:
-        texts = [part for title, *table in found for part in (title, report.markdown(*table)) if part]
+        texts = [part for title, heads, rows in found for part in (title, report.markdown(heads, rows)) if part]
         print("\n\n".join([*texts, *remarks, origin()]))
     return 0
 
@@ -111,8 +114,9 @@ def simulated(planner: Planner, args: argparse.Namespace, samples: int) -> int:
         raise UserError(f"--simulate {args.simulate}: must be numbers of GPUs, such as 8,64,256")
     if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
         raise UserError(f"--plot {args.plot}: the name must end in .png or .svg")
-    strong = simulate.simulate(planner, counts, samples)
-    weak = simulate.simulate(planner, counts, samples, weak=True)
+    with working("simulating"):
+        strong = simulate.simulate(planner, counts, samples)
+        weak = simulate.simulate(planner, counts, samples, weak=True)
     if args.json:
         print_json({"strong": report.as_json(strong), "weak": report.as_json(weak)})
     else:

@@ -10,7 +10,7 @@ from mimscale.cost.measured import Compared
 from mimscale.cost.planner import Planner
 from mimscale.cost.report import make_plan
 from mimscale.cost.run_cost import IMAGENET
-
+from mimscale.files.progress import tracked
 
 Titled = tuple[str, list[str], list[list[str]]]  # title, columns, rows of cells
 
@@ -104,7 +104,8 @@ def all_recipes() -> list[Titled]:
     ]
     rows: list[list[list[str]]] = [[] for _ in CLUSTERS]
     known: dict[str, Planner] = {}
-    for name in published():
+    names = published()
+    for name in tracked(names, len(names), "planning", "recipes"):
         config = load_recipe(name)
         parts = config.model_dump(
             mode="json", include={"data": {"image_size"}, "student": True, "teachers": True, "method": True}

@@ -36,6 +36,7 @@ from mimscale.doctor import compositions, teacher
 from mimscale.errors import UserError, printable
 from mimscale.files.command_line import add_json, end_with_example, print_json, stdout_kept, tables_json
 from mimscale.files.console import plain_console
+from mimscale.files.progress import working
 from mimscale.teachers import weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import adapter, build_skeleton, describe
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--fetch without a recipe: name the recipe whose teachers are to be downloaded")
         publish(Report(sections=[("machine", machine().rows)]), args.json)
         return 0
-    with stdout_kept(args.json):
+    with stdout_kept(args.json), working("checking", moving=not args.fetch):  # a download draws its own bar
         report = examine(args)
     publish(report, args.json)
     return 2 if report.problems else 0

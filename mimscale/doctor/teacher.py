@@ -25,6 +25,7 @@ from mimscale.data.decode import BadImage, decode
 from mimscale.errors import UserError
 from mimscale.files.command_line import print_json, stdout_kept, tables_json
 from mimscale.files.console import plain_console
+from mimscale.files.progress import working
 from mimscale.teachers import quantise, weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import TeacherEnsemble, adapter, build_skeleton, build_skeletons, describe
@@ -54,7 +55,7 @@ def add_arguments(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the description and the tables. Raises UserError."""
-    with stdout_kept(args.json):
+    with stdout_kept(args.json), working("measuring"):
         lines, tables, notes = measure(args)
     if args.json:
         print_json({"teacher": lines, "tables": tables_json(tables), "notes": notes})

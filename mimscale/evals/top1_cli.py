@@ -19,10 +19,10 @@ from mimscale.evals.classifier import Classifier, load_classifier
 from mimscale.evals.launch import MAX_IMAGE_SIZE, MAX_WORKERS, at_least, default_outs, publish, share
 from mimscale.evals.overlap import check_apart_from_training
 from mimscale.evals.parallel import all_sum
-from mimscale.evals.progress import progress
 from mimscale.evals.report import table
 from mimscale.evals.top1 import accuracy, count, labelled
 from mimscale.files.command_line import add_json, end_with_example
+from mimscale.files.progress import tracked
 
 NAME = "top1"
 PACKAGES = ("mimscale", "torch", "timm", "numpy", "pillow")
@@ -111,7 +111,7 @@ def measure(
             world=ranks.world,
         )
         if ranks.rank == 0:
-            batches = progress(batches, -(-val.samples // (batch * ranks.world)), "val", "batches")
+            batches = tracked(batches, -(-val.samples // (batch * ranks.world)), "val", "batches")
         return found, crop, count(found.logits, labelled(batches), device)
 
     for path in dict.fromkeys(runs):

@@ -57,7 +57,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def end_with_example(parser: argparse.ArgumentParser, *commands: str, before: str = "") -> None:
-    """The help of a verb in the common form, with commands at its end that work as they stand. before: lines of text."""
+    """The help of a verb in the common form; commands at its end work as they stand. before: lines of text."""
     parser.formatter_class = Help
     head = "example:" if len(commands) == 1 else "examples:"
     parser.epilog = before + "\n".join([head, *(f"  {command}" for command in commands)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,13 +11,16 @@ from pathlib import Path
 import yaml
 
 from mimscale.config.recipes import load_recipe
+from mimscale.errors import warn
 from mimscale.files.command_line import end_with_example
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="name (`mimscale recipes` lists them) or path to a YAML file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="changes to the recipe")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE); resumes what it holds")
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE); resumes what it holds"
+    )
     parser.add_argument("--fork", type=Path, metavar="NEW", help="start a new run in NEW from --run-dir's weights")
     parser.add_argument("--show", action="store_true", help="print the whole recipe with all defaults, train nothing")
     end_with_example(
@@ -38,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from mimscale.training.loop import train
     from mimscale.training.plan import prepare
 
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        warn(f"starting {args.recipe}: imports, checks, model, engine and workers come before the first step")
     startup = StartupTimer()
     startup.end("imports")
     config = load_recipe(args.recipe, args.overrides)

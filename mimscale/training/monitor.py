@@ -88,7 +88,12 @@ class Monitor:
         gc.disable()
         run.preemption.phase = "loop"
         self._profile = ProfileWindow(
-            plan.run_dir, plan.config.log.profile, plan.world.rank, plan.world.device, run.logger.print, run.logger.log_event
+            plan.run_dir,
+            plan.config.log.profile,
+            plan.world.rank,
+            plan.world.device,
+            run.logger.print,
+            run.logger.log_event,
         )
         self._profile.before_step(state.step + 1)
         run.timer.lap()

@@ -37,5 +37,5 @@ def test_a_window_holds_kernels(tmp_path: Path) -> None:
     torch.ones(64, 64, device=device).matmul(torch.ones(64, 64, device=device))
     window.after_step(1)
     (trace,) = tmp_path.glob("profile/*.json.gz")
-    events = json.loads(gzip.open(trace).read())["traceEvents"]
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert any(event.get("cat") == "kernel" for event in events) and "| on the host |" in said[0]

@@ -48,9 +48,9 @@ def test_which_errors_are_about_memory() -> None:
 
 
 def test_an_error_becomes_one_line(plan: Plan) -> None:
-    with pytest.raises(UserError, match=f"asked for {TOO_MUCH} bytes; try engine.max_micro_batch=4 .8 too were"):
-        with explained(plan):
-            torch.empty(TOO_MUCH, dtype=torch.uint8)
+    words = f"asked for {TOO_MUCH} bytes; try engine.max_micro_batch=4 .8 too were"
+    with pytest.raises(UserError, match=words), explained(plan):
+        torch.empty(TOO_MUCH, dtype=torch.uint8)
     with pytest.raises(UserError) as caught, explained(plan):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has\nless.")
     line = str(caught.value)

@@ -63,12 +63,13 @@ def test_a_window_changes_no_bit_and_leaves_a_trace_and_a_table(
     seen = trained(tmp_path / "seen", shards, {"at": 3, "steps": 2})
     assert ranks.curve(seen) == ranks.curve(plain) and ranks.identical(seen, plain)
 
-    assert sorted(p.name for p in (seen / "profile").iterdir()) == [f"step-{3:09d}-rank-0.{end}" for end in ("json.gz", "md")]
-    trace = json.loads(gzip.open(seen / "profile" / f"step-{3:09d}-rank-0.json.gz").read())
+    assert sorted(p.name for p in (seen / "profile").iterdir()) == [
+        f"step-{3:09d}-rank-0.{end}" for end in ("json.gz", "md")
+    ]
+    trace = json.loads(gzip.decompress((seen / "profile" / f"step-{3:09d}-rank-0.json.gz").read_bytes()))
     names = [event.get("name") for event in trace["traceEvents"]]
-    layers = 3 * 2 + 1  # forward passes per student and decoder block are in both micro-batches of both steps
-    assert names.count("aten::scaled_dot_product_attention") >= 2 * 2 * layers // 2
-    assert names.count("Optimizer.step#AdamW.step") in (0, 2)
+    micro_batches = [name for name in names if name == "aten::scaled_dot_product_attention"]
+    assert len(micro_batches) >= 2 * 2 * 3  # steps x micro-batches x blocks of the student
     text = (seen / "profile" / f"step-{3:09d}-rank-0.md").read_text()
     assert text.startswith("steps 3 to 4, rank 0, cpu: ") and "| kernel | ms per step | calls per step |" in text
     (event,) = [line for line in ranks.lines(seen) if line.get("event") == "profile"]

@@ -21,8 +21,8 @@ from mimscale.evals.feature_colours import colours
 from mimscale.evals.launch import add_shared, on_ranks
 from mimscale.evals.networks import Network
 from mimscale.evals.runner import Settings, networks_of
-from mimscale.files.command_line import end_with_example, print_json
 from mimscale.files.atomic import atomic_path
+from mimscale.files.command_line import end_with_example, print_json
 from mimscale.types import imagenet_statistics
 
 SUMMARY = "patch features as colours, several checkpoints side by side"

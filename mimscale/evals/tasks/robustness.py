@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes-of", type=Path, metavar="SHARDS", help="names of a run's outputs (default its data.shards)"
     )
-    end_with_example(parser, "mimscale evaluate robustness runs/finetuned --sets a=shards/imagenet-a r=shards/imagenet-r")
+    end_with_example(parser, "mimscale evaluate robustness runs/ft --sets a=shards/imagenet-a r=shards/imagenet-r")
 
 
 def run(args: argparse.Namespace) -> int:
