@@ -89,10 +89,10 @@ class Monitor:
         gc.disable()
         run.preemption.phase = "loop"
         self._profile = ProfileWindow(
-            plan.run_dir,
-            plan.config.log.profile,
-            plan.world.rank,
-            plan.world.device,
+            checked.run_dir,
+            checked.config.log.profile,
+            checked.world.rank,
+            checked.world.device,
             run.logger.print,
             run.logger.log_event,
         )
