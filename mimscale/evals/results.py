@@ -19,9 +19,9 @@ from rich.text import Text
 from mimscale.config.recipes import load_recipe
 from mimscale.errors import UserError, printable, warn
 from mimscale.evals.config import Expected
-from mimscale.evals.figures import BROKEN, Figure, figures_of, options_that_differ, parsed, scalar
 from mimscale.files.atomic import atomic_write
 from mimscale.files.console import plain_console
+from mimscale.files.eval_reports import BROKEN, Figure, figures_of, options_that_differ, parsed, scalar
 
 FORMAT = 1
 RUN_FILES = ("config.yaml", "metrics.jsonl", "eval", "job")
