@@ -48,7 +48,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
         status = error.response.status_code if error.response is not None else "no status"
         said = _one_line(error.server_message or str(error), get_token())
         raise UserError(
-            f"--push {repository}: {constants.ENDPOINT} refused it with {status} ({said}); {again}"
+            f"--push {repository}: {constants.ENDPOINT} refused it with {status} ({said}); check what the token may write; {again}"
         ) from None
     except Exception as error:  # of whatever kind the library of its release raises for a connection (requests, httpx)
         said = _one_line(f"{type(error).__name__}: {error}", get_token())

@@ -57,8 +57,12 @@ class Hub:
             return 200, {"transfer": "basic", "objects": actions}
         if path.endswith("/commit/main"):
             self._commit([json.loads(line) for line in body.splitlines()])
-            return 200, {"commitUrl": f"{self.address}/commit", "commitOid": "0" * 40, "success": True}
-        if method == "GET":
+            return 200, {
+                "commitUrl": f"{self.address}/org/name/commit/{'0' * 40}",
+                "commitOid": "0" * 40,
+                "success": True,
+            }
+        if method == "GET" and self.repositories:
             return 200, {"id": path, "sha": "0" * 40, "siblings": []}
         return 404, {"error": f"{method} {path}"}
 

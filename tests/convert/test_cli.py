@@ -45,7 +45,7 @@ def tokens_of(method: Method) -> torch.Tensor:
 
 def test_run_to_timm(saved: tuple[Path, Method], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, method = saved
-    out = tmp_path / "student.safetensors"
+    out = tmp_path / "student"
     assert main(["convert", str(folder), "--to", "timm", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "checked on random input: encoder differs by" in printed and f"wrote {out}" in printed
@@ -288,9 +288,9 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_exported_file_says_what_it_holds(tmp_path: Path) -> None:
-    out = tmp_path / "student.safetensors"
+    out = tmp_path / "student"
     assert main(["convert", str(saved_run(tmp_path / "run", "mae")[0]), str(out), "--to", "timm"]) == 0
-    with safe_open(out, framework="pt") as file:
+    with safe_open(out / "model.safetensors", framework="pt") as file:
         carried = json.loads(file.metadata()[METADATA])
     assert carried["student"]["heads"] == 2 and carried["image_size"] == 64
 
