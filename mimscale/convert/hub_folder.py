@@ -42,7 +42,7 @@ class HubModel:
     library: transformers or timm. weights: under its names, float32. config: config.json. files: further JSON files.
     compare: (folder) -> differences of its network, None where the library is not installed. usage: Python lines that
     load `PATH`. task: the Hub's name of what the network does. left: what the folder leaves out or fills in, a line
-    each.
+    each. unchecked: the line to print where `compare` is None.
     """
 
     library: str
@@ -53,6 +53,7 @@ class HubModel:
     usage: str
     task: str
     left: tuple[str, ...] = ()
+    unchecked: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def write_folder(out: Path, loaded: Loaded, vit: Student, to: str, model: HubMod
     carried = {"student": vit.config.model_dump(mode="json"), "image_size": vit.grid[0] * vit.config.patch}
     weights = {name: _in_type(tensor, FLOATS[dtype]) for name, tensor in model.weights.items()}
 
+    notes = (*model.left, *([model.unchecked] if model.compare is None else []))
     with atomic_folder(out) as part:
         with atomic_path(part / WEIGHTS[0]) as file:  # with the permissions of any new file
             save(file, weights, carried)
@@ -111,12 +113,12 @@ def write_folder(out: Path, loaded: Loaded, vit: Student, to: str, model: HubMod
             "sha256": checkpoint.sha256(part / WEIGHTS[0]),
             "compared_with": model.library if model.compare is not None else None,
             **difference.report(found, difference.HUB_LIMIT),
-            "notes": list(model.left),
+            "notes": list(notes),
         }
         (part / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         about = model_card.Card(out.name, model.library, model.usage, model.task, model.left, report)
         (part / model_card.FILE).write_text(model_card.text(about, loaded, vit), encoding="utf-8")
-    return [*model.left, model.usage.replace("PATH", str(out)), *difference.lines(found, difference.HUB_LIMIT)]
+    return [*notes, model.usage.replace("PATH", str(out)), *difference.lines(found, difference.HUB_LIMIT)]
 
 
 def _in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -168,17 +168,17 @@ def _model(
     task: str,
     left: tuple[str, ...],
 ) -> HubModel:
-    there = find_spec(LIBRARY) is not None
     arguments = "".join(f", {name}={value}" for name, value in kind.arguments.items())
     return HubModel(
         library=LIBRARY,
         weights=weights,
         config=config,
         files={"preprocessor_config.json": _preprocessor(loaded, vit)},
-        compare=compare if there else None,
+        compare=compare if find_spec(LIBRARY) is not None else None,
         usage=f"transformers.{kind.name}.from_pretrained('PATH'{arguments})",
         task=task,
-        left=left if there else (*left, UNCHECKED),
+        left=left,
+        unchecked=UNCHECKED,
     )
 
 

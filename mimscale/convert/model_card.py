@@ -18,12 +18,13 @@ from mimscale.errors import printable
 from mimscale.files.eval_reports import BROKEN, Figure, figures_of
 
 FILE = "README.md"
+CHANGED = "differs_from_paper"  # an option of reports; `Figure.changed` has it in words
 TO_FILL = "to be filled in"
 
 
 @dataclass(frozen=True)
 class Card:
-    """name: of the model. usage: Python that loads `PATH`. left: what the folder leaves out. report: conversion.json."""
+    """name: of the model. usage: Python that loads `PATH`. left: what the folder leaves out. report: its JSON."""
 
     name: str
     library: str
@@ -76,11 +77,11 @@ def _results(loaded: Loaded) -> str:
     if not figures:
         lines.append("No report of `mimscale evaluate` was found: nothing is known of the quality of these weights.\n")
     else:
-        lines += ["| protocol | metric | value (%) | pool | weights | options | data |", "|" + " --- |" * 7]
+        lines += ["| protocol | metric | value | pool | weights | options | data |", "|" + " --- |" * 7]
         for figure in figures:
             own = figure.sha256 == loaded.sha256()
             weights = "these" if own else f"other (step {'unknown' if figure.step is None else figure.step})"
-            options = [f"{key} = {_plain(value)}" for key, value in figure.options.items()]
+            options = [f"{key} = {_plain(value)}" for key, value in figure.options.items() if key != CHANGED]
             words = [*(f"not as published: {line}" for line in figure.changed), *options]
             row = (figure.protocol, figure.metric, f"{figure.value:.1f}", figure.pool, weights, "; ".join(words))
             lines.append(f"| {' | '.join(map(_cell, (*row, (figure.val or 'unknown')[:12])))} |")

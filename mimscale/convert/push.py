@@ -6,6 +6,7 @@ The token is the one of the environment (HF_TOKEN) or of `hf auth login`; it is 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from mimscale.errors import UserError
@@ -44,16 +45,23 @@ def push(folder: Path, repository: str, private: bool) -> str:
         api = HfApi(library_name="mimscale")
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a model with mimscale convert")
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no status"
-        said = _one_line(error.server_message or str(error), get_token())
-        raise UserError(
-            f"--push {repository}: {constants.ENDPOINT} refused it with {status} ({said}); check what the token may write; {again}"
-        ) from None
     except Exception as error:  # of whatever kind the library of its release raises for a connection (requests, httpx)
-        said = _one_line(f"{type(error).__name__}: {error}", get_token())
-        raise UserError(f"--push {repository}: {constants.ENDPOINT} did not take it ({said}); {again}") from None
+        refusal = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
+        if refusal is None:
+            said = _one_line(f"{type(error).__name__}: {error}", get_token())
+            raise UserError(f"--push {repository}: {constants.ENDPOINT} did not take it ({said}); {again}") from None
+        status = refusal.response.status_code if refusal.response is not None else "no status"
+        said = _one_line(refusal.server_message or str(refusal), get_token())
+        refused = f"--push {repository}: {constants.ENDPOINT} refused it with {status} ({said})"
+        raise UserError(f"{refused}; check what the token may write; {again}") from None
     return f"{constants.ENDPOINT}/{repository}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it was raised for: an upload of several files wraps the answer of the server."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _one_line(words: str, token: str | None) -> str:

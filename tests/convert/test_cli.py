@@ -91,7 +91,12 @@ def test_the_measurement_lies_beside_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("to", "name"), [("mimscale", "out.safetensors"), ("official", "out.pth"), ("state", "out"), ("run", "out")]
+    ("to", "name"),
+    [
+        ("mimscale", "out.safetensors"),
+        ("official", "out.pth"),
+        *((to, "out") for to in ("state", "run", "timm", "huggingface")),
+    ],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     to: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -114,7 +119,7 @@ def test_the_same_weights_give_the_same_pth_file(tmp_path: Path) -> None:
     assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "another.pth").read_bytes()
 
 
-@pytest.mark.parametrize("to", ["timm", "student", "mimscale", "official"])
+@pytest.mark.parametrize("to", ["timm", "huggingface", "student", "mimscale", "official"])
 def test_a_difference_is_an_error_and_leaves_nothing(
     to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
