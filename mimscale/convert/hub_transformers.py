@@ -7,7 +7,9 @@ class token, and a BEiT without relative positions is the same network (`network
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -240,21 +242,38 @@ def _load(kind: Class, folder: Path) -> Any:
 
     Raises RuntimeError where it lacks a tensor or does not use one, which it would only warn of.
     """
-    import transformers
+    with _quiet():
+        import transformers
 
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
         found = getattr(transformers, kind.name).from_pretrained(
             str(folder), local_files_only=True, output_loading_info=True, **kind.arguments
         )
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
     network, info = found
     wrong = [f"{what}: {sorted(map(str, info[what]))[:3]}" for what in info if what.endswith("_keys") and info[what]]
     if wrong:
         raise RuntimeError(f"{kind.name} does not take the tensors as they are ({'; '.join(wrong)})")
     return network.float().eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and without the warnings of transformers, and those of torch about torchao, which
+    transformers imports where it is installed.
+    """
+    noisy = logging.getLogger("torch.utils._pytree")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        from transformers.utils import logging as theirs
+
+        verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+        theirs.set_verbosity_error()
+        theirs.disable_progress_bar()
+        try:
+            yield
+        finally:
+            theirs.set_verbosity(verbosity)
+            if bars:
+                theirs.enable_progress_bar()
+    finally:
+        noisy.setLevel(level)

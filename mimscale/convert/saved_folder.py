@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mimscale.errors import UserError
+from mimscale.errors import UserError, warn
+from mimscale.models.vit import LN_EPS
 
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 EXACT_GELU = "gelu"
@@ -41,6 +42,9 @@ def heads_beside(file: Path) -> int | None:
             activation = config.get("hidden_act", EXACT_GELU)
             if activation != EXACT_GELU:
                 raise UserError(f"{path}: hidden_act = {str(activation)[:40]}; students compute {EXACT_GELU} only")
+            eps = config.get("layer_norm_eps", 1e-12)
+            if eps != LN_EPS:
+                warn(f"{path}: layer_norm_eps = {str(eps)[:40]}; students compute with {LN_EPS:g}, as MAE was trained")
         else:
             return None
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:

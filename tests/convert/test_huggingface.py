@@ -227,7 +227,12 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def of_others(folder: Path, **changes: Any) -> Any:
     """A network of transformers with random weights, as it saves itself."""
     torch.manual_seed(6)
-    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    sizes: dict[str, Any] = {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 96,
+    }
     config = transformers.ViTConfig(**sizes, image_size=64, layer_norm_eps=1e-6, **changes)
     network = transformers.ViTModel(config, add_pooling_layer=False).eval()
     network.save_pretrained(folder)
