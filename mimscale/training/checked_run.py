@@ -20,6 +20,7 @@ from mimscale.distributed.world import World, check_precision, from_environment
 from mimscale.engine.factory import check_backend
 from mimscale.errors import UserError
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
+from mimscale.monitoring import tracker
 from mimscale.monitoring.damage_log import DamageLog, default_limit
 from mimscale.optim import lr_schedule
 from mimscale.teachers.base import Teacher
@@ -77,6 +78,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
     world = from_environment(config.engine.device)
     if world.rank == 0:  # its refusal ends the launch, and one rank is enough to list a folder on a shared disk
         run_folder.refuse_special_files(*folders)
+        tracker.check(config.log)
     ds_config = load_ds_config(config.engine.ds_config)
     check_precision(world.device, precision_of(ds_config))
     check_backend(config.engine, ds_config, world.device)

@@ -23,6 +23,7 @@ from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_ma
 from mimscale.monitoring.metrics import ThroughputMeter
 from mimscale.monitoring.panels import SAMPLES
 from mimscale.monitoring.phase_timer import BETWEEN, EVALUATING, SAVING, WAITING
+from mimscale.monitoring.profile_window import ProfileWindow
 from mimscale.training.bad_steps import explain, flush_writes, roll_back
 from mimscale.training.context import TrainContext
 from mimscale.training.recovery import describe_state
@@ -62,7 +63,8 @@ class Monitor:
         run.startup.end("buffers")
 
         run.inputs.start(state)
-        run.logger.start(total=checked.total_steps, step=state.step, tensorboard=checked.config.log.tensorboard)
+        log, recipe = checked.config.log, checked.config.dump()
+        run.logger.start(total=checked.total_steps, step=state.step, log=log, recipe=recipe)
         notes = (*run.cost_notes, *run.init_notes, *run.method.notes, *run.teachers.notes, *run.engine.notes)
         if run.evaluator is not None:
             notes = (*run.evaluator.notes, *notes)
@@ -86,6 +88,15 @@ class Monitor:
         gc.freeze()
         gc.disable()
         run.preemption.phase = "loop"
+        self._profile = ProfileWindow(
+            checked.run_dir,
+            checked.config.log.profile,
+            checked.world.rank,
+            checked.world.device,
+            run.logger.print,
+            run.logger.log_event,
+        )
+        self._profile.before_step(state.step + 1)
         run.timer.lap()
 
     def after_step(self, state: TrainState, info: StepInfo) -> TrainState:
@@ -96,6 +107,7 @@ class Monitor:
         state = state.advanced(config.schedule.global_batch, run.timer.lap())
         run.watchdog.beat(info.step)
         run.timer.enter(BETWEEN)
+        self._throughput.leave_out(self._profile.after_step(info.step))
         if info.step % GC_EVERY == 0:
             gc.collect()
 
@@ -105,11 +117,14 @@ class Monitor:
             if state.step < info.step:
                 run.inputs.start(state)
                 self._throughput.restart()
+                self._profile.after_step(state.step)
+                self._profile.before_step(state.step + 1)
                 return state
         self._log_step(info)
         self._evaluate(info)
         self._draw_panel(info)
         self._save_and_stop(state, info)
+        self._profile.before_step(info.step + 1)
         return state
 
     def finish(self, state: TrainState) -> None:
@@ -118,8 +133,9 @@ class Monitor:
         Raises Stopped where the last step could not be saved, or too many samples are damaged.
         """
         run = self._run
+        self._profile.close(state.step)
         failure = self._say_how_it_ended(state, saved=bool(self._checkpoints.wait_for_writes()))
-        run.logger.close()
+        run.logger.close(done=failure is None and state.step == run.checked.total_steps)
         run.coordinator.finish_pending()
         run.coordinator.on_rank0(flush_writes, run)
         run.inputs.close()
@@ -278,7 +294,10 @@ def open_folder(run: TrainContext, state: TrainState) -> None:
         ranks=checked.world.size,
         device=str(checked.world.device.type),
         ds_config=checked.config.engine.ds_config,
+        method=checked.config.method.name,
         step=state.step,
+        total_steps=checked.total_steps,
+        steps_per_epoch=checked.steps_per_epoch,
         forked_from=None if checked.parent is None else str(checked.parent),
     )
     run.writer.append(checked.run_dir / "launches.jsonl", json.dumps(launch) + "\n")

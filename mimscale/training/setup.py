@@ -16,7 +16,7 @@ from mimscale.checkpoint import run_folder
 from mimscale.config.deepspeed import precision_of
 from mimscale.config.run import RunConfig, method_class
 from mimscale.distributed.coordination import Coordinator
-from mimscale.distributed.rendezvous import meet
+from mimscale.distributed.rendezvous import meet, while_meeting
 from mimscale.distributed.world import World
 from mimscale.engine.base import Engine
 from mimscale.engine.factory import make_engine, open_process_group
@@ -72,12 +72,13 @@ def build(checked: CheckedRun, startup: StartupTimer, closing: ExitStack) -> Tra
         closing.callback(lock.release)
     startup.end("lock")
     store = meet(world, preemption.leave_if_asked)
-    open_process_group(world, config.engine)
-    watchdog.coordinator = signal_watch.coordinator = coordinator = Coordinator(store)
-    checked = agreed(checked, coordinator)
-    config = checked.config
-    refuse_different_ranks(checked, teachers, coordinator)
-    run_folder.prove_shared(checked.run_dir, coordinator)
+    with while_meeting(world):
+        open_process_group(world, config.engine)
+        watchdog.coordinator = signal_watch.coordinator = coordinator = Coordinator(store)
+        checked = agreed(checked, coordinator)
+        config = checked.config
+        refuse_different_ranks(checked, teachers, coordinator)
+        run_folder.prove_shared(checked.run_dir, coordinator)
     evaluator, top1 = make_evaluator(checked, method, coordinator), make_top1(checked, method, coordinator)
     startup.end("process_group")
 

@@ -322,3 +322,10 @@ def test_each_folder_is_walked_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     (root / "class_001" / "link.jpg").symlink_to("000001.jpg")
     assert len(read_folder(root, labelled=True).items) == 10
     assert "2 images are reached by a second path too" in capsys.readouterr().err
+
+
+def test_a_class_that_is_a_link_to_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_image_folder(tmp_path / "in", classes=1, per_class=1, side=16)
+    (tmp_path / "in" / "again").symlink_to("class_000")
+    assert main(["folder", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert "holds no image of its own: it is a link to 'class_000'" in capsys.readouterr().err

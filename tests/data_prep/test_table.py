@@ -125,7 +125,7 @@ def test_mistakes_are_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "has columns path, not 'kind'" in refused("b.csv", "path\nx.jpg\n", "--label", "kind")
     assert "2 of 2 rows have no path" in refused("c.csv", 'path\n""\n\n""\n')
     here = root / names(root)[0]
-    assert "1 of 2 rows have no label (empty, NaN or -1)" in refused("d.csv", f"path,label\n{here},1\n{here},\n")
+    assert "1 of 2 rows have no label (empty, NaN, None or -1)" in refused("d.csv", f"path,label\n{here},1\n{here},\n")
     assert "cannot be read" in refused("e.parquet", "no parquet")
     (tmp_path / "folder").mkdir()
     assert "holds no .parquet files" in refused("folder", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import signal
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from mimscale.config.run import method_class
 from mimscale.errors import Stopped
 from mimscale.fault_tolerance.preemption import HANDLED
 from mimscale.monitoring.metrics import StartupTimer
+from mimscale.runs.summary import summary_of
 from mimscale.training import recovery, setup
 from mimscale.training.checked_run import prepare
 from mimscale.training.context import TrainContext
@@ -125,13 +127,46 @@ def test_without_a_checkpoint_a_row_of_skipped_steps_goes_on(start: Open) -> Non
 
 
 def test_panels_are_drawn_when_due_and_at_the_end(start: Open) -> None:
-    run, monitor, state = start(log={"panels": 5, "tensorboard": True})
+    run, monitor, state = start(log={"panels": 5, "trackers": ["tensorboard"]})
     state = advance(run, monitor, state, 12)
     monitor.finish(state)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(run.checked.run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [image.step for image in board.Images("view")] == [5, 10, 12]
+
+
+def test_trackers_change_no_bit_and_a_resume_continues_their_runs(start: Open, tmp_path: Path) -> None:
+    run, monitor, state = start()
+    monitor.finish(advance(run, monitor, state, 12))
+    plain, expected = ranks.curve(run.checked.run_dir), weights(run)
+    run.closing.close()
+    run.checked.run_dir.rename(tmp_path / "plain")
+
+    log = {
+        "trackers": ["tensorboard", "wandb", "mlflow"],
+        "wandb": {"mode": "offline"},
+        "mlflow": {"uri": f"file:{tmp_path / 'mlruns'}"},
+        "panels": 5,
+    }
+    run, monitor, state = start(log=log)
+    state = advance(run, monitor, state, 4)
+    run.preemption.reason = "SIGUSR1"
+    monitor.finish(advance(run, monitor, state, 1))
+    run.closing.close()
+    (known,) = (tmp_path / "mlruns").glob("*/*/metrics/loss")
+    assert [line.split()[2] for line in known.read_text().splitlines()] == ["1", "2", "3", "4", "5"]
+    run, monitor, state = start(log=log)
+    monitor.finish(advance(run, monitor, state, 7))
+
+    assert ranks.curve(run.checked.run_dir) == plain
+    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(run).items())
+    assert events(run, "tracker_failed") == []
+    identity = json.loads((run.checked.run_dir / "wandb.json").read_text())["id"]
+    assert len(list(run.checked.run_dir.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb"))) == 2
+    (known,) = (tmp_path / "mlruns").glob("*/*/metrics/loss")
+    assert [int(line.split()[2]) for line in known.read_text().splitlines()] == list(range(1, 13))
+    assert {float(line.split()[1]) for line in known.read_text().splitlines()} == set(plain.values())
 
 
 def test_a_stop_file_saves_and_stops(start: Open) -> None:
@@ -145,6 +180,10 @@ def test_a_stop_file_saves_and_stops(start: Open) -> None:
     assert state.step < 12 and checkpoint.newest_step(run.checked.run_dir) == state.step
     assert not (run.checked.run_dir / "done").exists()
     assert events(run, "stopped")[0]["at"] == state.step
+    run.closing.close()
+    seen = summary_of(run.checked.run_dir)
+    assert (seen.status, seen.step, seen.total_steps) == ("stopped", state.step, 12)
+    assert str(run.checked.run_dir / "stop") in seen.reason
 
 
 def test_the_last_step_is_saved_and_the_folder_marked_done(start: Open) -> None:
@@ -153,6 +192,11 @@ def test_the_last_step_is_saved_and_the_folder_marked_done(start: Open) -> None:
     assert not monitor.stopped
     monitor.finish(state)
     assert (run.checked.run_dir / "done").read_text() == "12\n"
+    assert summary_of(run.checked.run_dir).status == "running"  # the folder is still held
+    run.closing.close()
+    seen = summary_of(run.checked.run_dir)
+    assert (seen.status, seen.step, seen.total_steps, seen.device) == ("done", 12, 12, "1 x cpu")
+    assert seen.loss == ranks.curve(run.checked.run_dir)[12] and seen.epochs == 12 / run.checked.steps_per_epoch
     assert [checkpoint.step_of(path) for path in checkpoint.steps(run.checkpoints)] == [4, 8, 12]
 
 
