@@ -19,6 +19,7 @@ from typing import Any
 from mimscale.errors import UserError
 
 SIDE, BATCH = 224, 64
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # of the published fine-tuning
 OURS = "mimscale"  # all others are compared with this one
 
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             "mimscale, read alone": lambda: _read_all(shards),
             OURS: lambda: _our_loader(shards, "simplejpeg", args.workers),
             "mimscale, Pillow": lambda: _our_loader(shards, "pillow", args.workers),
+            "mimscale, RandAugment": lambda: _our_loader(shards, "simplejpeg", args.workers, RAND_AUGMENT),
         }
         missing = {}
         for name in OTHER_LOADERS:
@@ -140,14 +142,14 @@ def _read_all(shards: Path) -> float:
     return (time.process_time() - start_s) / manifest.samples
 
 
-def _our_loader(shards: Path, decoder: Any, workers: int) -> float:
+def _our_loader(shards: Path, decoder: Any, workers: int, rand_augment: str | None = None) -> float:
     from mimscale.data.config import DataConfig
     from mimscale.data.loader import TrainLoader
     from mimscale.data.manifest import Manifest
     from mimscale.types import Needs, Noise
 
     manifest = Manifest.load(shards)
-    data = DataConfig(shards=str(shards), image_size=SIDE, workers=workers, decoder=decoder)
+    data = DataConfig(shards=str(shards), image_size=SIDE, workers=workers, decoder=decoder, rand_augment=rand_augment)
     needs = Needs(noise={"mask": Noise("uniform", ((SIDE // 16) ** 2,))}, labels=True)
     loader = TrainLoader(manifest, data, needs, seed=0, global_batch=BATCH, micro_batch=BATCH, rank=0, world=1)
     return _cpu_s_per_image(loader, manifest.samples // BATCH, loader.close)
