@@ -36,7 +36,7 @@ def measure(folder: Path, images: int, rounds: int) -> tuple[_report.Table, str]
     from data_prep.imagenet import read_train
     from data_prep.images import ImageOptions
     from data_prep.index import IndexOptions, index_shards
-    from data_prep.plan import Plan
+    from data_prep.plan import ShardPlan
     from data_prep.shard_list import list_shards
     from data_prep.verify import verify
     from data_prep.write_shards import unfinished, write
@@ -49,7 +49,7 @@ def measure(folder: Path, images: int, rounds: int) -> tuple[_report.Table, str]
     runs = iter(range(1000))
 
     def convert(options: ImageOptions) -> Path:
-        plan = Plan(source, seed=0, images=options)
+        plan = ShardPlan(source, seed=0, images=options)
         out = folder / f"out{next(runs)}"
         write(plan, out, unfinished(plan, out))
         return out

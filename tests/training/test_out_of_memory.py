@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mimscale.training.plan import Plan, prepare
 
 from mimscale import methods
 from mimscale.__main__ import main
@@ -23,7 +24,6 @@ from mimscale.training.out_of_memory import (
     says_out_of_memory,
     write_snapshot,
 )
-from mimscale.training.plan import Plan, prepare
 from tests import ranks
 
 TOO_MUCH = 1 << 60  # bytes

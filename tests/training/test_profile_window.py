@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from mimscale.training.plan import Plan, prepare
 
 from mimscale.config.recipes import load_recipe
 from mimscale.errors import UserError
@@ -22,7 +23,6 @@ from mimscale.monitoring.profile_window import ProfileWindow
 from mimscale.training import recovery, setup
 from mimscale.training.loop import train, train_step
 from mimscale.training.monitor import Monitor
-from mimscale.training.plan import Plan, prepare
 from tests import ranks
 
 
