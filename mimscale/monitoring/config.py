@@ -8,7 +8,10 @@ from mimscale.config.base import Strict
 
 
 class LogConfig(Strict):
-    """every: optimiser steps between log lines. panels: steps between panels of images, 0 = none."""
+    """every: optimiser steps between log lines. panels: steps between panels of images, 0 = none.
+
+    tensorboard: write the run's event files.
+    """
 
     every: int = Field(20, ge=1)
     panels: int = Field(0, ge=0)
