@@ -17,7 +17,7 @@ MOST_BLOCKS, LARGEST_OPTION = 512, 1 << 20
 class TeacherConfig(Strict):
     """A frozen teacher.
 
-    library, model: the library that builds it, and the name that it has there. weights: a local file; null: the file of
+    library: what builds it. model: its name in that library. weights: a local file; null: the file of
         `pretrained`, a tag of the library. pretrained: that tag. sha256: of the file; another one is refused.
         image_size: pixels per side of what it gets; null: that of the student.
     weights: `package:NAME/PATH` is a file inside an installed Python package.
