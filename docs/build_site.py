@@ -1,8 +1,8 @@
 """Builds the documentation as a site, without a network: python docs/build_site.py [FOLDER]
 
-FOLDER (default build/docs) gets `site/`, to be opened from disk or served, and `pages/`, what zensical reads: the
-guides, docs/ and the notebooks, each where it lies in the repository, so that links between them stay as they are. A
-link to anything else of the repository becomes plain text. Needs the extra [docs].
+FOLDER (default build/docs) gets `site/`, and `pages/`, what zensical reads: the guides, docs/ and the notebooks, each
+where it lies in the repository, so that links between them stay as they are. A link to anything else of the repository
+becomes plain text. Pages can be read from disk; their search needs a server. Needs the extra [docs].
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GUIDES = (
     "jobs/README.md",
     "tests/FAULTS.md",
 )
-COPIED = ("docs/*.md", "docs/reference/*.md", "docs/*.svg", "docs/*.png", "examples/*.ipynb", *GUIDES)
+COPIED = ("docs/*.md", "docs/reference/*.md", "docs/*.svg", "docs/*.png", "docs/*.css", "examples/*.ipynb", *GUIDES)
 FENCED = re.compile(r"(^ *```.*?^ *```)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]`]|`[^`]*`|!\[[^\]]*\]\([^)]*\))*)\]\(([^)\s]+)\)")
 
@@ -54,7 +54,7 @@ def build(folder: Path) -> int:
     shutil.copy(ROOT / "docs" / "zensical.toml", folder)
     done = subprocess.run([sys.executable, "-m", "zensical", "build", "--strict"], cwd=folder)
     if done.returncode == 0:
-        print(f"wrote {folder / 'site' / 'index.html'}")
+        print(f"wrote {folder / 'site'}; python -m http.server -d {folder / 'site'} 8000 serves it")
     return done.returncode
 
 

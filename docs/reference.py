@@ -61,7 +61,7 @@ def pages() -> dict[str, str]:
 def cell(text: object) -> str:
     """Text that may stand in a table and in a paragraph; what stands in backquotes already stays as it is."""
     parts = re.split(r"(`[^`]*`)", " ".join(str(text).split()))
-    plain = [part if part.startswith("`") else re.sub(r"([*<{}])", r"\\\1", part) for part in parts]
+    plain = [part if part.startswith("`") else re.sub(r"([*{}])", r"\\\1", part).replace("<", "&lt;") for part in parts]
     return "".join(plain).replace("|", "\\|")
 
 
@@ -168,7 +168,7 @@ def values(kind: Any) -> str:
         return f"list of {inner}" if arguments[-1] is Ellipsis else f"{len(arguments)} × {inner}"
     if get_origin(kind) is dict:
         inner = "sections" if section_of(arguments[1]) else values(arguments[1])
-        return f"{values(arguments[0])}: {inner}, any number"
+        return f"map of {values(arguments[0])} to {inner}"
     if section_of(kind) is not None:
         return "section"
     return WORDS.get(kind) or str(getattr(kind, "__name__", kind))
