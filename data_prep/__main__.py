@@ -20,7 +20,7 @@ from data_prep.imagenet import check_md5, read_21k, read_train, read_val
 from data_prep.images import ImageOptions
 from data_prep.index import IndexOptions, index_shards
 from data_prep.info import describe_set
-from data_prep.plan import Plan, Source, describe
+from data_prep.plan import ShardPlan, Source, describe
 from data_prep.progress import progress
 from data_prep.reports import SHOWN, report
 from data_prep.shard_list import list_shards
@@ -118,7 +118,7 @@ def _torchvision(options: argparse.Namespace) -> int:
 
 def _write(options: argparse.Namespace, source: Source) -> int:
     images = ImageOptions(options.check, options.transcode, options.short_side, options.quality)
-    plan = Plan(
+    plan = ShardPlan(
         source, seed=options.seed, shard_mb=options.shard_mb, shard_samples=options.shard_samples, images=images
     )
     classes = f"{len(source.classes):,} classes" if source.classes else "no labels"

@@ -73,7 +73,7 @@ def _checked(path: Path, schema: Any, column: str, label: str | None) -> str:
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if label is not None:
         label_type = schema.field(label).type
-        if types.is_nested(label_type):
+        if types.is_nested(label_type) or types.is_temporal(label_type):
             raise UserError(
                 f"table '{path}': column '{label}' holds {_kind(label_type)}, not class labels; see --label"
             )
@@ -81,9 +81,9 @@ def _checked(path: Path, schema: Any, column: str, label: str | None) -> str:
         fields = {kind.field(number).name for number in range(kind.num_fields)}
         if "bytes" in fields or "path" in fields:
             return "struct"
-    elif types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+    elif str(kind).startswith(("binary", "large_binary", "fixed_size_binary")):  # or one of them as a view
         return "bytes"
-    elif types.is_string(kind) or types.is_large_string(kind):
+    elif str(kind).startswith(("string", "large_string")):
         return "paths"
     raise UserError(
         f"table '{path}': column '{column}' holds {_kind(kind)}, not one image (bytes, or bytes and path) or path per "

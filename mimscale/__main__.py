@@ -19,6 +19,7 @@ from mimscale.errors import Stopped, UserError, warn
 VERBS = {
     "train": ("mimscale.training.cli", "pre-train a student; resumes what the run folder holds"),
     "recipes": ("mimscale.config.recipe_table", "list the recipes of this package: what each should reach and cost"),
+    "runs": ("mimscale.runs.cli", "the runs below a folder: status, step, loss, evaluation; what differs between runs"),
     "evaluate": ("mimscale.api.evaluate", "accuracy of frozen features: kNN, linear, low-shot and more"),
     "results": ("mimscale.evals.results", "what the evaluations of a run found, beside what its recipe expects"),
     "convert": ("mimscale.convert.cli", "official checkpoints <-> ours <-> timm, each with an equality check"),

@@ -17,6 +17,9 @@ settings.load_profile("mimscale")
 os.environ[EMULATE_FP16] = "1"  # some CPUs lack fp16 arithmetic; the tests of the fp16 path must run there too
 
 
+MOST_CHARACTERS = 3000  # of a failure that is printed at once; the summary has all of it
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 small labelled images in 4 classes, as 5 shards."""
@@ -33,6 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         number = next((i for i, mark in enumerate(marks) if item.get_closest_marker(mark)), len(marks))
         rank[item.path] = min(number, rank.get(item.path, number))
     items.sort(key=lambda item: rank[item.path])
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A failure is printed when it happens: a run that somebody ends tells of it too. Workers only report to the one
+    process that prints."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.nodeid} failed ({report.when}):\n{report.longreprtext[-MOST_CHARACTERS:]}", flush=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -58,7 +58,7 @@ def recipe(folder: Path, shards: Path, method: str = "mae", /, **sections: dict[
         "schedule": {"global_batch": 16, "steps": 12, "warmup_epochs": 0.4, "base_lr": 1.6e-2, "min_lr": 1e-5},
         "engine": {"ds_config": "cpu_zero2_fp32", "max_micro_batch": 8, "device": "cpu"},
         "checkpoint": {"every": 4, "keep": 100},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "trackers": []},
     }
     if method in TAUGHT:
         options: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}

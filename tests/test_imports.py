@@ -24,7 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("monitoring", "cost"),
     ("convert",),
     ("evals",),
-    ("training",),
+    ("training", "runs"),
     ("doctor", "api"),
     ("bench",),
     ("__init__",),

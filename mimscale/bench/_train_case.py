@@ -33,7 +33,7 @@ from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons, describ
 from mimscale.teachers.fidelity import cosine
 from mimscale.teachers.prefetcher import TeacherPrefetcher
 from mimscale.training import setup
-from mimscale.training.plan import check_teachers
+from mimscale.training.checked_run import check_teachers
 from mimscale.types import PrefetchedBatch, StepInfo
 
 GIB = 2**30

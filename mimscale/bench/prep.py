@@ -34,7 +34,7 @@ def measure(folder: Path, images: int, rounds: int) -> str:
     from data_prep.imagenet import read_train
     from data_prep.images import ImageOptions
     from data_prep.index import IndexOptions, index_shards
-    from data_prep.plan import Plan
+    from data_prep.plan import ShardPlan
     from data_prep.shard_list import list_shards
     from data_prep.verify import verify
     from data_prep.write_shards import unfinished, write
@@ -47,7 +47,7 @@ def measure(folder: Path, images: int, rounds: int) -> str:
     runs = iter(range(1000))
 
     def convert(options: ImageOptions) -> Path:
-        plan = Plan(source, seed=0, images=options)
+        plan = ShardPlan(source, seed=0, images=options)
         out = folder / f"out{next(runs)}"
         write(plan, out, unfinished(plan, out))
         return out

@@ -4,7 +4,9 @@ config.yaml       the resolved recipe
 launches.jsonl    one line per start: command, versions, commit, ranks
 metrics.jsonl     one line per log step
 damaged.jsonl     one line per sample that could not be used
-tensorboard/      the same as curves and panels
+evals.jsonl       of metrics.jsonl, the evaluations while it trained
+tensorboard/, wandb/   the same as curves and panels
+wandb.json, mlflow.json   under which id these know the run
 checkpoints/      see format.py
 job/              what the batch scripts keep there
 lock, lock.held   who writes here: fault_tolerance/run_lock.py
@@ -29,6 +31,7 @@ from typing import Any
 
 import yaml
 
+from mimscale.config.difference import differences
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig
 from mimscale.distributed.coordination import Coordinator
@@ -97,12 +100,8 @@ def existing_run(run_dir: Path) -> RunConfig | None:
 
 def refuse_changes(stored: RunConfig, wanted: RunConfig, run_dir: Path) -> None:
     """A resume may change ranks, micro-batch, ZeRO stage, workers, saving and logging; anything else is refused."""
-    old, new = stored.shaping(), wanted.shaping()
-    changed = [
-        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    found = differences([stored.shaping(), wanted.shaping()])
+    changed = [f"{key}: {old} -> {new}" for key, (old, new) in sorted(found.items())]
     if changed:
         raise UserError(
             f"{run_dir} was started with other values ({'; '.join(changed[:8])}); undo the change, "

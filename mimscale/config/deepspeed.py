@@ -37,7 +37,8 @@ RECIPE_OWNS = {
     "activation_checkpointing": "engine.activation_checkpointing",
     "steps_per_print": "log.every",
     "checkpoint": "checkpoint",
-    "tensorboard": "log.tensorboard",
+    "tensorboard": "log.trackers",
+    "wandb": "log.trackers",
 }
 
 

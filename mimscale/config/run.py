@@ -6,13 +6,14 @@ the model of the method and the optimiser that they name (`mimscale.config.regis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, SerializeAsAny, model_validator
 
 from mimscale.checkpoint.config import CheckpointConfig
 from mimscale.config.base import Strict
+from mimscale.config.difference import flat
 from mimscale.config.registry import MethodConfig, class_in, names_in, section_by_name
 from mimscale.data.config import DataConfig
 from mimscale.engine.config import EngineConfig
@@ -102,7 +103,7 @@ class RunConfig(Strict):
 
     def flat(self) -> dict[str, Any]:
         """The same as `section.key` -> value."""
-        return dict(_flatten(self.dump()))
+        return flat(self.dump())
 
     def shaping(self) -> dict[str, Any]:
         """The flat `section.key` values that decide the result; a resume refuses a change in any of them."""
@@ -120,11 +121,11 @@ class RunConfig(Strict):
             "data.max_damaged",
             "data.cache",
         )
-        flat = self.flat()
-        flat["teachers"] = list(self.teachers)  # in this order: masks follow the first that has a class token
+        values = self.flat()
+        values["teachers"] = list(self.teachers)  # in this order: masks follow the first that has a class token
         return {
             key: value
-            for key, value in flat.items()
+            for key, value in values.items()
             if not key.startswith(free)
             and not key.endswith((".weights", ".compile"))
             and key not in ("evals", "expected")
@@ -138,11 +139,3 @@ def method_names() -> list[str]:
 def method_class(name: str) -> Any:
     """The Method that the file mimscale/methods/<name>.py defines."""
     return class_in("mimscale.methods", name, "method.name")
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

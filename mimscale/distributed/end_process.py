@@ -6,19 +6,25 @@ import atexit
 import multiprocessing
 import os
 import sys
+import threading
 from contextlib import suppress
 from typing import NoReturn
+
+EXIT_S = 15.0
 
 
 def end_process(code: int) -> NoReturn:
     """Leave without taking the interpreter apart, and without the processes that this one has started.
 
     DeepSpeed keeps process groups beyond their destruction, so their threads still run when the work is done. One that
-    asks for the interpreter while it is being taken apart would abort a process that had succeeded.
+    asks for the interpreter while it is being taken apart would abort a process that had succeeded. What libraries want
+    to do at the exit gets EXIT_S: some wait for a server that does not answer.
     """
     for child in multiprocessing.active_children():  # they ignore the signal with which multiprocessing ends them
         child.kill()
-    atexit._run_exitfuncs()
+    last = threading.Thread(target=atexit._run_exitfuncs, name="exit", daemon=True)
+    last.start()
+    last.join(EXIT_S)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # nobody reads it any more
             stream.flush()

@@ -39,7 +39,7 @@ from mimscale.teachers import weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import adapter, build_skeleton, describe
 from mimscale.training import init_weights
-from mimscale.training.plan import check_classes
+from mimscale.training.checked_run import check_classes
 from mimscale.types import TeacherInfo
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "webdataset", "huggingface_hub")

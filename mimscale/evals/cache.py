@@ -99,7 +99,7 @@ class Stored:
         atomic_write(self._part(number), save({"features": values}, metadata))
 
     def complete(self) -> None:
-        """Make one file of the parts, unless another job has done it meanwhile. Raises OSError."""
+        """Make one file of the parts, unless it is there already or another job does it meanwhile. Raises OSError."""
         if self.about.exists():
             return
         checksum = hashlib.sha256()

@@ -72,9 +72,8 @@ def features_of(
 
     def complete() -> None:
         try:
-            for key, numbers in missing.items():
-                if numbers:
-                    stored[key].complete()
+            for array in stored.values():  # also those whose chunks another job wrote
+                array.complete()
         except OSError as error:
             raise _unwritable(error) from error
 

@@ -22,19 +22,73 @@ import fcntl
 import json
 import os
 import platform
+import struct
 import threading
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mimscale.errors import Stopped, UserError, warn
+from mimscale.files.regular import read_regular
 
 BEAT_S = 10.0
 WATCHED = 6  # beats without which a holder on another host counts as dead
 _BEAT_AT = 2048  # the claim lies before it, the beat counter behind
+SILENT_S = 2 * WATCHED * BEAT_S  # some clocks differ by a minute
+_FLOCK = "hhqqi4x"  # Linux's struct flock on 64 bits
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 _GARBAGE = {"job": None, "host": "an unknown host", "pid": "unknown", "token": "garbage"}
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who says that it writes in a run folder. alive: whether its process is there; None: on another host, or where the
+    file system has no locks, so that only its beats speak for it. beat_age_s: since the last of them.
+    """
+
+    host: str
+    pid: int | str
+    alive: bool | None
+    beat_age_s: float
+
+    @property
+    def silent(self) -> bool:
+        return self.beat_age_s > SILENT_S
+
+
+def holder_of(run_dir: Path) -> Holder | None:
+    """Who holds a folder, for those who only read; None: nobody. Takes no lock. Raises OSError."""
+    path = run_dir / "lock"
+    try:
+        text, beat_s = read_regular(path), path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    if not text.strip():
+        return None
+    claim = _claim_in(text[:_BEAT_AT]) or _GARBAGE
+    here = (claim["host"], claim.get("boot")) == (platform.node(), _boot())
+    alive = _is_locked(run_dir / "lock.held", claim["pid"]) if here else None
+    return Holder(claim["host"], claim["pid"], alive, max(0.0, time.time() - beat_s))
+
+
+def _is_locked(path: Path, pid: int) -> bool | None:
+    if pid == os.getpid():
+        return True  # closing the file here would drop this process's own lock
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        found = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        return struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK
+    except OSError:
+        return None
+    finally:
+        os.close(file)
 
 
 class RunLock:

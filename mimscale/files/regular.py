@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -16,12 +17,19 @@ KINDS = {
 }
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """As `open(path, "rb")`; raises OSError at once for what is no regular file."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        file.close()
+        raise OSError(errno.EINVAL, f"it is {KINDS.get(stat.S_IFMT(mode), 'no file')}, not a file", str(path))
+    return file
+
+
 def read_regular(path: Path) -> bytes:
     """As `Path.read_bytes`; raises OSError at once for what is no regular file."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, f"it is {KINDS.get(stat.S_IFMT(mode), 'no file')}, not a file", str(path))
+    with open_regular(path) as file:
         return file.read()
 
 

@@ -2,17 +2,78 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
 
 from mimscale.config.base import Strict
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+STORES = ("file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+
+
+class WandbConfig(Strict):
+    """project, entity, group, tags: as on the site; entity None = your default one. mode: online; offline (files in
+    RUN/wandb, which `wandb sync` sends later); None = WANDB_MODE of the environment, else online.
+    """
+
+    project: str = Field("mimscale", min_length=1)
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    mode: Literal["online", "offline"] | None = None
+
+
+class MlflowConfig(Strict):
+    """uri: file:FOLDER, sqlite:///FILE, http://HOST:PORT and others that mlflow knows; None = MLFLOW_TRACKING_URI of
+    the environment. experiment: its name there.
+    """
+
+    uri: str | None = None
+    experiment: str = Field("mimscale", min_length=1)
+
+    @field_validator("uri")
+    @classmethod
+    def _uri(cls, uri: str | None) -> str | None:
+        if uri is None:
+            return None
+        scheme, separator, rest = uri.partition(":")
+        if not separator or scheme.partition("+")[0] not in STORES:
+            raise ValueError(
+                f"'{uri}' is no place that mlflow knows; write file:FOLDER, sqlite:///FILE or http://HOST:PORT"
+            )
+        if "@" in re.split(r"[/?#]", rest.removeprefix("//"), maxsplit=1)[0]:
+            raise ValueError(
+                "it holds a user or a password, which would stand in the run folder; give them in "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address in MLFLOW_TRACKING_URI"
+            )
+        return uri
+
 
 class LogConfig(Strict):
-    """every: optimiser steps between log lines. panels: steps between panels of images, 0 = none.
-
-    tensorboard: write the run's event files.
+    """every: optimiser steps between log lines. panels: steps between panels of images, 0 = none. trackers: where
+    curves, evaluations and panels go besides metrics.jsonl. wandb, mlflow: options of these two.
     """
 
     every: int = Field(20, ge=1)
     panels: int = Field(0, ge=0)
-    tensorboard: bool = True
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    wandb: WandbConfig = WandbConfig()
+    mlflow: MlflowConfig = MlflowConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "tensorboard" in values:
+            raise ValueError("log.tensorboard is log.trackers now: [tensorboard], or [] for none; replace it")
+        return values
+
+    @field_validator("trackers")
+    @classmethod
+    def _once(cls, names: tuple[TrackerName, ...]) -> tuple[TrackerName, ...]:
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"'{twice[0]}' is given twice; remove one")
+        return names

@@ -1,7 +1,6 @@
-"""What a run reports: `metrics.jsonl`, TensorBoard and a progress line. Rank 0 only; silent elsewhere.
+"""What a run reports: `metrics.jsonl`, its trackers and a progress line. Rank 0 only; silent elsewhere.
 
-A disk that refuses never ends the run: lines wait in memory until it takes them, TensorBoard is left out until the next
-start.
+A disk that refuses never ends the run: lines wait in memory until it takes them. For trackers see tracker.py.
 """
 
 from __future__ import annotations
@@ -10,19 +9,21 @@ import atexit
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from mimscale.errors import printable, warn, without_secrets
+from mimscale.config.difference import flat
+from mimscale.errors import printable, without_secrets
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.files.console import plain_console
+from mimscale.monitoring.config import LogConfig
 from mimscale.monitoring.panel_writer import PanelWriter
+from mimscale.monitoring.tracker import Start, Trackers, without_secret_values
 from mimscale.types import View
 
 
@@ -32,15 +33,15 @@ class RunLogger:
     def __init__(self, run_dir: Path, writer: RetryingWriter, *, active: bool) -> None:
         self.console = plain_console(stderr=True, quiet=not active)
         self._active, self._writer, self._run_dir = active, writer, run_dir
-        self._board: SummaryWriter | None = None
+        self._trackers: Trackers | None = None
         self._panel_writer: PanelWriter | None = None
         self._progress: Progress | None = None
 
-    def start(self, *, total: int, step: int, tensorboard: bool) -> None:
-        """Before the first `step`; it starts threads."""
-        if self._active and tensorboard:
-            with self._board_may_fail():
-                self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step)
+    def start(self, *, total: int, step: int, log: LogConfig, recipe: Mapping[str, Any] | None = None) -> None:
+        """After `step` steps; it starts threads. recipe: its plain values, for the trackers."""
+        if self._active:
+            config = without_secret_values(flat(recipe or {}))
+            self._trackers = Trackers(Start(self._run_dir, step, config, log), self._not_tracked)
         if self._active and self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("step"),
@@ -69,8 +70,8 @@ class RunLogger:
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
         """One log line."""
         self._write({"step": step, **metrics})
-        for name, value in metrics.items():
-            self._on_board(lambda board, name=name, value=value: board.add_scalar(name, value, step))  # type: ignore[misc]
+        if self._trackers is not None:
+            self._trackers.log_scalars(step, metrics)
         line = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown(metrics))
         if self._progress is not None:
             self._progress.update(self._task, completed=step, line=line)
@@ -80,51 +81,48 @@ class RunLogger:
             self.print(f"step {step}/{self._total}  {line}  ETA {_duration(eta_s)}")
 
     def log_evaluation(self, step: int, metrics: dict[str, float], seconds: float) -> None:
-        """Figures of the student after `step`: an event in metrics.jsonl, evals/NAME in TensorBoard, and a line."""
-        self.log_event("evals", at=step, **metrics, seconds=round(seconds, 3))
-        for name, value in metrics.items():
-            self._on_board(lambda board, name=name, value=value: board.add_scalar(f"evals/{name}", value, step))  # type: ignore[misc]
+        """Figures of the student after `step`: an event in metrics.jsonl and, alone, in evals.jsonl; evals/NAME in the
+        trackers; and a line.
+        """
+        event = {"event": "evals", "at": step, **metrics, "seconds": round(seconds, 3)}
+        self._write(event)
+        self._write(event, "evals.jsonl")
+        if self._trackers is not None:
+            self._trackers.log_scalars(step, {f"evals/{name}": value for name, value in metrics.items()})
         figures = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.print(f"evals at step {step}:  {figures}  ({seconds:.2g} s)")
 
     def add_panel(self, step: int, view: View) -> None:
-        """A panel for TensorBoard, drawn in a thread (see `PanelWriter`). Its tensors must not change later."""
-        if self._board is not None:
+        """A panel for the trackers, drawn in a thread (see `PanelWriter`). Its tensors must not change later."""
+        if self._trackers:
             if self._panel_writer is None:
                 self._panel_writer = PanelWriter(self._publish, self._not_drawn)
             self._panel_writer.show(step, view)
 
     def _publish(self, step: int, panel_3HW: Tensor) -> None:
-        self._on_board(lambda board: board.add_image("view", panel_3HW, step))
+        if self._trackers is not None:
+            self._trackers.log_image(step, "view", panel_3HW)
 
     def _not_drawn(self, step: int, error: Exception) -> None:
         self.log_event("panel_failed", at=step, error=f"{type(error).__name__}: {error}")
 
-    def close(self) -> None:
+    def _not_tracked(self, name: str, error: str) -> None:
+        self.log_event("tracker_failed", tracker=name, error=error)
+
+    def close(self, done: bool = False) -> None:
+        """done: the run reached its last step."""
         if self._panel_writer is not None:
             self._panel_writer.close()
         if self._progress is not None:
             self._progress.stop()
-        self._on_board(SummaryWriter.close)
+        if self._trackers is not None:
+            self._trackers.close(done)
 
-    def _write(self, values: dict[str, Any]) -> None:
+    def _write(self, values: dict[str, Any], name: str = "metrics.jsonl") -> None:
         if not self._active:
             return
         line = without_secrets(json.dumps({**finite(values), "time": round(time.time(), 3)}))
-        self._writer.append(self._run_dir / "metrics.jsonl", line + "\n")
-
-    def _on_board(self, work: Callable[[SummaryWriter], None]) -> None:
-        if self._board is not None:
-            with self._board_may_fail():
-                work(self._board)
-
-    @contextmanager
-    def _board_may_fail(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self._board = None
-            warn(f"tensorboard: {error}; left out until the next start, metrics.jsonl has the numbers")
+        self._writer.append(self._run_dir / name, line + "\n")
 
 
 SHOWN = ("loss", "lr", "images_per_s", "mfu", "host_share", "data_wait", "memory_gib", "power_w")

@@ -15,7 +15,7 @@ from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.distributed.world import World
 
 if TYPE_CHECKING:
-    from mimscale.training.plan import Plan
+    from mimscale.training.checked_run import CheckedRun
 
 ON_CPU = 64
 """A CPU computes no faster in larger micro-batches, and memory is the host's."""
@@ -58,12 +58,12 @@ def solve(config: RunConfig, world: World) -> tuple[int, int]:
     return solve_micro_batch(config.schedule.global_batch, world.size, most)
 
 
-def agreed(plan: Plan, coordinator: Coordinator) -> Plan:
-    """The plan with the least of the ranks' micro-batches, where their GPUs differ. Collective."""
-    wishes = coordinator.gather((plan.auto_micro_batch, plan.config.engine.max_micro_batch))
+def agreed(checked: CheckedRun, coordinator: Coordinator) -> CheckedRun:
+    """The run with the least of the ranks' micro-batches, where their GPUs differ. Collective."""
+    wishes = coordinator.gather((checked.auto_micro_batch, checked.config.engine.max_micro_batch))
     least = min(int(images) for _, images in wishes)
-    if not all(auto for auto, _ in wishes) or least == plan.config.engine.max_micro_batch:
-        return plan
-    config = with_micro_batch(plan.config, least)
-    micro_batch, accumulation = solve(config, plan.world)
-    return replace(plan, config=config, micro_batch=micro_batch, accumulation=accumulation)
+    if not all(auto for auto, _ in wishes) or least == checked.config.engine.max_micro_batch:
+        return checked
+    config = with_micro_batch(checked.config, least)
+    micro_batch, accumulation = solve(config, checked.world)
+    return replace(checked, config=config, micro_batch=micro_batch, accumulation=accumulation)

@@ -30,17 +30,17 @@ def run(args: argparse.Namespace) -> int:
     from mimscale.distributed import world
     from mimscale.fault_tolerance.preemption import INTERRUPTED
     from mimscale.monitoring.metrics import StartupTimer
+    from mimscale.training.checked_run import prepare
     from mimscale.training.loop import train
-    from mimscale.training.plan import prepare
 
     startup = StartupTimer()
     startup.end("imports")
     config = load_recipe(args.recipe, args.overrides)
     run_dir = args.run_dir or Path("runs") / Path(args.recipe).stem
-    plan = prepare(config, run_dir, args.fork, tuple(sys.argv))
+    checked = prepare(config, run_dir, args.fork, tuple(sys.argv))
     startup.end("checks")
     closing = ExitStack()
-    interrupted = train(plan, startup, closing)
+    interrupted = train(checked, startup, closing)
     world.close_process_group()
     closing.close()
     return INTERRUPTED if interrupted else 0

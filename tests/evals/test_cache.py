@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -197,3 +198,22 @@ def test_a_killed_job_goes_on(data: tuple[Path, Path], tmp_path: Path) -> None:
     plain = tmp_path / "plain.json"
     assert main(["evaluate", "knn", str(run_dir), *map(str, words), "--no-cache", "--out", str(plain)]) == 0
     assert rows(out) == rows(plain)
+
+
+def test_a_job_that_ended_before_its_chunks_were_one_file(data: tuple[Path, Path], tmp_path: Path) -> None:
+    """All chunks are there, the file that is made of them is not: killed in between, or a job beside this one."""
+    run_dir, out = save_run(tmp_path / "mae", small_run("mae")), tmp_path / "a.json"
+    words = ["knn", str(run_dir), "--train", str(data[0]), "--val", str(data[1]), *COMMON, "--out", str(out)]
+    assert main(["evaluate", *words]) == 0
+    first = rows(out)
+    for path in (run_dir / "eval" / "features").rglob("about.json"):
+        values = torch.from_numpy(np.load(path.with_name("features.npy")))
+        array = Array(json.loads(path.read_text())["of"], len(values), tuple(values.shape[1:]))
+        store = Stored(array, path.parent.parent, chunk_length(array.samples, array.shape))
+        assert store.about == path
+        for number, part in enumerate(values.split(store.length)):
+            store.put(number, part)
+        store.values.unlink()
+        path.unlink()
+    assert main(["evaluate", *words]) == 0 and rows(out) == first
+    assert not list(run_dir.rglob("part-*")) and len(list(run_dir.rglob("features.npy"))) == 2

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.monitoring import panel_writer
+from mimscale.monitoring.config import LogConfig
 from mimscale.monitoring.run_logger import RunLogger
 from mimscale.types import View
 
@@ -23,7 +24,7 @@ def view() -> View:
 
 def open_logger(folder: Path) -> RunLogger:
     book = RunLogger(folder, RetryingWriter(), active=True)
-    book.start(total=10, step=0, tensorboard=True)
+    book.start(total=10, step=0, log=LogConfig())
     return book
 
 

@@ -18,13 +18,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
+from mimscale.monitoring.config import LogConfig
 from mimscale.monitoring.metrics import StepCost, ThroughputMeter
 from mimscale.monitoring.run_logger import RunLogger, shown
 
 
 def test_lines_and_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     book = RunLogger(tmp_path, RetryingWriter(), active=True)
-    book.start(total=4, step=0, tensorboard=True)
+    book.start(total=4, step=0, log=LogConfig())
     book.log_event("saved", at=1)
     book.log_step(2, {"loss": 0.5, "grad_norm": math.nan})
     book.close()
@@ -63,17 +64,18 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, capsys: pytest.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_costs_the_board_until_the_next_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     book = RunLogger(tmp_path, RetryingWriter(), active=True)
-    book.start(total=9000, step=0, tensorboard=True)
+    book.start(total=9000, step=0, log=LogConfig())
     with no_file_may_exceed(50_000):
-        for step in range(1500):
-            book._on_board(lambda board, step=step: board.add_text("note", "x" * 500, step))  # type: ignore[misc]
+        for step in range(100):
+            book.log_step(step, {"x" * 100 + str(number): 0.0 for number in range(20)})
+            time.sleep(0.0005)
     book.close()
     assert "left out until the next start" in capsys.readouterr().err
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     book = RunLogger(tmp_path, RetryingWriter(), active=False)
-    book.start(total=4, step=0, tensorboard=True)
+    book.start(total=4, step=0, log=LogConfig())
     book.log_step(1, {"loss": 1.0})
     book.print("hello")
     book.close()
@@ -88,7 +90,7 @@ def test_a_pipe_that_nobody_reads_ends_no_run(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr("sys.stdout", out)  # where rich redirects it
         monkeypatch.setattr("sys.stderr", unread)
         book = RunLogger(tmp_path, RetryingWriter(), active=True)
-        book.start(total=2, step=0, tensorboard=False)
+        book.start(total=2, step=0, log=LogConfig(trackers=()))
         for step in (1, 2):
             book.log_step(step, {"loss": 1.0})
         book.close()

@@ -48,7 +48,7 @@ def record(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         for count in RANKS:
             cases = {name: folder / f"{name} zero{stage} ranks{count}" for name in TINY}
             changes = [f"data.shards={folder / 'shards'}", f"schedule.steps={STEPS}", "log.every=1", "log.panels=0"]
-            changes += ["log.tensorboard=false", f"engine.ds_config=cpu_zero{stage}_fp32", "engine.max_micro_batch=8"]
+            changes += ["log.trackers=[]", f"engine.ds_config=cpu_zero{stage}_fp32", "engine.max_micro_batch=8"]
             changes += overrides
             words = [[name, *changes, "--run-dir", str(run_dir)] for name, run_dir in cases.items()]
             (folder / "runs.json").write_text(json.dumps(words))

@@ -45,7 +45,7 @@ def damaged(val: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    return ranks.recipe(tmp_path_factory.mktemp("evals"), shards, log={"tensorboard": True})
+    return ranks.recipe(tmp_path_factory.mktemp("evals"), shards, log={"trackers": ["tensorboard"]})
 
 
 def on(val: Path) -> list[str]:

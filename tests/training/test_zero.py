@@ -48,7 +48,7 @@ def test_the_trainer_equals_a_hand_written_loop(recipe: Path, torch_engine: Curv
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_equals_plain_pytorch(stage: int, recipe: Path, torch_engine: Curves, tmp_path: Path) -> None:
-    watched = ["log.panels=5", "log.tensorboard=true"]  # drawing panels must not change a run
+    watched = ["log.panels=5", "log.trackers=[tensorboard]"]  # drawing panels must not change a run
     ranks.train(2, recipe, tmp_path / "run", f"engine.ds_config=cpu_zero{stage}_fp32", *watched)
     assert_equal(curves(tmp_path / "run"), torch_engine)
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0}).Reload()
