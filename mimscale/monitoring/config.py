@@ -61,8 +61,8 @@ class ProfileConfig(Strict):
 
 class LogConfig(Strict):
     """every: optimiser steps between log lines. panels: steps between panels of images, 0 = none. trackers: where
-    curves, evaluations and panels go besides metrics.jsonl; `wandb` and `mlflow` are the options of those. profile: a
-    window of steps that torch.profiler records, none by default.
+    curves, evaluations and panels go besides metrics.jsonl. wandb, mlflow: options of these two. profile: a window of
+    steps that torch.profiler records, none by default.
     """
 
     every: int = Field(20, ge=1)
