@@ -59,7 +59,9 @@ def read_folder(
             items.append(Item(key, label, str(root / name), 0, size))
     empty = set(label_of.values()) - {item.label for item in items}
     if classes and empty:
-        raise UserError(f"class folder '{root / classes[min(empty)]}' holds no image; fill it or remove it")
+        folder = root / classes[min(empty)]
+        where = f" of its own: it is a link to '{os.readlink(folder)}'" if folder.is_symlink() else ""
+        raise UserError(f"class folder '{folder}' holds no image{where}; fill it or remove it")
     return Source({"kind": "folder", "path": str(root)}, items, classes, +skipped)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import PIL
 from PIL import Image, features
 
+from data_prep.file_kinds import START_BYTES, begins, kind_of
 from mimscale.data.decode import FORMATS, BadImage, decode
 
 MAX_BYTES = 1 << 28  # of one encoded image
@@ -20,17 +21,10 @@ SIGNATURES = {  # extension -> first bytes of the file; "." = any byte
     "bmp": (b"BM",),
     "tif": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
     "ppm": (b"P2", b"P3", b"P5", b"P6"),
-    **({"avif": (b"....ftypavif", b"....ftypavis")} if features.check("avif") else {}),
+    "avif": (b"....ftypavif", b"....ftypavis"),
 }
-OTHER_FORMATS = {  # that are named instead of read
-    "AVIF, which this Pillow cannot read": (b"....ftypavif", b"....ftypavis"),
-    "HEIC": tuple(b"....ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")),
-    "JPEG XL": (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
-    "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
-    "PDF": (b"%PDF-",),
-    "a page of HTML": (b"<html", b"<!DOCTYPE", b"<!doctype", b"<HTML"),
-}
-SIGNATURE_BYTES = 12
+SIGNATURE_BYTES = START_BYTES
+AVIF = features.check("avif")
 
 
 @dataclass(frozen=True)
@@ -69,22 +63,25 @@ class StoredImage(NamedTuple):
 
 def sniff(start: bytes) -> str | None:
     """The extension that fits the first bytes of a file; None if it is not an image that the loader decodes."""
-    return next((name for name, signatures in SIGNATURES.items() if _begins(start, signatures)), None)
+    kind = next((name for name, signatures in SIGNATURES.items() if begins(start, signatures)), None)
+    kind = "avif" if kind is None and _is_avif(start) else kind
+    return None if kind == "avif" and not AVIF else kind
 
 
 def describe_content(start: bytes) -> str:
     """Why a file with these first bytes is no image for the loader."""
-    found = next((name for name, signatures in OTHER_FORMATS.items() if _begins(start, signatures)), None)
     if not start:
         return "not an image: it is empty"
+    found = "AVIF, which this Pillow cannot read" if _is_avif(start) and not AVIF else kind_of(start)
     return "not an image" if found is None else f"not an image that is read: {found}"
 
 
-def _begins(start: bytes, signatures: tuple[bytes, ...]) -> bool:
-    return any(
-        len(start) >= len(signature) and all(a == b or b == ord(".") for a, b in zip(start, signature, strict=False))
-        for signature in signatures
-    )
+def _is_avif(start: bytes) -> bool:
+    """Also of a HEIF container whose list of compatible brands has AVIF."""
+    if begins(start, SIGNATURES["avif"]):
+        return True
+    brands = start[16 : min(len(start), int.from_bytes(start[:4], "big"))]
+    return begins(start, (b"....ftypmif1", b"....ftypmsf1")) and b"avif" in brands
 
 
 def process_image(data: bytes, options: ImageOptions) -> StoredImage:

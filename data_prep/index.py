@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.index_journal import Journal, Scan
+from data_prep.labels import check_names
 from data_prep.reports import report
 from data_prep.scan_shard import ShardContents, scan_shard
 from data_prep.shard_list import SHARD_NAME, ShardList
@@ -115,6 +116,7 @@ def class_indices(labels: Sequence[int | str], classes: Sequence[str] | None) ->
 
     classes: the names; None = the sorted names that occur, or none for indices. Raises UserError.
     """
+    check_names(classes or ())
     names = {label for label in labels if isinstance(label, str)}
     if names and classes is None:
         if any(isinstance(label, int) for label in labels):
@@ -144,8 +146,8 @@ def _map(scan: Callable[[str], Scan | str], names: list[str], jobs: int) -> Iter
 def _scan(shards: ShardList, options: IndexOptions, name: str) -> Scan | str:
     """What the shard holds, or why it cannot be indexed."""
     shown = f"{shards.location}/{name}"
-    if not SHARD_NAME.fullmatch(name) and name.endswith(".tar"):
-        return f"shard '{one_line(shown)}': only letters, digits, '.', '_' and '-' may be in its name; rename it"
+    if not SHARD_NAME.fullmatch(name) and name.lower().endswith(".tar"):
+        return f"shard '{one_line(shown)}': only letters, digits, '.', '_', '-' and .tar make its name; rename it"
     try:
         with shards.open(name) as file:
             label = None if options.label == "none" else options.label or "cls"
@@ -205,6 +207,8 @@ def _save(target: Path, shards: ShardList, scans: list[Scan], bad: dict[str, str
             contents = contents.without_unlabelled()
             parts.labels += [label for label in contents.labels or () if label is not None]
         parts.left_out |= {f"{scan.name}/{key}": reason for key, reason in contents.left_out.items()}
+        if not len(contents.spans) and not contents.left_out:
+            parts.left_out[scan.name] = "a shard without members"
         if len(contents.spans):
             parts.spans.append(contents.spans)
             parts.shards.append(Shard(name=scan.name, count=len(contents.spans), bytes=scan.bytes, sha256=scan.sha256))

@@ -12,18 +12,20 @@ from mimscale.errors import UserError
 
 MAX_CLASSES = 1_000_000  # a larger number is an id, and a list of that many names would fill the memory
 INFINITE = ("inf", "-inf", "+inf", "infinity", "-infinity", "+infinity")
-MISSING = ("", "nan", "none", "null", "<na>")  # as pandas and pyarrow write a missing value
+MISSING = ("", "nan", "-nan", "none", "null", "<na>", "n/a", "#n/a")  # as pandas, pyarrow and Excel write it
 _WHOLE = re.compile(r"([+-]?\d{1,30})(?:\.0*)?")
 _NUMBER = re.compile(r"[+-]?[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?")
 
 
-def label_value(value: object) -> int | float | str | None:
-    """A number, a name, or None for no label. A float is one that is no whole number."""
+def label_value(value: object, names: Collection[str] = ()) -> int | float | str | None:
+    """A number, a name, or None for no label. A float is one that is no whole number. names: that are classes even if
+    they look like no label, such as none.
+    """
     if value is None or isinstance(value, bool):
         return None if value is None else int(value)
     text = (value.decode("utf-8-sig", "replace") if isinstance(value, bytes) else str(value)).strip()
     if text.lower() in MISSING:
-        return None
+        return text if text and text in names else None
     whole = _WHOLE.fullmatch(text) if text.isascii() else None
     number: int | float
     if whole:
@@ -44,7 +46,7 @@ def classes_of(
     If all are numbers, they are the class indices; otherwise the classes are the sorted names. known: the names of the
     classes, in the order of the class index; then a label is an index or one of them. Raises UserError.
     """
-    values = {text: label_value(text) for text in labels}
+    values = {text: label_value(text, known or ()) for text in labels}
     distinct = set(values.values())
     numbers = [value for value in distinct if isinstance(value, int | float)]
     if known is not None:
@@ -56,6 +58,7 @@ def classes_of(
     if len(numbers) < len(distinct):
         names = {text: str(value) for text, value in values.items()}
         classes = sorted(set(names.values()))
+        _refuse_renumbering(numbers, classes, where)
         if len(classes) > MAX_CLASSES:
             raise UserError(f"{where}: {len(classes):,} different labels, more than {MAX_CLASSES:,}; see --label")
         index = {name: number for number, name in enumerate(classes)}
@@ -66,12 +69,22 @@ def classes_of(
     return classes, {text: int(value) for text, value in values.items() if value is not None}
 
 
+def _refuse_renumbering(numbers: Sequence[int | float], classes: Sequence[str], where: str) -> None:
+    """Among names, a number must be the class that it says, as digits before letters are. Raises UserError."""
+    index = {name: number for number, name in enumerate(classes)}
+    moved = sorted(number for number in numbers if index[str(number)] != number)
+    if moved:
+        name = next(name for name in classes if not isinstance(label_value(name), int | float))
+        raise UserError(
+            f"{where}: some labels are numbers and others names, for example '{one_line(name)}', and {moved[0]} would "
+            f"become class {index[str(moved[0])]}; correct them, or give the names of all classes with --classes FILE"
+        )
+
+
 def _known_indices(
     values: Mapping[str, int | float | str | None], distinct: Collection[object], where: str, known: Sequence[str]
 ) -> dict[str, int]:
-    if len(set(known)) < len(known):
-        twice = Counter(known).most_common(1)[0][0]
-        raise UserError(f"{where}: the class name '{one_line(twice)}' is given twice; each class has one name")
+    check_names(known, f"{where}: ")
     index = {name: number for number, name in enumerate(known)}
     unknown = sorted(str(value) for value in distinct if isinstance(value, str) and value not in index)
     if unknown:
@@ -79,14 +92,29 @@ def _known_indices(
             f"{where}: {len(unknown):,} labels are not among the {len(known):,} class names, the first is "
             f"'{one_line(unknown[0])}'; complete the list of classes, or see --label"
         )
+    named = any(isinstance(value, str) for value in distinct)  # then a number may be a name too
     result = {}
     for text, value in values.items():
-        result[text] = index[value] if isinstance(value, str) else check_class(value or 0, where)
+        name = value if isinstance(value, str) else text.strip()
+        if isinstance(value, str) or (named and name in index):
+            result[text] = index[name]
+        else:
+            result[text] = check_class(value or 0, where)
         if result[text] >= len(known):
             raise UserError(
                 f"{where}: label {result[text]:,} has no name among the {len(known):,} class names; complete that list"
             )
     return result
+
+
+def check_names(known: Sequence[str], where: str = "") -> None:
+    """Raises UserError if two classes have one name, or one has none."""
+    if len(set(known)) < len(known):
+        twice = Counter(known).most_common(1)[0][0]
+        raise UserError(f"{where}the class name '{one_line(twice)}' is given twice; each class has one name")
+    if any(not name.strip() for name in known):
+        number = next(number for number, name in enumerate(known) if not name.strip())
+        raise UserError(f"{where}class {number} has an empty name; remove that line, or name the class")
 
 
 def check_class(number: int | float, where: str) -> int:

@@ -78,7 +78,7 @@ def unique_keys(names: Iterable[str]) -> list[str]:
     return keys
 
 
-class Plan:
+class ShardPlan:
     """items: shuffled. bounds: shard s holds items[bounds[s]:bounds[s + 1]]. hash: see the module."""
 
     def __init__(

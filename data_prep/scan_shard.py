@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import compress
 from pathlib import Path
@@ -76,7 +77,7 @@ def scan_shard(
             if not dotted:
                 leave_out(left_out, key, _no_image(sample, image))
             if label is not None and label.partition(":")[0] in sample:
-                apart.add(key)
+                apart.add(_plain(key))
             continue
         if sniff(member.start[:SIGNATURE_BYTES]) is None:
             leave_out(left_out, key, describe_content(member.start))
@@ -84,11 +85,13 @@ def scan_shard(
         labels.append(None if label is None else _label(file, key, sample, path, label, names))
         spans.append((member.offset, member.size))
         keys.append(key)
-    separate = [key for key, value in zip(keys, labels, strict=True) if value is None and key in apart]
+    apart |= {_plain(key) for key, times in Counter(map(_plain, keys)).items() if times > 1}
+    separate = [key for key, value in zip(keys, labels, strict=True) if value is None and _plain(key) in apart]
     if separate:
         raise UserError(
-            f"image and label of {len(separate):,} samples of '{path}' do not stand together, the first is "
-            f"'{one_line(separate[0])}'; make the shard again with its members sorted by name (tar --sort=name)"
+            f"image and label of {len(separate):,} samples of '{path}' do not stand together, or their name comes "
+            f"twice, the first is '{one_line(separate[0])}'; make the shard again with its members sorted by name (tar "
+            f"--sort=name)"
         )
     return ShardContents(
         np.array(spans, dtype=np.int64).reshape(-1, 2),
@@ -136,6 +139,10 @@ def leave_out(left_out: dict[str, str], key: str, reason: str) -> None:
     left_out[name] = reason
 
 
+def _plain(key: str) -> str:
+    return key.removeprefix("./")
+
+
 def _split(name: str) -> tuple[str, str]:
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
@@ -169,11 +176,12 @@ def _label(
         raise UserError(f"{where}: its label .{extension} has {member.size:,} bytes; see --label")
     text = member.start if len(member.start) == member.size else read_at(file, member.size, member.offset)
     try:
-        value = label_value(json.loads(text)[field] if field else text)
+        value = label_value(json.loads(text)[field] if field else text, names)
     except (ValueError, KeyError, TypeError, RecursionError):
         value = "?"
     if isinstance(value, str):
         if value in names or (not names and WNID.fullmatch(value)):
             return value
-        raise UserError(f"{where}: {label} is not a class number; see --label" + (" and --classes" if names else ""))
+        shown = "" if value == "?" else f": '{one_line(value)[:40]}'"
+        raise UserError(f"{where}: {label} is not a class number{shown}; see --label and --classes")
     return None if value is None else check_class(value, where)

@@ -90,7 +90,7 @@ def list_shards(source: str, pattern: str | None = None) -> ShardList:
         if not folder.is_dir():
             raise UserError(f"shards '{source}': no such folder")
         found = [path.name for path in folder.iterdir()]
-    wanted = sorted(name for name in found if name.endswith(".tar") or PACKED.fullmatch(name))
+    wanted = sorted(name for name in found if name.lower().endswith(".tar") or PACKED.fullmatch(name))
     names = [name for name in wanted if not name.startswith(".")]
     if not names:
         raise UserError(f"'{source}' holds no .tar files; give the folder of the shards")

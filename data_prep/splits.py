@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,28 +12,34 @@ from pathlib import Path
 from mimscale.errors import UserError
 
 SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation", "holdout"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+    **dict.fromkeys(("unlabeled", "unlabelled"), "unlabelled"),
+    "extra": "extra",
 }
-_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
+_WORD = re.compile(r"[A-Z]*[a-z]+|[A-Z]+")  # imageTrain-00 -> image, Train; trainA -> train, A; TEST -> TEST
 
 
 def chosen_files(folder: Path, paths: Sequence[Path], pattern: str | None) -> list[Path]:
-    """The files whose names match the pattern; None = all. Raises UserError if there are none, or several splits."""
+    """The files whose names match the pattern; None = all. Raises UserError if there are none, or several splits.
+
+    A pattern is compared with the name and with the path below `folder`. The split stands in the name (train-0.tar), or
+    else in that of the nearest folder that has one (train/0.parquet).
+    """
+    below = {path: str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path) for path in paths}
     if pattern is not None:
-        kept = [path for path in paths if fnmatchcase(path.name, pattern)]
+        kept = [path for path in paths if fnmatchcase(path.name, pattern) or fnmatchcase(below[path], pattern)]
         if paths and not kept:
             raise UserError(f"--files '{pattern}' matches none of the {len(paths):,} files of '{folder}'")
         return kept
     found: Counter[str] = Counter()
     patterns: dict[str, str] = {}
     for path in paths:
-        word = _WORD.search(path.stem)
-        if word:
-            split = SPLITS[word[1].lower()]
+        split, choice = _split_of(below[path])
+        if split:
             found[split] += 1
-            patterns.setdefault(split, f"{path.name[: word.end()]}*")
+            patterns.setdefault(split, choice)
     if len(found) > 1:
         text = ", ".join(f"{count:,} of {split}" for split, count in found.items())
         choice = " or ".join(f"--files '{pattern}'" for pattern in patterns.values())
@@ -41,10 +48,38 @@ def chosen_files(folder: Path, paths: Sequence[Path], pattern: str | None) -> li
 
 
 def check_classes(root: Path, names: Sequence[str]) -> None:
-    """Raises UserError if the class folders of `root` are those of splits. One class may be called train."""
+    """Raises UserError if the class folders of `root` are those of splits: train and val, or train2017 and val2017.
+
+    One class may be called train, and others bullet train and test tube.
+    """
     splits = [name for name in names if name.lower() in SPLITS]
-    if len({SPLITS[name.lower()] for name in splits}) > 1 or len(splits) == len(names) > 0:
+    alike: defaultdict[str, dict[str, str]] = defaultdict(dict)  # a name without its split -> split -> name
+    for name in names:
+        word = _split_word(name)
+        if word:
+            alike[f"{name[: word.start()]}*{name[word.end() :]}"].setdefault(SPLITS[word[0].lower()], name)
+    several = [list(found.values()) for found in alike.values() if len(found) > 1]
+    if not several and splits and len(splits) == len(names):
+        several = [splits]
+    if several:
         raise UserError(
-            f"'{root}' is the root of a data set: {', '.join(splits)} are splits, not classes; "
-            f"give '{root / splits[0]}', and each split its own destination"
+            f"'{root}' is the root of a data set: {', '.join(several[0])} are splits, not classes; "
+            f"give '{root / several[0][0]}', and each split its own destination"
         )
+
+
+def _split_word(name: str) -> re.Match[str] | None:
+    return next((word for word in _WORD.finditer(name) if word[0].lower() in SPLITS), None)
+
+
+def _split_of(path: str) -> tuple[str, str]:
+    """(split, pattern of its files) of a path; ("", "") if it names none."""
+    parts = path.split(os.sep)
+    word = _split_word(os.path.splitext(parts[-1])[0])
+    if word:
+        return SPLITS[word[0].lower()], f"{parts[-1][: word.end()]}*"
+    for depth in range(len(parts) - 2, -1, -1):
+        word = _split_word(parts[depth])
+        if word:
+            return SPLITS[word[0].lower()], "/".join([*parts[: depth + 1], "*"])
+    return "", ""

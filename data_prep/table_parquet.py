@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,19 @@ from data_prep.splits import chosen_files
 from data_prep.table_rows import Row, choose_columns
 from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
+from mimscale.files.progress import no_progress
 
 Rows = tuple[list[Row], list[int] | None, list[str] | None]
 
 
-def read_parquet(table: Path, root: Path, image: str | None, label: str | None, pattern: str | None) -> Rows:
+def read_parquet(
+    table: Path,
+    root: Path,
+    image: str | None,
+    label: str | None,
+    pattern: str | None,
+    done: Callable[[int], None] = no_progress,
+) -> Rows:
     """(rows, lengths of the row groups, names of the classes). The lengths are None if the files hold paths instead of
     images; the names are None unless Hugging Face's metadata gives them. Raises UserError.
     """
@@ -40,6 +48,7 @@ def read_parquet(table: Path, root: Path, image: str | None, label: str | None, 
                 stored.add(as_bytes)
                 for group_rows in _groups(path, file, column, label_column, kind, as_bytes):
                     rows += group_rows
+                    done(len(group_rows))
                     runs += [len(group_rows)] if group_rows else []
         except (OSError, pa.ArrowException) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -73,7 +82,7 @@ def _checked(path: Path, schema: Any, column: str, label: str | None) -> str:
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if label is not None:
         label_type = schema.field(label).type
-        if types.is_nested(label_type):
+        if types.is_nested(label_type) or types.is_temporal(label_type):
             raise UserError(
                 f"table '{path}': column '{label}' holds {_kind(label_type)}, not class labels; see --label"
             )
@@ -81,9 +90,9 @@ def _checked(path: Path, schema: Any, column: str, label: str | None) -> str:
         fields = {kind.field(number).name for number in range(kind.num_fields)}
         if "bytes" in fields or "path" in fields:
             return "struct"
-    elif types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+    elif str(kind).startswith(("binary", "large_binary", "fixed_size_binary")):  # or one of them as a view
         return "bytes"
-    elif types.is_string(kind) or types.is_large_string(kind):
+    elif str(kind).startswith(("string", "large_string")):
         return "paths"
     raise UserError(
         f"table '{path}': column '{column}' holds {_kind(kind)}, not one image (bytes, or bytes and path) or path per "

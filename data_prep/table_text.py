@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 from pathlib import Path
 
 from data_prep.table_rows import IMAGE_COLUMNS, Row, choose_columns
+from data_prep.tar import compression, unpack
 from mimscale.data.names import one_line
 from mimscale.errors import UserError
 
@@ -23,8 +25,12 @@ def read_lines(table: Path) -> list[Row]:
 def read_csv(table: Path, image: str | None, label: str | None, delimiter: str | None = None) -> list[Row]:
     """The first line names the columns. delimiter: None = the one that gives the columns. Raises UserError."""
     text = _text(table)
+    if excel := re.match(r"sep=(.)\r?\n", text):  # Excel's own first line
+        text, delimiter = text[excel.end() :], delimiter or excel[1]
     lines = _parsed(table, text, delimiter or _delimiter(table, text, image))
-    columns = [name.strip() for name in lines[0]] if lines else []
+    if not lines:
+        raise UserError(f"table '{table}' is empty; its first line names the columns")
+    columns = [name.strip() for name in lines[0]]
     path, label = choose_columns(table, columns, image, label)
     for number, line in enumerate(lines[1:], 2):
         if len(line) != len(columns):
@@ -44,6 +50,10 @@ def _text(path: Path) -> str:
     """Bytes that are not UTF-8 become surrogates, as in names of files. A byte order mark decides the encoding."""
     try:
         data = path.read_bytes()
+        if (packed := compression(data[:8])) is not None:
+            raise UserError(f"table '{path}' is compressed ({packed}); {unpack(path, packed)}")
+        if b"\0" in data[:2] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError(f"table '{path}' is no text in UTF-8: a byte of its first line is zero; save it as UTF-8")
         if data.startswith((b"\xff\xfe", b"\xfe\xff")):
             return data.decode("utf-16")
         return data.decode("utf-8-sig", "surrogateescape")

@@ -10,12 +10,14 @@ or executed.
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from data_prep.file_kinds import START_BYTES, kind_of
 from mimscale.data.names import one_line
 from mimscale.data.tar_end import BLOCK, RECORD, RestOfArchive, is_header, joined_archive, number
 from mimscale.errors import UserError
@@ -133,9 +135,10 @@ def members(
                 "mark (truncate -s +1024 FILE)"
             )
         if len(header) < BLOCK or not is_header(header):
+            found = kind_of(read_at(file, START_BYTES, offset)) if offset == start else None
             raise BadArchive(
-                f"'{path}' is not a complete tar archive: no member and no end at byte {offset:,}; "
-                "download or make it again"
+                f"'{path}' is not a complete tar archive: no member and no end at byte {offset:,}"
+                f"{f', but {found}' if found else ''}; download or make it again"
             )
         size, kind = number(header[124:136]), header[156:157]
         if long.size is not None and kind in b"0\0":
@@ -209,10 +212,10 @@ def compression(start: bytes) -> str | None:
 
 def unpack(path: Path | str, packed: str) -> str:
     """How to make a shard of a compressed file."""
-    name = Path(path).name
-    if name.endswith(SUFFIX[packed]):
-        return f"unpack it: {packed} -d '{path}'"
-    return f"unpack it: {packed} -dc '{path}' > new.tar, then mv new.tar '{path}'"
+    shown = shlex.quote(str(path)) if "'" in str(path) else f"'{path}'"
+    if str(path).endswith(SUFFIX[packed]):
+        return f"unpack it: {packed} -d {shown}"
+    return f"unpack it: {packed} -dc {shown} > unpacked, then mv unpacked {shown}"
 
 
 def _name(header: bytes) -> str:

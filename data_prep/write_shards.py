@@ -23,7 +23,7 @@ from typing import Any
 
 from data_prep.images import ImageOptions, process_image
 from data_prep.item_reader import ItemReader, Read
-from data_prep.plan import Item, Plan
+from data_prep.plan import Item, ShardPlan
 from data_prep.tar import BLOCK, RECORD, padded_size
 from data_prep.write_manifest import PLAN, PlanFile, Sidecar, read_plan, read_sidecar, shard_path, write_manifest
 from mimscale.data.decode import BadImage
@@ -33,7 +33,7 @@ from mimscale.files.atomic import atomic_stream, atomic_write
 ESTIMATE_IMAGES = 500  # number of images that `estimate` processes
 
 
-def reserve_folder(folder: Path, plan: Plan) -> None:
+def reserve_folder(folder: Path, plan: ShardPlan) -> None:
     """Reserve the destination for this plan. Raises UserError if it holds anything else."""
     source = plan.source
     mine = PlanFile(
@@ -145,7 +145,7 @@ def write_shard(
     return sidecar
 
 
-def unfinished(plan: Plan, folder: Path, part: tuple[int, int] = (0, 1)) -> list[int]:
+def unfinished(plan: ShardPlan, folder: Path, part: tuple[int, int] = (0, 1)) -> list[int]:
     """The numbers n of shards with n % part[1] == part[0] that are not written yet. Reserves the folder.
 
     Raises UserError.
@@ -159,7 +159,7 @@ def unfinished(plan: Plan, folder: Path, part: tuple[int, int] = (0, 1)) -> list
 
 
 def write(
-    plan: Plan, folder: Path, todo: list[int], *, jobs: int = 1, done: Callable[[int], None] = lambda samples: None
+    plan: ShardPlan, folder: Path, todo: list[int], *, jobs: int = 1, done: Callable[[int], None] = lambda samples: None
 ) -> list[int]:
     """Write the shards of `todo`, and the manifest if all shards of the plan are finished then.
 
@@ -187,7 +187,7 @@ def write(
     return write_manifest(folder)
 
 
-def estimate(plan: Plan, jobs: int) -> tuple[int, float]:
+def estimate(plan: ShardPlan, jobs: int) -> tuple[int, float]:
     """(number of images processed, estimated seconds for `jobs` processes to make all shards, without writing them).
 
     Raises UserError as `write_shard` does.

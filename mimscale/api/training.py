@@ -71,18 +71,18 @@ def train(
 
 def _run(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> None:
     from mimscale.monitoring.metrics import StartupTimer
+    from mimscale.training.checked_run import prepare
     from mimscale.training.loop import train
-    from mimscale.training.plan import prepare
 
     if threading.current_thread() is not threading.main_thread():
         raise UserError("mimscale.train answers signals, so it must be called from the main thread; start a process")
     startup = StartupTimer()
     startup.end("before")
-    plan = prepare(config, run_dir, fork, command)
-    _refuse_another_device(plan.world.device.type)
+    checked = prepare(config, run_dir, fork, command)
+    _refuse_another_device(checked.world.device.type)
     startup.end("checks")
     with _handlers_restored(), ExitStack() as closing:
-        train(plan, startup, closing)
+        train(checked, startup, closing)
 
 
 def _refuse_another_device(kind: str) -> None:

@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 
 from data_prep.fashion import read_fashion
-from data_prep.plan import Item, Plan, Source
+from data_prep.plan import Item, ShardPlan, Source
 from data_prep.write_shards import unfinished, write
 from mimscale.bench._methods_rows import CLASSES, Preset
 from mimscale.errors import UserError
@@ -20,7 +20,7 @@ def prepare(folder: Path, source: Path, preset: Preset) -> None:
     """Write folder/data/train and folder/data/val unless they are there. Raises UserError."""
     for split, count in (("train", preset.images), ("val", preset.test)):
         whole = read_fashion(source, split)
-        plan = Plan(balanced(whole, count), seed=0, shard_samples=2000)
+        plan = ShardPlan(balanced(whole, count), seed=0, shard_samples=2000)
         target = folder / "data" / split
         with redirect_stderr(StringIO()):
             write(plan, target, unfinished(plan, target))

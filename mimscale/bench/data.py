@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -17,6 +19,7 @@ from typing import Any
 from mimscale.errors import UserError
 
 SIDE, BATCH = 224, 64
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # of the published fine-tuning
 OURS = "mimscale"  # all others are compared with this one
 
 
@@ -41,7 +44,10 @@ def run(args: argparse.Namespace) -> int:
     from mimscale.bench._other_loaders import OTHER_LOADERS
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as base:
+    spawn = multiprocessing.get_context(
+        "spawn"
+    )  # its workers are forked, which is only safe in a process of one thread
+    with tempfile.TemporaryDirectory() as base, ProcessPoolExecutor(1, spawn) as others:
         root = Path(base)
         images, shards = write_folder(root / "images", args.images), _make_shards(root)
         measurements: dict[str, Callable[[], float]] = {
@@ -49,14 +55,16 @@ def run(args: argparse.Namespace) -> int:
             "mimscale, read alone": lambda: _read_all(shards),
             OURS: lambda: _our_loader(shards, "simplejpeg", args.workers),
             "mimscale, Pillow": lambda: _our_loader(shards, "pillow", args.workers),
+            "mimscale, RandAugment": lambda: _our_loader(shards, "simplejpeg", args.workers, RAND_AUGMENT),
         }
         missing = {}
-        for name, make in OTHER_LOADERS.items():
+        for name in OTHER_LOADERS:
             if not _chosen(name, args.only):
                 continue
+            place = name, images, root / name.replace(" ", "_"), shards
             try:
-                data = make(images, root / name.replace(" ", "_"), shards, SIDE)
-                measurements[name] = partial(_other_loader, data, args.workers)
+                others.submit(_prepare_other, *place).result()
+                measurements[name] = partial(_in, others, _other_loader, *place, args.workers)
             except ImportError as error:
                 missing[name] = str(error)
         measurements = {name: take for name, take in measurements.items() if _chosen(name, args.only)}
@@ -66,11 +74,11 @@ def run(args: argparse.Namespace) -> int:
                 seconds[name].append(measure())
     rows = [_row(name, values, seconds[OURS]) for name, values in seconds.items()]
     rows += [[f"{name}: not installed ({why})", "", "", ""] for name, why in missing.items()]
-    print(_report.table(["loader", "CPU ms per image", "x mimscale", "from - to"], rows))
-    print(
-        f"\n{_report.origin()}, {args.images} images, batch {BATCH}, {args.workers} worker, medians of "
-        f"{args.rounds} rounds; ratios are taken inside each round"
+    more = (
+        f", {args.images} images, batch {BATCH}, {args.workers} worker, medians of {args.rounds} rounds; ratios are "
+        "taken inside each round"
     )
+    _report.publish(args, [(["loader", "CPU ms per image", "x mimscale", "from - to"], rows)], more=more)
     return 0
 
 
@@ -134,22 +142,42 @@ def _read_all(shards: Path) -> float:
     return (time.process_time() - start_s) / manifest.samples
 
 
-def _our_loader(shards: Path, decoder: Any, workers: int) -> float:
+def _our_loader(shards: Path, decoder: Any, workers: int, rand_augment: str | None = None) -> float:
     from mimscale.data.config import DataConfig
     from mimscale.data.loader import TrainLoader
     from mimscale.data.manifest import Manifest
     from mimscale.types import Needs, Noise
 
     manifest = Manifest.load(shards)
-    data = DataConfig(shards=str(shards), image_size=SIDE, workers=workers, decoder=decoder)
+    data = DataConfig(shards=str(shards), image_size=SIDE, workers=workers, decoder=decoder, rand_augment=rand_augment)
     needs = Needs(noise={"mask": Noise("uniform", ((SIDE // 16) ** 2,))}, labels=True)
     loader = TrainLoader(manifest, data, needs, seed=0, global_batch=BATCH, micro_batch=BATCH, rank=0, world=1)
     return _cpu_s_per_image(loader, manifest.samples // BATCH, loader.close)
 
 
-def _other_loader(data: Any, workers: int) -> float:
+def _in(others: Executor, measure: Callable[..., float], *args: Any) -> float:
+    return others.submit(measure, *args).result()
+
+
+def _prepare_other(name: str, images: Path, own: Path, shards: Path) -> None:
+    _other_data(name, images, own, shards)
+
+
+@cache
+def _other_data(name: str, images: Path, own: Path, shards: Path) -> Any:
+    """Made once, because some write files of their own. Raises ImportError where a loader is not installed."""
+    import torch
+
+    from mimscale.bench._other_loaders import OTHER_LOADERS
+
+    torch.set_num_threads(1)
+    return OTHER_LOADERS[name](images, own, shards, SIDE)
+
+
+def _other_loader(name: str, images: Path, own: Path, shards: Path, workers: int) -> float:
     from torch.utils.data import DataLoader, IterableDataset
 
+    data = _other_data(name, images, own, shards)
     shuffle = None if isinstance(data, IterableDataset) else True
     loader = DataLoader(data, BATCH, shuffle=shuffle, num_workers=workers, drop_last=True)
     return _cpu_s_per_image(loader, 10**9, lambda: None)

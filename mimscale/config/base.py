@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -21,12 +29,29 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """Pydantic takes true for 1, and YAML takes yes and off for true and false."""
+        result = handler(value)
+        given, taken = (list(v) if isinstance(v, (list, tuple)) else [v] for v in (value, result))
+        unread = any(isinstance(each, bool) for each in given) and given == taken  # else a validator understood it
+        if unread and not _admits_bool(cls.model_fields[info.field_name or ""].annotation):
+            shown = str(value).lower()
+            raise ValueError(f"{shown} is no number or text; YAML reads yes, no, on and off as true and false")
+        return result
+
     @model_validator(mode="after")
     def _numbers_are_sane(self) -> Strict:
         for place, number in numbers_in(dict(self)):
             if abs(number) > LARGEST:
                 raise ValueError(f"{place} = {number:g}: a number must be at most {LARGEST:g}; correct it")
         return self
+
+
+def _admits_bool(annotation: Any) -> bool:
+    inner = get_args(annotation)
+    return annotation in (bool, Any) or any(_admits_bool(each) for each in inner)
 
 
 def numbers_in(value: Any, place: str = "") -> Iterator[tuple[str, float]]:

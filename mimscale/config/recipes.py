@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,7 +21,10 @@ from mimscale.errors import UserError
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML's rule that a mapping has each key once, which PyYAML does not keep: there the last one wins."""
+    """YAML's rule that a mapping has each key once, which PyYAML does not keep: there the last one wins.
+
+    Nor are numbers read as YAML 1.1 has them: 010 as 8, and 1:30 as 90.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -30,6 +34,23 @@ class UniqueKeys(yaml.SafeLoader):
                     None, None, f"the key '{key}' is given twice; remove one", node.value[index][0].start_mark
                 )
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        self._refuse_old_numbers(node)
+        return super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> Any:
+        self._refuse_old_numbers(node)
+        return super().construct_yaml_float(node)
+
+    def _refuse_old_numbers(self, node: yaml.ScalarNode) -> None:
+        if ":" in node.value or re.match(r"[-+]?0[0-9_]+$", node.value):
+            problem = f"'{node.value}' is read in several ways; write the number in plain digits, or a text in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+UniqueKeys.add_constructor("tag:yaml.org,2002:int", UniqueKeys.construct_yaml_int)
+UniqueKeys.add_constructor("tag:yaml.org,2002:float", UniqueKeys.construct_yaml_float)
 
 
 def recipe_names() -> list[str]:
@@ -134,8 +155,9 @@ def _read_yaml(recipe: str) -> dict[str, Any]:
 def _parse_value(key: str, text: str) -> Any:
     try:
         value = yaml.load(text, UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"override {key}={text}: the value is not YAML") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = getattr(error, "problem", None)
+        raise UserError(f"override {key}={text}: the value is not YAML{f': {problem}' if problem else ''}") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
         try:
             return float(value)

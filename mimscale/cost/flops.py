@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from mimscale.config.run import RunConfig
 from mimscale.cost.trace import Shapes, Trace, build, total, trace
 from mimscale.teachers.base import Teacher
 
+Precision = Literal["fp32", "bf16", "fp16"]
 COUNTED_IMAGES = 4
 """FLOPs are proportional to the images, so that a few are enough to count."""
 
@@ -96,6 +98,12 @@ def flops_of_shapes(shapes: Shapes) -> Flops:
     }
     recompute = warm_up * uniform.recompute + (1 - warm_up) * learned.recompute
     return Flops(forward, learned.teachers, learned.uncropped, recompute, learned.frozen)
+
+
+def arithmetic_of(config: RunConfig, precision: Precision) -> Precision:
+    """The precision of nearly all FLOPs. precision: of the parameters; a frozen encoder may compute in another."""
+    found: Precision = getattr(config.method, "encoder_precision", precision)
+    return found
 
 
 def warm_up_share(shapes: Shapes) -> float:

@@ -1,8 +1,9 @@
 """Memory of one GPU, by part, for each ZeRO stage: what is allocated at most, and at which moment of a step.
 
 P parameters on N ranks, AdamW in float32, DeepSpeed 0.19.8. A step is at its peak either at the start of the backward
-pass, when all activations are alive, or in the update, when gradients are copied to float32. The formulas are those of
-counted allocations (tests/cost/test_memory.py) and give the measured memory of docs/plan.md.
+pass, when all activations are alive, or in the update, when gradients are copied to float32; with a frozen encoder,
+which leaves no activations, in its forward pass. The formulas are those of counted allocations
+(tests/cost/test_memory.py) and give the measured memory of docs/plan.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mimscale.optim.optimizers.base import optimizer_class
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 REDUCE_BUCKET = 5e8
 LIVE_PARAMETERS = 1e9
-Moment = Literal["backward pass", "update", "teachers"]
+Moment = Literal["forward pass", "backward pass", "update", "teachers"]
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,18 @@ def teacher_bytes(shapes: Shapes, ranks: int) -> float:
 
 
 def memory(
-    shapes: Shapes, zero: Zero, trace: Trace, ranks: int, *, fused_update: bool = True, ahead: bool | None = None
+    shapes: Shapes,
+    zero: Zero,
+    trace: Trace,
+    ranks: int,
+    *,
+    accumulation: int = 1,
+    fused_update: bool = True,
+    ahead: bool | None = None,
 ) -> Memory:
     """What one rank allocates at most. fused_update: whether the optimiser's step is one kernel without temporaries.
 
+    accumulation: with more than one micro-batch per step, the sums of the first lie there while the second runs.
     ahead: whether teachers run one micro-batch ahead; None: as the recipe says.
     """
     config = shapes.config
@@ -113,12 +122,12 @@ def memory(
     states = len(optimizer_class(config.optim.name).STATES)
     split = ranks if zero.stage else 1
     whole = ranks if zero.stage == 3 else 1
-    average = 4.0 * _student(shapes) / split if config.ema is not None else 0.0
+    average = 4.0 * shapes.averaged(whole_groups=zero.stage > 0) / split
     always = {
         "parameters": zero.width * kept / whole,
-        "optimiser": 4.0 * kept * states / split
-        + (4.0 * kept / split if zero.stage or zero.width < 4 else 0.0)
-        + average,
+        "frozen weights, buffers": float(zero.width * shapes.frozen),
+        "optimiser": 4.0 * kept * states / split + (4.0 * kept / split if zero.stage or zero.width < 4 else 0.0),
+        "moving average": average,
         "teachers": teacher_bytes(shapes, ranks),
         "images and targets": 2.0 * trace.inputs + (2 if ahead else 1) * trace.targets,
     }
@@ -128,8 +137,11 @@ def memory(
             live += zero.width * kept / zero.secondary
         always["gathered parameters"] = live
     one_rank = ranks == 1 and zero.stage in (1, 2) and config.engine.uses("one_rank")
+    # a group's buffer comes with its first gradient: under layer decay with the layer's, else with the last layer's
+    from_start = zero.stage == 3 or (one_rank and zero.stage == 2 and config.optim.layer_decay == 1) or accumulation > 1
     moments = {
-        "backward pass": _backward(zero, trace, kept, ranks, zero.buckets, one_rank),
+        "forward pass": _forward(zero, trace, kept, ranks, zero.buckets, from_start),
+        "backward pass": _backward(zero, trace, kept, ranks, zero.buckets, from_start),
         "update": _update(zero, kept, states, split, ranks, zero.buckets, fused_update, one_rank),
         "teachers": {"workspace": float(trace.teacher_peak)},
     }
@@ -137,13 +149,29 @@ def memory(
     return Memory({name: size for name, size in {**always, **moments[worst]}.items() if size}, worst)
 
 
-def _backward(zero: Zero, trace: Trace, kept: float, ranks: int, bucket: float, one_rank: bool) -> dict[str, float]:
+def _forward(zero: Zero, trace: Trace, kept: float, ranks: int, bucket: float, from_start: bool) -> dict[str, float]:
+    """What a forward pass needs beside what it leaves for the backward pass: all there is in a frozen encoder.
+
+    from_start: whether a buffer for the partition of the gradients is there before the first one.
+    """
+    return {
+        "activations": float(trace.activations),
+        "gradients": _summed(zero, ranks) * kept if from_start else 0.0,
+        "workspace": float(trace.forward_peak - trace.activations),
+        "buckets": bucket if zero.stage == 3 else 0.0,
+    }
+
+
+def _summed(zero: Zero, ranks: int) -> float:
+    """Bytes per parameter of the gradients that wait for the update."""
+    return 4.0 if zero.stage == 0 else zero.sums / (ranks if zero.stage > 1 else 1)
+
+
+def _backward(zero: Zero, trace: Trace, kept: float, ranks: int, bucket: float, from_start: bool) -> dict[str, float]:
     """The worst moment of the backward pass: activations leave while gradients come."""
-    summed = 4.0 if zero.stage == 0 else zero.sums / (ranks if zero.stage > 1 else 1)
-    # a buffer for the partition of the gradients from the start
-    all_along = zero.stage == 3 or (one_rank and zero.stage == 2)
+    summed = _summed(zero, ranks)
     alive, gradients = max(
-        ((float(peak), summed * (kept if all_along else done)) for peak, done in trace.backward), key=sum
+        ((float(peak), summed * (kept if from_start else done)) for peak, done in trace.backward), key=sum
     )
     activations = min(alive, float(trace.activations))
     return {"activations": activations, "gradients": gradients, "workspace": alive - activations, "buckets": bucket}
@@ -168,7 +196,3 @@ def _update(
         "workspace": max(at_copy, at_step) - summed,
         "buckets": 0.0 if zero.stage < 3 else bucket,
     }
-
-
-def _student(shapes: Shapes) -> int:
-    return shapes.parameters.get("student", 0)

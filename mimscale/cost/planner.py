@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from mimscale.config.deepspeed import load_ds_config, precision_of
-from mimscale.config.run import RunConfig
+from mimscale.config.run import RunConfig, method_class
 from mimscale.cost.communication import Collective, collectives, crossing
 from mimscale.cost.devices import Device, Interconnect
 from mimscale.cost.flops import Flops, flops_of_shapes, uncropped_share
@@ -142,14 +142,26 @@ class Planner:
     def _micro_batches(self) -> Iterator[int]:
         """Divisors of the images per rank, largest first. Raises UserError where the batch does not divide."""
         per_rank = math.prod(solve_micro_batch(self.config.schedule.global_batch, self.ranks, 2**62))
-        return (size for size in range(per_rank, 0, -1) if per_rank % size == 0)
+        return (size for size in range(per_rank, 0, -1) if per_rank % size == 0 and self._suits(size))
+
+    def _suits(self, micro_batch: int) -> bool:
+        """Whether the method can take this many images per rank: a probe's norm needs whole groups of them."""
+        try:
+            method_class(self.config.method.name).check_batch(self.config, micro_batch * self.ranks)
+        except UserError:
+            return False
+        return True
 
     def memory(self, choice: Choice, stage: int | None = None) -> Memory:
         """What a choice allocates on each GPU. stage: another ZeRO stage than that of its config."""
         zero = Zero.of(load_ds_config(choice.ds_config))
         zero = zero if stage is None else replace(zero, stage=stage)
         traced = at(*self._trace(zero.precision, choice.recompute_every), choice.micro_batch)
-        return memory(self.shapes, zero, traced, self.ranks, fused_update=self.gpu.name != "cpu")
+        return self._memory(zero, traced, choice)
+
+    def _memory(self, zero: Zero, traced: Trace, choice: Choice) -> Memory:
+        fused = self.gpu.name != "cpu"
+        return memory(self.shapes, zero, traced, self.ranks, accumulation=choice.accumulation, fused_update=fused)
 
     def predict(self, choice: Choice) -> Prediction:
         """Memory, communication and time of a choice. Raises UserError where the GPU lacks its precision."""
@@ -174,7 +186,7 @@ class Planner:
             accumulation=choice.accumulation,
             uncropped_per_image=uncropped_share(self.shapes),
         )
-        used = memory(self.shapes, zero, traced, self.ranks, fused_update=self.gpu.name != "cpu")
+        used = self._memory(zero, traced, choice)
         over = crossing(found, self.ranks, self.per_node)
         return Prediction(choice, zero, used, self.room, taken, tuple(found), over)
 

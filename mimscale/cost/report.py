@@ -12,6 +12,7 @@ from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.recipes import recipe_names, with_overrides
 from mimscale.config.run import RunConfig
 from mimscale.cost.devices import GIB, Device
+from mimscale.cost.flops import arithmetic_of
 from mimscale.cost.planner import Choice, Planner, Prediction, as_json, changes
 from mimscale.cost.run_cost import RunCost, run_cost
 
@@ -28,6 +29,8 @@ def for_gpu(config: RunConfig, gpu: Device) -> tuple[RunConfig, list[str]]:
     words = []
     if precision not in gpu.peak and config.engine.ds_config.endswith(precision):
         words.append(f"engine.ds_config={config.engine.ds_config.removesuffix(precision)}fp16")
+    if arithmetic_of(config, precision) not in (precision, *gpu.peak):
+        words.append(f"method.encoder_precision={precision}")
     for name, teacher in config.teachers.items():
         if teacher.precision not in ("fp32", "fp16") and teacher.precision not in gpu.peak:
             words.append(f"teachers.{name}.precision=fp16")
@@ -191,12 +194,13 @@ def prediction_rows(planner: Planner, found: Prediction) -> list[tuple[str, str]
 def cost_rows(plan: Plan) -> list[tuple[str, str]]:
     cost, planner = plan.cost, plan.planner
     samples = f"{cost.samples:,} images{' (ImageNet-1K assumed; --samples sets it)' if cost.assumed else ''}"
+    work = "decode" if planner.config.data.rand_augment is None else "decode and augment"
     saves = f"every {cost.checkpoint_every} steps" if cost.checkpoint_every else "at the end"
     return [
         ("images/s", f"{cost.images_per_s:,.0f}, {cost.images_per_s / planner.ranks:,.0f} per GPU, {cost.mfu:.1%} MFU"),
         ("epoch", f"{duration(cost.epoch_s)} for {samples}"),
         ("run", f"{cost.steps:,} steps, {duration(cost.run_s)}, {cost.gpu_hours:,.0f} GPU-hours"),
-        ("data", f"{cost.bytes_per_s / 1e6:,.0f} MB/s of JPEGs; {cost.cores:.1f} CPU cores per GPU decode them"),
+        ("data", f"{cost.bytes_per_s / 1e6:,.0f} MB/s of JPEGs; {cost.cores:.1f} CPU cores per GPU {work} them"),
         ("checkpoint", f"{cost.checkpoint_bytes / 1e9:.2f} GB on {planner.ranks} files, {saves}"),
     ]
 

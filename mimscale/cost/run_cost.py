@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mimscale.config.run import RunConfig
 from mimscale.cost.devices import Device
-from mimscale.cost.flops import uncropped_share
+from mimscale.cost.flops import arithmetic_of, uncropped_share
 from mimscale.cost.planner import Planner, Prediction
 from mimscale.cost.trace import Shapes
 from mimscale.data.wds_stream import open_source
@@ -20,6 +20,8 @@ IMAGE_BYTES = 110e3
 """A JPEG of ImageNet-1K: 138 GB over its training images."""
 DECODE_S = 1.32e-3
 """CPU time of the loader per image: decoding, cropping, batching (`mimscale bench data`, docs/benchmarks.md)."""
+RAND_AUGMENT_SHARE = 0.67
+"""CPU time that RandAugment adds, over all else of the loader (`mimscale bench data`, docs/finetuning.md)."""
 WRITE_RATE = 1e9
 """Bytes/s at which a shared file system takes a checkpoint; assumed."""
 GPU_HOURS_PER_FAILURE = 40_000
@@ -30,10 +32,9 @@ INTERVAL_S = (300.0, 1800.0)
 @dataclass(frozen=True)
 class RunCost:
     """A whole run. mfu: of the GPU's peak in the student's precision, recomputation not counted. samples: in the data
-    set;
-    assumed: whether that number is ImageNet-1K's, because the data is not here. bytes_per_s: JPEGs that must arrive,
-    all ranks together. cores: CPU cores per GPU that decode them. checkpoint_every: steps between saves (0: only at the
-    end).
+    set; assumed: whether that number is ImageNet-1K's, because the data is not here. bytes_per_s: JPEGs that must
+    arrive, all ranks together. cores: CPU cores per GPU that decode and augment them. checkpoint_every: steps between
+    saves (0: only at the end).
     """
 
     images_per_s: float
@@ -62,13 +63,18 @@ def samples_of(config: RunConfig) -> tuple[int, bool]:
         return IMAGENET, True
 
 
+def loader_s(config: RunConfig) -> float:
+    """CPU seconds of the loader per image; mixing, erasing and colour jitter run on the device and are not in it."""
+    return DECODE_S * (1 + (RAND_AUGMENT_SHARE if config.data.rand_augment is not None else 0))
+
+
 def checkpoint_bytes(shapes: Shapes, samples: int) -> float:
     """Bytes of a checkpoint: master weights, the optimiser's state, buffers, a moving average and AMT's table."""
     config = shapes.config
     count = float(sum(shapes.parameters.values()))
     states = len(optimizer_class(config.optim.name).STATES)
-    average = 4.0 * shapes.parameters.get("student", 0) if config.ema is not None else 0.0
-    buffers = float(sum(b.numel() * 4 for b in shapes.method.buffers()))
+    average = 4.0 * shapes.averaged(whole_groups=False)
+    buffers = 4.0 * shapes.frozen
     table = float(samples * math.prod(config.grid)) if uncropped_share(shapes) else 0.0
     return 4.0 * count * (1 + states) + average + buffers + table
 
@@ -92,7 +98,7 @@ def run_cost(planner: Planner, found: Prediction, samples: int, assumed: bool) -
     size = checkpoint_bytes(planner.shapes, samples)
     return RunCost(
         images_per_s=rate,
-        mfu=mfu(planner, rate, found.zero.precision, planner.gpu),
+        mfu=mfu(planner, rate, arithmetic_of(config, found.zero.precision), planner.gpu),
         samples=samples,
         assumed=assumed,
         steps=steps,
@@ -100,7 +106,7 @@ def run_cost(planner: Planner, found: Prediction, samples: int, assumed: bool) -
         run_s=steps * step_s,
         gpu_hours=steps * step_s * planner.ranks / 3600,
         bytes_per_s=rate * IMAGE_BYTES / config.data.crops,
-        cores=rate / planner.ranks * DECODE_S,
+        cores=rate / planner.ranks * loader_s(config),
         checkpoint_bytes=size,
         checkpoint_every=checkpoint_every(step_s, size, planner.ranks) if steps * step_s > INTERVAL_S[1] else 0,
     )

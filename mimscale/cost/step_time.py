@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mimscale.cost.communication import collectives, seconds
 from mimscale.cost.devices import Device, Interconnect
+from mimscale.cost.flops import arithmetic_of
 from mimscale.cost.memory import Zero
 from mimscale.cost.trace import Shapes, Trace, Work, total
 from mimscale.models.vit import Residual
@@ -87,7 +88,7 @@ def step_time(
     forward, backward = trace.phase("forward"), trace.phase("backward")
     teachers = [_teacher(shapes, name, work, gpu) for name, work in trace.teachers.items()]
     uncropped = trace.uncropped * (uncropped_per_image * trace.micro_batch)
-    precision, host = zero.precision, gpu.host
+    precision, host = arithmetic_of(shapes.config, zero.precision), gpu.host
     gpu_phases = (
         sum(products + other for products, other in teachers),
         _busy(forward, precision, gpu),

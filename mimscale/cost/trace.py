@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mimscale.config.run import RunConfig, method_class
+from mimscale.engine.base import method_groups
 from mimscale.teachers.base import DTYPES, Teacher
 from mimscale.teachers.ensemble import build_skeletons, describe
 from mimscale.types import Batch, Needs, Targets, TeacherInfo, normalised
@@ -263,6 +264,25 @@ class Shapes:
             found[part] = found.get(part, 0) + parameter.numel()
         return found
 
+    @property
+    def frozen(self) -> int:
+        """Elements of the method's buffers: a frozen encoder's weights, fixed positions, a norm's statistics."""
+        return sum(buffer.numel() for buffer in self.method.buffers())
+
+    def averaged(self, whole_groups: bool) -> int:
+        """Trained parameters whose moving average is kept (section `ema`). whole_groups: with all others of the
+        optimiser's groups in which one of them lies, as an engine does that steps on one flat tensor per group.
+        """
+        if self.config.ema is None:
+            return 0
+        names = [name for name, _ in self.method.named_parameters() if name.startswith(self.method.averaged)]
+        of = dict(self.method.named_parameters())
+        if not whole_groups:
+            return sum(of[name].numel() for name in names)
+        groups = [group["names"] for group in method_groups(self.method, self.config.optim)]
+        held = [group for group in groups if not set(names).isdisjoint(group)]
+        return sum(of[name].numel() for group in held for name in group)
+
 
 def build(config: RunConfig, teachers: Mapping[str, Teacher] | None = None) -> Shapes:
     """The method and its teachers without memory. teachers: from `build_skeletons`, if they are there; they are copied.
@@ -306,9 +326,10 @@ class Trace:
 
     student: (part of the method, phase) -> Work. teachers: name -> Work. uncropped: Work of one uncropped image that a
     masking policy passes through the student. activations: bytes that are alive after the forward pass, for the
-    backward pass. backward: (bytes alive at most, elements of the gradients that are already elsewhere) from each
-    parameter's gradient to the next, during the backward pass. teacher_peak: the same while the teachers run. inputs,
-    targets: bytes of the micro-batch and of what teachers give for it. frozen: parts that have nothing to train.
+    backward pass; forward_peak: at most during it. backward: (bytes alive at most, elements of the gradients that are
+    already elsewhere) from each parameter's gradient to the next, during the backward pass. teacher_peak: the same
+    while the teachers run. inputs, targets: bytes of the micro-batch and of what teachers give for it. frozen: parts
+    that have nothing to train.
     """
 
     micro_batch: int
@@ -321,6 +342,7 @@ class Trace:
     inputs: int
     targets: int
     frozen: frozenset[str] = frozenset()
+    forward_peak: int = 0
 
     @property
     def parts(self) -> list[str]:
@@ -351,6 +373,7 @@ def at(first: Trace, second: Trace, micro_batch: int) -> Trace:
         number(first.inputs, second.inputs),
         number(first.targets, second.targets),
         first.frozen,
+        number(first.forward_peak, second.forward_peak),
     )
 
 
@@ -385,7 +408,8 @@ def trace(
             stack.callback(parameter.register_post_accumulate_grad_hook(counter.gradient_done).remove)
         stack.enter_context(counter)
         outputs = method(batch, targets)
-        activations, counter.phase, counter.peak = counter.alive, "backward", counter.alive
+        forward_peak, activations = counter.peak, counter.alive
+        counter.phase, counter.peak = "backward", counter.alive
         outputs["loss"].backward()
     counter.timeline.append((counter.peak, counter.gradients))
     del outputs
@@ -400,6 +424,7 @@ def trace(
         inputs=sum(tensor.untyped_storage().nbytes() for tensor in _tensors(batch)),
         targets=_distinct_bytes(tensor for value in targets.values() for tensor in _tensors(value)),
         frozen=frozenset(name for name, part in method.named_children() if not list(part.parameters())),
+        forward_peak=forward_peak,
     )
 
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mimscale.data.config import DataConfig
@@ -65,7 +65,7 @@ def make_rand_augment(data: DataConfig) -> Transform | None:
     """timm's RandAugment (Cubuk et al. 2020) on the crop, with the settings of its `create_transform`; None: off."""
     if data.rand_augment is None:
         return None
-    from timm.data.auto_augment import rand_augment_transform
+    from timm.data.auto_augment import posterize, rand_augment_transform
     from timm.data.transforms import str_to_pil_interp
 
     settings = {
@@ -73,8 +73,21 @@ def make_rand_augment(data: DataConfig) -> Transform | None:
         "img_mean": tuple(min(255, round(255 * value)) for value in IMAGENET_MEAN),
         "interpolation": str_to_pil_interp(data.interpolation),
     }
-    transform: Transform = rand_augment_transform(data.rand_augment, settings)
-    return transform
+    transform = rand_augment_transform(data.rand_augment, settings)
+    for op in transform.ops:
+        if op.aug_fn is posterize:
+            op.aug_fn = posterized
+    found: Transform = transform
+    return found
+
+
+def posterized(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """The upper `bits` of each channel. timm asks for none of them at the largest magnitude, which is black; Pillow
+    gave that until its release 13 refused it.
+    """
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
 
 
 def rand_augmented(transform: Transform, crop: object, flip: bool) -> NDArray[np.uint8]:

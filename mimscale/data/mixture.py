@@ -64,8 +64,17 @@ class Mixture:
 
     @classmethod
     def load(cls, sets: Mapping[str, float], cache: Cache | None = None) -> Mixture:
-        """Open all sets. Raises UserError."""
-        return cls([Manifest.load(path, cache=cache) for path in sets], list(sets.values()))
+        """Open all sets. Raises UserError, also if two are one set under two names: its samples would come twice."""
+        parts = [Manifest.load(path, cache=cache) for path in sets]
+        seen: dict[str, str] = {}
+        for part in parts:
+            if part.fingerprint in seen:
+                raise UserError(
+                    f"data.shards: '{seen[part.fingerprint]}' and '{part.location}' are the same data set; name it "
+                    "once, with the sum of the weights"
+                )
+            seen[part.fingerprint] = part.location
+        return cls(parts, list(sets.values()))
 
     @property
     def fingerprint(self) -> str:

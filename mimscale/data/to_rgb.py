@@ -36,7 +36,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _grey(_from_float(np.asarray(image)))
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _grey(_from_integers(image))
-    if image.mode in ALPHA or "transparency" in image.info:
+    clear = image.info.get("transparency")
+    if isinstance(clear, tuple) and max(clear) > 255:  # Pillow has cut the pixels to 8 bits
+        raise NoRgb(f"a transparent colour of 16 bits, {clear}; store it with 8 bits or without")
+    if image.mode in ALPHA or clear is not None:
         return _over_background(image)
     if image.mode == "CMYK":
         image.load()
@@ -84,6 +87,9 @@ def _from_integers(image: Image.Image) -> NDArray[np.uint8]:
     if values.max() >> bits:
         raise NoRgb(f"integer values up to {values.max():,}, more than {bits} bits; store it with 8 bits")
     grey = (values >> (bits - 8)).astype(np.uint8)
+    clear = image.info.get("transparency")  # of PNG
+    if isinstance(clear, int):
+        grey[values == clear] = BACKGROUND[0]
     if values.max() > 0 and grey.max() == 0:
         raise NoRgb(
             f"integer values up to {values.max():,} of {(1 << bits) - 1:,}: all would be black; store it with 8 bits"

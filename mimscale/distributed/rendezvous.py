@@ -7,9 +7,11 @@ same kind of store at MASTER_ADDR:MASTER_PORT, so torch's finds everybody there.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from mimscale.errors import UserError, warn
 REPORT_S = 30.0  # of waiting before a line says for whom
 AGAIN_S = 300.0  # between further lines
 _CONNECT_S = 2.0
+_OF_A_PEER = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out", re.IGNORECASE)
 
 
 def meet(
@@ -50,6 +53,24 @@ def meet(
             f"rank 0 at {address} left before all {world.size} ranks had come; its own last line says why"
         ) from error
     return store
+
+
+@contextmanager
+def while_meeting(world: World) -> Iterator[None]:
+    """Around the first collectives of a launch: where a rank ends in their midst, the others say so in one line.
+
+    Raises UserError for what the communication library raises then; every other error is left as it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = next(iter(str(error).splitlines()), "")
+        if world.size == 1 or not (isinstance(error, dist.DistError) or _OF_A_PEER.search(text)):
+            raise
+        raise UserError(
+            f"a rank left while all {world.size} were meeting, or cannot be reached ({text[:200]}); the log of the one "
+            "that ended says why"
+        ) from None
 
 
 def _enter(store: dist.Store, world: World, address: str) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimscale.distributed.coordination import Coordinator
-from mimscale.distributed.rendezvous import meet
+from mimscale.distributed.rendezvous import meet, while_meeting
 from mimscale.distributed.world import World
 
 PARTS = 8  # of a sum over samples, at least
@@ -75,8 +75,9 @@ def join(world: World) -> Coordinator:
     Raises UserError, see `rendezvous.meet`.
     """
     store = meet(world)
-    if world.size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-        limit = timedelta(seconds=TIMEOUT_S)
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=limit)
-    return Coordinator(store, timeout_s=TIMEOUT_S)
+    with while_meeting(world):
+        if world.size > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+            limit = timedelta(seconds=TIMEOUT_S)
+            dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=limit)
+        return Coordinator(store, timeout_s=TIMEOUT_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,9 @@ from mimscale.errors import UserError, printable, warn
 from mimscale.evals.config import Expected
 from mimscale.evals.figures import BROKEN, Figure, figures_of, options_that_differ, parsed, scalar
 from mimscale.files.atomic import atomic_write
+from mimscale.files.command_line import add_json, end_with_example, print_json
 from mimscale.files.console import plain_console
+from mimscale.files.regular import read_regular
 
 FORMAT = 1
 RUN_FILES = ("config.yaml", "metrics.jsonl", "eval", "job")
@@ -34,16 +37,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--recipe", help="whose expected values to compare with (default: the run's own config.yaml)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: results.json in the run's folder")
+    add_json(parser)
+    end_with_example(parser, "mimscale results runs/l16", "mimscale results runs/l16 --recipe mae_vit_l16 --json")
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.run.is_dir():
-        raise UserError(f"{args.run} is no folder; name the folder of a run")
-    if not any((args.run / name).exists() for name in RUN_FILES):
+    try:
+        names = os.listdir(args.run)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{args.run} is no folder; name the folder of a run") from None
+    except OSError as error:
+        raise UserError(f"{args.run} cannot be read ({error.strerror}); name the folder of a run") from None
+    if not {*names} & {*RUN_FILES}:
         raise UserError(f"{args.run} is no run: it holds none of {', '.join(RUN_FILES)}; name the folder of a run")
     gathered = gather(args.run, expected_values(args.run, args.recipe))
-    console = plain_console()
-    for table in tables(gathered):
+    console = plain_console(stderr=args.json)
+    if args.json:
+        print_json(gathered)
+    for table in () if args.json else tables(gathered):
         console.print(table)
     for line in gathered["unreadable"]:
         warn(f"mimscale results: {line}; left out")
@@ -67,12 +78,12 @@ def gather(run_dir: Path, expected: Mapping[str, Expected]) -> dict[str, Any]:
     """The content of results.json."""
     unreadable: list[str] = []
     figures = list(figures_in(run_dir, unreadable))
-    stages = stages_of(run_dir)
+    stages = stages_of(run_dir, unreadable)
     return {
         "format": FORMAT,
         "run": str(run_dir),
         "stages": stages,
-        "training": training(run_dir),
+        "training": training(run_dir, unreadable),
         "figures": [figure._asdict() for figure in figures],
         "expected": [compared(name, wanted, figures, stages) for name, wanted in expected.items()],
         "unreadable": unreadable,
@@ -81,7 +92,10 @@ def gather(run_dir: Path, expected: Mapping[str, Expected]) -> dict[str, Any]:
 
 def figures_in(run_dir: Path, unreadable: list[str]) -> Iterator[Figure]:
     """Those of all reports. unreadable: gets a line for each file that is no report."""
-    for path in sorted([*run_dir.glob("eval/*.json"), *run_dir.glob("*/eval/*.json")]):
+    folders = [run_dir / "eval", *(path / "eval" for path in _listed(run_dir, run_dir, unreadable))]
+    for path in sorted(path for folder in folders for path in _listed(folder, run_dir, unreadable)):
+        if path.suffix != ".json":
+            continue
         name = str(path.relative_to(run_dir))
         try:
             yield from figures_of(path, name)
@@ -89,20 +103,42 @@ def figures_in(run_dir: Path, unreadable: list[str]) -> Iterator[Figure]:
             unreadable.append(f"{name} is no report of an evaluation ({type(error).__name__}: {error})")
 
 
-def stages_of(run_dir: Path) -> dict[str, dict[str, str]]:
+def _listed(folder: Path, run_dir: Path, unreadable: list[str]) -> list[Path]:
+    """The content of a folder, nothing where there is none."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        unreadable.append(f"{folder.relative_to(run_dir)} cannot be read ({error.strerror})")
+        return []
+
+
+def _lines(path: Path, run_dir: Path, unreadable: list[str]) -> list[str]:
+    """Of a text file, none where there is none."""
+    try:
+        return read_regular(path).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        unreadable.append(f"{path.relative_to(run_dir)} cannot be read ({error.strerror})")
+        return []
+
+
+def stages_of(run_dir: Path, unreadable: list[str]) -> dict[str, dict[str, str]]:
     """Stage of `jobs/submit` -> the number of its last job, and its state.
 
     done; failed, exit code N; not run: it never began, because a stage that it needs failed; unfinished: it runs, or
     was killed before it could say what became of it.
     """
     stages: dict[str, dict[str, str]] = {}
-    jobs = run_dir / "job" / "jobs.txt"
-    for line in jobs.read_text(errors="replace").splitlines() if jobs.is_file() else ():
+    files = {path.name: path for path in _listed(run_dir / "job", run_dir, unreadable)}
+    for line in _lines(files["jobs.txt"], run_dir, unreadable) if "jobs.txt" in files else ():
         stage, _, job = line.partition(" ")
         if not re.fullmatch(r"[\w.-]+", stage) or stage == "results":
             continue
-        found = [run_dir / "job" / f"stage-{stage}.txt", *(run_dir / "job").glob(f"stage-{stage}-*.txt")]
-        states = sorted({path.read_text(errors="replace").strip() for path in found if path.is_file()})
+        found = [files[name] for name in files if re.fullmatch(rf"stage-{re.escape(stage)}(-.*)?\.txt", name)]
+        states = sorted({"\n".join(_lines(path, run_dir, unreadable)).strip() for path in found})
         state = next((s for s in states if s.startswith("failed")), None)
         if state is None:
             state = {(): "not run", ("done",): "done"}.get(tuple(states), "unfinished")
@@ -110,11 +146,10 @@ def stages_of(run_dir: Path) -> dict[str, dict[str, str]]:
     return stages
 
 
-def training(run_dir: Path) -> dict[str, Any]:
+def training(run_dir: Path, unreadable: list[str]) -> dict[str, Any]:
     """The last line of the training's metrics, and the last evaluation while it trained; empty where there is none."""
     last: dict[str, Any] = {}
-    path = run_dir / "metrics.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+    for line in _lines(run_dir / "metrics.jsonl", run_dir, unreadable):
         try:
             values = parsed(line)
         except BROKEN:

@@ -38,7 +38,7 @@ from mimscale.types import normalised
 
 
 @dataclass(frozen=True)
-class EvalsPlan:
+class CheckedEvals:
     """A section `evals` that passed every check. every: steps between evaluations. protocols: name -> its options."""
 
     config: EvalsConfig
@@ -55,7 +55,7 @@ class EvalsPlan:
         return step == total or step % self.every == 0
 
 
-def prepare(config: EvalsConfig, data: DataConfig, source: Source, global_batch: int, seed: int) -> EvalsPlan:
+def prepare(config: EvalsConfig, data: DataConfig, source: Source, global_batch: int, seed: int) -> CheckedEvals:
     """Open and check what an evaluation needs. source: the data set that the run trains on. Raises UserError."""
     if config.train is None and not isinstance(source, Manifest):
         raise UserError(
@@ -91,7 +91,7 @@ def prepare(config: EvalsConfig, data: DataConfig, source: Source, global_batch:
         except UserError as error:
             raise UserError(f"evals.protocols.{name}: {error} (or raise evals.train_samples)") from None
     every = config.interval(sum(len(subset.ids) for subset in subsets), global_batch)
-    return EvalsPlan(config, *subsets, every, protocols, data.image_size, max(1, data.workers), seed)
+    return CheckedEvals(config, *subsets, every, protocols, data.image_size, max(1, data.workers), seed)
 
 
 def _opened(key: str, folder: Any) -> Manifest:
@@ -123,10 +123,12 @@ class Evaluation(NamedTuple):
 class Evaluator:
     """One per run; made before the engine gets the method. `evaluate` is collective."""
 
-    def __init__(self, plan: EvalsPlan, student: Any, world: World, coordinator: Coordinator, precision: str) -> None:
-        if plan.config.pool == "cls" and not student.prefix:
+    def __init__(
+        self, checked: CheckedEvals, student: Any, world: World, coordinator: Coordinator, precision: str
+    ) -> None:
+        if checked.config.pool == "cls" and not student.prefix:
             raise UserError("evals.pool = cls: this student has no class token; set evals.pool to mean")
-        self.plan, self._world, self._coordinator = plan, world, coordinator
+        self.checked, self._world, self._coordinator = checked, world, coordinator
         self._skeleton = StudentSkeleton(student)
         kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         # a CPU computes fp16 in emulation, if at all
@@ -135,11 +137,11 @@ class Evaluator:
 
     @property
     def notes(self) -> list[str]:
-        plan = self.plan
-        names = ", ".join([*plan.protocols, "RankMe", "spread"])
+        checked = self.checked
+        names = ", ".join([*checked.protocols, "RankMe", "spread"])
         return [
-            f"evals: {names} every {plan.every} steps on {len(plan.train.ids)} training and {len(plan.val.ids)} "
-            f"validation images"
+            f"evals: {names} every {checked.every} steps on {len(checked.train.ids)} training and "
+            f"{len(checked.val.ids)} validation images"
         ]
 
     def evaluate(
@@ -157,14 +159,16 @@ class Evaluator:
             student = self._student(parameters, buffers)
             train_part, val_part = agree(self._features, student)
             place = self._world.rank, self._world.size
-            train = all_rows(train_part, len(self.plan.train.ids), *place)
-            val = all_rows(val_part, len(self.plan.val.ids), *place)
+            train = all_rows(train_part, len(self.checked.train.ids), *place)
+            val = all_rows(val_part, len(self.checked.val.ids), *place)
             return agree(self._measure, train, val)
 
     def _read(self) -> tuple[Tensor, Tensor]:
-        plan, world = self.plan, self._world
-        parts = [part_of(subset, world.rank, world.size) for subset in (plan.train, plan.val)]
-        first, second = (read_images(part, plan.image_size, plan.config.crop_pct, plan.threads) for part in parts)
+        checked, world = self.checked, self._world
+        parts = [part_of(subset, world.rank, world.size) for subset in (checked.train, checked.val)]
+        first, second = (
+            read_images(part, checked.image_size, checked.config.crop_pct, checked.threads) for part in parts
+        )
         return first, second
 
     def _student(
@@ -189,13 +193,13 @@ class Evaluator:
     def _features(self, student: Any) -> tuple[Tensor, Tensor]:
         """float32 [n of this rank, D] of both subsets, on the device."""
         assert self._images is not None
-        plan, device = self.plan, self._world.device
-        extract = frozen(student, (plan.config.pool,))
+        checked, device = self.checked, self._world.device
+        extract = frozen(student, (checked.config.pool,))
         found = []
         for images in self._images:
             pieces = [
-                extract(normalised(piece.to(device)).to(self._dtype))[plan.config.pool]
-                for piece in images.split(plan.config.batch)
+                extract(normalised(piece.to(device)).to(self._dtype))[checked.config.pool]
+                for piece in images.split(checked.config.batch)
                 if len(piece)
             ]
             width = student.config.width
@@ -205,13 +209,13 @@ class Evaluator:
     def _measure(self, train_ND: Tensor, val_MD: Tensor) -> Evaluation:
         if not (train_ND.isfinite().all() and val_MD.isfinite().all()):
             raise ValueError("the student's features are not finite")
-        plan, device = self.plan, self._world.device
+        checked, device = self.checked, self._world.device
         metrics, warnings = dict[str, float](), list[str]()
-        labels = plan.train.labels, plan.val.labels
+        labels = checked.train.labels, checked.val.labels
         classes = 1 + max(int(of.max()) for of in labels)
-        context = Context(classes, plan.seed, device, self._world.rank, self._world.size)
+        context = Context(classes, checked.seed, device, self._world.rank, self._world.size)
         on_host = train_ND.cpu(), val_MD.cpu()
-        for name, options in plan.protocols.items():
+        for name, options in checked.protocols.items():
             kind = protocol_class(name)
             train, val = (Features(values.clone(), of) for values, of in zip(on_host, labels, strict=True))
             results = kind(options, context).run(train, val)

@@ -6,9 +6,12 @@ No code from a file is run: pickles are read with `weights_only` and a list of h
 from __future__ import annotations
 
 import argparse
+import datetime
+import decimal
 import pathlib
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,9 +26,16 @@ from torch import Tensor
 
 from mimscale.errors import UserError
 
-KEYS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "model_ema", "state_dict_ema", "ema")
-"""Under which training programs keep their weights; the first that is there is taken. `module`: DeepSpeed; `teacher`:
-DINO and DINOv2, whose teacher is what they evaluate; `model_ema`, `state_dict_ema`: timm's averages."""
+KEYS = (
+    *("model", "state_dict", "model_state_dict", "module", "teacher", "target_encoder", "student", "encoder"),
+    *("backbone", "net", "network", "params", "weights", "checkpoint", "model_ema", "state_dict_ema", "ema"),
+    *("model_ema_state_dict", "ema_state_dict", "params_ema"),
+)
+"""Under which training programs keep their weights; the first that is there is taken. `module`: DeepSpeed; `teacher`,
+`target_encoder`: DINO, DINOv2 and I-JEPA, who evaluate the average; `model_ema`, `state_dict_ema`: timm's averages."""
+
+COUNTERS = ("n_averaged", "initted", "step")
+"""What torch's AveragedModel and others keep among the weights; one number each."""
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What torch.compile, FSDP and activation checkpointing put in front of the module they wrap, at any depth."""
@@ -33,8 +43,12 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 PREFIXES = ("module.", "model.", "net.", "network.")
 """What DistributedDataParallel and Lightning put in front of every name."""
 
-TOWERS = ("teacher.backbone.", "backbone.", "teacher.")
-"""In front of the network among the heads of self-distillation and Lightning modules; the first that fits is taken."""
+TOWERS = (
+    *("teacher.backbone.", "backbone.", "teacher.", "base_encoder.", "encoder_q.", "ema_model.", "visual.trunk."),
+    "image_encoder.",
+)
+"""In front of the network among the heads of self-distillation, MoCo, averages, Lightning modules and text towers; the
+first that fits is taken."""
 
 QUANTISED = (torch.int8, torch.uint8, torch.bool, torch.qint8, torch.quint8, torch.float8_e4m3fn, torch.float8_e5m2)
 """Types that no weight is trained in. int64 is left: it is the index of relative positions, or a counter."""
@@ -60,6 +74,13 @@ def read_weights(path: Path) -> WeightsFile:
     else:
         weights, notes = _mapping_of_tensors(path, _unpickled(path))
         metadata = {}
+    if counters := [name for name in COUNTERS if name in weights and weights[name].numel() == 1 < len(weights)]:
+        weights = {name: tensor for name, tensor in weights.items() if name not in counters}
+        notes.append(f"without {' and '.join(counters)}")
+    absent = sorted(name for name, tensor in weights.items() if tensor.is_meta or tensor.layout != torch.strided)
+    if absent:
+        kind = "without its numbers (meta)" if weights[absent[0]].is_meta else "as a sparse tensor"
+        raise UserError(f"{path} holds {absent[0]} {kind} ({len(absent)} such tensors); save dense tensors")
     cut = sorted(name for name, tensor in weights.items() if tensor.dtype in QUANTISED)
     if cut:
         raise UserError(
@@ -107,11 +128,15 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _unpickled(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said in one line
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is no pickle fails in as many ways as there are bytes
         text = str(error)
-        refused = re.search(r"(?:Unsupported (?:global|class)|GLOBAL|type)[: ]+(?:GLOBAL )?([\w.]+\.[\w.]+)", text)
+        if "TorchScript" in text:
+            raise UserError(f"{path} is a TorchScript archive, which holds code; save its state_dict() alone") from None
+        refused = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"but got <class '([\w.]+)'>", text)
+        refused = refused or re.search(r"(?:Unsupported (?:global|class)|type)[: ]+([\w.]+\.[\w.]+)", text)
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise UserError(
                 f"{path} cannot be read as a torch checkpoint (it holds a {refused[1]}, which could run code); "
@@ -123,9 +148,15 @@ def _unpickled(path: Path) -> Any:
         raise UserError(f"{path} cannot be read as a torch checkpoint ({reason}); get it again") from None
 
 
+NUMPY_TYPES = (  # all that hold no objects
+    *("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"),
+    *("f2", "f4", "f8", "c8", "c16", "S1", "U1", "M8[s]", "m8[s]"),
+)
+
+
 def _harmless() -> list[Any]:
     """Types that training programs store beside their weights, and that do nothing when they are made."""
-    numbers = [np.dtype, np.ndarray, *{type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "u1", "?")}]
+    numbers = [np.dtype, np.ndarray, *{type(np.dtype(name)) for name in NUMPY_TYPES}]
     scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
     makers = [
         (function, f"numpy.{package}.multiarray.{name}")  # numpy 1 and 2 keep them in packages of other names
@@ -137,7 +168,8 @@ def _harmless() -> list[Any]:
         for module in ("pathlib", "pathlib._local")
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     ]
-    plain = [argparse.Namespace, SimpleNamespace, OrderedDict, set, frozenset, dict, list, slice, complex]
+    plain = [argparse.Namespace, SimpleNamespace, OrderedDict, set, frozenset, dict, list, slice, complex, range]
+    plain += [datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone, decimal.Decimal]
     dicts = [(OrderedDict, "yacs.config.CfgNode"), (_plain_dict, "collections.defaultdict")]
     return [*plain, *dicts, *numbers, *makers, *paths]
 
@@ -166,6 +198,6 @@ def _mapping_of_tensors(path: Path, content: Any) -> tuple[dict[str, Tensor], li
             holds = f"the keys {', '.join(map(repr, list(content)[:5]))}" if content else "nothing"
         raise UserError(
             f"{path} holds no tensors under names but {holds}; a state dict is expected, bare or under one of "
-            f"{', '.join(KEYS)}"
+            f"{', '.join(KEYS[:6])} and the like"
         )
     return tensors, notes

@@ -30,6 +30,7 @@ from mimscale.methods import base
 from mimscale.methods.finetune import BeitConfig, check_encoder, make_encoder
 from mimscale.models.convvit import ConvStages
 from mimscale.models.frozen import freeze
+from mimscale.models.meta_autocast import MetaAutocast
 from mimscale.models.probe_head import ProbeHead
 from mimscale.models.vit import LN_EPS
 from mimscale.types import Batch, Needs, Targets, TeacherInfo
@@ -148,8 +149,10 @@ class LinearProbe(base.Method):
 
 
 def autocast(device: torch.device, half: bool) -> AbstractContextManager[object]:
-    """bf16 or nothing, whatever is around it; on the meta device there is no such thing."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, torch.bfloat16, enabled=half)
+    """bf16 or nothing, whatever is around it."""
+    if device.type == "meta":
+        return MetaAutocast() if half else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 def norm_batch(run: RunConfig) -> int:

@@ -45,7 +45,7 @@ def explain(run: TrainContext, info: StepInfo) -> None:
             mine = activation_magnitudes.magnitudes(run.method, partial(run.method, info.batch, info.targets))
         sizes = run.coordinator.gather(mine)
         layer = activation_magnitudes.suspect(activation_magnitudes.largest(sizes), guard.usual)
-    keys = keys_of(run.plan.manifest, suspected) if run.coordinator.rank == 0 else []
+    keys = keys_of(run.checked.manifest, suspected) if run.coordinator.rank == 0 else []
     guard.incidents.append(
         finite({"at": info.step, **cause, "row": guard.streak, "loss_scale": scale, "layer": layer, "keys": keys})
     )
@@ -96,27 +96,27 @@ def give_up(run: TrainContext, state: TrainState) -> None:
     worst = next((i for i in reversed(guard.incidents) if i["layer"]), guard.incidents[-1])
     report = {"step": state.step, "rollbacks": state.rollbacks, "incidents": list(guard.incidents)}
     if run.coordinator.rank == 0:
-        run.writer.replace(run.plan.run_dir / "guard.json", json.dumps(report, indent=1) + "\n")
+        run.writer.replace(run.checked.run_dir / "guard.json", json.dumps(report, indent=1) + "\n")
     run.coordinator.on_rank0(flush_writes, run)
     advice = "; engine.ds_config=zero2_bf16 would go on in bf16" if run.engine.loss_scale is not None else ""
     raise Stopped(
         f"step {state.step}: {guard.streak} bad steps in a row after {state.rollbacks} roll-backs: {worst['why']}; "
-        f"{worst['layer']}; report in {run.plan.run_dir / 'guard.json'}{advice}"
+        f"{worst['layer']}; report in {run.checked.run_dir / 'guard.json'}{advice}"
     )
 
 
 def log_jump(run: TrainContext, start: int, batches: range) -> None:
     """Rank 0: the samples that are left out, one line per global batch; their names too where they are few."""
-    plan, config = run.plan, run.plan.config
-    if isinstance(plan.manifest, WebDatasetStream):
+    checked, config = run.checked, run.checked.config
+    if isinstance(checked.manifest, WebDatasetStream):
         return  # nobody knows which samples they would have been
-    order = order_of(plan.manifest, config.seed, config.data.streams, config.data.block)
+    order = order_of(checked.manifest, config.seed, config.data.streams, config.data.block)
     few = len(batches) * config.schedule.global_batch <= 10_000
     for batch in batches:
         samples = order.ids(rank_positions(batch, config.schedule.global_batch, 0, 1)).tolist()
-        keys = keys_of(plan.manifest, samples) if few else None
+        keys = keys_of(checked.manifest, samples) if few else None
         line = json.dumps({"from_step": start, "batch": batch, "samples": samples, "keys": keys})
-        run.writer.append(plan.run_dir / "left_out.jsonl", line + "\n")
+        run.writer.append(checked.run_dir / "left_out.jsonl", line + "\n")
 
 
 def keys_of(manifest: Source, samples: Sequence[int]) -> list[str]:
@@ -133,7 +133,7 @@ def keys_of(manifest: Source, samples: Sequence[int]) -> list[str]:
 
 def flush_writes(run: TrainContext) -> None:
     """Rank 0, before the run ends: try for a last while to write what waits, and say what could not be written."""
-    config = run.plan.config
+    config = run.checked.config
     patience_s = min(config.checkpoint.patience_s, config.watchdog.stall_s / 2 or math.inf)  # this wait is no hang
     left = run.writer.flush(patience_s)
     if left:

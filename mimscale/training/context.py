@@ -22,8 +22,8 @@ from mimscale.monitoring.metrics import StartupTimer, StepCost
 from mimscale.monitoring.phase_timer import BACKWARD, PhaseTimer
 from mimscale.monitoring.run_logger import RunLogger
 from mimscale.teachers.ensemble import TeacherEnsemble
+from mimscale.training.checked_run import CheckedRun
 from mimscale.training.inputs import TrainInputs
-from mimscale.training.plan import Plan
 
 if TYPE_CHECKING:
     from mimscale.evals.top1_training import Top1Evaluator
@@ -39,7 +39,7 @@ class TrainContext:
     of the section `evals`; top1: of its accuracy of a classifier.
     """
 
-    plan: Plan
+    checked: CheckedRun
     method: Method
     teachers: TeacherEnsemble
     engine: Engine
@@ -64,7 +64,7 @@ class TrainContext:
 
     @property
     def checkpoints(self) -> Path:
-        return self.plan.run_dir / "checkpoints"
+        return self.checked.run_dir / "checkpoints"
 
     def fragments(self) -> dict[str, Tensor]:
         """This rank's part of a checkpoint: weights, optimiser state, and what the method learned between steps."""

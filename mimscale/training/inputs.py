@@ -14,7 +14,7 @@ from mimscale.monitoring.damage_log import DamageLog
 from mimscale.monitoring.phase_timer import FORWARD, WAITING, PhaseTimer
 from mimscale.teachers.ensemble import TeacherEnsemble
 from mimscale.teachers.prefetcher import TeacherPrefetcher
-from mimscale.training.plan import Plan
+from mimscale.training.checked_run import CheckedRun
 from mimscale.training.state import TrainState
 from mimscale.types import Batch, Targets
 
@@ -26,9 +26,9 @@ class TrainInputs:
     """
 
     def __init__(
-        self, plan: Plan, method: Method, teachers: TeacherEnsemble, timer: PhaseTimer, damage_log: DamageLog
+        self, checked: CheckedRun, method: Method, teachers: TeacherEnsemble, timer: PhaseTimer, damage_log: DamageLog
     ) -> None:
-        self._plan, self._method, self._teachers = plan, method, teachers
+        self._checked, self._method, self._teachers = checked, method, teachers
         self._timer, self._damage_log = timer, damage_log
         self._loader: TrainLoader | None = None
         self.ids: list[Tensor] = []
@@ -36,21 +36,21 @@ class TrainInputs:
     def start(self, state: TrainState) -> None:
         """Start workers at the state's step; those that run are ended first."""
         self.close()
-        plan, config, device = self._plan, self._plan.config, self._plan.world.device
+        checked, config, device = self._checked, self._checked.config, self._checked.world.device
         self._loader = TrainLoader(
-            plan.manifest,
+            checked.manifest,
             config.data,
             self._method.needs,
             seed=config.seed,
             global_batch=config.schedule.global_batch,
-            micro_batch=plan.micro_batch,
-            rank=plan.world.rank,
-            world=plan.world.size,
+            micro_batch=checked.micro_batch,
+            rank=checked.world.rank,
+            world=checked.world.size,
             start_step=state.step,
             jumps=state.jumps,
             pin=device.type == "cuda",
         )
-        augment = DeviceAugmentation(config.data, self._method.needs.mixing, plan.micro_batch)
+        augment = DeviceAugmentation(config.data, self._method.needs.mixing, checked.micro_batch)
         batches = DevicePrefetcher(iter(self._loader), device, augment)
         ahead = config.engine.teachers_ahead
         self._prefetcher = TeacherPrefetcher(self._teachers, device, batches, ahead=ahead, prepare=self._method.prepare)
@@ -64,9 +64,9 @@ class TrainInputs:
         """The next micro-batch, normalised on the device, and every teacher's targets for it."""
         self._timer.enter(WAITING)
         raw = self._prefetcher.next_batch()
-        if len(self.ids) == self._plan.accumulation:
+        if len(self.ids) == self._checked.accumulation:
             self.ids = []
-        ids = raw.ids[: self._plan.micro_batch]  # the others are partners that images are mixed with
+        ids = raw.ids[: self._checked.micro_batch]  # the others are partners that images are mixed with
         self.ids.append(ids.clone())  # the loader's memory is given back
         self._timer.ids = self.ids  # not before there are any: who waits for data reports the last step's samples
         self._damage_log.add(raw.damage)

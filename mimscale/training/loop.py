@@ -11,13 +11,14 @@ from contextlib import ExitStack
 from mimscale.errors import warn
 from mimscale.monitoring.metrics import StartupTimer
 from mimscale.training import recovery, setup
+from mimscale.training.checked_run import CheckedRun
 from mimscale.training.context import TrainContext
 from mimscale.training.monitor import Monitor
-from mimscale.training.plan import Plan
+from mimscale.training.out_of_memory import explained
 from mimscale.types import StepInfo
 
 
-def train(plan: Plan, startup: StartupTimer, closing: ExitStack) -> bool:
+def train(checked: CheckedRun, startup: StartupTimer, closing: ExitStack) -> bool:
     """Run to the last step, or to the step at which a signal asks to stop. Saves at either.
 
     Returns whether somebody's Ctrl-C ended it.
@@ -25,18 +26,19 @@ def train(plan: Plan, startup: StartupTimer, closing: ExitStack) -> bool:
     closing: gets what is to be ended afterwards: watchdog, lock, workers. A process that ends because the run failed
     leaves it alone, so that it stays watched. The process group stays open for another run in this process.
     """
-    if (plan.run_dir / "done").exists():
-        if plan.world.rank == 0:
-            warn(f"{plan.run_dir} is finished; nothing to do")
+    if (checked.run_dir / "done").exists():
+        if checked.world.rank == 0:
+            warn(f"{checked.run_dir} is finished; nothing to do")
         return False
-    run = setup.build(plan, startup, closing)
-    state = recovery.restore(run).launched()
-    monitor = Monitor(run, state)
-    while state.step < plan.total_steps and not monitor.stopped:
-        info = train_step(run, state.step)
-        run.method.after_step(info)
-        state = monitor.after_step(state, info)
-    monitor.finish(state)
+    with explained(checked):  # of an error of memory: the micro-batch that would fit
+        run = setup.build(checked, startup, closing)
+        state = recovery.restore(run).launched()
+        monitor = Monitor(run, state)
+        while state.step < checked.total_steps and not monitor.stopped:
+            info = train_step(run, state.step)
+            run.method.after_step(info)
+            state = monitor.after_step(state, info)
+        monitor.finish(state)
     return monitor.stopped and run.preemption.reason == "SIGINT"
 
 
@@ -45,9 +47,9 @@ def train_step(run: TrainContext, step: int) -> StepInfo:
 
     The gradient is that of the mean loss over all micro-batches of all ranks.
     """
-    plan, scalars = run.plan, []
-    for _ in range(plan.accumulation):
+    checked, scalars = run.checked, []
+    for _ in range(checked.accumulation):
         batch, targets = run.inputs.next_batch()
         scalars.append(run.engine.forward_backward(batch, targets, run.check_loss))
-    skipped = run.engine.step(lr=plan.lr(step), clip=run.guard.clip(plan.config.optim.clip))
-    return StepInfo(step + 1, plan.total_steps, skipped, tuple(scalars), batch, targets, run.engine.parameters)
+    skipped = run.engine.step(lr=checked.lr(step), clip=run.guard.clip(checked.config.optim.clip))
+    return StepInfo(step + 1, checked.total_steps, skipped, tuple(scalars), batch, targets, run.engine.parameters)

@@ -23,6 +23,7 @@ from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_ma
 from mimscale.monitoring.metrics import ThroughputMeter
 from mimscale.monitoring.panels import SAMPLES
 from mimscale.monitoring.phase_timer import BETWEEN, EVALUATING, SAVING, WAITING
+from mimscale.monitoring.profile_window import ProfileWindow
 from mimscale.training.bad_steps import explain, flush_writes, roll_back
 from mimscale.training.context import TrainContext
 from mimscale.training.recovery import describe_state
@@ -45,13 +46,13 @@ class Monitor:
     """
 
     def __init__(self, run: TrainContext, state: TrainState) -> None:
-        plan = run.plan
+        checked = run.checked
         self._run, self.stopped = run, False
         run.coordinator.on_rank0(open_folder, run, state)
         self._checkpoints = AsyncCheckpointWriter(
             run.checkpoints,
             run.coordinator,
-            plan.config.checkpoint,
+            checked.config.checkpoint,
             run.fragments(),
             run.lock.check if run.lock is not None else lambda: None,
             run.logger.log_event,
@@ -62,7 +63,8 @@ class Monitor:
         run.startup.end("buffers")
 
         run.inputs.start(state)
-        run.logger.start(total=plan.total_steps, step=state.step, log=plan.config.log, recipe=plan.config.dump())
+        log, recipe = checked.config.log, checked.config.dump()
+        run.logger.start(total=checked.total_steps, step=state.step, log=log, recipe=recipe)
         notes = (*run.cost_notes, *run.init_notes, *run.method.notes, *run.teachers.notes, *run.engine.notes)
         if run.evaluator is not None:
             notes = (*run.evaluator.notes, *notes)
@@ -70,12 +72,12 @@ class Monitor:
             notes = (*run.top1.notes, *notes)
         run.logger.print("\n".join((describe_run(run, state), *notes)))
         self._engine_notes = len(run.engine.notes)
-        if state.step < plan.total_steps:
+        if state.step < checked.total_steps:
             run.inputs.wait_for_first()
         run.startup.end("workers")
         run.timer.enter(BETWEEN)  # the wait for the first batch is part of the start
         self._throughput = ThroughputMeter(
-            plan.world.device,
+            checked.world.device,
             waited_s=lambda: run.timer.seconds[WAITING],
             host_share=run.timer.host_share,
             cost=run.cost,
@@ -86,16 +88,26 @@ class Monitor:
         gc.freeze()
         gc.disable()
         run.preemption.phase = "loop"
+        self._profile = ProfileWindow(
+            checked.run_dir,
+            checked.config.log.profile,
+            checked.world.rank,
+            checked.world.device,
+            run.logger.print,
+            run.logger.log_event,
+        )
+        self._profile.before_step(state.step + 1)
         run.timer.lap()
 
     def after_step(self, state: TrainState, info: StepInfo) -> TrainState:
         """The state to continue from: one step further, or that of an older checkpoint after a row of bad steps."""
-        run, config = self._run, self._run.plan.config
+        run, config = self._run, self._run.checked.config
         for scalars in info.scalars:
-            self._throughput.add(scalars, images=len(info.batch.ids) * run.plan.world.size)
+            self._throughput.add(scalars, images=len(info.batch.ids) * run.checked.world.size)
         state = state.advanced(config.schedule.global_batch, run.timer.lap())
         run.watchdog.beat(info.step)
         run.timer.enter(BETWEEN)
+        self._throughput.leave_out(self._profile.after_step(info.step))
         if info.step % GC_EVERY == 0:
             gc.collect()
 
@@ -105,11 +117,14 @@ class Monitor:
             if state.step < info.step:
                 run.inputs.start(state)
                 self._throughput.restart()
+                self._profile.after_step(state.step)
+                self._profile.before_step(state.step + 1)
                 return state
         self._log_step(info)
         self._evaluate(info)
         self._draw_panel(info)
         self._save_and_stop(state, info)
+        self._profile.before_step(info.step + 1)
         return state
 
     def finish(self, state: TrainState) -> None:
@@ -118,8 +133,9 @@ class Monitor:
         Raises Stopped where the last step could not be saved, or too many samples are damaged.
         """
         run = self._run
+        self._profile.close(state.step)
         failure = self._say_how_it_ended(state, saved=bool(self._checkpoints.wait_for_writes()))
-        run.logger.close(done=failure is None and state.step == run.plan.total_steps)
+        run.logger.close(done=failure is None and state.step == run.checked.total_steps)
         run.coordinator.finish_pending()
         run.coordinator.on_rank0(flush_writes, run)
         run.inputs.close()
@@ -146,7 +162,7 @@ class Monitor:
     def _log_step(self, info: StepInfo) -> None:
         """What is due after a step: the start-up times once, the slow ranks, the line of metrics."""
         run, step = self._run, info.step
-        plan, config = run.plan, run.plan.config
+        checked, config = run.checked, run.checked.config
         if "first_step" not in run.startup.seconds:
             run.startup.end("first_step")
             run.startup.move("first_step", "compile", compile_seconds())
@@ -160,10 +176,10 @@ class Monitor:
         if step == info.total or step % config.log.every == 0:
             metrics = self._throughput.read()
             metrics |= {
-                "lr": plan.lr(step - 1),
+                "lr": checked.lr(step - 1),
                 "grad_norm": run.engine.gradient_norm(),
                 "loss_scale": run.engine.loss_scale or 1.0,
-                "epoch": step / plan.steps_per_epoch,
+                "epoch": step / checked.steps_per_epoch,
                 "skipped_steps": float(run.engine.skipped_steps),
             }
             self._log_damage()
@@ -172,7 +188,7 @@ class Monitor:
     def _evaluate(self, info: StepInfo) -> None:
         """Measure the student where it is due. What fails is logged and the run trains on: no figure is worth a run."""
         run, evaluator, top1 = self._run, self._run.evaluator, self._run.top1
-        if evaluator is not None and evaluator.plan.due(info.step, info.total):
+        if evaluator is not None and evaluator.checked.due(info.step, info.total):
             buffers = run.method.student.named_buffers()
             self._measure(info, partial(evaluator.evaluate, run.engine.parameters, buffers))
         if top1 is not None and top1.due(info.step, info.total):
@@ -196,7 +212,7 @@ class Monitor:
         run.timer.enter(BETWEEN)
 
     def _draw_panel(self, info: StepInfo) -> None:
-        run, every = self._run, self._run.plan.config.log.panels
+        run, every = self._run, self._run.checked.config.log.panels
         if every and (info.step == info.total or info.step % every == 0):
             targets = {name: seen.first(SAMPLES) for name, seen in info.targets.items()}
             with uncompiled():
@@ -204,7 +220,7 @@ class Monitor:
 
     def _save_and_stop(self, state: TrainState, info: StepInfo) -> None:
         run, last = self._run, info.step == info.total
-        every = run.plan.config.checkpoint.every
+        every = run.checked.config.checkpoint.every
         asked = run.preemption.raised() or run.damage_log.full
         self.stopped = self._checkpoints.poll(asked) and not last
         if self.stopped or last:
@@ -237,24 +253,24 @@ class Monitor:
 
     def _say_how_it_ended(self, state: TrainState, saved: bool) -> str | None:
         """Log it and leave the file that says it; a line where the run failed."""
-        run, plan = self._run, self._run.plan
-        newest = checkpoint.newest_step(plan.run_dir)
-        if state.step < plan.total_steps:
+        run, checked = self._run, self._run.checked
+        newest = checkpoint.newest_step(checked.run_dir)
+        if state.step < checked.total_steps:
             reason = "too many damaged samples" if run.damage_log.full else run.preemption.reason
             run.logger.log_event("stopped", at=state.step, reason=reason)
             fate = "saved" if saved else f"NOT saved; {newest} is the newest"
             run.logger.print(f"stopped at step {state.step} ({reason or 'asked by another rank'}), {fate}")
             if run.damage_log.full:
                 return run.damage_log.verdict()
-            by_hand = run.preemption.reason == "SIGINT" or there(run_folder.stop_wish(plan.run_dir))
-            if plan.world.rank == 0 and not by_hand:
+            by_hand = run.preemption.reason == "SIGINT" or there(run_folder.stop_wish(checked.run_dir))
+            if checked.world.rank == 0 and not by_hand:
                 leave_requeue_marker(run.writer, newest)
             return None
         if not saved:
             return f"the last checkpoint could not be written; {newest} is the newest"
-        if plan.world.rank == 0:
-            run.writer.replace(plan.run_dir / "done", f"{state.step}\n")
-        run.logger.print(f"done: {plan.run_dir}, step {state.step}")
+        if checked.world.rank == 0:
+            run.writer.replace(checked.run_dir / "done", f"{state.step}\n")
+        run.logger.print(f"done: {checked.run_dir}, step {state.step}")
         return None
 
 
@@ -270,30 +286,31 @@ def check_file_size_limit(needed: int) -> None:
 
 def open_folder(run: TrainContext, state: TrainState) -> None:
     """Rank 0: the configuration once, a line about this launch each time."""
-    plan = run.plan
-    if not (plan.run_dir / "config.yaml").exists():
-        run_folder.create(plan.run_dir, plan.config)
+    checked = run.checked
+    if not (checked.run_dir / "config.yaml").exists():
+        run_folder.create(checked.run_dir, checked.config)
     launch = run_folder.launch(
-        plan.command,
-        ranks=plan.world.size,
-        device=str(plan.world.device.type),
-        ds_config=plan.config.engine.ds_config,
-        method=plan.config.method.name,
+        checked.command,
+        ranks=checked.world.size,
+        device=str(checked.world.device.type),
+        ds_config=checked.config.engine.ds_config,
+        method=checked.config.method.name,
         step=state.step,
-        total_steps=plan.total_steps,
-        steps_per_epoch=plan.steps_per_epoch,
-        forked_from=None if plan.parent is None else str(plan.parent),
+        total_steps=checked.total_steps,
+        steps_per_epoch=checked.steps_per_epoch,
+        forked_from=None if checked.parent is None else str(checked.parent),
     )
-    run.writer.append(plan.run_dir / "launches.jsonl", json.dumps(launch) + "\n")
+    run.writer.append(checked.run_dir / "launches.jsonl", json.dumps(launch) + "\n")
 
 
 def describe_run(run: TrainContext, state: TrainState) -> str:
-    plan, config = run.plan, run.plan.config
+    checked, config = run.checked, run.checked.config
     return (
         f"{config.method.name}: {run.parameter_count / 1e6:.1f} M parameters, {config.engine.ds_config}, "
-        f"{plan.world.device.type}, global batch {config.schedule.global_batch} = micro-batch {plan.micro_batch} x "
-        f"accumulation {plan.accumulation} x ranks {plan.world.size}, peak lr {config.schedule.peak_lr:.3g}, "
-        f"{plan.manifest.samples} images, step {state.step} of {plan.total_steps}, folder {plan.run_dir}"
+        f"{checked.world.device.type}, global batch {config.schedule.global_batch} = "
+        f"micro-batch {checked.micro_batch} x accumulation {checked.accumulation} x ranks {checked.world.size}, "
+        f"peak lr {config.schedule.peak_lr:.3g}, "
+        f"{checked.manifest.samples} images, step {state.step} of {checked.total_steps}, folder {checked.run_dir}"
         + ("" if config.data.stream is None else f"\n{NOT_EXACT}")
-        + (f"\nmixture: {plan.manifest.describe()}" if isinstance(plan.manifest, Mixture) else "")
+        + (f"\nmixture: {checked.manifest.describe()}" if isinstance(checked.manifest, Mixture) else "")
     )

@@ -15,8 +15,8 @@ from mimscale.checkpoint import format as checkpoint
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError, warn
 from mimscale.teachers.ensemble import TeacherEnsemble
+from mimscale.training.checked_run import CheckedRun
 from mimscale.training.context import TrainContext
-from mimscale.training.plan import Plan
 from mimscale.training.state import TrainState
 
 T = TypeVar("T")
@@ -29,8 +29,8 @@ def describe_state(run: TrainContext, state: TrainState) -> dict[str, Any]:
     return {
         "step": state.step,
         "state": state.dump(),
-        "config": run.plan.config.dump(),
-        "data": run.plan.manifest.fingerprint,
+        "config": run.checked.config.dump(),
+        "data": run.checked.manifest.fingerprint,
         "teachers": run.teachers.identities(),
         "method": run.method.extra_state(),
         **run.engine.describe(),
@@ -57,10 +57,10 @@ def _restore(run: TrainContext) -> TrainState:
         raise UserError(
             f"every checkpoint in {run.checkpoints} is damaged; remove the damaged-* folders to start at step 0"
         )
-    if run.coordinator.rank == 0 and run.plan.parent is None and saved_before(run.plan.run_dir):
+    if run.coordinator.rank == 0 and run.checked.parent is None and saved_before(run.checked.run_dir):
         warn(f"{run.checkpoints} has no checkpoint, although metrics.jsonl lists some that were saved; starting at 0")
-    if run.plan.parent is not None:
-        reader, damage = opened(run.plan.parent, run.coordinator, run.startup.end)
+    if run.checked.parent is not None:
+        reader, damage = opened(run.checked.parent, run.coordinator, run.startup.end)
         if reader is None:
             raise UserError(f"--fork: {damage}; start again to take what is now the newest checkpoint of that run")
         run.coordinator.on_all_ranks(run.engine.load_weights, reader)
@@ -95,14 +95,14 @@ def load_newest(
                 warn(f"passing over {path.name}: {damage}")
             coordinator.on_rank0(unless_refused, checkpoint.set_aside, path)
             continue
-        refuse_other_inputs(reader, run.plan, run.teachers)
+        refuse_other_inputs(reader, run.checked, run.teachers)
         coordinator.on_all_ranks(run.engine.load, reader)
         run.engine.finish_load(reader)
         coordinator.on_all_ranks(reader.fill, run.method.fragments())
         run.method.load_extra_state(reader.meta["method"])
         done("load")
         state = TrainState.load(reader.meta["state"])
-        if state.samples != state.step * run.plan.config.schedule.global_batch:
+        if state.samples != state.step * run.checked.config.schedule.global_batch:
             raise UserError(f"{path}: {state.samples} samples are not {state.step} steps of the global batch")
         return state
     return None
@@ -146,11 +146,11 @@ def unless_refused(work: Callable[..., None], *args: Any) -> None:
         warn(f"{error}; left as it is")
 
 
-def refuse_other_inputs(reader: checkpoint.CheckpointReader, plan: Plan, teachers: TeacherEnsemble) -> None:
+def refuse_other_inputs(reader: checkpoint.CheckpointReader, checked: CheckedRun, teachers: TeacherEnsemble) -> None:
     """The images and the teachers are inputs like the recipe, but are known only by their content."""
-    if reader.meta["data"] != plan.manifest.fingerprint:
+    if reader.meta["data"] != checked.manifest.fingerprint:
         raise UserError(
-            f"data.shards = {plan.config.data.shards} holds other samples, or mixes them with other weights, than "
+            f"data.shards = {checked.config.data.shards} holds other samples, or mixes them with other weights, than "
             f"{reader.path} was trained on; undo that, or start a new run from its weights with --fork NEW_RUN_DIR"
         )
     if reader.meta["teachers"] != teachers.identities():

@@ -17,17 +17,17 @@ from mimscale.checkpoint import run_folder
 from mimscale.distributed.coordination import Coordinator
 from mimscale.errors import UserError
 from mimscale.teachers.ensemble import TeacherEnsemble
-from mimscale.training.plan import Plan
+from mimscale.training.checked_run import CheckedRun
 
 PER_RANK = ("data.shards", "data.cache", "data.workers", "data.prefetch", "evals.train", "evals.val")
 """Keys in which nodes may differ: their data is compared by its fingerprint, weights by their sha256."""
 SHOWN = 3
 
 
-def refuse_different_ranks(plan: Plan, teachers: TeacherEnsemble, coordinator: Coordinator) -> None:
+def refuse_different_ranks(checked: CheckedRun, teachers: TeacherEnsemble, coordinator: Coordinator) -> None:
     """Raise UserError, on all ranks, that names what differs and both values. Collective."""
     if coordinator.world > 1:
-        refuse_different({**identity(plan), **_flat("teachers", teachers.identities())}, coordinator)
+        refuse_different({**identity(checked), **_flat("teachers", teachers.identities())}, coordinator)
 
 
 def refuse_different(mine: Mapping[str, str], coordinator: Coordinator) -> None:
@@ -53,31 +53,31 @@ def difference(everyone: list[tuple[str, dict[str, str]]]) -> str:
     return f"the ranks of this launch differ: {shown}{more}; give all the same command, recipe, code and data"
 
 
-def identity(plan: Plan) -> dict[str, str]:
+def identity(checked: CheckedRun) -> dict[str, str]:
     """What must be the same on every rank, as text: recipe, DeepSpeed's file, data, code, versions, device, folder."""
     recipe = {
         key: repr(value)
-        for key, value in plan.config.flat().items()
+        for key, value in checked.config.flat().items()
         if key not in PER_RANK and not key.endswith(".weights")
     }
     return {
         **recipe,
-        **_flat("engine.ds_config", plan.ds_config),
-        "data": plan.manifest.fingerprint,
-        **_evals_data(plan),
+        **_flat("engine.ds_config", checked.ds_config),
+        "data": checked.manifest.fingerprint,
+        **_evals_data(checked),
         "code": f"{run_folder.head_commit() or 'installed'}, {source_digest()[:12]}",
         "python": platform.python_version(),
         **{name: str(version) for name, version in run_folder.versions().items()},
-        "engine.device": plan.world.device.type,
-        "--run-dir": str(plan.run_dir),
-        "checkpoints to continue from": "none" if plan.fresh else "found",
+        "engine.device": checked.world.device.type,
+        "--run-dir": str(checked.run_dir),
+        "checkpoints to continue from": "none" if checked.fresh else "found",
     }
 
 
-def _evals_data(plan: Plan) -> dict[str, str]:
-    if plan.evals is None:
+def _evals_data(checked: CheckedRun) -> dict[str, str]:
+    if checked.evals is None:
         return {}
-    return {f"evals.{key}": getattr(plan.evals, key).manifest.fingerprint for key in ("train", "val")}
+    return {f"evals.{key}": getattr(checked.evals, key).manifest.fingerprint for key in ("train", "val")}
 
 
 def source_digest() -> str:

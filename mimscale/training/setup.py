@@ -16,7 +16,7 @@ from mimscale.checkpoint import run_folder
 from mimscale.config.deepspeed import precision_of
 from mimscale.config.run import RunConfig, method_class
 from mimscale.distributed.coordination import Coordinator
-from mimscale.distributed.rendezvous import meet
+from mimscale.distributed.rendezvous import meet, while_meeting
 from mimscale.distributed.world import World
 from mimscale.engine.base import Engine
 from mimscale.engine.factory import make_engine, open_process_group
@@ -33,9 +33,9 @@ from mimscale.monitoring.run_logger import RunLogger
 from mimscale.teachers.ensemble import TeacherEnsemble
 from mimscale.training import init_weights
 from mimscale.training.auto_micro_batch import agreed
+from mimscale.training.checked_run import CheckedRun, open_damage_log
 from mimscale.training.context import TrainContext
 from mimscale.training.inputs import TrainInputs
-from mimscale.training.plan import Plan, open_damage_log
 from mimscale.training.same_ranks import refuse_different_ranks
 from mimscale.training.speed import step_cost
 from mimscale.types import TeacherInfo
@@ -45,40 +45,41 @@ if TYPE_CHECKING:
     from mimscale.evals.while_training import Evaluator
 
 
-def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext:
+def build(checked: CheckedRun, startup: StartupTimer, closing: ExitStack) -> TrainContext:
     """Method, teachers, engine, inputs, and what watches them. Collective from the process group on.
 
     closing: gets what is to be ended after the run.
     """
-    config, world = plan.config, plan.world
+    config, world = checked.config, checked.world
     timer = PhaseTimer(world.device)
-    watchdog = Watchdog(plan.run_dir, world.rank, config.watchdog, timer)
+    watchdog = Watchdog(checked.run_dir, world.rank, config.watchdog, timer)
     closing.callback(watchdog.close)
-    preemption = Preemption(stop_files=run_folder.stop_files(plan.run_dir))
+    preemption = Preemption(stop_files=run_folder.stop_files(checked.run_dir))
     signal_watch = SignalWatch(preemption, world.rank)
     closing.callback(signal_watch.close)
 
-    method = make_method(config, plan.teachers)
-    init_notes = init_weights.load_into(method, config) if plan.fresh and config.init is not None else ()
+    method = make_method(config, checked.teachers)
+    init_notes = init_weights.load_into(method, config) if checked.fresh and config.init is not None else ()
     needs, image_size = method.needs.teachers, config.data.image_size
     fused = config.engine.uses("teacher_kernels")
-    teachers = TeacherEnsemble(config.teachers, plan.skeletons, needs, image_size, world.device, fused)
-    cost, cost_notes = step_cost(plan)
+    teachers = TeacherEnsemble(config.teachers, checked.skeletons, needs, image_size, world.device, fused)
+    cost, cost_notes = step_cost(checked)
     parameter_count = sum(parameter.numel() for parameter in method.parameters())
     startup.end("model")
 
-    lock = RunLock(plan.run_dir) if world.rank == 0 else None
+    lock = RunLock(checked.run_dir) if world.rank == 0 else None
     if lock is not None:
         closing.callback(lock.release)
     startup.end("lock")
     store = meet(world, preemption.leave_if_asked)
-    open_process_group(world, config.engine)
-    watchdog.coordinator = signal_watch.coordinator = coordinator = Coordinator(store)
-    plan = agreed(plan, coordinator)
-    config = plan.config
-    refuse_different_ranks(plan, teachers, coordinator)
-    run_folder.prove_shared(plan.run_dir, coordinator)
-    evaluator, top1 = make_evaluator(plan, method, coordinator), make_top1(plan, method, coordinator)
+    with while_meeting(world):
+        open_process_group(world, config.engine)
+        watchdog.coordinator = signal_watch.coordinator = coordinator = Coordinator(store)
+        checked = agreed(checked, coordinator)
+        config = checked.config
+        refuse_different_ranks(checked, teachers, coordinator)
+        run_folder.prove_shared(checked.run_dir, coordinator)
+    evaluator, top1 = make_evaluator(checked, method, coordinator), make_top1(checked, method, coordinator)
     startup.end("process_group")
 
     engine = connect(
@@ -86,26 +87,26 @@ def build(plan: Plan, startup: StartupTimer, closing: ExitStack) -> TrainContext
         teachers,
         config,
         world,
-        micro_batch=plan.micro_batch,
-        accumulation=plan.accumulation,
-        ds_config=plan.ds_config,
-        samples=plan.manifest.samples,
+        micro_batch=checked.micro_batch,
+        accumulation=checked.accumulation,
+        ds_config=checked.ds_config,
+        samples=checked.manifest.samples,
     )
     startup.end("engine")
 
     writer = RetryingWriter()
-    damage_log = open_damage_log(config, plan.run_dir, plan.manifest, writer if world.rank == 0 else None)
-    inputs = TrainInputs(plan, method, teachers, timer, damage_log)
+    damage_log = open_damage_log(config, checked.run_dir, checked.manifest, writer if world.rank == 0 else None)
+    inputs = TrainInputs(checked, method, teachers, timer, damage_log)
     closing.callback(inputs.close)
     return TrainContext(
-        plan=plan,
+        checked=checked,
         method=method,
         teachers=teachers,
         engine=engine,
         inputs=inputs,
-        guard=StepGuard(config.guard, plan.accumulation, world.device),
+        guard=StepGuard(config.guard, checked.accumulation, world.device),
         coordinator=coordinator,
-        logger=RunLogger(plan.run_dir, writer, active=world.rank == 0),
+        logger=RunLogger(checked.run_dir, writer, active=world.rank == 0),
         writer=writer,
         damage_log=damage_log,
         startup=startup,
@@ -130,23 +131,23 @@ def make_method(config: RunConfig, teachers: Mapping[str, TeacherInfo]) -> Metho
     return method
 
 
-def make_evaluator(plan: Plan, method: Method, coordinator: Coordinator) -> Evaluator | None:
+def make_evaluator(checked: CheckedRun, method: Method, coordinator: Coordinator) -> Evaluator | None:
     """What evaluates the student while it trains, before the engine gets the method. Raises UserError."""
-    if plan.evals is None:
+    if checked.evals is None:
         return None
     from mimscale.evals.while_training import Evaluator
 
-    return Evaluator(plan.evals, method.student, plan.world, coordinator, precision_of(plan.ds_config))
+    return Evaluator(checked.evals, method.student, checked.world, coordinator, precision_of(checked.ds_config))
 
 
-def make_top1(plan: Plan, method: Method, coordinator: Coordinator) -> Top1Evaluator | None:
+def make_top1(checked: CheckedRun, method: Method, coordinator: Coordinator) -> Top1Evaluator | None:
     """What measures a classifier while it trains, before the engine gets the method."""
-    if plan.evals is None or plan.evals.config.top1_epochs is None:
+    if checked.evals is None or checked.evals.config.top1_epochs is None:
         return None
     from mimscale.evals.top1_training import Top1Evaluator
 
-    val, precision = plan.evals.val.manifest, precision_of(plan.ds_config)
-    return Top1Evaluator(plan.config, method, val, plan.steps_per_epoch, plan.world, coordinator, precision)
+    val, precision = checked.evals.val.manifest, precision_of(checked.ds_config)
+    return Top1Evaluator(checked.config, method, val, checked.steps_per_epoch, checked.world, coordinator, precision)
 
 
 def connect(

@@ -6,30 +6,30 @@ import torch
 
 from mimscale.config.deepspeed import precision_of
 from mimscale.cost import peak
-from mimscale.cost.flops import Flops, flops_of
+from mimscale.cost.flops import Flops, arithmetic_of, flops_of
 from mimscale.monitoring.metrics import StepCost
-from mimscale.training.plan import Plan
+from mimscale.training.checked_run import CheckedRun
 
 
-def step_cost(plan: Plan) -> tuple[StepCost, tuple[str, ...]]:
+def step_cost(checked: CheckedRun) -> tuple[StepCost, tuple[str, ...]]:
     """(figures for the log, lines for the start of a run). On rank 0; nothing on the others, which log nothing.
 
     Takes some tenths of a second. A method whose FLOPs cannot be counted without memory trains all the same, without
     MFU in its log. Leaves the global generators as they are.
     """
-    if plan.world.rank:
+    if checked.world.rank:
         return StepCost(), ()
-    device, precision = plan.world.device, precision_of(plan.ds_config)
+    device, precision = checked.world.device, arithmetic_of(checked.config, precision_of(checked.ds_config))
     rate, known = peak.measured_flops(device, precision), peak.peak_flops(device, precision)
     sheet = "" if known is None else f"{known / 1e12:.4g} TFLOP/s in {precision} by the data sheet, "
     line = f"peak: {sheet}{rate / 1e12:.3g} TFLOP/s measured with a product of {peak.SIDES[device.type]} squared"
     try:
         with torch.random.fork_rng(devices=[]):
-            flops = flops_of(plan.config)
+            flops = flops_of(checked.config)
     except Exception as error:  # of a method that reads values, say
         reason = " ".join(str(error).split())[:200]
         return StepCost(), (line, f"FLOPs per image: not counted ({type(error).__name__}: {reason}); no MFU in the log")
-    cost = StepCost(flops.training, plan.world.size, known, rate)
+    cost = StepCost(flops.training, checked.world.size, known, rate)
     return cost, (line, describe(flops))
 
 

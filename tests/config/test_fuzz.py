@@ -22,7 +22,7 @@ from mimscale.config.recipes import load_recipe, recipe_names
 from mimscale.config.run import method_class
 from mimscale.errors import UserError
 from mimscale.teachers.ensemble import build_skeletons, describe
-from mimscale.training.plan import prepare
+from mimscale.training.checked_run import prepare
 from tests.training.test_tiny_recipes import TINY
 
 FUZZ = settings(

@@ -133,11 +133,14 @@ def test_batch_divides_over_8_to_512_gpus(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_cost_is_the_arithmetic_that_it_names(name: str) -> None:
-    """GFLOP per image over the epochs of 1,281,167 images, at 40 % of an A100's 312 TFLOP/s."""
+    """GFLOP per image over the epochs of 1,281,167 images, at 40 % of an A100's 312 TFLOP/s. That plan counts as many
+    is tests/cost/test_flops.py's.
+    """
     run, cost = load_recipe(name), recipe_table.header_of(text_of(name)).cost
     hours, epochs = recipe_table.header_of(text_of(name)).a100_hours, run.schedule.epochs
     found = re.search(r"([\d.]+) GFLOP per\s+image(?: in the warm-up and ([\d.]+) after it, ([\d.]+) more)?", cost)
     assert hours is not None and epochs is not None and found is not None, cost
+    assert "A100-hours, by the FLOPs of `mimscale plan`: " in cost
     first, after, more = (float(number or 0) for number in found.groups())
     warmup = 41 if after else epochs
     gflop = first * warmup + after * (epochs - warmup) + more * epochs

@@ -79,6 +79,11 @@ def recipe(tmp_path: Path) -> Path:
             "teachers.a={library: timm, model: m, options: {embed_dim: 1.0e+9}}",
             "teachers.a.options: embed_dim = 1e+09: must be at most 1,048,576",
         ),
+        ("data.flip=true", "data.flip: true is no number or text; YAML reads yes, no, on and off as true and false"),
+        ("seed=yes", "seed: true is no number or text"),
+        ("data.colour_jitter=[on, 0, 0.5]", "data.colour_jitter: [true, 0, 0.5] is no number or text"),
+        ("schedule.steps=010", "the value is not YAML: '010' is read in several ways"),
+        ("schedule.steps=1:30", "the value is not YAML: '1:30' is read in several ways"),
         ("data={shards: a, shards: b}", "override data={shards: a, shards: b}: the value is not YAML"),
     ],
 )

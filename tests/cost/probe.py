@@ -1,10 +1,10 @@
 """What a real engine does, counted, on any ranks.
 
-    python -m tests.cost.probe MICRO_BATCH ACCUMULATION DS_CONFIG... [-- key=value ...]
+    python -m tests.cost.probe [RECIPE] MICRO_BATCH ACCUMULATION DS_CONFIG... [-- key=value ...]
 
-Trains a small MAE for two steps with each DeepSpeed config and prints, on every rank, a line of JSON: per config the
-collectives of the second step as [operator, bytes, from a forward or backward pass or the update], the allocated bytes
-at most (by torch's profiler), the lengths of this rank's fragments, and whether the update was fused.
+Trains a small MAE, or RECIPE, for two steps with each DeepSpeed config and prints, on every rank, a line of JSON: per
+config the collectives of the second step as [operator, bytes, from a forward or backward pass or the update], the
+allocated bytes at most (by torch's profiler), the lengths of this rank's fragments, and whether the update was fused.
 """
 
 from __future__ import annotations
@@ -46,9 +46,12 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def configuration(ds_config: str, micro: int, accumulation: int, ranks: int, overrides: list[str]) -> RunConfig:
+def configuration(
+    ds_config: str, micro: int, accumulation: int, ranks: int, overrides: list[str], recipe: str = ""
+) -> RunConfig:
     batches = [f"schedule.global_batch={micro * accumulation * ranks}", f"engine.max_micro_batch={micro}"]
-    return load_recipe("mae_tiny", [*OVERRIDES, *batches, f"engine.ds_config={ds_config}", *overrides])
+    size = [] if recipe else OVERRIDES
+    return load_recipe(recipe or "mae_tiny", [*size, *batches, f"engine.ds_config={ds_config}", *overrides])
 
 
 def make_batch(config: RunConfig, method: Any, count: int) -> Batch:
@@ -60,6 +63,7 @@ def make_batch(config: RunConfig, method: Any, count: int) -> Batch:
         noise={name: torch.rand(count, *noise.shape) for name, noise in method.needs.noise.items()},
         boxes=torch.zeros(count, 4),
         flips=torch.zeros(count, dtype=torch.bool),
+        labels=torch.zeros(count, dtype=torch.int64) if method.needs.labels else None,
     ).normalised()
 
 
@@ -73,8 +77,10 @@ def allocated(profiler: Any, already: int) -> tuple[int, int]:
     return now, most
 
 
-def probe(ds_config: str, micro: int, accumulation: int, world: World, overrides: list[str]) -> dict[str, Any]:
-    config = configuration(ds_config, micro, accumulation, world.size, overrides)
+def probe(
+    ds_config: str, micro: int, accumulation: int, world: World, overrides: list[str], recipe: str
+) -> dict[str, Any]:
+    config = configuration(ds_config, micro, accumulation, world.size, overrides, recipe)
     gc.collect()  # the engine before would be freed while this one is counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as built:
         torch.manual_seed(world.rank)  # other images on each rank; DeepSpeed gives all the weights of rank 0
@@ -121,10 +127,11 @@ def probe(ds_config: str, micro: int, accumulation: int, world: World, overrides
 
 if __name__ == "__main__":
     words = sys.argv[1:]
+    named = "" if words[0].isdigit() else words.pop(0)
     cut = words.index("--") if "--" in words else len(words)
     (images, times), names, changes = map(int, words[:2]), words[2:cut], words[cut + 1 :]
     place = from_environment("cpu")
-    open_process_group(place, configuration(names[0], images, times, place.size, changes).engine)
-    results = {name: probe(name, images, times, place, changes) for name in names}
+    open_process_group(place, configuration(names[0], images, times, place.size, changes, named).engine)
+    results = {name: probe(name, images, times, place, changes, named) for name in names}
     print("\n" + json.dumps({"rank": place.rank, **results}), flush=True)
     os._exit(0)

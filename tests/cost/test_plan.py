@@ -74,6 +74,28 @@ def test_the_table_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert "256 ranks leave 4 images per GPU of the global batch 1024" in printed
 
 
+def test_a_frozen_encoder_computes_in_its_own_precision_and_takes_whole_groups() -> None:
+    own = planner("mae_vit_b16_linear", "a100", 8, "ib8x200")
+    wide = planner("mae_vit_b16_linear", "a100", 8, "ib8x200", "method.encoder_precision=fp32")
+    half, full = (one.predict(one.asked()) for one in (own, wide))
+    rates = own.gpu.products("bf16") / own.gpu.products("fp32")
+    assert full.time.products / half.time.products == pytest.approx(rates)
+    assert half.memory.moment == "forward pass" and half.memory.total < full.memory.total
+    gpu = replace(own.gpu, memory=0.7 * GIB, reserved=0.0)
+    tight = own.like(own.config, gpu, own.link, 8).best()
+    assert tight is not None and tight.fits and tight.choice.micro_batch * 8 % 512 == 0
+
+
+def test_rand_augment_takes_cores() -> None:
+    with_it, without = (
+        report.make_plan(planner("finetune_mae_vit_b16", "h100", 8, "ib8x400", *words), IMAGENET, True)
+        for words in ((), ("data.rand_augment=null",))
+    )
+    assert with_it.cost.cores == pytest.approx(1.67 * without.cost.cores)
+    rows = [dict(report.cost_rows(plan))["data"] for plan in (with_it, without)]
+    assert "decode and augment them" in rows[0] and "augment" not in rows[1]
+
+
 def test_a_choice_that_does_not_fit_has_a_smallest_change() -> None:
     own = planner("simmim_vit_b16", "a100-40", 1, "ib8x200", "engine.max_micro_batch=1024")
     plan = report.make_plan(own, IMAGENET, True)

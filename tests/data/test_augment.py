@@ -72,6 +72,22 @@ def assert_same(one: dict[int, Sample], two: dict[int, Sample]) -> None:
         assert sample == other[2] and torch.equal(image, other[0]) and torch.equal(labels, other[1]), position
 
 
+def test_no_bit_of_a_posterised_image_is_left() -> None:
+    """timm asks for 0 bits at magnitude 10, which a deviation of the magnitude reaches; Pillow 13 refuses that."""
+    transform = augment.make_rand_augment(DataConfig(shards="none", rand_augment="rand-m10-inc1-n1"))
+    assert transform is not None
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    found = {}
+    for op in transform.ops:  # type: ignore[attr-defined]
+        if op.name == "PosterizeIncreasing":
+            op.prob = 1.0
+            found = {bits: np.asarray(op.aug_fn(image, bits)) for bits in range(9)}
+            assert not np.asarray(op(image)).any()
+    for bits, pixels in found.items():
+        assert np.array_equal(pixels, np.asarray(image) & (256 - 2 ** (8 - bits)))
+    assert len(found) == 9
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(shards) -> dict[int, Sample]:
     return samples(Manifest.load(shards))

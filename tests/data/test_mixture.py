@@ -142,6 +142,8 @@ def test_mistakes_are_named(two: list[Path], tmp_path: Path) -> None:
         open_source(config(two, (1, 1e-6)))
     with pytest.raises(UserError, match="no such folder"):
         open_source(DataConfig(shards={str(two[0]): 1, str(tmp_path / "nowhere"): 1}))
+    with pytest.raises(UserError, match="are the same data set; name it once"):
+        open_source(DataConfig(shards={str(two[0]): 1, f"{two[0]}/": 2}))
     for sets in ({}, {"a": 0}, {"a": -1}, {"a": float("nan")}, {"a": float("inf")}, {"wds:a.tar": 1}):
         with pytest.raises(ValidationError):
             DataConfig(shards=sets)

@@ -136,6 +136,9 @@ def test_a_transparent_colour_of_rgb_and_grey() -> None:
     rgb = array([[[1, 2, 3], [4, 5, 6]]], "uint8")
     assert pixels(encoded(rgb, "PNG", transparency=(4, 5, 6))) == [[1, 2, 3], [255, 255, 255]]
     assert greys(encoded(array([[7, 8]], "uint8"), "PNG", transparency=7)) == [255, 8]
+    assert greys(encoded(array([[7, 3000, 40000]], "uint16"), "PNG", transparency=3000)) == [0, 255, 156]
+    with pytest.raises(BadImage, match="a transparent colour of 16 bits"):
+        decode(encoded(rgb, "PNG", transparency=(4, 500, 6)))
 
 
 def test_one_bit() -> None:

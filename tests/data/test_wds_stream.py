@@ -22,7 +22,7 @@ from mimscale.data.manifest import Manifest
 from mimscale.data.sample_reader import DamagedSample
 from mimscale.data.wds_stream import Source, WebDatasetStream, open_source
 from mimscale.errors import UserError
-from mimscale.training.plan import prepare
+from mimscale.training.checked_run import prepare
 from mimscale.types import Batch, Needs, Noise
 from tests import ranks
 from tests.data.servers import WebServer

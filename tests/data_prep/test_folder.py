@@ -21,7 +21,7 @@ from torchvision.datasets import ImageFolder
 
 from data_prep.__main__ import main
 from data_prep.folder import read_folder
-from data_prep.plan import Plan
+from data_prep.plan import ShardPlan
 from data_prep.write_manifest import read_sidecar
 from data_prep.write_shards import unfinished, write
 from mimscale.data.manifest import Manifest
@@ -161,7 +161,7 @@ def test_two_parts_at_once(images: Path, made: Path, tmp_path: Path) -> None:
 def test_interrupted_and_continued(images: Path, made: Path, tmp_path: Path, moment: int) -> None:
     """The process ends at a file-system call, without any clean-up."""
     folder = tmp_path / "out"
-    plan = Plan(read_folder(images, labelled=True), seed=0, shard_mb=256, shard_samples=7)
+    plan = ShardPlan(read_folder(images, labelled=True), seed=0, shard_mb=256, shard_samples=7)
     child = os.fork()
     if child == 0:
         try:
@@ -267,7 +267,7 @@ def test_sources_that_are_refused(tmp_path: Path, capsys) -> None:
 
 def test_a_source_that_changes_after_it_was_listed(tmp_path: Path) -> None:
     root = make_image_folder(tmp_path / "source", classes=1, per_class=2)
-    plan = Plan(read_folder(root, labelled=True), seed=0, shard_mb=1, shard_samples=None)
+    plan = ShardPlan(read_folder(root, labelled=True), seed=0, shard_mb=1, shard_samples=None)
     for change in (b"more", None):
         path = root / "class_000" / "000001.jpg"
         path.write_bytes(path.read_bytes() + change if change else path.read_bytes()[:-9])
@@ -278,7 +278,7 @@ def test_a_source_that_changes_after_it_was_listed(tmp_path: Path) -> None:
 
 def test_sidecars_are_checked_against_shards_and_plan(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    plan = Plan(read_folder(images, labelled=True), seed=0, shard_mb=256, shard_samples=7)
+    plan = ShardPlan(read_folder(images, labelled=True), seed=0, shard_mb=256, shard_samples=7)
     assert write(plan, folder, unfinished(plan, folder)) == []
     assert unfinished(plan, folder) == []
     (folder / "shard-000001.tar").unlink()
@@ -322,3 +322,10 @@ def test_each_folder_is_walked_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     (root / "class_001" / "link.jpg").symlink_to("000001.jpg")
     assert len(read_folder(root, labelled=True).items) == 10
     assert "2 images are reached by a second path too" in capsys.readouterr().err
+
+
+def test_a_class_that_is_a_link_to_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_image_folder(tmp_path / "in", classes=1, per_class=1, side=16)
+    (tmp_path / "in" / "again").symlink_to("class_000")
+    assert main(["folder", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert "holds no image of its own: it is a link to 'class_000'" in capsys.readouterr().err

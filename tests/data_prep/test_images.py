@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep import images as module
 from data_prep.__main__ import main
-from data_prep.images import ImageOptions, process_image, sniff
+from data_prep.images import ImageOptions, describe_content, process_image, sniff
 from mimscale.data.decode import BadImage, decode
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import synthetic_image
@@ -141,3 +141,26 @@ def test_nothing_decodable_is_an_error(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["folder", "--unlabelled", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
     assert "none of the 1 images" in capsys.readouterr().err
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\n\n<!DOCTYPE html><html>", "a page of HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2", "a video"),
+        (b'{"error": 404}', "JSON"),
+        (b"\x93NUMPY\1\0v\0", "an array of NumPy"),
+    ],
+)
+def test_what_is_no_image_is_named(start: bytes, what: str) -> None:
+    assert sniff(start) is None
+    assert describe_content(start).startswith(f"not an image that is read: {what}")
+
+
+def test_avif_in_a_container_of_another_brand() -> None:
+    start = b"\0\0\0\x20ftypmif1\0\0\0\0mif1avifmiaf"
+    assert sniff(start) == ("avif" if module.AVIF else None)
+    assert sniff(start.replace(b"avif", b"heic")) is None
+    assert sniff(start[:3] + b"\x10" + start[4:]) is None  # the list of brands ends before it

@@ -276,3 +276,16 @@ def test_a_shard_with_hard_links_is_indexed_verified_and_fit(
     manifest = Manifest.load(source)
     assert manifest.read(4) == manifest.read(0)
     assert manifest.labels is not None and manifest.labels[4] == manifest.labels[0]
+
+
+def test_what_no_glob_finds_and_what_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shard named .TAR is not passed over, one without members is said, and what is no tar is named."""
+    bad = {"zip": b"PK\3\4" + bytes(600), "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}
+    source = folder(tmp_path / "in", bad={**bad, "hollow": archive({})})
+    (source / "LAST.TAR").write_bytes(WHOLE)
+    assert main(["index", str(source)]) == 2
+    said = capsys.readouterr().err
+    for words in ("but a ZIP archive", "but a Git LFS pointer", "LAST.TAR': only letters", "3 of 7 shards cannot be"):
+        assert words in said
+    assert main(["index", str(source), "--skip-bad"]) == 0
+    assert Manifest.load(source).file.left_out == {"hollow.tar": "a shard without members"}

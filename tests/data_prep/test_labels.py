@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def test_numbers_are_the_indices_and_names_are_sorted() -> None:
         [str(n) for n in range(11)],
         {"0.0": 0, "10.0": 10, "2.0": 2, "2": 2},
     )
-    assert classes_of(["b", "a", "2", "2.0"], "x") == (["2", "a", "b"], {"b": 2, "a": 1, "2": 0, "2.0": 0})
+    assert classes_of(["b", "a", "0", "0.0"], "x") == (["0", "a", "b"], {"b": 2, "a": 1, "0": 0, "0.0": 0})
 
 
 @pytest.mark.parametrize(
@@ -92,9 +93,28 @@ def test_an_infinite_label_among_numbers_renumbers_no_class(label: str) -> None:
     """As a column of floats after a division by zero; among names it is a name."""
     with pytest.raises(UserError, match=f"label {label} is no whole number"):
         classes_of([label, "3", "0.0"], "table")
-    assert classes_of([label, "3", "cat"], "table")[0] == sorted([label, "3", "cat"])
+    assert classes_of([label, "bird", "cat"], "table")[0] == sorted([label, "bird", "cat"])
     assert classes_of([label], "table")[0] == [label]
 
 
 def test_a_byte_order_mark_before_a_label_is_no_part_of_it() -> None:
     assert label_value(b"\xef\xbb\xbf2\r\n") == 2
+
+
+@pytest.mark.parametrize("odd", ["?", "1,000", "0x1", "１", "NaT", "1_0", "cat"])
+def test_a_name_among_numbers_renumbers_no_class(odd: str) -> None:
+    """Sorted as text, 10 would be class 2 and 2 class 3."""
+    with pytest.raises(UserError, match=f"for example '{re.escape(odd)}', and .* would become class"):
+        classes_of(["0", "1", "2", "10", odd], "table")
+    digits_and_letters = [*map(str, range(10)), "A", "b"]
+    assert classes_of(digits_and_letters, "table")[1] == {label: n for n, label in enumerate(digits_and_letters)}
+
+
+def test_the_list_of_classes_decides() -> None:
+    """Where labels are names, a number may be one of them, and so may a word for a missing value."""
+    assert classes_of(["50", "other", "10"], "x", ["10", "50", "other"])[1] == {"50": 1, "other": 2, "10": 0}
+    assert classes_of(["none", "cat"], "x", ["cat", "none"])[1] == {"none": 1, "cat": 0}
+    assert label_value("none") is None and label_value("N/A") is None and label_value("#N/A") is None
+    for names, message in ((["a", "a"], "'a' is given twice"), (["a", "", "b"], "class 1 has an empty name")):
+        with pytest.raises(UserError, match=message):
+            classes_of(["a"], "x", names)

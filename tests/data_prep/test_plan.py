@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.plan import KEY_BYTES, Item, Plan, Source, describe, unique_keys
+from data_prep.plan import KEY_BYTES, Item, ShardPlan, Source, describe, unique_keys
 from mimscale.errors import UserError
 
 
@@ -18,8 +18,8 @@ def source(sizes: list[int], classes: list[str] | None = None) -> Source:
     return Source({"kind": "test", "path": "somewhere"}, items, classes)
 
 
-def plan(sizes: list[int], **options) -> Plan:
-    return Plan(source(sizes), **{"seed": 0, "shard_mb": 1, "shard_samples": None, **options})
+def plan(sizes: list[int], **options) -> ShardPlan:
+    return ShardPlan(source(sizes), **{"seed": 0, "shard_mb": 1, "shard_samples": None, **options})
 
 
 @given(st.lists(st.text(max_size=150), max_size=30))
@@ -63,7 +63,8 @@ def test_the_hash_covers_everything_that_changes_the_bytes() -> None:
     base = plan(sizes).hash
     assert plan(sizes).hash == base
     assert len({base, plan([10, 20, 31]).hash, plan(sizes, seed=1).hash, plan(sizes, shard_samples=2).hash}) == 4
-    labelled = [Plan(source(sizes, c), seed=0, shard_mb=1, shard_samples=None).hash for c in (["a", "b"], ["a", "c"])]
+    sources = [source(sizes, classes) for classes in (["a", "b"], ["a", "c"])]
+    labelled = [ShardPlan(found, seed=0, shard_mb=1, shard_samples=None).hash for found in sources]
     assert len({base, *labelled}) == 3
 
 
@@ -72,5 +73,5 @@ def test_a_source_without_images_is_refused() -> None:
         {"kind": "folder", "path": "/x"}, [], None, Counter({"hidden": 1200, "without an image's content": 2})
     )
     with pytest.raises(UserError, match="no images in '/x' .1,200 hidden, 2 without an image's content"):
-        Plan(empty, seed=0, shard_mb=1, shard_samples=None)
+        ShardPlan(empty, seed=0, shard_mb=1, shard_samples=None)
     assert describe(Counter()) == ""

@@ -31,7 +31,13 @@ def sample(number: int, between: list[tuple[str, bytes]]) -> list[tuple[str, byt
     return [(f"{number}.jpg", JPEG + bytes([number])), *between, (f"{number}.cls", str(number).encode())]
 
 
-@pytest.mark.parametrize("name", ["._a.jpg", "x/._a.jpg", "__MACOSX/a.jpg", ".DS_Store", "a/Thumbs.db", ".git/a.jpg"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("._a.jpg", "x/._a.jpg", "__MACOSX/a.jpg", ".DS_Store", "a/Thumbs.db", ".git/a.jpg", "@eaDir/a.jpg/M.jpg"),
+        *("THUMBS.DB", "x/ehthumbs.db", "Desktop.ini", "$RECYCLE.BIN/a.jpg", "#recycle/b.jpg", "Icon\r", "lost+found"),
+    ],
+)
 def test_names_of_sidecars(name: str) -> None:
     assert is_sidecar(name)
     assert not is_sidecar("./a.jpg") and not is_sidecar("a/b.c.jpg") and not is_sidecar("__meta__/a.jpg")
@@ -61,6 +67,21 @@ def test_image_and_label_apart_are_named(tmp_path: Path, capsys: pytest.CaptureF
     members = [(f"{n}.{kind}", data[kind]) for kind in (first, second) for n in range(3)]
     assert main(["index", str(write(tmp_path / "in" / "a.tar", members))]) == 2
     assert "image and label of 3 samples of" in (error := capsys.readouterr().err) and "stand together" in error
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("a.jpg", JPEG), ("a.jpg", JPEG + b"2"), ("a.cls", b"1")],  # one name, two images, one label
+        [("./a.jpg", JPEG), ("a.cls", b"1")],  # added from another folder
+        [("a.cls", b"1"), ("._b.jpg", APPLE), ("b.jpg", JPEG), ("b.cls", b"2"), ("a.jpg", JPEG)],
+    ],
+)
+def test_a_label_elsewhere_is_not_called_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], members: list[tuple[str, bytes]]
+) -> None:
+    assert main(["index", str(write(tmp_path / "in" / "a.tar", members))]) == 2
+    assert "image and label of 1 samples of" in (error := capsys.readouterr().err) and "no label" not in error
 
 
 def test_archives_of_classes(tmp_path: Path) -> None:

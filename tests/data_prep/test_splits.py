@@ -25,6 +25,10 @@ def chosen(names: list[str], pattern: str | None = None) -> list[str]:
         ["TRAIN_00.tar", "Val_00.tar"],
         ["a_train.parquet", "a_test.parquet"],
         ["dev-0.tar", "test-0.tar", "part.tar"],
+        ["trainA.parquet", "testA.parquet"],
+        ["train.tar", "eval-0.tar"],
+        ["cifar_trn.tar", "cifar_holdout.tar"],
+        ["train.parquet", "unlabeled.parquet"],
     ],
 )
 def test_files_of_several_splits_are_refused(names: list[str]) -> None:
@@ -45,13 +49,27 @@ def test_a_pattern_without_a_file() -> None:
         chosen(["a.tar"], "b*")
 
 
-@pytest.mark.parametrize("names", [["train", "val"], ["test", "train", "other"], ["train"], ["Train", "Validation"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train", "val"],
+        ["test", "train", "other"],
+        ["train"],
+        ["Train", "Validation"],
+        ["train2017", "val2017", "labels"],
+        ["test_set", "training_set"],
+        ["ILSVRC_train", "ILSVRC_val", "x"],
+        ["train", "extra"],
+    ],
+)
 def test_the_root_of_a_data_set_is_no_folder_of_classes(names: list[str]) -> None:
     with pytest.raises(UserError, match="is the root of a data set"):
         check_classes(Path("x"), names)
 
 
-@pytest.mark.parametrize("names", [["bus", "train"], ["cat"], ["training set", "x"]])
+@pytest.mark.parametrize(
+    "names", [["bus", "train"], ["cat"], ["training set", "x"], ["bullet train", "test tube", "cat"]]
+)
 def test_folders_of_classes(names: list[str]) -> None:
     check_classes(Path("x"), names)
 
@@ -65,6 +83,20 @@ def test_choose_one_of_the_splits(shards: Path, tmp_path: Path, capsys: pytest.C
     assert "--files 'set-train*' or --files 'set-val*'" in capsys.readouterr().err
     assert main(["index", str(folder), "--files", "set-train*"]) == 0
     assert [shard.name for shard in Manifest.load(folder).file.shards] == ["set-train-0.tar"]
+
+
+def test_splits_in_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the Hub stores converted data sets: default/train/0000.parquet."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = sorted(make_image_folder(tmp_path / "images", classes=1, per_class=2, side=16).glob("*/*.jpg"))
+    for split, image in zip(("train", "test"), images, strict=True):
+        (tmp_path / "in/default" / split).mkdir(parents=True)
+        pq.write_table(pa.table({"image": [image.read_bytes()]}), tmp_path / "in/default" / split / "0000.parquet")
+    assert main(["table", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert "--files 'default/test/*' or --files 'default/train/*'" in capsys.readouterr().err
+    assert main(["table", str(tmp_path / "in"), str(tmp_path / "out"), "--files", "default/train/*"]) == 0
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.samples == 1 and manifest.read(0) == images[0].read_bytes()
 
 
 def test_a_root_and_a_zip_of_macos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.plan import Plan
+from data_prep.plan import ShardPlan
 from data_prep.table import read_table
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
@@ -91,12 +91,12 @@ def test_a_folder_of_parquet_files(root: Path, tmp_path: Path) -> None:
 
 def test_row_groups_stay_together_and_are_shuffled(root: Path, tmp_path: Path) -> None:
     source = read_table(parquet(root, tmp_path / "one.parquet", "struct"))
-    plan = Plan(source, seed=0, shard_samples=6)
+    plan = ShardPlan(source, seed=0, shard_samples=6)
     groups = [{item.offset // 3 for item in plan.shard(n)} for n in range(plan.shards)]
     assert all(len(group) == 2 for group in groups) and sorted(g for group in groups for g in group) == list(range(8))
     rows = [item.offset for item in plan.items]
     assert sorted(rows) == list(range(24)) and np.any(np.diff(rows) < 0)
-    assert [item.offset for item in Plan(source, seed=1, shard_samples=6).items] != rows
+    assert [item.offset for item in ShardPlan(source, seed=1, shard_samples=6).items] != rows
 
 
 def test_rows_without_an_image_are_left_out(root: Path, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_mistakes_are_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "has columns path, not 'kind'" in refused("b.csv", "path\nx.jpg\n", "--label", "kind")
     assert "2 of 2 rows have no path" in refused("c.csv", 'path\n""\n\n""\n')
     here = root / names(root)[0]
-    assert "1 of 2 rows have no label (empty, NaN or -1)" in refused("d.csv", f"path,label\n{here},1\n{here},\n")
+    assert "1 of 2 rows have no label (empty, NaN, None or -1)" in refused("d.csv", f"path,label\n{here},1\n{here},\n")
     assert "cannot be read" in refused("e.parquet", "no parquet")
     (tmp_path / "folder").mkdir()
     assert "holds no .parquet files" in refused("folder", None)

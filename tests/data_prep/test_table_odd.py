@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import gzip
 import json
 import os
 from pathlib import Path
@@ -221,3 +223,39 @@ def test_a_row_group_is_read_once_and_memory_holds_a_part_of_it(tmp_path: Path) 
 def _bytes_read() -> int:
     with open("/proc/self/io") as file:
         return int(next(line for line in file if line.startswith("rchar")).split()[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", gzip.compress(b"path,label\nx.jpg,1\n"), "is compressed (gzip); unpack it"),
+        ("a.csv", "path,label\nx.jpg,1\n".encode("utf-16-be"), "save it as UTF-8"),
+        ("a.tsv", b"", "is empty; its first line names the columns"),
+        ("a.csv", b"image\n/9j/4AAQSkZJRgABAQAAAQABAAD" + b"A" * 9000 + b"\n", "holds images as base64 text"),
+        ("a.csv", "\u200bpath,label\nx.jpg,1\n".encode(), "has columns \\u200bpath, label"),
+    ],
+)
+def test_files_that_are_something_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert main(["table", str(tmp_path / name), str(tmp_path / "out")]) == 2
+    assert message in (error := capsys.readouterr().err) and len(error) < 600 + len(str(tmp_path))
+
+
+def test_excels_line_and_rows_that_name_a_file_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_image_folder(tmp_path / "images", classes=1, per_class=2, side=16)
+    first, second = sorted((tmp_path / "images").glob("*/*.jpg"))
+    (tmp_path / "a.csv").write_text(f"sep=;\r\npath;label\r\n{first};0\r\n{second};1\r\n{first};1\r\n")
+    assert main(["table", str(tmp_path / "a.csv"), str(tmp_path / "out")]) == 0
+    assert "1 rows name a file again, and are kept, 1 of them with different labels" in capsys.readouterr().err
+
+
+def test_columns_of_views_and_of_dates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = next((make_image_folder(tmp_path / "images", classes=1, per_class=1, side=16)).glob("*/*.jpg"))
+    images = pa.array([path.read_bytes()], pa.binary_view())
+    pq.write_table(pa.table({"image": images, "label": [0]}), tmp_path / "a.parquet")
+    assert main(["table", str(tmp_path / "a.parquet"), str(tmp_path / "out")]) == 0
+    pq.write_table(pa.table({"image": images, "label": [datetime.date(2020, 1, 1)]}), tmp_path / "b.parquet")
+    assert main(["table", str(tmp_path / "b.parquet"), str(tmp_path / "out2")]) == 2
+    assert "column 'label' holds date32" in capsys.readouterr().err

@@ -14,30 +14,30 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.folder import read_folder
-from data_prep.plan import Item, Plan
+from data_prep.plan import Item, ShardPlan
 from data_prep.write_shards import unfinished, write, write_shard
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def plan(tmp_path_factory: pytest.TempPathFactory) -> ShardPlan:
     root = make_image_folder(tmp_path_factory.mktemp("images"), classes=3, per_class=4, side=32)
-    return Plan(read_folder(root, labelled=True), seed=0, shard_samples=4)
+    return ShardPlan(read_folder(root, labelled=True), seed=0, shard_samples=4)
 
 
 def files(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def write_only(plan: Plan, folder: Path, numbers: list[int]) -> None:
+def write_only(plan: ShardPlan, folder: Path, numbers: list[int]) -> None:
     """What concurrent array tasks may do that do not see each other's files: no one writes the manifest."""
     unfinished(plan, folder)
     for number in numbers:
         write_shard(folder, number, plan.shard(number), plan.labelled, plan.hash, plan.images)
 
 
-def test_finish_writes_the_manifest_of_an_uninterrupted_run(plan: Plan, tmp_path: Path) -> None:
+def test_finish_writes_the_manifest_of_an_uninterrupted_run(plan: ShardPlan, tmp_path: Path) -> None:
     expected, out = tmp_path / "expected", tmp_path / "out"
     assert write(plan, expected, unfinished(plan, expected)) == []
     write_only(plan, out, [2, 0, 1])
@@ -46,13 +46,13 @@ def test_finish_writes_the_manifest_of_an_uninterrupted_run(plan: Plan, tmp_path
     assert files(out) == files(expected)
 
 
-def test_a_repeated_part_writes_the_manifest(plan: Plan, tmp_path: Path) -> None:
+def test_a_repeated_part_writes_the_manifest(plan: ShardPlan, tmp_path: Path) -> None:
     write_only(plan, tmp_path / "out", [0, 1, 2])
     assert unfinished(plan, tmp_path / "out", (1, 3)) == []
     assert write(plan, tmp_path / "out", []) == [] and (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_missing_shards_are_named(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_shards_are_named(plan: ShardPlan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_only(plan, tmp_path / "out", [0, 2])
     assert main(["finish", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -60,7 +60,7 @@ def test_missing_shards_are_named(plan: Plan, tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_wait_for_files_that_appear_late(plan: Plan, tmp_path: Path) -> None:
+def test_wait_for_files_that_appear_late(plan: ShardPlan, tmp_path: Path) -> None:
     write_only(plan, tmp_path / "out", [0, 2])
     late = tmp_path / "out" / "shard-000001.tar"
 
@@ -76,7 +76,7 @@ def test_wait_for_files_that_appear_late(plan: Plan, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_second_writer_of_a_shard_is_refused(plan: Plan, tmp_path: Path) -> None:
+def test_a_second_writer_of_a_shard_is_refused(plan: ShardPlan, tmp_path: Path) -> None:
     def written_meanwhile() -> Iterator[Item]:
         write_only(plan, tmp_path / "out", [0])
         yield from plan.shard(0)
@@ -95,7 +95,7 @@ def test_folders_without_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_leftovers_of_dead_processes_of_this_node_are_removed(plan: Plan, tmp_path: Path) -> None:
+def test_leftovers_of_dead_processes_of_this_node_are_removed(plan: ShardPlan, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_only(plan, out, [0, 1, 2])
     node = os.uname().nodename

@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mimscale.distributed.rendezvous import meet, named
+from mimscale.distributed.rendezvous import meet, named, while_meeting
 from mimscale.distributed.world import World, free_port
 from mimscale.errors import UserError
+from tests import forked
+from tests import ranks as launched
 
 
 class Asked(Exception):
@@ -137,3 +139,17 @@ def test_names_of_many_ranks() -> None:
     assert named([3]) == "rank 3"
     assert named([1, 2]) == "ranks 1, 2"
     assert named(list(range(20))) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
+
+
+@pytest.mark.multi
+def test_a_rank_that_is_killed_while_they_meet() -> None:
+    done = forked.run(2, ["tests.distributed.leaves"], launched.environment())
+    said = [line for line in done.stderr.splitlines() if "a rank left while all 2 were meeting" in line]
+    assert len(said) == 1 and "the log of the one that ended says why" in said[0] and "Traceback" not in done.stderr
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    two, one = (World(0, size, 0, torch.device("cpu")) for size in (2, 1))
+    for world, text in ((two, "shapes differ"), (one, "gloo: connection closed by peer")):
+        with pytest.raises(RuntimeError, match=text), while_meeting(world):
+            raise RuntimeError(text)

@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import save_file
 
 from data_prep.folder import read_folder
-from data_prep.plan import Plan
+from data_prep.plan import ShardPlan
 from data_prep.write_shards import unfinished, write
 from mimscale.__main__ import main
 from mimscale.data.synthetic import make_image_folder
@@ -35,7 +35,7 @@ TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 4}
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 images in 3 shards."""
     base = tmp_path_factory.mktemp("data")
-    plan = Plan(read_folder(make_image_folder(base / "images", classes=2, per_class=12, side=32), labelled=True),
+    plan = ShardPlan(read_folder(make_image_folder(base / "images", classes=2, per_class=12, side=32), labelled=True),
                 seed=0, shard_mb=256, shard_samples=8)  # fmt: skip
     assert not write(plan, base / "shards", unfinished(plan, base / "shards"))
     return base / "shards"

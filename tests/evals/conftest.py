@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from data_prep.folder import read_folder
-from data_prep.plan import Plan
+from data_prep.plan import ShardPlan
 from data_prep.write_shards import unfinished, write
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.recipes import validate
@@ -20,7 +20,7 @@ from tests.checkpoint.shards import write_shard
 
 
 def shards(images: Path, out: Path, labelled: bool = True) -> Path:
-    plan = Plan(read_folder(images, labelled=labelled), seed=0, shard_mb=256, shard_samples=50)
+    plan = ShardPlan(read_folder(images, labelled=labelled), seed=0, shard_mb=256, shard_samples=50)
     assert not write(plan, out, unfinished(plan, out))
     return out
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data_prep.folder import read_folder
-from data_prep.plan import Plan
+from data_prep.plan import ShardPlan
 from data_prep.write_shards import unfinished, write
 from mimscale.__main__ import main
 from mimscale.data.manifest import Manifest
@@ -190,7 +190,7 @@ def test_validation_images_out_of_the_training_set(
     shutil.copytree(train, tmp_path / "copy")
     images = tmp_path / "train-images"
     make_image_folder(images, classes=3, per_class=40, side=32, seed=0)  # as the fixture does
-    plan = Plan(read_folder(images, labelled=True), seed=1, shard_mb=256, shard_samples=30)
+    plan = ShardPlan(read_folder(images, labelled=True), seed=1, shard_mb=256, shard_samples=30)
     assert not write(plan, tmp_path / "shuffled", unfinished(plan, tmp_path / "shuffled"))
     make_image_folder(tmp_path / "mixed-images", classes=3, per_class=15, side=32, seed=1)
     for path in sorted(images.rglob("*.*"))[:5]:

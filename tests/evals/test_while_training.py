@@ -24,7 +24,7 @@ from mimscale.evals import protocols
 from mimscale.evals.config import EvalsConfig
 from mimscale.evals.frozen_student import StudentSkeleton, copied
 from mimscale.evals.subset import evenly_spread, part_of, read_images
-from mimscale.evals.while_training import EvalsPlan, Evaluator, prepare
+from mimscale.evals.while_training import CheckedEvals, Evaluator, prepare
 from mimscale.models.vit import ViT
 from tests import ranks
 from tests.evals.conftest import shards, small_run
@@ -32,7 +32,7 @@ from tests.evals.conftest import shards, small_run
 CPU = torch.device("cpu")
 
 
-def plan(data: tuple[Path, Path], **section: Any) -> EvalsPlan:
+def checked(data: tuple[Path, Path], **section: Any) -> CheckedEvals:
     run = small_run("mae")
     values = {"val": str(data[1]), "train": str(data[0]), "protocols": {"ridge": {}}, **section}
     config = run.data.model_copy(update={"workers": 2})
@@ -141,7 +141,7 @@ def test_generators_and_features_survive_a_protocol(data: tuple[Path, Path]) -> 
     found = []
     choices: tuple[dict[str, Any], ...] = ({"ridge": {}}, {"greedy": {}, "ridge": {}})
     for names in choices:
-        evaluator = Evaluator(plan(data, protocols=names), student, World(0, 1, 0, CPU), Coordinator(), "fp32")
+        evaluator = Evaluator(checked(data, protocols=names), student, World(0, 1, 0, CPU), Coordinator(), "fp32")
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
         state = [(f"student.{n}", p) for n, p in student.named_parameters()]
         found.append(evaluator.evaluate(lambda prefix: iter(state), student.named_buffers()).metrics)  # noqa: B023  # at once
@@ -153,7 +153,7 @@ def test_generators_and_features_survive_a_protocol(data: tuple[Path, Path]) -> 
 
 def test_features_that_are_not_finite_are_no_figure(data: tuple[Path, Path]) -> None:
     student = ViT(small_run("mae").student, 32)
-    evaluator = Evaluator(plan(data), student, World(0, 1, 0, CPU), Coordinator(), "fp32")
+    evaluator = Evaluator(checked(data), student, World(0, 1, 0, CPU), Coordinator(), "fp32")
     broken = [(f"student.{n}", torch.full_like(p, torch.nan)) for n, p in student.named_parameters()]
     with pytest.raises(ValueError, match="not finite"):
         evaluator.evaluate(lambda prefix: iter(broken), student.named_buffers())
@@ -164,8 +164,8 @@ def test_the_default_interval_follows_the_images() -> None:
     assert config.interval(12_000, 4096) == 1000  # 293 would train on 100 times the images
     assert config.interval(12_000, 256) == 4688 and config.interval(100, 32) == 1000
     assert EvalsConfig(val=Path("v"), every=7).interval(12_000, 4096) == 7
-    planned = EvalsPlan(config, None, None, 10, {}, 32, 1, 0)  # type: ignore[arg-type]
-    assert [step for step in range(1, 26) if planned.due(step, 25)] == [10, 20, 25]
+    evals = CheckedEvals(config, None, None, 10, {}, 32, 1, 0)  # type: ignore[arg-type]
+    assert [step for step in range(1, 26) if evals.due(step, 25)] == [10, 20, 25]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_what_cannot_be_measured_is_refused_before_the_run(
     if section.get("val") == "TRAIN":
         section = {"val": str(data[0]), **({"train": str(data[1])} if "train" in section else {})}
     with pytest.raises(UserError) as found:
-        plan(data, **section)
+        checked(data, **section)
     assert line in str(found.value) and "\n" not in str(found.value)
 
 
@@ -219,7 +219,7 @@ def test_without_labels_rank_and_spread_remain(data: tuple[Path, Path], tmp_path
 
     images = make_image_folder(tmp_path / "images", classes=2, per_class=4, side=32, seed=5)
     unlabelled = shards(images, tmp_path / "bare", labelled=False)
-    assert plan((data[0], unlabelled), protocols={}).protocols == {}
+    assert checked((data[0], unlabelled), protocols={}).protocols == {}
 
 
 def test_it_may_change_at_a_resume() -> None:

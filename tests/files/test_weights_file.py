@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime
 import fractions
 import pathlib
 import types
@@ -71,6 +72,21 @@ CASES: dict[str, tuple[Any, str]] = {
     ),
     "dinov2_chunks": ({"teacher": below("backbone.", in_chunks(STATE))}, "blocks out of their chunks"),
     "both_towers": ({"model": {**below("student.backbone."), **below("teacher.backbone.")}}, "below teacher.backbone."),
+    "ijepa": (
+        {"encoder": below("x."), "target_encoder": below("module."), "predictor": {"w": torch.ones(1)}},
+        "under 'target_encoder', not those under encoder",
+    ),
+    "moco": (
+        {"state_dict": {**below("module.base_encoder."), **below("module.momentum_encoder.")}},
+        "what is below base_encoder., 5 other tensors left out",
+    ),
+    "average": ({"n_averaged": torch.tensor(3), **below("module.")}, "without n_averaged"),
+    "average_and_online": (
+        {**below("ema_model."), **below("online_model."), "initted": torch.tensor(True), "step": torch.tensor([4])},
+        "without initted and step; what is below ema_model., 5 other tensors left out",
+    ),
+    "image_tower": (below("visual.trunk.") | {"text.token": torch.ones(1)}, "what is below visual.trunk."),
+    "ema_only": ({"ema_state_dict": STATE, "steps": 3}, "the weights under 'ema_state_dict'"),
     "nested": ({"state_dict": {"model": below("module.")}}, "the weights under 'model'"),
 }
 
@@ -115,6 +131,8 @@ BESIDE: dict[str, Callable[[], Any]] = {
     "numpy_array": lambda: {"loss": np.arange(6.0).reshape(2, 3)},
     "defaultdict": lambda: collections.defaultdict(list, {"loss": [1.0]}),
     "ordered": lambda: collections.OrderedDict(a=1),
+    "generators": lambda: {"numpy": np.random.RandomState(0).get_state(), "range": range(3), "word": np.str_("x")},
+    "date": lambda: [datetime.datetime(2020, 1, 1), datetime.timedelta(1), np.datetime64("2020-01-01")],
     "windows_path": lambda: pathlib.PureWindowsPath("C:/runs/1"),
 }
 
@@ -148,3 +166,13 @@ def test_files_without_named_tensors(content: Any, line: str, tmp_path: Path) ->
     with pytest.raises(UserError) as error:
         read_weights(tmp_path / "w.pth")
     assert line in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [(torch.ones(2, device="meta"), "without its numbers"), (torch.eye(2).to_sparse(), "as a sparse tensor")],
+)
+def test_tensors_that_hold_no_plain_numbers(tmp_path: Path, tensor: Tensor, words: str) -> None:
+    torch.save({"model": {**STATE, "norm.weight": tensor}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=f"holds norm.weight {words} .*1 such tensors.; save dense tensors"):
+        read_weights(tmp_path / "w.pth")

@@ -236,9 +236,7 @@ def test_a_truncated_file_is_one_line(suffix: str, share: float, dino: Path, tmp
 def test_torchscript_archives_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-    with pytest.raises(
-        UserError, match="(is not a whole safetensors file|cannot be read as a torch checkpoint)"
-    ) as error:
+    with pytest.raises(UserError, match="is a TorchScript archive, which holds code") as error:
         tiny.ensemble(tiny.open_clip_config("ViT-B-16", path), 32)
     assert "\n" not in str(error.value)
 

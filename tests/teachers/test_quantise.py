@@ -33,6 +33,15 @@ def family(name: str, folder: Path) -> tuple[int, Any]:
     return size, lambda precision: tiny.timm_config(name, path, precision=precision)
 
 
+COSINE = 0.995
+"""Between the features of a teacher in 8 bit and in bf16, which is what an 8-bit teacher has to keep."""
+
+
+def cosine(ours: Tensor, reference: Tensor) -> float:
+    """Mean over all tokens."""
+    return float(F.cosine_similarity(ours.float(), reference.float(), dim=-1).mean())
+
+
 def error(ours: Tensor, reference: Tensor) -> float:
     return float((ours.float() - reference).norm() / reference.norm())
 
@@ -48,6 +57,21 @@ def test_targets_stay_near(name: str, precision: str, limit: float, tmp_path: Pa
     assert error(low.levels[2], bf16.levels[2]) > 0  # quantised; whether that or bf16 rounds more depends on the model
     assert error(low.levels[2], exact.levels[2]) < limit
     assert 0 < error(low.cls_attention, exact.cls_attention) < limit
+    assert cosine(low.levels[2], bf16.levels[2]) >= COSINE
+
+
+@needs_torchao
+@pytest.mark.parametrize("precision", DTYPE)
+def test_direction_of_the_features_after_twelve_blocks(precision: str) -> None:
+    """Rounding adds up over the depth of a ViT-B."""
+    options = {"embed_dim": 192, "depth": 12, "num_heads": 3}
+    low, bf16 = (
+        tiny.ensemble(
+            tiny.timm_config(DINO, None, random=True, precision=p, options=options), 64, TeacherNeeds(levels=(11,))
+        )(tiny.images(4, 64))["t"].levels[11]
+        for p in (precision, "bf16")
+    )
+    assert COSINE <= cosine(low, bf16) < 1 - 1e-6
 
 
 @needs_torchao

@@ -15,7 +15,7 @@ from mimscale.distributed.coordination import Coordinator
 from mimscale.distributed.world import World
 from mimscale.errors import UserError
 from mimscale.training.auto_micro_batch import ON_CPU, agreed, most_that_fits, resolved, with_micro_batch
-from mimscale.training.plan import prepare
+from mimscale.training.checked_run import prepare
 from tests import ranks
 
 CPU = World(0, 2, 0, torch.device("cpu"))
@@ -49,12 +49,13 @@ class Ranks:
 
 def test_ranks_take_the_least(shards: Path, tmp_path: Path) -> None:
     recipe = ranks.recipe(tmp_path, shards, engine={"max_micro_batch": "auto"})
-    plan = prepare(load_recipe(str(recipe)), tmp_path / "run", None, ())
-    assert (plan.micro_batch, plan.accumulation, plan.auto_micro_batch) == (16, 1, True)
-    other = agreed(plan, cast(Coordinator, Ranks((True, 4))))
+    checked = prepare(load_recipe(str(recipe)), tmp_path / "run", None, ())
+    assert (checked.micro_batch, checked.accumulation, checked.auto_micro_batch) == (16, 1, True)
+    other = agreed(checked, cast(Coordinator, Ranks((True, 4))))
     assert (other.micro_batch, other.accumulation, other.config.engine.max_micro_batch) == (4, 4, 4)
-    assert agreed(plan, cast(Coordinator, Ranks((True, 512)))) is plan
-    assert agreed(plan, cast(Coordinator, Ranks((False, 4)))) is plan  # refused right after, because the ranks differ
+    assert agreed(checked, cast(Coordinator, Ranks((True, 512)))) is checked
+    different = cast(Coordinator, Ranks((False, 4)))
+    assert agreed(checked, different) is checked  # refused right after, because the ranks differ
 
 
 def test_the_number_is_in_the_runs_config(shards: Path, tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ from mimscale.fault_tolerance.preemption import HANDLED
 from mimscale.monitoring.metrics import StartupTimer
 from mimscale.runs.summary import summary_of
 from mimscale.training import recovery, setup
+from mimscale.training.checked_run import prepare
 from mimscale.training.context import TrainContext
 from mimscale.training.loop import train_step
 from mimscale.training.monitor import Monitor
-from mimscale.training.plan import prepare
 from mimscale.training.speed import step_cost
 from mimscale.training.state import TrainState
 from mimscale.types import Damage, StepInfo
@@ -45,8 +45,8 @@ def start(tmp_path: Path, shards: Path) -> Iterator[Open]:
     def build(**sections: dict[str, Any]) -> tuple[TrainContext, Monitor, TrainState]:
         sections["engine"] = {"backend": "torch", "ds_config": "cpu_zero0_fp32", **sections.get("engine", {})}
         path = ranks.recipe(tmp_path, shards, **sections)
-        plan = prepare(load_recipe(str(path)), tmp_path / "run", None, ("test",))
-        run = setup.build(plan, StartupTimer(), closing)
+        checked = prepare(load_recipe(str(path)), tmp_path / "run", None, ("test",))
+        run = setup.build(checked, StartupTimer(), closing)
         state = recovery.restore(run).launched()
         return run, Monitor(run, state), state
 
@@ -65,16 +65,17 @@ def advance(run: TrainContext, monitor: Monitor, state: TrainState, steps: int) 
 def skipped(run: TrainContext, state: TrainState) -> StepInfo:
     """A step whose loss is not finite, through the run's own guard and engine."""
     scalars = []
-    for _ in range(run.plan.accumulation):
+    for _ in range(run.checked.accumulation):
         batch, targets = run.inputs.next_batch()
         scalars.append(run.engine.forward_backward(batch, targets, lambda loss: run.check_loss(loss * math.nan)))
     did_skip = run.engine.step(lr=1e-3, clip=0.0)
     assert did_skip
-    return StepInfo(state.step + 1, run.plan.total_steps, True, tuple(scalars), batch, targets, run.engine.parameters)
+    total = run.checked.total_steps
+    return StepInfo(state.step + 1, total, True, tuple(scalars), batch, targets, run.engine.parameters)
 
 
 def events(run: TrainContext, name: str) -> list[dict[str, Any]]:
-    return [line for line in ranks.lines(run.plan.run_dir) if line.get("event") == name]
+    return [line for line in ranks.lines(run.checked.run_dir) if line.get("event") == name]
 
 
 def weights(run: TrainContext) -> dict[str, torch.Tensor]:
@@ -84,10 +85,10 @@ def weights(run: TrainContext) -> dict[str, torch.Tensor]:
 def test_it_logs_when_due_and_the_start_once(start: Open) -> None:
     run, monitor, state = start(log={"every": 2})
     state = advance(run, monitor, state, 5)
-    assert list(ranks.curve(run.plan.run_dir)) == [2, 4]
+    assert list(ranks.curve(run.checked.run_dir)) == [2, 4]
     assert len(events(run, "first_step")) == 1
-    line = next(line for line in ranks.lines(run.plan.run_dir) if line.get("step") == 4)
-    assert line["lr"] == run.plan.lr(3) and line["skipped_steps"] == 0 and line["images_per_s"] > 0
+    line = next(line for line in ranks.lines(run.checked.run_dir) if line.get("step") == 4)
+    assert line["lr"] == run.checked.lr(3) and line["skipped_steps"] == 0 and line["images_per_s"] > 0
     assert state.step == 5 and state.samples == 5 * 16
 
 
@@ -131,16 +132,16 @@ def test_panels_are_drawn_when_due_and_at_the_end(start: Open) -> None:
     monitor.finish(state)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(run.plan.run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
+    board = EventAccumulator(str(run.checked.run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [image.step for image in board.Images("view")] == [5, 10, 12]
 
 
 def test_trackers_change_no_bit_and_a_resume_continues_their_runs(start: Open, tmp_path: Path) -> None:
     run, monitor, state = start()
     monitor.finish(advance(run, monitor, state, 12))
-    plain, expected = ranks.curve(run.plan.run_dir), weights(run)
+    plain, expected = ranks.curve(run.checked.run_dir), weights(run)
     run.closing.close()
-    run.plan.run_dir.rename(tmp_path / "plain")
+    run.checked.run_dir.rename(tmp_path / "plain")
 
     log = {
         "trackers": ["tensorboard", "wandb", "mlflow"],
@@ -158,11 +159,11 @@ def test_trackers_change_no_bit_and_a_resume_continues_their_runs(start: Open, t
     run, monitor, state = start(log=log)
     monitor.finish(advance(run, monitor, state, 7))
 
-    assert ranks.curve(run.plan.run_dir) == plain
+    assert ranks.curve(run.checked.run_dir) == plain
     assert all(torch.equal(expected[name], tensor) for name, tensor in weights(run).items())
     assert events(run, "tracker_failed") == []
-    identity = json.loads((run.plan.run_dir / "wandb.json").read_text())["id"]
-    assert len(list(run.plan.run_dir.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb"))) == 2
+    identity = json.loads((run.checked.run_dir / "wandb.json").read_text())["id"]
+    assert len(list(run.checked.run_dir.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb"))) == 2
     (known,) = (tmp_path / "mlruns").glob("*/*/metrics/loss")
     assert [int(line.split()[2]) for line in known.read_text().splitlines()] == list(range(1, 13))
     assert {float(line.split()[1]) for line in known.read_text().splitlines()} == set(plain.values())
@@ -171,18 +172,18 @@ def test_trackers_change_no_bit_and_a_resume_continues_their_runs(start: Open, t
 def test_a_stop_file_saves_and_stops(start: Open) -> None:
     run, monitor, state = start(checkpoint={"every": 0})
     state = advance(run, monitor, state, 2)
-    (run.plan.run_dir / "stop").touch()
+    (run.checked.run_dir / "stop").touch()
     run.preemption._next_poll_s = 0.0  # it is read every few seconds only
     while not monitor.stopped:
         state = advance(run, monitor, state, 1)
     monitor.finish(state)
-    assert state.step < 12 and checkpoint.newest_step(run.plan.run_dir) == state.step
-    assert not (run.plan.run_dir / "done").exists()
+    assert state.step < 12 and checkpoint.newest_step(run.checked.run_dir) == state.step
+    assert not (run.checked.run_dir / "done").exists()
     assert events(run, "stopped")[0]["at"] == state.step
     run.closing.close()
-    seen = summary_of(run.plan.run_dir)
+    seen = summary_of(run.checked.run_dir)
     assert (seen.status, seen.step, seen.total_steps) == ("stopped", state.step, 12)
-    assert str(run.plan.run_dir / "stop") in seen.reason
+    assert str(run.checked.run_dir / "stop") in seen.reason
 
 
 def test_the_last_step_is_saved_and_the_folder_marked_done(start: Open) -> None:
@@ -190,12 +191,12 @@ def test_the_last_step_is_saved_and_the_folder_marked_done(start: Open) -> None:
     state = advance(run, monitor, state, 12)
     assert not monitor.stopped
     monitor.finish(state)
-    assert (run.plan.run_dir / "done").read_text() == "12\n"
-    assert summary_of(run.plan.run_dir).status == "running"  # the folder is still held
+    assert (run.checked.run_dir / "done").read_text() == "12\n"
+    assert summary_of(run.checked.run_dir).status == "running"  # the folder is still held
     run.closing.close()
-    seen = summary_of(run.plan.run_dir)
+    seen = summary_of(run.checked.run_dir)
     assert (seen.status, seen.step, seen.total_steps, seen.device) == ("done", 12, 12, "1 x cpu")
-    assert seen.loss == ranks.curve(run.plan.run_dir)[12] and seen.epochs == 12 / run.plan.steps_per_epoch
+    assert seen.loss == ranks.curve(run.checked.run_dir)[12] and seen.epochs == 12 / run.checked.steps_per_epoch
     assert [checkpoint.step_of(path) for path in checkpoint.steps(run.checkpoints)] == [4, 8, 12]
 
 
@@ -207,7 +208,7 @@ def test_too_many_damaged_samples_end_the_run_with_one_line(start: Open) -> None
         state = advance(run, monitor, state, 1)
     with pytest.raises(Stopped, match=r"2 samples cannot be used, data.max_damaged allows 0"):
         monitor.finish(state)
-    assert checkpoint.newest_step(run.plan.run_dir) == state.step
+    assert checkpoint.newest_step(run.checked.run_dir) == state.step
 
 
 def test_python_collects_garbage_only_at_set_steps(start: Open) -> None:
@@ -240,7 +241,7 @@ def test_the_start_says_flops_and_peak_and_each_line_the_utilisation(
     assert "peak: " in shown and "TFLOP/s measured with a product of 384 squared" in shown
     assert f"FLOPs per image: {run.cost.flops / 1e9:.4g} G, forward and backward pass (student " in shown
     advance(run, monitor, state, 1)
-    (line,) = [line for line in ranks.lines(run.plan.run_dir) if line.get("step") == 1]
+    (line,) = [line for line in ranks.lines(run.checked.run_dir) if line.get("step") == 1]
     assert run.cost.product is not None
     assert line["mfu_measured"] == pytest.approx(run.cost.flops * line["images_per_s"] / run.cost.product)
     assert line["memory_gib"] > 0 and 0 <= line["data_wait"] <= 1 and "mfu" not in line and "host_share" not in line
@@ -267,9 +268,9 @@ def test_a_method_whose_flops_cannot_be_counted_trains_all_the_same(
         return {"loss": self.student.cls_token.sum()}
 
     monkeypatch.setattr(method_class("mae"), "forward", reads_a_value)
-    plan = prepare(load_recipe(str(ranks.recipe(tmp_path, shards))), tmp_path / "run", None, ("test",))
+    checked = prepare(load_recipe(str(ranks.recipe(tmp_path, shards))), tmp_path / "run", None, ("test",))
     before = torch.get_rng_state()
-    cost, lines = step_cost(plan)
+    cost, lines = step_cost(checked)
     assert torch.equal(torch.get_rng_state(), before)
     assert cost.flops == 0 and cost.mfu(100.0) == {}
     assert lines[1].startswith("FLOPs per image: not counted (") and "no MFU in the log" in lines[1]

@@ -10,7 +10,7 @@ import torch
 
 from data_prep import torchvision_sets
 from data_prep.folder import read_folder
-from data_prep.plan import Plan
+from data_prep.plan import ShardPlan
 from data_prep.write_shards import unfinished, write
 from mimscale.__main__ import main
 from mimscale.config.recipes import validate
@@ -34,7 +34,7 @@ def shards(root: Path, name: str, split: str, seed: int, metric: str) -> None:
         path.unlink()
     source = read_folder(images, labelled=True)
     source.description["metric"] = metric
-    plan = Plan(source, seed=0)
+    plan = ShardPlan(source, seed=0)
     assert not write(plan, root / name / split, unfinished(plan, root / name / split))
 
 

@@ -31,11 +31,11 @@ from mimscale.training.auto_micro_batch import resolved, solve
 from mimscale.types import TeacherInfo
 
 if TYPE_CHECKING:
-    from mimscale.evals.while_training import EvalsPlan
+    from mimscale.evals.while_training import CheckedEvals
 
 
 @dataclass(frozen=True)
-class Plan:
+class CheckedRun:
     """A run that passed every check that needs no other rank.
 
     config: the resolved recipe. parent: the checkpoint whose weights a fork starts from. fresh: whether there is no
@@ -59,7 +59,7 @@ class Plan:
     total_steps: int
     command: tuple[str, ...]
     auto_micro_batch: bool = False
-    evals: EvalsPlan | None = None
+    evals: CheckedEvals | None = None
 
     @property
     def teachers(self) -> dict[str, TeacherInfo]:
@@ -70,7 +70,7 @@ class Plan:
         return lr_schedule.lr_at_step(self.config.schedule, step, self.steps_per_epoch, self.total_steps)
 
 
-def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> Plan:
+def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> CheckedRun:
     """Every check, before a process group is opened. Raises UserError."""
     use_cache_dir()
     folders = [run_dir, *([fork] if fork is not None else [])]
@@ -128,7 +128,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
             f"the run has {total} steps and a warm-up of schedule.warmup_epochs = {config.schedule.warmup_epochs} "
             f"({config.schedule.warmup_epochs * steps_per_epoch:g} steps); lengthen the one or shorten the other"
         )
-    return Plan(
+    return CheckedRun(
         config,
         run_dir,
         parent,
@@ -143,11 +143,11 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
         total,
         command,
         auto_micro_batch,
-        plan_evals(config, manifest),
+        check_evals(config, manifest),
     )
 
 
-def plan_evals(config: RunConfig, manifest: Source) -> EvalsPlan | None:
+def check_evals(config: RunConfig, manifest: Source) -> CheckedEvals | None:
     """Open and check what the section `evals` names. Raises UserError."""
     if config.evals is None:
         return None

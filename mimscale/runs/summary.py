@@ -1,0 +1,208 @@
+"""What becomes of one run, out of a few small files of its folder and the tails of two that grow. Needs no torch.
+
+Nothing in the folder is trusted: what is damaged is passed over, what cannot be read is listed in `unreadable`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mimscale.evals.figures import BROKEN, figures_of
+from mimscale.fault_tolerance.run_lock import Holder, holder_of
+from mimscale.files.tail import objects_backwards
+
+RUNNING, DONE, STOPPED, CRASHED, STALE, NEW = "running", "done", "stopped", "crashed", "stale", "new"
+"""running: its process lives. done: it reached its last step. stopped: it ended itself, and says why. crashed: its
+process is gone and has not said why. stale: no sign of life, and no proof of its end. new: it has not begun."""
+
+TAIL = 1 << 20
+"""Bytes of a file that are read at most, from its end on."""
+OLDER_TAIL = 1 << 18
+"""Of metrics.jsonl, in search of the evaluations of a run that has no evals.jsonl yet."""
+NO_FIGURES = ("event", "at", "seconds", "time")
+OTHER_SCALES = ("rankme", "spread")
+"""Of the evaluations while a run trains: no accuracies."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The highest value of an evaluation, in percent. name: the metric of an evaluation while the run trained, or
+    protocol and metric of a report. source: `evals.jsonl`, or the report's path in the run's folder.
+    """
+
+    name: str
+    value: float
+    step: int | None
+    source: str
+
+
+@dataclass
+class Summary:
+    """One run. step, epoch: of the last line of metrics.jsonl. total_steps, epochs: of the whole run. metrics: that
+    line. device: ranks and kind of device. updated: Unix time of the last sign of it. None: not known.
+    """
+
+    path: str
+    status: str = NEW
+    reason: str = ""
+    method: str | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    epoch: float | None = None
+    epochs: float | None = None
+    loss: float | None = None
+    images_per_s: float | None = None
+    figures: list[Figure] = field(default_factory=list)
+    device: str | None = None
+    host: str | None = None
+    launches: int = 0
+    updated: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def summary_of(run_dir: Path) -> Summary:
+    """Raises nothing."""
+    found = Summary(str(run_dir))
+    launch = _launch(run_dir, found)
+    ended = _metrics(run_dir, found, _number(launch.get("time")) or 0.0)
+    found.figures = sorted(_best(_figures(run_dir, found)), key=lambda figure: figure.name)
+    if found.step is None and launch:
+        found.step = _whole(launch.get("step"))
+    per_epoch = _number(launch.get("steps_per_epoch"))
+    if per_epoch is None and found.epoch and found.step:  # of older releases
+        per_epoch = found.step / found.epoch
+    if per_epoch:
+        found.epochs = None if found.total_steps is None else round(found.total_steps / per_epoch, 2)
+        if found.epoch is None and found.step is not None:
+            found.epoch = found.step / per_epoch
+    try:
+        holder = holder_of(run_dir)
+    except OSError as error:
+        holder = None
+        found.unreadable.append(f"lock ({error.strerror or error})")
+    found.status, found.reason = _status(run_dir, holder, ended, launch)
+    return found
+
+
+def _launch(run_dir: Path, found: Summary) -> dict[str, Any]:
+    """The last line of launches.jsonl."""
+    last: dict[str, Any] = {}
+    for line in _objects(run_dir, "launches.jsonl", found):
+        last = last or line
+        found.launches += 1
+    ranks, device = _whole(last.get("ranks")), last.get("device")
+    found.device = f"{ranks} x {device}" if ranks and isinstance(device, str) else None
+    found.host = last["host"] if isinstance(last.get("host"), str) else None
+    found.method = last["method"] if isinstance(last.get("method"), str) else None
+    found.total_steps, found.updated = _whole(last.get("total_steps")), _number(last.get("time"))
+    return last
+
+
+def _metrics(run_dir: Path, found: Summary, launched_s: float) -> str | None:
+    """Fill in the last line of numbers. Returns why the last launch stopped, if it says so."""
+    ended = None
+    for line in _objects(run_dir, "metrics.jsonl", found):
+        at_s = _number(line.get("time")) or 0.0
+        found.updated = max(found.updated or 0.0, at_s) or None
+        if line.get("event") == "stopped" and ended is None and at_s >= launched_s:
+            ended = str(line.get("reason") or "asked by another rank")
+        step = _whole(line.get("step"))
+        if step is not None:
+            found.step = step
+            found.metrics = {k: v for k, v in line.items() if k not in ("step", "time") and _number(v) is not None}
+            found.loss, found.epoch = found.metrics.get("loss"), found.metrics.get("epoch")
+            found.images_per_s = found.metrics.get("images_per_s")
+            break
+    return ended
+
+
+def _figures(run_dir: Path, found: Summary) -> Iterator[Figure]:
+    older = found.total_steps is None and not (run_dir / "evals.jsonl").exists()
+    name = "metrics.jsonl" if older else "evals.jsonl"
+    for line in _objects(run_dir, name, found, OLDER_TAIL if older else TAIL):
+        if line.get("event") == "evals":
+            for metric, value in line.items():
+                if metric not in NO_FIGURES and (number := _number(value)) is not None:
+                    yield Figure(metric, number, _whole(line.get("at")), name)
+    for path in sorted(run_dir.glob("eval/*.json")):
+        try:
+            for one in figures_of(path, f"eval/{path.name}"):
+                metric = one.protocol if one.metric == one.protocol else f"{one.protocol} {one.metric}"
+                yield Figure(metric, one.value, one.step, one.report)
+        except BROKEN:
+            found.unreadable.append(f"eval/{path.name} (no report of an evaluation)")
+
+
+def _best(figures: Iterable[Figure]) -> list[Figure]:
+    best: dict[str, Figure] = {}
+    for figure in figures:
+        if figure.name not in best or figure.value > best[figure.name].value:
+            best[figure.name] = figure
+    return list(best.values())
+
+
+def _status(run_dir: Path, holder: Holder | None, ended: str | None, launch: dict[str, Any]) -> tuple[str, str]:
+    if holder is not None and holder.alive is not False and not holder.silent:
+        return RUNNING, "asked to stop" if (run_dir / "stop").exists() else ""
+    if (run_dir / "done").exists():
+        return DONE, ""
+    if ended is not None:
+        return STOPPED, ended
+    launched_s = _number(launch.get("time")) or 0.0
+    if _changed_s(run_dir / "guard.json") >= launched_s and (run_dir / "guard.json").exists():
+        return STOPPED, "too many bad steps: guard.json"
+    if holder is not None and holder.alive is not False:
+        age = duration(holder.beat_age_s)
+        return STALE, f"no sign of life from process {holder.pid} on {holder.host} for {age}"
+    if not launch and holder is None:
+        return NEW, ""
+    if _changed_s(run_dir / "hang") >= launched_s and (run_dir / "hang").is_dir():
+        return CRASHED, "it stood still: hang/"
+    where = f"process {holder.pid} on {holder.host} is gone" if holder is not None else "it has left"
+    return CRASHED, f"{where} without a word"
+
+
+def duration(seconds: float) -> str:
+    """In one unit: 12 s, 5 min, 3 h, 2 d."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{max(0, int(seconds))} s"
+
+
+def age_s(summary: Summary) -> float | None:
+    """Seconds since the last sign of a run."""
+    return None if summary.updated is None else max(0.0, time.time() - summary.updated)
+
+
+def _objects(run_dir: Path, name: str, found: Summary, limit: int = TAIL) -> Iterator[dict[str, Any]]:
+    try:
+        yield from objects_backwards(run_dir / name, limit)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        found.unreadable.append(f"{name} ({error.strerror or error})")
+
+
+def _changed_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return -1.0
+
+
+def _number(value: Any) -> float | None:
+    return None if isinstance(value, bool) or not isinstance(value, int | float) else value
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
