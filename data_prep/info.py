@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from data_prep.imagenet import FULL_SIZE
+from data_prep.labels import MAX_CLASSES
 from data_prep.reports import SHOWN
 from data_prep.torchvision_sets import SIZES
 from mimscale.data.manifest import Ints, Manifest, ManifestFile
 from mimscale.data.names import one_line
+from mimscale.errors import UserError
 
 EXAMPLES = 3
 
@@ -86,7 +88,7 @@ def known_size(manifest: Manifest) -> list[str]:
     """One line if the full size of the source is known, else none."""
     kind = manifest.file.source.get("kind")
     known = FULL_SIZE | SIZES
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         return []
     images, classes = known[kind]
     size = manifest.samples, len(manifest.classes or [])
@@ -95,10 +97,12 @@ def known_size(manifest: Manifest) -> list[str]:
 
 
 def class_sizes(manifest: Manifest) -> Ints | None:
-    """int64 [classes]: number of samples of each class; None without labels."""
+    """int64 [classes]: number of samples of each class; None without labels. Raises UserError."""
     if manifest.labels is None:
         return None
     known = len(manifest.classes) if manifest.classes is not None else int(manifest.labels.max()) + 1
+    if manifest.classes is None and known > MAX_CLASSES:  # a damaged file: a list of that many would fill the memory
+        raise UserError(f"'{manifest.location}': label {known - 1:,} is no class; repeat its `python -m data_prep`")
     return np.bincount(manifest.labels[(manifest.labels >= 0) & (manifest.labels < known)], minlength=known)
 
 

@@ -179,7 +179,10 @@ def _other_loader(name: str, images: Path, own: Path, shards: Path, workers: int
 
     data = _other_data(name, images, own, shards)
     shuffle = None if isinstance(data, IterableDataset) else True
-    loader = DataLoader(data, BATCH, shuffle=shuffle, num_workers=workers, drop_last=True)
+    context = "fork" if workers else None  # nothing has to be picklable
+    loader = DataLoader(
+        data, BATCH, shuffle=shuffle, num_workers=workers, drop_last=True, multiprocessing_context=context
+    )
     return _cpu_s_per_image(loader, 10**9, lambda: None)
 
 

@@ -20,10 +20,10 @@ from rich.text import Text
 from mimscale.config.recipes import load_recipe
 from mimscale.errors import UserError, printable, warn
 from mimscale.evals.config import Expected
-from mimscale.evals.figures import BROKEN, Figure, figures_of, options_that_differ, parsed, scalar
 from mimscale.files.atomic import atomic_write
 from mimscale.files.command_line import add_json, end_with_example, print_json
 from mimscale.files.console import plain_console
+from mimscale.files.eval_reports import BROKEN, Figure, figures_of, options_that_differ, parsed, scalar
 from mimscale.files.regular import read_regular
 
 FORMAT = 1

@@ -109,6 +109,10 @@ class Masking:
         """Called with every micro-batch in host memory; may add what `choose` needs. On every rank; may communicate."""
         return batch
 
+    def prepare_view(self, batch: Batch) -> Batch:
+        """The same for a batch on the device that is shown and not trained on. Must not change the policy."""
+        return batch
+
     def after_step(self, info: StepInfo, student: nn.Module) -> None:
         """Called on every rank after each optimiser step, also after a skipped one. May communicate."""
 

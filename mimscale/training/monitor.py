@@ -21,11 +21,11 @@ from mimscale.errors import Stopped, UserError
 from mimscale.fault_tolerance import activation_magnitudes
 from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_marker, there
 from mimscale.monitoring.metrics import ThroughputMeter
-from mimscale.monitoring.panels import SAMPLES
 from mimscale.monitoring.phase_timer import BETWEEN, EVALUATING, SAVING, WAITING
 from mimscale.monitoring.profile_window import ProfileWindow
 from mimscale.training.bad_steps import explain, flush_writes, roll_back
 from mimscale.training.context import TrainContext
+from mimscale.training.panel_inputs import PanelInputs
 from mimscale.training.recovery import describe_state
 from mimscale.training.state import TrainState
 from mimscale.types import StepInfo
@@ -71,6 +71,7 @@ class Monitor:
         if run.top1 is not None:
             notes = (*run.top1.notes, *notes)
         run.logger.print("\n".join((describe_run(run, state), *notes)))
+        self._panel_inputs = PanelInputs(run)
         self._engine_notes = len(run.engine.notes)
         if state.step < checked.total_steps:
             run.inputs.wait_for_first()
@@ -89,10 +90,10 @@ class Monitor:
         gc.disable()
         run.preemption.phase = "loop"
         self._profile = ProfileWindow(
-            plan.run_dir,
-            plan.config.log.profile,
-            plan.world.rank,
-            plan.world.device,
+            checked.run_dir,
+            checked.config.log.profile,
+            checked.world.rank,
+            checked.world.device,
             run.logger.print,
             run.logger.log_event,
         )
@@ -214,9 +215,9 @@ class Monitor:
     def _draw_panel(self, info: StepInfo) -> None:
         run, every = self._run, self._run.checked.config.log.panels
         if every and (info.step == info.total or info.step % every == 0):
-            targets = {name: seen.first(SAMPLES) for name, seen in info.targets.items()}
             with uncompiled():
-                run.logger.add_panel(info.step, run.method.visualise(info.batch.first(SAMPLES), targets))
+                batch, targets = self._panel_inputs.of(info)
+                run.logger.add_panel(info.step, run.method.visualise(batch, targets))
 
     def _save_and_stop(self, state: TrainState, info: StepInfo) -> None:
         run, last = self._run, info.step == info.total

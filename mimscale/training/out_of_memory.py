@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from mimscale.config.run import RunConfig
-    from mimscale.training.plan import Plan
+    from mimscale.training.checked_run import CheckedRun
 
 CANNOT_ALLOCATE = ("out of memory", "can't allocate memory", "cannot allocate memory", "memoryerror", "bad_alloc")
 """What PyTorch, its CPU allocator, Python and C++ say, in lower case."""
@@ -34,29 +34,29 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained(plan: Plan) -> Iterator[None]:
+def explained(checked: CheckedRun) -> Iterator[None]:
     """Turns an error of memory into a UserError: exit code 2, because the same start would fail again."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(explanation(plan, error)) from error
+        raise UserError(explanation(checked, error)) from error
 
 
-def explanation(plan: Plan, error: BaseException) -> str:
+def explanation(checked: CheckedRun, error: BaseException) -> str:
     """One line: what failed, where, and the change that would fit; it names the snapshot where there is one."""
-    device = plan.world.device
+    device = checked.world.device
     text = " ".join(str(error).split())
     tried = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
-    room = memory_of(device, plan.world.size)
+    room = memory_of(device, checked.world.size)
     try:
-        change = change_that_fits(plan.config, plan.world.size, plan.micro_batch, room, device.type)
+        change = change_that_fits(checked.config, checked.world.size, checked.micro_batch, room, device.type)
     except Exception:  # where not even the prediction fits, or knows this recipe
-        change = f"lower engine.max_micro_batch below {plan.micro_batch}"
-    file = write_snapshot(plan.run_dir, plan.world.rank, device)
+        change = f"lower engine.max_micro_batch below {checked.micro_batch}"
+    file = write_snapshot(checked.run_dir, checked.world.rank, device)
     return (
-        f"out of memory on {device} with a micro-batch of {plan.micro_batch} images"
+        f"out of memory on {device} with a micro-batch of {checked.micro_batch} images"
         + (f", which asked for {tried[1]}" if tried else "")
         + f"; {change}"
         + ("" if file is None else f"; {file} shows what was allocated (pytorch.org/memory_viz)")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mimscale.training.plan import Plan, prepare
 
 from mimscale import methods
 from mimscale.__main__ import main
@@ -16,6 +15,7 @@ from mimscale.cost.devices import GIB
 from mimscale.errors import UserError
 from mimscale.fault_tolerance.preemption import HANDLED
 from mimscale.training.auto_micro_batch import SPARE, most_that_fits, planner_for, smaller_that_fits
+from mimscale.training.checked_run import CheckedRun, prepare
 from mimscale.training.out_of_memory import (
     change_that_fits,
     explained,
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def plan(tmp_path: Path, shards: Path) -> Plan:
+def checked(tmp_path: Path, shards: Path) -> CheckedRun:
     return prepare(load_recipe(str(ranks.recipe(tmp_path, shards))), tmp_path / "run", None, ())
 
 
@@ -47,27 +47,29 @@ def test_which_errors_are_about_memory() -> None:
     assert says_out_of_memory("std::bad_alloc") and not says_out_of_memory("killed")
 
 
-def test_an_error_becomes_one_line(plan: Plan) -> None:
+def test_an_error_becomes_one_line(checked: CheckedRun) -> None:
     words = f"asked for {TOO_MUCH} bytes; try engine.max_micro_batch=4 .8 too were"
-    with pytest.raises(UserError, match=words), explained(plan):
+    with pytest.raises(UserError, match=words), explained(checked):
         torch.empty(TOO_MUCH, dtype=torch.uint8)
-    with pytest.raises(UserError) as caught, explained(plan):
+    with pytest.raises(UserError) as caught, explained(checked):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has\nless.")
     line = str(caught.value)
     assert line.startswith("out of memory on cpu with a micro-batch of 8 images, which asked for 2.50 GiB; ")
     assert "\n" not in line and isinstance(caught.value.__cause__, torch.OutOfMemoryError)
 
 
-def test_other_errors_pass(plan: Plan) -> None:
-    with pytest.raises(RuntimeError, match="a bug"), explained(plan):
+def test_other_errors_pass(checked: CheckedRun) -> None:
+    with pytest.raises(RuntimeError, match="a bug"), explained(checked):
         raise RuntimeError("a bug")
 
 
-def test_a_prediction_that_fails_does_not_hide_the_error(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prediction_that_fails_does_not_hide_the_error(checked: CheckedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    broken = plan.config.model_copy(update={"engine": plan.config.engine.model_copy(update={"ds_config": "none"})})
-    object.__setattr__(plan, "config", broken)
-    with pytest.raises(UserError, match="lower engine.max_micro_batch below 8"), explained(plan):
+    broken = checked.config.model_copy(
+        update={"engine": checked.config.engine.model_copy(update={"ds_config": "none"})}
+    )
+    object.__setattr__(checked, "config", broken)
+    with pytest.raises(UserError, match="lower engine.max_micro_batch below 8"), explained(checked):
         raise MemoryError
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from mimscale.training.plan import Plan, prepare
 
 from mimscale.config.recipes import load_recipe
 from mimscale.errors import UserError
@@ -21,6 +20,7 @@ from mimscale.monitoring.config import ProfileConfig
 from mimscale.monitoring.metrics import StartupTimer
 from mimscale.monitoring.profile_window import ProfileWindow
 from mimscale.training import recovery, setup
+from mimscale.training.checked_run import CheckedRun, prepare
 from mimscale.training.loop import train, train_step
 from mimscale.training.monitor import Monitor
 from tests import ranks
@@ -34,7 +34,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def planned(folder: Path, shards: Path, profile: dict[str, Any] | None) -> Plan:
+def checked_run_of(folder: Path, shards: Path, profile: dict[str, Any] | None) -> CheckedRun:
     """A run of 6 steps in FOLDER/run."""
     folder.mkdir(exist_ok=True)
     path = ranks.recipe(
@@ -51,7 +51,7 @@ def planned(folder: Path, shards: Path, profile: dict[str, Any] | None) -> Plan:
 def trained(folder: Path, shards: Path, profile: dict[str, Any] | None) -> Path:
     """The folder of the run."""
     with ExitStack() as closing:
-        train(planned(folder, shards, profile), StartupTimer(), closing)
+        train(checked_run_of(folder, shards, profile), StartupTimer(), closing)
     return folder / "run"
 
 
@@ -87,17 +87,17 @@ def test_a_profiler_that_fails_costs_the_profile_only(
     tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with ExitStack() as closing:
-        run = setup.build(planned(tmp_path / "bad", shards, {"at": 2, "steps": 2}), StartupTimer(), closing)
+        run = setup.build(checked_run_of(tmp_path / "bad", shards, {"at": 2, "steps": 2}), StartupTimer(), closing)
         state = recovery.restore(run).launched()
         monitor = Monitor(run, state)
-        (run.plan.run_dir / "profile").write_text("not a folder")
+        (run.checked.run_dir / "profile").write_text("not a folder")
         while state.step < 6:
             state = monitor.after_step(state, train_step(run, state.step))
         monitor.finish(state)
-    (event,) = [line for line in ranks.lines(run.plan.run_dir) if line.get("event") == "profile_failed"]
+    (event,) = [line for line in ranks.lines(run.checked.run_dir) if line.get("event") == "profile_failed"]
     assert "FileExistsError" in event["error"]
     assert "log.profile failed, training goes on: FileExistsError" in capsys.readouterr().err
-    assert (run.plan.run_dir / "done").exists() and len(ranks.curve(run.plan.run_dir)) == 6
+    assert (run.checked.run_dir / "done").exists() and len(ranks.curve(run.checked.run_dir)) == 6
 
 
 def window(run_dir: Path, said: list[str], rank: int = 0, **values: int) -> ProfileWindow:
