@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 import data_prep.__main__ as data_prep
 import mimscale
-from mimscale.__main__ import VERBS
+from mimscale.__main__ import VERBS, make_parser
 from mimscale.config.key_texts import key_texts
 from mimscale.config.registry import class_in, names_in
 from mimscale.config.run import RunConfig
@@ -196,42 +196,41 @@ def sentence(text: str) -> str:
 def cli() -> Iterator[str]:
     yield "# Every command and option"
     yield (
-        "`mimscale VERB --help` prints the same. `section.key=value` changes a key of a recipe "
-        "([recipe.md](recipe.md)). Exit codes: 0 done, 2 bad input, 4 a run that ended itself, and of `data_prep` 1 "
-        "for damage that it found."
+        "What `--help` prints. `section.key=value` changes a key of a recipe ([recipe.md](recipe.md)). Completion, "
+        "JSON, colours and exit codes: [cli.md](../cli.md)."
     )
-    for verb, (module, text) in VERBS.items():
-        parser = argparse.ArgumentParser(prog=f"mimscale {verb}", description=text)
-        importlib.import_module(module).add_arguments(parser)
-        yield from command(parser, 2)
+    for parser, text in subcommands(make_parser(VERBS)[0]):
+        yield from command(parser, text, 2)
     yield "## `python -m data_prep`"
     yield "Makes and checks data sets of tar shards: [data_prep/README.md](../../data_prep/README.md)."
-    for _, parser in subcommands(data_prep._parser()):
-        yield from command(parser, 3)
+    for parser, text in subcommands(data_prep.make_parser()):
+        yield from command(parser, text, 3)
 
 
-def command(parser: argparse.ArgumentParser, level: int) -> Iterator[str]:
+def command(parser: argparse.ArgumentParser, text: str, level: int) -> Iterator[str]:
     """Heading, description, a table of the options, the closing example, and the same of its subcommands."""
-    inner = dict(subcommands(parser))
+    inner = list(subcommands(parser))
     shown = [a for a in parser._actions if a.help != argparse.SUPPRESS and not isinstance(a, argparse._HelpAction)]
     shown = [action for action in shown if not isinstance(action, argparse._SubParsersAction)]
     positional = [name_of(action) for action in shown if not action.option_strings]
     options = ["[options]"] if any(action.option_strings for action in shown) else []
     yield f"{'#' * level} `{parser.prog}`"
-    yield cell(sentence(parser.description or ""))
+    yield cell(sentence(parser.description or text))
     yield f"```text\n{' '.join([parser.prog, *options, *positional, *(['...'] if inner else [])])}\n```"
     if shown:
         yield table(("argument", "default", "what it does"), map(option_row, shown))
     if parser.epilog:
-        yield f"```text\n{inspect.cleandoc(parser.epilog % {'prog': parser.prog})}\n```"
-    for _, below in inner.items():
-        yield from command(below, min(level + 1, 6))
+        yield f"```text\n{inspect.cleandoc((parser.epilog % {'prog': parser.prog}).strip())}\n```"
+    for below, about in inner:
+        yield from command(below, about, min(level + 1, 6))
 
 
-def subcommands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+def subcommands(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.ArgumentParser, str]]:
+    """Each with its line in the help of the parser above."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            yield from action.choices.items()
+            lines = {choice.dest: choice.help or "" for choice in action._choices_actions}
+            yield from ((below, lines.get(name, "")) for name, below in action.choices.items())
 
 
 def name_of(action: argparse.Action) -> str:
