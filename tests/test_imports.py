@@ -113,12 +113,14 @@ def test_preparing_data_and_reading_runs_do_not_wait_for_torch() -> None:
 
 # Modules of convert/ from the bottom up; one may import those of a lower level, and `formats` those of its own.
 CONVERT: tuple[tuple[str, ...], ...] = (
-    ("names", "difference"),
+    ("names", "difference", "saved_folder"),
     ("formats",),
     ("read", "reference", "positions"),
     ("networks", "write"),
-    ("check",),
-    ("full_state",),
+    ("check", "model_card"),
+    ("full_state", "hub_folder"),
+    ("hub_timm",),
+    ("hub_transformers", "push"),
     ("cli",),
 )
 

@@ -21,8 +21,8 @@ from mimscale.types import Batch, Masks, Needs, StepInfo, Targets, TeacherInfo, 
 
 
 class MaskingConfig(Strict):
-    """ratio: share of the patches that is masked. unit: side in pixels of the squares that are masked as a whole; null:
-    one patch. Each method has a default ratio and unit.
+    """policy: file of the masking policy in mimscale/masking. ratio: share of the patches that is masked. unit: side in
+    pixels of the squares that are masked as a whole; null: one patch. Each method has a default ratio and unit.
     """
 
     policy: str

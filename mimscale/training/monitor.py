@@ -22,6 +22,7 @@ from mimscale.fault_tolerance import activation_magnitudes
 from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_marker, there
 from mimscale.monitoring.metrics import ThroughputMeter
 from mimscale.monitoring.phase_timer import BETWEEN, EVALUATING, SAVING, WAITING
+from mimscale.monitoring.profile_window import ProfileWindow
 from mimscale.training.bad_steps import explain, flush_writes, roll_back
 from mimscale.training.context import TrainContext
 from mimscale.training.panel_inputs import PanelInputs
@@ -88,6 +89,15 @@ class Monitor:
         gc.freeze()
         gc.disable()
         run.preemption.phase = "loop"
+        self._profile = ProfileWindow(
+            checked.run_dir,
+            checked.config.log.profile,
+            checked.world.rank,
+            checked.world.device,
+            run.logger.print,
+            run.logger.log_event,
+        )
+        self._profile.before_step(state.step + 1)
         run.timer.lap()
 
     def after_step(self, state: TrainState, info: StepInfo) -> TrainState:
@@ -98,6 +108,7 @@ class Monitor:
         state = state.advanced(config.schedule.global_batch, run.timer.lap())
         run.watchdog.beat(info.step)
         run.timer.enter(BETWEEN)
+        self._throughput.leave_out(self._profile.after_step(info.step))
         if info.step % GC_EVERY == 0:
             gc.collect()
 
@@ -107,11 +118,14 @@ class Monitor:
             if state.step < info.step:
                 run.inputs.start(state)
                 self._throughput.restart()
+                self._profile.after_step(state.step)
+                self._profile.before_step(state.step + 1)
                 return state
         self._log_step(info)
         self._evaluate(info)
         self._draw_panel(info)
         self._save_and_stop(state, info)
+        self._profile.before_step(info.step + 1)
         return state
 
     def finish(self, state: TrainState) -> None:
@@ -120,6 +134,7 @@ class Monitor:
         Raises Stopped where the last step could not be saved, or too many samples are damaged.
         """
         run = self._run
+        self._profile.close(state.step)
         failure = self._say_how_it_ended(state, saved=bool(self._checkpoints.wait_for_writes()))
         run.logger.close(done=failure is None and state.step == run.checked.total_steps)
         run.coordinator.finish_pending()
