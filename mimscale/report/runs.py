@@ -113,7 +113,9 @@ def setup_line(run: Run) -> str:
         return ""
     student = {key.removeprefix("student."): value for key, value in recipe.items() if key.startswith("student.")}
     try:
-        student_words = student_name(student, any(key.startswith("method.stages") for key in recipe))
+        student_words = student_name(
+            student, any(key.startswith("method.stages") and recipe[key] is not None for key in recipe)
+        )
     except (KeyError, TypeError, IndexError):
         student_words = ""
     teachers = [str(value) for key, value in recipe.items() if key.startswith("teachers.") and key.endswith(".model")]
