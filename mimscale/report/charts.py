@@ -176,7 +176,7 @@ def _chart(runs: Sequence[Run], name: str, shared: Any) -> Chart:
         else:
             drawn.append(figure.line("step", "y", source=source, line_width=1, alpha=0.35, **options))
             figure.line("step", "y", source=means, line_width=2.2, line_dash=dash, **options)
-        if len(rows) < 40:
+        if len(rows) <= 25:
             figure.scatter("step", "y", source=source, color=colour, size=4)
         _ends_with_letter(figure, run, name, rows, number)
         if name == "loss":

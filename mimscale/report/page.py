@@ -47,6 +47,7 @@ def render(runs: Sequence[Run], now_s: float | None = None) -> str:
 
     timeline, drawn, unchanged = charts.make(runs)
     script, (timeline_div, *divs) = components([timeline, *(chart.figure for chart in drawn)])
+    differing = recipe_differences(runs) if len(runs) > 1 else {}
     context = {
         "version": __version__,
         "made": time.strftime("%Y-%m-%d %H:%M", time.localtime(now_s)),
@@ -63,7 +64,7 @@ def render(runs: Sequence[Run], now_s: float | None = None) -> str:
         "unchanged": unchanged,
         "figures": _figures(runs),
         "headers": _headers(runs),
-        "differences": recipe_differences(runs) if len(runs) > 1 else {},
+        "differences": {key: [_value(value) for value in row] for key, row in differing.items()},
     }
     page = ""
     for side in SIDES:
