@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,33 @@ def describe_set(folder: Path, every_class: bool = False) -> list[str]:
     if sizes is not None:
         lines += [f"{label} {_name(manifest, label)} {count:,}" for label, count in enumerate(sizes)]
     return lines
+
+
+def figures_of_set(folder: Path, every_class: bool = False) -> dict[str, Any]:
+    """The same as plain values. every_class: with the samples of each class, by its name. Raises UserError."""
+    manifest = Manifest.load(folder, check_shards=False)
+    file = manifest.file
+    sizes = class_sizes(manifest)
+    found: dict[str, Any] = {
+        "folder": str(folder),
+        "samples": manifest.samples,
+        "shards": len(file.shards),
+        "bytes": sum(shard.bytes for shard in file.shards),
+        "image_bytes": int(manifest.sizes.sum()),
+        "classes": None if sizes is None else len(sizes),
+        "source": file.source,
+        "options": file.options,
+        "changed": file.changed,
+        "skipped": file.skipped,
+        "left_out": file.left_out,
+        "bad_shards": file.bad_shards,
+        "checksums": all(shard.sha256 for shard in file.shards),
+        "fingerprint": manifest.fingerprint,
+    }
+    if every_class and sizes is not None:
+        counts = [{"label": label, "name": _name(manifest, label), "samples": int(n)} for label, n in enumerate(sizes)]
+        found["class_samples"] = counts
+    return found
 
 
 def _left_out(file: ManifestFile) -> list[str]:

@@ -133,11 +133,11 @@ def pretrain(
         stage(f"seed {seed}: {title}", *words, *common, *overrides, *own_changes, ranks=RANKS)
 
     train("teacher on MNIST, with labels", "demo_teacher", "teacher", "mnist")
-    weights = folder / "teacher.safetensors"
-    if not weights.exists():
-        stage(
-            f"seed {seed}: teacher exported", "-m", "mimscale", "convert", folder / "teacher", weights, "--to", "timm"
-        )
+    exported = folder / "teacher-timm"
+    weights = exported / "model.safetensors"
+    if not exported.exists():
+        words = ["-m", "mimscale", "convert", folder / "teacher", exported, "--to", "timm"]
+        stage(f"seed {seed}: teacher exported", *words)
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
     teacher = [f"teachers.mnist.weights={weights}", f"teachers.mnist.sha256={sha256}"]
     train("MaskAlign, no labels", "demo_maskalign", "maskalign", "digits-unlabelled", *teacher)

@@ -103,7 +103,7 @@ def load_encoder(
     path: a run folder (its newest checkpoint), one checkpoint folder, a file that `mimscale convert` wrote, an official
         file of a method (.pth, .safetensors), a folder that timm saved (config.json with `architecture`, and
         model.safetensors or pytorch_model.bin), or one of Hugging Face transformers (config.json with `model_type` vit,
-        vit_mae, clip or clip_vision_model). Of such a folder the file of weights may be named instead. Nothing is
+        vit_mae, beit, clip or clip_vision_model). Of such a folder the file of weights may be named instead. Nothing is
         downloaded, and no code in a file is run.
     ema: the exponential moving average of the weights, where the run kept one.
     image_size: pixels per side; None: as it was trained. Positions are resized bicubically.

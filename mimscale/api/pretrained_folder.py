@@ -1,7 +1,7 @@
 """Folders with config.json and one file of weights, as timm and Hugging Face transformers save a model.
 
-Both are built as a timm model: transformers' ViTs differ from timm's in names and constants only. Nothing is downloaded
-and no code in a folder is run.
+Both are built as a timm model: transformers' ViTs and BEiTs differ from timm's in names and constants only. Nothing is
+downloaded and no code in a folder is run.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from timm.data.constants import (
     OPENAI_CLIP_STD,
 )
 from timm.layers.activations import QuickGELU
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mimscale.config.base import numbers_in
+from mimscale.convert.formats.timm import INDEX
 from mimscale.convert.read import read
+from mimscale.convert.saved_folder import CONFIG, WEIGHTS
 from mimscale.errors import UserError
 from mimscale.teachers import huggingface
 from mimscale.teachers.base import one_line
 from mimscale.types import IMAGENET_MEAN, IMAGENET_STD
 
-CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 MOST, MOST_BLOCKS = 8192, 512  # pixels, channels, heads; blocks: nobody has trained a larger one
 
 
@@ -54,7 +56,7 @@ class _Family(NamedTuple):
 
 
 class _Sizes(BaseModel):
-    """What is read of transformers' config.json; the defaults are those of its ViTs and of CLIP's vision tower."""
+    """What is read of transformers' config.json; the defaults are those of its ViTs, BEiT and CLIP's vision tower."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
 
@@ -68,6 +70,10 @@ class _Sizes(BaseModel):
     qkv_bias: bool = True
     hidden_act: str
     layer_norm_eps: float = Field(ge=0, lt=1)
+    use_absolute_position_embeddings: bool = False
+    use_relative_position_bias: bool = False
+    use_shared_relative_position_bias: bool = False
+    layer_scale_init_value: float = Field(0.1, ge=0, le=1e3)
 
     @field_validator("image_size", "patch_size", mode="before")
     @classmethod
@@ -80,6 +86,7 @@ _CLIP: dict[str, Any] = {"patch_size": 32, "hidden_act": "quick_gelu", "layer_no
 _FAMILIES = {
     "vit": _Family(_VIT, False, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
     "vit_mae": _Family(_VIT, False, IMAGENET_MEAN, IMAGENET_STD),
+    "beit": _Family(_VIT, False, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
     "clip": _Family(_CLIP, True, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "clip_vision_model": _Family(_CLIP, True, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
 }
@@ -181,29 +188,17 @@ def _transformers(folder: Path, config: Mapping[str, Any], weights: Path, family
     if sizes.hidden_act not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         raise UserError(f"{folder}: hidden_act = {sizes.hidden_act[:80]} is not known; {known} are")
-    build = partial(
-        VisionTransformer,
-        img_size=sizes.image_size,
-        patch_size=sizes.patch_size,
-        in_chans=sizes.num_channels,
-        num_classes=0,
-        embed_dim=sizes.hidden_size,
-        depth=sizes.num_hidden_layers,
-        num_heads=sizes.num_attention_heads,
-        mlp_ratio=sizes.intermediate_size / sizes.hidden_size,
-        qkv_bias=sizes.qkv_bias,
-        pre_norm=family.pre_norm,
-        norm_layer=partial(nn.LayerNorm, eps=sizes.layer_norm_eps),
-        act_layer=_ACTIVATIONS[sizes.hidden_act],
-    )
+    beit = config["model_type"] == "beit"
     try:
         state = huggingface.to_timm(read(weights).weights)
         if state is None:
             raise UserError(f"{weights} does not hold the tensors of a {config['model_type']}")
+        build = partial(_beit, sizes, "fc_norm.weight" in state) if beit else partial(_vit, sizes, family.pre_norm)
         with torch.device("meta"):
             _refuse_larger(folder, build(), state)
         model = build()
-        model.load_state_dict(state)
+        indices = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(INDEX)}
+        model.load_state_dict({**indices, **state})
     except KeyError as error:
         raise UserError(f"{weights}: the tensor {error} is missing") from None
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -212,6 +207,40 @@ def _transformers(folder: Path, config: Mapping[str, Any], weights: Path, family
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: {CONFIG} and {weights.name} do not fit together ({text})") from None
     return Pretrained(model, *_normalisation(folder / "preprocessor_config.json", family))
+
+
+def _common(sizes: _Sizes) -> dict[str, Any]:
+    """Arguments of both of timm's classes."""
+    return {
+        "img_size": sizes.image_size,
+        "patch_size": sizes.patch_size,
+        "in_chans": sizes.num_channels,
+        "num_classes": 0,
+        "embed_dim": sizes.hidden_size,
+        "depth": sizes.num_hidden_layers,
+        "num_heads": sizes.num_attention_heads,
+        "mlp_ratio": sizes.intermediate_size / sizes.hidden_size,
+        "norm_layer": partial(nn.LayerNorm, eps=sizes.layer_norm_eps),
+    }
+
+
+def _vit(sizes: _Sizes, pre_norm: bool) -> nn.Module:
+    activation = _ACTIVATIONS[sizes.hidden_act]
+    return VisionTransformer(**_common(sizes), qkv_bias=sizes.qkv_bias, pre_norm=pre_norm, act_layer=activation)
+
+
+def _beit(sizes: _Sizes, mean: bool) -> nn.Module:
+    """mean: only the mean of the patches is normalised."""
+    if sizes.hidden_act != "gelu":
+        raise ValueError(f"hidden_act = {sizes.hidden_act}: timm's Beit computes gelu only")
+    return Beit(
+        **_common(sizes),
+        use_abs_pos_emb=sizes.use_absolute_position_embeddings,
+        use_rel_pos_bias=sizes.use_relative_position_bias,
+        use_shared_rel_pos_bias=sizes.use_shared_relative_position_bias,
+        init_values=sizes.layer_scale_init_value or None,
+        global_pool="avg" if mean else "token",
+    )
 
 
 def _refuse_larger(folder: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:

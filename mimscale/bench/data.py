@@ -74,11 +74,11 @@ def run(args: argparse.Namespace) -> int:
                 seconds[name].append(measure())
     rows = [_row(name, values, seconds[OURS]) for name, values in seconds.items()]
     rows += [[f"{name}: not installed ({why})", "", "", ""] for name, why in missing.items()]
-    print(_report.table(["loader", "CPU ms per image", "x mimscale", "from - to"], rows))
-    print(
-        f"\n{_report.origin()}, {args.images} images, batch {BATCH}, {args.workers} worker, medians of "
-        f"{args.rounds} rounds; ratios are taken inside each round"
+    more = (
+        f", {args.images} images, batch {BATCH}, {args.workers} worker, medians of {args.rounds} rounds; ratios are "
+        "taken inside each round"
     )
+    _report.publish(args, [(["loader", "CPU ms per image", "x mimscale", "from - to"], rows)], more=more)
     return 0
 
 

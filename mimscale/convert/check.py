@@ -34,6 +34,19 @@ def tokens_of(vit: Student) -> Tensor:
 
 
 @torch.no_grad()
+def logits_of(vit: Student, weights: Mapping[str, Tensor]) -> Tensor:
+    """What a classifier makes of the random image: [1, classes]. weights: they hold its `head`, and `fc_norm` where it
+    classifies the mean of the patches.
+    """
+    tokens = vit.eval()(random_input(1, 3, *(side * vit.config.patch for side in vit.grid))).tokens
+    pooled = tokens[:, 0]
+    if "fc_norm.weight" in weights:
+        pooled = tokens[:, vit.prefix :].mean(dim=1)
+        pooled = F.layer_norm(pooled, pooled.shape[-1:], weights["fc_norm.weight"], weights["fc_norm.bias"], LN_EPS)
+    return F.linear(pooled, weights["head.weight"], weights["head.bias"])
+
+
+@torch.no_grad()
 def encoder_difference(vit: Student, encoder: Mapping[str, Tensor]) -> float:
     """Our student against timm's network (ConvMAE's encoder: against `reference`) with the tensors of `encoder`."""
     size = vit.grid[0] * vit.config.patch
@@ -46,20 +59,17 @@ def encoder_difference(vit: Student, encoder: Mapping[str, Tensor]) -> float:
 
 
 @torch.no_grad()
-def timm_differences(vit: Student, weights: Mapping[str, Tensor], file: Path) -> Differences:
-    """Our student against timm's network, which loads the file itself as a user's would; a classifier's logits too."""
-    network = timm.create_model(vit, weights, checkpoint_path=str(file))
+def timm_differences(vit: Student, weights: Mapping[str, Tensor], folder: Path) -> Differences:
+    """Our student against timm's network, which loads the folder as a user's does; a classifier's logits too."""
+    import timm as library
+
+    network: Any = library.create_model(f"local-dir:{folder}", pretrained=True).eval()
     size = vit.grid[0] * vit.config.patch
     image = random_input(1, 3, size, size)
     if "head.weight" not in weights:
         return {"encoder": relative_difference(tokens_of(vit), network.forward_features(image))}
-    tokens = vit.eval()(image).tokens
-    pooled = tokens[:, 0]
-    if "fc_norm.weight" in weights:
-        pooled = tokens[:, vit.prefix :].mean(dim=1)
-        pooled = F.layer_norm(pooled, pooled.shape[-1:], weights["fc_norm.weight"], weights["fc_norm.bias"], LN_EPS)
-    logits = F.linear(pooled, weights["head.weight"], weights["head.bias"])
-    features = network.forward_features(image)
+    tokens, features = vit.eval()(image).tokens, network.forward_features(image)
+    logits = logits_of(vit, weights)
     return {"encoder": relative_difference(tokens, features), "logits": relative_difference(logits, network(image))}
 
 

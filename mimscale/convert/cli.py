@@ -7,39 +7,65 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.config.recipes import load_recipe
-from mimscale.convert import check, difference, full_state
+from mimscale.convert import check, difference, full_state, hub_folder, hub_timm, hub_transformers, push
 from mimscale.convert.difference import Differences
-from mimscale.convert.formats import timm
 from mimscale.convert.formats.base import encoder_of, formats, official_format
+from mimscale.convert.hub_transformers import LIBRARY
 from mimscale.convert.names import State, same
 from mimscale.convert.networks import Student, is_whole_model, method_from, student_of
 from mimscale.convert.read import Loaded, read
 from mimscale.convert.write import Check, report_path, write
 from mimscale.errors import UserError
 from mimscale.files.atomic import remove_leftovers
-from mimscale.models.convvit import ConvViT
+from mimscale.files.command_line import end_with_example
+from mimscale.files.progress import working
 
-TO = """timm: the student, as timm.create_model(..., checkpoint_path=OUT) loads it; student: the student, our names;
-mimscale: everything, decoder and heads too, under our names; official: everything under the names of the method's
-official code, or of the format named (%s); state: a folder with weights, optimiser moments, step and recipe, to keep or
-to share; run: a run folder made of such a folder"""
+TO = """what --to makes:
+  timm, huggingface
+             a folder of the student that timm or transformers loads, with a model card
+  student    the student, our names
+  mimscale   everything, decoder and heads too, under our names
+  official   everything under the names of the method's official code, or of the format that is
+             named: %s
+  state      a folder with weights, optimiser moments, step and recipe, to keep or to share
+  run        a run folder made of such a folder
+
+"""
+
+
+HUB = ("timm", "huggingface")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="run folder, checkpoint folder, or a file (.pth, .safetensors)")
-    parser.add_argument("out", type=Path, help="file or folder to write; it must not exist")
-    names = [name for name in formats() if name not in TARGETS]
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="run folder, checkpoint folder, .pth or .safetensors"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="file or folder to write; it must not exist")
+    names = [name for name in formats() if name not in (*TARGETS, LIBRARY)]  # that one goes by folders
     kinds = (*TARGETS, *full_state.TARGETS, "official", *names)
-    parser.add_argument("--to", required=True, choices=kinds, metavar="WHAT", help=TO % ", ".join(names))
-    parser.add_argument("--recipe", help="with --to mimscale: the recipe that a whole official file belongs to")
+    parser.add_argument("--to", required=True, choices=kinds, metavar="WHAT", help="see below")
+    parser.add_argument("--recipe", metavar="RECIPE", help="with --to mimscale: that of a whole official file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of --recipe")
-    parser.add_argument("--heads", type=int, help="attention heads of an official file of an unusual size")
+    parser.add_argument("--heads", type=int, metavar="N", help="attention heads of an official file of an unusual size")
     parser.add_argument("--ema", action="store_true", help="the exponential moving average of the student's weights")
-    parser.add_argument("--with-head", action="store_true", help="with --to timm: a classifier's head too")
+    hub = parser.add_argument_group("with --to timm or huggingface")
+    hub.add_argument(
+        "--with-head", action="store_true", help="a classifier's head, or MAE's decoder (huggingface), too"
+    )
+    hub.add_argument("--dtype", choices=tuple(hub_folder.FLOATS), default="float32", help="of the weights (float32)")
+    hub.add_argument("--push", metavar="ORG/NAME", help="upload the folder to this repository of the Hugging Face Hub")
+    hub.add_argument("--private", action="store_true", help="with --push: make the repository private")
+    end_with_example(
+        parser,
+        "mimscale convert runs/l16 vit_l16-timm --to timm",
+        "mimscale convert official_vit_l16.pth ours.safetensors --to mimscale --recipe mae_vit_l16",
+        before=TO % ", ".join(names),
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    for path in (args.out, report_path(args.out)):
+    _refuse_hub_options(args)
+    for path in (args.out,) if args.to in HUB else (args.out, report_path(args.out)):
         if path.exists():
             raise UserError(f"{path} exists; choose another name")
     if args.to in full_state.TARGETS and args.ema:
@@ -47,41 +73,39 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.out.parent.is_dir():
             remove_leftovers(args.out.parent)
-        if args.to in full_state.TARGETS:
-            lines = full_state.TARGETS[args.to](args.source, args.out)
-        else:
-            loaded = read(args.source, args.ema)
-            lines = [*loaded.notes, *TARGETS.get(args.to, _to_official)(args, loaded)]
+        with working("converting"):
+            if args.to in full_state.TARGETS:
+                lines = full_state.TARGETS[args.to](args.source, args.out)
+            else:
+                loaded = read(args.source, args.ema)
+                lines = [*loaded.notes, *TARGETS.get(args.to, _to_official)(args, loaded)]
     except OSError as error:
         raise UserError(f"{args.out} cannot be written: {error}; make room, or check both paths") from error
     print(*lines, f"wrote {args.out}", sep="\n")
+    if args.push:
+        print(f"pushed to {push.push(args.out, args.push, args.private)}")
     return 0
 
 
-def _to_timm(args: argparse.Namespace, loaded: Loaded) -> list[str]:
+def _refuse_hub_options(args: argparse.Namespace) -> None:
+    """Options that --to does not know, and a --push that cannot be."""
+    given = {"--with-head": args.with_head, "--dtype": args.dtype != "float32", "--push": args.push}
+    for option, set_ in given.items():
+        if set_ and args.to not in HUB:
+            raise UserError(f"{option}: --to {args.to} does not have it; {' and '.join(HUB)} do")
+    if args.private and not args.push:
+        raise UserError("--private says how --push creates a repository; give --push ORG/NAME, or leave it out")
+    if args.push:
+        push.check(args.push)
+
+
+def _to_hub(args: argparse.Namespace, loaded: Loaded) -> list[str]:
+    """A folder of timm or transformers."""
+    loaded, notes = hub_folder.rounded(loaded, args.dtype)
     vit, info = student_of(loaded, heads=args.heads)
-    if isinstance(vit, ConvViT):
-        raise UserError(f"{args.source} holds ConvMAE's encoder, which timm does not have; choose --to student")
-    notes = []
-    if args.with_head:
-        if "head.weight" not in loaded.weights or "student.mask_token" in loaded.weights:
-            raise UserError(f"--with-head: {args.source} holds no classifier; leave it out")
-        weights = timm.with_head(vit.state_dict(), loaded.weights)
-    else:
-        weights = timm.with_last_norm(vit.state_dict())
-        if not info.final_norm:
-            notes.append("filled in: a last norm of weight 1 and bias 0; the method trains none")
-    weights = timm.with_stored_index(vit, weights)
-    name, options = timm.create_call(vit, weights)
-
-    def compare(part: Path, back: State) -> Differences:
-        return check.timm_differences(vit, back, part)
-
-    found = write(
-        args.out, loaded, args.to, weights, _sizes(vit), compare, notes, timm={"model": name, "options": options}
-    )
-    given = "".join(f", {key}={value!r}" for key, value in options.items())
-    return [*notes, f"timm.create_model('{name}'{given}, checkpoint_path='{args.out}')", *difference.lines(found)]
+    module = hub_timm if args.to == "timm" else hub_transformers
+    model = module.model_of(loaded, vit, info, args.with_head)
+    return [*notes, *hub_folder.write_folder(args.out, loaded, vit, args.to, model, args.dtype)]
 
 
 def _to_student(args: argparse.Namespace, loaded: Loaded) -> list[str]:
@@ -148,4 +172,4 @@ def _sizes(vit: Student) -> dict[str, Any]:
     return {"student": vit.config.model_dump(mode="json"), "image_size": vit.grid[0] * vit.config.patch}
 
 
-TARGETS = {"timm": _to_timm, "student": _to_student, "mimscale": _to_ours}
+TARGETS = {"timm": _to_hub, "huggingface": _to_hub, "student": _to_student, "mimscale": _to_ours}

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mimscale.config.run import RunConfig, method_class
 from mimscale.convert.formats.base import encoder_of, format_of, formats
-from mimscale.convert.formats.timm import SHARED_TABLE, TABLE, grid_side, relative_table
-from mimscale.convert.names import Levels, Mapped
+from mimscale.convert.formats.timm import HEAD, SHARED_TABLE, TABLE, grid_side, relative_table
+from mimscale.convert.names import Levels, Mapped, State
 from mimscale.convert.read import Loaded, read
+from mimscale.convert.saved_folder import heads_beside
 from mimscale.errors import UserError
 from mimscale.methods.base import Method
 from mimscale.models import pos_embed, rel_pos_bias
@@ -84,7 +85,8 @@ def student_of(
     _check_shapes(encoder, path)
     stages = stages_of(encoder) if convolutional else None
     run = loaded.run
-    student = run.student if run else loaded.student or _config_from(encoder, path, heads, stages)
+    known = run.student if run else loaded.student
+    student = known or _config_from(encoder, path, heads or heads_beside(path), stages)
     side = side_of(encoder)
     size = image_size or side * student.patch
     if size % student.patch:
@@ -201,6 +203,30 @@ def _config_from(
         patch=patch,
         mlp_ratio=hidden / width,
     )
+
+
+def classifier_of(loaded: Loaded) -> State:
+    """`head`, and `fc_norm` where the mean of the patches is classified, of a fine-tuned network. Raises UserError."""
+    if "head.weight" not in loaded.weights or "student.mask_token" in loaded.weights:
+        raise UserError(f"--with-head: {loaded.path} holds no classifier; leave it out")
+    return {name: tensor for name, tensor in loaded.weights.items() if name.startswith(HEAD)}
+
+
+def without_key_bias(vit: ViT) -> Beit:
+    """The same function as a Beit with absolute positions: the bias of the keys adds the same number to all scores of a
+    query, which the softmax takes away.
+    """
+    own, state = vit.state_dict(), {}
+    for name, tensor in own.items():
+        if name.endswith(".attn.qkv.bias"):
+            place = name.removesuffix("qkv.bias")
+            state[f"{place}q_bias"], _, state[f"{place}v_bias"] = tensor.chunk(3)
+        else:
+            state[name] = tensor
+    size = vit.grid[0] * vit.config.patch
+    beit = Beit(vit.config, size, positions="absolute", layer_scale=None, final_norm="norm.weight" in own)
+    beit.load_state_dict(state)
+    return beit
 
 
 def method_from(loaded: Loaded, run: RunConfig) -> tuple[Method, tuple[str, ...]]:

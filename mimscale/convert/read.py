@@ -14,6 +14,7 @@ from mimscale.checkpoint import format as checkpoint
 from mimscale.config.recipes import load_recipe, validate
 from mimscale.config.run import RunConfig
 from mimscale.convert.names import State
+from mimscale.convert.saved_folder import weights_in
 from mimscale.errors import UserError, warn
 from mimscale.files.weights_file import read_weights
 from mimscale.models.config import StudentConfig
@@ -29,7 +30,8 @@ class Loaded:
     path: what was read; of a run folder its newest checkpoint. run: the resolved recipe. student, image_size: of a file
     that holds a student alone. All three are None where the file does not say. digest: the `sha256`, where the
     checkpoint may have been removed since. ema: the student's parameters are those of its exponential moving average.
-    notes: a line for each wrapper that was taken off.
+    notes: a line for each wrapper that was taken off. step, data: of a checkpoint, and the fingerprint of the data set
+    that it was trained on.
     """
 
     path: Path
@@ -40,6 +42,8 @@ class Loaded:
     digest: str | None = None
     ema: bool = False
     notes: tuple[str, ...] = ()
+    step: int | None = None
+    data: str | None = None
 
     def sha256(self) -> str:
         """Hexadecimal sha256 of the file, or of a checkpoint's manifest, which holds the hashes of its shards."""
@@ -52,19 +56,27 @@ def identity_file(path: Path) -> Path:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint folder or file that a path stands for: a run folder's newest checkpoint. Raises UserError."""
+    """The checkpoint folder or file that a path stands for: a run folder's newest checkpoint, the file of weights in a
+    folder of transformers or timm. Raises UserError.
+    """
     if (path / "config.yaml").is_file():
         newest = checkpoint.newest(path)
         if newest is None:
             raise UserError(f"{path} has no complete checkpoint yet; wait for the first save")
         return newest
+    weights = weights_in(path)
+    if weights is not None:
+        return weights
     if not path.is_file() and not (path / "manifest.json").is_file():
-        raise UserError(f"{path} is neither a run folder, nor a checkpoint folder, nor a file")
+        raise UserError(
+            f"{path} is neither a run folder, nor a checkpoint folder, nor a file, nor a folder of transformers or timm"
+        )
     return path
 
 
 def read(path: Path, ema: bool = False) -> Loaded:
-    """Read a run folder (its newest checkpoint), a checkpoint folder, a file that `convert` wrote, or an official file.
+    """Read a run folder (its newest checkpoint), a checkpoint folder, a file that `convert` wrote, an official file, or
+    a folder that transformers or timm saved.
 
     ema: read the student's exponential moving average in place of its trained parameters. Raises UserError, also where
     there is none.
@@ -109,7 +121,9 @@ def run_of(folder: Path) -> RunConfig:
 def _read_own(folder: Path, ema: bool) -> Loaded:
     try:
         weights, digest = checkpoint.load_weights(folder, ema), checkpoint.sha256(identity_file(folder))
-        return Loaded(folder, weights, run_of(folder), digest=digest, ema=ema)
+        meta = checkpoint.CheckpointReader(folder).meta
+        step, data = meta.get("step"), meta.get("data")
+        return Loaded(folder, weights, run_of(folder), digest=digest, ema=ema, step=step, data=data)
     except checkpoint.CheckpointError as error:
         raise UserError(f"{error}; take an older checkpoint of the run") from None
 

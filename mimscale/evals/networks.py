@@ -118,10 +118,10 @@ def load_networks(
 
 
 def eval_folder(path: Path) -> Path:
-    """RUN/eval for a run folder or one of its checkpoints; `eval` beside a file."""
+    """RUN/eval for a run folder or one of its checkpoints; `eval` beside a file or a folder of a library."""
     if (path / "config.yaml").is_file():
         return path / "eval"
-    return (path.parent.parent if path.is_dir() else path.parent) / "eval"
+    return (path.parent.parent if (path / "manifest.json").is_file() else path.parent) / "eval"
 
 
 def features_folder(path: Path) -> Path:

@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs="*", metavar="DIR", help="a folder with runs in it, at any depth (default: runs); or compare"
     )
-    parser.add_argument("--metric", metavar="NAME", help="the evaluation to show (default: the one that most runs have)")
+    parser.add_argument(
+        "--metric", metavar="NAME", help="the evaluation to show (default: the one that most runs have)"
+    )
     parser.add_argument("--json", action="store_true", help="everything that is known of each, as JSON")
 
 

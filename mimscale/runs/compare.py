@@ -27,9 +27,7 @@ def compare(run_dirs: Sequence[Path]) -> dict[str, Any]:
         "runs": [summary.plain() for summary in summaries],
         "recipe": differences(recipes),
         "metrics": {name: [summary.metrics.get(name) for summary in summaries] for name in names},
-        "evaluations": {
-            name: [of.get(name) for of in best] for name in sorted({name for of in best for name in of})
-        },
+        "evaluations": {name: [of.get(name) for of in best] for name in sorted({name for of in best for name in of})},
     }
 
 

@@ -1,4 +1,4 @@
-"""Convert Hugging Face's parameter names of CLIP vision towers, ViTs and DINOv2 to timm's.
+"""Convert Hugging Face's parameter names of CLIP vision towers, ViTs, BEiTs and DINOv2 to timm's.
 
 Official MaskAlign checkpoints hold their teacher under these names, and so do the files of Hugging Face's hub. A file
 does not record constants: CLIP has LayerNorm eps 1e-5 and QuickGELU; Hugging Face's DINO has eps 1e-12, unlike timm's
@@ -39,6 +39,20 @@ _DINOV2_BLOCK = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
+_TABLE = "relative_position_bias_table"
+_BEIT_OPTIONAL = (
+    ("embeddings.position_embeddings", "pos_embed"),
+    (f"encoder.relative_position_bias.{_TABLE}", f"rel_pos_bias.{_TABLE}"),
+    ("layernorm.weight", "norm.weight"),
+    ("layernorm.bias", "norm.bias"),
+    ("pooler.layernorm.weight", "fc_norm.weight"),
+    ("pooler.layernorm.bias", "fc_norm.bias"),
+)
+_BEIT_OF_BLOCKS = (
+    ("lambda_1", "gamma_1"),
+    ("lambda_2", "gamma_2"),
+    (f"attention.attention.relative_position_bias.{_TABLE}", f"attn.{_TABLE}"),
+)
 _LAYER_SCALE = (("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.gamma"))
 
 
@@ -48,6 +62,8 @@ _OF_FILES = (  # names of the modules of a ViT in transformers 5 -> those in its
     (re.compile(r"\.attention\.k_proj\."), ".attention.attention.key."),
     (re.compile(r"\.attention\.v_proj\."), ".attention.attention.value."),
     (re.compile(r"\.attention\.o_proj\."), ".attention.output.dense."),
+    (re.compile(r"(^|\.)shared_position_bias\."), r"\1encoder.relative_position_bias."),
+    (re.compile(r"(\.layer\.\d+)\.relative_position_bias\."), r"\1.attention.attention.relative_position_bias."),
 )
 _OF_FILES_MLP = ((".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."))  # but for DINOv2
 
@@ -75,7 +91,9 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     if any(key.endswith(_CLIP_ANCHOR) for key in state):
         return from_huggingface_clip(state)
     if any(key.endswith(_VIT_ANCHOR) for key in state):
-        return from_huggingface_vit(names_of_files(state))
+        named = names_of_files(state)
+        biased = {part for part in ("query", "key") if any(key.endswith(f".attention.{part}.bias") for key in named)}
+        return from_huggingface_beit(named) if biased == {"query"} else from_huggingface_vit(named)
     return None
 
 
@@ -117,6 +135,37 @@ def from_huggingface_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out |= _blocks(state, "encoder.layer", attention, _DINOV2_BLOCK if dinov2 else _VIT_BLOCK)
     for key, tensor in state.items():
         for theirs, ours in _LAYER_SCALE:
+            if key.startswith("encoder.layer.") and key.endswith(theirs):
+                out[f"blocks.{key.split('.')[2]}.{ours}"] = tensor
+    return out
+
+
+def from_huggingface_beit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """BeitModel, or any model that contains one -> timm's Beit. Its keys have no bias.
+
+    `norm` is there where the model normalises all tokens, `fc_norm` where it normalises their mean. Without head; the
+    mask token is left out.
+
+    Raises KeyError if a tensor of the tower is missing.
+    """
+    state = _below(state, _VIT_ANCHOR, _VIT_ANCHOR)
+    out = {"cls_token": state["embeddings.cls_token"]}
+    out |= {f"patch_embed.proj.{k}": state[f"embeddings.patch_embeddings.projection.{k}"] for k in ("weight", "bias")}
+    for theirs, ours in _BEIT_OPTIONAL:
+        if theirs in state:
+            out[ours] = state[theirs]
+    attention = [f"attention.attention.{part}" for part in ("query", "key", "value")]
+    zeros = {
+        key.replace(".query.", ".key."): torch.zeros_like(tensor)
+        for key, tensor in state.items()
+        if key.endswith(f"{attention[0]}.bias")
+    }
+    out |= _blocks({**state, **zeros}, "encoder.layer", attention, _VIT_BLOCK)
+    for key in [key for key in out if key.endswith(".attn.qkv.bias")]:
+        place = key.removesuffix("qkv.bias")
+        out[f"{place}q_bias"], _, out[f"{place}v_bias"] = (part.clone() for part in out.pop(key).chunk(3))
+    for key, tensor in state.items():
+        for theirs, ours in _BEIT_OF_BLOCKS:
             if key.startswith("encoder.layer.") and key.endswith(theirs):
                 out[f"blocks.{key.split('.')[2]}.{ours}"] = tensor
     return out

@@ -82,11 +82,11 @@ def test_every_kind_of_file(mae: Path, encoder: mimscale.Encoder, tmp_path: Path
     """The checkpoint folder, what convert writes, and the same weights under official names."""
     expected = encoder(IMAGES).tokens
     paths = [*(mae / "checkpoints").glob("step-*")]
-    for to, name in (("mimscale", "ours.safetensors"), ("timm", "timm.safetensors"), ("official", "mae.pth")):
+    for to, name in (("mimscale", "ours.safetensors"), ("student", "student.safetensors"), ("official", "mae.pth")):
         assert main(["convert", str(mae), str(tmp_path / name), "--to", to]) == 0
         paths.append(tmp_path / name)
     for path in paths:
-        heads = None if path.is_dir() or path.name == "ours.safetensors" else STUDENT["heads"]
+        heads = None if path.is_dir() or path.name in ("ours.safetensors", "student.safetensors") else STUDENT["heads"]
         assert torch.equal(mimscale.load_encoder(path, heads=heads)(IMAGES).tokens, expected), path
 
 

@@ -35,6 +35,7 @@ METHODS: dict[str, tuple[type[Method], dict[str, Any]]] = {
     "maskalign": (MaskAlign, {"name": "maskalign", "levels": "top2", "adaptor": "mlp"}),
     "simmim": (SimMIM, {"name": "simmim"}),
 }
+DATA = "d" * 64  # the fingerprint of what the runs were trained on
 INFO = TeacherInfo("t", dim=24, depth=3, grid=(4, 4), image_size=64, has_cls=True)
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
 
@@ -61,7 +62,8 @@ def save_run(folder: Path, method: Method, run: RunConfig, ema: Mapping[str, Ten
     part = folder / "checkpoints" / ".new"
     shard = write_shard(part, tensors, 0, 1)
     final = checkpoint.step_folder(folder / "checkpoints", 7)
-    checkpoint.commit(part, final, [shard], {"step": 7, "shapes": {n: list(t.shape) for n, t in state.items()}})
+    shapes = {n: list(t.shape) for n, t in state.items()}
+    checkpoint.commit(part, final, [shard], {"step": 7, "data": DATA, "shapes": shapes})
     return folder
 
 

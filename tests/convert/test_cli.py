@@ -45,7 +45,7 @@ def tokens_of(method: Method) -> torch.Tensor:
 
 def test_run_to_timm(saved: tuple[Path, Method], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, method = saved
-    out = tmp_path / "student.safetensors"
+    out = tmp_path / "student"
     assert main(["convert", str(folder), "--to", "timm", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "checked on random input: encoder differs by" in printed and f"wrote {out}" in printed
@@ -91,7 +91,12 @@ def test_the_measurement_lies_beside_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("to", "name"), [("mimscale", "out.safetensors"), ("official", "out.pth"), ("state", "out"), ("run", "out")]
+    ("to", "name"),
+    [
+        ("mimscale", "out.safetensors"),
+        ("official", "out.pth"),
+        *((to, "out") for to in ("state", "run", "timm", "huggingface")),
+    ],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     to: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -114,7 +119,7 @@ def test_the_same_weights_give_the_same_pth_file(tmp_path: Path) -> None:
     assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "another.pth").read_bytes()
 
 
-@pytest.mark.parametrize("to", ["timm", "student", "mimscale", "official"])
+@pytest.mark.parametrize("to", ["timm", "huggingface", "student", "mimscale", "official"])
 def test_a_difference_is_an_error_and_leaves_nothing(
     to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,9 +293,9 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_exported_file_says_what_it_holds(tmp_path: Path) -> None:
-    out = tmp_path / "student.safetensors"
+    out = tmp_path / "student"
     assert main(["convert", str(saved_run(tmp_path / "run", "mae")[0]), str(out), "--to", "timm"]) == 0
-    with safe_open(out, framework="pt") as file:
+    with safe_open(out / "model.safetensors", framework="pt") as file:
         carried = json.loads(file.metadata()[METADATA])
     assert carried["student"]["heads"] == 2 and carried["image_size"] == 64
 

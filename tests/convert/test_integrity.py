@@ -64,7 +64,7 @@ def test_a_damaged_shard_is_named(reader: str, harm: Callable[[bytearray, int], 
     READERS[reader](folder)
 
 
-@pytest.mark.parametrize("to", ["mimscale", "student", "timm", "state"])
+@pytest.mark.parametrize("to", ["mimscale", "student", "timm", "huggingface", "state"])
 def test_nothing_is_converted(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = saved_run(tmp_path / "run", "mae")
     (shard,) = (folder / "checkpoints" / "step-00000007").glob("shard-*")

@@ -1,4 +1,4 @@
-"""`timm.create_model(name, checkpoint_path=FILE)` loads what `--to timm` writes, unchanged, and gives our features."""
+"""`timm.create_model("local-dir:FOLDER")` loads what `--to timm` writes, unchanged, and gives our features."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
 
 from mimscale.__main__ import main
 from mimscale.convert.difference import random_input
@@ -20,8 +21,13 @@ from mimscale.methods.mae import MAE
 from mimscale.models.beit import Beit
 from mimscale.models.config import STUDENT_SIZES, StudentConfig
 from mimscale.models.vit import ViT
+from mimscale.types import IMAGENET_MEAN, IMAGENET_STD
 from tests.convert.runs import IMAGES, METHODS, build, save_run, saved_run
 from tests.golden import close, run_config
+
+
+def from_folder(folder: Path) -> Any:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
 @pytest.mark.parametrize(
@@ -50,40 +56,43 @@ def test_every_size_has_its_name(size: Any, patch: int, image_size: int, name: s
 
 
 @pytest.mark.parametrize(
-    ("width", "heads", "patch", "image_size", "name"),
+    ("width", "heads", "patch", "image_size"),
     [
-        (384, 6, 16, 224, "vit_small_patch16_224"),
-        (768, 12, 16, 64, "vit_base_patch16_224"),
-        pytest.param(1024, 16, 16, 160, "vit_large_patch16_224", marks=pytest.mark.slow),
-        pytest.param(1280, 16, 14, 224, "vit_huge_patch14_224", marks=pytest.mark.slow),
-        pytest.param(1280, 16, 16, 128, "vit_huge_patch14_224", marks=pytest.mark.slow),
+        (384, 6, 16, 224),
+        (768, 12, 16, 64),
+        pytest.param(1024, 16, 16, 160, marks=pytest.mark.slow),
+        pytest.param(1280, 16, 14, 224, marks=pytest.mark.slow),
+        pytest.param(1280, 16, 16, 128, marks=pytest.mark.slow),
     ],
 )
-def test_timm_loads_the_file_itself(
-    width: int, heads: int, patch: int, image_size: int, name: str, tmp_path: Path
-) -> None:
+def test_timm_loads_the_folder_itself(width: int, heads: int, patch: int, image_size: int, tmp_path: Path) -> None:
     """Real widths, heads, patches and grids; one block, because ViT-H has 2.5 GB."""
     torch.manual_seed(1)
     student = {"width": width, "depth": 1, "heads": heads, "patch": patch}
     run = run_config(METHODS["mae"][1], student, image_size)
     method = MAE(run, {})
-    out = tmp_path / "student.safetensors"
+    out = tmp_path / "student"
     assert main(["convert", str(save_run(tmp_path / "run", method, run)), str(out), "--to", "timm"]) == 0
-    options: dict[str, Any] = {"patch_size": patch, "img_size": image_size, "depth": 1, "num_classes": 0}
-    loaded: Any = timm.create_model(name, **options, checkpoint_path=str(out)).eval()
+    loaded = from_folder(out)
     image = random_input(1, 3, image_size, image_size)
     close(loaded.forward_features(image), method.student(image).tokens)
     close(loaded(image), method.student(image).tokens[:, 0])
 
 
-def test_the_report_says_the_call(tmp_path: Path) -> None:
-    folder, method = saved_run(tmp_path / "run", "mae")
-    out = tmp_path / "student.safetensors"
+def test_the_folder_says_how_images_are_prepared(tmp_path: Path) -> None:
+    method, run = build("mae")
+    values = run.dump()
+    values["data"] |= {"interpolation": "bilinear", "crop_pct": 0.9}
+    folder = save_run(tmp_path / "run", method, type(run).model_validate(values))
+    out = tmp_path / "student"
     assert main(["convert", str(folder), str(out), "--to", "timm"]) == 0
-    call = json.loads((tmp_path / "student.safetensors.json").read_text())["timm"]
-    assert call["options"] == {"num_classes": 0, "embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 64}
-    loaded: Any = timm.create_model(call["model"], **call["options"], checkpoint_path=str(out)).eval()
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_args"] == {"num_classes": 0, "embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 64}
+    loaded = from_folder(out)
     close(loaded.forward_features(IMAGES), method.student(IMAGES).tokens)
+    found = resolve_model_data_config(loaded)
+    assert found["input_size"] == (3, 64, 64) and (found["interpolation"], found["crop_pct"]) == ("bilinear", 0.9)
+    assert tuple(found["mean"]) == IMAGENET_MEAN and tuple(found["std"]) == IMAGENET_STD
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
@@ -97,22 +106,21 @@ def test_a_classifier_with_its_head(positions: str | None, pool: str, tmp_path: 
             torch.nn.init.normal_(parameter) if name.endswith("table") else None
         save_run(tmp_path / "moved", method, build("finetune", pool=pool, **beit)[1])
         folder = tmp_path / "moved"
-    out = tmp_path / "classifier.safetensors"
+    out = tmp_path / "classifier"
     assert main(["convert", str(folder), str(out), "--to", "timm", "--with-head"]) == 0
-    report = json.loads((tmp_path / "classifier.safetensors.json").read_text())
-    assert report["differences"].keys() == {"encoder", "logits"}
-    call = report["timm"]
-    assert call["options"]["num_classes"] == 3
-    loaded: Any = timm.create_model(call["model"], **call["options"], checkpoint_path=str(out)).eval()
+    report = json.loads((out / "conversion.json").read_text())
+    assert report["differences"].keys() == {"encoder", "logits", "read back"} and report["limit"] == 1e-5
+    loaded = from_folder(out)
+    assert loaded.num_classes == 3
     close(loaded(IMAGES), method.head(method.features(IMAGES)))
 
 
 def test_what_mff_fused_is_left_behind(tmp_path: Path) -> None:
     """After pre-training the student is a plain ViT."""
     folder, method = saved_run(tmp_path / "run", "mff")
-    out = tmp_path / "student.safetensors"
+    out = tmp_path / "student"
     assert main(["convert", str(folder), str(out), "--to", "timm"]) == 0
-    assert load_file(out).keys() == method.student.state_dict().keys()
+    assert load_file(out / "model.safetensors").keys() == method.student.state_dict().keys()
 
 
 @pytest.mark.parametrize("size", ["base", "large", "small"])
@@ -128,9 +136,7 @@ def test_simmim_is_timms_beit(size: Any) -> None:
 
 def test_a_missing_last_norm_is_filled_in(tmp_path: Path) -> None:
     folder, method = saved_run(tmp_path / "run", "maskalign")
-    out = tmp_path / "student.safetensors"
+    out = tmp_path / "student"
     assert main(["convert", str(folder), str(out), "--to", "timm"]) == 0
-    call = json.loads((tmp_path / "student.safetensors.json").read_text())["timm"]
-    loaded: Any = timm.create_model(call["model"], **call["options"], checkpoint_path=str(out)).eval()
     tokens = method.student(IMAGES).tokens
-    close(loaded.forward_features(IMAGES), F.layer_norm(tokens, (32,), eps=1e-6))
+    close(from_folder(out).forward_features(IMAGES), F.layer_norm(tokens, (32,), eps=1e-6))

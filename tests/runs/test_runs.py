@@ -167,7 +167,9 @@ def test_a_tree_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
 def test_damage_is_passed_over_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", step(20), step(40))
     with (run / "metrics.jsonl").open("ab") as file:
-        file.write(b'\xff\xfe\n[1, 2]\n{"step": true}\n{"step": "x", "loss": {}}\n' + b"[" * 5000 + b'\n{"step": 60, "lo')
+        file.write(
+            b'\xff\xfe\n[1, 2]\n{"step": true}\n{"step": "x", "loss": {}}\n' + b"[" * 5000 + b'\n{"step": 60, "lo'
+        )
     (run / "launches.jsonl").write_bytes(b"\0" * 100 + b"\n{}\n")
     (run / "evals.jsonl").mkdir()
     (run / "eval").mkdir()

@@ -1,6 +1,7 @@
-"""Hugging Face transformers' names: `ViTMAEForPreTraining` whole, and the encoders ViT, ViTMAE, DINOv2 and CLIP.
+"""Hugging Face transformers' names: `ViTMAEForPreTraining` whole, and the encoders ViT, ViTMAE, BEiT, DINOv2 and CLIP.
 
-They split queries, keys and values; everything else is renamed. Encoders are read only; a whole MAE goes both ways.
+They split queries, keys and values; everything else is renamed. DINOv2 and CLIP are read only. Files keep the names of
+transformers 4, which both 4 and 5 load.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mimscale.config.run import RunConfig
 from mimscale.convert.formats import mae, timm
-from mimscale.convert.names import Levels, Mapped, State, renamed
+from mimscale.convert.names import Levels, Mapped, Pairs, State, renamed
 from mimscale.errors import UserError
 from mimscale.teachers import huggingface
 
@@ -36,6 +37,23 @@ INSIDE = (
     (".layernorm_after.", ".norm2."),
     (".intermediate.dense.", ".mlp.fc1."),
     (".output.dense.", ".mlp.fc2."),
+)
+
+OF_ENCODERS = (  # timm's, theirs
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("rel_pos_bias.", "encoder.relative_position_bias."),
+    ("blocks.", "encoder.layer."),
+    ("norm.", "layernorm."),
+    ("fc_norm.", "pooler.layernorm."),
+)
+INSIDE_BLOCKS = (
+    *((ours, theirs) for theirs, ours in INSIDE),
+    (".attn.q_bias", ".attention.attention.query.bias"),
+    (".attn.v_bias", ".attention.attention.value.bias"),
+    (".attn.relative_position_bias_table", ".attention.attention.relative_position_bias.relative_position_bias_table"),
+    (".gamma_", ".lambda_"),
 )
 
 
@@ -75,12 +93,25 @@ def fits(weights: Mapping[str, Tensor]) -> bool:
 
 def to_official(weights: Mapping[str, Tensor], run: RunConfig | None = None) -> Mapped:
     prefixes, inside = ([(ours, theirs) for theirs, ours in pairs] for pairs in (PREFIXES, INSIDE))
+    return Mapped(_split(mae.to_official(weights).weights, prefixes, inside))
+
+
+def named_encoder(encoder: Mapping[str, Tensor], root: str = "") -> State:
+    """An encoder with timm's names, and `fc_norm`, under those of ViTModel or BeitModel.
+
+    root: of the model that contains it, such as `vit.`. BEiT's keys have no bias, so no name for it is made up.
+    """
+    return {f"{root}{name}": tensor for name, tensor in _split(encoder, OF_ENCODERS, INSIDE_BLOCKS).items()}
+
+
+def _split(weights: Mapping[str, Tensor], prefixes: Pairs, inside: Pairs) -> State:
+    """The tensors under new names, with queries, keys and values apart."""
     named: State = {}
-    for name, tensor in mae.to_official(weights).weights.items():
+    for name, tensor in weights.items():
         left, qkv, right = renamed(name, prefixes, inside).partition(".attn.qkv.")
         if qkv:
             for part, value in zip(QKV, tensor.chunk(3), strict=True):
                 named[f"{left}.attention.attention.{part}.{right}"] = value.clone()
         else:
             named[left] = tensor
-    return Mapped(named)
+    return named
