@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from mimscale.config.base import Strict
 
@@ -72,13 +71,6 @@ class LogConfig(Strict):
     wandb: WandbConfig = WandbConfig()
     mlflow: MlflowConfig = MlflowConfig()
     profile: ProfileConfig | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _renamed(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and "tensorboard" in values:
-            raise ValueError("log.tensorboard is log.trackers now: [tensorboard], or [] for none; replace it")
-        return values
 
     @field_validator("trackers")
     @classmethod

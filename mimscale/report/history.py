@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mimscale.errors import without_secrets
-from mimscale.evals.figures import BROKEN, parsed
+from mimscale.files.eval_reports import BROKEN, parsed
 from mimscale.files.regular import read_regular
 
 EVALS = "evals/"
