@@ -19,9 +19,8 @@ from data_prep.folder import read_folder
 from data_prep.imagenet import check_md5, read_21k, read_train, read_val
 from data_prep.images import ImageOptions
 from data_prep.index import IndexOptions, index_shards
-from data_prep.info import describe_set
+from data_prep.info import describe_set, figures_of_set
 from data_prep.plan import ShardPlan, Source, describe
-from data_prep.progress import progress
 from data_prep.reports import SHOWN, report
 from data_prep.shard_list import list_shards
 from data_prep.table import TableOptions, read_table
@@ -32,6 +31,8 @@ from data_prep.write_shards import estimate, unfinished, write
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError, printable, warn
+from mimscale.files.command_line import Help, add_json, end_with_example, print_json, stdout_kept
+from mimscale.files.progress import progress, working
 
 FILES = "only the files of SRC with such names, for example 'train-*'"
 CLASSES = "names of the classes, one per line, from class 0 on"
@@ -41,7 +42,7 @@ SKIP_UNLABELLED = "leave out images whose label is missing, empty, NaN or -1, in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 damage found, 2 bad input or a full disk, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):  # names may have bytes that no terminal can show
         with suppress(AttributeError, OSError):  # of a notebook, which shows any text, or of another stream
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -86,7 +87,9 @@ def _table(options: argparse.Namespace) -> int:
         files=options.files,
         delimiter=options.delimiter,
     )
-    return _write(options, read_table(options.source, options.root, chosen))
+    with progress("listing", 0, "rows") as advance:
+        source = read_table(options.source, options.root, chosen, advance)
+    return _write(options, source)
 
 
 def _imagenet(options: argparse.Namespace) -> int:
@@ -98,18 +101,24 @@ def _imagenet(options: argparse.Namespace) -> int:
         ]
         with progress("checking md5", sum(file.stat().st_size for file in files if file.exists()), "bytes") as advance:
             check_md5(files, advance)
-    if options.train:
-        return _write(options, read_train(options.train))
-    return _write(options, read_val(options.val, options.truth, options.synsets))
+    with progress("listing", 0) as advance:
+        if options.train:
+            source = read_train(options.train, advance)
+        else:
+            source = read_val(options.val, options.truth, options.synsets, advance)
+    return _write(options, source)
 
 
 def _imagenet_21k(options: argparse.Namespace) -> int:
-    return _write(options, read_21k(options.source))
+    with progress("listing", 0) as advance:
+        source = read_21k(options.source, advance)
+    return _write(options, source)
 
 
 def _torchvision(options: argparse.Namespace) -> int:
     top = options.destination
-    sources = read_sets(options.name, options.root, options.split, options.download)  # before anything is written
+    with working(f"reading {options.name}", moving=not options.download):  # torchvision's download draws its own bar
+        sources = read_sets(options.name, options.root, options.split, options.download)  # before anything is written
     for split, source in sources.items():
         options.destination = top / split
         _write(options, source)
@@ -128,7 +137,8 @@ def _write(options: argparse.Namespace, source: Source) -> int:
         file=sys.stderr,
     )
     if options.dry_run:
-        processed, seconds = estimate(plan, options.jobs)
+        with working("estimating"):
+            processed, seconds = estimate(plan, options.jobs)
         time_text = str(timedelta(seconds=round(seconds)))
         print(
             f"about {time_text} with --jobs {options.jobs}, estimated from {processed:,} images; add the time "
@@ -144,7 +154,8 @@ def _write(options: argparse.Namespace, source: Source) -> int:
 
 def _finish(options: argparse.Namespace) -> int:
     for folder in options.destination:
-        missing = write_manifest(folder, options.wait)
+        with working(f"finishing {folder}"):
+            missing = write_manifest(folder, options.wait)
         if missing:
             raise UserError(
                 f"'{folder}' lacks {len(missing):,} shards, the first is number {missing[0]}; run its command again"
@@ -168,7 +179,8 @@ def _report_done(folder: Path, missing: list[int]) -> int:
 
 def _fashion(options: argparse.Namespace) -> int:
     top = options.destination
-    sources = {split: read_fashion(options.source, split) for split in SPLITS}  # both, before anything is written
+    with working("reading Fashion-MNIST"):
+        sources = {split: read_fashion(options.source, split) for split in SPLITS}  # both, before anything is written
     for split, source in sources.items():
         options.destination = top / split
         _write(options, source)
@@ -176,19 +188,26 @@ def _fashion(options: argparse.Namespace) -> int:
 
 
 def _digits(options: argparse.Namespace) -> int:
-    for name, count in write_digits(options.destination, options.side, options.seed).items():
+    with working("writing digits"):
+        counts = write_digits(options.destination, options.side, options.seed)
+    for name, count in counts.items():
         print(f"{options.destination / name}: {count:,} images", file=sys.stderr)
     return 0
 
 
 def _synthetic(options: argparse.Namespace) -> int:
-    make_image_folder(options.destination, classes=options.classes, per_class=options.per_class, seed=options.seed)
-    print(f"{options.destination}: {options.classes * options.per_class:,} images", file=sys.stderr)
+    count = options.classes * options.per_class
+    with progress("writing", count) as advance:
+        make_image_folder(
+            options.destination, classes=options.classes, per_class=options.per_class, seed=options.seed, done=advance
+        )
+    print(f"{options.destination}: {count:,} images", file=sys.stderr)
     return 0
 
 
 def _index(options: argparse.Namespace) -> int:
-    shards = list_shards(options.source, options.files)
+    with working("listing shards"):
+        shards = list_shards(options.source, options.files)
     chosen = IndexOptions(
         image=options.image,
         label=options.label,
@@ -200,8 +219,16 @@ def _index(options: argparse.Namespace) -> int:
     )
     with progress("indexing", len(shards.names), "shards") as advance:
         target = index_shards(shards, chosen, to=options.to, jobs=options.jobs, done=advance)
-    print("\n".join(describe_set(target)))
+    _print_set(options, target)
     return 0
+
+
+def _print_set(options: argparse.Namespace, folder: Path, every_class: bool = False, **more: object) -> None:
+    """The lines about a data set, or with --json its figures and what else is known of it."""
+    if options.json:
+        print_json({**figures_of_set(folder, every_class), **more})
+    else:
+        print("\n".join(describe_set(folder, every_class)))
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -215,22 +242,28 @@ def _verify(options: argparse.Namespace) -> int:
             advance(checked.samples)
     if options.samples is not None and manifest.samples != options.samples:
         damage.append([f"{manifest.samples:,} samples, not {options.samples:,}"])
-    print("\n".join(describe_set(options.destination)))
+    if not options.json:
+        _print_set(options, options.destination)
+    copies: list[str] = []
     if not damage:
-        same = duplicates(manifest, np.concatenate(hashes))
-        pairs = [" = ".join(manifest.key(sample) for sample in group) for group in same]
-        print(f"{sum(map(len, same)) - len(same):,} images are copies of another")
-        print(
-            "".join(f"same: {printable(str(pair))}\n" for pair in (pairs if options.duplicates else pairs[:5])), end=""
-        )
+        with working("comparing images"):
+            same = duplicates(manifest, np.concatenate(hashes))
+        copies = [" = ".join(manifest.key(sample) for sample in group) for group in same]
+        with stdout_kept(options.json):
+            print(f"{sum(map(len, same)) - len(same):,} images are copies of another")
+            for pair in copies if options.duplicates else copies[:5]:
+                print(f"same: {printable(pair)}")
     lines = [faults[0] for faults in damage] + [fault for faults in damage for fault in faults[1:]]
-    rest = report("damaged", lines, options.destination / "damaged.txt", sys.stdout)
-    print(f"{len(lines):,} faults{rest}" if damage else "undamaged")
+    rest = report("damaged", lines, options.destination / "damaged.txt", sys.stderr if options.json else sys.stdout)
+    if options.json:
+        _print_set(options, options.destination, faults=lines, copies=copies)
+    else:
+        print(f"{len(lines):,} faults{rest}" if damage else "undamaged")
     return 1 if damage else 0
 
 
 def _info(options: argparse.Namespace) -> int:
-    print("\n".join(describe_set(options.destination, options.classes)))
+    _print_set(options, options.destination, options.classes)
     return 0
 
 
@@ -244,10 +277,14 @@ def _doctor(options: argparse.Namespace) -> int:
         block=options.block,
         labels=options.labels,
     )
-    findings = examine(options.destination, job)
+    with working("checking"):
+        findings = examine(options.destination, job)
+    problems = sum(bool(finding.fix) for finding in findings)
+    if options.json:
+        print_json({"to_fix": problems, "findings": [{"text": one.text, "fix": one.fix or None} for one in findings]})
+        return 1 if problems else 0
     for finding in findings:
         print(f"ok   {finding.text}" if not finding.fix else f"FIX  {finding.text}\n     -> {finding.fix}")
-    problems = sum(bool(finding.fix) for finding in findings)
     print(f"{problems:,} to fix" if problems else "fit")
     return 1 if problems else 0
 
@@ -260,15 +297,16 @@ def _lines(path: Path) -> list[str]:
         raise UserError(f"list '{path}' cannot be read: {error}") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m data_prep", description="Make and check data sets of tar shards.")
+def make_parser() -> argparse.ArgumentParser:
+    text = "Make and check data sets of tar shards."
+    top = argparse.ArgumentParser(prog="python -m data_prep", description=text, formatter_class=Help)
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
     folder = verbs.add_parser("folder", help="shards from a folder of images, SRC/CLASS/*.jpg")
     folder.add_argument("source", type=Path, metavar="SRC")
     folder.add_argument("--classes", type=Path, metavar="FILE", help=CLASSES)
     folder.add_argument("--unlabelled", action="store_true", help="take every image below SRC, without classes")
-    _add_writing(folder)
+    _add_writing(folder, "folder images/train shards/train --jobs 8")
     folder.set_defaults(run=_folder)
 
     table = verbs.add_parser("table", help="shards from a list of images: .txt, .csv, .tsv or .parquet")
@@ -283,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--delimiter", type=_delimiter, metavar="C", help="of a CSV file (default: found), tab = a tab")
     table.add_argument("--skip-missing", action="store_true", help="leave out files that cannot be read")
     table.add_argument("--skip-unlabelled", action="store_true", help=SKIP_UNLABELLED)
-    _add_writing(table)
+    _add_writing(table, "table train.csv shards/train --image path --label class --jobs 8")
     table.set_defaults(run=_table)
 
     imagenet = verbs.add_parser(
@@ -298,12 +336,16 @@ def _parser() -> argparse.ArgumentParser:
     imagenet.add_argument("--truth", type=Path, metavar="FILE", help=truth)
     imagenet.add_argument("--synsets", type=Path, metavar="FILE", help="wnids: line i is the class with devkit id i")
     imagenet.add_argument("--md5", action="store_true", help="first compare the archives with their known checksums")
-    _add_writing(imagenet)
+    _add_writing(
+        imagenet,
+        "imagenet --train ILSVRC2012_img_train.tar --jobs 8 shards/train",
+        "imagenet --val ILSVRC2012_img_val.tar --truth LOC_val_solution.csv shards/val",
+    )
     imagenet.set_defaults(run=_imagenet)
 
     larger = verbs.add_parser("imagenet21k", help="shards from ImageNet-21K: a tar of tars, or a folder of wnid.tar")
     larger.add_argument("source", type=Path, metavar="SRC", help="fall11_whole.tar, or a folder of wnid.tar")
-    _add_writing(larger)
+    _add_writing(larger, "imagenet21k fall11_whole.tar shards/imagenet21k --jobs 16 --short-side 512")
     larger.set_defaults(run=_imagenet_21k)
 
     named = verbs.add_parser(
@@ -313,13 +355,13 @@ def _parser() -> argparse.ArgumentParser:
     named.add_argument("root", type=Path, metavar="ROOT", help="folder that holds the data set's own folder")
     named.add_argument("--download", action="store_true", help="let torchvision download what is missing")
     named.add_argument("--split", metavar="SPLIT", help="only train, val or unlabelled (default: all that there are)")
-    _add_writing(named)
+    _add_writing(named, "torchvision flowers102 downloads shards/flowers102 --download")
     named.set_defaults(run=_torchvision)
     fashion = verbs.add_parser("fashion", help="shards DST/train and DST/val from the IDX files of Fashion-MNIST")
     where = "folder of the four files, .gz or not: /usr/share/datasets/fashion-mnist of Debian's package "
     where += "dataset-fashion-mnist, or torchvision's download folder"
     fashion.add_argument("source", type=Path, metavar="SRC", help=where)
-    _add_writing(fashion)
+    _add_writing(fashion, "fashion /usr/share/datasets/fashion-mnist shards/fashion")
     fashion.set_defaults(run=_fashion)
 
     end = verbs.add_parser("finish", help="write the manifests of folders whose shards all exist")
@@ -327,12 +369,14 @@ def _parser() -> argparse.ArgumentParser:
     end.add_argument(
         "--wait", type=float, default=0, metavar="S", help="how long to wait for the files of other nodes to appear"
     )
+    _example(end, "finish shards/imagenet-train --wait 60")
     end.set_defaults(run=_finish)
 
     digits = verbs.add_parser("digits", help="image folders of real handwritten digits, for experiments")
     digits.add_argument("destination", type=Path, metavar="DST")
     digits.add_argument("--side", type=_positive, default=32, help="pixels (default 32)")
     digits.add_argument("--seed", type=int, default=0, help="of the split into train and test (default 0)")
+    _example(digits, "digits images/digits --side 32")
     digits.set_defaults(run=_digits)
 
     synthetic = verbs.add_parser("synthetic", help="a synthetic image folder of coloured shapes, for experiments")
@@ -340,6 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--classes", type=_positive, default=10, help="(default 10)")
     synthetic.add_argument("--per-class", type=_positive, default=100, help="(default 100)")
     synthetic.add_argument("--seed", type=int, default=0)
+    _example(synthetic, "synthetic runs/tiny/images --classes 4 --per-class 50")
     synthetic.set_defaults(run=_synthetic)
 
     index = verbs.add_parser("index", help="a manifest for WebDataset shards that exist; copies nothing")
@@ -357,6 +402,8 @@ def _parser() -> argparse.ArgumentParser:
         "--checksums", action="store_true", help="also store the sha256 of every shard, so that changes can be found"
     )
     index.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes (default 1)")
+    add_json(index)
+    _example(index, "index shards/laion --files 'part-*' --to shards/laion-index --jobs 16")
     index.set_defaults(run=_index)
 
     check = verbs.add_parser("verify", help="check finished shards against their manifest; exit code 1 on damage")
@@ -365,11 +412,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--samples", type=_positive, metavar="N", help="expected number of samples")
     check.add_argument("--duplicates", action="store_true", help="list all images that are copies of another")
     check.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes (default 1)")
+    add_json(check)
+    _example(check, "verify shards/imagenet-train --decode --jobs 8")
     check.set_defaults(run=_verify)
 
     info = verbs.add_parser("info", help="describe a data set")
     info.add_argument("destination", type=Path, metavar="DST")
     info.add_argument("--classes", action="store_true", help="with the number of samples of every class")
+    add_json(info)
+    _example(info, "info shards/imagenet-train --classes")
     info.set_defaults(run=_info)
 
     doctor = verbs.add_parser("doctor", help="check a data set for a job; exit code 1 if something must be fixed")
@@ -381,26 +432,34 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--streams", type=_size, default=256, metavar="C", help="data.streams (default 256)")
     doctor.add_argument("--block", type=_size, default=8192, metavar="B", help="data.block (default 8192)")
     doctor.add_argument("--labels", action="store_true", help="the job needs labels")
+    add_json(doctor)
+    _example(doctor, "doctor shards/imagenet-train --ranks 64 --global-batch 4096")
     doctor.set_defaults(run=_doctor)
+    _example(top, "folder --help", "folder images/train shards/train --jobs 8")
     return top
 
 
-def _add_writing(parser: argparse.ArgumentParser) -> None:
+def _example(parser: argparse.ArgumentParser, *commands: str) -> None:
+    end_with_example(parser, *(f"python -m data_prep {command}" for command in commands))
+
+
+def _add_writing(parser: argparse.ArgumentParser, *examples: str) -> None:
     parser.add_argument("destination", type=Path, metavar="DST", help="new folder for the shards and the manifest")
-    parser.add_argument("--seed", type=int, default=0, help="of the global shuffle (default 0)")
-    parser.add_argument("--shard-mb", type=_positive, default=256, metavar="MB", help="shard size (default 256)")
-    parser.add_argument("--shard-samples", type=_positive, metavar="N", help="images per shard, instead of a size")
-    parser.add_argument(
-        "--no-check", dest="check", action="store_false", help="store images without decoding each one first"
-    )
-    parser.add_argument("--transcode", action="store_true", help="store all but RGB and grey JPEGs as RGB JPEGs")
-    side = "shrink larger images to this short side in pixels (default: keep all bytes)"
-    parser.add_argument("--short-side", type=_positive, default=0, metavar="PX", help=side)
-    parser.add_argument("--quality", type=_quality, default=95, metavar="Q", help="of new JPEGs (default 95)")
-    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes (default 1)")
+    shards = parser.add_argument_group("shards")
+    shards.add_argument("--seed", type=int, default=0, metavar="N", help="of the global shuffle (default 0)")
+    shards.add_argument("--shard-mb", type=_positive, default=256, metavar="MB", help="shard size (default 256)")
+    shards.add_argument("--shard-samples", type=_positive, metavar="N", help="images per shard, instead of a size")
+    shards.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes (default 1)")
     part = "write only the shards I, I + N, ... (from 0): one task of a job array; the last one writes the manifest"
-    parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help=part)
-    parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
+    shards.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help=part)
+    shards.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
+    images = parser.add_argument_group("images")
+    images.add_argument("--no-check", dest="check", action="store_false", help="store them without decoding each one")
+    images.add_argument("--transcode", action="store_true", help="store all but RGB and grey JPEGs as RGB JPEGs")
+    side = "shrink larger images to this short side in pixels (default: keep all bytes)"
+    images.add_argument("--short-side", type=_positive, default=0, metavar="PX", help=side)
+    images.add_argument("--quality", type=_quality, default=95, metavar="Q", help="of new JPEGs (default 95)")
+    _example(parser, *examples)
 
 
 def _delimiter(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
@@ -189,16 +190,21 @@ def _classes(manifest: Manifest, job: Job) -> Iterator[Finding]:
         yield Finding(text)
 
 
+def quoted(word: object) -> str:
+    """As a shell reads it: names in a manifest are those of others."""
+    return shlex.quote(str(word))
+
+
 def _checksums(manifest: Manifest) -> Iterator[Finding]:
     missing = sum(shard.sha256 is None for shard in manifest.file.shards)
     if missing:
         source, options = manifest.file.source.get("path", manifest.folder), manifest.file.options
-        words = ["--checksums", f"--label {options.get('label') or 'none'}"]
-        words += [f"--image {options['image']}"] if options.get("image") else []
+        words = ["--checksums", f"--label {quoted(options.get('label') or 'none')}"]
+        words += [f"--image {quoted(options['image'])}"] if options.get("image") else []
         words += ["--skip-unlabelled"] if options.get("skip_unlabelled") else []
-        words += [f"--files '{options['files']}'"] if options.get("files") else []
+        words += [f"--files {quoted(options['files'])}"] if options.get("files") else []
         words += ["--skip-bad"] if manifest.file.bad_shards else []
         words += ["--classes FILE"] if manifest.classes else []
         words += ["--to NEW_FOLDER"] if Path(source).resolve() != manifest.folder.resolve() else []
-        fix = f"python -m data_prep index {source} {' '.join(words)}"
+        fix = f"python -m data_prep index {quoted(source)} {' '.join(words)}"
         yield Finding(f"{missing:,} shards have no checksums, so a changed shard would not be noticed", fix)

@@ -18,6 +18,7 @@ from data_prep.tar import Member, members, open_for_reading
 from data_prep.val_labels import read_val_labels
 from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
+from mimscale.files.progress import no_progress
 
 MD5 = {  # of the downloaded files; the same values as in torchvision and on image-net.org
     "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
@@ -43,22 +44,22 @@ class ArchiveImage(NamedTuple):
     size: int
 
 
-def read_train(archive: Path) -> Source:
+def read_train(archive: Path, done: Callable[[int], None] = no_progress) -> Source:
     """ILSVRC2012_img_train.tar: one inner tar per class, named by its wnid. Raises UserError."""
-    return _class_archives(archive, "imagenet train")
+    return _class_archives(archive, "imagenet train", done)
 
 
-def read_21k(source: Path) -> Source:
+def read_21k(source: Path, done: Callable[[int], None] = no_progress) -> Source:
     """ImageNet-21K: fall11_whole.tar (contains one tar per class), or a folder of wnid.tar (the unpacked winter-2021
     release, or archives that were downloaded per class). The classes are those of the source. Raises UserError.
     """
     if not source.is_dir():
-        return _class_archives(source, "imagenet-21k")
+        return _class_archives(source, "imagenet-21k", done)
     found = sorted(source.rglob("*.tar"))
     archives = [path for path in found if not is_sidecar(str(path.relative_to(source)))]
     if not archives:
         raise UserError(f"source '{source}' holds no wnid.tar; for folders of images use the verb folder")
-    images = _ImageList()
+    images = _ImageList(done)
     images.skipped["hidden"] += len(found) - len(archives)
     for archive in archives:
         with open_for_reading(archive) as fd:
@@ -66,13 +67,13 @@ def read_21k(source: Path) -> Source:
     return images.source("imagenet-21k", source)
 
 
-def read_val(archive: Path, truth: Path, synsets: Path | None) -> Source:
+def read_val(archive: Path, truth: Path, synsets: Path | None, done: Callable[[int], None] = no_progress) -> Source:
     """ILSVRC2012_img_val.tar, or a flat folder of its files, with labels, see `read_val_labels`.
 
     Raises UserError, also if they do not match.
     """
     wnid_of = read_val_labels(truth, synsets)
-    images = _ImageList()
+    images = _ImageList(done)
     path_of: dict[str, Path] = {}
     if archive.is_dir():
         path_of = {
@@ -99,7 +100,7 @@ def read_val(archive: Path, truth: Path, synsets: Path | None) -> Source:
     return images.source("imagenet val", archive)
 
 
-def check_md5(paths: Iterable[Path], advance: Callable[[int], None] = lambda length: None) -> None:
+def check_md5(paths: Iterable[Path], advance: Callable[[int], None] = no_progress) -> None:
     """Compare the files with the known checksums. advance: called with bytes that were read. Raises UserError."""
     for path in paths:
         expected = MD5.get(path.name)
@@ -117,7 +118,8 @@ def check_md5(paths: Iterable[Path], advance: Callable[[int], None] = lambda len
 class _ImageList:
     """Images of several archives, with all classes, also those without images."""
 
-    def __init__(self) -> None:
+    def __init__(self, done: Callable[[int], None]) -> None:
+        self._done = done
         self.images: list[ArchiveImage] = []
         self.wnids: set[str] = set()
         self.skipped: Counter[str] = Counter()
@@ -126,6 +128,7 @@ class _ImageList:
         """Add the files that are images to a class; count the others as skipped."""
         self.wnids.add(wnid)
         for name, offset, size, start in files:
+            self._done(1)
             if is_sidecar(name):
                 self.skipped["hidden"] += 1
             elif sniff(start[:SIGNATURE_BYTES]) is None:
@@ -145,8 +148,8 @@ class _ImageList:
         return Source({"kind": kind, "path": str(path)}, items, classes, +self.skipped)
 
 
-def _class_archives(archive: Path, kind: str) -> Source:
-    images = _ImageList()
+def _class_archives(archive: Path, kind: str, done: Callable[[int], None]) -> Source:
+    images = _ImageList(done)
     with open_for_reading(archive) as fd:
         if os.pread(fd, 2, 0) == b"\x1f\x8b":
             raise UserError(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.imagenet import FULL_SIZE
+from data_prep.labels import MAX_CLASSES
 from data_prep.reports import SHOWN
 from data_prep.torchvision_sets import SIZES
 from mimscale.data.manifest import Ints, Manifest, ManifestFile
 from mimscale.data.names import one_line
+from mimscale.errors import UserError
 
 EXAMPLES = 3
 
@@ -40,6 +43,33 @@ def describe_set(folder: Path, every_class: bool = False) -> list[str]:
     return lines
 
 
+def figures_of_set(folder: Path, every_class: bool = False) -> dict[str, Any]:
+    """The same as plain values. every_class: with the samples of each class, by its name. Raises UserError."""
+    manifest = Manifest.load(folder, check_shards=False)
+    file = manifest.file
+    sizes = class_sizes(manifest)
+    found: dict[str, Any] = {
+        "folder": str(folder),
+        "samples": manifest.samples,
+        "shards": len(file.shards),
+        "bytes": sum(shard.bytes for shard in file.shards),
+        "image_bytes": int(manifest.sizes.sum()),
+        "classes": None if sizes is None else len(sizes),
+        "source": file.source,
+        "options": file.options,
+        "changed": file.changed,
+        "skipped": file.skipped,
+        "left_out": file.left_out,
+        "bad_shards": file.bad_shards,
+        "checksums": all(shard.sha256 for shard in file.shards),
+        "fingerprint": manifest.fingerprint,
+    }
+    if every_class and sizes is not None:
+        counts = [{"label": label, "name": _name(manifest, label), "samples": int(n)} for label, n in enumerate(sizes)]
+        found["class_samples"] = counts
+    return found
+
+
 def _left_out(file: ManifestFile) -> list[str]:
     """What of the source is not in the set: by reason, with the first examples."""
     lines = []
@@ -58,7 +88,7 @@ def known_size(manifest: Manifest) -> list[str]:
     """One line if the full size of the source is known, else none."""
     kind = manifest.file.source.get("kind")
     known = FULL_SIZE | SIZES
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         return []
     images, classes = known[kind]
     size = manifest.samples, len(manifest.classes or [])
@@ -67,10 +97,12 @@ def known_size(manifest: Manifest) -> list[str]:
 
 
 def class_sizes(manifest: Manifest) -> Ints | None:
-    """int64 [classes]: number of samples of each class; None without labels."""
+    """int64 [classes]: number of samples of each class; None without labels. Raises UserError."""
     if manifest.labels is None:
         return None
     known = len(manifest.classes) if manifest.classes is not None else int(manifest.labels.max()) + 1
+    if manifest.classes is None and known > MAX_CLASSES:  # a damaged file: a list of that many would fill the memory
+        raise UserError(f"'{manifest.location}': label {known - 1:,} is no class; repeat its `python -m data_prep`")
     return np.bincount(manifest.labels[(manifest.labels >= 0) & (manifest.labels < known)], minlength=known)
 
 

@@ -96,8 +96,10 @@ def _known_indices(
     result = {}
     for text, value in values.items():
         name = value if isinstance(value, str) else text.strip()
-        by_name = isinstance(value, str) or (named and name in index)
-        result[text] = index[name] if by_name else check_class(value or 0, where)
+        if isinstance(value, str) or (named and name in index):
+            result[text] = index[name]
+        else:
+            result[text] = check_class(value or 0, where)
         if result[text] >= len(known):
             raise UserError(
                 f"{where}: label {result[text]:,} has no name among the {len(known):,} class names; complete that list"

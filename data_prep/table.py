@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, compress, pairwise
@@ -20,6 +20,7 @@ from data_prep.table_rows import Row
 from data_prep.table_text import read_csv, read_lines
 from mimscale.data.names import one_line
 from mimscale.errors import UserError
+from mimscale.files.progress import no_progress
 
 LONGEST_PATH = 4096
 BASE64 = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "data:image/")  # how JPEG, PNG, WebP and GIF begin
@@ -42,8 +43,14 @@ class TableOptions:
     delimiter: str | None = None
 
 
-def read_table(table: Path, root: Path | None = None, options: TableOptions | None = None) -> Source:
+def read_table(
+    table: Path,
+    root: Path | None = None,
+    options: TableOptions | None = None,
+    done: Callable[[int], None] = no_progress,
+) -> Source:
     """table: a file, or a folder of parquet files. root: folder of relative paths (default: the folder of the table).
+    done: gets the number of rows that were read.
 
     If all labels are whole numbers, these are the class indices; otherwise the classes are the sorted names, or those
     that `options.classes` or the metadata of a Hugging Face data set give (see `label_value`). Images inside parquet
@@ -57,7 +64,7 @@ def read_table(table: Path, root: Path | None = None, options: TableOptions | No
     runs: list[int] | None = None
     names: list[str] | None = None
     if kind == "parquet":
-        rows, runs, names = read_parquet(table, root, options.image, options.label, options.files)
+        rows, runs, names = read_parquet(table, root, options.image, options.label, options.files, done)
     elif kind in ("csv", "tsv"):
         rows = read_csv(table, options.image, options.label, options.delimiter)
     elif kind in ("txt", "lst", "list"):
@@ -68,7 +75,7 @@ def read_table(table: Path, root: Path | None = None, options: TableOptions | No
         )
     skipped: Counter[str] = Counter()
     if runs is None:
-        rows = _files(table, rows, root, skipped, options.skip_missing)
+        rows = _files(table, rows, root, skipped, options.skip_missing, done)
     known = options.classes or names
     rows, runs = _labelled_rows(table, rows, runs, options.skip_unlabelled, skipped, known or ())
     values = {row.label for row in rows}
@@ -96,10 +103,20 @@ def _row_names(rows: list[Row]) -> list[str]:
     return [f"{Path(row.path).stem}/{row.offset:09d}" for row in rows]
 
 
-def _files(table: Path, rows: list[Row], root: Path, skipped: Counter[str], skip_missing: bool) -> list[Row]:
+def _files(
+    table: Path,
+    rows: list[Row],
+    root: Path,
+    skipped: Counter[str],
+    skip_missing: bool,
+    done: Callable[[int], None],
+) -> list[Row]:
     paths = [root / row.path for row in rows]
     with ThreadPoolExecutor(PROBE_THREADS) as pool:
-        probed = list(pool.map(try_probe, paths))
+        probed = []
+        for state in pool.map(try_probe, paths):
+            probed.append(state)
+            done(1)
     missing = [(row.path, found) for row, found in zip(rows, probed, strict=True) if isinstance(found, str)]
     if missing and not skip_missing:
         _refuse_missing(table, missing, len(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,19 @@ from data_prep.splits import chosen_files
 from data_prep.table_rows import Row, choose_columns
 from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
+from mimscale.files.progress import no_progress
 
 Rows = tuple[list[Row], list[int] | None, list[str] | None]
 
 
-def read_parquet(table: Path, root: Path, image: str | None, label: str | None, pattern: str | None) -> Rows:
+def read_parquet(
+    table: Path,
+    root: Path,
+    image: str | None,
+    label: str | None,
+    pattern: str | None,
+    done: Callable[[int], None] = no_progress,
+) -> Rows:
     """(rows, lengths of the row groups, names of the classes). The lengths are None if the files hold paths instead of
     images; the names are None unless Hugging Face's metadata gives them. Raises UserError.
     """
@@ -40,6 +48,7 @@ def read_parquet(table: Path, root: Path, image: str | None, label: str | None, 
                 stored.add(as_bytes)
                 for group_rows in _groups(path, file, column, label_column, kind, as_bytes):
                     rows += group_rows
+                    done(len(group_rows))
                     runs += [len(group_rows)] if group_rows else []
         except (OSError, pa.ArrowException) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -110,6 +110,9 @@ def _check_shard(folder: Path, decode_all: bool, number: int) -> Checked:
 def _check_members(manifest: Manifest, fd: File, path: Path, rows: range) -> list[str]:
     """Compare the tar headers of the shard with index and labels."""
     options = manifest.file.options
+    odd = [name for name in ("image", "label") if not isinstance(options.get(name), str | None)]
+    if odd:
+        return [f"manifest.json: options.{odd[0]} = {options[odd[0]]!r:.40} is no text"]
     label = None if manifest.labels is None else options.get("label", "cls")
     try:
         contents = scan_shard(fd, path, options.get("image"), label, manifest.classes or ())
@@ -132,7 +135,8 @@ def _check_members(manifest: Manifest, fd: File, path: Path, rows: range) -> lis
 
 
 def _read(fd: File, offset: int, size: int) -> bytes:
-    data = read_at(fd, size, offset)
+    inside = offset >= 0 and size >= 0 and offset + size <= size_of(fd)  # a damaged index may ask for anything
+    data = read_at(fd, size, offset) if inside else b""
     if len(data) != size:
         raise OSError(f"the shard ends early: {len(data):,} of {size:,} bytes at {offset:,}")
     return data

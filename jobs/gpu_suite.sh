@@ -56,7 +56,7 @@ run_suite() {
   { nvidia-smi || echo "no NVIDIA driver"; } > "$out/nvidia-smi.txt" 2>&1
   timeout "$TESTS_S" "$PYTHON" -m pytest -n "${WORKERS:-6}" -m gpu tests/gpu 2>&1 | tee "$out/tests.txt" ||
     echo "gpu_suite: the tests ended with an error or were cut after $TESTS_S s; see $out/tests.txt"
-  "$PYTHON" -m mimscale bench train --suite "$SUITE" --budget "$((BUDGET_S - SECONDS))" --json "$out/suite.jsonl" "$@" \
+  "$PYTHON" -m mimscale bench train --suite "$SUITE" --budget "$((BUDGET_S - SECONDS))" --out "$out/suite.jsonl" "$@" \
     2> >(tee "$out/suite.err" >&2) | tee "$out/suite.md"
   echo "results: $out"
 }

@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mimscale import __version__
 from mimscale.distributed.end_process import end_process
 from mimscale.errors import Stopped, UserError, warn
+from mimscale.files.command_line import Help, end_with_example
 
 VERBS = {
     "train": ("mimscale.training.cli", "pre-train a student; resumes what the run folder holds"),
@@ -22,11 +23,13 @@ VERBS = {
     "runs": ("mimscale.runs.cli", "the runs below a folder: status, step, loss, evaluation; what differs between runs"),
     "evaluate": ("mimscale.api.evaluate", "accuracy of frozen features: kNN, linear, low-shot and more"),
     "results": ("mimscale.evals.results", "what the evaluations of a run found, beside what its recipe expects"),
+    "report": ("mimscale.report.cli", "a page of curves, panels and figures of runs, to look at"),
     "convert": ("mimscale.convert.cli", "official checkpoints <-> ours <-> timm, each with an equality check"),
     "reconstruct": ("mimscale.api.cli", "a figure of masked images and their reconstructions"),
     "plan": ("mimscale.cost.cli", "what a run needs, takes and costs on a cluster, before it is submitted"),
     "doctor": ("mimscale.doctor.cli", "check this machine, a recipe, its data and its teachers"),
     "bench": ("mimscale.bench", "measurements behind the documentation's tables"),
+    "completion": ("mimscale.config.completion", "print the script that completes this command in bash or zsh"),
 }
 
 
@@ -59,25 +62,42 @@ def without_local_rank(arguments: Sequence[str]) -> list[str]:
     return rest
 
 
-def _run(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mimscale", description="Masked-image-modeling pre-training at scale.")
+def make_parser(verbs: Collection[str]) -> tuple[argparse.ArgumentParser, dict[str, Any]]:
+    """The parser, and the modules of the verbs that are named: only these are imported and know their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mimscale", description="Masked-image-modeling pre-training at scale.", formatter_class=Help
+    )
     parser.add_argument("--version", action="version", version=f"mimscale {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    chosen = next((word for word in arguments if not word.startswith("-")), None)
-    module = None
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    modules = {}
     for name, (path, text) in VERBS.items():
-        sub = verbs.add_parser(name, help=text, description=text)
-        if name == chosen:  # only the verb that runs is imported
-            module = importlib.import_module(path)
-            module.add_arguments(sub)
+        sub = subparsers.add_parser(name, help=text, description=text, formatter_class=Help)
+        if name in verbs:
+            modules[name] = importlib.import_module(path)
+            modules[name].add_arguments(sub)
+    end_with_example(parser, "mimscale train --help", "mimscale train mae_tiny --show")
+    return parser, modules
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """argparse takes positionals in one place only; overrides of a recipe may also follow the options."""
     args, rest = parser.parse_known_args(arguments)
-    assert module is not None
-    overrides = [word for word in rest if not word.startswith("-")]
-    if hasattr(args, "overrides"):  # argparse takes positionals in one place only; ours may also follow the options
+    if hasattr(args, "overrides"):
+        overrides = [word for word in rest if not word.startswith("-")]
         args.overrides += overrides
         rest = [word for word in rest if word not in overrides]
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def _run(arguments: Sequence[str]) -> int:
+    chosen = next((word for word in arguments if not word.startswith("-")), "")
+    parser, modules = make_parser(VERBS if chosen == "completion" else (chosen,))
+    args = parse(parser, arguments)
+    if chosen == "completion":
+        args.parser = parser
+    module = modules[args.verb]
     try:
         return int(module.run(args))
     except (UserError, Stopped) as error:

@@ -156,7 +156,8 @@ class View:
     """What a method can show of a micro-batch to whoever watches a run; absent parts are None.
 
     images, reconstruction: float32 [B, 3, H, W] in 0..1.  mask: [B, L], 1 = masked.  attention: [B, L], any scale.
-    dropped: [B, L], 1 = neither seen nor predicted.  features: [B, L, D], the student's tokens of the whole images.
+    dropped: [B, L], 1 = neither seen nor predicted.  features: [B, L, D], the student's tokens of the whole images;
+    student_attention: [B, L], of its last block.  attention: what the masks were drawn by.
     """
 
     images: Tensor
@@ -165,6 +166,7 @@ class View:
     attention: Tensor | None = None
     dropped: Tensor | None = None
     features: Tensor | None = None
+    student_attention: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A failure is printed when it happens: a run that somebody ends tells of it too. Workers only report to the one
+    """A failure is printed when it happens: a run that is ended by hand shows it too. Workers only report to the one
     process that prints."""
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
         print(f"\n{report.nodeid} failed ({report.when}):\n{report.longreprtext[-MOST_CHARACTERS:]}", flush=True)

@@ -30,7 +30,18 @@ install_slurm() {
     echo "setup:$missing missing and not installable without root and apt; the tests that need them will be skipped"
   fi
 }
-install_slurm & # beside the packages from pip
+install_browser() {
+  if { command -v chromium && command -v chromedriver; } > /dev/null || [[ $SELECT == *'not slow'* ]]; then
+    echo "setup: nothing to install for the test of the report's page"
+  elif [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    echo "setup: installing chromium and chromium-driver for the test of the report's page"
+    apt-get update -qq > /dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver > /dev/null 2>&1
+  else
+    echo "setup: chromium and chromium-driver missing and not installable without root and apt; their test will be skipped"
+  fi
+}
+{ install_slurm; install_browser; } & # beside the packages from pip; one after the other, because apt has a lock
 source jobs/setup.sh
 wait $!
 

@@ -25,7 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("convert",),
     ("evals",),
     ("training", "runs"),
-    ("doctor", "api"),
+    ("doctor", "api", "report"),
     ("bench",),
     ("__init__",),
     ("__main__",),
@@ -104,9 +104,10 @@ def test_configs_are_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_preparing_data_does_not_wait_for_torch() -> None:
+def test_preparing_data_and_reading_runs_do_not_wait_for_torch() -> None:
     """Each of its processes starts anew; torch would be nine tenths of that time."""
-    code = "import sys; import data_prep.__main__, mimscale.data.manifest; assert 'torch' not in sys.modules"
+    names = "data_prep.__main__, mimscale.data.manifest, mimscale.report.cli"
+    code = f"import sys; import {names}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

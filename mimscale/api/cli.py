@@ -16,22 +16,31 @@ from mimscale.api.reconstruction import Reconstruction, load_method, reconstruct
 from mimscale.data.decode import BadImage, decode
 from mimscale.errors import UserError
 from mimscale.files.atomic import atomic_path
+from mimscale.files.command_line import end_with_example
+from mimscale.files.progress import working
 
 COLUMNS = ("input", "masked", "reconstruction", "visible patches true")
 SMALLEST, GAP, TITLE = 160, 4, 18  # pixels: smaller images are enlarged; between images; height of the column titles
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="run folder, checkpoint folder or file, decoder included")
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="run or checkpoint folder or file, with its decoder"
+    )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
     parser.add_argument("out", type=Path, metavar="OUT.png", help="figure to write; it must not exist")
     parser.add_argument("--mask-ratio", type=float, metavar="R", help="share of patches masked (default: as trained)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the masks (default 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the masks (default 0)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="masks, and so rows, per image (default 1)")
-    parser.add_argument("--recipe", help="the recipe that an official file belongs to, such as mae_vit_l16")
+    parser.add_argument("--recipe", metavar="RECIPE", help="of an official file, such as mae_vit_l16")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of --recipe")
     parser.add_argument("--ema", action="store_true", help="the exponential moving average of the student's weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    end_with_example(
+        parser,
+        "mimscale reconstruct runs/l16 cat.jpg dog.jpg figure.png",
+        "mimscale reconstruct mae_visualize_vit_large.pth cat.jpg figure.png --recipe mae_vit_l16",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     images = [image for path in args.images for image in [_opened(path)] * args.samples]
-    method, config = load_method(args.source, args.recipe, args.set, args.mask_ratio, args.ema)
-    found = reconstruct_with(method, config, images, args.seed, torch.device(args.device))
+    with working("reconstructing"):
+        method, config = load_method(args.source, args.recipe, args.set, args.mask_ratio, args.ema)
+        found = reconstruct_with(method, config, images, args.seed, torch.device(args.device))
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(args.out) as part:

@@ -27,6 +27,7 @@ from mimscale.evals.networks import eval_folder
 from mimscale.evals.overlap import check_apart
 from mimscale.evals.report import table
 from mimscale.evals.runner import identity, open_data
+from mimscale.files.command_line import add_json, end_with_example
 from mimscale.optim.config import ScheduleConfig
 
 NAME = "linear_mae"
@@ -52,8 +53,6 @@ def add_parser(protocols: Any) -> None:
         NAME,
         help=HELP,
         description=DESCRIPTION.format(recipe=RECIPE),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=f"mimscale evaluate {NAME} RUN... --train SHARDS --val SHARDS [OPTIONS]",
     )
     own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, checkpoint folder or file")
     own.add_argument("--train", type=Path, required=True, metavar="SHARDS", help="labelled data set to learn from")
@@ -78,6 +77,8 @@ def add_parser(protocols: Any) -> None:
         "--override", nargs="+", default=[], metavar="section.key=value", help="further changes to the recipe"
     )
     own.add_argument("--out", type=Path, metavar="FILE.json", help="default: eval/ in the folder of each run")
+    add_json(own)
+    end_with_example(own, f"mimscale evaluate {NAME} runs/l16 --train shards/imagenet-train --val shards/imagenet-val")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out is not None and args.out.suffix != ".json":
         raise UserError(f"--out {args.out} must end in .json")
+    if len(args.runs) > 1 and args.json:
+        raise UserError(f"--json prints one report and {len(args.runs)} runs make as many; give one run")
     if len(args.runs) > 1 and args.out is not None:
         raise UserError(f"--out {args.out} names one file for {len(args.runs)} runs; leave it out, or give one run")
     world = from_environment(args.device)
@@ -242,7 +245,7 @@ def _measure(path: Path, folder: Path, out: Path, args: argparse.Namespace, devi
     report = finished_report(report, path, folder, config, args)
     report["rows"][0]["warnings"] = warnings
     lines = [f"differs from the published probe: {line}" for line in report["protocol"]["differs_from_paper"]]
-    ranks.on_rank0(lambda: publish(report, [table(report)], [out], lines=lines))
+    ranks.on_rank0(lambda: publish(report, [table(report)], [out], args.json, lines))
 
 
 def finished_report(

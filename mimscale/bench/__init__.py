@@ -1,7 +1,8 @@
 """`mimscale bench NAME`: measurements whose printed tables are in the documentation.
 
 A benchmark is a file in this folder, found by its name, with `add_arguments(parser)` and `run(args) -> exit code`. The
-first line of its docstring is its help. Heavy imports belong into `run`. A new benchmark needs no change here.
+first line of its docstring is its help, and its `EXAMPLE` ends it, if it cannot be called without arguments. Heavy
+imports belong into `run`. A new benchmark needs no change here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,12 @@ from __future__ import annotations
 import argparse
 import importlib
 from importlib import resources
+
+from mimscale.files.command_line import add_json, end_with_example
+from mimscale.files.progress import working
+
+SAY_MORE = ("methods", "train")
+"""Benchmarks that print a line for each of their parts."""
 
 
 def names() -> list[str]:
@@ -23,8 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = (module.__doc__ or "").splitlines()[0]
         sub = benches.add_parser(name, help=text, description=text)
         module.add_arguments(sub)
+        add_json(sub)
+        end_with_example(sub, getattr(module, "EXAMPLE", f"mimscale bench {name}"))
         sub.set_defaults(start=module.run)
+    end_with_example(parser, "mimscale bench train --help", "mimscale bench data --images 128 --rounds 3")
 
 
 def run(args: argparse.Namespace) -> int:
-    return int(args.start(args))
+    if args.bench in SAY_MORE:
+        return int(args.start(args))
+    with working(f"bench {args.bench}", moving=False):
+        return int(args.start(args))

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mimscale.training.out_of_memory import says_out_of_memory
+
 LIMIT_S = 90.0
 LEAST_S = 8.0  # a case that has less time left is not started
-CANNOT_ALLOCATE = ("out of memory", "can't allocate memory", "cannot allocate memory", "memoryerror", "bad_alloc")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def run_case(case: TrainCase, words: Sequence[str], limit_s: float) -> dict[str,
     with tempfile.TemporaryDirectory(prefix="mimscale-bench-") as folder:
         file = Path(folder) / "case.json"
         command = [sys.executable, "-m", "mimscale", "bench", "train", case.recipe, *case.overrides]
-        command += [*case.words, *words, "--json", str(file)]
+        command += [*case.words, *words, "--out", str(file)]
         done = ended(command, limit_s)
         row: dict[str, Any] = {"case": case.name, "recipe": case.recipe, "overrides": list(case.overrides)}
         if isinstance(done, str):
@@ -78,7 +79,7 @@ def reason(stderr: str, code: int) -> str:
 
 def out_of_memory(stderr: str, code: int) -> bool:
     """Whether a process failed because it asked for more memory than there is."""
-    return code == -signal.SIGKILL or any(words in stderr.lower() for words in CANNOT_ALLOCATE)
+    return code == -signal.SIGKILL or says_out_of_memory(stderr)
 
 
 def run_cases(

@@ -14,6 +14,7 @@ from scipy.stats import t as student_t
 from mimscale.bench._methods_rows import CLAIMS, ROWS, Preset
 from mimscale.bench._report import origin, table
 from mimscale.files.atomic import atomic_write
+from mimscale.files.command_line import plain, print_json
 
 METRICS = {
     "knn": "kNN",
@@ -126,11 +127,10 @@ def caption(preset: Preset, cells: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def publish(out: Path, preset: Preset) -> None:
-    """Print the tables; write methods.md and methods.json."""
+def publish(out: Path, preset: Preset, as_json: bool = False) -> None:
+    """Print the tables, or as_json what methods.json holds; write methods.md and methods.json."""
     scores, cells = load(out)
     text = "\n\n".join([main_table(scores), differences_table(scores), claims_table(scores), caption(preset, cells)])
-    print(text)
     atomic_write(out / "methods.md", (text + "\n").encode())
     report = {"preset": preset.__dict__, "caption": caption(preset, cells), "cells": cells}
     report["intervals"] = {
@@ -141,5 +141,8 @@ def publish(out: Path, preset: Preset) -> None:
         }
         for name, row in scores.items()
     }
-    text_json = json.dumps(report, indent=1).replace("NaN", "null")
-    atomic_write(out / "methods.json", (text_json + "\n").encode())
+    atomic_write(out / "methods.json", (json.dumps(plain(report), indent=1) + "\n").encode())
+    if as_json:
+        print_json(report)
+    else:
+        print(text)

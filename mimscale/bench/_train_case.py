@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mimscale.bench import _profile, _synthetic
+from mimscale.bench import _synthetic
 from mimscale.bench._phases import PhaseMarks
 from mimscale.checkpoint.host_buffer import HostBuffer
 from mimscale.config.compiler import use_cache_dir
@@ -29,6 +29,7 @@ from mimscale.data.wds_stream import open_source
 from mimscale.distributed.world import World, check_precision, from_environment
 from mimscale.engine.factory import check_backend, open_process_group
 from mimscale.fault_tolerance.step_guard import StepGuard
+from mimscale.monitoring import torch_profile
 from mimscale.teachers.ensemble import TeacherEnsemble, build_skeletons, describe
 from mimscale.teachers.fidelity import cosine
 from mimscale.teachers.prefetcher import TeacherPrefetcher
@@ -225,7 +226,7 @@ def _measure(step: TrainStep, options: Options) -> dict[str, Any]:
         "notes": [*step.teachers.notes, *step.engine.notes],
     }
     if options.profile or step.world.size > 1:
-        found = _profile.profiled(step, device, 3 if options.profile else 1, options.trace)
+        found = torch_profile.profiled(step, device, 3 if options.profile else 1, options.trace)
         result["communication_ms"] = found["communication_ms"]
         if options.profile:
             result["profile"] = found

@@ -17,7 +17,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from mimscale.bench._report import origin, table
+from mimscale.bench._report import publish
 
 RECIPE = "amt_mae_vit_b16"
 LIMIT_MB = 20
@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    print(table(["part of a step", "CPU ms per image", "of the step"], costs(args.recipe, args.batch, args.rounds)))
-    print()
-    print(table(["ranks", "MB per rank", "limit"], [memory_row(args.samples, world) for world in args.worlds]))
-    print(f"\n{origin()}")
+    parts = costs(args.recipe, args.batch, args.rounds)
+    memory = [memory_row(args.samples, world) for world in args.worlds]
+    heads = ["part of a step", "CPU ms per image", "of the step"]
+    publish(args, [(heads, parts), (["ranks", "MB per rank", "limit"], memory)])
     return 0
 
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mimscale.bench._report import origin, table
+    from mimscale.bench._report import publish
 
     shapes, kinds = parameter_sizes(args.recipe), fragment_kinds(args.recipe)
     rows: list[list[str]] = []
@@ -35,10 +35,8 @@ def run(args: argparse.Namespace) -> int:
             starts.append(start)
         finally:
             shutil.rmtree(folder)
-    heads = ["ranks", "files", "GB in all", "manifest MB", "copy s", "write s", "commit s", "open s", "read share s"]
-    print(f"{args.recipe}: {sum(shapes.values()) / 1e6:.0f} M parameters, of each {', '.join(kinds)} in float32\n")
-    print(table(heads, rows) + "\n")
-    heads = [
+    shard = ["ranks", "files", "GB in all", "manifest MB", "copy s", "write s", "commit s", "open s", "read share s"]
+    manifest = [
         "ranks",
         "open CPU s",
         "sent MB",
@@ -48,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
         "MB read",
         "if each read",
     ]
-    print(table(heads, starts))
-    print(f"\n{origin()}")
+    what = f"{args.recipe}: {sum(shapes.values()) / 1e6:.0f} M parameters, of each {', '.join(kinds)} in float32"
+    publish(args, [(shard, rows), (manifest, starts)], [what])
     return 0
 
 

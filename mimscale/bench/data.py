@@ -74,11 +74,11 @@ def run(args: argparse.Namespace) -> int:
                 seconds[name].append(measure())
     rows = [_row(name, values, seconds[OURS]) for name, values in seconds.items()]
     rows += [[f"{name}: not installed ({why})", "", "", ""] for name, why in missing.items()]
-    print(_report.table(["loader", "CPU ms per image", "x mimscale", "from - to"], rows))
-    print(
-        f"\n{_report.origin()}, {args.images} images, batch {BATCH}, {args.workers} worker, medians of "
-        f"{args.rounds} rounds; ratios are taken inside each round"
+    more = (
+        f", {args.images} images, batch {BATCH}, {args.workers} worker, medians of {args.rounds} rounds; ratios are "
+        "taken inside each round"
     )
+    _report.publish(args, [(["loader", "CPU ms per image", "x mimscale", "from - to"], rows)], more=more)
     return 0
 
 
@@ -179,7 +179,10 @@ def _other_loader(name: str, images: Path, own: Path, shards: Path, workers: int
 
     data = _other_data(name, images, own, shards)
     shuffle = None if isinstance(data, IterableDataset) else True
-    loader = DataLoader(data, BATCH, shuffle=shuffle, num_workers=workers, drop_last=True)
+    context = "fork" if workers else None  # nothing has to be picklable
+    loader = DataLoader(
+        data, BATCH, shuffle=shuffle, num_workers=workers, drop_last=True, multiprocessing_context=context
+    )
     return _cpu_s_per_image(loader, 10**9, lambda: None)
 
 

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from mimscale.bench._report import origin, table
+    from mimscale.bench._report import publish
     from mimscale.config.recipes import load_recipe
     from mimscale.config.run import method_class
     from mimscale.evals.config import EvalsConfig
@@ -88,6 +88,5 @@ def run(args: argparse.Namespace) -> int:
     rows += [[labels.get(name, name), f"{s:.1f}", f"{s / steps_s:.3%}"] for name, s in seconds.items()]
     total_s = sum(seconds.values())
     rows.append(["one evaluation", f"{total_s:.1f}", f"{total_s / steps_s:.2%}"])
-    print(table([f"{args.recipe}, one process, fp32", "CPU s", "share"], rows))
-    print(f"\n{origin()}")
+    publish(args, [([f"{args.recipe}, one process, fp32", "CPU s", "share"], rows)])
     return 0

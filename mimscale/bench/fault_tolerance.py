@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mimscale.bench._report import origin, table
+    from mimscale.bench._report import publish
 
     step_s = vit_b_step(args.batch)
     overhead_s = step_overhead(args.steps)
@@ -34,12 +34,10 @@ def run(args: argparse.Namespace) -> int:
         ["plain memcpy of the same size, s", f"{memcpy_s:.3f}"],
         ["ratio", f"{copy_s / memcpy_s:.2f}"],
     ]
-    print(table(["", "one process"], rows) + "\n")
     seconds, cpu_s = resume_phases(args.resume, args.folder)
-    rows = [[name.replace("_", " "), f"{seconds[name]:.2f}", f"{cpu_s[name]:.2f}"] for name in seconds]
-    rows.append(["until the first step is done", f"{sum(seconds.values()):.2f}", f"{sum(cpu_s.values()):.2f}"])
-    print(table([f"{args.resume} resumed, one process", "s", "CPU s"], rows))
-    print(f"\n{origin()}")
+    phases = [[name.replace("_", " "), f"{seconds[name]:.2f}", f"{cpu_s[name]:.2f}"] for name in seconds]
+    phases.append(["until the first step is done", f"{sum(seconds.values()):.2f}", f"{sum(cpu_s.values()):.2f}"])
+    publish(args, [(["", "one process"], rows), ([f"{args.resume} resumed, one process", "s", "CPU s"], phases)])
     return 0
 
 

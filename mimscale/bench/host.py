@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mimscale.files.command_line import print_json
+
 STAGES = (
     "cpu_zero0_fp32",
     "cpu_zero1_fp32",
@@ -18,6 +20,8 @@ STAGES = (
     "cpu_zero3_bf16",
 )
 BATCH = 2
+
+EXAMPLE = "mimscale bench host mae_vit_b16 --eager --rounds 3"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=int, default=5, help="the cases are measured in turns, this often (default: 5)"
     )
     parser.add_argument("--steps", type=int, default=5, help="steps of a case in each round (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well, for `mimscale plan`")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures here, for `mimscale plan`")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,13 +51,16 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     values = report(load_recipe(args.recipe, args.overrides), args.ds_config, not args.eager, args.rounds, args.steps)
     values = {"bench": "host", "recipe": args.recipe, "overrides": args.overrides, **values, "origin": _report.origin()}
-    print(f"{args.recipe}\n\n{markdown(values['rows'])}\n\n{NOTE}")
-    for row in values["rows"]:
-        for place, count in row["reads"].items():
-            print(f"{row['case']}: reads {count} at {place}")
-    print(f"\n{values['origin']}")
-    if args.json is not None:
-        args.json.write_text(json.dumps(values, indent=1) + "\n")
+    if args.json:
+        print_json(values)
+    else:
+        print(f"{args.recipe}\n\n{markdown(values['rows'])}\n\n{NOTE}")
+        for row in values["rows"]:
+            for place, count in row["reads"].items():
+                print(f"{row['case']}: reads {count} at {place}")
+        print(f"\n{values['origin']}")
+    if args.out is not None:
+        args.out.write_text(json.dumps(values, indent=1) + "\n")
     return 0
 
 

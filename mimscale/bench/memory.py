@@ -27,8 +27,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as base:
         rows = [*_index(Path(base), int(args.samples)), *_many_batches(Path(base), args.batches)]
-    print(_report.table(["memory", "MiB"], rows))
-    print(f"\n{_report.origin()}")
+    _report.publish(args, [(["memory", "MiB"], rows)])
     return 0
 
 

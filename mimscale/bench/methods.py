@@ -15,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mimscale.files.command_line import print_json, stdout_kept, tables_json
+
 if TYPE_CHECKING:
     from mimscale.bench._methods_rows import Preset
 
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from mimscale.bench._methods_data import find_source, prepare
     from mimscale.bench._methods_report import publish
     from mimscale.bench._methods_rows import PRESETS, ROWS
+    from mimscale.bench._report import table as markdown
     from mimscale.errors import UserError
 
     for name in ("seeds", "jobs"):
@@ -51,17 +54,22 @@ def run(args: argparse.Namespace) -> int:
     _check_preset(out, preset)
     rows, seeds = args.rows or list(ROWS), args.seeds or preset.seeds
     if args.table:
-        publish(out, preset)
+        publish(out, preset, args.json)
         return 0
     _check_device(preset)
-    prepare(out, find_source(args.data, PLACES), preset)
     cells = [(row, seed) for seed in range(seeds) for row in rows]  # a whole table of one seed first
     jobs, minutes = args.jobs or preset.jobs, args.minutes or preset.minutes
-    _print_forecast(out, preset, cells, jobs, minutes)
+    with stdout_kept(args.json):
+        prepare(out, find_source(args.data, PLACES), preset)
+        table, line = _forecast(out, preset, cells, jobs, minutes)
+        if not (args.json and args.forecast):
+            print("\n\n".join([*(markdown(*one) for one in table), line]), flush=True)
+        failed = [] if args.forecast else run_cells(out, cells, jobs, minutes)
     if args.forecast:
+        if args.json:
+            print_json({"bench": args.bench, "tables": tables_json(("", *one) for one in table), "notes": [line]})
         return 0
-    failed = run_cells(out, cells, jobs, minutes)
-    publish(out, preset)
+    publish(out, preset, args.json)
     for row, seed in failed:
         print(f"failed: {row}, seed {seed}; see {_log(out, row, seed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -89,20 +97,19 @@ def _check_device(preset: Preset) -> None:
         raise UserError(f"--preset {preset.name} needs a GPU and torch sees none here; use --preset cpu")
 
 
-def _print_forecast(out: Path, preset: Preset, cells: list[Cell], jobs: int, minutes: float) -> None:
+def _forecast(
+    out: Path, preset: Preset, cells: list[Cell], jobs: int, minutes: float
+) -> tuple[list[tuple[list[str], list[list[str]]]], str]:
+    """(the table, where anything is left to run; a line that sums it up)."""
     from mimscale.bench._methods_forecast import forecast
-    from mimscale.bench._report import table
 
     left = [cell for cell in cells if not _done(out, *cell)]
     if not left:
-        print("every cell is finished")
-        return
+        return [], "every cell is finished"
     lines, total_s = forecast(out, preset, left, jobs)
-    print(table(["row", "cells left", "ms per step", "s per cell"], lines))
     ends = "" if total_s / 60 <= minutes else f"; cells that would start after {minutes:g} min are left for later"
-    print(
-        f"\nforecast: {len(left)} cells in {total_s / 60:.0f} min with {jobs} at a time on idle cores{ends}", flush=True
-    )
+    words = f"forecast: {len(left)} cells in {total_s / 60:.0f} min with {jobs} at a time on idle cores{ends}"
+    return [(["row", "cells left", "ms per step", "s per cell"], lines)], words
 
 
 def run_cells(out: Path, cells: list[Cell], jobs: int, minutes: float) -> list[Cell]:

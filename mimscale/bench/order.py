@@ -70,8 +70,7 @@ def run(args: argparse.Namespace) -> int:
         ["shards that a node reads in 8 steps", f"{in_8_steps:,}"],
         ["global batches that the ranks together do not fill exactly", f"{wrong} of 2"],
     ]
-    print(_report.table([f"{args.ranks:,} ranks, {args.ranks_per_node} per node", ""], rows))
-    print(f"\n{_report.origin()}")
+    _report.publish(args, [([f"{args.ranks:,} ranks, {args.ranks_per_node} per node", ""], rows)])
     return 1 if wrong else 0
 
 

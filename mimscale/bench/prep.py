@@ -24,13 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="mimscale-bench-") as folder:
-        print(measure(Path(folder), args.images, args.rounds))
-    print(f"\n{_report.origin()}")
+        table, size = measure(Path(folder), args.images, args.rounds)
+    _report.publish(args, [table], [size])
     return 0
 
 
-def measure(folder: Path, images: int, rounds: int) -> str:
-    """The table. All files are in the page cache; times are CPU seconds of this process, with system time."""
+def measure(folder: Path, images: int, rounds: int) -> tuple[_report.Table, str]:
+    """The table, and a line about the images. All files are in the page cache; times are CPU seconds of this process,
+    with system time.
+    """
     from data_prep.imagenet import read_train
     from data_prep.images import ImageOptions
     from data_prep.index import IndexOptions, index_shards
@@ -83,7 +85,7 @@ def measure(folder: Path, images: int, rounds: int) -> str:
     ]
     heads = ["part", "CPU µs per image", "images / CPU s", "MB / CPU s", "of decoding"]
     size = f"{images:,} JPEGs of {total / images / 1000:.0f} kB on average; the best of {rounds} rounds."
-    return f"{_report.table(heads, rows)}\n\n{size}"
+    return (heads, rows), size
 
 
 def _cpu_s(part: Callable[[], object]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mimscale.bench._report import origin, table
+from mimscale.bench._report import publish
 
 RECIPE = "mae_tiny"
 SMALL = (
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     curves = {name: losses(args.recipe, way, args.steps, args.batch) for name, way in WAYS.items()}
-    print(table(["mean loss of steps", *WAYS, "fp8 - bf16", "bf16 - fp32"], rows(list(curves.values()), args.rows)))
-    print(f"\n{origin()}")
+    heads = ["mean loss of steps", *WAYS, "fp8 - bf16", "bf16 - fp32"]
+    publish(args, [(heads, rows(list(curves.values()), args.rows))])
     return 0
 
 

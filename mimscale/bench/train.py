@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mimscale.files.command_line import print_json, stdout_kept
+
 if TYPE_CHECKING:
     from mimscale.bench._cases import TrainCase
 
 PASSED = ("micro_batch", "accumulation", "steps", "repeats", "warm_up", "memory_limit")  # to each case's process
 FLAGS = ("data", "pretrained", "profile", "save")
+
+EXAMPLE = "mimscale bench train mae_vit_l16 --micro-batch 64 --profile engine.ds_config=zero2_bf16"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", choices=["gpu", "tiny"], help="a list of cases instead of a recipe")
     parser.add_argument("--budget", type=float, metavar="S", help="seconds for all cases of a suite (gpu: 520)")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="of the suite, these cases only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here; of a suite, a line per case")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures here; of a suite, a line per case")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,12 +65,13 @@ def run(args: argparse.Namespace) -> int:
     if args.trace is not None and not args.profile:
         raise UserError("--trace is written by --profile; give both")
     cases = make_cases(args.recipe, args.overrides, args.against)
-    if args.find_batch:
-        args.micro_batch, found = _find_batch(args, cases[0])
-        print(f"largest micro-batch that fits: {args.micro_batch}\n")
-        rows = [found, *_in_processes(cases[1:], args)]
-    else:
-        rows = [_measure(args)] if len(cases) == 1 else _in_processes(cases, args)
+    with stdout_kept(args.json):
+        if args.find_batch:
+            args.micro_batch, found = _find_batch(args, cases[0])
+            print(f"largest micro-batch that fits: {args.micro_batch}\n")
+            rows = [found, *_in_processes(cases[1:], args)]
+        else:
+            rows = [_measure(args)] if len(cases) == 1 else _in_processes(cases, args)
     return _finish(rows, args)
 
 
@@ -152,12 +157,13 @@ def _run_suite(args: argparse.Namespace) -> int:
         raise UserError(f"--only {unknown[0]} is no case of {args.suite}; it has {', '.join(c.name for c in cases)}")
     cases = tuple(case for case in cases if args.only is None or case.name in args.only)
     where = origin()
-    print(f"{device_name()}\n\n{heads()}", flush=True)
+    if not args.json:
+        print(f"{device_name()}\n\n{heads()}", flush=True)
 
     def show(row: dict[str, Any]) -> None:
-        print(line(row), flush=True)
-        if args.json is not None:
-            with args.json.open("a") as file:
+        print(line(row), flush=True, file=sys.stderr if args.json else sys.stdout)
+        if args.out is not None:
+            with args.out.open("a") as file:
                 file.write(json.dumps({**row, "device": device_name(), "origin": where}) + "\n")
 
     with tempfile.TemporaryDirectory(prefix="mimscale-shards-") as folder:
@@ -166,7 +172,10 @@ def _run_suite(args: argparse.Namespace) -> int:
         rows = list(
             run_cases(cases, _words(args), budget_s, show, make_shards=lambda: _suites.write_shards(shards, 2000))
         )
-    print(_details(rows) + f"\n{NOTE}\n\n{where}")
+    if args.json:
+        print_json({"bench": "train", "device_name": device_name(), "origin": where, "cases": rows})
+    else:
+        print(_details(rows) + f"\n{NOTE}\n\n{where}")
     return 1 if all("error" in row for row in rows) else 0
 
 
@@ -191,16 +200,19 @@ def _finish(rows: list[dict[str, Any]], args: argparse.Namespace) -> int:
     if rows[0].get("rank"):
         return 0
     where, name = origin(), device_name()
-    print("\n".join([name, "", heads(), *map(line, rows), _details(rows), NOTE, "", where]))
-    if len(rows) > 1 and not any("error" in row for row in rows) and args.against is not None:
+    values = {"bench": "train", "device_name": name, "origin": where, "cases": rows, **_for_plan(rows[0])}
+    if args.json:
+        print_json(values)
+    else:
+        print("\n".join([name, "", heads(), *map(line, rows), _details(rows), NOTE, "", where]))
+    if not args.json and len(rows) > 1 and not any("error" in row for row in rows) and args.against is not None:
         half = len(rows) // 2
         for ours, theirs in zip(rows[:half], rows[half:], strict=True):
             print(
                 f"{ours['case']}: {ours['images_per_s'] / theirs['images_per_s']:.2f} x the PyTorch engine's images/s"
             )
-    if args.json is not None:
-        values = {"bench": "train", "device_name": name, "origin": where, "cases": rows, **_for_plan(rows[0])}
-        args.json.write_text(json.dumps(values, indent=1) + "\n")
+    if args.out is not None:
+        args.out.write_text(json.dumps(values, indent=1) + "\n")
     return 1 if any("error" in row for row in rows) else 0
 
 

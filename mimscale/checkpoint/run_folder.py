@@ -5,6 +5,7 @@ launches.jsonl    one line per start: command, versions, commit, ranks
 metrics.jsonl     one line per log step
 damaged.jsonl     one line per sample that could not be used
 evals.jsonl       of metrics.jsonl, the evaluations while it trained
+panels/           images of what the method sees and predicts, a PNG per panel: monitoring/panel_files.py
 tensorboard/, wandb/   the same as curves and panels
 wandb.json, mlflow.json   under which id these know the run
 checkpoints/      see format.py

@@ -15,6 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from mimscale.config.key_texts import key_texts
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -25,9 +27,24 @@ LARGEST = 1e12
 class Strict(BaseModel):
     """A section: unknown keys are errors, numbers are finite and at most LARGEST, values do not change after
     validation.
+
+    The docstring of a subclass describes its keys, in sentences such as "every: steps between saves." (`key_texts`).
+    They become the fields' descriptions; a key that a subclass declares again keeps its parent's, unless it has
+    another.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        own = key_texts(cls.__doc__, cls.model_fields)[1]
+        inherited = dict[str, str | None]()  # of keys that this class declares again
+        for parent in reversed(cls.__mro__[1:]):
+            if issubclass(parent, BaseModel):
+                inherited |= {name: field.description for name, field in parent.model_fields.items()}
+        for name, field in cls.model_fields.items():
+            field.description = own.get(name) or field.description or inherited.get(name)
 
     @field_validator("*", mode="wrap")
     @classmethod

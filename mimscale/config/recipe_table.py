@@ -7,7 +7,6 @@ lines are indented; "Source", "Expected result" and "Expected cost" are in all o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from rich.text import Text
 
 from mimscale.config.recipes import read_recipe, recipe_names
 from mimscale.errors import UserError
+from mimscale.files.command_line import add_json, end_with_example, print_json
 from mimscale.files.console import plain_console
 
 WIDE = 140
@@ -97,7 +97,8 @@ def student_name(student: Mapping[str, Any], stages: bool) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="only recipes whose names contain one of these")
-    parser.add_argument("--json", action="store_true", help="everything that is known of each, as JSON")
+    add_json(parser, "everything that is known of each, as JSON")
+    end_with_example(parser, "mimscale recipes mae maskalign", "mimscale recipes --json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"no recipe's name contains {' or '.join(args.names)}; `mimscale recipes` lists all")
     rows = [row(recipe) for recipe in chosen]
     if args.json:
-        print(json.dumps(rows, indent=2))
+        print_json(rows)
         return 0
     console = plain_console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
     wide = console.width >= WIDE

@@ -19,7 +19,7 @@ from mimscale.errors import nearest
 
 
 class MethodConfig(Strict):
-    """Base of every method's own section."""
+    """Base of every method's own section. name: file of the method in mimscale/methods."""
 
     name: str
 

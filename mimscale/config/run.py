@@ -27,7 +27,16 @@ from mimscale.training.config import InitConfig
 
 
 class RunConfig(Strict):
-    """One run, whole. Sections that shape the result are in `fingerprint`; the others may change at a resume."""
+    """One run, whole. What shapes the result is in `shaping`; the rest may change at a resume.
+
+    seed: of everything random: start, order of the samples, crops, masks, drop path. data: the images, their crops and
+    the loader. student: the encoder that is trained. init: weights that a run starts from; null: a random start.
+    teachers: frozen networks, by a name of your own. method: the method and its settings. optim: the optimiser and its
+    settings. ema: a moving average of the student; null: none. schedule: length, global batch and learning rate.
+    engine: precision, memory and speed. checkpoint: when a run saves. guard: steps that must not reach the weights.
+    watchdog: ranks that hang. log: what is written while a run trains. evals: accuracy while a run trains; null: none.
+    expected: what papers report, by protocol.
+    """
 
     seed: int = 0
     data: DataConfig

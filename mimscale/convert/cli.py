@@ -17,25 +17,36 @@ from mimscale.convert.read import Loaded, read
 from mimscale.convert.write import Check, report_path, write
 from mimscale.errors import UserError
 from mimscale.files.atomic import remove_leftovers
+from mimscale.files.command_line import end_with_example
+from mimscale.files.progress import working
 
-TO = """timm, huggingface: a folder of the student that timm or transformers loads, with a model card; student: the
-student, our names;
-mimscale: everything, decoder and heads too, under our names; official: everything under the names of the method's
-official code, or of the format named (%s); state: a folder with weights, optimiser moments, step and recipe, to keep or
-to share; run: a run folder made of such a folder"""
+TO = """what --to makes:
+  timm, huggingface
+             a folder of the student that timm or transformers loads, with a model card
+  student    the student, our names
+  mimscale   everything, decoder and heads too, under our names
+  official   everything under the names of the method's official code, or of the format that is
+             named: %s
+  state      a folder with weights, optimiser moments, step and recipe, to keep or to share
+  run        a run folder made of such a folder
+
+"""
+
 
 HUB = ("timm", "huggingface")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="run folder, checkpoint folder, or a file (.pth, .safetensors)")
-    parser.add_argument("out", type=Path, help="file or folder to write; it must not exist")
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="run folder, checkpoint folder, .pth or .safetensors"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="file or folder to write; it must not exist")
     names = [name for name in formats() if name not in (*TARGETS, LIBRARY)]  # that one goes by folders
     kinds = (*TARGETS, *full_state.TARGETS, "official", *names)
-    parser.add_argument("--to", required=True, choices=kinds, metavar="WHAT", help=TO % ", ".join(names))
-    parser.add_argument("--recipe", help="with --to mimscale: the recipe that a whole official file belongs to")
+    parser.add_argument("--to", required=True, choices=kinds, metavar="WHAT", help="see below")
+    parser.add_argument("--recipe", metavar="RECIPE", help="with --to mimscale: that of a whole official file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of --recipe")
-    parser.add_argument("--heads", type=int, help="attention heads of an official file of an unusual size")
+    parser.add_argument("--heads", type=int, metavar="N", help="attention heads of an official file of an unusual size")
     parser.add_argument("--ema", action="store_true", help="the exponential moving average of the student's weights")
     hub = parser.add_argument_group("with --to timm or huggingface")
     hub.add_argument(
@@ -44,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hub.add_argument("--dtype", choices=tuple(hub_folder.FLOATS), default="float32", help="of the weights (float32)")
     hub.add_argument("--push", metavar="ORG/NAME", help="upload the folder to this repository of the Hugging Face Hub")
     hub.add_argument("--private", action="store_true", help="with --push: make the repository private")
+    end_with_example(
+        parser,
+        "mimscale convert runs/l16 vit_l16-timm --to timm",
+        "mimscale convert official_vit_l16.pth ours.safetensors --to mimscale --recipe mae_vit_l16",
+        before=TO % ", ".join(names),
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,11 +73,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.out.parent.is_dir():
             remove_leftovers(args.out.parent)
-        if args.to in full_state.TARGETS:
-            lines = full_state.TARGETS[args.to](args.source, args.out)
-        else:
-            loaded = read(args.source, args.ema)
-            lines = [*loaded.notes, *TARGETS.get(args.to, _to_official)(args, loaded)]
+        with working("converting"):
+            if args.to in full_state.TARGETS:
+                lines = full_state.TARGETS[args.to](args.source, args.out)
+            else:
+                loaded = read(args.source, args.ema)
+                lines = [*loaded.notes, *TARGETS.get(args.to, _to_official)(args, loaded)]
     except OSError as error:
         raise UserError(f"{args.out} cannot be written: {error}; make room, or check both paths") from error
     print(*lines, f"wrote {args.out}", sep="\n")

@@ -6,8 +6,8 @@ Predictions; nothing runs, and no GPU is needed. The inputs are the tables of `m
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,32 +20,35 @@ from mimscale.cost.devices import INTERCONNECTS, device, interconnect
 from mimscale.cost.planner import Planner
 from mimscale.cost.run_cost import samples_of
 from mimscale.errors import UserError
+from mimscale.files.command_line import add_json, end_with_example, print_json, tables_json
 from mimscale.files.console import plain_console
 from mimscale.files.measurement import origin
+from mimscale.files.progress import tracked, working
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", help="a recipe (`mimscale recipes` lists them) or a path to a YAML file")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="name (`mimscale recipes` lists them) or YAML file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="changes to the recipe")
-    parser.add_argument("--gpus", default="8", metavar="N", help="GPUs in all, one rank each (default: 8)")
-    parser.add_argument("--gpu", default="a100", metavar="NAME", help="h100, h200, a100 (80 GB), a100-40, v100, cpu")
-    parser.add_argument("--gpus-per-node", default="8", metavar="N", help="default: 8")
-    parser.add_argument("--interconnect", metavar="NAME", help=f"network of a node: {', '.join(INTERCONNECTS)}")
-    parser.add_argument("--samples", metavar="N", help="images in the data set, where it is not on this machine")
-    parser.add_argument(
-        "--measured", type=Path, metavar="FILE", help="JSON of `mimscale bench`; replaces rows of the table"
-    )
-    parser.add_argument("--json", action="store_true", help="everything, as JSON: seconds, bytes, FLOPs")
-    parser.add_argument(
-        "--simulate",
-        metavar="N,N,...",
-        help="every rank of each of these numbers of GPUs (--gpus is not used), in Markdown",
-    )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --simulate: scaling curves, as .png or .svg")
-    parser.add_argument("--inputs", action="store_true", help="print the table of inputs with its sources, in Markdown")
-    parser.add_argument("--fit", action="store_true", help="compare the model with measured steps, in Markdown")
-    parser.add_argument(
-        "--all", action="store_true", help="all published recipes on 8 x a100 and 64 x h100, in Markdown"
+    add_json(parser, "everything, as JSON: seconds, bytes, FLOPs")
+    cluster = parser.add_argument_group("the cluster")
+    cluster.add_argument("--gpus", default="8", metavar="N", help="GPUs in all, one rank each (default: 8)")
+    cluster.add_argument("--gpu", default="a100", metavar="NAME", help="h100, h200, a100 (80 GB), a100-40, v100, cpu")
+    cluster.add_argument("--gpus-per-node", default="8", metavar="N", help="default: 8")
+    cluster.add_argument("--interconnect", metavar="NAME", help=f"network of a node: {', '.join(INTERCONNECTS)}")
+    cluster.add_argument("--samples", metavar="N", help="images in the data set, where it is not on this machine")
+    file = "of `mimscale bench train --out`; replaces rows of the table"
+    cluster.add_argument("--measured", type=Path, metavar="FILE.json", help=file)
+    other = parser.add_argument_group("other tables, in Markdown")
+    ranks = "every rank of each of these numbers of GPUs, in place of --gpus"
+    other.add_argument("--simulate", metavar="N,N,...", help=ranks)
+    other.add_argument("--plot", type=Path, metavar="FILE", help="with --simulate: scaling curves, as .png or .svg")
+    other.add_argument("--inputs", action="store_true", help="the inputs with their sources")
+    other.add_argument("--fit", action="store_true", help="the model beside measured steps")
+    other.add_argument("--all", action="store_true", help="all published recipes on 8 x a100 and 64 x h100")
+    end_with_example(
+        parser,
+        "mimscale plan mae_vit_l16 --gpus 64 --gpu h100",
+        "mimscale plan maskalign_vit_h14 --simulate 8,64,512 --gpu h100",
     )
 
 
@@ -61,14 +64,12 @@ def run(args: argparse.Namespace) -> int:
     gpu = device(args.gpu, args.measured)
     link = interconnect(args.interconnect, gpu)
     if args.inputs:
-        print(f"{tables.inputs()}\n\n{origin()}")
-        return 0
+        return titled(tables.inputs(), as_json=args.json)
     if args.fit:
-        print(f"{tables.fit([measured.compare(row) for row in measured.ROWS])}\n\n{origin()}")
-        return 0
+        rows = tracked(measured.ROWS, len(measured.ROWS), "comparing", "rows")
+        return titled(*tables.fit([measured.compare(row) for row in rows]), as_json=args.json)
     if args.all:
-        print(f"{tables.all_recipes()}\n\n{origin()}")
-        return 0
+        return titled(tables.all_recipes(), as_json=args.json)
     if args.recipe is None:
         raise UserError("plan needs a recipe, or one of --all, --fit and --inputs; `mimscale recipes` lists recipes")
     for option in ("gpus", "gpus_per_node", "samples"):
@@ -83,12 +84,23 @@ def run(args: argparse.Namespace) -> int:
         return simulated(planner, args, samples)
     if args.plot is not None:
         raise UserError(f"--plot {args.plot} draws what --simulate computes; add --simulate 8,64,256")
-    plan = report.make_plan(planner, samples, assumed, precision, args.overrides)
+    with working("planning"):
+        plan = report.make_plan(planner, samples, assumed, precision, args.overrides)
     name = str(args.recipe)
     if args.json:
-        print(json.dumps(report.plan_json(plan, name), indent=2))
+        print_json(report.plan_json(plan, name))
     else:
         show(plan, name)
+    return 0
+
+
+def titled(found: list[tables.Titled], remarks: Sequence[str] = (), *, as_json: bool) -> int:
+    """Print tables, remarks and where they come from. Returns 0."""
+    if as_json:
+        print_json({"tables": tables_json(found), "notes": remarks, "origin": origin()})
+    else:
+        texts = [part for title, heads, rows in found for part in (title, report.markdown(heads, rows)) if part]
+        print("\n\n".join([*texts, *remarks, origin()]))
     return 0
 
 
@@ -102,10 +114,11 @@ def simulated(planner: Planner, args: argparse.Namespace, samples: int) -> int:
         raise UserError(f"--simulate {args.simulate}: must be numbers of GPUs, such as 8,64,256")
     if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
         raise UserError(f"--plot {args.plot}: the name must end in .png or .svg")
-    strong = simulate.simulate(planner, counts, samples)
-    weak = simulate.simulate(planner, counts, samples, weak=True)
+    with working("simulating"):
+        strong = simulate.simulate(planner, counts, samples)
+        weak = simulate.simulate(planner, counts, samples, weak=True)
     if args.json:
-        print(json.dumps({"strong": report.as_json(strong), "weak": report.as_json(weak)}, indent=2))
+        print_json({"strong": report.as_json(strong), "weak": report.as_json(weak)})
     else:
         batch = planner.config.schedule.global_batch
         print(f"{args.recipe} on {planner.gpu.name}, {planner.link.name}, global batch {batch} (predicted):\n")

@@ -206,7 +206,7 @@ def interconnect(name: str | None, gpu: Device) -> Interconnect:
 def with_measured(row: Device, path: Path) -> Device:
     """A row whose values a JSON file replaces: `{"device": {...}, "host": {...}}`, fields of `Device` and `HostCost`.
 
-    `mimscale bench train --json` writes the section `device`, `bench host --json` the section `host`. The former names
+    `mimscale bench train --out` writes the section `device`, `bench host --out` the section `host`. The former names
     the device that it was measured on, `device_row`. Raises UserError for a file that cannot be read, for a field that
     does not exist, and for another device than this row's.
     """
@@ -220,8 +220,8 @@ def with_measured(row: Device, path: Path) -> Device:
     own, host = sections.get("device", {}), sections.get("host", {})
     if not isinstance(own, dict) or not isinstance(host, dict) or not (own or host):
         raise UserError(
-            f"--measured {path} has neither a section device nor a section host; `mimscale bench train --json` and "
-            f"`bench host --json` write them"
+            f"--measured {path} has neither a section device nor a section host; `mimscale bench train --out` and "
+            f"`bench host --out` write them"
         )
     measured_on = sections.get("device_row", row.name)
     if own and measured_on != row.name:

@@ -8,11 +8,14 @@ from mimscale.config.recipes import fingerprint, load_recipe, recipe_names
 from mimscale.cost.devices import DEVICES, GIB, INTERCONNECTS, HostCost
 from mimscale.cost.measured import Compared
 from mimscale.cost.planner import Planner
-from mimscale.cost.report import make_plan, markdown
+from mimscale.cost.report import make_plan
 from mimscale.cost.run_cost import IMAGENET
+from mimscale.files.progress import tracked
+
+Titled = tuple[str, list[str], list[list[str]]]  # title, columns, rows of cells
 
 
-def inputs() -> str:
+def inputs() -> list[Titled]:
     """Devices, networks and the host's cost."""
     heads = ["GPU", "peak bf16", "fp16", "a step's products", "memory", "free", "bandwidth", "link", "source"]
     rows = []
@@ -34,17 +37,15 @@ def inputs() -> str:
     ]
     host = HostCost()
     costs = [[name, f"{1e6 * getattr(host, name):,.0f} us"] for name in HostCost.__dataclass_fields__]
-    return "\n\n".join(
-        [
-            markdown(heads, rows),
-            markdown(["network", "per node", "reached", "latency", "source"], links),
-            markdown(["cost of the host", "per occurrence"], costs),
-        ]
-    )
+    return [
+        ("", heads, rows),
+        ("", ["network", "per node", "reached", "latency", "source"], links),
+        ("", ["cost of the host", "per occurrence"], costs),
+    ]
 
 
-def fit(compared: Sequence[Compared]) -> str:
-    """Measured steps beside the model's."""
+def fit(compared: Sequence[Compared]) -> tuple[list[Titled], list[str]]:
+    """Measured steps beside the model's, and remarks on some."""
     heads = [
         "recipe",
         "batch",
@@ -76,7 +77,7 @@ def fit(compared: Sequence[Compared]) -> str:
             ]
         )
     remarks = [f"\\* {one.row.note}" for one in compared if one.row.note]
-    return "\n\n".join([markdown(heads, rows), *remarks])
+    return [("", heads, rows)], remarks
 
 
 def published() -> list[str]:
@@ -87,7 +88,7 @@ def published() -> list[str]:
 CLUSTERS = (("a100", "ib8x200", 8), ("h100", "ib8x400", 64))
 
 
-def all_recipes() -> str:
+def all_recipes() -> list[Titled]:
     """A table for each of `CLUSTERS`, a row per published recipe: the best choice in the recipe's precision."""
     heads = [
         "recipe",
@@ -103,7 +104,8 @@ def all_recipes() -> str:
     ]
     rows: list[list[list[str]]] = [[] for _ in CLUSTERS]
     known: dict[str, Planner] = {}
-    for name in published():
+    names = published()
+    for name in tracked(names, len(names), "planning", "recipes"):
         config = load_recipe(name)
         parts = config.model_dump(
             mode="json", include={"data": {"image_size"}, "student": True, "teachers": True, "method": True}
@@ -114,10 +116,10 @@ def all_recipes() -> str:
                 known[shape] = Planner(config, DEVICES[gpu], INTERCONNECTS[link], ranks, 8)
             planner = known[shape].like(config, DEVICES[gpu], INTERCONNECTS[link], ranks)
             found.append(_row(name, planner))
-    tables = []
-    for found, (gpu, link, ranks) in zip(rows, CLUSTERS, strict=True):
-        tables.append(f"{ranks} x {gpu}{f', {link}' if ranks > 8 else ''}:\n\n{markdown(heads, found)}")
-    return "\n\n".join(tables)
+    return [
+        (f"{ranks} x {gpu}{f', {link}' if ranks > 8 else ''}:", heads, found)
+        for found, (gpu, link, ranks) in zip(rows, CLUSTERS, strict=True)
+    ]
 
 
 def _row(name: str, planner: Planner) -> list[str]:

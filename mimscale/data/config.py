@@ -52,12 +52,16 @@ class DataConfig(Strict):
     docs/data.md. `stream` is required with wds: and refused otherwise. Or several data sets with weights,
     {/data/a: 0.7, /data/b: 0.3}, which are shares of the images that a run sees (see data/mixture.py).
     cache: a folder on the local disk of each node, for copies of the shards that are read next, at most cache_gib GiB.
-    Required for a URL; useful for a slow shared file system.
+    Required for a URL; useful for a slow shared file system. cache_gib: size of that folder at most, in GiB.
+    stream: of wds: only, what shards without an index do not say.
 
-    crop: random_resized takes a part of random area (crop_scale) and aspect ratio (crop_ratio). padded, the
-    conservative crop of PixMIM and MFF, resizes the short side to image_size, pads crop_padding pixels by reflection on
-    each edge and takes a random square. center: the centre crop of evaluation, of which crop_pct is the share of the
-    short side; the default is that of MAE's release, 0.875 up to 224 pixels and 1 above.
+    image_size: pixels per side of what the student gets. crop: random_resized takes a part of random area (crop_scale)
+    and aspect ratio (crop_ratio). padded, the conservative crop of PixMIM and MFF, resizes the short side to
+    image_size, pads crop_padding pixels by reflection on each edge and takes a random square. center: the centre crop
+    of evaluation, of which crop_pct is the share of the short side; the default is that of MAE's release, 0.875 up to
+    224 pixels and 1 above. crop_scale: least and largest share of the image's area. crop_ratio: least and largest width
+    / height. crop_padding: pixels, of padded. crop_pct: of center; null: the default. interpolation: of the resize to
+    image_size. flip: probability of a horizontal flip.
 
     colour_jitter: maximum change of brightness, contrast and saturation (0.3: factors from 0.7 to 1.3), applied in
     random order on the device; no published recipe in this project uses it. rand_augment: timm's RandAugment of the
@@ -70,6 +74,10 @@ class DataConfig(Strict):
     down to a short side of this many pixels; 0 = off. reduced_decode: a JPEG whose crop is at least twice, 4 or 8 times
     as large as image_size is decoded at 1/2, 1/4 or 1/8 of its size. crops (experimental): each image is decoded once
     for this many consecutive steps, each with another crop; every crop counts as a sample.
+
+    workers: processes of each rank that read and decode; 0: the rank itself. prefetch: batches that each worker has
+    ready. streams: sequences of samples that are read side
+    by side. block: samples of a sequence that are shuffled together (both: see data/order.py).
     max_damaged: a run stops when more samples than this cannot be used; default: one in 10,000, at least 10.
     """
 

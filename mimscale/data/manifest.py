@@ -351,7 +351,7 @@ def _open_mapped(path: Path, shape: tuple[int, ...]) -> Ints:
         if not path.is_file():  # opening a pipe would never end
             raise FileNotFoundError(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except Exception:  # numpy parses the header as Python does, and raises whatever that does
         raise UserError(f"'{path}' is missing or damaged; repeat its `python -m data_prep`") from None
     if array.shape != shape or array.dtype != np.int64:
         raise UserError(

@@ -64,7 +64,7 @@ class Mixture:
 
     @classmethod
     def load(cls, sets: Mapping[str, float], cache: Cache | None = None) -> Mixture:
-        """Open all sets. Raises UserError, also if two of them are one under two names: its samples would come twice."""
+        """Open all sets. Raises UserError, also if two of them are one: its samples would come twice."""
         parts = [Manifest.load(path, cache=cache) for path in sets]
         seen: dict[str, str] = {}
         for part in parts:

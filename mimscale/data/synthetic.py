@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,22 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mimscale.data import noise
+from mimscale.files.progress import no_progress
 
 
-def make_image_folder(root: Path, *, classes: int = 4, per_class: int = 8, side: int = 96, seed: int = 0) -> Path:
+def make_image_folder(
+    root: Path,
+    *,
+    classes: int = 4,
+    per_class: int = 8,
+    side: int = 96,
+    seed: int = 0,
+    done: Callable[[int], None] = no_progress,
+) -> Path:
     """Writes root/class_000/000000.jpg ...: JPEGs of side/2 to 3*side/2 pixels per side. Returns root.
 
-    The class decides shape, hue and stripe frequency; position, size, direction and shade vary within a class.
+    The class decides shape, hue and stripe frequency; position, size, direction and shade vary within a class. done:
+    gets the number of images that were written.
     """
     for label in range(classes):
         folder = Path(root) / f"class_{label:03d}"
@@ -22,6 +33,7 @@ def make_image_folder(root: Path, *, classes: int = 4, per_class: int = 8, side:
         for number in range(per_class):
             array = synthetic_image(label, classes, side, seed, number)
             Image.fromarray(array).save(folder / f"{number:06d}.jpg", quality=92)
+            done(1)
     return Path(root)
 
 

@@ -34,7 +34,9 @@ from mimscale.data.wds_stream import open_source
 from mimscale.distributed.world import check_precision
 from mimscale.doctor import compositions, teacher
 from mimscale.errors import UserError, printable
+from mimscale.files.command_line import add_json, end_with_example, print_json, stdout_kept, tables_json
 from mimscale.files.console import plain_console
+from mimscale.files.progress import working
 from mimscale.teachers import weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import adapter, build_skeleton, describe
@@ -50,9 +52,12 @@ T = TypeVar("T")
 
 @dataclass
 class Report:
-    """rows: (name, value) for the table. overrides: to give to `mimscale train`. problems: that would stop a run."""
+    """rows: (name, value) for the first table. sections: (title, rows) of all. overrides: to give to `mimscale train`.
+    problems: that would stop a run.
+    """
 
     rows: list[tuple[str, str]] = field(default_factory=list)
+    sections: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -69,31 +74,45 @@ class Report:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipe", nargs="?", help="a recipe's name or a path to YAML; without it, check the machine only"
+        "recipe", nargs="?", metavar="RECIPE", help="name or path to YAML; without it, check the machine only"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change values of the recipe")
-    parser.add_argument(
-        "--fetch", action="store_true", help="download the teachers' weights that are not on this machine"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="changes to the recipe")
+    add_json(parser)
+    parser.add_argument("--compositions", action="store_true", help="which method goes with which masking and fusion")
+    fetching = parser.add_argument_group("teachers of the recipe")
+    fetching.add_argument("--fetch", action="store_true", help="download weights that are not on this machine")
+    where = "where to (default: teachers)"
+    fetching.add_argument("--fetch-dir", type=Path, default=Path("teachers"), metavar="DIR", help=where)
+    teacher.add_arguments(parser.add_argument_group("one teacher, measured"))
+    end_with_example(
+        parser, "mimscale doctor", "mimscale doctor maskalign_vit_l16 --fetch data.shards=shards/imagenet-train"
     )
-    parser.add_argument("--fetch-dir", type=Path, default=Path("teachers"), help="where --fetch puts them")
-    parser.add_argument(
-        "--compositions", action="store_true", help="print which method works with which masking and fusion"
-    )
-    teacher.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0: no problem, 2: a problem would stop the run. Raises UserError if the recipe cannot be read."""
     if args.compositions:
-        print(compositions.table())
+        if args.json:
+            columns, rows, reasons = compositions.cells()
+            print_json({"tables": tables_json([("", columns, rows)]), "notes": reasons})
+        else:
+            print(compositions.table())
         return 0
     if args.teacher is not None:
         return teacher.run(args)
     if args.recipe is None:
         if args.fetch:
             raise UserError("--fetch without a recipe: name the recipe whose teachers are to be downloaded")
-        show("machine", machine().rows)
+        publish(Report(sections=[("machine", machine().rows)]), args.json)
         return 0
+    with stdout_kept(args.json), working("checking", moving=not args.fetch):  # a download draws its own bar
+        report = examine(args)
+    publish(report, args.json)
+    return 2 if report.problems else 0
+
+
+def examine(args: argparse.Namespace) -> Report:
+    """Everything that is known of a recipe on this machine. Raises UserError if it cannot be read."""
     config = load_recipe(args.recipe, args.overrides)
     report = Report()
     check_recipe(config, report)
@@ -110,18 +129,29 @@ def run(args: argparse.Namespace) -> int:
     for name, info in infos.items():
         check_teacher(name, config.teachers[name], info, args.fetch_dir if args.fetch else None, report)
     check_data(config, report)
-    show(args.recipe, report.rows)
+    report.sections.append((args.recipe, report.rows))
     if works:
         planner = make_planner(config)
-        show("FLOPs per image", flops_rows(planner))
+        report.sections.append(("FLOPs per image", flops_rows(planner)))
         title = f"global batch {config.schedule.global_batch}: micro-batch x accumulation and predicted memory by ranks"
-        show(title, batch_rows(config, planner))
-    if report.overrides:
+        report.sections.append((title, batch_rows(config, planner)))
+    return report
+
+
+def publish(report: Report, as_json: bool) -> None:
+    """The tables and lines to paste on stdout, or all as JSON; problems also on stderr."""
+    if as_json:
+        tables = [(title, ["what", "value"], [list(row) for row in rows]) for title, rows in report.sections]
+        values = {"tables": tables_json(tables), "overrides": report.overrides, "problems": report.problems}
+        print_json(values)
+    else:
+        for title, rows in report.sections:
+            show(title, rows)
+    if report.overrides and not as_json:
         print("give these to `mimscale train`, or write them into the recipe:")
         print(*report.overrides, sep="\n")
     for problem in report.problems:
         print(f"problem: {problem}", file=sys.stderr)
-    return 2 if report.problems else 0
 
 
 # ------------------------------------------------------------------------------------------------ the machine

@@ -69,19 +69,27 @@ def answer(method: str, policy: str, section: dict[str, Any]) -> tuple[str, list
 
 
 def table(names: Sequence[str] = (), policies: Sequence[str] = ()) -> str:
-    """Markdown: a row per method and fusion, a column per policy; below it the reasons of refusals.
+    """`cells` in Markdown, and below the table the reasons, numbered."""
+    columns, rows, reasons = cells(names, policies)
+    lines = [columns, ["---"] * len(columns), *rows]
+    text = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([*text, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1))])
+
+
+def cells(names: Sequence[str] = (), policies: Sequence[str] = ()) -> tuple[list[str], list[list[str]], list[str]]:
+    """(columns: method, fusion and each policy; a row per method and fusion; the reasons of refusals).
 
     names, policies: of the rows and columns; without them all that there are.
     """
     policies = policies or names_in("mimscale.masking")
-    rows = [f"| method | fusion | {' | '.join(policies)} |", f"| --- | --- |{' --- |' * len(policies)}"]
+    rows = []
     known: dict[str, int] = {}
     for method in names or methods():
         for fusion, section in fusions(method):
-            cells = []
+            row = [method, fusion]
             for policy in policies:
                 text, reasons = answer(method, policy, section)
                 marks = [str(known.setdefault(reason, len(known) + 1)) for reason in dict.fromkeys(reasons)]
-                cells.append(f"{text} ({', '.join(marks)})" if marks else text)
-            rows.append(f"| {method} | {fusion} | {' | '.join(cells)} |")
-    return "\n".join([*rows, "", *(f"{number}. {reason}" for reason, number in known.items())])
+                row.append(f"{text} ({', '.join(marks)})" if marks else text)
+            rows.append(row)
+    return ["method", "fusion", *policies], rows, list(known)

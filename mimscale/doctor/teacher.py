@@ -23,7 +23,9 @@ from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig, method_class
 from mimscale.data.decode import BadImage, decode
 from mimscale.errors import UserError
+from mimscale.files.command_line import print_json, stdout_kept, tables_json
 from mimscale.files.console import plain_console
+from mimscale.files.progress import working
 from mimscale.teachers import quantise, weights
 from mimscale.teachers.config import TeacherConfig
 from mimscale.teachers.ensemble import TeacherEnsemble, adapter, build_skeleton, build_skeletons, describe
@@ -37,20 +39,40 @@ CROPS = 2  # per image
 STUDENT_PATCHES = (14, 16)
 STUDENT_SIZES = (192, 196, 224, 256)
 KEY = "teacher"  # name of a teacher without a recipe
+ERROR = "error: L2 norm of the difference divided by that of the fp32 output, over the patch tokens of a block's output"
+Rows = tuple[str, list[str], list[list[str]]]  # title, columns, rows of cells
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", metavar="NAME", help="measure a teacher: its name in the recipe, or a model")
-    parser.add_argument("--weights", type=Path, help="with --teacher and no recipe: its weights")
-    parser.add_argument("--image-size", type=int, help="with --teacher and no recipe: pixels (default 224)")
-    parser.add_argument(
-        "--levels", help="with --teacher: blocks to compare, from 0, as in 5,11 (default: those that the method uses)"
-    )
-    parser.add_argument("--images", type=Path, nargs="+", help="with --teacher: image files (default: two photographs)")
+def add_arguments(group: Any) -> None:
+    """group: of a parser."""
+    group.add_argument("--teacher", metavar="NAME", help="its name in the recipe, or a model")
+    group.add_argument("--weights", type=Path, metavar="FILE", help="of a model, without a recipe")
+    group.add_argument("--image-size", type=int, metavar="PX", help="of a model, without a recipe (default 224)")
+    levels = "blocks to compare, from 0, as in 5,11 (default: those of the method)"
+    group.add_argument("--levels", metavar="N,N", help=levels)
+    group.add_argument("--images", type=Path, nargs="+", metavar="FILE", help="(default: two photographs)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the description and the tables. Raises UserError."""
+    with stdout_kept(args.json), working("measuring"):
+        lines, tables, notes = measure(args)
+    if args.json:
+        print_json({"teacher": lines, "tables": tables_json(tables), "notes": notes})
+        return 0
+    print(*lines, sep="\n")
+    for number, (title, columns, rows) in enumerate(tables):
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        plain_console(width=None if sys.stdout.isatty() else 160).print(table)
+        if number == 0:
+            print(*notes, sep="\n")
+    return 0
+
+
+def measure(args: argparse.Namespace) -> tuple[list[str], list[Rows], list[str]]:
+    """(lines that describe the teacher; the tables of precisions and of sizes; what is to be said of the first)."""
     if args.recipe is None:
         name, config, size = KEY, config_of_model(args.teacher, args.weights), args.image_size or 224
         info, needs = build_skeleton(name, config, size).info, TeacherNeeds()
@@ -69,13 +91,14 @@ def run(args: argparse.Namespace) -> int:
     grid = f"{info.grid[0]}x{info.grid[1]} patches at {info.image_size} px"
     cls = "with class token" if info.has_cls else "no class token, so no attention masking"
     cls = "masks follow the norm of its features" if info.norm_attention else cls
-    print(f"{config.library} {config.model}: {info.dim} wide, {info.depth} blocks, {grid}, {cls}")
-    print(f"weights: {origin}")
-    print(f"images: {shown}")
-    show_precisions(name, config, needs, size, images)
-    if config.grid is None:  # otherwise its map is resized to any student's grid
-        show_grids(info)
-    return 0
+    lines = [
+        f"{config.library} {config.model}: {info.dim} wide, {info.depth} blocks, {grid}, {cls}",
+        f"weights: {origin}",
+        f"images: {shown}",
+    ]
+    precisions, refused = compare_precisions(name, config, needs, size, images)
+    # a convolutional teacher's map is resized to any student's grid
+    return lines, [precisions, *([] if config.grid is not None else [grids(info)])], [ERROR, *refused]
 
 
 def config_of_model(model: str, file: Path | None) -> TeacherConfig:
@@ -164,8 +187,12 @@ def _squares(image: Tensor) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def show_precisions(name: str, config: TeacherConfig, needs: TeacherNeeds, size: int, images: Tensor) -> None:
-    """Compare each precision with fp32: error and cosine of each level, top-30 % overlap of the CLS attention."""
+def compare_precisions(
+    name: str, config: TeacherConfig, needs: TeacherNeeds, size: int, images: Tensor
+) -> tuple[Rows, list[str]]:
+    """Each precision against fp32: error and cosine of each level, top-30 % overlap of the CLS attention; and a line
+    for each precision that this machine refuses.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def targets(precision: str) -> Targets:
@@ -176,11 +203,9 @@ def show_precisions(name: str, config: TeacherConfig, needs: TeacherNeeds, size:
 
     reference = targets("fp32")
     label = "random initialisation" if config.random else "trained weights"
-    table = Table(title=f"compared with fp32, {len(images)} images, {label}, on {device.type}", title_justify="left")
     overlap = (f"top-{SHARE:.0%} overlap",) if needs.cls_attention else ()
-    for column in ("precision", "level", "error", "mean cosine", "min cosine", *overlap):
-        table.add_column(column)
-    refused = []
+    columns = ["precision", "level", "error", "mean cosine", "min cosine", *overlap]
+    rows, refused = [], []
     for precision in PRECISIONS:
         if precision == "fp32":
             continue
@@ -190,12 +215,9 @@ def show_precisions(name: str, config: TeacherConfig, needs: TeacherNeeds, size:
             refused.append(str(error))
             continue
         for number, level in enumerate(needs.levels):
-            table.add_row(precision if number == 0 else "", *_row(ours, reference, level, first=number == 0))
-    plain_console(width=None if sys.stdout.isatty() else 160).print(table)
-    print(
-        "error: L2 norm of the difference divided by that of the fp32 output, over the patch tokens of a block's output"
-    )
-    print(*refused, sep="\n", end="\n" if refused else "")
+            rows.append([precision if number == 0 else "", *_row(ours, reference, level, first=number == 0)])
+    title = f"compared with fp32, {len(images)} images, {label}, on {device.type}"
+    return (title, columns, rows), refused
 
 
 def _row(ours: Targets, reference: Targets, level: int, first: bool) -> list[str]:
@@ -207,15 +229,12 @@ def _row(ours: Targets, reference: Targets, level: int, first: bool) -> list[str
     return row
 
 
-def show_grids(info: TeacherInfo) -> None:
-    """Print the image_size of the teacher that gives the grid of a student."""
-    patch = info.image_size // info.grid[0]
-    table = Table(title=f"image_size of this patch-{patch} teacher, by student", title_justify="left")
-    table.add_column("student")
-    for size in STUDENT_SIZES:
-        table.add_column(f"{size} px")
+def grids(info: TeacherInfo) -> Rows:
+    """The image_size of the teacher that gives the grid of a student."""
+    patch, rows = info.image_size // info.grid[0], []
     for student in STUDENT_PATCHES:
         sizes = (f"{size // student * patch} ({size // student}x{size // student})" if size % student == 0 else "-"
                  for size in STUDENT_SIZES)  # fmt: skip
-        table.add_row(f"patch {student}", *sizes)
-    plain_console(width=None if sys.stdout.isatty() else 160).print(table)
+        rows.append([f"patch {student}", *sizes])
+    columns = ["student", *(f"{size} px" for size in STUDENT_SIZES)]
+    return f"image_size of this patch-{patch} teacher, by student", columns, rows

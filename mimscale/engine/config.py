@@ -49,6 +49,7 @@ class EngineConfig(Strict):
         Neither run nor measured on a GPU yet.
     student_fp8: experimental. The linear layers of the student's and the decoder's blocks multiply in fp8; needs a bf16
         ds_config without ZeRO-3 and the extra [fp8]. Not equal to bf16 within its rounding; see docs/engine.md.
+    device: cuda, cpu, or auto: a GPU where there is one.
     plain: fast paths whose plain twin is computed instead, or `all`; each gives the same numbers within rounding.
     """
 

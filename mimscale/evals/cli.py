@@ -13,33 +13,29 @@ from mimscale.evals.launch import add_shared, check_out, default_outs, on_ranks,
 from mimscale.evals.options import add_options, config_of, default_suffix
 from mimscale.evals.report import lines, table
 from mimscale.evals.runner import evaluate, protocol_class, protocol_names
+from mimscale.files.command_line import end_with_example
 
 TASKS = "mimscale.evals.tasks"
-EXAMPLE = """\
-`mimscale evaluate PROTOCOL --help` lists the options of a protocol. Example:
-
-  mimscale evaluate knn runs/l16 --train shards/train --val shards/val --k 10
-"""
+EXAMPLE = "mimscale evaluate {} runs/l16 --train shards/train --val shards/val"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> Any:
     """The parsers of the protocols, to which others may be added."""
-    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
+    end_with_example(parser, "mimscale evaluate sweep --help", f"{EXAMPLE.format('knn')} --k 10")
     protocols = parser.add_subparsers(dest="protocol", required=True, metavar="PROTOCOL", title="protocols")
     for name in protocol_names():
         kind = protocol_class(name)
-        text = (kind.__doc__ or name).splitlines()[0].replace("%", "%%")
-        usage = f"mimscale evaluate {name} RUN... --train SHARDS --val SHARDS [OPTIONS]"
-        own = protocols.add_parser(name, help=text, description=text, usage=usage)
-        add_shared(own, pooled="pooled" in kind.needs)
+        text = (kind.__doc__ or name).splitlines()[0]
+        own = protocols.add_parser(name, help=text.replace("%", "%%"), description=text)
         own.add_argument("--train", type=Path, required=True, metavar="SHARDS", help="labelled data set to learn from")
         own.add_argument("--val", type=Path, required=True, metavar="SHARDS", help="labelled data set to be tested on")
+        add_shared(own, pooled="pooled" in kind.needs)
         add_options(own, kind.Config)
+        end_with_example(own, EXAMPLE.format(name))
     top1_cli.add_parser(protocols)
     for name in names_in(TASKS):
         task = _task(name)
-        usage = f"mimscale evaluate {name} RUN... [OPTIONS]"
-        task.add_arguments(protocols.add_parser(name, help=task.SUMMARY, description=task.SUMMARY, usage=usage))
+        task.add_arguments(protocols.add_parser(name, help=task.SUMMARY, description=task.SUMMARY))
     return protocols
 
 

@@ -26,8 +26,8 @@ class EvalsConfig(Strict):
     """Accuracy of the student's frozen features on a fixed subset, measured while it trains; it changes no weight.
 
     val: labelled data set to be tested on. train: the one to learn from; default: `data.shards`. every: optimiser steps
-    between evaluations; default: LEAST_STEPS, or more where the run has not trained on TRAINED_PER_EVALUATED times the
-    subset's images by then. train_samples, val_samples: size of the subset, at most; the samples lie evenly spread over
+    between evaluations; default: 1,000, or more where the run has not trained on 100 times the subset's
+    images by then. train_samples, val_samples: size of the subset, at most; the samples lie evenly spread over
     each data set. protocols: name of a file in `mimscale/evals/protocols` -> its options. pool: mean of the patch
     tokens or class token. crop_pct: share of the short side that the centre crop keeps. batch: images of a forward
     pass.

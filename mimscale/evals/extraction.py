@@ -22,7 +22,7 @@ from mimscale.evals.cache import Array, Stored, check_room, chunk_length, size_t
 from mimscale.evals.features import Key, chunks
 from mimscale.evals.networks import Network
 from mimscale.evals.parallel import rows_of
-from mimscale.evals.progress import progress
+from mimscale.files.progress import tracked
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _mine(
     )
     if ranks.rank:
         return found
-    return progress(found, len(numbers), f"features of {what}", f"chunks of {length:,} images")
+    return tracked(found, len(numbers), f"features of {what}", f"chunks of {length:,} images")
 
 
 def _in_memory(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from mimscale.evals.networks import eval_folder
 from mimscale.evals.parallel import join
 from mimscale.evals.report import write
 from mimscale.evals.runner import Settings
+from mimscale.files.command_line import add_json, print_json
 from mimscale.files.console import plain_console
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def add_shared(parser: argparse.ArgumentParser, pooled: bool) -> None:
     stored = parser.add_mutually_exclusive_group()
     stored.add_argument("--cache", type=Path, metavar="DIR", help="keep features there (default RUN/eval/features)")
     stored.add_argument("--no-cache", action="store_true", help="keep features in memory only")
-    parser.add_argument("--json", action="store_true", help="print the report in place of the table")
+    add_json(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: eval/ in the folder of each run")
 
 
@@ -127,7 +127,7 @@ def publish(
     """
     console = plain_console()
     if as_json:
-        print(json.dumps(report, indent=1))
+        print_json(report)
     else:
         for table in tables:
             console.print(table)

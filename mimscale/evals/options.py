@@ -25,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser, config: type[Strict]) -> None:
     group = parser.add_argument_group("options of this protocol")
     for name, field in config.model_fields.items():
         text = (field.description or "").replace("%", "%%")
-        if not field.is_required():
+        if not field.is_required() and field.default is not None:
             text += f" (default {field.default})"
         kind, several = _kind(field.annotation)
         options: dict[str, Any] = {"dest": PREFIX + name, "default": argparse.SUPPRESS, "help": text.strip()}

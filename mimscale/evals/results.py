@@ -21,6 +21,7 @@ from mimscale.config.recipes import load_recipe
 from mimscale.errors import UserError, printable, warn
 from mimscale.evals.config import Expected
 from mimscale.files.atomic import atomic_write
+from mimscale.files.command_line import add_json, end_with_example, print_json
 from mimscale.files.console import plain_console
 from mimscale.files.eval_reports import BROKEN, Figure, figures_of, options_that_differ, parsed, scalar
 from mimscale.files.regular import read_regular
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--recipe", help="whose expected values to compare with (default: the run's own config.yaml)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: results.json in the run's folder")
+    add_json(parser)
+    end_with_example(parser, "mimscale results runs/l16", "mimscale results runs/l16 --recipe mae_vit_l16 --json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,8 +51,10 @@ def run(args: argparse.Namespace) -> int:
     if not {*names} & {*RUN_FILES}:
         raise UserError(f"{args.run} is no run: it holds none of {', '.join(RUN_FILES)}; name the folder of a run")
     gathered = gather(args.run, expected_values(args.run, args.recipe))
-    console = plain_console()
-    for table in tables(gathered):
+    console = plain_console(stderr=args.json)
+    if args.json:
+        print_json(gathered)
+    for table in () if args.json else tables(gathered):
         console.print(table)
     for line in gathered["unreadable"]:
         warn(f"mimscale results: {line}; left out")

@@ -27,8 +27,8 @@ from mimscale.evals.features import Key, Pooling
 from mimscale.evals.networks import Network, load_networks
 from mimscale.evals.options import changed
 from mimscale.evals.overlap import check_apart
-from mimscale.evals.progress import progress
 from mimscale.evals.protocols.base import Context, Features, Protocol, Results
+from mimscale.files.progress import tracked, working
 
 PROTOCOLS = "mimscale.evals.protocols"
 PACKAGES = ("mimscale", "torch", "torchmetrics", "scikit-learn", "scipy", "numpy", "pillow")
@@ -165,7 +165,13 @@ def _run(
         return protocol.run(Features(of_train[key], _labels(train)), Features(of_val[key], _labels(val)))
 
     keys = list(of_train)
-    found = {key: fit(key) for key in (keys if ranks.rank else progress(keys, len(keys), kind.__name__, "fits"))}
+    if ranks.rank:
+        found = {key: fit(key) for key in keys}
+    elif len(keys) > 1:
+        found = {key: fit(key) for key in tracked(keys, len(keys), kind.__name__, "fits")}
+    else:
+        with working(kind.__name__):
+            found = {key: fit(key) for key in keys}
     seconds["fit"] += time.monotonic() - fit_s
     return found
 

@@ -19,9 +19,10 @@ from mimscale.evals.classifier import Classifier, load_classifier
 from mimscale.evals.launch import MAX_IMAGE_SIZE, MAX_WORKERS, at_least, default_outs, publish, share
 from mimscale.evals.overlap import check_apart_from_training
 from mimscale.evals.parallel import all_sum
-from mimscale.evals.progress import progress
 from mimscale.evals.report import table
 from mimscale.evals.top1 import accuracy, count, labelled
+from mimscale.files.command_line import add_json, end_with_example
+from mimscale.files.progress import tracked
 
 NAME = "top1"
 PACKAGES = ("mimscale", "torch", "timm", "numpy", "pillow")
@@ -39,8 +40,6 @@ def add_parser(protocols: Any) -> None:
         NAME,
         help=HELP,
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="mimscale evaluate top1 RUN... --val SHARDS [OPTIONS]",
     )
     own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, checkpoint folder or file")
     own.add_argument("--val", type=Path, required=True, metavar="SHARDS", help="labelled data set to be tested on")
@@ -54,6 +53,8 @@ def add_parser(protocols: Any) -> None:
     own.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     own.add_argument("--precision", choices=("fp32", "bf16"), help="number format (default bf16 on cuda)")
     own.add_argument("--out", type=Path, metavar="FILE.json", help="default: eval/ in the folder of each run")
+    add_json(own)
+    end_with_example(own, "mimscale evaluate top1 runs/finetuned --val shards/imagenet-val")
 
 
 def run(args: argparse.Namespace, device: torch.device, ranks: Coordinator) -> int:
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace, device: torch.device, ranks: Coordinator) -> i
         workers=args.workers,
     )
     outs = default_outs(args, [NAME], report["protocol"]["precision"], [report["val"]["fingerprint"]], crop_pct=None)
-    ranks.on_rank0(publish, report, [table(report)], outs)
+    ranks.on_rank0(publish, report, [table(report)], outs, args.json)
     return 0
 
 
@@ -110,7 +111,7 @@ def measure(
             world=ranks.world,
         )
         if ranks.rank == 0:
-            batches = progress(batches, -(-val.samples // (batch * ranks.world)), "val", "batches")
+            batches = tracked(batches, -(-val.samples // (batch * ranks.world)), "val", "batches")
         return found, crop, count(found.logits, labelled(batches), device)
 
     for path in dict.fromkeys(runs):

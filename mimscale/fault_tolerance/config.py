@@ -13,8 +13,9 @@ class GuardConfig(Strict):
     loss_spike: deviations above the mean of the accepted losses from which a step is skipped. grad_spike: multiple of
     the usual gradient norm to which a larger one is scaled down. warmup: steps before either is applied. every: steps
     between readings of the norm. skips: bad steps in a row after which the run goes back to the checkpoint before them
-    and jumps over their samples and those of `margin` steps before. rollbacks: how often, before the run ends with a
-    report. loss_scale_floor: a loss scale (fp16) at which a skipped step counts as a full row.
+    and jumps over their samples. margin: steps before these whose samples are jumped over too. rollbacks: how often,
+    before the run ends with a report. loss_scale_floor: a loss scale (fp16) at which a skipped step counts as a full
+    row.
     """
 
     loss_spike: float = Field(10.0, ge=0)

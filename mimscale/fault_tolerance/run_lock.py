@@ -67,7 +67,7 @@ def holder_of(run_dir: Path) -> Holder | None:
         return None
     if not text.strip():
         return None
-    claim = _claim_in(text[:_BEAT_AT]) or _GARBAGE
+    claim: dict[str, Any] = _claim_in(text[:_BEAT_AT]) or {**_GARBAGE}
     here = (claim["host"], claim.get("boot")) == (platform.node(), _boot())
     alive = _is_locked(run_dir / "lock.held", claim["pid"]) if here else None
     return Holder(claim["host"], claim["pid"], alive, max(0.0, time.time() - beat_s))

@@ -109,7 +109,7 @@ class AMT(Masking):
         )
         self.samples = 0
         self.table: ImportanceTable | None = None
-        self._step = -1
+        self._step, self._warm = -1, False
         self._uncropped: list[UncroppedImages] = []  # of the micro-batches of the current step
 
     def before_run(self, samples: int, student: nn.Module) -> None:
@@ -128,8 +128,13 @@ class AMT(Masking):
         uncropped_ids = [ids[at >= 0] for ids, at in zip(ids_WB, positions_WB, strict=True)]
         images = batch.uncropped.clone()  # the loader's memory is given back before the step ends
         self._uncropped.append(UncroppedImages(uncropped_ids, [at[at >= 0] for at in positions_WB], images))
-        warm = step * self.global_batch >= self.config.warmup_epochs * self.samples
-        return replace(batch, uncropped=None, importance=self.table.read(ids_WB) if warm else None)
+        self._warm = step * self.global_batch >= self.config.warmup_epochs * self.samples
+        return replace(batch, uncropped=None, importance=self.table.read(ids_WB) if self._warm else None)
+
+    def prepare_view(self, batch: Batch) -> Batch:
+        assert self.table is not None
+        ids_WB = np.tile(batch.ids.cpu().numpy(), (self.table.world, 1))  # the same on every rank
+        return replace(batch, importance=self.table.read(ids_WB) if self._warm else None)
 
     def choose(self, batch: Batch, targets: Mapping[str, Targets]) -> Masks:
         """During the warm-up these are the masks that the policy `random` draws from the same noise."""

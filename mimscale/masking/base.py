@@ -21,8 +21,8 @@ from mimscale.types import Batch, Masks, Needs, StepInfo, Targets, TeacherInfo, 
 
 
 class MaskingConfig(Strict):
-    """ratio: share of the patches that is masked. unit: side in pixels of the squares that are masked as a whole; null:
-    one patch. Each method has a default ratio and unit.
+    """policy: file of the masking policy in mimscale/masking. ratio: share of the patches that is masked. unit: side in
+    pixels of the squares that are masked as a whole; null: one patch. Each method has a default ratio and unit.
     """
 
     policy: str
@@ -107,6 +107,10 @@ class Masking:
 
     def prepare(self, batch: Batch) -> Batch:
         """Called with every micro-batch in host memory; may add what `choose` needs. On every rank; may communicate."""
+        return batch
+
+    def prepare_view(self, batch: Batch) -> Batch:
+        """The same for a batch on the device that is shown and not trained on. Must not change the policy."""
         return batch
 
     def after_step(self, info: StepInfo, student: nn.Module) -> None:

@@ -91,13 +91,18 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def visualise(self, batch: Batch, targets: Mapping[str, Targets]) -> View:
-        """`view`, and the student's patch tokens of the unmasked images.
+        """`view`, and of the unmasked images the student's patch tokens and the attention of its last block.
 
         Call it on every rank at the same step, because ZeRO-3 gathers parameters in it.
         """
         view = self.view(batch, targets) or View(unnormalised(batch.images))
         student: Any = self.student
-        return replace(view, features=student(batch.images).tokens[:, student.prefix :])
+        out = student(batch.images, attention=True)
+        return replace(view, features=out.tokens[:, student.prefix :], student_attention=out.attention.mean(dim=1))
+
+    def prepare_view(self, batch: Batch) -> Batch:
+        """Called on every rank before `visualise` with a batch that `prepare` has not seen; may add to it."""
+        return batch
 
     def before_run(self, samples: int) -> None:
         """Called once on every rank, after the process group is open and before a checkpoint is loaded. samples: in the
@@ -232,6 +237,9 @@ class MaskedMethod(Method):
 
     def prepare(self, batch: Batch) -> Batch:
         return self.masking.prepare(batch)
+
+    def prepare_view(self, batch: Batch) -> Batch:
+        return self.masking.prepare_view(batch)
 
     def after_step(self, info: StepInfo) -> None:
         self.masking.after_step(info, self.student)

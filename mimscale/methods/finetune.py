@@ -40,13 +40,15 @@ class BeitConfig(Strict):
 
 
 class FinetuneConfig(MethodConfig):
-    """pool: mean of the patch tokens and a new LayerNorm, or the class token after the encoder's final norm.
+    """classes: number of labels. pool: mean of the patch tokens and a new LayerNorm, or the class token after the
+    encoder's final norm.
 
     stages: ConvMAE's convolution stages before the ViT, without the fusion of pre-training. beit: SimMIM's ViT.
     Neither: a plain ViT.
 
     mixup, cutmix: alpha of the Beta distribution of the images' shares (Zhang et al. 2018, Yun et al. 2019); 0: off.
-    mixup_prob: that a pair is mixed at all. mixup_switch: share of cutmix where both are on.
+    mixup_prob: that a pair is mixed at all. mixup_switch: share of cutmix where both are on. label_smoothing: share of
+    the target that is spread over all labels. head_std: standard deviation of the head's weights at the start.
     """
 
     classes: int = Field(ge=2, le=10**6)

@@ -37,10 +37,12 @@ from mimscale.types import Batch, Needs, Targets, TeacherInfo
 
 
 class LinearProbeConfig(MethodConfig):
-    """stages, beit: the kind of encoder, as in finetune. pool: class token, or mean of the patch tokens.
+    """classes: number of labels. stages, beit: the kind of encoder, as in finetune. pool: class token, or mean of the
+    patch tokens.
 
     norm_batch: images over which BatchNorm takes its statistics; at most the global batch, which holds a whole number
     of them. encoder_precision: of the encoder's forward pass; the head computes in fp32.
+    head_std: standard deviation of the head's weights at the start.
     """
 
     classes: int = Field(ge=2, le=10**6)

@@ -34,6 +34,7 @@ class MAEConfig(base.MaskedConfig):
 
     low_pass_radius: regress the image's low frequencies, up to this many cycles per side (PixMIM); null: the unfiltered
     image. fusion: the decoder's input: the last block of the encoder, or several blocks fused (MFF).
+    decoder_width, decoder_depth, decoder_heads, decoder_mlp_ratio: of the decoder, as in the section `student`.
     """
 
     norm_pix_loss: bool = True

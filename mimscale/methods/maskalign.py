@@ -32,13 +32,14 @@ class MaskAlignConfig(FeatureConfig, base.MaskedConfig):
     masking: 0.7, in proportion to a teacher's CLS attention (mask_type).
     fusion: learned mixing of student levels, initialised with identity + 0.01 (linear) or 1/N (sum, the only choice for
         unequal depths); or student level i to teacher level i (simple) (fusion_type).
-    adaptor: (head_type).
+    adaptor (head_type): from the student's width to the teacher's (mlp_norm is the release's mlp2).
+    loss: the distance of features, averaged over tokens and channels.
     adaptor_position: after the mixing, one for each supervised teacher level, as released. Experimental: before it, one
         for each student block, as in the paper's figure, which is another function with more parameters. No official
         numbers exist for it and no run at full size was made; tests compare it with a second implementation and train
         it at small size.
     levels: weight of each teacher level in the loss (loss_weights).
-    cls_target: false is ours, for teachers without a class token.
+    cls_target: predict the class token as well; false is ours, for teachers without a class token.
     targets: other values for single teachers (ours; the release has one teacher).
     """
 

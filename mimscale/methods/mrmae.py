@@ -51,7 +51,8 @@ class MRMAEConfig(FeatureConfig, mae.MAEConfig):
     masking: focused mimicking: the visible patches are drawn in proportion to a teacher's CLS attention.
     fusion: multi-layer fusion for the mimic heads; none: their input is the decoder's.
     levels: of the teacher, each with its own adaptor; the last by default.
-    targets: weight (1 by default) and levels of single teachers. pixel_weight: weight of the pixel loss.
+    targets: weight (1 by default) and levels of single teachers. mimic_loss: the distance of
+    features. pixel_weight: weight of the pixel loss.
     """
 
     stages: ConvStages | None = None

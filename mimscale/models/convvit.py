@@ -35,6 +35,7 @@ class ConvStages(Strict):
     """The convolution stages before a ViT, base size by default; the ViT itself is the section `student`.
 
     patches: downsampling before stage 1, stage 2 and attention; their product is student.patch.
+    widths: channels of stages 1 and 2. depths: their blocks. mlp_ratios: hidden channels of an MLP as a multiple.
     skip_masked: compute visible windows only. false: compute all and multiply by the mask, as released, which costs
         more and gives the same numbers up to rounding.
     class_token: add one in the attention stage; ConvMAE has none, ConvMAE-v2 has one.

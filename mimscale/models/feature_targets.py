@@ -45,6 +45,7 @@ class TargetConfig(Strict):
     """Settings of one teacher's target; null: the value of the method's section.
 
     weight: of its loss; 0: its features are not used, but its attention may choose the masks.
+    levels, target_norm, cls_target: as in the method's section.
     """
 
     weight: float = Field(1.0, ge=0, le=1e6)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from mimscale.config.base import Strict
 
@@ -52,9 +51,18 @@ class MlflowConfig(Strict):
         return uri
 
 
+class ProfileConfig(Strict):
+    """at: the first step that torch.profiler records. steps: how many. ranks: the first so many write their traces."""
+
+    at: int = Field(ge=1)
+    steps: int = Field(3, ge=1, le=1000)
+    ranks: int = Field(1, ge=1)
+
+
 class LogConfig(Strict):
     """every: optimiser steps between log lines. panels: steps between panels of images, 0 = none. trackers: where
-    curves, evaluations and panels go besides metrics.jsonl; `wandb` and `mlflow` are the options of those.
+    curves, evaluations and panels go besides metrics.jsonl. wandb, mlflow: options of these two. profile: a window of
+    steps that torch.profiler records, none by default.
     """
 
     every: int = Field(20, ge=1)
@@ -62,13 +70,7 @@ class LogConfig(Strict):
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     wandb: WandbConfig = WandbConfig()
     mlflow: MlflowConfig = MlflowConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _renamed(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and "tensorboard" in values:
-            raise ValueError("log.tensorboard is log.trackers now: [tensorboard], or [] for none; replace it")
-        return values
+    profile: ProfileConfig | None = None
 
     @field_validator("trackers")
     @classmethod

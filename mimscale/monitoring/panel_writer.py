@@ -9,19 +9,21 @@ from dataclasses import fields, replace
 
 from torch import Tensor
 
-from mimscale.monitoring.panels import panel
+from mimscale.monitoring.panels import tiles
 from mimscale.types import View
 
 WAITING = 4  # views at most
 
 
 class PanelWriter:
-    """A thread that turns views into panels and calls publish(step, uint8 [3, H, W]), or failed(step, error).
+    """A thread that turns views into `tiles` and calls publish(step, tiles), or failed(step, error).
 
     A view that comes while too many still wait is dropped: the loop does not wait.
     """
 
-    def __init__(self, publish: Callable[[int, Tensor], None], failed: Callable[[int, Exception], None]) -> None:
+    def __init__(
+        self, publish: Callable[[int, dict[str, Tensor]], None], failed: Callable[[int, Exception], None]
+    ) -> None:
         self._publish, self._failed = publish, failed
         self._views: queue.Queue[tuple[int, View] | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._work, name="panel_writer", daemon=True)
@@ -44,7 +46,7 @@ class PanelWriter:
         while (item := self._views.get()) is not None:
             step, view = item
             try:
-                self._publish(step, panel(on_host(view)))
+                self._publish(step, tiles(on_host(view)))
             except Exception as error:
                 self._failed(step, error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,8 @@ def tiles(view: View, samples: int = SAMPLES) -> dict[str, Tensor]:
     """What the view holds, as uint8 images [samples, 3, H, W] in host memory.
 
     input, then where there are any: masked (grey; dropped patches dark); reconstruction (predicted where masked, true
-    elsewhere); attention (share of the strongest patch, dark to bright, over the darkened image); features (their
-    three strongest components as red, green and blue). Patches lie on a square grid.
+    elsewhere); attention, student attention (share of the strongest patch, dark to bright, over the darkened image);
+    features (their three strongest components as red, green and blue). Patches lie on a square grid.
     """
     images = view.images[:samples].float()
     rows = {"input": images}
@@ -36,17 +37,17 @@ def tiles(view: View, samples: int = SAMPLES) -> dict[str, Tensor]:
             predicted = view.reconstruction[:samples].float() * (hidden - dark)
             rows["reconstruction"] = images * (1 - hidden) + predicted + DARK * dark
     if view.attention is not None:
-        attention = view.attention[:samples].float().nan_to_num(posinf=0)  # a 16-bit teacher's row may overflow
-        share = _to_pixels(attention / attention.amax(dim=1, keepdim=True).clamp_min(1e-12), images.shape[-1])
-        rows["attention"] = 0.35 * images + 0.65 * heat(share)
+        rows["attention"] = 0.35 * images + 0.65 * heat(_share(view.attention[:samples], images))
+    if view.student_attention is not None:
+        rows["student attention"] = 0.35 * images + 0.65 * heat(_share(view.student_attention[:samples], images))
     if view.features is not None:
         rows["features"] = _to_pixels(components(view.features[:samples]), images.shape[-1])
     return {name: (row.clamp(0, 1) * 255).round().to(torch.uint8).cpu() for name, row in rows.items()}
 
 
-def panel(view: View, samples: int = SAMPLES) -> Tensor:
-    """uint8 [3, H, W]: one column per sample, the rows of `tiles` below each other."""
-    rows = torch.stack(list(tiles(view, samples).values()))
+def panel(tiles_B3HW: Mapping[str, Tensor]) -> Tensor:
+    """`tiles` -> uint8 [3, H, W]: one column per sample, the rows below each other."""
+    rows = torch.stack(list(tiles_B3HW.values()))
     side = rows.shape[-1]
     scale = max(1, math.ceil(SMALLEST / side))
     rows = rows.repeat_interleave(scale, dim=3).repeat_interleave(scale, dim=4)
@@ -78,6 +79,12 @@ def components(features_BLD: Tensor) -> Tensor:
     low, high = colours_N3.quantile(torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
     colours_N3 = ((colours_N3 - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     return colours_N3.float().view(*features_BLD.shape[:2], 3)
+
+
+def _share(attention_BL: Tensor, images_B3HW: Tensor) -> Tensor:
+    """Attention at any scale -> share of the strongest patch, a map for the images, float32 [B, 1, H, W]."""
+    attention = attention_BL.float().nan_to_num(posinf=0)  # a 16-bit teacher's row may overflow
+    return _to_pixels(attention / attention.amax(dim=1, keepdim=True).clamp_min(1e-12), images_B3HW.shape[-1])
 
 
 def _to_pixels(values: Tensor, side: int) -> Tensor:

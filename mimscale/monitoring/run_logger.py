@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl`, its trackers and a progress line. Rank 0 only; silent elsewhere.
+"""What a run reports: `metrics.jsonl`, panels, its trackers and a progress line. Rank 0 only; silent elsewhere.
 
 A disk that refuses never ends the run: lines wait in memory until it takes them. For trackers see tracker.py.
 """
@@ -21,8 +21,10 @@ from mimscale.config.difference import flat
 from mimscale.errors import printable, without_secrets
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.files.console import plain_console
+from mimscale.monitoring import panel_files
 from mimscale.monitoring.config import LogConfig
 from mimscale.monitoring.panel_writer import PanelWriter
+from mimscale.monitoring.panels import panel
 from mimscale.monitoring.tracker import Start, Trackers, without_secret_values
 from mimscale.types import View
 
@@ -93,15 +95,16 @@ class RunLogger:
         self.print(f"evals at step {step}:  {figures}  ({seconds:.2g} s)")
 
     def add_panel(self, step: int, view: View) -> None:
-        """A panel for the trackers, drawn in a thread (see `PanelWriter`). Its tensors must not change later."""
-        if self._trackers:
+        """A panel for RUN/panels and the trackers, drawn in a thread. The view's tensors must not change later."""
+        if self._active:
             if self._panel_writer is None:
                 self._panel_writer = PanelWriter(self._publish, self._not_drawn)
             self._panel_writer.show(step, view)
 
-    def _publish(self, step: int, panel_3HW: Tensor) -> None:
+    def _publish(self, step: int, tiles_B3HW: dict[str, Tensor]) -> None:
         if self._trackers is not None:
-            self._trackers.log_image(step, "view", panel_3HW)
+            self._trackers.log_image(step, "view", panel(tiles_B3HW))
+        panel_files.write(self._run_dir, step, tiles_B3HW)
 
     def _not_drawn(self, step: int, error: Exception) -> None:
         self.log_event("panel_failed", at=step, error=f"{type(error).__name__}: {error}")

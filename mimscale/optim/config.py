@@ -13,8 +13,9 @@ from mimscale.config.base import Fraction, Strict
 class OptimConfig(Strict):
     """Base of every optimiser's own section; the others' keys stand in mimscale/optim/optimizers/<name>.py.
 
-    weight_decay: of the parameters that `param_groups.is_decayed` names. layer_decay: factor of the learning rate from
-    one layer to the one below; 1 = off. clip: global L2 norm of the gradients to which larger ones are scaled; 0 = off.
+    name: file of the optimiser in mimscale/optim/optimizers. weight_decay: of the parameters that
+    `param_groups.is_decayed` names. layer_decay: factor of the learning rate from one layer to the one below; 1 = off.
+    clip: global L2 norm of the gradients to which larger ones are scaled; 0 = off.
     """
 
     name: str
@@ -35,11 +36,15 @@ class EmaConfig(Strict):
 class ScheduleConfig(Strict):
     """How the learning rate moves; the peak is base_lr x global_batch / lr_batch. The curves are in lr_schedule.py.
 
-    kind: cosine is MAE's; timm_cosine and multistep (x gamma at each epoch of `milestones`) are SimMIM's;
+    kind: the curve. cosine is MAE's; timm_cosine and multistep (x gamma at each epoch of `milestones`) are SimMIM's;
     openmmlab_cosine is that of MFF's and PixMIM's release.
     warmup_lr, min_lr: where the warm-up starts and the cosine ends, absolute.
     warmup_start_factor: of openmmlab_cosine instead of warmup_lr, where the warm-up starts as a share of the peak.
-    Give `epochs` (steps per epoch = floor(samples / global_batch)) or, for a short run, `steps`.
+    global_batch: images of one optimiser step, over all ranks and accumulated micro-batches.
+    epochs: length of the run; an epoch has floor(samples / global_batch) steps. steps: the same in optimiser steps, for
+    a short run; give one of the two. warmup_epochs: epochs in which the rate rises.
+    base_lr: learning rate at a global batch of lr_batch. lr_batch: images that base_lr belongs to.
+    milestones: epochs, of multistep. gamma: factor at each of them.
     """
 
     kind: Literal["cosine", "timm_cosine", "multistep", "openmmlab_cosine"] = "cosine"

@@ -15,13 +15,16 @@ MOST_BLOCKS, LARGEST_OPTION = 512, 1 << 20
 
 
 class TeacherConfig(Strict):
-    """A frozen teacher. `weights` is a local file; without it the file of the library's tag `pretrained` is used.
+    """A frozen teacher.
 
+    library: what builds it. model: its name in that library. weights: a local file; null: the file of
+        `pretrained`, a tag of the library. pretrained: that tag. sha256: of the file; another one is refused.
+        image_size: pixels per side of what it gets; null: that of the student.
     weights: `package:NAME/PATH` is a file inside an installed Python package.
     attention: what attentive masking and AMT's like read: cls, the class token's attention in the last block; norm, the
         norm of each patch's features after the last block (after Zagoruyko & Komodakis 2017), for teachers without a
         class token. null: cls where there is a class token, none elsewhere.
-    stride, grid: of convolutional networks, whose one feature map is the target. stride: of the map in pixels of the
+    stride, grid: of convolutional networks, whose one feature map is the target. stride: of this map in pixels of the
         teacher's image (null: 16). grid: side of the grid that the map is resized to, bilinear with antialiasing (null:
         as it is).
 

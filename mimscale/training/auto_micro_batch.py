@@ -9,7 +9,7 @@ import torch
 
 from mimscale.config.run import RunConfig
 from mimscale.cost.devices import DEVICES, GIB, INTERCONNECTS
-from mimscale.cost.planner import Planner
+from mimscale.cost.planner import Choice, Planner
 from mimscale.distributed.coordination import Coordinator
 from mimscale.distributed.micro_batch import solve_micro_batch
 from mimscale.distributed.world import World
@@ -42,9 +42,33 @@ def resolved(config: RunConfig, stored: RunConfig | None, world: World) -> RunCo
 
 def most_that_fits(config: RunConfig, ranks: int, memory: float) -> int:
     """Images per forward pass whose predicted memory fits a GPU with so many bytes; 1 where no number does."""
-    gpu = replace(DEVICES["h100"], memory=memory, reserved=CONTEXT + SPARE * memory)
-    planner = Planner(config, gpu, INTERCONNECTS["ib8x400"], ranks, ranks)
+    planner = planner_for(config, ranks, memory)
     return planner.fill(config.engine.ds_config, config.engine.activation_checkpointing).micro_batch
+
+
+def planner_for(config: RunConfig, ranks: int, memory: float, kind: str = "cuda") -> Planner:
+    """What predicts the memory of a recipe on a GPU (or kind: cpu) with so many bytes, some of which stay free."""
+    cpu = kind == "cpu"
+    gpu = replace(DEVICES["cpu" if cpu else "h100"], memory=memory, reserved=SPARE * memory + (0 if cpu else CONTEXT))
+    return Planner(config, gpu, INTERCONNECTS["ib8x400"], ranks, ranks)
+
+
+def smaller_that_fits(
+    config: RunConfig, ranks: int, micro_batch: int, memory: float, kind: str = "cuda"
+) -> tuple[int | None, bool]:
+    """(the largest micro-batch below one that ran out of memory whose predicted memory fits, None where none does;
+    whether that one fits by prediction too, so that the prediction is too low by an unknown). It is less by an eighth
+    at least.
+    """
+    planner = planner_for(config, ranks, memory, kind)
+    engine, per_rank = config.engine, config.schedule.global_batch // ranks
+
+    def fits(images: int) -> bool:
+        choice = Choice(engine.ds_config, images, per_rank // images, engine.activation_checkpointing)
+        return planner.memory(choice).total <= planner.room
+
+    smaller = (images for images in range(micro_batch * 7 // 8, 0, -1) if per_rank % images == 0)
+    return next(filter(fits, smaller), None), fits(micro_batch)
 
 
 def with_micro_batch(config: RunConfig, images: int) -> RunConfig:

@@ -11,9 +11,9 @@ from mimscale.config.base import Strict
 
 
 class InitConfig(Strict):
-    """Weights that a run starts from: a run folder (its newest checkpoint), a checkpoint folder, or a file, also one of
-    an official release.
+    """Weights that a run starts from.
 
+    weights: a run folder (its newest checkpoint), a checkpoint folder, or a file, also one of an official release.
     sha256: of the file, or of a checkpoint's manifest.json; without it what is found at the first start is kept.
     part: student leaves decoder and heads at their random start; method takes everything, from the same method.
     """

@@ -14,6 +14,7 @@ from mimscale.training import recovery, setup
 from mimscale.training.checked_run import CheckedRun
 from mimscale.training.context import TrainContext
 from mimscale.training.monitor import Monitor
+from mimscale.training.out_of_memory import explained
 from mimscale.types import StepInfo
 
 
@@ -29,14 +30,15 @@ def train(checked: CheckedRun, startup: StartupTimer, closing: ExitStack) -> boo
         if checked.world.rank == 0:
             warn(f"{checked.run_dir} is finished; nothing to do")
         return False
-    run = setup.build(checked, startup, closing)
-    state = recovery.restore(run).launched()
-    monitor = Monitor(run, state)
-    while state.step < checked.total_steps and not monitor.stopped:
-        info = train_step(run, state.step)
-        run.method.after_step(info)
-        state = monitor.after_step(state, info)
-    monitor.finish(state)
+    with explained(checked):  # of an error of memory: the micro-batch that would fit
+        run = setup.build(checked, startup, closing)
+        state = recovery.restore(run).launched()
+        monitor = Monitor(run, state)
+        while state.step < checked.total_steps and not monitor.stopped:
+            info = train_step(run, state.step)
+            run.method.after_step(info)
+            state = monitor.after_step(state, info)
+        monitor.finish(state)
     return monitor.stopped and run.preemption.reason == "SIGINT"
 
 

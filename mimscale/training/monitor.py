@@ -21,10 +21,11 @@ from mimscale.errors import Stopped, UserError
 from mimscale.fault_tolerance import activation_magnitudes
 from mimscale.fault_tolerance.preemption import ignore_signals, leave_requeue_marker, there
 from mimscale.monitoring.metrics import ThroughputMeter
-from mimscale.monitoring.panels import SAMPLES
 from mimscale.monitoring.phase_timer import BETWEEN, EVALUATING, SAVING, WAITING
+from mimscale.monitoring.profile_window import ProfileWindow
 from mimscale.training.bad_steps import explain, flush_writes, roll_back
 from mimscale.training.context import TrainContext
+from mimscale.training.panel_inputs import PanelInputs
 from mimscale.training.recovery import describe_state
 from mimscale.training.state import TrainState
 from mimscale.types import StepInfo
@@ -70,6 +71,7 @@ class Monitor:
         if run.top1 is not None:
             notes = (*run.top1.notes, *notes)
         run.logger.print("\n".join((describe_run(run, state), *notes)))
+        self._panel_inputs = PanelInputs(run)
         self._engine_notes = len(run.engine.notes)
         if state.step < checked.total_steps:
             run.inputs.wait_for_first()
@@ -87,6 +89,15 @@ class Monitor:
         gc.freeze()
         gc.disable()
         run.preemption.phase = "loop"
+        self._profile = ProfileWindow(
+            checked.run_dir,
+            checked.config.log.profile,
+            checked.world.rank,
+            checked.world.device,
+            run.logger.print,
+            run.logger.log_event,
+        )
+        self._profile.before_step(state.step + 1)
         run.timer.lap()
 
     def after_step(self, state: TrainState, info: StepInfo) -> TrainState:
@@ -97,6 +108,7 @@ class Monitor:
         state = state.advanced(config.schedule.global_batch, run.timer.lap())
         run.watchdog.beat(info.step)
         run.timer.enter(BETWEEN)
+        self._throughput.leave_out(self._profile.after_step(info.step))
         if info.step % GC_EVERY == 0:
             gc.collect()
 
@@ -106,11 +118,14 @@ class Monitor:
             if state.step < info.step:
                 run.inputs.start(state)
                 self._throughput.restart()
+                self._profile.after_step(state.step)
+                self._profile.before_step(state.step + 1)
                 return state
         self._log_step(info)
         self._evaluate(info)
         self._draw_panel(info)
         self._save_and_stop(state, info)
+        self._profile.before_step(info.step + 1)
         return state
 
     def finish(self, state: TrainState) -> None:
@@ -119,6 +134,7 @@ class Monitor:
         Raises Stopped where the last step could not be saved, or too many samples are damaged.
         """
         run = self._run
+        self._profile.close(state.step)
         failure = self._say_how_it_ended(state, saved=bool(self._checkpoints.wait_for_writes()))
         run.logger.close(done=failure is None and state.step == run.checked.total_steps)
         run.coordinator.finish_pending()
@@ -199,9 +215,9 @@ class Monitor:
     def _draw_panel(self, info: StepInfo) -> None:
         run, every = self._run, self._run.checked.config.log.panels
         if every and (info.step == info.total or info.step % every == 0):
-            targets = {name: seen.first(SAMPLES) for name, seen in info.targets.items()}
             with uncompiled():
-                run.logger.add_panel(info.step, run.method.visualise(info.batch.first(SAMPLES), targets))
+                batch, targets = self._panel_inputs.of(info)
+                run.logger.add_panel(info.step, run.method.visualise(batch, targets))
 
     def _save_and_stop(self, state: TrainState, info: StepInfo) -> None:
         run, last = self._run, info.step == info.total

@@ -70,7 +70,7 @@ def test_a_narrow_recipe_keeps_its_structure(recipe: str) -> None:
 def test_operators_of_each_engine_keep_to_their_limit(tmp_path: Path) -> None:
     """Counts only. One process has both, on the same weights and images: their losses agree."""
     file = tmp_path / "host.json"
-    words = ["--eager", "--rounds", "1", "--steps", "1", "--ds-config", *LIMITS, "--json", str(file)]
+    words = ["--eager", "--rounds", "1", "--steps", "1", "--ds-config", *LIMITS, "--out", str(file)]
     printed = ranks.run(1, "mimscale", "bench", "host", "mae_vit_l16", *words).stdout
     values = json.loads(file.read_text())
     rows = {row["case"]: row for row in values["rows"]}
@@ -89,7 +89,7 @@ def test_operators_of_each_engine_keep_to_their_limit(tmp_path: Path) -> None:
 @pytest.mark.multi
 def test_a_method_with_teachers_is_measured(tmp_path: Path) -> None:
     file = tmp_path / "host.json"
-    words = ["--eager", "--rounds", "1", "--steps", "1", "--ds-config", "cpu_zero2_fp32", "--json", str(file)]
+    words = ["--eager", "--rounds", "1", "--steps", "1", "--ds-config", "cpu_zero2_fp32", "--out", str(file)]
     ranks.run(1, "mimscale", "bench", "host", "mrmae_convmae_tiny", *words)
     by_hand, *_, ours = json.loads(file.read_text())["rows"]
     assert ours["loss"] == pytest.approx(by_hand["loss"], rel=1e-4) and ours["parameters"] == by_hand["parameters"]

@@ -26,7 +26,7 @@ SHORT = ["--micro-batch", "4", "--steps", "1", "--repeats", "2", "--warm-up", "1
 
 def measured(tmp_path: Path, count: int, *words: str) -> dict[str, Any]:
     file = tmp_path / "train.json"
-    ranks.run(count, "mimscale", "bench", "train", *words, *SHORT, "--json", str(file))
+    ranks.run(count, "mimscale", "bench", "train", *words, *SHORT, "--out", str(file))
     values: dict[str, Any] = json.loads(file.read_text())
     return values
 
@@ -79,7 +79,7 @@ def test_two_ranks_with_shards_and_accumulation(shards: Path, tmp_path: Path) ->
 @pytest.mark.multi
 def test_a_suite_costs_one_row_for_each_failure(tmp_path: Path) -> None:
     file = tmp_path / "suite.jsonl"
-    printed = ranks.run(1, "mimscale", "bench", "train", "--suite", "tiny", "--json", str(file)).stdout
+    printed = ranks.run(1, "mimscale", "bench", "train", "--suite", "tiny", "--out", str(file)).stdout
     rows = {row["case"]: row for row in map(json.loads, file.read_text().splitlines())}
     assert list(rows) == [case.name for case in _suites.TINY]
     check_figures(rows["mae"])
@@ -91,7 +91,7 @@ def test_a_suite_costs_one_row_for_each_failure(tmp_path: Path) -> None:
 @pytest.mark.multi
 def test_find_batch_stops_at_the_memory_limit(tmp_path: Path) -> None:
     file = tmp_path / "train.json"
-    words = ["mae_tiny", "engine.backend=torch", "--find-batch", "--memory-limit", "1.5", "--json", str(file)]
+    words = ["mae_tiny", "engine.backend=torch", "--find-batch", "--memory-limit", "1.5", "--out", str(file)]
     short = ["--micro-batch", "256", "--steps", "1", "--repeats", "1", "--warm-up", "1"]
     printed = ranks.run(1, "mimscale", "bench", "train", *words, *short).stdout
     found = json.loads(file.read_text())["cases"][0]["micro_batch"]

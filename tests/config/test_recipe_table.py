@@ -118,7 +118,8 @@ def test_help_has_no_wall_of_names(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = capsys.readouterr().out
-    assert "`mimscale recipes`" in text and not any(name in text for name in recipe_names())
+    named = [name for name in recipe_names() if name in text.replace("\n", " ").split()]
+    assert "`mimscale recipes`" in text and len(named) <= 2  # in the examples
 
 
 @pytest.mark.parametrize(

@@ -211,8 +211,13 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     conv = save_run(tmp_path / "conv", ConvMAE(config, {}), config)
     line = "holds ConvMAE's encoder, which transformers has no class for; choose --to student, or --to official"
     assert line in refused([str(conv), out, "--to", "huggingface"], capsys)
-    low_pass: dict[str, Any] = {"low_pass_radius": 10.0}
-    for name, section in (("mff", {}), ("pixmim", {}), ("simmim", {}), ("mae", low_pass)):
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("mff", {}),
+        ("pixmim", {}),
+        ("simmim", {}),
+        ("mae", {"low_pass_radius": 10.0}),
+    ]
+    for name, section in cases:
         folder, _ = saved(tmp_path / f"{name}-{len(section)}", name, **section)
         line = f"transformers has no class for what method.name = {name}"
         assert line in refused([str(folder), out, "--to", "huggingface", "--with-head"], capsys)

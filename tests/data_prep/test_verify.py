@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +124,39 @@ def test_expected_number_of_samples(shards: Path, capsys) -> None:
     assert verify(shards, capsys, "--samples", "80")[0] == 0
     code, output = verify(shards, capsys, "--samples", "81")
     assert code == 1 and "damaged: 80 samples, not 81" in output
+
+
+def test_options_of_another_type(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "copy"))
+    text = json.loads((folder / "manifest.json").read_text())
+    for name, value in (("label", 0.5), ("image", [1])):
+        (folder / "manifest.json").write_text(json.dumps({**text, "options": {**text["options"], name: value}}))
+        assert main(["verify", str(folder)]) == 1
+        assert f"manifest.json: options.{name} = {value} is no text" in capsys.readouterr().out
+
+
+def test_arrays_with_one_damaged_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A label of 2^39 asks for a list of 4 TiB, a size of 2^62 for one read of that many bytes."""
+    folder, data = tmp_path / "set", b"\xff\xd8\xff\xe0 the header only"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name, content in (("0.jpg", data), ("0.cls", b"0"), ("1.jpg", data), ("1.cls", b"1")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert main(["index", str(folder)]) == 0
+    for name, damage, message in (
+        ("labels.npy", lambda array: array + (1 << 39), "label 549,755,813,889 is no class"),
+        ("index.npy", lambda array: array + (1 << 62), "the shard ends early"),
+    ):
+        whole = (folder / name).read_bytes()
+        np.save(folder / name, damage(np.load(folder / name)))
+        capsys.readouterr()
+        assert main(["verify", str(folder)]) in (1, 2)
+        printed = capsys.readouterr()
+        assert message in printed.out + printed.err
+        (folder / name).write_bytes(whole)
+    header = bytearray(whole)
+    header[87] = ord("(")  # numpy reads the header as Python's parser does
+    (folder / name).write_bytes(header)
+    assert main(["info", str(folder)]) == 2 and "is missing or damaged" in capsys.readouterr().err

@@ -22,8 +22,8 @@ GUIDES = (
     "data_prep/README.md",
     "ds_configs/README.md",
 )
-PAGES = [*(ROOT / name for name in GUIDES), *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "FAULTS.md"]
-TOP = ("mimscale", "docs", "jobs", "data_prep", "ds_configs", "tests")
+PAGES = [*(ROOT / name for name in GUIDES), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "tests" / "FAULTS.md"]
+TOP = ("mimscale", "docs", "examples", "jobs", "data_prep", "ds_configs", "tests")
 IGNORED = {"jobs/site.env"}  # what a user makes; git ignores it
 GAP = "\0"  # a value inside a message
 

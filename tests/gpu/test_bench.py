@@ -25,7 +25,7 @@ SHORT = ["--micro-batch", "16", "--steps", "2", "--repeats", "2", "--warm-up", "
 def test_a_step_is_measured_by_events(ds_config: str, tmp_path: Path) -> None:
     file, trace = tmp_path / "train.json", tmp_path / "trace.json"
     words = ["maskalign_tiny", f"engine.ds_config={ds_config}", "engine.device=cuda", *SHORT]
-    ranks.run(1, "mimscale", "bench", "train", *words, "--profile", "--trace", str(trace), "--json", str(file))
+    ranks.run(1, "mimscale", "bench", "train", *words, "--profile", "--trace", str(trace), "--out", str(file))
     (row,) = json.loads(file.read_text())["cases"]
     assert row["images_per_s"] > 0 and row["mfu_measured"] > 0 and 0 < row["host_share"] <= 1
     assert all(row["device_ms"][phase] > 0 for phase in ("teacher", "forward", "backward", "update"))

@@ -41,14 +41,14 @@ def test_close_finishes_what_waits(tmp_path: Path) -> None:
 
 
 def test_a_slow_panel_costs_panels_and_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, go, draw = threading.Event(), threading.Event(), panel_writer.panel
+    begun, go, draw = threading.Event(), threading.Event(), panel_writer.tiles
 
-    def slow(view: View) -> torch.Tensor:
+    def slow(view: View) -> dict[str, torch.Tensor]:
         begun.set()
         assert go.wait(60)
         return draw(view)
 
-    monkeypatch.setattr(panel_writer, "panel", slow)
+    monkeypatch.setattr(panel_writer, "tiles", slow)
     logger = open_logger(tmp_path)
     logger.add_panel(1, view())
     assert begun.wait(60)

@@ -53,7 +53,7 @@ def test_heat_ends_at_its_first_and_last_colour() -> None:
 
 
 def test_panel_shows_tile_row_by_row_and_sample_by_column() -> None:
-    image = panel(view())
+    image = panel(tiles(view()))
     side = 64  # 8 px, enlarged
     assert image.dtype == torch.uint8 and image.shape == (3, 4 * side + 3 * GAP, 2 * side + GAP)
     second_masked = image[:, side + GAP : 2 * side + GAP, side + GAP :]
@@ -62,7 +62,7 @@ def test_panel_shows_tile_row_by_row_and_sample_by_column() -> None:
 
 def test_images_alone_and_fewer_samples() -> None:
     assert list(tiles(View(torch.rand(3, 3, 8, 8)), samples=2)) == ["input"]
-    assert panel(View(torch.rand(3, 3, 70, 70)), samples=2).shape == (3, 70, 2 * 70 + GAP)
+    assert panel(tiles(View(torch.rand(3, 3, 70, 70)), samples=2)).shape == (3, 70, 2 * 70 + GAP)
 
 
 def test_dropped_patches_are_dark() -> None:

@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mimscale.bench._operators import counting
 from mimscale.checkpoint import format as checkpoint
@@ -21,13 +23,16 @@ from mimscale.config.recipes import load_recipe
 from mimscale.config.run import method_class
 from mimscale.errors import Stopped
 from mimscale.fault_tolerance.preemption import HANDLED
+from mimscale.monitoring import panel_files
 from mimscale.monitoring.metrics import StartupTimer
+from mimscale.monitoring.panels import SAMPLES
 from mimscale.runs.summary import summary_of
 from mimscale.training import recovery, setup
 from mimscale.training.checked_run import prepare
 from mimscale.training.context import TrainContext
 from mimscale.training.loop import train_step
 from mimscale.training.monitor import Monitor
+from mimscale.training.panel_inputs import PanelInputs
 from mimscale.training.speed import step_cost
 from mimscale.training.state import TrainState
 from mimscale.types import Damage, StepInfo
@@ -128,12 +133,21 @@ def test_without_a_checkpoint_a_row_of_skipped_steps_goes_on(start: Open) -> Non
 
 def test_panels_are_drawn_when_due_and_at_the_end(start: Open) -> None:
     run, monitor, state = start(log={"panels": 5, "trackers": ["tensorboard"]})
-    state = advance(run, monitor, state, 12)
-    monitor.finish(state)
+    state = advance(run, monitor, state, 11)
+    info = train_step(run, state.step)
+    batch, _ = PanelInputs(run).of(info)
+    assert batch.positions.tolist() == list(range(SAMPLES))  # so too after a resume, and on any number of ranks
+    monitor.finish(monitor.after_step(state, info))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(run.checked.run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [image.step for image in board.Images("view")] == [5, 10, 12]
+    files = panel_files.steps(run.checked.run_dir)
+    assert list(files) == [5, 10, 12]
+    panels = [np.asarray(Image.open(path)) for path in files.values()]
+    side = panels[0].shape[1] // SAMPLES
+    assert (panels[0][: 2 * side] == panels[2][: 2 * side]).all()  # the same images and masks, another reconstruction
+    assert (panels[0][2 * side :] != panels[2][2 * side :]).any()
 
 
 def test_trackers_change_no_bit_and_a_resume_continues_their_runs(start: Open, tmp_path: Path) -> None:

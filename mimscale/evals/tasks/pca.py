@@ -22,6 +22,7 @@ from mimscale.evals.launch import add_shared, on_ranks
 from mimscale.evals.networks import Network
 from mimscale.evals.runner import Settings, networks_of
 from mimscale.files.atomic import atomic_path
+from mimscale.files.command_line import end_with_example, print_json
 from mimscale.types import imagenet_statistics
 
 SUMMARY = "patch features as colours, several checkpoints side by side"
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, nargs="+", metavar="ID", help="ids of the images (default the first six)"
     )
+    end_with_example(parser, "mimscale evaluate pca runs/l16 runs/h14 --images shards/val --out patches.png")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
             figure.save(part, "PNG")
     except OSError as error:
         raise UserError(f"{args.out} cannot be written: {error.strerror or error}; name another with --out") from None
-    print(printable(f"wrote {args.out}"))
+    if args.json:
+        print_json({"out": args.out})
+    else:
+        print(printable(f"wrote {args.out}"))
     return 0
 
 

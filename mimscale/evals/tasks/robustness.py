@@ -40,6 +40,7 @@ from mimscale.evals.robustness.corruptions import (
 from mimscale.evals.robustness.heads import classifiers_of, predictions_of
 from mimscale.evals.robustness.real import covered, real_accuracy, real_labels
 from mimscale.evals.runner import Settings
+from mimscale.files.command_line import end_with_example
 
 SUMMARY = "ImageNet-A, -R, -Sketch, -V2, -C and ReaL with a classifier"
 VAL, REAL, MCE = "val", "ReaL", "mCE"
@@ -81,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes-of", type=Path, metavar="SHARDS", help="names of a run's outputs (default its data.shards)"
     )
+    end_with_example(parser, "mimscale evaluate robustness runs/ft --sets a=shards/imagenet-a r=shards/imagenet-r")
 
 
 def run(args: argparse.Namespace) -> int:

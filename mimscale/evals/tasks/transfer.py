@@ -31,6 +31,7 @@ from mimscale.evals.options import config_of
 from mimscale.evals.robustness.classifiers import Classifier
 from mimscale.evals.robustness.heads import own_classifier, predictions_of
 from mimscale.evals.runner import Settings, evaluate, open_data, protocol_class
+from mimscale.files.command_line import end_with_example
 
 SUMMARY = "protocols on several data sets: one table, with its mean"
 PER_CLASS = "mean per-class"  # the metric in a manifest's source; any other is top-1
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "a run of finetune or linear_mae that was trained on the set, measured with its own head"
     parser.add_argument("--classifiers", nargs="+", default=[], metavar="NAME=RUN", help=text)
+    end_with_example(parser, "mimscale evaluate transfer runs/l16 --sets pets=shards/pets cars=shards/cars")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -55,6 +55,7 @@ class Mlflow:
 
     def start(self, start: Start) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # which may hold a password
         uri = uri_of(start.log) or ""
         if uri.startswith("file:") or ":" not in uri:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow 3.17 refuses folders without it

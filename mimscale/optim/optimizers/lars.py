@@ -20,6 +20,8 @@ from mimscale.optim.optimizers.base import Optimizer, Piece
 
 
 class LarsConfig(OptimConfig):
+    """momentum: of the update. trust_coefficient: of the ratio of the norms of weights and update."""
+
     momentum: float = Field(0.9, ge=0, lt=1)
     trust_coefficient: float = Field(1e-3, gt=0, le=1)
 

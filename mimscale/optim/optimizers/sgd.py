@@ -12,6 +12,8 @@ from mimscale.optim.optimizers.base import Optimizer
 
 
 class SGDConfig(OptimConfig):
+    """momentum: of the gradient. nesterov: Nesterov's form of it."""
+
     momentum: float = Field(0.9, gt=0, lt=1)
     nesterov: bool = False
 

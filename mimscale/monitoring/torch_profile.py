@@ -20,15 +20,24 @@ def profiled(step: Callable[[], object], device: torch.device, steps: int, trace
     communication_ms: of it, in collectives; on a GPU it may overlap with other kernels. top: [name, ms, count] each.
     host_top: the same for what the host did.
     """
-    cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as run:
+    with start(device) as run:
         for _ in range(steps):
             step()
-        if cuda:
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
     if trace is not None:
         run.export_chrome_trace(str(trace))
+    return figures(run, device, steps)
+
+
+def start(device: torch.device) -> profile:
+    """A profiler of the host, and of the device where it is a GPU; not yet started."""
+    return profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])])
+
+
+def figures(run: profile, device: torch.device, steps: int) -> dict[str, Any]:
+    """Those of `profiled`, of a profiler that has stopped."""
+    cuda = device.type == "cuda"
     entries = [entry for entry in run.key_averages() if not _annotation(entry)]
     host = [_entry(e, e.self_cpu_time_total, steps) for e in entries if not _on_gpu(e)]
     kernels = [_entry(e, e.self_device_time_total, steps) for e in entries if _on_gpu(e)] if cuda else host

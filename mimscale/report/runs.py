@@ -1,0 +1,196 @@
+"""One run's folder as plain values: what the page and --json are made of. Reads only; trusts no file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from mimscale.config.difference import differences, flat
+from mimscale.config.recipe_table import Header, header_of, student_name
+from mimscale.config.recipes import recipe_names
+from mimscale.errors import UserError, printable, without_secrets
+from mimscale.evals import results
+from mimscale.report import history as histories
+from mimscale.report.history import History
+from mimscale.runs.compare import recipe_of
+from mimscale.runs.summary import Summary, summary_of
+
+OF_A_RUN = ("metrics.jsonl", "launches.jsonl", "config.yaml")
+
+
+@dataclass(frozen=True)
+class Run:
+    """name: short, and unlike those of the runs beside it. recipe: resolved, `section.key` -> value. results: as
+    `mimscale results` gathers them. header: of the recipe of this package that the run was started with. status,
+    reason: as `mimscale runs` has them. total: optimiser steps of the whole run. notes: what could not be read.
+    """
+
+    path: Path
+    name: str
+    history: History
+    recipe: Mapping[str, Any]
+    results: Mapping[str, Any]
+    header: tuple[str, Header] | None
+    status: str
+    reason: str
+    total: int | None
+    notes: Sequence[str]
+
+
+def read(path: Path, name: str) -> Run:
+    """Raises UserError for what is no run."""
+    shown = printable(str(path))
+    if not path.is_dir():
+        raise UserError(f"{shown} is no folder; name the folders of runs, and the page last, such as report.html")
+    if not any((path / file).is_file() for file in OF_A_RUN):
+        raise UserError(f"{shown} is no run: it holds none of {', '.join(OF_A_RUN)}; name the folder of a run")
+    notes: list[str] = []
+    try:
+        history = histories.read(path)
+    except OSError as error:
+        raise UserError(f"{printable(str(error.filename))} cannot be read ({error.strerror}); repair it") from None
+    if history.unreadable:
+        notes.append(f"{history.unreadable} lines of metrics.jsonl or launches.jsonl are no entries; left out")
+    recipe, found = _recipe(path, notes), summary_of(path)
+    try:
+        expected = results.expected_values(path, None)
+    except UserError as error:
+        expected = {}
+        notes.append(f"expected values are left out: {error}")
+    figures = results.gather(path, expected)
+    notes += [f"{line}; left out" for line in figures["unreadable"]]
+    return Run(
+        path,
+        name,
+        history,
+        {key: clean(value) for key, value in recipe.items()},
+        figures,
+        _header(history),
+        found.status,
+        found.reason,
+        _total(found, recipe),
+        [clean(note) for note in notes],
+    )
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """For each folder the shortest end of its path that no other has; a number where one is named twice."""
+    parts = [path.resolve().parts for path in paths]
+    chosen: list[str] = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        length = next(n for n in count(1) if n >= len(own) or all(other[-n:] != own[-n:] for other in others))
+        name = clean("/".join(own[-length:]))
+        chosen.append(name if name not in chosen else f"{name} ({len(chosen) + 1})")
+    return chosen
+
+
+def clean(value: Any) -> Any:
+    """A value for the eyes of others: no secrets of URLs, and no characters that a page or a terminal obeys."""
+    if isinstance(value, Mapping):
+        return {clean(str(key)): clean(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(inner) for inner in value]
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return printable(without_secrets(str(value)))
+
+
+def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """`section.key` -> its value in each run, where they are not all the same."""
+    return differences([run.recipe for run in runs])
+
+
+def setup_line(run: Run) -> str:
+    """Method and student in a few words; empty without a recipe."""
+    recipe = run.recipe
+    if "method.name" not in recipe:
+        return ""
+    student = {key.removeprefix("student."): value for key, value in recipe.items() if key.startswith("student.")}
+    try:
+        student_words = student_name(student, any(key.startswith("method.stages") for key in recipe))
+    except (KeyError, TypeError, IndexError):
+        student_words = ""
+    teachers = [str(value) for key, value in recipe.items() if key.startswith("teachers.") and key.endswith(".model")]
+    words = [str(recipe["method.name"]), student_words, f"teacher {', '.join(teachers)}" if teachers else ""]
+    return " · ".join(word for word in words if word)
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What --json prints of a run: plain values, null where unknown."""
+    history = run.history
+    last = history.rows[-1] if history.rows else None
+    batch = run.recipe.get("schedule.global_batch")
+    kinds = [event.kind for event in history.events]
+    numbers = {} if last is None else {key: _finite(value) for key, value in last.values.items()}
+    return {
+        "run": str(run.path),
+        "name": run.name,
+        "status": run.status,
+        "reason": run.reason,
+        "step": last.step if last else 0,
+        "total_steps": run.total,
+        "samples": last.step * batch if last and isinstance(batch, int) else None,
+        "hours": round(history.hours, 4),
+        "last": clean(numbers),
+        "evals": clean(
+            {k.removeprefix(histories.EVALS): _finite(v) for k, v in history.evals[-1].values.items()}
+            if history.evals
+            else {}
+        ),
+        "events": {clean(kind): kinds.count(kind) for kind in dict.fromkeys(kinds)},
+        "discarded_lines": sum(map(len, history.discarded)),
+        "launches": clean(history.launches),
+        "startup_s": history.startup,
+        "figures": clean(run.results["figures"]),
+        "expected": clean(run.results["expected"]),
+        "recipe_name": None if run.header is None else run.header[0],
+        "published": None if run.header is None else run.header[1].result,
+        "source": None if run.header is None else run.header[1].source,
+        "recipe": dict(run.recipe),
+        "notes": list(run.notes),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None
+
+
+def _recipe(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        return flat(recipe_of(path))
+    except UserError as error:
+        notes.append(f"the recipe is not known: {error}")
+        return {}
+
+
+def _total(found: Summary, recipe: Mapping[str, Any]) -> int | None:
+    """Optimiser steps of the whole run; of older releases, from epochs by what the log says an epoch has."""
+    epochs, steps = recipe.get("schedule.epochs"), recipe.get("schedule.steps")
+    if found.total_steps is not None:
+        return found.total_steps
+    if isinstance(steps, int):
+        return steps
+    if not isinstance(epochs, int | float) or not found.epoch or not found.step:
+        return None
+    return round(epochs * found.step / found.epoch)
+
+
+def _header(history: History) -> tuple[str, Header] | None:
+    """Of the first launch's recipe, where it is one of this package."""
+    known = set(recipe_names())
+    for launch in history.launches[:1]:
+        command = launch.get("command")
+        for word in command if isinstance(command, list) else ():
+            if isinstance(word, str) and word in known:
+                try:
+                    text = resources.files("mimscale.recipes").joinpath(f"{word}.yaml").read_text()
+                    return word, header_of(text)
+                except ValueError:
+                    return None
+    return None
