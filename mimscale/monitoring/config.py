@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mimscale.config.base import Strict
 
@@ -71,6 +72,13 @@ class LogConfig(Strict):
     wandb: WandbConfig = WandbConfig()
     mlflow: MlflowConfig = MlflowConfig()
     profile: ProfileConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "tensorboard" in values:
+            raise ValueError("log.tensorboard is log.trackers now: [tensorboard], or [] for none; replace it")
+        return values
 
     @field_validator("trackers")
     @classmethod
