@@ -19,7 +19,7 @@ _NUMBER = re.compile(r"[+-]?[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?")
 
 def label_value(value: object, names: Collection[str] = ()) -> int | float | str | None:
     """A number, a name, or None for no label. A float is one that is no whole number. names: that are classes even if
-    they look like no label, such as none.
+    they read like no label, such as none.
     """
     if value is None or isinstance(value, bool):
         return None if value is None else int(value)

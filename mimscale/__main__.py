@@ -23,7 +23,7 @@ VERBS = {
     "runs": ("mimscale.runs.cli", "the runs below a folder: status, step, loss, evaluation; what differs between runs"),
     "evaluate": ("mimscale.api.evaluate", "accuracy of frozen features: kNN, linear, low-shot and more"),
     "results": ("mimscale.evals.results", "what the evaluations of a run found, beside what its recipe expects"),
-    "report": ("mimscale.report.cli", "a page of curves, panels and figures of runs, to look at"),
+    "report": ("mimscale.report.cli", "a page of curves, panels and figures of runs, in one file"),
     "convert": ("mimscale.convert.cli", "official checkpoints <-> ours <-> timm, each with an equality check"),
     "reconstruct": ("mimscale.api.cli", "a figure of masked images and their reconstructions"),
     "plan": ("mimscale.cost.cli", "what a run needs, takes and costs on a cluster, before it is submitted"),

@@ -173,7 +173,7 @@ def _method_line(name: str) -> str:
 
 
 def _without_place(value: Any) -> Any:
-    """A path as its last part: it would tell where the run was made, and help nobody."""
+    """A path as its last part: the rest says where the run was made, and helps nobody."""
     if isinstance(value, str) and ("/" in value and value.startswith(("/", "~", "."))):
         return Path(value).name
     return [_without_place(item) for item in value] if isinstance(value, list) else value

@@ -52,8 +52,10 @@ def push(folder: Path, repository: str, private: bool) -> str:
             raise UserError(f"--push {repository}: {constants.ENDPOINT} did not take it ({said}); {again}") from None
         status = refusal.response.status_code if refusal.response is not None else "no status"
         said = _one_line(refusal.server_message or str(refusal), get_token())
-        refused = f"--push {repository}: {constants.ENDPOINT} refused it with {status} ({said})"
-        raise UserError(f"{refused}; check what the token may write; {again}") from None
+        raise UserError(
+            f"--push {repository}: {constants.ENDPOINT} refused it with {status} ({said}); check what the token may "
+            f"write; {again}"
+        ) from None
     return f"{constants.ENDPOINT}/{repository}"
 
 

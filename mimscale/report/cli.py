@@ -1,4 +1,4 @@
-"""mimscale report: one page to look at, made from the folders of runs. Reads them only; needs no torch."""
+"""mimscale report: one page, made from the folders of runs. Reads them only; needs no torch."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Panels:
-    """fixed: kinds that look the same at all steps. changing: the others, kind -> a cell for each of `steps` that has
+    """fixed: kinds that are the same at all steps. changing: the others, kind -> a cell for each of `steps` that has
     it. unreadable: a line for each file that is no panel.
     """
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mimscale.files.eval_reports import BROKEN, figures_of
 from mimscale.fault_tolerance.run_lock import Holder, holder_of
+from mimscale.files.eval_reports import BROKEN, figures_of
 from mimscale.files.tail import objects_backwards
 
 RUNNING, DONE, STOPPED, CRASHED, STALE, NEW = "running", "done", "stopped", "crashed", "stale", "new"

@@ -80,7 +80,7 @@ def test_the_card_of_a_run(run_dir: Path, tmp_path: Path) -> None:
     assert "a run of 4 steps, its last one" in card_of(run_dir, tmp_path / "ended")[1]
 
 
-def test_nothing_tells_where_it_was_made(run_dir: Path, tmp_path: Path) -> None:
+def test_it_does_not_say_where_it_was_made(run_dir: Path, tmp_path: Path) -> None:
     for to in ("huggingface", "timm"):
         card_of(run_dir, tmp_path / to, "--to", to)
         for path in (tmp_path / to).iterdir():

@@ -173,7 +173,6 @@ def test_bad_input_is_refused_before_a_run_begins(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"tensorboard": True}, "log.tensorboard is log.trackers now"),
         ({"trackers": ["mlflow", "mlflow"]}, "'mlflow' is given twice"),
         ({"mlflow": {"uri": "mlruns"}}, "'mlruns' is no place that mlflow knows"),
         ({"mlflow": {"uri": "https://me:pw@host"}}, "a user or a password"),
