@@ -10,6 +10,7 @@ from typing import Any
 
 from mimscale.errors import UserError, printable, warn
 from mimscale.files.atomic import atomic_write
+from mimscale.files.command_line import end_with_example
 from mimscale.files.console import plain_console
 from mimscale.report import page, runs
 
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print what the page says, as JSON; OUT.html may be left out"
     )
+    end_with_example(parser, "mimscale report runs/l16 l16.html")
 
 
 def run(args: argparse.Namespace) -> int:
