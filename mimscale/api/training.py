@@ -65,11 +65,11 @@ def train(
     config = load_recipe(str(recipe), words)
     folder = Path(run_dir) if run_dir is not None else Path("runs") / Path(recipe).stem
     target = None if fork is None else Path(fork)
-    _run(config, folder, target, ("mimscale.train", str(recipe), *words))
+    _run(config, folder, target, ("mimscale.train", str(recipe), *words), str(recipe))
     return _result(target or folder)
 
 
-def _run(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> None:
+def _run(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...], recipe: str) -> None:
     from mimscale.monitoring.metrics import StartupTimer
     from mimscale.training.checked_run import prepare
     from mimscale.training.loop import train
@@ -78,7 +78,7 @@ def _run(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str
         raise UserError("mimscale.train answers signals, so it must be called from the main thread; start a process")
     startup = StartupTimer()
     startup.end("before")
-    checked = prepare(config, run_dir, fork, command)
+    checked = prepare(config, run_dir, fork, command, recipe)
     _refuse_another_device(checked.world.device.type)
     startup.end("checks")
     with _handlers_restored(), ExitStack() as closing:

@@ -38,7 +38,7 @@ from mimscale.models.token_selection import raster_order
 from mimscale.models.vit import LN_EPS, ViT
 from mimscale.types import Masks
 
-LIBRARY, EXTRA = "transformers", "pip install 'mimscale[huggingface]'"
+LIBRARY, EXTRA = "transformers", "pip install -e '.[huggingface]'"
 UNCHECKED = f"{LIBRARY} is not installed: read back and compared by our own reader only; to compare with it, {EXTRA}"
 KEY_BIAS = "left out: the bias of the keys, which changes no output (BEiT has none)"
 RESAMPLING = {"bilinear": 2, "bicubic": 3}  # numbers of Pillow's filters

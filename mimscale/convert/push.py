@@ -39,7 +39,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import disable_progress_bars
 
-    again = f"{folder} is whole; try again with: hf upload {repository} {folder}"
+    again = f"{folder} is whole; try again with: hf upload {repository} {folder}{' --private' if private else ''}"
     disable_progress_bars()
     try:
         api = HfApi(library_name="mimscale")

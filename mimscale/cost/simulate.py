@@ -163,7 +163,7 @@ def plot(strong: Sequence[Simulated], weak: Sequence[Simulated], title: str, pat
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, LogLocator
     except ImportError:
-        raise UserError("--plot needs matplotlib; pip install 'mimscale[demo]'") from None
+        raise UserError("--plot needs matplotlib; pip install -e '.[demo]'") from None
     matplotlib.rcParams["svg.hashsalt"] = "mimscale"  # the same file for the same numbers
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()

@@ -142,7 +142,7 @@ class Bucket:
 
             fsspec.get_filesystem_class(self.scheme)
         except ImportError as error:
-            raise UserError(f"'{url}' needs more packages ({error}); pip install 'mimscale[remote]'") from None
+            raise UserError(f"'{url}' needs more packages ({error}); pip install -e '.[remote]'") from None
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         return self._request(name, lambda path: self._connect().cat_file(path, start=offset, end=offset + size))

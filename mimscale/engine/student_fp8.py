@@ -40,7 +40,7 @@ def check(device: torch.device, stage: int, precision: str) -> None:
     if unavailable():  # last, because the import takes seconds
         raise UserError(
             f"engine.student_fp8 = true needs a torchao for torch {torch.__version__} ({unavailable()}); "
-            f"pip install 'mimscale[fp8]', or set it to false"
+            f"pip install -e '.[fp8]', or set it to false"
         )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from datetime import date, time
 from pathlib import PurePath
 from typing import Any
 
@@ -69,7 +69,7 @@ def add_json(parser: argparse.ArgumentParser, text: str = "print JSON in place o
 
 
 def print_json(values: Any) -> None:
-    """One JSON document on stdout. Paths become text, and numbers that JSON does not have become null."""
+    """One JSON document on stdout. Paths and dates become text, and numbers that JSON does not have become null."""
     print(json.dumps(plain(values), indent=1, allow_nan=False))
 
 
@@ -86,7 +86,9 @@ def plain(values: Any) -> Any:
         return [plain(value) for value in values]
     if isinstance(values, float) and not math.isfinite(values):
         return None
-    return os.fspath(values) if isinstance(values, PurePath) else values
+    if isinstance(values, (PurePath, date, time)):  # YAML has dates
+        return str(values)
+    return values
 
 
 def tables_json(tables: Iterable[tuple[str, list[str], list[list[str]]]]) -> list[dict[str, Any]]:

@@ -6,8 +6,10 @@ that bokeh shows as text.
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mimscale import __version__
@@ -17,8 +19,9 @@ from mimscale.report.history import History
 from mimscale.report.runs import Run, clean, recipe_differences, setup_line
 
 LIMIT = 5_000_000
-"""Bytes of a page, whatever the number of runs: images become smaller."""
-SIDES = (80, 64, 48, 32, 24)
+"""Bytes of a page, whatever the number of panels: images become smaller, and are left out in the end."""
+SIDES = (80, 64, 48, 32, 24, 0)
+LEFT_OUT = f"left out: with them the page would be larger than {LIMIT // 1_000_000} MB"
 MOST_LAUNCHES, MOST_LINES = 20, 12
 GROUPS = {
     "training": "Training",
@@ -34,7 +37,7 @@ def missing() -> str | None:
         import bokeh  # noqa: F401
         import jinja2  # noqa: F401
     except ImportError as error:
-        return f"{error.name} is not installed; pip install 'mimscale[report]'"
+        return f"{error.name} is not installed; pip install -e '.[report]'"
     return None
 
 
@@ -68,11 +71,17 @@ def render(runs: Sequence[Run], now_s: float | None = None) -> str:
     }
     page = ""
     for side in SIDES:
-        panels = [images.read(run.path, side, run.history.rows[-1].step if run.history.rows else None) for run in runs]
+        panels = [_panels(run, side) for run in runs]
         page = _template().render(**context, panels=panels, kinds=[_kinds(run) for run in runs])
         if len(page.encode()) < LIMIT:
             break
     return page
+
+
+def _panels(run: Run, side: int) -> images.Panels:
+    if side == 0:
+        return images.Panels([], {}, {}, [LEFT_OUT])
+    return images.read(run.path, side, run.history.rows[-1].step if run.history.rows else None)
 
 
 def _template() -> Any:
@@ -104,8 +113,8 @@ def _of_run(number: int, run: Run) -> dict[str, Any]:
         "samples": f"{last.step * batch:,}" if last and isinstance(batch, int) else "",
         "running time": _hours(history.hours),
         "last loss": charts.in_words(charts.METRICS["loss"], values["loss"]) if "loss" in values else "",
-        "median throughput": f"{_median(history, 'images_per_s'):,.0f} images/s" if "images_per_s" in values else "",
-        "waiting for data": f"{_mean(history, 'data_wait'):.1%} of the time" if "data_wait" in values else "",
+        "median throughput": _over(statistics.median, history, "images_per_s", "{:,.0f} images/s"),
+        "waiting for data": _over(statistics.fmean, history, "data_wait", "{:.1%} of the time"),
         "ranks": _device(launch),
     }
     events = {
@@ -151,19 +160,10 @@ def _hours(hours: float) -> str:
     return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.0f} s"
 
 
-def _finite(history: History, name: str) -> list[float]:
-    values = (row.values.get(name, float("inf")) for row in history.rows)
-    return sorted(value for value in values if abs(value) < float("inf")) or [0.0]
-
-
-def _median(history: History, name: str) -> float:
-    values = _finite(history, name)
-    return values[len(values) // 2]
-
-
-def _mean(history: History, name: str) -> float:
-    values = _finite(history, name)
-    return sum(values) / len(values)
+def _over(kind: Callable[[list[float]], float], history: History, name: str, shape: str) -> str:
+    """The median or mean of a metric's finite values in words; empty where it has none."""
+    values = [row.values[name] for row in history.rows if math.isfinite(row.values.get(name, math.nan))]
+    return shape.format(kind(values)) if values else ""
 
 
 def _device(launch: Mapping[str, Any]) -> str:

@@ -185,14 +185,10 @@ def _total(found: Summary, recipe: Mapping[str, Any]) -> int | None:
 
 def _header(history: History) -> tuple[str, Header] | None:
     """Of the first launch's recipe, where it is one of this package."""
-    known = set(recipe_names())
-    for launch in history.launches[:1]:
-        command = launch.get("command")
-        for word in command if isinstance(command, list) else ():
-            if isinstance(word, str) and word in known:
-                try:
-                    text = resources.files("mimscale.recipes").joinpath(f"{word}.yaml").read_text()
-                    return word, header_of(text)
-                except ValueError:
-                    return None
-    return None
+    name = history.launches[0].get("recipe") if history.launches else None
+    if not isinstance(name, str) or name not in recipe_names():
+        return None
+    try:
+        return name, header_of(resources.files("mimscale.recipes").joinpath(f"{name}.yaml").read_text())
+    except ValueError:
+        return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mimscale.errors import UserError, printable, warn
+from mimscale.files.command_line import add_json, end_with_example, print_json
 from mimscale.files.console import plain_console
 from mimscale.runs.compare import compare
 from mimscale.runs.find import find_runs
@@ -24,15 +24,10 @@ from mimscale.runs.summary import OTHER_SCALES, Figure, Summary, age_s, duration
 COMPARE = "compare"
 WIDE = 140
 """Columns where the output is no terminal."""
-EXAMPLE = """\
-examples:
-  mimscale runs runs
-  mimscale runs compare runs/mae_vit_b16 runs/mff_vit_b16
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
+    end_with_example(parser, "mimscale runs runs", "mimscale runs compare runs/mae_vit_b16 runs/mff_vit_b16")
     parser.usage = "mimscale runs [DIR] [--metric NAME] [--json]\n       mimscale runs compare RUN RUN [...] [--json]"
     parser.add_argument(
         "words", nargs="*", metavar="DIR", help="a folder with runs in it, at any depth (default: runs); or compare"
@@ -40,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metric", metavar="NAME", help="the evaluation to show (default: the one that most runs have)"
     )
-    parser.add_argument("--json", action="store_true", help="everything that is known of each, as JSON")
+    add_json(parser, "everything that is known of each, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +58,7 @@ def _list(root: Path, args: argparse.Namespace) -> int:
         known = sorted({figure.name for one in runs for figure in one.figures})
         raise UserError(f"--metric {args.metric}: no run has it; choose one of {', '.join(known) or 'none'}")
     if args.json:
-        print(json.dumps([one.plain() | {"age_s": age_s(one)} for one in runs], indent=1))
+        print_json([one.plain() | {"age_s": age_s(one)} for one in runs])
     elif runs:
         console = _console()
         console.print(table(runs, root, console.width, args.metric or common_metric(runs)))
@@ -109,7 +104,7 @@ def _cells(one: Summary, root: Path, metric: str | None) -> dict[str, str]:
         "loss": "" if one.loss is None else f"{one.loss:.4g}",
         f"best {metric}": "" if figure is None else f"{figure.value:.1f}" + _at(figure),
         "age": "" if age is None else duration(age),
-        "epoch": _of(one.epoch, one.epochs, ".4g"),
+        "epoch": _of(one.epoch, one.epochs, ".3g"),
         "images/s": "" if one.images_per_s is None else f"{one.images_per_s:,.4g}",
         "device": one.device or "",
         "method": one.method or "",
@@ -136,7 +131,7 @@ def _compare(run_dirs: Sequence[Path], args: argparse.Namespace) -> int:
         raise UserError(f"`mimscale runs {COMPARE}` needs the folders of two runs or more")
     found = compare(run_dirs)
     if args.json:
-        print(json.dumps(found, indent=1))
+        print_json(found)
         return 0
     console = _console()
     for out in comparison_tables(found):

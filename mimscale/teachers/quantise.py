@@ -52,7 +52,7 @@ def check(name: str, precision: str, device: torch.device | None = None) -> None
     if unavailable():
         raise UserError(
             f"teachers.{name}.precision = {precision} needs a torchao for torch {torch.__version__} "
-            f"({unavailable()}); pip install 'mimscale[fp8]', or use bf16"
+            f"({unavailable()}); pip install -e '.[fp8]', or use bf16"
         )
     on_gpu = device is not None and device.type == "cuda"
     if precision == "fp8" and on_gpu and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:

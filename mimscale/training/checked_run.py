@@ -43,6 +43,7 @@ class CheckedRun:
     forward pass; accumulation: micro-batches per optimiser step. skeletons: every teacher on the meta
     device, for `TeacherEnsemble`. command: for launches.jsonl. auto_micro_batch: whether the micro-batch is solved from
     the memory of this rank's device (`auto_micro_batch.agreed`). evals: what is measured while it trains.
+    recipe: its name or path, for launches.jsonl.
     """
 
     config: RunConfig
@@ -60,6 +61,7 @@ class CheckedRun:
     command: tuple[str, ...]
     auto_micro_batch: bool = False
     evals: CheckedEvals | None = None
+    recipe: str | None = None
 
     @property
     def teachers(self) -> dict[str, TeacherInfo]:
@@ -70,7 +72,9 @@ class CheckedRun:
         return lr_schedule.lr_at_step(self.config.schedule, step, self.steps_per_epoch, self.total_steps)
 
 
-def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...]) -> CheckedRun:
+def prepare(
+    config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[str, ...], recipe: str | None = None
+) -> CheckedRun:
     """Every check, before a process group is opened. Raises UserError."""
     use_cache_dir()
     folders = [run_dir, *([fork] if fork is not None else [])]
@@ -128,6 +132,9 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
             f"the run has {total} steps and a warm-up of schedule.warmup_epochs = {config.schedule.warmup_epochs} "
             f"({config.schedule.warmup_epochs * steps_per_epoch:g} steps); lengthen the one or shorten the other"
         )
+    profile = config.log.profile
+    if profile is not None and profile.at > total:
+        raise UserError(f"log.profile.at = {profile.at} is behind the last step, {total}; choose an earlier one")
     return CheckedRun(
         config,
         run_dir,
@@ -144,6 +151,7 @@ def prepare(config: RunConfig, run_dir: Path, fork: Path | None, command: tuple[
         command,
         auto_micro_batch,
         check_evals(config, manifest),
+        recipe,
     )
 
 

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     startup.end("imports")
     config = load_recipe(args.recipe, args.overrides)
     run_dir = args.run_dir or Path("runs") / Path(args.recipe).stem
-    checked = prepare(config, run_dir, args.fork, tuple(sys.argv))
+    checked = prepare(config, run_dir, args.fork, tuple(sys.argv), args.recipe)
     startup.end("checks")
     closing = ExitStack()
     interrupted = train(checked, startup, closing)

@@ -292,6 +292,7 @@ def open_folder(run: TrainContext, state: TrainState) -> None:
         run_folder.create(checked.run_dir, checked.config)
     launch = run_folder.launch(
         checked.command,
+        recipe=checked.recipe,
         ranks=checked.world.size,
         device=str(checked.world.device.type),
         ds_config=checked.config.engine.ds_config,

@@ -165,7 +165,7 @@ def test_bad_input_is_refused_before_a_run_begins(tmp_path: Path, monkeypatch: p
         check(trackers=["mlflow"], mlflow={"uri": "sqlite:///mlflow.db"})
     for name in ("wandb", "mlflow"):
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(UserError, match=rf"not installed; pip install 'mimscale\[{name}\]'"):
+        with pytest.raises(UserError, match=rf"not installed; pip install -e '.\[{name}\]'"):
             check(trackers=[name])
     check()  # TensorBoard needs nothing
 

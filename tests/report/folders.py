@@ -30,7 +30,7 @@ class Folder:
 
     def launch(self, step: int = 0, **values: Any) -> None:
         self.now_s += 100
-        known = {"ranks": 2, "device": "cpu", "ds_config": "cpu_zero2_fp32", "forked_from": None}
+        known = {"ranks": 2, "device": "cpu", "ds_config": "cpu_zero2_fp32", "forked_from": None, "recipe": "mae_tiny"}
         line = run_folder.launch(["mimscale", "train", "mae_tiny"], step=step, **known)
         self._append("launches.jsonl", {**line, "time": self.now_s, **values})
 

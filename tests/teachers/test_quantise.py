@@ -136,7 +136,7 @@ def without_torchao(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_without_the_extra_it_is_one_line(without_torchao: None) -> None:
     config = tiny.timm_config(DINO, None, random=True, precision="fp8")
-    with pytest.raises(UserError, match=r"teachers.t.precision = fp8 needs .*pip install 'mimscale\[fp8\]'") as error:
+    with pytest.raises(UserError, match=r"teachers.t.precision = fp8 needs .*pip install -e '.\[fp8\]'") as error:
         tiny.describe(config, 64)
     assert "\n" not in str(error.value)
     assert tiny.describe(config.model_copy(update={"precision": "bf16"}), 64).depth == 3

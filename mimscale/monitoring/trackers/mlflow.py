@@ -28,7 +28,7 @@ LONGEST_PARAM = 6000
 
 def check(config: LogConfig) -> None:
     if find_spec("mlflow") is None:
-        raise UserError("log.trackers names mlflow, which is not installed; pip install 'mimscale[mlflow]'")
+        raise UserError("log.trackers names mlflow, which is not installed; pip install -e '.[mlflow]'")
     uri = uri_of(config)
     if not uri:
         raise UserError(

@@ -33,7 +33,7 @@ OFF = ("offline", "dryrun", "disabled")
 
 def check(config: LogConfig) -> None:
     if find_spec("wandb") is None:
-        raise UserError("log.trackers names wandb, which is not installed; pip install 'mimscale[wandb]'")
+        raise UserError("log.trackers names wandb, which is not installed; pip install -e '.[wandb]'")
     mode = config.wandb.mode or os.environ.get("WANDB_MODE") or "online"
     if mode not in OFF and not _has_key():
         raise UserError(
