@@ -24,7 +24,10 @@ VERBS = {
     "evaluate": ("mimscale.api.evaluate", "accuracy of frozen features: kNN, linear, low-shot and more"),
     "results": ("mimscale.evals.results", "what the evaluations of a run found, beside what its recipe expects"),
     "report": ("mimscale.report.cli", "a page of curves, panels and figures of runs, in one file"),
-    "convert": ("mimscale.convert.cli", "official checkpoints <-> ours <-> timm, each with an equality check"),
+    "convert": (
+        "mimscale.convert.cli",
+        "official checkpoints <-> ours <-> timm, transformers; each with an equality check",
+    ),
     "reconstruct": ("mimscale.api.cli", "a figure of masked images and their reconstructions"),
     "plan": ("mimscale.cost.cli", "what a run needs, takes and costs on a cluster, before it is submitted"),
     "doctor": ("mimscale.doctor.cli", "check this machine, a recipe, its data and its teachers"),

@@ -1,4 +1,4 @@
-"""`mimscale convert SOURCE OUT --to WHAT`: official checkpoints <-> ours <-> timm, each compared before it is named."""
+"""`mimscale convert SOURCE OUT --to WHAT`: official checkpoints <-> ours <-> timm, transformers; compared first."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     end_with_example(
         parser,
         "mimscale convert runs/l16 vit_l16-timm --to timm",
+        "mimscale convert runs/l16 vit_l16 --to huggingface --push ORG/vit_l16 --private",
         "mimscale convert official_vit_l16.pth ours.safetensors --to mimscale --recipe mae_vit_l16",
         before=TO % ", ".join(names),
     )

@@ -34,7 +34,8 @@ class MAEConfig(base.MaskedConfig):
 
     low_pass_radius: regress the image's low frequencies, up to this many cycles per side (PixMIM); null: the unfiltered
     image. fusion: the decoder's input: the last block of the encoder, or several blocks fused (MFF).
-    decoder_width, decoder_depth, decoder_heads, decoder_mlp_ratio: of the decoder, as in the section `student`.
+    decoder_width: channels of the decoder. decoder_depth: its blocks. decoder_heads: attention heads of each.
+    decoder_mlp_ratio: hidden channels of its MLPs as a multiple of its width.
     """
 
     norm_pix_loss: bool = True

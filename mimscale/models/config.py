@@ -20,7 +20,8 @@ STUDENT_SIZES = {  # width, depth, heads
 
 class StudentConfig(Strict):
     """The encoder that is trained, a plain ViT by default. size: sets width, depth and heads; without it give all
-    three. width, depth, heads: channels, number of blocks, attention heads of each; by default those of `size`. patch:
+    three. width: channels; by default those of `size`. depth: number of blocks, likewise. heads: attention heads
+    of each block, likewise. patch:
     side of a patch in pixels. mlp_ratio: width of the MLP's hidden layer, as a multiple of `width`. drop_path: rate of
     stochastic depth in the last block; it rises linearly from 0 in the first.
     """

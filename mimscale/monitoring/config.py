@@ -14,8 +14,10 @@ STORES = ("file", "http", "https", "sqlite", "postgresql", "mysql", "mssql", "da
 
 
 class WandbConfig(Strict):
-    """project, entity, group, tags: as on the site; entity None = your default one. mode: online; offline (files in
-    RUN/wandb, which `wandb sync` sends later); None = WANDB_MODE of the environment, else online.
+    """project: of Weights & Biases, made where it does not exist. entity: the user or team that the project belongs
+    to; null: your default one. group: under which the site gathers runs. tags: labels of the run on the site. mode:
+    online; offline (files in RUN/wandb, which `wandb sync` sends later); null: WANDB_MODE of the environment, else
+    online.
     """
 
     project: str = Field("mimscale", min_length=1)
@@ -26,8 +28,8 @@ class WandbConfig(Strict):
 
 
 class MlflowConfig(Strict):
-    """uri: file:FOLDER, sqlite:///FILE, http://HOST:PORT and others that mlflow knows; None = MLFLOW_TRACKING_URI of
-    the environment. experiment: its name there.
+    """uri: file:FOLDER, sqlite:///FILE, http://HOST:PORT and others that mlflow knows; null: MLFLOW_TRACKING_URI of
+    the environment. experiment: name of the mlflow experiment that the run belongs to.
     """
 
     uri: str | None = None
@@ -61,8 +63,8 @@ class ProfileConfig(Strict):
 
 class LogConfig(Strict):
     """every: optimiser steps between log lines. panels: steps between panels of images, 0 = none. trackers: where
-    curves, evaluations and panels go besides metrics.jsonl. wandb, mlflow: options of these two. profile: a window of
-    steps that torch.profiler records, none by default.
+    curves, evaluations and panels go besides metrics.jsonl. wandb: options of Weights & Biases. mlflow: options
+    of mlflow. profile: a window of steps that torch.profiler records, none by default.
     """
 
     every: int = Field(20, ge=1)

@@ -38,7 +38,7 @@ class ScheduleConfig(Strict):
 
     kind: the curve. cosine is MAE's; timm_cosine and multistep (x gamma at each epoch of `milestones`) are SimMIM's;
     openmmlab_cosine is that of MFF's and PixMIM's release.
-    warmup_lr, min_lr: where the warm-up starts and the cosine ends, absolute.
+    warmup_lr: learning rate at which the warm-up starts, absolute. min_lr: the one at which the cosine ends, absolute.
     warmup_start_factor: of openmmlab_cosine instead of warmup_lr, where the warm-up starts as a share of the peak.
     global_batch: images of one optimiser step, over all ranks and accumulated micro-batches.
     epochs: length of the run; an epoch has floor(samples / global_batch) steps. steps: the same in optimiser steps, for

@@ -222,3 +222,12 @@ def test_lines_backwards(tmp_path: Path) -> None:
     assert list(lines_backwards(path, limit=CHUNK)) == [b"x"]  # only what lies whole in the tail
     path.write_bytes(b"")
     assert list(lines_backwards(path)) == list(objects_backwards(path)) == []
+
+
+def test_values_that_json_does_not_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recipe of another release, in YAML: a date, infinity."""
+    one, two = write_run(tmp_path / "a", step(20)), write_run(tmp_path / "b", step(20))
+    (two / "config.yaml").write_text("method: {name: mae}\ndata: {since: 2026-01-31, limit: .inf}\n")
+    assert main(["runs", "compare", str(one), str(two), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["recipe"]
+    assert found["data.since"][1] == "2026-01-31" and found["data.limit"][1] is None

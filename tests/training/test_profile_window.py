@@ -132,3 +132,8 @@ def test_bad_windows_are_refused() -> None:
     for change, line in (("log.profile.at=0", "log.profile.at = 0"), ("log.profile.step=1", "did you mean 'steps'")):
         with pytest.raises(UserError, match=line):
             load_recipe("mae_tiny", ["log.profile.at=1", change])
+
+
+def test_a_window_behind_the_last_step_is_refused(tmp_path: Path, shards: Path) -> None:
+    with pytest.raises(UserError, match=r"log.profile.at = 50 is behind the last step, 6"):
+        checked_run_of(tmp_path / "late", shards, {"at": 50})

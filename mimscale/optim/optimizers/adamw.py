@@ -13,7 +13,7 @@ from mimscale.optim.optimizers.base import Optimizer
 
 
 class AdamWConfig(OptimConfig):
-    """betas: decay of the two moments. eps: added to the root of the second."""
+    """betas: decay of the two moments. eps: added to the root of the second moment."""
 
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0, le=1)
