@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from mimscale import __version__
 from mimscale.distributed.end_process import end_process
-from mimscale.errors import Stopped, UserError, warn
+from mimscale.errors import Stopped, UserError, printable, warn
 from mimscale.files.command_line import Help, end_with_example
 
 VERBS = {
@@ -108,6 +108,14 @@ def _run(arguments: Sequence[str]) -> int:
         if rank == "0" or not getattr(error, "everywhere", False):
             warn(f"mimscale {args.verb}: {'' if rank == '0' else f'rank {rank}: '}{error}")
         return 2 if isinstance(error, UserError) else Stopped.code
+    except BrokenPipeError:  # of `mimscale ... | head`
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if args.verb == "train":  # whose failures have their own ways
+            raise
+        where = "" if error.filename is None else f"{printable(str(error.filename))}: "
+        warn(f"mimscale {args.verb}: {where}{error.strerror or error}; name another place, or make it readable")
+        return 2
 
 
 def answer_early_signals(arguments: Sequence[str]) -> None:

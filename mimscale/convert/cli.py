@@ -81,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
                 loaded = read(args.source, args.ema)
                 lines = [*loaded.notes, *TARGETS.get(args.to, _to_official)(args, loaded)]
     except OSError as error:
-        raise UserError(f"{args.out} cannot be written: {error}; make room, or check both paths") from error
+        raise UserError(
+            f"{error.filename or args.out} cannot be used: {error.strerror or error}; make room, or check both paths"
+        ) from error
     print(*lines, f"wrote {args.out}", sep="\n")
     if args.push:
         print(f"pushed to {push.push(args.out, args.push, args.private)}")

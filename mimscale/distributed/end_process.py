@@ -26,6 +26,6 @@ def end_process(code: int) -> NoReturn:
     last.start()
     last.join(EXIT_S)
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads it any more
+        with suppress(OSError, AttributeError):  # nobody reads it any more, or it was closed from the start
             stream.flush()
     os._exit(code)

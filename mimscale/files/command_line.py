@@ -10,8 +10,6 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from datetime import date, time
-from pathlib import PurePath
 from typing import Any
 
 WIDTH, LINES = 100, 40
@@ -69,8 +67,8 @@ def add_json(parser: argparse.ArgumentParser, text: str = "print JSON in place o
 
 
 def print_json(values: Any) -> None:
-    """One JSON document on stdout. Paths and dates become text, and numbers that JSON does not have become null."""
-    print(json.dumps(plain(values), indent=1, allow_nan=False))
+    """One JSON document on stdout. Of what JSON does not have, numbers become null, other values text."""
+    print(json.dumps(plain(values), indent=1, allow_nan=False), flush=True)  # a full disk is noticed here
 
 
 def stdout_kept(as_json: bool) -> AbstractContextManager[Any]:
@@ -86,9 +84,7 @@ def plain(values: Any) -> Any:
         return [plain(value) for value in values]
     if isinstance(values, float) and not math.isfinite(values):
         return None
-    if isinstance(values, (PurePath, date, time)):  # YAML has dates
-        return str(values)
-    return values
+    return values if values is None or isinstance(values, str | int | float) else str(values)
 
 
 def tables_json(tables: Iterable[tuple[str, list[str], list[list[str]]]]) -> list[dict[str, Any]]:

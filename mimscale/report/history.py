@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mimscale.errors import without_secrets
 from mimscale.files.eval_reports import BROKEN, parsed
+from mimscale.files.plain_numbers import number, whole
 from mimscale.files.regular import read_regular
 
 EVALS = "evals/"
@@ -65,10 +66,10 @@ def read(run_dir: Path) -> History:
     lines, history.unreadable, history.torn = _lines(run_dir / "metrics.jsonl")
     history.launches, broken, _ = _lines(run_dir / "launches.jsonl")
     history.unreadable += broken
-    begun = [launch for launch in history.launches if _number(launch.get("time")) is not None]
+    begun = [launch for launch in history.launches if number(launch.get("time")) is not None]
     waiting, clock_s, start_s = sorted(begun, key=lambda launch: launch["time"]), 0.0, None
     for line in lines:
-        time_s = _number(line.get("time"))
+        time_s = number(line.get("time"))
         while waiting and (time_s is None or waiting[0]["time"] <= time_s):
             launch = waiting.pop(0)
             start_s = launch["time"]
@@ -84,7 +85,7 @@ def read(run_dir: Path) -> History:
 
 
 def _begin(history: History, launch: Mapping[str, Any], clock_s: float) -> None:
-    step = _step(launch.get("step")) or 0
+    step = whole(launch.get("step")) or 0
     again = any(event.kind in ("start", "restart") for event in history.events)
     _discard(history, step)
     kind, text = ("restart", f"started again at step {step:,}") if again else ("start", f"started at step {step:,}")
@@ -92,9 +93,9 @@ def _begin(history: History, launch: Mapping[str, Any], clock_s: float) -> None:
 
 
 def _take(history: History, line: Mapping[str, Any], hours: float) -> None:
-    name, time_s = line.get("event"), _number(line.get("time")) or 0.0
+    name, time_s = line.get("event"), number(line.get("time")) or 0.0
     if name is None:
-        step = _step(line.get("step"))
+        step = whole(line.get("step"))
         if step is None:
             history.unreadable += 1
             return
@@ -104,7 +105,7 @@ def _take(history: History, line: Mapping[str, Any], hours: float) -> None:
         history.rows.append(Row(step, hours, values))
         return
     latest = history.rows[-1].step if history.rows else 0
-    at = _step(line.get("at"))
+    at = whole(line.get("at"))
     step = latest if at is None else at
     if name == "evals":
         values = {EVALS + k: v for k, v in _numbers(line) if k not in ("at", "time", "seconds")}
@@ -112,7 +113,7 @@ def _take(history: History, line: Mapping[str, Any], hours: float) -> None:
         history.evals.append(Row(step, hours, values))
     elif name == "first_step" and isinstance(line.get("seconds"), Mapping):
         history.startup = dict(_numbers(line["seconds"]))
-    back_to = _step(line.get("to")) if name == "rollback" else None
+    back_to = whole(line.get("to")) if name == "rollback" else None
     if isinstance(name, str) and name != "first_step":
         history.events.append(Event(name, step, hours, _text(name, line), time_s, back_to))
     if back_to is not None and back_to < step:
@@ -171,7 +172,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int, bool]:
         return [], 0, False
     found, broken = list[dict[str, Any]](), 0
     parts = data.split(b"\n")
-    for number, part in enumerate(parts):
+    for index, part in enumerate(parts):
         if not part.strip():
             continue
         try:
@@ -179,7 +180,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int, bool]:
             if not isinstance(value, dict):
                 raise ValueError("no mapping")
         except BROKEN:
-            if number == len(parts) - 1:
+            if index == len(parts) - 1:
                 return found, broken, True
             broken += 1
         else:
@@ -189,14 +190,5 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int, bool]:
 
 def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in line.items():
-        if value is None or _number(value) is not None:
+        if value is None or number(value) is not None:
             yield key, math.nan if value is None else float(value)
-
-
-def _number(value: Any) -> float | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    return float(value) if good else None
-
-
-def _step(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +16,7 @@ from mimscale.config.recipe_table import Header, header_of, student_name
 from mimscale.config.recipes import recipe_names
 from mimscale.errors import UserError, printable, without_secrets
 from mimscale.evals import results
+from mimscale.files.plain_numbers import number
 from mimscale.report import history as histories
 from mimscale.report.history import History
 from mimscale.runs.compare import recipe_of
@@ -80,7 +82,7 @@ def read(path: Path, name: str) -> Run:
 
 def names(paths: Sequence[Path]) -> list[str]:
     """For each folder the shortest end of its path that no other has; a number where one is named twice."""
-    parts = [path.resolve().parts for path in paths]
+    parts = [Path(os.path.realpath(path)).parts for path in paths]  # not resolve(), which fails for a loop of links
     chosen: list[str] = []
     for own in parts:
         others = [other for other in parts if other != own]
@@ -180,7 +182,8 @@ def _total(found: Summary, recipe: Mapping[str, Any]) -> int | None:
         return steps
     if not isinstance(epochs, int | float) or not found.epoch or not found.step:
         return None
-    return round(epochs * found.step / found.epoch)
+    total = number(epochs * (found.step / found.epoch))
+    return None if total is None else round(total)
 
 
 def _header(history: History) -> tuple[str, Header] | None:

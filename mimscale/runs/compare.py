@@ -14,6 +14,9 @@ from mimscale.files.regular import read_regular
 from mimscale.runs.find import is_run
 from mimscale.runs.summary import summary_of
 
+MOST_VALUES = 100_000
+"""Of a recipe."""
+
 
 def compare(run_dirs: Sequence[Path]) -> dict[str, Any]:
     """runs: summary of each. recipe: `section.key` -> its value in each run, where they differ. metrics: name -> last
@@ -44,6 +47,16 @@ def recipe_of(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); copy it back from a checkpoint") from None
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"{path} is not YAML; copy it back from the manifest.json of a checkpoint") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not _is_small(values):
         raise UserError(f"{path} holds no recipe; copy it back from the manifest.json of a checkpoint")
     return values
+
+
+def _is_small(values: Any) -> bool:
+    """Whether it has no more than MOST_VALUES: aliases of YAML can make a few bytes endless."""
+    waiting, seen = [values], 0
+    while waiting and seen <= MOST_VALUES:
+        value = waiting.pop()
+        seen += 1
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not waiting

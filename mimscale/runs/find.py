@@ -17,31 +17,31 @@ def find_runs(root: Path, unreadable: list[str]) -> Iterator[Path]:
     unreadable: gets a line for each folder that cannot be listed.
     """
     seen: set[tuple[int, int]] = set()
-    yield from _below(root, unreadable, seen)
-
-
-def _below(folder: Path, unreadable: list[str], seen: set[tuple[int, int]]) -> Iterator[Path]:
-    try:
-        about = folder.stat()
-        if (about.st_dev, about.st_ino) in seen:
-            return
-        seen.add((about.st_dev, about.st_ino))
-        with os.scandir(folder) as entries:
-            listed = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        unreadable.append(f"{folder} cannot be read ({error.strerror})")
-        return
-    if _names_a_run({entry.name for entry in listed}):
-        yield folder
-    for entry in listed:
-        if entry.name in PARTS or entry.name.startswith("."):
-            continue
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
         try:
-            below = entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and is_run(folder / entry.name))
-        except OSError:
+            about = folder.stat()
+            if (about.st_dev, about.st_ino) in seen:
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            with os.scandir(folder) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            unreadable.append(f"{folder} cannot be read ({error.strerror})")
             continue
-        if below:
-            yield from _below(folder / entry.name, unreadable, seen)
+        if _names_a_run({entry.name for entry in listed}):
+            yield folder
+        waiting += [folder / entry.name for entry in reversed(listed) if _may_hold_runs(folder, entry)]
+
+
+def _may_hold_runs(folder: Path, entry: os.DirEntry[str]) -> bool:
+    if entry.name in PARTS or entry.name.startswith("."):
+        return False
+    try:
+        return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and is_run(folder / entry.name))
+    except OSError:
+        return False
 
 
 def is_run(folder: Path) -> bool:

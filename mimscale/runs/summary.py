@@ -5,14 +5,16 @@ Nothing in the folder is trusted: what is damaged is passed over, what cannot be
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mimscale.fault_tolerance.run_lock import Holder, holder_of
 from mimscale.files.eval_reports import BROKEN, figures_of
+from mimscale.files.plain_numbers import number, whole
 from mimscale.files.tail import objects_backwards
 
 RUNNING, DONE, STOPPED, CRASHED, STALE, NEW = "running", "done", "stopped", "crashed", "stale", "new"
@@ -43,7 +45,8 @@ class Figure:
 @dataclass
 class Summary:
     """One run. step, epoch: of the last line of metrics.jsonl. total_steps, epochs: of the whole run. metrics: that
-    line. device: ranks and kind of device. updated: Unix time of the last sign of it. None: not known.
+    line; logged: its Unix time. device: ranks and kind of device. updated: Unix time of the last sign of it. None: not
+    known.
     """
 
     path: str
@@ -63,6 +66,7 @@ class Summary:
     updated: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
+    logged: float = 0.0
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -73,17 +77,17 @@ def summary_of(run_dir: Path) -> Summary:
     """Raises nothing."""
     found = Summary(str(run_dir))
     launch = _launch(run_dir, found)
-    ended = _metrics(run_dir, found, _number(launch.get("time")) or 0.0)
+    ended = _metrics(run_dir, found, number(launch.get("time")) or 0.0)
     found.figures = sorted(_best(_figures(run_dir, found)), key=lambda figure: figure.name)
     if found.step is None and launch:
-        found.step = _whole(launch.get("step"))
-    per_epoch = _number(launch.get("steps_per_epoch"))
+        found.step = whole(launch.get("step"))
+    per_epoch = number(launch.get("steps_per_epoch"))
     if per_epoch is None and found.epoch and found.step:  # of older releases
         per_epoch = found.step / found.epoch
     if per_epoch:
-        found.epochs = None if found.total_steps is None else round(found.total_steps / per_epoch, 2)
+        found.epochs = None if found.total_steps is None else number(found.total_steps / per_epoch)
         if found.epoch is None and found.step is not None:
-            found.epoch = found.step / per_epoch
+            found.epoch = number(found.step / per_epoch)
     try:
         holder = holder_of(run_dir)
     except OSError as error:
@@ -99,11 +103,11 @@ def _launch(run_dir: Path, found: Summary) -> dict[str, Any]:
     for line in _objects(run_dir, "launches.jsonl", found):
         last = last or line
         found.launches += 1
-    ranks, device = _whole(last.get("ranks")), last.get("device")
+    ranks, device = whole(last.get("ranks")), last.get("device")
     found.device = f"{ranks} x {device}" if ranks and isinstance(device, str) else None
     found.host = last["host"] if isinstance(last.get("host"), str) else None
     found.method = last["method"] if isinstance(last.get("method"), str) else None
-    found.total_steps, found.updated = _whole(last.get("total_steps")), _number(last.get("time"))
+    found.total_steps, found.updated = whole(last.get("total_steps")), number(last.get("time"))
     return last
 
 
@@ -111,14 +115,14 @@ def _metrics(run_dir: Path, found: Summary, launched_s: float) -> str | None:
     """Fill in the last line of numbers. Returns why the last launch stopped, if it says so."""
     ended = None
     for line in _objects(run_dir, "metrics.jsonl", found):
-        at_s = _number(line.get("time")) or 0.0
+        at_s = number(line.get("time")) or 0.0
         found.updated = max(found.updated or 0.0, at_s) or None
         if line.get("event") == "stopped" and ended is None and at_s >= launched_s:
             ended = str(line.get("reason") or "asked by another rank")
-        step = _whole(line.get("step"))
+        step = whole(line.get("step"))
         if step is not None:
-            found.step = step
-            found.metrics = {k: v for k, v in line.items() if k not in ("step", "time") and _number(v) is not None}
+            found.step, found.logged = step, at_s
+            found.metrics = {k: v for k, v in line.items() if k not in ("step", "time") and number(v) is not None}
             found.loss, found.epoch = found.metrics.get("loss"), found.metrics.get("epoch")
             found.images_per_s = found.metrics.get("images_per_s")
             break
@@ -127,12 +131,17 @@ def _metrics(run_dir: Path, found: Summary, launched_s: float) -> str | None:
 
 def _figures(run_dir: Path, found: Summary) -> Iterator[Figure]:
     older = found.total_steps is None and not (run_dir / "evals.jsonl").exists()
-    name = "metrics.jsonl" if older else "evals.jsonl"
+    name, first = "metrics.jsonl" if older else "evals.jsonl", math.inf
+    # from the last line on: of steps that were done again, after a roll-back or a resume, only the later lines count
     for line in _objects(run_dir, name, found, OLDER_TAIL if older else TAIL):
         if line.get("event") == "evals":
+            at = whole(line.get("at"))
+            if at is not None and (at >= first or _left(at, line, found)):
+                continue
+            first = first if at is None else at
             for metric, value in line.items():
-                if metric not in NO_FIGURES and (number := _number(value)) is not None:
-                    yield Figure(metric, number, _whole(line.get("at")), name)
+                if metric not in NO_FIGURES and (share := number(value)) is not None:
+                    yield Figure(metric, share, at, name)
     for path in sorted(run_dir.glob("eval/*.json")):
         try:
             for one in figures_of(path, f"eval/{path.name}"):
@@ -140,6 +149,11 @@ def _figures(run_dir: Path, found: Summary) -> Iterator[Figure]:
                 yield Figure(metric, one.value, one.step, one.report)
         except BROKEN:
             found.unreadable.append(f"eval/{path.name} (no report of an evaluation)")
+
+
+def _left(at: int, line: Mapping[str, Any], found: Summary) -> bool:
+    """Whether the run has gone back behind step `at` since, and has not come there again."""
+    return found.step is not None and at > found.step and (number(line.get("time")) or 0.0) < found.logged
 
 
 def _best(figures: Iterable[Figure]) -> list[Figure]:
@@ -157,7 +171,7 @@ def _status(run_dir: Path, holder: Holder | None, ended: str | None, launch: dic
         return DONE, ""
     if ended is not None:
         return STOPPED, ended
-    launched_s = _number(launch.get("time")) or 0.0
+    launched_s = number(launch.get("time")) or 0.0
     if _changed_s(run_dir / "guard.json") >= launched_s and (run_dir / "guard.json").exists():
         return STOPPED, "too many bad steps: guard.json"
     if holder is not None and holder.alive is not False:
@@ -198,11 +212,3 @@ def _changed_s(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return -1.0
-
-
-def _number(value: Any) -> float | None:
-    return None if isinstance(value, bool) or not isinstance(value, int | float) else value
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None

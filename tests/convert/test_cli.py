@@ -108,7 +108,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     before = sorted(tmp_path.iterdir())
     with no_file_may_exceed(20_000):
         message = refused([str(source), str(tmp_path / name), "--to", to], capsys)
-    assert f"{tmp_path / name} cannot be written: " in message and "File too large" in message
+    assert " cannot be used: " in message and "File too large" in message
     assert sorted(tmp_path.iterdir()) == before
 
 

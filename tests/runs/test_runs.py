@@ -33,10 +33,9 @@ def write_run(folder: Path, *lines: dict[str, Any], launched_s: float = 1000.0, 
     (folder / "config.yaml").write_text(json.dumps({"method": {"name": "mae"}, **config}))
     launch = {"time": launched_s, "ranks": 2, "device": "cuda", "host": "n1", "method": "mae"}
     (folder / "launches.jsonl").write_text(json.dumps(launch | {"total_steps": 100, "steps_per_epoch": 10}) + "\n")
-    with (folder / "metrics.jsonl").open("w") as file:
-        for second, line in enumerate(lines, start=1):
-            file.write(json.dumps({**line, "time": launched_s + second}) + "\n")
-    if found := [line for line in lines if line.get("event") == "evals"]:
+    logged = [{**line, "time": launched_s + second} for second, line in enumerate(lines, start=1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
+    if found := [line for line in logged if line.get("event") == "evals"]:
         (folder / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
     return folder
 
@@ -231,3 +230,66 @@ def test_values_that_json_does_not_have(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["runs", "compare", str(one), str(two), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["recipe"]
     assert found["data.since"][1] == "2026-01-31" and found["data.limit"][1] is None
+
+
+HUGE = 10**400
+
+
+def test_numbers_that_no_arithmetic_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a", step(20))
+    b = write_run(tmp_path / "b", {**step(20), "loss": HUGE}, {"event": "evals", "at": 20, "knn": HUGE})
+    launch = {"time": HUGE, "total_steps": HUGE, "steps_per_epoch": 1e-320, "step": HUGE, "ranks": HUGE}
+    (b / "launches.jsonl").write_text(json.dumps(launch) + "\n")
+    c = write_run(tmp_path / "c", {"step": 20, "loss": 0.5, "epoch": 1e-320})
+    (c / "launches.jsonl").write_text(json.dumps({"time": 1000.0, "total_steps": 100, "steps_per_epoch": 1e-320}))
+    (c / "config.yaml").write_text("method: {name: mae}\nschedule: {epochs: 1.0e+299}\n")
+    for words in ([str(tmp_path)], ["compare", str(b), str(c)]):
+        for more in ([], ["--json"]):
+            assert main(["runs", *words, *more]) == 0
+    out = capsys.readouterr().out
+    assert "Infinity" not in out and "999999" not in out
+    assert main(["report", str(b), str(c), "--json"]) == 0
+    assert [run["step"] for run in json.loads(capsys.readouterr().out)["runs"]] == [20, 20]
+
+
+def test_evaluations_of_steps_that_were_done_again(tmp_path: Path) -> None:
+    def evals(at: int, knn: float) -> dict[str, Any]:
+        return {"event": "evals", "at": at, "knn": knn}
+
+    again = write_run(tmp_path / "a", step(8), evals(8, 99), step(5), step(8), evals(8, 50), step(9))
+    assert [(one.value, one.step) for one in summary_of(again).figures] == [(50, 8)]
+    behind = write_run(tmp_path / "b", step(4), evals(4, 40), step(8), evals(8, 99), step(5), step(7))
+    assert [(one.value, one.step) for one in summary_of(behind).figures] == [(40, 4)]
+    unlogged = write_run(tmp_path / "c", step(4), evals(6, 60))  # log.every = 4
+    assert [(one.value, one.step) for one in summary_of(unlogged).figures] == [(60, 6)]
+
+
+def test_recipes_and_folders_without_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = write_run(tmp_path / "good", step(20))
+    for number, text in enumerate(("a: &a {b: *a}", ALIASES)):
+        bad = write_run(tmp_path / f"bad{number}", step(20))
+        (bad / "config.yaml").write_text(text)
+        assert main(["runs", "compare", str(bad), str(good)]) == 2 and "holds no recipe" in capsys.readouterr().err
+        assert main(["report", str(bad), "--json"]) == 0 and "holds no recipe" in capsys.readouterr().out
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for path in (loop, tmp_path / ("x" * 300)):
+        for words in (["runs", str(path)], ["report", str(path), "--json"], ["runs", "compare", str(path), str(good)]):
+            assert main(words) == 2
+            assert len(capsys.readouterr().err.splitlines()) == 1
+    parts = Path(*["d"] * 1500)
+    here = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for _ in parts.parts:
+            os.mkdir("d", dir_fd=here)
+            below = os.open("d", os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+    finally:
+        os.close(here)
+    assert main(["runs", str(tmp_path)]) == 0 and "good" in capsys.readouterr().out
+
+
+ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
+)
