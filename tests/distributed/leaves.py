@@ -15,6 +15,7 @@ from mimscale.engine.torch_engine import open_process_group
 from mimscale.errors import UserError, warn
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which launchers end the other ranks, perhaps too soon
     rank = int(os.environ["RANK"])
     world = World(rank, 2, rank, torch.device("cpu"))
     store = meet(world)
