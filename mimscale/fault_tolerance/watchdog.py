@@ -73,7 +73,8 @@ class Watchdog:
         while not self._closed.wait(min(self._limit_s / 10, 5.0)):
             if self._beats != seen:
                 seen = self._beats
-                faulthandler.dump_traceback_later(1.5 * self._limit_s + 30.0, exit=True)
+                limit_s = 1.5 * self._limit_s + 30.0
+                faulthandler.dump_traceback_later(limit_s, exit=True, file=2)  # sys.stderr may be no file
             if time.monotonic() - self._beat_s > self._limit_s:
                 self._bark()
 

@@ -277,17 +277,6 @@ def test_recipes_and_folders_without_end(tmp_path: Path, capsys: pytest.CaptureF
         for words in (["runs", str(path)], ["report", str(path), "--json"], ["runs", "compare", str(path), str(good)]):
             assert main(words) == 2
             assert len(capsys.readouterr().err.splitlines()) == 1
-    parts = Path(*["d"] * 1500)
-    here = os.open(tmp_path, os.O_RDONLY)
-    try:
-        for _ in parts.parts:
-            os.mkdir("d", dir_fd=here)
-            below = os.open("d", os.O_RDONLY, dir_fd=here)
-            os.close(here)
-            here = below
-    finally:
-        os.close(here)
-    assert main(["runs", str(tmp_path)]) == 0 and "good" in capsys.readouterr().out
 
 
 ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
