@@ -115,7 +115,7 @@ def test_validation_labels(official: Path, tmp_path: Path, truth: list[str], mon
 
 def test_the_flat_folder_of_the_validation_images(official: Path, tmp_path: Path, capsys) -> None:
     with tarfile.open(official / "ILSVRC2012_img_val.tar") as tar:
-        tar.extractall(tmp_path / "val", filter="data")
+        tar.extractall(tmp_path / "val")
     (tmp_path / "val" / "._ILSVRC2012_val_00000001.JPEG").write_bytes(b"x")
     truth = ("--truth", str(official / "LOC_val_solution.csv"))
     for name, source in (("a", official / "ILSVRC2012_img_val.tar"), ("b", tmp_path / "val")):
