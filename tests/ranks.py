@@ -104,7 +104,8 @@ def run(
     """Run a module on that many ranks and wait; on failure show what it printed. meanwhile: gets their process ids."""
     done = forked.run(count, list(map(str, words)), environment(), meanwhile)
     if check and done.returncode:
-        raise AssertionError(f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+        errors = "\n".join(line for line in done.stderr.splitlines() if not line.startswith("frame #"))
+        raise AssertionError(f"exit {done.returncode}\n{done.stdout[-4000:]}\n{errors[-8000:]}")
     return done
 
 
