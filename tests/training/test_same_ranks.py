@@ -63,11 +63,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str
         else:
             words = ["folder", str(shards.parent / "images"), str(target), "--shard-samples", "16", "--seed", "9"]
             assert data_prep(words) == 0
-    path = root / "cases.json"
-    path.write_text(json.dumps(cases))
-    ranks.run(2, "tests.training.ranks_apart", path)
-    found = [json.loads(Path(f"{path}.{rank}").read_text()) for rank in (0, 1)]
-    return {name: [found[rank][number] for rank in (0, 1)] for number, name in enumerate(CASES)}
+    found = {}
+    for name, case in zip(CASES, cases, strict=True):
+        path = root / f"{name}.json"
+        path.write_text(json.dumps(case))
+        ranks.run(2, "tests.training.ranks_apart", path)
+        found[name] = [json.loads(Path(f"{path}.{rank}").read_text()) for rank in (0, 1)]
+    return found
 
 
 @pytest.mark.multi
