@@ -108,11 +108,12 @@ def _run(arguments: Sequence[str]) -> int:
         if rank == "0" or not getattr(error, "everywhere", False):
             warn(f"mimscale {args.verb}: {'' if rank == '0' else f'rank {rank}: '}{error}")
         return 2 if isinstance(error, UserError) else Stopped.code
-    except BrokenPipeError:  # of `mimscale ... | head`
-        return 128 + signal.SIGPIPE
     except OSError as error:
         if args.verb == "train":  # whose failures have their own ways
             raise
+        if isinstance(error, BrokenPipeError):
+            warn(f"mimscale {args.verb}: nobody reads its output any more, or a process that it needs has ended")
+            return 128 + signal.SIGPIPE
         where = "" if error.filename is None else f"{printable(str(error.filename))}: "
         warn(f"mimscale {args.verb}: {where}{error.strerror or error}; name another place, or make it readable")
         return 2

@@ -279,6 +279,17 @@ def test_recipes_and_folders_without_end(tmp_path: Path, capsys: pytest.CaptureF
             assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_output_that_nobody_reads_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", step(20))
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "mimscale", "runs", str(tmp_path), "--json"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr.startswith("mimscale runs: nobody reads its output any more")
+    assert len(done.stderr.splitlines()) == 1
+
+
 ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
 )
