@@ -29,6 +29,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "shards"
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are named by their argument: all workers must find the same names, and a gzip header holds the time."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long come first, so that none of them is left over at the end where several run at a time."""
     marks, rank = ("slurm", "multi", "slow"), dict[Path, int]()
