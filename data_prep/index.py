@@ -146,12 +146,16 @@ def _map(scan: Callable[[str], Scan | str], names: list[str], jobs: int) -> Iter
 def _scan(shards: ShardList, options: IndexOptions, name: str) -> Scan | str:
     """What the shard holds, or why it cannot be indexed."""
     shown = f"{shards.location}/{name}"
-    if not SHARD_NAME.fullmatch(name) and name.lower().endswith(".tar"):
-        return f"shard '{one_line(shown)}': only letters, digits, '.', '_', '-' and .tar make its name; rename it"
+    odd = not SHARD_NAME.fullmatch(name)
+    rename = f"shard '{one_line(shown)}': only letters, digits, '.', '_', '-' and .tar make its name; rename it"
+    if odd and name.lower().endswith(".tar"):
+        return rename
     try:
         with shards.open(name) as file:
             label = None if options.label == "none" else options.label or "cls"
             contents = scan_shard(file, shown, options.image, label, options.classes or ())
+            if odd:  # named as if it were compressed
+                return rename
             size, changed = shards.identity(name)
             return Scan(name, size, changed, sha256(file) if options.checksums else None, contents)
     except UserError as error:

@@ -151,7 +151,16 @@ class _GroupRows:
             self.first += 0 if self._batch is None else self._batch.num_rows
             self._batch = None  # before the next one is made
             self._batch = next(self._batches)
-        return self._batch.column(0)[row - self.first].as_py()
+        return _image(self._batch.column(0)[row - self.first])
+
+
+def _image(value: Any) -> Any:
+    """Bytes, or a dict of bytes and path; a path that is not UTF-8 becomes what Python has for names of files."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        path = value["path"].as_buffer().to_pybytes().decode(errors="surrogateescape")
+        return {"bytes": value["bytes"].as_py() if "bytes" in value else None, "path": path}
 
 
 def parquet_library() -> tuple[Any, Any]:

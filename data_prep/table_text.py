@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from data_prep.table_rows import IMAGE_COLUMNS, Row, choose_columns
-from data_prep.tar import compression, unpack
 from mimscale.data.names import one_line
+from mimscale.data.packed import compression, unpack
 from mimscale.errors import UserError
 
 DELIMITERS = (",", "\t", ";", "|")
@@ -55,8 +55,10 @@ def _text(path: Path) -> str:
         if b"\0" in data[:2] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError(f"table '{path}' is no text in UTF-8: a byte of its first line is zero; save it as UTF-8")
         if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-            return data.decode("utf-16")
-        return data.decode("utf-8-sig", "surrogateescape")
+            text = data.decode("utf-16")
+        else:
+            text = data.decode("utf-8-sig", "surrogateescape")
+        return text if "\n" in text else text.replace("\r", "\n")  # as old programs of the Mac end their lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"table '{path}' cannot be read: {error}") from None
 

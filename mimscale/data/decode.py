@@ -85,6 +85,8 @@ def decode(data: bytes, wanted: object = None) -> Image.Image:
     except NoRgb as error:
         raise BadImage(str(error)) from None
     except UnidentifiedImageError:
+        if data[:4] in (b"II*\0", b"MM\0*"):
+            raise BadImage("a TIFF of a kind that Pillow cannot read; store it as 8-bit RGB or grey") from None
         raise BadImage(f"not an image ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise whatever their format's parser meets
         raise BadImage(f"{type(error).__name__}: {error}") from error

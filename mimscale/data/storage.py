@@ -36,6 +36,10 @@ class Storage(Protocol):
         """Names of the files. Raises OSError, or NotImplementedError if there is no list of them."""
 
 
+class NotOffered(OSError):
+    """The server does not do what is needed; asking again would not change that."""
+
+
 def is_remote(location: str | Path) -> bool:
     return "://" in str(location)
 
@@ -62,7 +66,7 @@ def with_retries(request: Callable[[], T]) -> T:
     for attempt in range(TRIES - 1):
         try:
             return request()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotOffered):
             raise
         except OSError:
             time.sleep(PAUSE_S * 2**attempt)
@@ -110,24 +114,31 @@ class HttpServer:
     def read(self, name: str, offset: int, size: int) -> bytes:
         def body(response: Any) -> bytes:
             if response.status != 206:
-                raise OSError("the server does not support range requests")
+                raise NotOffered("the server does not answer range requests; use one that does, or copy the files")
             return response.read()
 
         return self._request(name, {"Range": f"bytes={offset}-{offset + size - 1}"}, "GET", body)
 
     def size(self, name: str) -> int:
-        return self._request(name, {}, "HEAD", lambda response: int(response.headers["Content-Length"]))
+        def length(response: Any) -> int:
+            if "Content-Length" not in response.headers:
+                raise NotOffered("the server does not tell the length; use one that does, or copy the files")
+            return int(response.headers["Content-Length"])
+
+        return self._request(name, {}, "HEAD", length)
 
     def names(self) -> list[str]:
         raise NotImplementedError
 
     def _request(self, name: str, headers: dict[str, str], method: str, result: Callable[[Any], Any]) -> Any:
-        request = urllib.request.Request(f"{self.url}/{quote(name)}", headers=headers, method=method)
+        address = f"{self.url}/{quote(name, safe='/%')}"  # a name in an address may be escaped already
+        request = urllib.request.Request(address, headers=headers, method=method)
         try:
             with _OPENER.open(request, timeout=TIMEOUT_S) as response:
                 return result(response)
         except (OSError, HTTPException, ValueError, TypeError) as error:
-            kind = FileNotFoundError if getattr(error, "code", 0) in (404, 410) else OSError
+            missing = getattr(error, "code", 0) in (404, 410)
+            kind = FileNotFoundError if missing else NotOffered if isinstance(error, NotOffered) else OSError
             raise kind(without_secrets(f"'{self.url}/{name}': {error or type(error).__name__}")) from error
 
 

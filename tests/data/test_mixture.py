@@ -37,6 +37,11 @@ def test_shares_are_the_rounded_weights(weights: list[float], rows: int) -> None
     assert np.abs(found - np.array(weights) / sum(weights) * rows).max() < 1
 
 
+def test_shares_of_weights_at_the_ends_of_their_range() -> None:
+    assert shares([1e308, 1e308]).tolist() == shares([5e-324, 5e-324]).tolist() == [ROWS // 2, ROWS // 2]
+    assert shares([1e308, 1]).tolist() == [ROWS, 0]  # which is refused
+
+
 @pytest.mark.parametrize("weights", [[1.0], [0.5, 0.5], [0.6, 0.1, 0.3], [9, 1]])
 @pytest.mark.parametrize("seed", [0, 7])
 def test_each_set_has_its_share_and_each_sample_once_per_epoch_of_the_set(weights: list[float], seed: int) -> None:

@@ -65,6 +65,7 @@ def made(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_which_files_are_taken(images: Path, made: Path) -> None:
     source = read_folder(images, labelled=True)
     assert dict(source.skipped) == {
+        "folders that are hidden or of the system": 1,
         "hidden or of the system": 1,
         "not an image": 1,
         "not an image (.txt)": 1,
@@ -321,7 +322,7 @@ def test_each_folder_is_walked_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     os.link(root / "class_000" / "000000.jpg", root / "class_001" / "same.jpg")
     (root / "class_001" / "link.jpg").symlink_to("000001.jpg")
     assert len(read_folder(root, labelled=True).items) == 10
-    assert "2 images are reached by a second path too" in capsys.readouterr().err
+    assert "2 files are reached by a second path too" in capsys.readouterr().err
 
 
 def test_a_class_that_is_a_link_to_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,6 +213,14 @@ def test_shards_on_a_web_server_in_place(tmp_path: Path, capsys: pytest.CaptureF
         assert "has no list of its files" in capsys.readouterr().err
         assert main(["index", address]) == 2
         assert "give --to DST" in capsys.readouterr().err
+        asked = len(web.gets)
+        web.plain = True
+        assert main(["index", address, "--to", str(tmp_path / "plain")]) == 2
+        assert capsys.readouterr().err.count("does not answer range requests") == 3
+        assert len(web.gets) == asked + 3  # once each: another answer is not to be expected
+        web.lengths = False
+        assert main(["index", address, "--to", str(tmp_path / "plain")]) == 2
+        assert capsys.readouterr().err.count("does not tell the length") == 3
     finally:
         web.stop()
 

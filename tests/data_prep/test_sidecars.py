@@ -88,9 +88,9 @@ def test_archives_of_classes(tmp_path: Path) -> None:
     folder = write(tmp_path / "in" / "n01.tar", [("n01_1.JPEG", JPEG), ("._n01_1.JPEG", JPEG)])
     (folder / "._n01.tar").write_bytes(APPLE)
     source = read_21k(folder)
-    assert source.classes == ["n01"] and len(source.items) == 1 and source.skipped == {"hidden": 2}
+    assert source.classes == ["n01"] and len(source.items) == 1 and source.skipped == {"hidden or of the system": 2}
     whole = write(
         tmp_path / "whole" / "all.tar", [("n01.tar", (folder / "n01.tar").read_bytes()), ("._n01.tar", APPLE)]
     )
     again = read_21k(whole / "all.tar")
-    assert again.classes == ["n01"] and len(again.items) == 1 and again.skipped == {"hidden": 2}
+    assert again.classes == ["n01"] and len(again.items) == 1 and again.skipped == {"hidden or of the system": 2}
