@@ -100,8 +100,8 @@ def _classes(root: Path, known: Sequence[str] | None) -> list[str]:
     moved = next((n for n, name in enumerate(names) if name.isdecimal() and int(name) != n), None)
     if moved is not None and all(name.isdecimal() for name in names) and names != sorted(names, key=int):
         warn(
-            f"'{root}': the class folders are numbers, in the order of text as in torchvision: '{names[moved]}' is class "
-            f"{moved}; --classes FILE gives another order"
+            f"'{root}': the class folders are numbers, in the order of text as in torchvision: '{names[moved]}' is "
+            f"class {moved}; --classes FILE gives another order"
         )
     return names
 

@@ -58,7 +58,8 @@ def read_val_labels(truth: Path, synsets: Path | None) -> dict[str, str]:
             f"ground truth '{truth}': {error} is not in it or in the synset list; give the right file"
         ) from None
     except (OSError, ValueError, IndexError, EOFError, zlib.error, csv.Error, tarfile.TarError) as error:
-        raise UserError(f"ground truth '{truth}' cannot be read: {error}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"ground truth '{truth}' cannot be read: {reason}") from None
 
 
 def _class_wnids(meta: bytes) -> dict[int, str]:

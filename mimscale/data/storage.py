@@ -131,8 +131,8 @@ class HttpServer:
         raise NotImplementedError
 
     def _request(self, name: str, headers: dict[str, str], method: str, result: Callable[[Any], Any]) -> Any:
-        address = f"{self.url}/{quote(name, safe='/%')}"  # a name in an address may be escaped already
-        request = urllib.request.Request(address, headers=headers, method=method)
+        escaped = quote(name, safe="/%", errors="surrogateescape")  # % stays: parts of an address may be escaped already
+        request = urllib.request.Request(f"{self.url}/{escaped}", headers=headers, method=method)
         try:
             with _OPENER.open(request, timeout=TIMEOUT_S) as response:
                 return result(response)

@@ -174,7 +174,9 @@ class StreamDataset(IterableDataset[list[Batch]]):
             try:
                 image = self.decode(next(sample[name] for name in sorted(EXTENSIONS) if name in sample), wanted)
             except (BadImage, StopIteration) as error:
-                reason = str(error) or f"no image among {', '.join(_dotted(sample))}: the first dot begins the extension"
+                reason = (
+                    str(error) or f"no image among {', '.join(_dotted(sample))}: the first dot begins the extension"
+                )
                 damage.append(Damage(sample_id, shard, key, reason))
                 if len(damage) > MAX_DAMAGED_IN_A_ROW:
                     raise self._nothing_usable(damage) from error

@@ -105,7 +105,7 @@ def test_names_of_any_bytes(tmp_path: Path) -> None:
 def test_what_belongs_to_no_image_is_counted_and_is_no_damage(tmp_path: Path) -> None:
     """As index has it. A dotted name of an image is damage, since the image would be lost in silence."""
     image = os.urandom(900)
-    apple = {name: b"\0\5\x16\7" for name in ("._0.jpg", "__MACOSX/0.jpg", ".DS_Store", "__meta__/shard.json")}
+    apple = dict.fromkeys(("._0.jpg", "__MACOSX/0.jpg", ".DS_Store", "__meta__/shard.json"), b"\x00\x05\x16\x07")
     members = {**apple, "0.jpg": image, "README": b"x", "0.cls": b"1", "notes.txt": b"y", "1.v2.jpg": image}
     (tmp_path / "a.tar").write_bytes(archive(members))
     damage: list[Damage] = []

@@ -330,3 +330,43 @@ def test_a_class_that_is_a_link_to_another(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "in" / "again").symlink_to("class_000")
     assert main(["folder", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
     assert "holds no image of its own: it is a link to 'class_000'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], parquet: bool
+) -> None:
+    """A path beyond the system's 4,096 bytes stands for any folder that cannot be listed."""
+    root = make_image_folder(tmp_path / "in", classes=1, per_class=1, side=16)
+    place = os.open(root / "class_000", os.O_RDONLY)
+    for _ in range(17):
+        os.mkdir("x" * 250, dir_fd=place)
+        place, above = os.open("x" * 250, os.O_RDONLY, dir_fd=place), place
+        os.close(above)
+    os.close(os.open("lost.jpg", os.O_CREAT, dir_fd=place))
+    os.close(place)
+    assert main(["table" if parquet else "folder", str(root), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "cannot be read: File name too long" in error and len(error) < 500 + len(str(root)) and error.count("\n") == 1
+    )
+
+
+def test_class_folders_that_are_numbers_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_image_folder(tmp_path / "in", classes=3, per_class=1, side=16)
+    for folder, name in zip(sorted((tmp_path / "in").iterdir()), ("0", "2", "10"), strict=True):
+        folder.rename(tmp_path / "in" / name)
+    assert read_folder(tmp_path / "in", labelled=True).classes == ["0", "10", "2"]
+    assert "in the order of text as in torchvision: '10' is class 1; --classes FILE" in capsys.readouterr().err
+    assert read_folder(tmp_path / "in", labelled=True, classes=["0", "2", "10"]).classes == ["0", "2", "10"]
+    assert not capsys.readouterr().err
+
+
+def test_names_of_classes_that_a_terminal_would_obey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_image_folder(tmp_path / "in", classes=2, per_class=1, side=16)
+    for folder, name in zip(sorted((tmp_path / "in").iterdir()), ("a\nb", "\x1b[31mred"), strict=True):
+        folder.rename(tmp_path / "in" / name)
+    assert run("folder", tmp_path / "in", tmp_path / "out") == 0 and run("info", "--classes", tmp_path / "out") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["0 \\x1b[31mred 1", "1 a\\nb 1"] and not any("\x1b" in line for line in lines)
+    assert Manifest.load(tmp_path / "out").classes == ["\x1b[31mred", "a\nb"]

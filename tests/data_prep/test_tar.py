@@ -202,3 +202,32 @@ def test_bytes_behind_the_end_are_named(tmp_path: Path, tail: bytes) -> None:
     path.write_bytes(path.read_bytes() + tail)
     with pytest.raises(BadArchive, match="that are no joined archive"):
         listed(path)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 5])
+def test_a_folder_has_no_contents_whatever_size_its_header_gives(tmp_path: Path, blocks: int) -> None:
+    """Some programs store the size of the folder itself. Here that many bytes would end at a member."""
+    header = tarfile.TarInfo("folder")
+    header.type, header.size = tarfile.DIRTYPE, blocks * BLOCK - 10
+    contents = {f"folder/{n}.jpg": b"x" * 400 for n in range(4)}
+    packed = pack(tmp_path / "a.tar", contents).read_bytes()
+    (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + packed)
+    assert listed(tmp_path / "a.tar") == list(contents.items())
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert tar.getnames() == ["folder", *contents]
+
+
+@pytest.mark.parametrize(
+    "options", [["gnu"], *(["pax", f"--sparse-version={n}"] for n in ("0.0", "0.1", "1.0"))], ids="-".join
+)
+def test_sparse_files_are_named(tmp_path: Path, options: list[str]) -> None:
+    """What an archive stores of them begins with a list of holes, or lacks them."""
+    with open(tmp_path / "a.jpg", "wb") as file:
+        file.write(b"\xff\xd8\xff")
+        file.seek(1 << 20)
+        file.write(b"end")
+    subprocess.run(
+        ["tar", "--sparse", f"--format={options[0]}", *options[1:], "-cf", "x.tar", "a.jpg"], cwd=tmp_path, check=True
+    )
+    with pytest.raises(BadArchive, match="a.jpg': a sparse file"):
+        listed(tmp_path / "x.tar")
