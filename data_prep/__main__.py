@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _folder(options: argparse.Namespace) -> int:
     classes = _lines(options.classes) if options.classes else None
     with progress("listing", 0, "files") as advance:
-        source = read_folder(options.source, not options.unlabelled, classes, advance)
+        source = read_folder(options.source, not options.unlabelled, classes, advance, options.files)
     return _write(options, source)
 
 
@@ -307,6 +307,7 @@ def make_parser() -> argparse.ArgumentParser:
     folder = verbs.add_parser("folder", help="shards from a folder of images, SRC/CLASS/*.jpg")
     folder.add_argument("source", type=Path, metavar="SRC")
     folder.add_argument("--classes", type=Path, metavar="FILE", help=CLASSES)
+    folder.add_argument("--files", metavar="PATTERN", help=FILES)
     folder.add_argument("--unlabelled", action="store_true", help="take every image below SRC, without classes")
     _add_writing(folder, "folder images/train shards/train --jobs 8")
     folder.set_defaults(run=_folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 from data_prep.images import SIGNATURE_BYTES, describe_content, sniff
 from data_prep.plan import Item, Source, unique_keys
 from data_prep.reports import SHOWN
-from data_prep.splits import check_classes
+from data_prep.splits import check_classes, chosen_images
 from data_prep.walk import files_below
 from mimscale.data.decode import EXTENSIONS
 from mimscale.data.names import one_line
@@ -29,12 +29,13 @@ def read_folder(
     labelled: bool,
     classes: Sequence[str] | None = None,
     found: Callable[[int], None] = no_progress,
+    files: str | None = None,
 ) -> Source:
     """Labelled: the sub-folders of `root` are the classes, in sorted order, as torchvision's ImageFolder has them.
 
     Unlabelled: all images below `root`. The first bytes of a file decide whether it is an image, not its name. classes:
     the names of the sub-folders in the order of the class index, instead of the sorted one. found: called with the
-    number of files that were found since the last call. Raises UserError.
+    number of files that were found since the last call. files: pattern, see `chosen_images`. Raises UserError.
     """
     if not root.is_dir():
         raise UserError(f"source '{root}': no such folder")
@@ -45,6 +46,7 @@ def read_folder(
         inside = [name for name in names if os.sep in name]
         skipped["outside of the class folders"] += len(names) - len(inside)
         names = inside
+    names = chosen_images(root, names, files, labelled)
     with ThreadPoolExecutor(PROBE_THREADS) as pool:
         probed = list(pool.map(lambda name: try_probe(root / name), names))
     _refuse_unreadable(root, {name: state for name, state in zip(names, probed, strict=True) if isinstance(state, str)})

@@ -131,7 +131,7 @@ class HttpServer:
         raise NotImplementedError
 
     def _request(self, name: str, headers: dict[str, str], method: str, result: Callable[[Any], Any]) -> Any:
-        escaped = quote(name, safe="/%", errors="surrogateescape")  # % stays: parts of an address may be escaped already
+        escaped = quote(name, safe="/%", errors="surrogateescape")  # not %: an address may be escaped already
         request = urllib.request.Request(f"{self.url}/{escaped}", headers=headers, method=method)
         try:
             with _OPENER.open(request, timeout=TIMEOUT_S) as response:
