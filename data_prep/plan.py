@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.images import ImageOptions
+from data_prep.labels import check_names
 from data_prep.tar import BLOCK, padded_size
 from mimscale.data import noise
+from mimscale.data.names import utf8
 from mimscale.data.sidecars import METADATA, is_sidecar
 from mimscale.errors import UserError
 
@@ -98,6 +100,7 @@ class ShardPlan:
             raise UserError(
                 f"no images in '{source.description['path']}' ({describe(source.skipped) or 'it is empty'})"
             )
+        check_names([utf8(name) for name in source.classes or ()], f"'{source.description['path']}': ")
         self.source, self.images = source, images or ImageOptions()
         self.options = {
             "seed": seed,

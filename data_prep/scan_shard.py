@@ -27,6 +27,7 @@ from mimscale.errors import UserError
 
 MAX_LABEL_BYTES = 1 << 16  # of the member that holds the label
 MAX_EXTENSIONS = 3  # that a reason names
+NO_IMAGE = "no image among"  # begins a reason
 DOTTED = "a dot in its name: the extension begins at the first dot, so give --image or rename it"
 WNID = re.compile(r"(?<![a-z0-9])n\d{8}(?![0-9])")  # the name of a class of ImageNet
 
@@ -127,7 +128,7 @@ def _no_image(sample: dict[str, Member], image: str | None) -> str:
     """The reason, with the extensions that were seen: a dot in a name begins the extension."""
     seen = sorted(f".{one_line(extension)[:20]}" for extension in sample)
     more = ", ..." if len(seen) > MAX_EXTENSIONS else ""
-    return f"no image among {', '.join(seen[:MAX_EXTENSIONS])}{more}" + (f", no .{image}" if image else "")
+    return f"{NO_IMAGE} {', '.join(seen[:MAX_EXTENSIONS])}{more}" + (f", no .{image}" if image else "")
 
 
 def leave_out(left_out: dict[str, str], key: str, reason: str) -> None:

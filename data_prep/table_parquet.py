@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.item_reader import parquet_library
-from data_prep.splits import chosen_files
+from data_prep.splits import COLUMNS, chosen_files, say_rows_of_splits
 from data_prep.table_rows import Row, choose_columns
 from data_prep.walk import files_below
 from mimscale.errors import UserError
@@ -45,6 +45,9 @@ def read_parquet(
             with pq.ParquetFile(path) as file:
                 column, label_column = choose_columns(path, list(file.schema_arrow.names), image, label)
                 names.append(_class_names(file.schema_arrow, label_column))
+                for name in file.schema_arrow.names:
+                    if name.lower() in COLUMNS and name not in (column, label_column):
+                        say_rows_of_splits(path, name, _texts(file.read(columns=[name])[name]))
                 kind = _checked(path, file.schema_arrow, column, label_column)
                 as_bytes = kind == "bytes" or (kind == "struct" and _stores_bytes(file, column))
                 stored.add(as_bytes)

@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from data_prep.splits import COLUMNS, say_rows_of_splits
 from data_prep.table_rows import IMAGE_COLUMNS, Row, choose_columns
 from mimscale.data.names import one_line
 from mimscale.data.packed import compression, unpack
@@ -38,6 +39,9 @@ def read_csv(table: Path, image: str | None, label: str | None, delimiter: str |
                 f"table '{table}', row {number:,}: {len(line):,} fields, but {len(columns):,} columns; correct it, or "
                 "give the --delimiter"
             )
+    for number, name in enumerate(columns):
+        if name.lower() in COLUMNS and name not in (path, label):
+            say_rows_of_splits(table, name, (line[number] for line in lines[1:]))
     at, label_at = columns.index(path), columns.index(label) if label else -1
     rows = [Row(line[at], line[label_at] if label else "") for line in lines[1:]]
     empty = sum(not row.path for row in rows)

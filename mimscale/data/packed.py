@@ -22,6 +22,7 @@ SUFFIX = {
     "lz4": (".lz4",),
     "compress": (".Z",),
 }
+OPTIONS = {"zstd": " --rm", "lz4": " --rm -m"}  # else they keep the compressed file, and lz4 may write to stdout
 
 
 def compression(start: bytes) -> str | None:
@@ -33,6 +34,5 @@ def unpack(path: Path | str, packed: str) -> str:
     """How to make a shard of a compressed file."""
     shown = shlex.quote(str(path)) if "'" in str(path) else f"'{path}'"
     if str(path).endswith(SUFFIX[packed]):
-        keep = " --rm" if packed in ("zstd", "lz4") else ""  # these two leave the compressed file where it is
-        return f"unpack it: {packed}{keep} -d {shown}"
+        return f"unpack it: {packed}{OPTIONS.get(packed, '')} -d {shown}"
     return f"unpack it: {packed} -dc {shown} > unpacked, then mv unpacked {shown}"

@@ -370,3 +370,17 @@ def test_names_of_classes_that_a_terminal_would_obey(tmp_path: Path, capsys: pyt
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == ["0 \\x1b[31mred 1", "1 a\\nb 1"] and not any("\x1b" in line for line in lines)
     assert Manifest.load(tmp_path / "out").classes == ["\x1b[31mred", "a\nb"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [((" ", "b"), "class 0 has an empty name"), ((r"\xe9", os.fsdecode(b"\xe9")), "is given twice")],
+)
+def test_classes_that_a_manifest_would_not_tell_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, str], message: str
+) -> None:
+    make_image_folder(tmp_path / "in", classes=2, per_class=1, side=16)
+    for folder, name in zip(sorted((tmp_path / "in").iterdir()), names, strict=True):
+        folder.rename(tmp_path / "in" / name)
+    assert run("folder", tmp_path / "in", tmp_path / "out") == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.splits import check_classes, chosen_files, chosen_images
+from data_prep.table import read_table
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
@@ -146,3 +147,18 @@ def test_images_that_may_be_called_anything() -> None:
     assert chosen_images(Path("x"), val, None, labelled=True) == val
     with pytest.raises(UserError, match="matches none of the 2 files"):
         chosen_images(Path("x"), val, "train*", labelled=True)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_rows_of_several_splits_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = sorted(map(str, make_image_folder(tmp_path / "in", classes=1, per_class=3, side=16).glob("*/*.jpg")))
+    for splits, said in ((["train", "Train", "val"], "2 of train, 1 of validation"), (["train", "train", "x"], "")):
+        if kind == "csv":
+            rows = "".join(f"{path},{split}\n" for path, split in zip(images, splits, strict=True))
+            (tmp_path / "a.csv").write_text(f"path,Split\n{rows}")
+        else:
+            pq.write_table(pa.table({"path": images, "Split": splits}), tmp_path / "a.parquet")
+        assert len(read_table(tmp_path / f"a.{kind}").items) == 3
+        error = capsys.readouterr().err
+        assert said in error and (error.count("\n") == 1) == bool(said)
