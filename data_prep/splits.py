@@ -38,7 +38,7 @@ def chosen_files(folder: Path, paths: Sequence[Path], pattern: str | None) -> li
 
 
 def chosen_images(folder: Path, names: Sequence[str], pattern: str | None, labelled: bool) -> list[str]:
-    """As `chosen_files`, of images by their paths below `folder`. Any picture may be called test.jpg, so they are of
+    """As `chosen_files`, of images by their paths below `folder`. Any image may be called test.jpg, so they are of
     several splits only if most names say so: of all together, or with labels of any class folder.
     """
     if pattern is not None:

@@ -18,7 +18,7 @@ def files_below(root: Path, skipped: Counter[str], found: Callable[[int], None] 
 
     Each folder (device, inode) is walked once: first the real ones, then those that links lead to. A file that is
     reached by several paths is kept and counted. found: called with the number of files in each folder. Raises
-    UserError for a folder that cannot be read, of which nothing else would tell.
+    UserError for a folder that cannot be read: its files would be lost in silence.
     """
     names: list[str] = []
     links, walked, files_seen, again = [str(root)], set[tuple[int, int]](), set[tuple[int, int]](), 0

@@ -122,7 +122,7 @@ class HttpServer:
     def size(self, name: str) -> int:
         def length(response: Any) -> int:
             if "Content-Length" not in response.headers:
-                raise NotOffered("the server does not tell the length; use one that does, or copy the files")
+                raise NotOffered("the server does not give the length; use one that does, or copy the files")
             return int(response.headers["Content-Length"])
 
         return self._request(name, {}, "HEAD", length)

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 class WebServer:
     """Serves a folder. faults: errors for the next GETs of a shard: "500", "stall", "truncate" or "zeros".
 
-    plain: as `python -m http.server`, without ranges.  lengths: whether it tells the length of a file.
+    plain: as `python -m http.server`, without ranges.  lengths: whether it gives the length of a file.
     """
 
     def __init__(self, folder: Path):
