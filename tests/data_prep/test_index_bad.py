@@ -220,7 +220,7 @@ def test_shards_on_a_web_server_in_place(tmp_path: Path, capsys: pytest.CaptureF
         assert len(web.gets) == asked + 3  # once each: another answer is not to be expected
         web.lengths = False
         assert main(["index", address, "--to", str(tmp_path / "plain")]) == 2
-        assert capsys.readouterr().err.count("does not tell the length") == 3
+        assert capsys.readouterr().err.count("does not give the length") == 3
     finally:
         web.stop()
 
