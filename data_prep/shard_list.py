@@ -14,7 +14,7 @@ from data_prep.splits import chosen_files
 from data_prep.tar import File, open_for_reading
 from mimscale.data.sidecars import is_sidecar
 from mimscale.data.storage import Storage, is_remote, storage, with_retries
-from mimscale.errors import UserError
+from mimscale.errors import UserError, warn
 
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 PACKED = re.compile(r".*\.(tar\.(gz|zst|xz|bz2|lz4|Z)|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
@@ -98,7 +98,11 @@ def list_shards(source: str, pattern: str | None = None) -> ShardList:
     names = [name for name in wanted if not name.startswith(".")]
     if not names:
         raise UserError(f"'{source}' holds no .tar files; give the folder of the shards")
-    skipped = Counter({"hidden": len(wanted) - len(names), "shards in folders below, which need an index each": below})
+    if below:
+        warn(
+            f"'{source}': {below:,} shards in folders below are not read; each of these folders has an index of its own"
+        )
+    skipped = Counter({"hidden": len(wanted) - len(names)})
     chosen = chosen_files(Path(location), [Path(name) for name in names], pattern)
     return ShardList(location, [path.name for path in chosen], +skipped)
 

@@ -181,6 +181,7 @@ class Bucket:
         try:
             return request(f"{self.root}/{name}")
         except Exception as error:  # each object store has its own exceptions
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+            refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"  # of botocore
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else NotOffered if refused else OSError
             what = f"'{self.scheme}://{self.root}/{name}': {type(error).__name__}: {error}"
             raise kind(without_secrets(what)) from error
