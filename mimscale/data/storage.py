@@ -7,6 +7,7 @@ must not hold credentials: they come from the environment, where the tools of th
 from __future__ import annotations
 
 import os
+import stat
 import time
 import urllib.error
 import urllib.request
@@ -87,7 +88,10 @@ class LocalFolder:
             os.close(fd)
 
     def size(self, name: str) -> int:
-        return (self.folder / name).stat().st_size
+        status = (self.folder / name).stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a named pipe would never end
+            raise NotOffered(f"'{self.folder / name}' is no regular file")
+        return status.st_size
 
     def names(self) -> list[str]:
         return os.listdir(self.folder)

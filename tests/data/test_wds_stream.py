@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import shutil
 import subprocess
@@ -167,12 +168,17 @@ def test_a_web_server(shards: Path, web: WebServer) -> None:
     ("url", "world", "message"),
     [
         ("wds:{0}/nowhere.tar", 1, "nowhere.tar' cannot be opened"),
+        ("wds:{0}", 1, "is no regular file.; correct data.shards"),
+        ("wds:", 1, "is no regular file"),
+        ("wds:{0}/../pipe.tar", 1, "pipe.tar' is no regular file"),
         ("wds:ftp://host/a.tar", 1, "'ftp://' cannot be read"),
         ("wds:{0}/shard-{{000000.tar", 1, "write part-"),
         ("wds:{0}/shard-{{000000..000004}}.tar", 6, "5 shards of .* are too few for 6 ranks x 1 workers"),
     ],
 )
 def test_urls_that_are_refused(shards: Path, url: str, world: int, message: str) -> None:
+    if url.endswith("pipe.tar"):
+        os.mkfifo(shards.parent / "pipe.tar")
     with pytest.raises(UserError, match=message) as caught:
         open_source(config(url.format(shards)), world)
     assert "\n" not in str(caught.value)

@@ -376,7 +376,7 @@ def test_names_of_classes_that_a_terminal_would_obey(tmp_path: Path, capsys: pyt
     ("names", "message"),
     [((" ", "b"), "class 0 has an empty name"), ((r"\xe9", os.fsdecode(b"\xe9")), "is given twice")],
 )
-def test_classes_that_look_alike_in_a_manifest_or_have_no_name(
+def test_classes_of_one_name_or_without_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, str], message: str
 ) -> None:
     make_image_folder(tmp_path / "in", classes=2, per_class=1, side=16)

@@ -280,7 +280,9 @@ def test_every_reader_reads_to_the_end_of_the_file(
     (shard.parent / "manifest.json").write_text(json.dumps(file))
     capsys.readouterr()
     assert main(["verify", str(shard.parent)]) == (0 if whole else 1)
-    bad = 0 if whole or name == "zeros_over_a_header" else 1  # doctor looks behind the last image; the rest is verify's
+    bad = (
+        0 if whole or name == "zeros_over_a_header" else 1
+    )  # doctor reads what is behind the last image; verify the rest
     assert main(["doctor", str(shard.parent), "--ranks", "1", "--global-batch", "1"]) == bad
     (tmp_path / "tars" / "n01.tar").write_bytes(data)
     pack(tmp_path / "outer.tar", {"n01.tar": data})
