@@ -78,7 +78,8 @@ class ItemReader:
         try:
             return (Path(self._root) / path).read_bytes()
         except (OSError, ValueError) as error:
-            raise BadImage(f"no bytes, and the file of its path cannot be read: {error}") from None
+            reason = getattr(error, "strerror", None) or error  # without the name, so that reasons can be counted
+            raise BadImage(f"no bytes, and the file of its path cannot be read: {reason}") from None
 
 
 class _ParquetRows:

@@ -401,8 +401,13 @@ def save_manifest(
 
 
 def _by_reason(reasons: Iterable[str]) -> Counter[str]:
-    """Reasons that differ in numbers only are one; beyond the MAX_REASONS most frequent, the others are one."""
-    counts = Counter(re.sub(r"[0-9][0-9,.]*", "N", reason) for reason in reasons)
+    """Reasons that differ in numbers only are one; beyond the MAX_REASONS most frequent, the others are one. The fix,
+    behind a semicolon, is the same for all.
+    """
+    counts = Counter[str]()
+    for reason in reasons:
+        what, mark, fix = reason.partition("; ")
+        counts[re.sub(r"[0-9][0-9,.]*", "N", what) + mark + fix] += 1
     kept = Counter(dict(counts.most_common(MAX_REASONS)))
     others = counts.total() - kept.total()
     return kept + Counter({"others": others})
