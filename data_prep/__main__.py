@@ -210,7 +210,7 @@ def _index(options: argparse.Namespace) -> int:
     with working("listing shards"):
         shards = list_shards(options.source, options.files)
     chosen = IndexOptions(
-        image=options.image,
+        image=options.image.lower().removeprefix(".") if options.image else None,
         label=options.label,
         classes=_lines(options.classes) if options.classes else None,
         skip_unlabelled=options.skip_unlabelled,

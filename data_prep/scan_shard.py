@@ -177,8 +177,8 @@ def _label(
         raise UserError(f"{where}: its label .{extension} has {member.size:,} bytes; see --label")
     text = member.start if len(member.start) == member.size else read_at(file, member.size, member.offset)
     try:
-        value = label_value(json.loads(text)[field] if field else text, names)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        value = label_value(_field(text, field) if field else text, names)
+    except (ValueError, TypeError, RecursionError):
         value = "?"
     if isinstance(value, str):
         if value in names or (not names and WNID.fullmatch(value)):
@@ -186,3 +186,11 @@ def _label(
         shown = "" if value == "?" else f": '{one_line(value)[:40]}'"
         raise UserError(f"{where}: {label} is not a class number{shown}; see --label and --classes")
     return None if value is None else check_class(value, where)
+
+
+def _field(text: bytes, name: str) -> object:
+    """A field of an object in JSON; None if it has no such field. Raises ValueError or TypeError."""
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise TypeError("no object")
+    return values.get(name)
