@@ -110,16 +110,19 @@ def test_nothing_is_unpickled_and_other_members_are_ignored(shards: Path, tmp_pa
     assert len(set(batch.ids.tolist())) == 1 and not batch.damage
 
 
-def test_damage_is_recorded_and_skipped(shards: Path, tmp_path: Path) -> None:
+def test_damage_is_recorded_and_skipped(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
     jpeg = Manifest.load(shards).read(0)
     write_shard(copy / "shard-000000.tar", {"a.jpg": b"no image", "b.txt": b"text", "c.jpg": jpeg})
+    write_shard(copy / "shard-000003.tar", {"._d.jpg": b"x", "d.jpg": jpeg})
     data = (copy / "shard-000001.tar").read_bytes()
     (copy / "shard-000001.tar").write_bytes(data[: len(data) // 2 + 700])
     found = batches(config(all_shards(copy)), 5)
     damage = {(d.shard, d.key): d.reason for batch in found for d in batch.damage}
     assert "not an image" in damage["shard-000000.tar", "a"] and ("shard-000000.tar", "b") not in damage
-    assert "truncated" in damage["shard-000001.tar", ""]
+    assert "truncated" in damage["shard-000001.tar", ""] and not any(shard == "shard-000003.tar" for shard, _ in damage)
+    said = capsys.readouterr().err
+    assert said.count("are passed over: 1 ") == 1  # the first shard that has some; a line for each would be many
     assert all(len(batch.ids) == GLOBAL for batch in found)
 
 

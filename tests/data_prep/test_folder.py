@@ -25,6 +25,7 @@ from data_prep.plan import ShardPlan
 from data_prep.write_manifest import read_sidecar
 from data_prep.write_shards import unfinished, write
 from mimscale.data.manifest import Manifest
+from mimscale.data.names import utf8
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
 
@@ -384,3 +385,19 @@ def test_classes_of_one_name_or_without_one(
         folder.rename(tmp_path / "in" / name)
     assert run("folder", tmp_path / "in", tmp_path / "out") == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", [b"caf\xe9", b"\xff\xfe", b"a%2Fb", b"x" * 255, "é".encode() * 127, b"a\\b", b"-rf", b"a\rb"], ids=repr
+)
+def test_names_of_any_bytes_and_lengths(tmp_path: Path, name: bytes) -> None:
+    """Of a class and of an image; each image keeps the class of its folder."""
+    first, second = sorted(make_image_folder(tmp_path / "one", classes=1, per_class=2, side=16).glob("*/*.jpg"))
+    for folder, image in ((os.fsdecode(name), first), ("other", second)):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / folder / os.fsdecode(name[:251] + b".jpg")).write_bytes(image.read_bytes())
+    assert run("folder", tmp_path / "in", tmp_path / "out") == 0 and run("verify", "--decode", tmp_path / "out") == 0
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.labels is not None and manifest.classes is not None and run("info", tmp_path / "out") == 0
+    found = {manifest.read(n): manifest.classes[manifest.labels[n]] for n in range(2)}
+    assert found == {first.read_bytes(): utf8(os.fsdecode(name)), second.read_bytes(): "other"}
