@@ -108,9 +108,10 @@ def check_classes(root: Path, names: Sequence[str]) -> None:
     if not several and splits and len(splits) == len(names):
         several = [splits]
     if several:
+        train = [name for name in several[0] if (word := _split_word(name)) and SPLITS[word[0].lower()] == "train"]
         raise UserError(
             f"'{root}' is the root of a data set: {', '.join(several[0])} are splits, not classes; "
-            f"give '{root / several[0][0]}', and each split its own destination"
+            f"give '{root / (train or several[0])[0]}', and each split its own destination"
         )
 
 

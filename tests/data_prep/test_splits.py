@@ -101,7 +101,7 @@ def test_splits_in_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_root_and_a_zip_of_macos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for split in ("train", "val"):
+    for split in ("test", "train", "val"):
         make_image_folder(tmp_path / "in" / split, classes=2, per_class=1, side=16)
     assert main(["folder", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
     assert f"give '{tmp_path}/in/train'" in capsys.readouterr().err
