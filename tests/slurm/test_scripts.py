@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -12,7 +11,9 @@ from types import ModuleType
 
 import pytest
 
-JOBS = Path(__file__).parents[2] / "jobs"
+from tests.scripts import ROOT, load_script
+
+JOBS = ROOT / "jobs"
 BATCH = sorted(JOBS.glob("*.sbatch"))
 PRETRAIN = sorted(JOBS.glob("pretrain_*.sbatch"))
 SHELL = sorted([*JOBS.glob("*.sh"), *BATCH, JOBS / "submit", JOBS / "site.env.example"])
@@ -116,11 +117,7 @@ def test_container_commands(tmp_path: Path, runtime: str, expected: list[str]) -
 
 @pytest.fixture(scope="module")
 def comm_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("comm_check", JOBS / "comm_check.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("jobs/comm_check.py")
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 7, 16, 65])
