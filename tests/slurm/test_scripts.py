@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from mimscale.config.recipes import load_recipe
+from mimscale.cost.report import SMALL_MICRO_BATCH
 from tests.scripts import ROOT, load_script
 
 JOBS = ROOT / "jobs"
@@ -46,6 +48,16 @@ def test_shellcheck(path: Path) -> None:
 def test_sizes_differ_in_header_and_recipe_only() -> None:
     assert len(PRETRAIN) >= 2
     assert len({body(path) for path in PRETRAIN}) == 1
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda p: p.name)
+def test_sizes_are_what_plan_advises(path: Path) -> None:
+    """Each GPU has more images of the recipe's batch than those of which `mimscale plan` says to use fewer GPUs."""
+    (recipe,) = re.findall(r"^RECIPE=\$\{RECIPE:-(\w+)\}", path.read_text(), re.MULTILINE)
+    gpus = int(header(path)["nodes"]) * int(header(path)["gpus-per-node"])
+    assert load_recipe(recipe).schedule.global_batch // gpus > SMALL_MICRO_BATCH
+    planned = re.findall(rf"mimscale plan {recipe} --gpus (\d+)", (ROOT / "README.md").read_text())
+    assert planned == ([str(gpus)] if path.stem == "pretrain_vit_h" else [])
 
 
 @pytest.mark.parametrize("path", BATCH, ids=lambda p: p.name)
