@@ -181,8 +181,8 @@ def cells(scores: Sequence[Scores]) -> list[list[str]]:
         line = [title, trained_on]
         for metric in METRICS:
             values = [of_seed[network][metric] for of_seed in scores]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            line.append(f"{statistics.fmean(values):.1f}{spread}")
+            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            line.append(f"{statistics.fmean(values):.1f}{deviation}")
         lines.append(line)
     return lines
 
@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = out / f"seed-{seed}"
         pretrain(folder, seed, shards, stage, args.all, args.set)
         scores.append(evaluate(folder, seed, shards, stage, args.all))
-    stage("figure", ROOT / "jobs" / "demo_figure.py", out / "seed-0", shards["digits-test"], out / "demo.png")
+    stage("images", ROOT / "jobs" / "demo_images.py", out / "seed-0", shards["digits-test"], out / "demo.png")
     publish(out, scores, caption(scores, args.set), time.monotonic() - start_s)
     console.print(
         f"{time.monotonic() - start_s:.0f} s in all. {out}: demo.md, demo.json, demo.png, logs/", soft_wrap=True

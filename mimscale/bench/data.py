@@ -89,8 +89,8 @@ def _chosen(name: str, only: list[str] | None) -> bool:
 def _row(name: str, values: list[float], ours: list[float]) -> list[str]:
     """Only times of the same round are compared, because the load of the machine may change between rounds."""
     ratios = [value / own for value, own in zip(values, ours, strict=True)]
-    spread = f"{min(ratios):.2f} - {max(ratios):.2f}"
-    return [name, f"{1e3 * median(values):.2f}", f"{median(ratios):.2f}", spread]
+    extremes = f"{min(ratios):.2f} - {max(ratios):.2f}"
+    return [name, f"{1e3 * median(values):.2f}", f"{median(ratios):.2f}", extremes]
 
 
 def _make_shards(root: Path) -> Path:

@@ -272,7 +272,8 @@ def _details(rows: Sequence[dict[str, Any]]) -> str:
         found = row.get("profile")
         if found is not None:
             lines.append(
-                f"{row['case']}: {found['kernels']} kernels, {found['kernel_ms']:.1f} ms of {row['step_ms']:.1f} ms, "
+                f"{row['case']}: {found['kernels']} {found['counted']}, "
+                f"{found['kernel_ms']:.1f} ms of {row['step_ms']:.1f} ms, "
                 f"{found['communication_ms']:.1f} ms in collectives"
             )
             lines += [f"  {ms:9.3f} ms  {count:8.1f} x  {name}" for name, ms, count in found["top"]]

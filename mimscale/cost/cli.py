@@ -105,7 +105,7 @@ def titled(found: list[tables.Titled], remarks: Sequence[str] = (), *, as_json: 
 
 
 def simulated(planner: Planner, args: argparse.Namespace, samples: int) -> int:
-    """Strong and weak scaling: tables, JSON, a figure. Returns 0."""
+    """Strong and weak scaling: tables, JSON, a plot. Returns 0."""
     try:
         counts = sorted({int(word) for word in args.simulate.split(",")})
     except ValueError:

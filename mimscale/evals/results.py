@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--recipe", help="whose expected values to compare with (default: the run's own config.yaml)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: results.json in the run's folder")
-    add_json(parser)
+    add_json(parser, "print JSON in place of the tables; the file is written all the same")
     end_with_example(parser, "mimscale results runs/l16", "mimscale results runs/l16 --recipe mae_vit_l16 --json")
 
 

@@ -86,8 +86,8 @@ def tracked(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]
 
 @contextmanager
 def working(what: str, *, moving: bool = True) -> Iterator[None]:
-    """Around work whose end nobody can count: how long it has taken. moving: on a terminal a figure that moves; without
-    it lines there too, because drawing takes CPU time, which a benchmark would count.
+    """Around work whose end nobody can count: how long it has taken. moving: on a terminal a spinner; without it lines
+    there too, because drawing takes CPU time, which a benchmark would count.
     """
     console = plain_console(stderr=True)
     if moving and console.is_terminal:

@@ -31,7 +31,7 @@ MARKS = {  # kind of event -> (marker of bokeh, the same as a character, in word
     "skipped": ("x", "✕", "step skipped"),
     "evals": ("diamond", "◆", "evaluation"),
     "evals_failed": ("diamond_cross", "◈", "evaluation failed"),
-    "spread": ("asterisk", "✱", "a rank was slow, or waited for data"),
+    "slow_rank": ("asterisk", "✱", "a rank was slow, or waited for data"),
     "damaged": ("cross", "✚", "sample could not be used"),
     "stopped": ("square", "■", "stopped"),
 }

@@ -143,7 +143,7 @@ def _text(name: str, line: Mapping[str, Any]) -> str:
         "panel_failed": "panel could not be drawn",
         "tracker_failed": "tracker given up",
         "damaged": "sample could not be used",
-        "spread": "ranks differ",
+        "slow_rank": "ranks differ",
     }
     kept = {k: v for k, v in line.items() if k not in ("event", "time", "at", "keys", "batches", "stalled_s")}
     plain = ("why", "error", "line", "reason")

@@ -199,7 +199,7 @@ def _slow(history: History) -> list[tuple[str, int, int]]:
     """(what was said of a rank, how often, at which step last), most often first."""
     found: dict[str, tuple[str, int, int]] = {}
     for event in history.events:
-        if event.kind == "spread":
+        if event.kind == "slow_rank":
             text = event.text.partition(": ")[2] or event.text
             rank = " ".join(text.split()[:4]) + (" waits" if "waits" in text else " slow")
             found[rank] = (text, found.get(rank, ("", 0, 0))[1] + 1, event.step)

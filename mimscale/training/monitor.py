@@ -173,7 +173,7 @@ class Monitor:
         if config.watchdog.every and step % config.watchdog.every == 0:
             for line in run.timer.compare(run.coordinator):
                 run.logger.print(line)
-                run.logger.log_event("spread", at=step, line=line)
+                run.logger.log_event("slow_rank", at=step, line=line)
         if step == info.total or step % config.log.every == 0:
             metrics = self._throughput.read()
             metrics |= {

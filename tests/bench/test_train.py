@@ -47,6 +47,7 @@ def test_a_step_is_measured_with_all_its_parts(recipe: str, tmp_path: Path) -> N
     (row,) = values["cases"]
     check_figures(row)
     assert row["profile"]["kernels"] > 100 and row["profile"]["kernel_ms"] > 0
+    assert row["profile"]["counted"] == "operators"
     assert json.loads(trace.read_text())["traceEvents"]
     assert row["save_stall_ms"] > 0 and row["save_gib"] > 12 * 1e6 * row["parameters_millions"] / 2**30
     assert sum(row["gflop_per_image"].values()) > 0 and values["device"]["peak"]["fp32"] > 1e9

@@ -65,7 +65,7 @@ def eventful(path: Path) -> Folder:
     run.event("rollback", at=50, to=40, jump_at=45, batches=[45, 50])
     for step in range(41, 61):
         run.step(step, loss=0.25)
-    run.event("spread", at=55, line="rank 1 on node7 is slow: its forward passes take 2.1 x the median")
+    run.event("slow_rank", at=55, line="rank 1 on node7 is slow: its forward passes take 2.1 x the median")
     run.event("evals", at=60, knn=55.5, rankme=12.0, seconds=1.0)
     return run
 

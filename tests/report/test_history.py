@@ -20,7 +20,7 @@ def test_of_steps_that_were_redone_the_later_lines_count(tmp_path: Path) -> None
     assert [[row.step for row in gone] for gone in found.discarded] == [list(range(21, 31)), list(range(41, 51))]
     assert {row.values["loss"] for gone in found.discarded for row in gone} == {2.0, 3.0}
     kinds = [event.kind for event in found.events]
-    wanted = ["start", "saved", "restart", "saved", "skipped", "skipped", "rollback", "spread", "evals"]
+    wanted = ["start", "saved", "restart", "saved", "skipped", "skipped", "rollback", "slow_rank", "evals"]
     assert kinds == wanted
     assert found.events[6].back_to == 40 and "to 40" in found.events[6].text
 
