@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,30 @@ def parsed(data: bytes | str) -> Any:
 
 def scalar(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
+
+
+def figures_below(folder: Path, run_dir: Path, unreadable: list[str]) -> Iterator[Figure]:
+    """Of the reports in a folder of a run, in the order of their names; none where there is no such folder. unreadable:
+    gets a line for what is no report, or cannot be read, named from `run_dir` on.
+    """
+    for path in sorted(listed(folder, run_dir, unreadable)):
+        if path.suffix == ".json":
+            name = str(path.relative_to(run_dir))
+            try:
+                yield from figures_of(path, name)
+            except BROKEN as error:
+                unreadable.append(f"{name} is no report of an evaluation ({type(error).__name__}: {error})")
+
+
+def listed(folder: Path, run_dir: Path, unreadable: list[str]) -> list[Path]:
+    """The content of a folder of a run, nothing where there is none. unreadable: gets a line if it cannot be read."""
+    try:
+        return [folder / name for name in os.listdir(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        unreadable.append(f"{folder.relative_to(run_dir)} cannot be read ({error.strerror})")
+        return []
 
 
 def figures_of(path: Path, name: str) -> list[Figure]:

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimscale.report import thin
-from mimscale.report.history import EVALS, Event, Row, columns
 from mimscale.report.runs import Run
+from mimscale.runs.history import EVALS, Event, Row, columns
 
 AXES = ("step", "samples", "hours")
 COLOURS = ("#3a80c2", "#d46a1f", "#26966a", "#b95f9c", "#a88000", "#7a6fd0", "#4d7f8f", "#c2514f")

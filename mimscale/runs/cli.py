@@ -17,9 +17,10 @@ from rich.text import Text
 from mimscale.errors import UserError, printable, warn
 from mimscale.files.command_line import add_json, end_with_example, print_json
 from mimscale.files.console import plain_console
+from mimscale.files.durations import duration
 from mimscale.runs.compare import compare
 from mimscale.runs.find import find_runs
-from mimscale.runs.summary import OTHER_SCALES, Figure, Summary, age_s, duration, summary_of
+from mimscale.runs.summary import OTHER_SCALES, Figure, Summary, age_s, summary_of
 
 COMPARE = "compare"
 WIDE = 140

@@ -12,8 +12,7 @@ import pytest
 from mimscale.__main__ import main
 from mimscale.fault_tolerance.run_lock import RunLock
 from mimscale.report import page
-from mimscale.report.runs import names, read
-from mimscale.report.runs import summary as summary_of
+from mimscale.report.runs import names, plain, read
 from tests.report import folders
 
 
@@ -82,8 +81,17 @@ def test_a_folder_of_which_little_is_left(tmp_path: Path, capsys: pytest.Capture
     (found,) = summary(capsys, run.path)["runs"]
     assert found["step"] == 60 and found["samples"] is None and found["launches"] == []
     assert any("config.yaml is not YAML" in note for note in found["notes"])
-    assert any("eval/knn.json is no report" in note for note in found["notes"])
+    assert sum("eval/knn.json is no report" in note for note in found["notes"]) == 1
     assert "is no panel" in page.render([read(run.path, "run")])
+
+
+def test_a_folder_of_reports_that_cannot_be_read_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = folders.Folder(tmp_path / "run")
+    (run.path / "eval").symlink_to("eval")
+    (found,) = summary(capsys, run.path)["runs"]
+    assert found["notes"] == ["eval cannot be read (Too many levels of symbolic links); left out"]
 
 
 def test_names_are_the_shortest_that_differ(tmp_path: Path) -> None:
@@ -98,7 +106,7 @@ def test_secrets_stay_out(tmp_path: Path) -> None:
     )
     run.launch(command=["train", "data.shards=s3://key:hunter2@bucket/x"])
     found = read(run.path, "run")
-    assert "hunter2" not in page.render([found]) + json.dumps(summary_of(found))
+    assert "hunter2" not in page.render([found]) + json.dumps(plain(found))
 
 
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
