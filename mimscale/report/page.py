@@ -52,6 +52,7 @@ def render(runs: Sequence[Run], now_s: float | None = None) -> str:
     timeline, drawn, unchanged = charts.make(runs)
     script, (timeline_div, *divs) = components([timeline, *(chart.figure for chart in drawn)])
     differing = recipe_differences(runs) if len(runs) > 1 else {}
+    figures = _figures(runs)
     context = {
         "version": __version__,
         "made": time.strftime("%Y-%m-%d %H:%M", time.localtime(now_s)),
@@ -66,7 +67,8 @@ def render(runs: Sequence[Run], now_s: float | None = None) -> str:
             for group, title in GROUPS.items()
         ],
         "unchanged": unchanged,
-        "figures": _figures(runs),
+        "figures": figures,
+        "options": _other_options(figures, len(runs)),
         "headers": _headers(runs),
         "differences": {key: [_value(value) for value in row] for key, row in differing.items()},
     }
@@ -109,7 +111,7 @@ def _of_run(number: int, run: Run) -> dict[str, Any]:
     shown = {
         "recipe": run.header[0] if run.header else "",
         "step": "none logged" if step is None else f"{step:,} of {total:,}" if total else f"{step:,}",
-        "epoch": "" if summary.epoch is None else f"{summary.epoch:.4g}",
+        "epoch": _of(summary.epoch, summary.epochs),
         "samples": "" if run.samples is None else f"{run.samples:,}",
         "running time": duration(history.hours * 3600),
         "last loss": charts.in_words(charts.METRICS["loss"], loss) if "loss" in summary.metrics else "",
@@ -154,6 +156,10 @@ def _of_run(number: int, run: Run) -> dict[str, Any]:
         "notes": run.notes,
         "stages": clean(run.results["stages"]),
     }
+
+
+def _of(part: float | None, whole: float | None) -> str:
+    return "" if part is None else f"{part:.4g}" if whole is None else f"{part:.4g} of {whole:.4g}"
 
 
 def _over(kind: Callable[[list[float]], float], history: History, name: str, shape: str) -> str:
@@ -243,6 +249,18 @@ def _figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
             cells.append({"figure": clean(newest), "expected": clean(expected)})
         rows.append({"protocol": clean(protocol), "metric": clean(metric), "pool": clean(pool), "cells": cells})
     return rows
+
+
+def _other_options(rows: Sequence[Mapping[str, Any]], runs: int) -> list[tuple[str, list[str]]]:
+    """(options that are not the published ones, the figures that have them): a line each."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for number, cell in enumerate(row["cells"]):
+            if cell["figure"] and cell["figure"]["changed"]:
+                name = row["protocol"] if row["metric"] == row["protocol"] else f"{row['protocol']} {row['metric']}"
+                words = name if runs == 1 else f"{charts.letter(number)} {name}"
+                found.setdefault("; ".join(cell["figure"]["changed"]), {})[words] = None
+    return [(words, list(of)) for words, of in found.items()]
 
 
 def _kinds(run: Run) -> dict[str, str]:
