@@ -16,6 +16,7 @@ from mimscale.config.recipe_table import Header, header_of, student_name
 from mimscale.config.recipes import recipe_names
 from mimscale.errors import UserError, printable, without_secrets
 from mimscale.evals import results
+from mimscale.evals.config import Expected
 from mimscale.runs import history as histories
 from mimscale.runs.compare import recipe_of
 from mimscale.runs.history import History
@@ -58,7 +59,8 @@ def read(path: Path, name: str) -> Run:
         history = histories.read(path)
     except OSError as error:
         raise UserError(f"{printable(str(error.filename))} cannot be read ({error.strerror}); repair it") from None
-    summary, notes, recipe, expected = summary_of(path), list[str](), dict[str, Any](), {}
+    summary, notes, recipe = summary_of(path), list[str](), dict[str, Any]()
+    expected: Mapping[str, Expected] = {}
     if history.unreadable:
         notes.append(f"{history.unreadable} lines of metrics.jsonl or launches.jsonl are no entries; left out")
     try:
