@@ -247,8 +247,27 @@ def _figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
             if expected is not None and pool and expected.get("pool") not in (None, "", pool):
                 expected = None
             cells.append({"figure": clean(newest), "expected": clean(expected)})
-        rows.append({"protocol": clean(protocol), "metric": clean(metric), "pool": clean(pool), "cells": cells})
+        rows.append(
+            {
+                "protocol": clean(protocol),
+                "metric": clean(metric),
+                "pool": clean(pool),
+                "cells": cells,
+                "expected": _expected(cells),
+            }
+        )
     return rows
+
+
+def _expected(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the recipes expect, each value once; with letters of the runs where they do not all expect the same."""
+    found: dict[str, list[str]] = {}
+    for number, cell in enumerate(cells):
+        if cell["expected"]:
+            words = f"{cell['expected']['expected']:.1f} ({cell['expected']['source']})"
+            found.setdefault(words, []).append(charts.letter(number))
+    same = len(found) == 1 and len(next(iter(found.values()))) == len(cells)
+    return [words if same else f"{', '.join(letters)}: {words}" for words, letters in found.items()]
 
 
 def _other_options(rows: Sequence[Mapping[str, Any]], runs: int) -> list[tuple[str, list[str]]]:

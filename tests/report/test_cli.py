@@ -44,6 +44,25 @@ def test_the_page_and_its_summary_say_the_same(tmp_path: Path, capsys: pytest.Ca
         assert words in text
 
 
+def test_expected_values_stand_once_or_with_their_runs(tmp_path: Path) -> None:
+    made = [
+        folders.Folder(tmp_path / name, f"expected.knn={{value: {value}, source: 'a paper'}}")
+        for name, value in (("a", 40.0), ("b", 40.0), ("c", 41.5))
+    ]
+    for run in made:
+        run.launch()
+        folders.add_evaluation(run, "knn", 40.0)
+        path = run.path / "eval" / "knn.json"
+        changed = {"differs_from_paper": ["crop_pct = 1"], "name": "knn"}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "protocol": changed}))
+    runs = [read(run.path, run.path.name) for run in made]
+    assert "A, B: 40.0 (a paper)<br>C: 41.5 (a paper)" in page.render(runs)
+    same = page.render(runs[:2])
+    assert ">40.0 (a paper)<" in same and "A, B: 40.0" not in same
+    assert same.count("crop_pct = 1.</p>") == 1 and "A knn; B knn: crop_pct = 1." in same
+    assert "expected.knn" not in page.render(runs).partition("what differs")[2].partition("all 1")[0]
+
+
 def test_runs_in_every_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = {name: folders.Folder(tmp_path / name) for name in ("running", "crashed", "stopped", "fresh")}
     for name, run in made.items():
