@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError, printable, warn
 from mimscale.files.command_line import Help, add_json, end_with_example, print_json, stdout_kept
+from mimscale.files.durations import duration
 from mimscale.files.progress import progress, working
 
 FILES = "only the files of SRC with such names, for example 'train-*'"
@@ -139,9 +139,8 @@ def _write(options: argparse.Namespace, source: Source) -> int:
     if options.dry_run:
         with working("estimating"):
             processed, seconds = estimate(plan, options.jobs)
-        time_text = str(timedelta(seconds=round(seconds)))
         print(
-            f"about {time_text} with --jobs {options.jobs}, estimated from {processed:,} images; add the time "
+            f"about {duration(seconds)} with --jobs {options.jobs}, estimated from {processed:,} images; add the time "
             "for writing to the disk, divide by the number of parts of an array",
             file=sys.stderr,
         )
