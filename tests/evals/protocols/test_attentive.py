@@ -50,7 +50,7 @@ def test_ranks_share_the_rates(digits: Digits) -> None:
     whole = Attentive(config, Context(10, 0, CPU)).run(train, val)["heads"]
     parts = [Attentive(config, Context(10, 0, CPU, rank, 2)).run(train, val)["heads"] for rank in range(2)]
     for number, head in enumerate(whole):
-        for key in ("held_out", "val"):
+        for key in ("held_out", "val", "val_per_class"):
             assert sum(part[number][key] for part in parts) == head[key]
 
 
@@ -73,4 +73,4 @@ def test_reference(digits: Digits, head: Kind, seed: int) -> None:
     found = Attentive(config, Context(10, seed, CPU)).run(train, val)
     print(found["attentive"], found["chosen"])
     assert found["attentive"] == pytest.approx(REFERENCE[head], abs=4.0)
-    assert found["attentive_val_chosen"] >= found["attentive"]
+    assert found["attentive_val_chosen"] >= found["attentive"] == pytest.approx(found["attentive_per_class"], abs=2.0)
