@@ -19,6 +19,7 @@ from mimscale.evals.protocols.linear import hold_out
 
 HELD_OUT_IMAGES = 5_000
 """So many training images are held out, but at least 1 % and at most 10 % of them."""
+DIVERGED = -1
 CHUNK = 2_048  # samples that are classified at a time
 Rate = Annotated[float, Field(gt=0, lt=1e9)]
 
@@ -80,6 +81,7 @@ def scores(
 ) -> list[dict[str, float]]:
     """Of each of all heads: percent of the held-out images and of val that it gets right, and on val per class.
 
+    0 for a head that has diverged: of outputs that are not finite the largest would be that of the first class.
     logits: values -> [B, H, classes] of this rank's heads, whose numbers are `mine`. outside: rows of the training set.
     Collective.
     """
@@ -96,11 +98,12 @@ def scores(
 
 @torch.no_grad()
 def _predicted(logits: Callable[[Tensor], Tensor], data: Features, rows: Tensor, context: Context) -> Tensor:
-    """int64 [N, H] in host memory."""
+    """int64 [N, H] in host memory; DIVERGED where an output is not finite."""
     found = []
     for some in rows.split(CHUNK):
         values, _ = rows_on(context.device, data, some)
-        found.append(logits(values).argmax(dim=-1).cpu())
+        outputs = logits(values)
+        found.append(outputs.argmax(dim=-1).where(outputs.isfinite().all(dim=-1), DIVERGED).cpu())
     return torch.cat(found)
 
 
@@ -108,7 +111,9 @@ def _percent(
     measure: Callable[[Tensor, Tensor, int], float], predicted_NH: Tensor, truth_N: Tensor, context: Context
 ) -> Tensor:
     """float64 [H]."""
-    found = [measure(of_head, truth_N, context.classes) for of_head in predicted_NH.T]
+    found = [
+        0.0 if (of_head == DIVERGED).any() else measure(of_head, truth_N, context.classes) for of_head in predicted_NH.T
+    ]
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -127,7 +132,9 @@ def choice(name: str, heads: Sequence[dict[str, Any]], key: str, grid: Sequence[
     """
     chosen, on_val = (max(heads, key=lambda head: head[by]) for by in ("held_out", "val"))
     warnings = []
-    if len(grid) > 1 and chosen[key] in (min(grid), max(grid)):
+    if not any(head["held_out"] for head in heads):
+        warnings.append("no head gets a held-out image right: with lower --rates the heads may not diverge")
+    elif len({*grid}) > 1 and chosen[key] in (min(grid), max(grid)):
         end = "smallest" if chosen[key] == min(grid) else "largest"
         warnings.append(f"{key} = {chosen[key]:g} was chosen, the {end} of the grid; another may be better")
     return {

@@ -103,7 +103,7 @@ class LowShot(Protocol):
         return {
             "lowshot": statistics.fmean(draws),
             "lowshot_per_class": statistics.fmean(per_class_draws),
-            "lowshot_sd": statistics.stdev(draws) if len(draws) > 1 else 0.0,
+            **({"lowshot_sd": statistics.stdev(draws)} if len(draws) > 1 else {}),
             "lowshot_draws": draws,
             "lowshot_l2": strengths,
             "labels": [len(ids) for ids in chosen],
