@@ -65,6 +65,20 @@ def test_run_writes_results_as_they_come(tmp_path: Path) -> None:
     assert "| mae |" in (out / "suite.md").read_text() and (out / "tests.txt").read_text()
 
 
+def test_a_machine_without_a_gpu_is_refused_before_anything_is_installed(tmp_path: Path) -> None:
+    done = script("run", tmp_path, OUT=str(tmp_path / "results"), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and not done.stdout and not (tmp_path / "results").exists()
+    assert "SUITE=gpu needs a GPU" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path) -> None:
+    bare = tmp_path / "python3"  # without site-packages
+    bare.write_text(f'#!/bin/sh\nexec {sys._base_executable} -S "$@"\n')  # type: ignore[attr-defined]
+    bare.chmod(0o755)
+    done = script("run", tmp_path, PYTHON=str(bare), PYTHONPATH="")
+    assert done.returncode == 2 and "lacks torch, torchvision, timm," in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("words", [[], ["make", "a", "b"], ["run"], ["measure"]])
 def test_other_words_print_the_usage(words: list[str]) -> None:
     done = script(*words)
