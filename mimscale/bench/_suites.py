@@ -39,8 +39,8 @@ FIGURES = (
     _gpu("mae_h_64", "mae_vit_h14", 64, limit_s=90),
     _gpu("mae_h_jpeg", "mae_vit_h14", 512, "data.workers=14", limit_s=90, shards=True),
 )
-"""What docs/benchmarks.md names as aims. Large micro-batches are those that fill 80 GB by the memory measured before and
-by `mimscale plan`; the eager rows with 256 images are compared with mae_l_eager.
+"""What docs/benchmarks.md names as aims. Large micro-batches fill 80 GB by the memory measured before and by `mimscale
+plan`; the eager rows with 256 images are compared with mae_l_eager.
 """
 GPU = (
     *FIGURES,

@@ -65,7 +65,9 @@ def whole(option: str, text: str) -> int:
 def check_nodes(option: str, gpus: int, per_node: int) -> None:
     """Raises UserError where GPUs on several nodes do not fill them."""
     if gpus > per_node and gpus % per_node:
-        raise UserError(f"{option} {gpus} is not a multiple of --gpus-per-node {per_node}")
+        raise UserError(
+            f"{option} {gpus} is not a multiple of --gpus-per-node {per_node}; use whole nodes, or change the latter"
+        )
 
 
 def run(args: argparse.Namespace) -> int:
