@@ -12,8 +12,8 @@
 set -euo pipefail
 PYTHON=${PYTHON:-python3} TARGET_PYTHON=${TARGET_PYTHON:-3.12}
 SUITE=${SUITE:-gpu} BUDGET_S=${BUDGET_S:-540} TESTS_S=${TESTS_S:-110}
-PACKAGES=(hjson pydantic pydantic-core annotated-types typing-inspection webdataset braceexpand open-clip-torch ftfy
-  wcwidth simplejpeg torchao mlxtend)
+PACKAGES=(hjson msgpack psutil py-cpuinfo pydantic pydantic-core annotated-types typing-inspection webdataset braceexpand
+  open-clip-torch ftfy wcwidth simplejpeg shtab torchao mlxtend)
 EXPECTED=(torch torchvision timm torchmetrics safetensors tensorboard sklearn einops rich transformers pytest xdist
   pytest_timeout hypothesis) # modules
 usage() {

@@ -12,12 +12,38 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests import ranks
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "jobs" / "gpu_suite.sh"
-NEEDED = [*re.search(r"PACKAGES=\(([^)]*)\)", SCRIPT.read_text())[1].split(), "deepspeed"]  # type: ignore[index]
+WORDS = SCRIPT.read_text()
+NEEDED = [*re.search(r"PACKAGES=\(([^)]*)\)", WORDS)[1].split(), "deepspeed"]  # type: ignore[index]
+
+
+EXPECTED = re.search(r"EXPECTED=\(([^)]*)\)", WORDS)[1].split()  # type: ignore[index]
+
+
+def closure(*names: str) -> set[str]:
+    """Distributions that these need, and themselves, in their normal spelling."""
+    found: set[str] = set()
+    left = [canonicalize_name(name) for name in names]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            wanted = map(Requirement, importlib.metadata.requires(name) or [])
+            left += [canonicalize_name(r.name) for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_wheels_and_machine_are_all_that_the_project_needs() -> None:
+    """But for ninja: DeepSpeed compiles nothing here."""
+    modules = importlib.metadata.packages_distributions()
+    machine = closure(*(modules[module][0] for module in EXPECTED))
+    assert closure("mimscale") - machine - {"mimscale", "ninja"} <= {canonicalize_name(name) for name in NEEDED}
 
 
 def wheel(folder: Path, name: str) -> None:
