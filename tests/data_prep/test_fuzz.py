@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import random
 import shutil
-import signal
 import tarfile
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.__main__ import main
@@ -28,31 +24,7 @@ from mimscale.data.wds_stream import _read_samples
 from mimscale.errors import Stopped, UserError
 from mimscale.types import Damage
 from tests.faults.folders import harm
-
-RUNS = int(os.environ.get("MIMSCALE_FUZZ", "60"))
-PROFILE = settings(
-    max_examples=RUNS,
-    deadline=None,
-    database=None,
-    derandomize="MIMSCALE_FUZZ" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
-LIMIT_S = 15
-
-
-@contextmanager
-def no_hang() -> Iterator[None]:
-    def ring(*_: object) -> None:
-        raise TimeoutError(f"more than {LIMIT_S} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(LIMIT_S)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+from tests.fuzz import FUZZ, RUNS, no_hang
 
 
 def image(number: int) -> bytes:
@@ -111,7 +83,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-@PROFILE
+@FUZZ
 @given(damaged(), st.booleans())
 def test_index_verify_and_info_of_damaged_shards(data: bytes, skip: bool) -> None:
     """Either all of a file is accounted for, or it is refused. What is indexed is read as it was indexed."""
@@ -134,7 +106,7 @@ def test_index_verify_and_info_of_damaged_shards(data: bytes, skip: bool) -> Non
                 assert manifest.samples == 12 and not file.skipped
 
 
-@PROFILE
+@FUZZ
 @given(damaged(), st.booleans())
 def test_a_stream_of_damaged_shards(data: bytes, packed: bool) -> None:
     """What is not read is recorded. Contents are not checked by tar, but their number of bytes is."""
@@ -157,7 +129,7 @@ def contents(folder: Path) -> list[tuple[str, bytes, int]]:
     return [(manifest.key(n), manifest.read(n), int(manifest.labels[n])) for n in range(manifest.samples)]
 
 
-@settings(PROFILE, max_examples=max(12, RUNS // 5))
+@settings(FUZZ, max_examples=max(12, RUNS // 5))
 @given(st.integers(0, 2**32 - 1))
 def test_one_damaged_file_of_a_data_set(shards: Path, number: int) -> None:
     """Every verb reports; what `verify` lets pass is what was written. All samples are read, or one line says why."""
@@ -180,7 +152,7 @@ def test_one_damaged_file_of_a_data_set(shards: Path, number: int) -> None:
 ROWS = st.lists(st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=4), max_size=6)
 
 
-@PROFILE
+@FUZZ
 @given(ROWS, st.sampled_from(",;\t|"), st.binary(max_size=12), st.booleans())
 def test_tables_of_any_text(rows: list[list[str]], mark: str, junk: bytes, tabs: bool) -> None:
     with tempfile.TemporaryDirectory() as place, no_hang():
