@@ -31,7 +31,7 @@ from data_prep.write_shards import estimate, unfinished, write
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError, printable, warn
-from mimscale.files.command_line import Help, add_json, end_with_example, print_json, stdout_kept
+from mimscale.files.command_line import Parser, add_json, end_with_example, print_json, stdout_kept
 from mimscale.files.progress import progress, working
 
 FILES = "only the files of SRC with such names, for example 'train-*'"
@@ -299,7 +299,7 @@ def _lines(path: Path) -> list[str]:
 
 def make_parser() -> argparse.ArgumentParser:
     text = "Make and check data sets of tar shards."
-    top = argparse.ArgumentParser(prog="python -m data_prep", description=text, formatter_class=Help)
+    top = Parser(prog="python -m data_prep", description=text)
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
     folder = verbs.add_parser("folder", help="shards from a folder of images, SRC/CLASS/*.jpg")

@@ -36,7 +36,7 @@ from mimscale.config.difference import differences
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig
 from mimscale.distributed.coordination import Coordinator
-from mimscale.errors import UserError, printable
+from mimscale.errors import UserError, is_address, printable, without_secrets
 from mimscale.files.atomic import atomic_write
 from mimscale.files.regular import special_files
 
@@ -58,6 +58,8 @@ def check_names(*folders: Path) -> None:
     """Raise UserError for folders that no file system or no library can name."""
     for folder in folders:
         shown = printable(str(folder)) if len(str(folder)) < 300 else f"{printable(str(folder)[:80])}..."
+        if is_address(folder):
+            raise UserError(f"--run-dir {shown} is an address; name a folder on a disk of this machine")
         try:
             str(folder).encode()
         except UnicodeEncodeError:
@@ -197,7 +199,7 @@ def launch(command: Sequence[str], **values: Any) -> dict[str, Any]:
     """Who, what and with which versions, for launches.jsonl. Of the environment only SLURM's job number is kept."""
     return {
         "time": round(time.time(), 3),
-        "command": list(command),
+        "command": [without_secrets(word) for word in command],
         "host": platform.node(),
         "python": platform.python_version(),
         "packages": versions(),
