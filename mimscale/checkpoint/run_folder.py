@@ -53,6 +53,12 @@ PACKAGES = (
     "simplejpeg",
 )
 
+WRITTEN = (
+    *("launches.jsonl", "metrics.jsonl", "damaged.jsonl", "evals.jsonl", "left_out.jsonl", "lock", "lock.held"),
+    *("checkpoints", "hang", "job", "panels", "tensorboard", "wandb"),
+)
+"""What a run appends to or writes in; all other files appear whole, in the place of whatever stood there."""
+
 
 def check_names(*folders: Path) -> None:
     """Raise UserError for folders that no file system or no library can name."""
@@ -74,8 +80,16 @@ def check_names(*folders: Path) -> None:
 
 
 def refuse_special_files(*folders: Path) -> None:
-    """Raise UserError for a named pipe, socket or device in a run folder, which would hang whoever opens it."""
+    """Raise UserError for a named pipe, socket or device in a run folder, which would hang whoever opens it, and for a
+    link in the place of what a run goes on writing: it would write, and remove old checkpoints, in another place.
+    """
     for folder in folders:
+        for name in WRITTEN:
+            if os.path.islink(folder / name):
+                raise UserError(
+                    f"{folder / name} is a link, which a run that writes does not follow; put in its place what it "
+                    f"points to (the run folder as a whole may be a link)"
+                )
         for path, kind in special_files(folder):
             raise UserError(f"{path} is {kind}, not a file of a run; remove it, and start again")
 

@@ -33,6 +33,16 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
+def open_to_write(path: Path, flags: int) -> int:
+    """As `os.open`; raises OSError for a link, because what it points to may be somebody else's."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link, which is not followed", str(path)) from None
+        raise
+
+
 def special_files(folder: Path) -> Iterator[tuple[Path, str]]:
     """(path, what it is) of all pipes, sockets and devices below a folder, also those that a link stands for.
 

@@ -126,8 +126,11 @@ def test_what_the_batch_script_ignores_stays_ignored(monkeypatch: pytest.MonkeyP
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("phase", ["start", "loop"])
-def test_a_rank_that_waits_in_a_collective(phase: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("phase", "call"),
+    [("open", "open_process_group (number 0)"), ("start", "gather (number 2)"), ("loop", "gather (number 2)")],
+)
+def test_a_rank_that_waits_in_a_call(phase: str, call: str, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
 
     def strike(pids: list[int]) -> None:
@@ -137,7 +140,7 @@ def test_a_rank_that_waits_in_a_collective(phase: str, tmp_path: Path) -> None:
         os.kill(pids[1], signal.SIGKILL)
 
     done = ranks.run(2, "tests.fault_tolerance.waits", phase, mark, check=False, meanwhile=strike)
-    assert "rank 0 has waited for rank 1 for " in done.stderr and "in gather (number 2)" in done.stderr
+    assert "rank 0 has waited for rank 1 for " in done.stderr and f"in {call}" in done.stderr
     assert "rank 0 leaves without saving: SIGTERM while it waits for rank 1" in done.stderr
 
 

@@ -42,23 +42,31 @@ Open = Callable[..., tuple[TrainContext, Monitor, TrainState]]
 
 
 @pytest.fixture
-def start(tmp_path: Path, shards: Path) -> Iterator[Open]:
-    """Build a run of 12 steps that saves every 4, and its monitor. Everything is closed after the test."""
+def start(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+    """Build a run of 12 steps that saves every 4, and its monitor. Everything is closed after the test.
+
+    A signal to the process of the tests, such as that of `timeout`, is for pytest: the run would save one step later.
+    """
     handlers = {number: signal.getsignal(number) for number in HANDLED}
+    monkeypatch.delenv("MIMSCALE_STOP_FILE", raising=False)
     closing = ExitStack()
+
+    def restore_handlers() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def build(**sections: dict[str, Any]) -> tuple[TrainContext, Monitor, TrainState]:
         sections["engine"] = {"backend": "torch", "ds_config": "cpu_zero0_fp32", **sections.get("engine", {})}
         path = ranks.recipe(tmp_path, shards, **sections)
         checked = prepare(load_recipe(str(path)), tmp_path / "run", None, ("test",))
         run = setup.build(checked, StartupTimer(), closing)
+        restore_handlers()
         state = recovery.restore(run).launched()
         return run, Monitor(run, state), state
 
     yield build
     closing.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    restore_handlers()
 
 
 def advance(run: TrainContext, monitor: Monitor, state: TrainState, steps: int) -> TrainState:
