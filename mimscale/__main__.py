@@ -142,6 +142,8 @@ def entry() -> NoReturn:
         code = main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except BaseException:
         warn(traceback.format_exc().rstrip())
         code = 1

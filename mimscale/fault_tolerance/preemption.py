@@ -49,6 +49,7 @@ class Preemption:
         self._poll_s = poll_s
         self._next_poll_s = 0.0
         self._interrupted_s = -ECHO_S
+        self._pid = os.getpid()
         self.reason: str | None = None
         self.phase: Literal["start", "loop", "end"] = "start"
         self.step_s, self._raised_s = 0.0, math.inf
@@ -61,6 +62,8 @@ class Preemption:
         self.reason = signal.Signals(number).name
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a worker that was just forked, and that the trainer ends
         now_s, first = time.monotonic(), self.reason != "SIGINT"
         if first:
             self.reason, self._interrupted_s = "SIGINT", now_s

@@ -236,9 +236,9 @@ def test_too_many_damaged_samples_end_the_run_with_one_line(start: Open) -> None
 
 def test_a_limit_of_file_sizes_is_noticed_before_the_first_step(start: Open, tmp_path: Path) -> None:
     """ulimit -f: else the run would train for hours and end without a checkpoint."""
-    with pytest.raises(UserError, match=r"may write files of 300000 bytes, and a checkpoint needs \d+ on each rank"):
-        with no_file_may_exceed(300_000):
-            start()
+    line = r"may write files of 300000 bytes, and a checkpoint needs \d+ on each rank"
+    with no_file_may_exceed(300_000), pytest.raises(UserError, match=line):
+        start()
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
