@@ -45,10 +45,10 @@ PREFIXES = ("module.", "model.", "net.", "network.")
 
 TOWERS = (
     *("teacher.backbone.", "backbone.", "teacher.", "base_encoder.", "encoder_q.", "ema_model.", "visual.trunk."),
-    "image_encoder.",
+    *("image_encoder.", *PREFIXES),
 )
-"""In front of the network among the heads of self-distillation, MoCo, averages, Lightning modules and text towers; the
-first that fits is taken."""
+"""In front of the network among the heads of self-distillation, MoCo, averages, Lightning modules (where a loss has
+parameters too) and text towers; the first that fits is taken."""
 
 QUANTISED = (torch.int8, torch.uint8, torch.bool, torch.qint8, torch.quint8, torch.float8_e4m3fn, torch.float8_e5m2)
 """Types that no weight is trained in. int64 is left: it is the index of relative positions, or a counter."""

@@ -63,6 +63,10 @@ CASES: dict[str, tuple[Any, str]] = {
     "timm_average": ({"state_dict_ema": STATE}, "under 'state_dict_ema'"),
     "model_and_average": ({"model": STATE, "model_ema": below("x.")}, "under 'model', not those under model_ema"),
     "lightning": ({"state_dict": below("model."), "pytorch-lightning_version": "2"}, "names without model."),
+    "lightning_and_its_loss": (
+        {"state_dict": {**below("model."), "criterion.scale": torch.ones(1)}},
+        "what is below model., 1 other tensors left out",
+    ),
     "lightning_backbone": (
         {"state_dict": {**below("backbone."), **below("momentum_backbone."), "classifier.weight": torch.ones(2)}},
         "what is below backbone., 6 other tensors left out",
