@@ -71,6 +71,16 @@ def test_a_second_ctrl_c_leaves_at_once(recipe: Path, tmp_path: Path) -> None:
     assert done.stderr.strip().splitlines()[-1] == "mimscale train: interrupted"
 
 
+def test_ctrl_c_while_the_process_ends() -> None:
+    """In the seconds that libraries get at the exit."""
+    code = (
+        "import atexit, os, time; from mimscale.distributed.end_process import end_process; "
+        "atexit.register(lambda: [(os.kill(os.getpid(), 2), time.sleep(1.5)) for _ in range(9)]); end_process(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_rank_that_waits_for_the_others_to_come(
     number: signal.Signals, code: int, recipe: Path, tmp_path: Path
