@@ -16,8 +16,13 @@ class UserError(ValueError):
     """
 
     def __init__(self, *values: object, everywhere: bool = False) -> None:
-        super().__init__(*(without_secrets(value) if isinstance(value, str) else value for value in values))
+        super().__init__(*(_one_line(value) if isinstance(value, str) else value for value in values))
         self.everywhere = everywhere
+
+
+def _one_line(text: str) -> str:
+    """Without secrets, and with `\\n` for the end of a line inside a value."""
+    return without_secrets(text.strip().replace("\n", "\\n"))
 
 
 class Stopped(RuntimeError):
