@@ -34,7 +34,7 @@ class Waits(Protocol):
 
 
 class Opening:
-    """In the place of the `Coordinator` while the process group is opened, in calls that tell nothing of the others.
+    """In the place of the `Coordinator` while the process group is opened, in calls that say nothing of the others.
 
     A rank that was killed after all had met would leave them there until the group's timeout. Each gives a sign of
     life in the store; rank 0, which serves it, reads them.
