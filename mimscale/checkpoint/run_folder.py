@@ -57,7 +57,9 @@ WRITTEN = (
     *("launches.jsonl", "metrics.jsonl", "damaged.jsonl", "evals.jsonl", "left_out.jsonl", "lock", "lock.held"),
     *("checkpoints", "hang", "job", "panels", "tensorboard", "wandb"),
 )
-"""What a run appends to or writes in; all other files appear whole, in the place of whatever stood there."""
+"""What a run appends to or writes in."""
+REPLACED = ("config.yaml", "wandb.json", "mlflow.json", "guard.json", "done", "stop")
+"""What appears whole, in the place of whatever stood there."""
 
 
 def check_names(*folders: Path) -> None:
@@ -71,8 +73,11 @@ def check_names(*folders: Path) -> None:
         except UnicodeEncodeError:
             raise UserError(f"--run-dir {shown} is not UTF-8; name a folder in UTF-8") from None
         try:
-            os.lstat(folder)
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            os.stat(folder)
+        except FileNotFoundError:
+            if os.path.islink(folder):
+                raise UserError(f"--run-dir {shown} is a link to nothing; make the folder that it points to") from None
+        except PermissionError:
             pass  # what it means depends on who asks
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
@@ -82,6 +87,8 @@ def check_names(*folders: Path) -> None:
 def refuse_special_files(*folders: Path) -> None:
     """Raise UserError for a named pipe, socket or device in a run folder, which would hang whoever opens it, and for a
     link in the place of what a run goes on writing: it would write, and remove old checkpoints, in another place.
+
+    Looks at nothing else: the folder may turn out to be somebody's home.
     """
     for folder in folders:
         for name in WRITTEN:
@@ -90,8 +97,9 @@ def refuse_special_files(*folders: Path) -> None:
                     f"{folder / name} is a link, which a run that writes does not follow; put in its place what it "
                     f"points to (the run folder as a whole may be a link)"
                 )
-        for path, kind in special_files(folder):
-            raise UserError(f"{path} is {kind}, not a file of a run; remove it, and start again")
+        for name in (*WRITTEN, *REPLACED):
+            for path, kind in special_files(folder / name):
+                raise UserError(f"{path} is {kind}, not a file of a run; remove it, and start again")
 
 
 def existing_run(run_dir: Path) -> RunConfig | None:

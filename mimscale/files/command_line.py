@@ -31,7 +31,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def local_path(text: str) -> Path:
-    """Raises ArgumentTypeError for an address."""
+    """Raises ArgumentTypeError for an address, and for no name, as of a shell's variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path; name a file or folder")
     if is_address(text):
         raise argparse.ArgumentTypeError(f"'{text}' is an address; give a path of this machine")
     return Path(text)

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,17 +44,16 @@ def open_to_write(path: Path, flags: int) -> int:
         raise
 
 
-def special_files(folder: Path) -> Iterator[tuple[Path, str]]:
-    """(path, what it is) of all pipes, sockets and devices below a folder, also those that a link stands for.
+def special_files(place: Path) -> Iterator[tuple[Path, str]]:
+    """(path, what it is) of a place and all below it that is a pipe, a socket or a device, also where a link says so.
 
     Links to folders are not followed. What cannot be listed is passed over: whoever opens it will say so.
     """
-    for top, _, names in os.walk(folder):
-        for name in names:
-            path = Path(top, name)
-            try:
-                kind = KINDS.get(stat.S_IFMT(path.stat().st_mode))
-            except OSError:  # a link to nothing, or a file that was removed meanwhile
-                continue
-            if kind is not None:
-                yield path, kind
+    below = (Path(top, name) for top, _, names in os.walk(place) for name in names)
+    for path in chain([place], below):
+        try:
+            kind = KINDS.get(stat.S_IFMT(path.stat().st_mode))
+        except OSError:  # a link to nothing, or a file that was removed meanwhile
+            continue
+        if kind is not None:
+            yield path, kind

@@ -33,6 +33,7 @@ def test_a_pipe_anywhere_in_a_run_folder_is_named(name: str, tmp_path: Path) -> 
     (tmp_path / "run" / name).parent.mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("")
     os.symlink("nowhere", tmp_path / "run" / "broken")
+    os.mkfifo(tmp_path / "run" / "of-others")  # nobody opens it, and the folder may be somebody's home
     refuse_special_files(tmp_path / "run", tmp_path / "absent")
     os.mkfifo(tmp_path / "run" / name)
     with pytest.raises(UserError, match=f"{name} is a named pipe, not a file of a run; remove it"):
