@@ -34,6 +34,12 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
+def read_head(path: Path, size: int) -> bytes:
+    """The first bytes; raises OSError at once for what is no regular file."""
+    with open_regular(path) as file:
+        return file.read(size)
+
+
 def open_to_write(path: Path, flags: int) -> int:
     """As `os.open`; raises OSError for a link, because what it points to may be somebody else's."""
     try:
