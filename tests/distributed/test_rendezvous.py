@@ -69,10 +69,23 @@ def test_one_rank_waits_for_nobody() -> None:
     assert meet(World(0, 1, 0, torch.device("cpu"))) is None
 
 
-@pytest.mark.parametrize(("rank", "whom"), [(0, "2 of 3 ranks, ranks 1, 2"), (1, "rank 0")])
+@pytest.mark.parametrize(
+    ("rank", "agent", "whom"),
+    [
+        (0, "False", "2 of 3 ranks, ranks 1, 2"),
+        (1, "False", "rank 0"),
+        (0, "True", "the torchrun that started this rank"),  # a variable that was copied from another launch
+    ],
+)
 def test_a_lonely_rank_says_for_whom_and_hears(
-    launch: Launch, rank: int, whom: str, capfd: pytest.CaptureFixture[str]
+    launch: Launch,
+    rank: int,
+    agent: str,
+    whom: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
     said = ""
 
     def waits() -> bool:
