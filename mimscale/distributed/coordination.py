@@ -41,23 +41,23 @@ class Opening:
     """
 
     def __init__(self, store: dist.Store | None, rank: int, world: int) -> None:
+        now_s = time.monotonic()
         self._store, self._rank, self.world = store, rank, world
-        self.waiting: tuple[int, str, float] | None = (0, "open_process_group", time.monotonic()) if world > 1 else None
+        self.waiting: tuple[int, str, float] | None = (0, "open_process_group", now_s) if world > 1 else None
         self._next_s = 0.0
-        self._signs = dict.fromkeys(range(world), 0)
-        self._seen_s = dict.fromkeys(range(world), time.monotonic())
+        others = range(1, world) if rank == 0 else ()
+        self._signs, self._seen_s = dict.fromkeys(others, 0), dict.fromkeys(others, now_s)
 
     def absent(self) -> list[int]:
         now_s = time.monotonic()
         if self._store is not None and now_s >= self._next_s:
             self._next_s = now_s + OPENS_S
             self._store.add(f"opens/{self._rank}", 1)
-            for rank in range(self.world) if self._rank == 0 else ():
+            for rank, known in self._signs.items():
                 signs = self._store.add(f"opens/{rank}", 0)
-                if signs != self._signs[rank]:
+                if signs != known:
                     self._signs[rank], self._seen_s[rank] = signs, now_s
-        gone = [rank for rank, seen_s in self._seen_s.items() if now_s - seen_s > GONE_S]
-        return gone if self._rank == 0 else []
+        return [rank for rank, seen_s in self._seen_s.items() if now_s - seen_s > GONE_S]
 
 
 class Coordinator:
