@@ -88,7 +88,7 @@ def refuse_special_files(*folders: Path) -> None:
     """Raise UserError for a named pipe, socket or device in a run folder, which would hang whoever opens it, and for a
     link in the place of what a run goes on writing: it would write, and remove old checkpoints, in another place.
 
-    Looks at nothing else: the folder may turn out to be somebody's home.
+    Nothing else is read: the folder may turn out to be somebody's home.
     """
     for folder in folders:
         for name in WRITTEN:
