@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,8 @@ from mimscale.data.manifest import Manifest
 from mimscale.data.names import one_line
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError, warn
-from mimscale.files.command_line import Help, add_json, end_with_example, print_json, stdout_kept
+from mimscale.files.command_line import Parser, add_json, end_with_example, print_json, stdout_kept
+from mimscale.files.durations import duration
 from mimscale.files.progress import progress, working
 
 FILES = "only the files of SRC with such names, for example 'train-*'"
@@ -140,9 +140,8 @@ def _write(options: argparse.Namespace, source: Source) -> int:
     if options.dry_run:
         with working("estimating"):
             processed, seconds = estimate(plan, options.jobs)
-        time_text = str(timedelta(seconds=round(seconds)))
         print(
-            f"about {time_text} with --jobs {options.jobs}, estimated from {processed:,} images; add the time "
+            f"about {duration(seconds)} with --jobs {options.jobs}, estimated from {processed:,} images; add the time "
             "for writing to the disk, divide by the number of parts of an array",
             file=sys.stderr,
         )
@@ -301,7 +300,7 @@ def _lines(path: Path) -> list[str]:
 
 def make_parser() -> argparse.ArgumentParser:
     text = "Make and check data sets of tar shards."
-    top = argparse.ArgumentParser(prog="python -m data_prep", description=text, formatter_class=Help)
+    top = Parser(prog="python -m data_prep", description=text)
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
     folder = verbs.add_parser("folder", help="shards from a folder of images, SRC/CLASS/*.jpg")
