@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,17 +110,24 @@ class DataConfig(Strict):
     max_damaged: int | None = Field(None, ge=0)
     stream: StreamConfig | None = None
 
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _check_weights(cls, value: Any) -> Any:
+        """Here, since of a union pydantic would name the kind that was not meant."""
+        if isinstance(value, list):
+            raise ValueError("several data sets need weights; write {/data/a: 0.7, /data/b: 0.3}")
+        for path, weight in value.items() if isinstance(value, dict) else ():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise ValueError(f"the weight {weight} of '{without_secrets(str(path))}' must be a number above 0")
+        return value
+
     @field_validator("shards")
     @classmethod
-    def _holds_no_secret(cls, value: str | dict[str, float]) -> str | dict[str, float]:
+    def _runs_no_shell(cls, value: str | dict[str, float]) -> str | dict[str, float]:
         places = [value] if isinstance(value, str) else list(value)
         addresses = [address for place in places for address in place.removeprefix("wds:").split("::")]
         if any(address.startswith("pipe:") for address in addresses):
             raise ValueError("pipe: no shell is run for data; give a path or an http(s), s3 or gs URL")
-        for place in places:
-            if (shown := without_secrets(place)) == place:
-                continue
-            raise ValueError(f"'{shown}' was given with credentials in it; remove them and set them in the environment")
         return value
 
     @field_validator("cache", mode="before")

@@ -42,13 +42,13 @@ from mimscale.data.names import Options, Text
 from mimscale.data.shard_cache import CHUNK, Cache
 from mimscale.data.shard_files import ShardFiles, cache_key
 from mimscale.data.storage import Storage, is_remote, refuse_secrets, storage, with_retries
+from mimscale.data.tar_end import BLOCK, is_header, number
 from mimscale.errors import UserError
 from mimscale.files.atomic import atomic_write
 
 MANIFEST, INDEX, LABELS = "manifest.json", "index.npy", "labels.npy"
 MAX_REQUESTS = 16  # concurrent requests to a remote store
 LISTED, MAX_REASONS = 1000, 50  # of what was left out: keys, and different reasons
-BLOCK = 512  # bytes; the unit of tar, and the length of a header
 Ints = NDArray[np.int64]
 Sha256 = Field(pattern="^[0-9a-f]{64}$")
 
@@ -200,7 +200,8 @@ class Manifest:
         """The keys of all samples, in order: reads only their tar headers, by several threads. Raises OSError."""
 
         def name(sample_id: int) -> str:
-            header = self._files.read(self.shard_of(sample_id), BLOCK, int(self.offsets[sample_id]) - BLOCK)
+            shard, offset, _ = self._place(sample_id)
+            header = self._files.read(shard, BLOCK, offset - BLOCK)
             return os.path.splitext(_header(header).name)[0]
 
         with ThreadPoolExecutor(MAX_REQUESTS) as pool:
@@ -210,9 +211,9 @@ class Manifest:
         """Ask the system to read these samples in the background. Errors are raised by `read`, not here."""
         if is_remote(self.location) and self.cache is None:
             return
-        for sample_id, shard in zip(ids.tolist(), self.locate(ids)[0].tolist(), strict=True):
+        for sample_id in ids.tolist():
             with suppress(OSError):
-                offset, size = int(self.offsets[sample_id]), int(self.sizes[sample_id])
+                shard, offset, size = self._place(sample_id)
                 self._files.will_need(shard, size + BLOCK, offset - BLOCK)
 
     def shard_key(self, shard: int) -> str:
@@ -235,20 +236,27 @@ class Manifest:
         """Close all open shards; the next read opens them again."""
         self._files.close()
 
-    def _read_member(self, sample_id: int) -> bytes:
-        """Tar header and contents of a sample's image. The header must agree with the index. Raises OSError."""
+    def _place(self, sample_id: int) -> tuple[int, int, int]:
+        """Shard number, offset and size of a sample's image. Raises OSError for numbers that its shard cannot have."""
         shard = self.shard_of(sample_id)
         offset, size = self.index[sample_id].tolist()
+        entry = self.file.shards[shard]
+        if offset < BLOCK or size < 0 or offset + size > entry.bytes:
+            place = f"{size} bytes at {offset} of {entry.bytes}"
+            raise OSError(f"'{self.location}/{entry.name}': the index is damaged: {place}")
+        return shard, offset, size
+
+    def _read_member(self, sample_id: int) -> bytes:
+        """Tar header and contents of a sample's image. The header must agree with the index. Raises OSError."""
+        shard, offset, size = self._place(sample_id)
         path = f"{self.location}/{self.file.shards[shard].name}"
-        if offset < BLOCK or size < 0:
-            raise OSError(f"'{path}': the index is damaged: {size} bytes at {offset}")
         data = self._files.read(shard, size + BLOCK, offset - BLOCK)
         if len(data) != size + BLOCK:
             raise OSError(f"'{path}' ends early: {len(data) - BLOCK} of {size} bytes at {offset}")
-        if sum(data[:148]) + 256 + sum(data[156:BLOCK]) != _octal(data[148:156]):
+        if not is_header(data[:BLOCK]):
             raise OSError(f"'{path}' has no file at {offset}, or its header is damaged")
-        if _octal(data[124:136]) != size:
-            raise OSError(f"'{path}' is another shard: {_octal(data[124:136])} bytes at {offset}, not {size}")
+        if (found := number(data[124:136])) != size:
+            raise OSError(f"'{path}' is another shard: {found} bytes at {offset}, not {size}")
         return data
 
 
@@ -262,12 +270,6 @@ def _no_manifest(folder: Path) -> str:
 
 def _header(member: bytes) -> tarfile.TarInfo:
     return tarfile.TarInfo.frombuf(member[:BLOCK], "utf-8", "surrogateescape")
-
-
-def _octal(field: bytes) -> int:
-    """A number in a tar header; -1 if it is malformed."""
-    digits = field.strip(b" \0")
-    return int(digits, 8) if digits.isdigit() and b"8" not in digits and b"9" not in digits else -1
 
 
 def _unpickle(folder: Path, location: str, cache: Cache | None) -> Manifest:
@@ -407,8 +409,13 @@ def save_manifest(
 
 
 def _by_reason(reasons: Iterable[str]) -> Counter[str]:
-    """Reasons that differ in numbers only are one; beyond the MAX_REASONS most frequent, the others are one."""
-    counts = Counter(re.sub(r"[0-9][0-9,.]*", "N", reason) for reason in reasons)
+    """Reasons that differ in numbers only are one; beyond the MAX_REASONS most frequent, the others are one. The fix,
+    behind a semicolon, is the same for all.
+    """
+    counts = Counter[str]()
+    for reason in reasons:
+        what, mark, fix = reason.partition("; ")
+        counts[re.sub(r"[0-9][0-9,.]*", "N", what) + mark + fix] += 1
     kept = Counter(dict(counts.most_common(MAX_REASONS)))
     others = counts.total() - kept.total()
     return kept + Counter({"others": others})

@@ -1,9 +1,8 @@
-"""The documentation agrees with the tree: links, quoted messages, paths, packages, versions and the figure."""
+"""The documentation agrees with the tree: links, quoted messages, paths, packages, versions and the diagram."""
 
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 import re
 from collections.abc import Iterator
@@ -13,18 +12,10 @@ from pathlib import Path
 import pytest
 
 import mimscale
+from tests.scripts import ROOT, load_script
 from tests.test_imports import LEVELS
 
-ROOT = Path(__file__).parent.parent.parent
-GUIDES = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "jobs/README.md",
-    "data_prep/README.md",
-    "ds_configs/README.md",
-)
-PAGES = [*(ROOT / name for name in GUIDES), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "tests" / "FAULTS.md"]
+PAGES = [ROOT / name for name in load_script("docs/build_site.py").page_names()]
 TOP = ("mimscale", "docs", "examples", "jobs", "data_prep", "ds_configs", "tests")
 IGNORED = {"jobs/site.env"}  # what a user makes; git ignores it
 GAP, END = "\0", "\1"  # a value inside a message; the end of one
@@ -84,8 +75,11 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
 
 
 def test_every_page_is_in_the_index() -> None:
-    listed = {target.partition("#")[0] for target in links(ROOT / "docs" / "index.md")}
-    assert listed >= {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    """Once, and the notebooks too."""
+    index = ROOT / "docs" / "index.md"
+    listed = [(index.parent / target.partition("#")[0]).resolve() for target in links(index)]
+    notebooks = (ROOT / "examples").glob("*.ipynb")
+    assert sorted(listed) == sorted({*PAGES, *notebooks} - {index})
 
 
 # ------------------------------------------------------------------------------------------------ names in the text
@@ -242,7 +236,7 @@ def test_refusals_are_found() -> None:
     assert set(refusals(ast.parse(inspect.cleandoc(source)))) == {f"no {GAP} at all", f"one {GAP} two"}
 
 
-# ------------------------------------------------------------------------------------------------ figure and versions
+# ------------------------------------------------------------------------------------------------ diagram and versions
 
 
 def test_the_readme_is_short() -> None:
@@ -259,16 +253,11 @@ def test_versions_agree() -> None:
     assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
-def test_the_figure_is_what_its_script_draws() -> None:
+def test_the_diagram_is_what_its_script_draws() -> None:
     """By its texts, because other releases of matplotlib write other numbers."""
     pytest.importorskip("matplotlib")
-    script = ROOT / "docs" / "data_flow.py"
-    spec = importlib.util.spec_from_file_location("data_flow", script)
-    assert spec is not None and spec.loader is not None
-    figure = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figure)
-    lines = [line for *_, below in figure.BOXES.values() for line in below]
-    drawn = set(re.findall(r"<!-- (.+?) -->", script.with_suffix(".svg").read_text()))
-    assert drawn == {*figure.BOXES, *lines, *figure.LABELS, *figure.LEGEND, figure.FRAME}, (
-        "run python docs/data_flow.py"
-    )
+    script = load_script("docs/data_flow.py")
+    lines = [line for *_, below in script.BOXES.values() for line in below]
+    drawn = set(re.findall(r"<!-- (.+?) -->", (ROOT / "docs" / "data_flow.svg").read_text()))
+    wanted = {*script.BOXES, *lines, *script.LABELS, *script.LEGEND, script.FRAME}
+    assert drawn == wanted, "run python docs/data_flow.py"
