@@ -1,6 +1,6 @@
-"""Draws docs/data_flow.svg, the figure of the README:  python docs/data_flow.py   (needs matplotlib, extra [demo])
+"""Draws docs/data_flow.svg, the diagram of the README:  python docs/data_flow.py   (needs matplotlib, extra [demo])
 
-The figure has a light panel of its own, so that it reads the same on a light and on a dark page.
+The diagram has a light panel of its own, so that it reads the same on a light and on a dark page.
 """
 
 from __future__ import annotations

@@ -159,6 +159,9 @@ def evaluate(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages,
         report = folder / f"{protocol}.json"
         words = ["-m", "mimscale", "evaluate", protocol, *runs, *common, *flags, "--out", report]
         stage(f"seed {seed}: evaluate {protocol}", *words)
+        for run in runs:  # where `mimscale report` and `mimscale runs` read it
+            (run / "eval").mkdir(exist_ok=True)
+            shutil.copyfile(report, run / "eval" / report.name)
         for row in json.loads(report.read_text())["rows"]:
             network = row["network"]
             if network.startswith("random init"):  # its shape is in the name if there are several
@@ -181,8 +184,8 @@ def cells(scores: Sequence[Scores]) -> list[list[str]]:
         line = [title, trained_on]
         for metric in METRICS:
             values = [of_seed[network][metric] for of_seed in scores]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            line.append(f"{statistics.fmean(values):.1f}{spread}")
+            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            line.append(f"{statistics.fmean(values):.1f}{deviation}")
         lines.append(line)
     return lines
 
@@ -296,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = out / f"seed-{seed}"
         pretrain(folder, seed, shards, stage, args.all, args.set)
         scores.append(evaluate(folder, seed, shards, stage, args.all))
-    stage("figure", ROOT / "jobs" / "demo_figure.py", out / "seed-0", shards["digits-test"], out / "demo.png")
+    stage("images", ROOT / "jobs" / "demo_images.py", out / "seed-0", shards["digits-test"], out / "demo.png")
     publish(out, scores, caption(scores, args.set), time.monotonic() - start_s)
     console.print(
         f"{time.monotonic() - start_s:.0f} s in all. {out}: demo.md, demo.json, demo.png, logs/", soft_wrap=True

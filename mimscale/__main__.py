@@ -28,7 +28,7 @@ VERBS = {
         "mimscale.convert.cli",
         "official checkpoints <-> ours <-> timm, transformers; each with an equality check",
     ),
-    "reconstruct": ("mimscale.api.cli", "a figure of masked images and their reconstructions"),
+    "reconstruct": ("mimscale.api.cli", "masked images and their reconstructions, in one image"),
     "plan": ("mimscale.cost.cli", "what a run needs, takes and costs on a cluster, before it is submitted"),
     "doctor": ("mimscale.doctor.cli", "check this machine, a recipe, its data and its teachers"),
     "bench": ("mimscale.bench", "measurements behind the documentation's tables"),

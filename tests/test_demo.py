@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mimscale.config.recipes import load_recipe
-
-ROOT = Path(__file__).parent.parent
-
+from tests.scripts import ROOT, load_script
 
 pytestmark = pytest.mark.timeout(2400)  # everything is trained on behalf of the first test
 SHORT = (
@@ -27,20 +23,12 @@ SHORT = (
     "mae:schedule.epochs=5",  # no margin of MAE's is asserted
     "mae:schedule.warmup_epochs=1",
 )
+DEMO = "jobs/demo.py"
 NETWORKS = ["raw pixels", "random init", "teacher", "mae", "control", "maskalign"]
 
 
-def module() -> ModuleType:
-    """jobs/demo.py"""
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "jobs" / "demo.py")
-    assert spec is not None and spec.loader is not None
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
-    return demo
-
-
 def demonstrate(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "jobs/demo.py", *words]
+    command = [sys.executable, DEMO, *words]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "COLUMNS": "160"}, capture_output=True, text=True)
 
 
@@ -91,7 +79,7 @@ def test_a_second_call_trains_nothing_again(demo: tuple[Path, str]) -> None:
     out, _ = demo
     before = {path: path.stat().st_mtime_ns for path in (out / "seed-0").glob("*/checkpoints/*/manifest.json")}
     assert len(before) == 4
-    again = module()
+    again = load_script(DEMO)
     stage = again.Stages(out / "logs")
     again.pretrain(out / "seed-0", 0, again.prepare(out, stage), stage, False, SHORT)
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -100,7 +88,7 @@ def test_a_second_call_trains_nothing_again(demo: tuple[Path, str]) -> None:
 def test_margins_that_are_not_reached_fail(capsys: pytest.CaptureFixture[str]) -> None:
     reached = {name: dict.fromkeys(("knn", "linear", "lowshot"), 50.0) for name in NETWORKS}
     reached["maskalign"] = dict.fromkeys(("knn", "linear", "lowshot"), 62.5)
-    demo = module()
+    demo = load_script(DEMO)
     assert demo.verdict([reached], 1.0) == 0 and "not reached" not in capsys.readouterr().out
     assert demo.verdict([reached], 1.1) == 1
     assert "not reached  kNN: MaskAlign is 12.5 points over random init, not 13.2" in capsys.readouterr().out
@@ -111,13 +99,13 @@ def test_margins_that_are_not_reached_fail(capsys: pytest.CaptureFixture[str]) -
 
 def test_a_change_of_no_network_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        module().main(["--out", str(tmp_path / "out"), "--set", "amt:schedule.epochs=1"])
+        load_script(DEMO).main(["--out", str(tmp_path / "out"), "--set", "amt:schedule.epochs=1"])
     assert end.value.code == 2 and not (tmp_path / "out").exists()
     assert "--set amt:schedule.epochs=1: not NETWORK:KEY=VALUE with a network of teacher" in capsys.readouterr().err
 
 
 def test_the_recipes_of_all_students_are_valid() -> None:
-    demo = module()
+    demo = load_script(DEMO)
     methods = {name: load_recipe(recipe, changes).method.name for name, (_, recipe, changes) in demo.EXTRAS.items()}
     assert methods == {"mff": "mff", "amt": "mae", "convmae": "convmae", "mrmae": "mrmae", "mrmae_convmae": "mrmae"}
     assert demo.rows(False).keys() < demo.rows(True).keys() and demo.rows(True).keys() >= methods.keys()

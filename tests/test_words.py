@@ -49,7 +49,7 @@ ALLOWED = {
     ("tests/masking/test_amt.py", "throw"),  # a key of the golden files
     ("tests/masking/test_amt_importance.py", "throw"),  # the same
     ("tests/methods/training_golden.py", "throw"),  # the same
-    ("jobs/demo_figure.py", "picture"),  # a purpose of noise: another name would be other numbers
+    ("jobs/demo_images.py", "picture"),  # a purpose of noise: another name would be other numbers
 }
 
 

@@ -1,4 +1,4 @@
-"""`mimscale reconstruct SOURCE IMAGE... OUT.png`: a figure of masked images and their reconstructions."""
+"""`mimscale reconstruct SOURCE IMAGE... OUT.png`: masked images and their reconstructions in one image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", type=Path, metavar="SOURCE", help="run or checkpoint folder or file, with its decoder"
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    parser.add_argument("out", type=Path, metavar="OUT.png", help="figure to write; it must not exist")
+    parser.add_argument("out", type=Path, metavar="OUT.png", help="image to write; it must not exist")
     parser.add_argument("--mask-ratio", type=float, metavar="R", help="share of patches masked (default: as trained)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the masks (default 0)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="masks, and so rows, per image (default 1)")
@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     end_with_example(
         parser,
-        "mimscale reconstruct runs/l16 cat.jpg dog.jpg figure.png",
-        "mimscale reconstruct mae_visualize_vit_large.pth cat.jpg figure.png --recipe mae_vit_l16",
+        "mimscale reconstruct runs/l16 cat.jpg dog.jpg rows.png",
+        "mimscale reconstruct mae_visualize_vit_large.pth cat.jpg rows.png --recipe mae_vit_l16",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.out.suffix != ".png":
-        raise UserError(f"{args.out} must end in .png: the last name is the figure to write")
+        raise UserError(f"{args.out} must end in .png: the last name is the image to write")
     if args.out.exists():
         raise UserError(f"{args.out} exists; choose another name")
     if args.samples < 1:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(args.out) as part:
-            figure(found).save(part)
+            rows_of(found).save(part)
     except OSError as error:
         raise UserError(f"{args.out} cannot be written: {error.strerror or error}; name another file") from None
     masked = int(found.mask[0].sum())
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def figure(found: Reconstruction) -> Image.Image:
+def rows_of(found: Reconstruction) -> Image.Image:
     """One row per image: the columns of COLUMNS, each under its title, on white."""
     parts = (found.input, found.masked, found.reconstruction, found.pasted)
     tiles = torch.stack(parts, dim=1)

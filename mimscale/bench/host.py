@@ -92,7 +92,7 @@ def report(config: Any, ds_configs: Sequence[str], compiled: bool, rounds: int, 
 
 def host_cost(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Fields of `mimscale.cost.devices.HostCost`, in seconds, for this machine: what DeepSpeed adds to PyTorch by hand,
-    spread over the parameters, from the eager rows that are there.
+    shared out over the parameters, from the eager rows that are there.
     """
     by_hand, by_stage = rows[0], {one["engine"]: one for one in rows if not one["compiled"]}
     passes_ms = by_hand["ms"]["forward"] + by_hand["ms"]["backward"]

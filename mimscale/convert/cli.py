@@ -22,12 +22,12 @@ from mimscale.files.progress import working
 
 TO = """what --to makes:
   timm, huggingface
-             a folder of the student that timm or transformers loads, with a model card
+             a folder that timm or transformers loads, with a model card
   student    the student, our names
   mimscale   everything, decoder and heads too, under our names
-  official   everything under the names of the method's official code, or of the format that is
-             named: %s
-  state      a folder with weights, optimiser moments, step and recipe, to keep or to share
+  official   everything under the names of the method's official code; or name
+             a format: %s
+  state      a folder with weights, optimiser moments, step and recipe
   run        a run folder made of such a folder
 
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from mimscale.files.eval_reports import BROKEN, Figure, figures_of
 FILE = "README.md"
 CHANGED = "differs_from_paper"  # an option of reports; `Figure.changed` has it in words
 TO_FILL = "to be filled in"
+MARKUP = re.compile(r"[\\`*|\[\]]")
 
 
 @dataclass(frozen=True)
@@ -184,5 +186,6 @@ def _plain(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """One line of text that ends no cell of a table, and is no markup."""
-    return printable(" ".join(str(value).split())).replace("|", "\\|").replace("<", "&lt;")
+    """One line of text that ends no cell of a table, and is no markup (link, image, code, tag, entity)."""
+    line = printable(" ".join(str(value).split())).replace("&", "&amp;").replace("<", "&lt;")
+    return MARKUP.sub(r"\\\g<0>", line)

@@ -27,10 +27,10 @@ class EvalsConfig(Strict):
 
     val: labelled data set to be tested on. train: the one to learn from; default: `data.shards`. every: optimiser steps
     between evaluations; default: 1,000, or more where the run has not trained on 100 times the subset's
-    images by then. train_samples, val_samples: size of the subset, at most; the samples lie evenly spread over
-    each data set. protocols: name of a file in `mimscale/evals/protocols` -> its options. pool: mean of the patch
-    tokens or class token. crop_pct: share of the short side that the centre crop keeps. batch: images of a forward
-    pass.
+    images by then. train_samples, val_samples: size of the subset, at most; the samples lie at equal
+    distances in each data set. protocols: name of a file in `mimscale/evals/protocols` -> its options. pool: mean of
+    the patch tokens or class token. crop_pct: share of the short side that the centre crop keeps. batch: images of a
+    forward pass.
 
     top1_epochs: epochs between measurements of a classifier's accuracy (method finetune) on the whole of val, at the
     crop of its own section data; null: never.

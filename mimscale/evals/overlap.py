@@ -60,7 +60,7 @@ def check_shards_apart(learned: str, train: Manifest, given: str, val: Manifest)
 
 
 def sampled_overlap(train: Manifest, val: Manifest) -> tuple[int, int]:
-    """(number of images of val, spread evenly, that were compared; of these, those that train holds to the byte).
+    """(number of images of val, at equal distances, that were compared; of these, those that train holds to the byte).
 
     Only images of the same length in bytes are read. What cannot be read counts for nothing.
     """

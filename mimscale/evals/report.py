@@ -48,5 +48,5 @@ def table(report: Mapping[str, Any]) -> Table:
 def _value(row: Mapping[str, Any], metric: str) -> str:
     if metric not in row:
         return ""
-    spread = row.get(f"{metric}_sd")
-    return f"{row[metric]:.1f}" if spread is None else f"{row[metric]:.1f} ± {spread:.1f}"
+    deviation = row.get(f"{metric}_sd")
+    return f"{row[metric]:.1f}" if deviation is None else f"{row[metric]:.1f} ± {deviation:.1f}"

@@ -48,7 +48,7 @@ class FinetuneConfig(MethodConfig):
 
     mixup, cutmix: alpha of the Beta distribution of the images' shares (Zhang et al. 2018, Yun et al. 2019); 0: off.
     mixup_prob: that a pair is mixed at all. mixup_switch: share of cutmix where both are on. label_smoothing: share of
-    the target that is spread over all labels. head_std: standard deviation of the head's weights at the start.
+    the target that all labels get in equal parts. head_std: standard deviation of the head's weights at the start.
     """
 
     classes: int = Field(ge=2, le=10**6)

@@ -35,7 +35,7 @@ class MaskAlignConfig(FeatureConfig, base.MaskedConfig):
     adaptor (head_type): from the student's width to the teacher's (mlp_norm is the release's mlp2).
     loss: the distance of features, averaged over tokens and channels.
     adaptor_position: after the mixing, one for each supervised teacher level, as released. Experimental: before it, one
-        for each student block, as in the paper's figure, which is another function with more parameters. No official
+        for each student block, as the paper draws it, which is another function with more parameters. No official
         numbers exist for it and no run at full size was made; tests compare it with a second implementation and train
         it at small size.
     levels: weight of each teacher level in the loss (loss_weights).

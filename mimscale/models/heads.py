@@ -1,6 +1,6 @@
 """MaskAlign's head: mixing of student levels, and adaptors to the teacher's width (Xue et al. 2023).
 
-As released, student levels are mixed first, and each supervised teacher level has an adaptor. In the paper's figure
+As released, student levels are mixed first, and each supervised teacher level has an adaptor. As the paper draws it,
 each student level has an adaptor, and the adapted levels are mixed.
 """
 

@@ -1,6 +1,6 @@
 """Panels as files of a run folder: RUN/panels/step-00000060.png, rows of tiles without gaps, named in the PNG's text.
 
-At most KEPT of them: of more, those go that leave the others most evenly spread over the steps.
+At most KEPT of them: of more, those go that leave the others at the most equal distances in steps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def write(run_dir: Path, step: int, tiles_B3HW: Mapping[str, Tensor]) -> None:
         warn(f"{run_dir / FOLDER}: {error.strerror or error}; the panel of step {step} is left out")
         return
     files = steps(run_dir)
-    for crowded in set(files) - set(spread(sorted(files), KEPT)):
+    for crowded in set(files) - set(thinned(sorted(files), KEPT)):
         with suppress(OSError):
             files[crowded].unlink()
 
@@ -59,8 +59,8 @@ def steps(run_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def spread(ordered: Sequence[int], keep: int) -> list[int]:
-    """At most `keep` >= 2 of ascending numbers, the first and the last among them, the others evenly spread."""
+def thinned(ordered: Sequence[int], keep: int) -> list[int]:
+    """At most `keep` >= 2 of ascending numbers, the first and the last among them, at about equal distances."""
     left = list(ordered)
     while len(left) > keep:
         left.remove(min(left[1:-1], key=lambda n: left[left.index(n) + 1] - left[left.index(n) - 1]))

@@ -107,12 +107,12 @@ KEYS = ("kernel_ms", "kernels", "communication_ms")
 def describe(found: dict[str, Any]) -> str:
     """A sentence and the tables of what takes longest, in Markdown; milliseconds and calls are those of one step."""
     head = (
-        f"{found['kernels']} kernels take {found['kernel_ms']:.2f} ms per step, {found['communication_ms']:.2f} ms of "
-        "it in collectives"
+        f"{found['kernels']} {found['counted']} take {found['kernel_ms']:.2f} ms per step, "
+        f"{found['communication_ms']:.2f} ms of it in collectives"
     )
     parts = [head]
-    for title, rows in (("kernel", found["top"]), ("on the host", found["host_top"])):
-        if title == "kernel" or rows != found["top"]:
+    for title, rows in ((found["counted"].removesuffix("s"), found["top"]), ("on the host", found["host_top"])):
+        if rows is found["top"] or rows != found["top"]:
             cells = [[name.replace("|", "/"), f"{ms:.3f}", f"{count:.1f}"] for name, ms, count in rows]
             parts.append(table([title, "ms per step", "calls per step"], cells))
     return "\n\n".join(parts)

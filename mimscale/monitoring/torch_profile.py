@@ -1,4 +1,7 @@
-"""torch.profiler around a few steps: kernel time, kernels, communication, what takes longest, and a Chrome trace."""
+"""torch.profiler around a few steps: time and number of kernels, communication, what takes longest, a Chrome trace.
+
+Without a GPU there are no kernels: the operators of the host stand in their place.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ COMMUNICATION = ("nccl", "c10d::", "gloo:", "record_param_comms")
 def profiled(step: Callable[[], object], device: torch.device, steps: int, trace: Path | None = None) -> dict[str, Any]:
     """Figures per step. trace: file for chrome://tracing.
 
-    kernel_ms, kernels: time in kernels and how many (on a CPU: operators, without those that they call).
+    kernel_ms, kernels: time in kernels and how many (on a CPU: operators, without those that they call). counted: which
+    of the two, "kernels" or "operators".
     communication_ms: of it, in collectives; on a GPU it may overlap with other kernels. top: [name, ms, count] each.
     host_top: the same for what the host did.
     """
@@ -44,6 +48,7 @@ def figures(run: profile, device: torch.device, steps: int) -> dict[str, Any]:
     return {
         "kernel_ms": sum(ms for _, ms, _ in kernels),
         "kernels": round(sum(count for _, _, count in kernels)),
+        "counted": "kernels" if cuda else "operators",
         "communication_ms": sum(ms for name, ms, _ in kernels if name.lower().startswith(COMMUNICATION)),
         "top": _longest(kernels),
         "host_top": _longest(host),

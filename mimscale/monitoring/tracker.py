@@ -79,9 +79,6 @@ class Trackers:
     def __init__(self, start: Start, failed: Callable[[str, str], None] = lambda name, error: None) -> None:
         self._threads = [TrackerThread(name, _module(name).make, start, failed) for name in start.log.trackers]
 
-    def __bool__(self) -> bool:
-        return any(thread.alive for thread in self._threads)
-
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         for thread in self._threads:
             thread.put("log_scalars", step, dict(values))

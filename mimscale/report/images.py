@@ -13,7 +13,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from mimscale.errors import printable
-from mimscale.monitoring.panel_files import TEXT, spread
+from mimscale.monitoring.panel_files import TEXT, thinned
 from mimscale.monitoring.panel_files import steps as files_of
 
 STEPS = 5
@@ -48,7 +48,7 @@ def read(run_dir: Path, side: int, until: int | None = None) -> Panels:
     files = {step: path for step, path in files_of(run_dir).items() if until is None or step <= until}
     found: dict[int, dict[str, Image.Image]] = {}
     unreadable = []
-    for step in spread(sorted(files), STEPS) if len(files) > STEPS else files:
+    for step in thinned(sorted(files), STEPS) if len(files) > STEPS else files:
         try:
             found[step] = _mosaics(files[step])
         except BROKEN as error:

@@ -67,9 +67,9 @@ def load_into(method: Method, run: RunConfig) -> tuple[str, ...]:
             "set init.part = student, or take other weights"
         )
     _same_shape(loaded, run, weights, own, "" if not whole else "student.")
-    weights, spread = _one_table_per_block(weights, own)
+    weights, copied = _one_table_per_block(weights, own)
     weights, resized = with_positions_of(weights, own)
-    notes = (*spread, *resized)
+    notes = (*copied, *resized)
 
     missing, unused = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     optional = () if whole else OPTIONAL

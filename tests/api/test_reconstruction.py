@@ -155,11 +155,11 @@ def image_file(path: Path, number: int) -> str:
 def test_the_verb_writes_one_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = saved_run(tmp_path / "run", "mae")
     files = [image_file(tmp_path / f"{number}.png", number) for number in (0, 1)]
-    words = ["reconstruct", str(folder), *files, str(tmp_path / "out" / "figure.png")]
+    words = ["reconstruct", str(folder), *files, str(tmp_path / "out" / "rows.png")]
     assert main([*words, "--samples", "2", "--mask-ratio", "0.5", "--seed", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "8 of 16 patches masked, uniformly, seed 3" in printed and "figure.png" in printed
-    drawn = np.asarray(Image.open(tmp_path / "out" / "figure.png"))
+    assert "8 of 16 patches masked, uniformly, seed 3" in printed and "rows.png" in printed
+    drawn = np.asarray(Image.open(tmp_path / "out" / "rows.png"))
     side = SIDE * 3  # enlarged to at least 160 pixels
     assert drawn.shape == (18 + 4 * (side + 4) - 4, 4 * (side + 4) - 4, 3)
     batch = [Image.open(file) for file in (files[0], files[0], files[1], files[1])]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import transformers
@@ -96,7 +97,7 @@ def loaded(kind: str, folder: Path, **arguments: Any) -> Any:
 )
 @torch.no_grad()
 def test_the_encoder_of_each_method(name: str, section: Mapping[str, Any], image_size: int, tmp_path: Path) -> None:
-    """By transformers, by our reader, and by `load_encoder`."""
+    """By transformers, by timm, by our reader, and by `load_encoder`."""
     folder, method = saved(tmp_path / "run", name, image_size, **section)
     out = tmp_path / "out"
     converted(folder, out)
@@ -116,6 +117,9 @@ def test_the_encoder_of_each_method(name: str, section: Mapping[str, Any], image
     near(student.eval()(images).tokens, ours)
     features = mimscale.load_encoder(out)(images)
     near(features.tokens, ours[:, 1:])
+
+    assert main(["convert", str(folder), str(tmp_path / "timm"), "--to", "timm"]) == 0
+    near(timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval().forward_features(images), ours)
 
 
 @pytest.mark.parametrize(("norm_pix", "ratio", "unit"), [(True, 0.75, None), (False, 0.6, None), (True, 0.3, 32)])

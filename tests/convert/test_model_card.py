@@ -112,3 +112,6 @@ def test_the_name_of_a_folder_is_no_markup(tmp_path: Path) -> None:
     folder = save_run(tmp_path / "run", method, run)
     _, text = card_of(folder, tmp_path / "a\n# b <script>")
     assert "# a # b &lt;script>" in text and "\n# b" not in text
+    header, text = card_of(folder, tmp_path / "x\n---\nlicense: mit [a](b) `c` ![d](e) &lt;", "--to", "timm")
+    assert header.keys() == {"library_name", "pipeline_tag", "tags"}
+    assert text.startswith("\n# x --- license: mit \\[a\\](b) \\`c\\` !\\[d\\](e) &amp;lt;\n")

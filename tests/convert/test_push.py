@@ -77,7 +77,7 @@ def test_a_conversion_is_pushed(
     run_dir, _ = saved_run(tmp_path / "run", "mae")
     out = tmp_path / "out"
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # 0.26, the oldest, knows no Xet
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     words = ["convert", str(run_dir), str(out), "--to", "timm", "--push", "org/name", "--private"]
     assert main(words) == 0
@@ -110,7 +110,7 @@ def test_nobody_answers(folder: Path) -> None:
     with serving() as hub:
         address = hub.address
     message = pushed(folder, address)
-    assert f"--push org/name: {address} did not take it (ConnectError" in message
+    assert f"--push org/name: {address} did not take it (Connect" in message  # the exception of httpx, or of requests
     assert "is whole; try again with: hf upload" in message
 
 

@@ -22,7 +22,7 @@ def code(notebook: Any) -> list[Any]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def figures(notebook: Any) -> list[Image.Image]:
+def images(notebook: Any) -> list[Image.Image]:
     data = [output.get("data", {}) for cell in code(notebook) for output in cell.outputs]
     return [Image.open(io.BytesIO(base64.b64decode(one["image/png"]))) for one in data if "image/png" in one]
 
@@ -45,10 +45,10 @@ def test_the_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             timeout=600,
             resources={"metadata": {"path": str(tmp_path)}},
         ).execute()
-        drawn, before = figures(notebook), figures(stored)
-        assert [figure.size for figure in drawn] == [figure.size for figure in before] and len(drawn) == 2, path
-        for figure in drawn:
-            assert np.asarray(figure.convert("RGB")).std() > 20, f"{path}: an empty figure"
+        drawn, before = images(notebook), images(stored)
+        assert [image.size for image in drawn] == [image.size for image in before] and len(drawn) == 2, path
+        for image in drawn:
+            assert np.asarray(image.convert("RGB")).std() > 20, f"{path}: an empty image"
     assert (tmp_path / "runs" / "mae_digits" / "done").exists()
 
 
@@ -58,7 +58,7 @@ def test_a_notebook_is_committed_as_it_ran(path: Path) -> None:
     nbformat.validate(notebook)
     cells = code(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert len(figures(notebook)) == 2
+    assert len(images(notebook)) == 2
     assert str(ROOT) not in path.read_text() and "/home/" not in path.read_text() and "Warning" not in printed(notebook)
     assert path.stat().st_size < 400_000
     for output in (output for cell in cells for output in cell.outputs):

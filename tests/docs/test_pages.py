@@ -1,31 +1,24 @@
-"""The documentation agrees with the tree: links, quoted messages, paths, packages, versions and the figure."""
+"""The documentation agrees with the tree: links, quoted messages, paths, packages, versions and the diagram."""
 
 from __future__ import annotations
 
 import ast
-import importlib.util
+import inspect
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
 import mimscale
+from tests.scripts import ROOT, load_script
 from tests.test_imports import LEVELS
 
-ROOT = Path(__file__).parent.parent.parent
-GUIDES = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "jobs/README.md",
-    "data_prep/README.md",
-    "ds_configs/README.md",
-)
-PAGES = [*(ROOT / name for name in GUIDES), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "tests" / "FAULTS.md"]
+PAGES = [ROOT / name for name in load_script("docs/build_site.py").page_names()]
 TOP = ("mimscale", "docs", "examples", "jobs", "data_prep", "ds_configs", "tests")
 IGNORED = {"jobs/site.env"}  # what a user makes; git ignores it
-GAP = "\0"  # a value inside a message
+GAP, END = "\0", "\1"  # a value inside a message; the end of one
 
 
 def without_code(text: str) -> str:
@@ -82,8 +75,11 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
 
 
 def test_every_page_is_in_the_index() -> None:
-    listed = {target.partition("#")[0] for target in links(ROOT / "docs" / "index.md")}
-    assert listed >= {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    """Once, and the notebooks too."""
+    index = ROOT / "docs" / "index.md"
+    listed = [(index.parent / target.partition("#")[0]).resolve() for target in links(index)]
+    notebooks = (ROOT / "examples").glob("*.ipynb")
+    assert sorted(listed) == sorted({*PAGES, *notebooks} - {index})
 
 
 # ------------------------------------------------------------------------------------------------ names in the text
@@ -123,30 +119,49 @@ def test_commands_name_verbs() -> None:
 # ------------------------------------------------------------------------------------------------ messages
 
 
+def text_of(node: ast.expr) -> str:
+    """A literal's text, GAP where a value is put in; "" for anything else."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else GAP for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
 @lru_cache
-def messages() -> frozenset[str]:
-    """All texts in the sources; where a value is put in stands GAP."""
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@lru_cache
+def messages() -> str:
+    """All texts in the sources, with END behind each; where a value is put in stands GAP."""
     texts = []
     for folder in ("mimscale", "data_prep", "jobs"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.JoinedStr):
-                    parts = (p.value if isinstance(p, ast.Constant) else GAP for p in node.values)
-                    texts.append("".join(map(str, parts)))
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    texts.append(node.value)
+            for node in ast.walk(parsed(path)):
+                if isinstance(node, ast.expr) and (text := text_of(node)):
+                    texts.append(text)
     for path in sorted((ROOT / "jobs").iterdir()):
         if path.suffix in (".sh", ".sbatch") or path.name == "submit":
             texts += re.sub(r"\$(\{[^}]*\}|\w+)", GAP, path.read_text()).splitlines()
-    return frozenset(texts)
+    return "".join(f"{text}{END}" for text in dict.fromkeys(texts))
 
 
 def occurs(message: str) -> bool:
     """Whether one text of the sources has the message's parts in this order, with values where it has `…`."""
-    return any(in_order(message.split("…"), text) for text in messages())
+    parts, texts = message.split("…"), messages()
+    longest = max(parts, key=len)
+    place = texts.find(longest)
+    while place >= 0:
+        end = texts.find(END, place)
+        if in_order(parts, texts[texts.rfind(END, 0, place) + 1 : end]):
+            return True
+        place = texts.find(longest, end)
+    return False
 
 
 def in_order(parts: list[str], text: str) -> bool:
+    if max(parts, key=len) not in text:  # most texts are told apart by this alone
+        return False
     place = 0
     for part in parts:
         place = text.find(part, place)
@@ -157,8 +172,10 @@ def in_order(parts: list[str], text: str) -> bool:
 
 
 def quoted_messages() -> list[str]:
+    """All that stands in backquotes in the first column."""
     page = without_code((ROOT / "docs" / "troubleshooting.md").read_text())
-    return re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    cells = re.findall(r"^\| (`.+?) \| ", page, re.MULTILINE)
+    return [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
 
 
 def test_quoted_messages_are_in_the_code() -> None:
@@ -180,7 +197,46 @@ def test_quoted_messages_have_words_of_their_own() -> None:
     assert set(short) <= {"BAD NODE …: …", "unknown key …"}
 
 
-# ------------------------------------------------------------------------------------------------ figure and versions
+def refusals(tree: ast.Module) -> Iterator[str]:
+    """What refuses a user's input: texts of `UserError` and its kinds, and those of the checks of a recipe's sections.
+
+    A text without two words of its own only carries another message.
+    """
+    checks = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and _is_check(f)]
+    for names, inside in (({"UserError", "BadArchive"}, [tree]), ({"ValueError"}, checks)):
+        for node in (node for part in inside for node in ast.walk(part)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names and node.args:
+                words = text_of(node.args[0])
+                if len(re.findall(r"\b[A-Za-z]{2,}\b", words)) > 1:
+                    yield words
+
+
+def _is_check(function: ast.FunctionDef) -> bool:
+    return any("_validator" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def test_every_refusal_has_a_row() -> None:
+    rows = [message.split("…") for message in quoted_messages()]
+    missing = []
+    for path in (path for folder in ("mimscale", "data_prep") for path in sorted((ROOT / folder).rglob("*.py"))):
+        found = [text for text in refusals(parsed(path)) if not any(in_order(row, text) for row in rows)]
+        missing += [f"{path.relative_to(ROOT)}: {text.replace(GAP, '…')}" for text in found]
+    assert not missing, "docs/troubleshooting.md has no row for:\n" + "\n".join(missing)
+
+
+def test_refusals_are_found() -> None:
+    source = """
+        @model_validator(mode="after")
+        def check(self):
+            raise ValueError(f"no {self.x} at all")
+        def other(x):
+            raise ValueError("not for users")
+        raise UserError(f"{x}: {y}", UserError(f"one " f"{x} two"))
+    """
+    assert set(refusals(ast.parse(inspect.cleandoc(source)))) == {f"no {GAP} at all", f"one {GAP} two"}
+
+
+# ------------------------------------------------------------------------------------------------ diagram and versions
 
 
 def test_the_readme_is_short() -> None:
@@ -197,16 +253,11 @@ def test_versions_agree() -> None:
     assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
-def test_the_figure_is_what_its_script_draws() -> None:
+def test_the_diagram_is_what_its_script_draws() -> None:
     """By its texts, because other releases of matplotlib write other numbers."""
     pytest.importorskip("matplotlib")
-    script = ROOT / "docs" / "data_flow.py"
-    spec = importlib.util.spec_from_file_location("data_flow", script)
-    assert spec is not None and spec.loader is not None
-    figure = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figure)
-    lines = [line for *_, below in figure.BOXES.values() for line in below]
-    drawn = set(re.findall(r"<!-- (.+?) -->", script.with_suffix(".svg").read_text()))
-    assert drawn == {*figure.BOXES, *lines, *figure.LABELS, *figure.LEGEND, figure.FRAME}, (
-        "run python docs/data_flow.py"
-    )
+    script = load_script("docs/data_flow.py")
+    lines = [line for *_, below in script.BOXES.values() for line in below]
+    drawn = set(re.findall(r"<!-- (.+?) -->", (ROOT / "docs" / "data_flow.svg").read_text()))
+    wanted = {*script.BOXES, *lines, *script.LABELS, *script.LEGEND, script.FRAME}
+    assert drawn == wanted, "run python docs/data_flow.py"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,17 +11,12 @@ from mimscale.__main__ import VERBS
 from mimscale.config.base import Strict
 from mimscale.config.key_texts import key_texts
 from mimscale.config.recipes import load_recipe, recipe_names
-
-ROOT = Path(__file__).parents[2]
+from tests.scripts import ROOT, load_script
 
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs/reference.py")
 
 
 @pytest.fixture(scope="module")

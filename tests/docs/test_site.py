@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from urllib.parse import unquote
 
 import pytest
 
-from tests.docs.test_pages import PAGES, ROOT
+from tests.docs.test_pages import PAGES
+from tests.scripts import ROOT, load_script
 
 pytestmark = pytest.mark.slow
-
-
-def builder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_site", ROOT / "docs" / "build_site.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+BUILDER = load_script("docs/build_site.py")
+NOTEBOOKS = sorted(ROOT.glob(BUILDER.NOTEBOOKS))
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
-    assert builder().build(folder) == 0
+    assert BUILDER.build(folder) == 0
     return folder / "site"
 
 
@@ -106,7 +99,7 @@ def built(site: Path, page: Path) -> Path:
 
 def test_every_page_was_built_and_leads_somewhere(site: Path) -> None:
     pages = {path.resolve(): html for path, html in read(site).items()}
-    missing = [str(page) for page in PAGES if built(site, page).resolve() not in pages]
+    missing = [str(page) for page in (*PAGES, *NOTEBOOKS) if built(site, page).resolve() not in pages]
     assert not missing, missing
     assert not (wrong := broken(site.resolve(), pages)), "\n".join(wrong)
     for page in PAGES:  # no Markdown was left as it was
@@ -140,10 +133,20 @@ def test_a_broken_site_is_found(tmp_path: Path) -> None:
 
 def test_every_page_is_in_the_navigation_once() -> None:
     listed = re.findall(r'"([^"]+\.md)"', (ROOT / "docs" / "zensical.toml").read_text())
-    assert sorted(listed) == sorted(page.relative_to(ROOT).as_posix() for page in PAGES)
+    pages = (*PAGES, *(notebook.with_suffix(".md") for notebook in NOTEBOOKS))
+    assert sorted(listed) == sorted(page.relative_to(ROOT).as_posix() for page in pages)
+
+
+def test_a_notebook_is_a_page_with_its_outputs(site: Path) -> None:
+    for notebook in NOTEBOOKS:
+        html = (site / "examples" / f"{notebook.stem}.html").read_text()
+        assert html.count("<img") >= 2 and "matplotlib.pyplot" in re.sub(r"<[^>]*>", "", html), notebook
+        for number in (1, 2):
+            assert (site / "examples" / f"{notebook.stem}-{number}.png").read_bytes().startswith(b"\x89PNG")
+    assert 'href="../examples/reconstruct.html"' in (site / "docs" / "python.html").read_text()
 
 
 def test_links_out_of_the_pages_become_text(tmp_path: Path) -> None:
     page = ROOT / "docs" / "recipes.md"
-    text = builder().for_site(page, {page, ROOT / "docs" / "python.md"})
+    text = BUILDER.for_site(page, {page, ROOT / "docs" / "python.md"})
     assert "lie in mimscale/recipes." in text and "](../mimscale" not in text

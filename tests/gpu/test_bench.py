@@ -29,6 +29,7 @@ def test_a_step_is_measured_by_events(ds_config: str, tmp_path: Path) -> None:
     (row,) = json.loads(file.read_text())["cases"]
     assert row["images_per_s"] > 0 and row["mfu_measured"] > 0 and 0 < row["host_share"] <= 1
     assert all(row["device_ms"][phase] > 0 for phase in ("teacher", "forward", "backward", "update"))
+    assert row["profile"]["counted"] == "kernels"
     assert row["profile"]["kernels"] > 50 and 0 < row["profile"]["kernel_ms"] <= 10 * row["step_ms"]
     assert 0 < row["memory"]["allocated_gib"] <= row["memory"]["reserved_gib"]
     assert any(event.get("cat") == "kernel" for event in json.loads(trace.read_text())["traceEvents"])

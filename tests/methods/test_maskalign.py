@@ -112,7 +112,7 @@ def test_every_parameter_learns(fusion: str, adaptor: str) -> None:
 @pytest.mark.parametrize("adaptor", ["linear", "mlp_norm"])
 @pytest.mark.parametrize(("fusion", "depth"), [("linear", 3), ("sum", 3), ("sum", 5)])
 def test_adaptors_before_the_mixing(fusion: str, depth: int, adaptor: str) -> None:
-    """The figure's form: adaptor j on student block j, then row i of the mixing gives teacher level i."""
+    """As the paper draws it: adaptor j on student block j, then row i of the mixing gives teacher level i."""
     info, student = TeacherInfo(**{**INFO.__dict__, "depth": 3}), {**STUDENT, "depth": depth}
     method = build(info, student, fusion=fusion, adaptor=adaptor, adaptor_position="before")
     head = aligned(method)

@@ -37,7 +37,7 @@ def test_large_tiles_are_made_smaller(tmp_path: Path) -> None:
         assert image.size == (3 * panel_files.LARGEST, 3 * panel_files.LARGEST)
 
 
-def test_few_files_stay_spread_over_all_steps(tmp_path: Path) -> None:
+def test_few_files_stay_at_equal_distances(tmp_path: Path) -> None:
     for step in range(10, 1010, 10):
         panel_files.write(tmp_path, step, tiles(view()))
     left = list(panel_files.steps(tmp_path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -12,7 +11,11 @@ from types import ModuleType
 
 import pytest
 
-JOBS = Path(__file__).parents[2] / "jobs"
+from mimscale.config.recipes import load_recipe
+from mimscale.cost.report import SMALL_MICRO_BATCH
+from tests.scripts import ROOT, load_script
+
+JOBS = ROOT / "jobs"
 BATCH = sorted(JOBS.glob("*.sbatch"))
 PRETRAIN = sorted(JOBS.glob("pretrain_*.sbatch"))
 SHELL = sorted([*JOBS.glob("*.sh"), *BATCH, JOBS / "submit", JOBS / "site.env.example"])
@@ -47,6 +50,16 @@ def test_sizes_differ_in_header_and_recipe_only() -> None:
     assert len({body(path) for path in PRETRAIN}) == 1
 
 
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda p: p.name)
+def test_sizes_are_what_plan_advises(path: Path) -> None:
+    """Each GPU has more images of the recipe's batch than those of which `mimscale plan` says to use fewer GPUs."""
+    (recipe,) = re.findall(r"^RECIPE=\$\{RECIPE:-(\w+)\}", path.read_text(), re.MULTILINE)
+    gpus = int(header(path)["nodes"]) * int(header(path)["gpus-per-node"])
+    assert load_recipe(recipe).schedule.global_batch // gpus > SMALL_MICRO_BATCH
+    planned = re.findall(rf"mimscale plan {recipe} --gpus (\d+)", (ROOT / "README.md").read_text())
+    assert planned == ([str(gpus)] if path.stem == "pretrain_vit_h" else [])
+
+
 @pytest.mark.parametrize("path", BATCH, ids=lambda p: p.name)
 def test_headers(path: Path) -> None:
     options = header(path)
@@ -56,7 +69,8 @@ def test_headers(path: Path) -> None:
     assert options["ntasks-per-node"] == options.get("gpus-per-node", "1"), "one rank uses one GPU"
     assert options["output"].startswith("slurm-%x-"), "without the folder there would be no log"
     assert options["job-name"] == path.stem and options["open-mode"] == "append" and "requeue" in options
-    assert path not in PRETRAIN or options["signal"] == "B:USR1@300"
+    of_hours = "_requeue.sh" in path.read_text()
+    assert options.get("signal") == ("B:USR1@300" if of_hours else None) and of_hours >= (path in PRETRAIN)
 
 
 def test_every_site_setting_is_in_the_example() -> None:
@@ -116,11 +130,7 @@ def test_container_commands(tmp_path: Path, runtime: str, expected: list[str]) -
 
 @pytest.fixture(scope="module")
 def comm_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("comm_check", JOBS / "comm_check.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("jobs/comm_check.py")
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 7, 16, 65])

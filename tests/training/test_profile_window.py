@@ -71,7 +71,8 @@ def test_a_window_changes_no_bit_and_leaves_a_trace_and_a_table(
     micro_batches = [name for name in names if name == "aten::scaled_dot_product_attention"]
     assert len(micro_batches) >= 2 * 2 * 3  # steps x micro-batches x blocks of the student
     text = (seen / "profile" / f"step-{3:09d}-rank-0.md").read_text()
-    assert text.startswith("steps 3 to 4, rank 0, cpu: ") and "| kernel | ms per step | calls per step |" in text
+    assert text.startswith("steps 3 to 4, rank 0, cpu: ") and "| operator | ms per step | calls per step |" in text
+    assert " operators take " in text and "kernel" not in text.splitlines()[0]
     (event,) = [line for line in ranks.lines(seen) if line.get("event") == "profile"]
     assert (event["at"], event["steps"]) == (3, 2) and event["kernels"] > 100 and event["kernel_ms"] > 0
     assert "profile of steps 3 to 4, rank 0" in capsys.readouterr().err

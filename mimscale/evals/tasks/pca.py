@@ -42,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.out is None or args.out.suffix != ".png":
-        raise UserError(f"--out {args.out or ''} must name the figure to write, FILE.png")
-    figure = on_ranks(args, lambda settings, ranks: draw(args.runs, args.images, args.samples, settings, ranks))
-    if figure is None:
+        raise UserError(f"--out {args.out or ''} must name the image to write, FILE.png")
+    image = on_ranks(args, lambda settings, ranks: draw(args.runs, args.images, args.samples, settings, ranks))
+    if image is None:
         return 0
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(args.out) as part:
-            figure.save(part, "PNG")
+            image.save(part, "PNG")
     except OSError as error:
         raise UserError(f"{args.out} cannot be written: {error.strerror or error}; name another with --out") from None
     if args.json:

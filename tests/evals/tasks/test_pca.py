@@ -65,8 +65,8 @@ def test_refusals(data: tuple[Path, Path], run_dir: Path, tmp_path: Path, capsys
         assert error.count("\n") == 1
         return error
 
-    assert "must name the figure to write, FILE.png" in refused("--images", data[1])
-    assert "must name the figure" in refused("--images", data[1], "--out", tmp_path / "a.json")
+    assert "must name the image to write, FILE.png" in refused("--images", data[1])
+    assert "must name the image" in refused("--images", data[1], "--out", tmp_path / "a.json")
     out = ["--out", tmp_path / "a.png"]
     for number in (45, -1, 10**30):
         assert f"--samples {number}: ids are 0 to 44" in refused("--images", data[1], f"--samples={number}", *out)

@@ -1,4 +1,4 @@
-"""Draws inputs and outputs of the demo's networks for ten digits: demo_figure.py SEED_FOLDER TEST_SHARDS OUT.png."""
+"""Draws inputs and outputs of the demo's networks for ten digits: demo_images.py SEED_FOLDER TEST_SHARDS OUT.png."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def visualise(run_dir: Path, batch: Batch) -> View:
 
 
 def draw(rows: dict[str, torch.Tensor], out: Path) -> None:
-    """Save a figure with labelled rows of uint8 images [B, 3, H, W]."""
+    """Save an image file with labelled rows of uint8 images [B, 3, H, W]."""
     columns = len(next(iter(rows.values())))
     figure, axes = pyplot.subplots(len(rows), columns, figsize=(0.95 * columns + 1.5, 0.98 * len(rows)))
     for axis_row, (label, images) in zip(axes, rows.items(), strict=True):
