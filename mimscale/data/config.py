@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mimscale.config.base import NonNegative, Strict
+from mimscale.errors import without_secrets
 
 RAND_AUGMENT = {"m": (0, 30), "n": (1, 16), "p": (0, 1), "mstd": (0, 10), "mmax": (1, 30), "inc": (0, 1)}
 """Parts of `rand_augment` and their bounds."""
