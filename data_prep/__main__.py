@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +28,11 @@ from data_prep.verify import duplicates, verify
 from data_prep.write_manifest import write_manifest
 from data_prep.write_shards import estimate, unfinished, write
 from mimscale.data.manifest import Manifest
+from mimscale.data.names import one_line
 from mimscale.data.synthetic import make_image_folder
-from mimscale.errors import UserError, printable, warn
+from mimscale.errors import UserError, warn
 from mimscale.files.command_line import Help, add_json, end_with_example, print_json, stdout_kept
+from mimscale.files.durations import duration
 from mimscale.files.progress import progress, working
 
 FILES = "only the files of SRC with such names, for example 'train-*'"
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _folder(options: argparse.Namespace) -> int:
     classes = _lines(options.classes) if options.classes else None
     with progress("listing", 0, "files") as advance:
-        source = read_folder(options.source, not options.unlabelled, classes, advance)
+        source = read_folder(options.source, not options.unlabelled, classes, advance, options.files)
     return _write(options, source)
 
 
@@ -139,9 +140,8 @@ def _write(options: argparse.Namespace, source: Source) -> int:
     if options.dry_run:
         with working("estimating"):
             processed, seconds = estimate(plan, options.jobs)
-        time_text = str(timedelta(seconds=round(seconds)))
         print(
-            f"about {time_text} with --jobs {options.jobs}, estimated from {processed:,} images; add the time "
+            f"about {duration(seconds)} with --jobs {options.jobs}, estimated from {processed:,} images; add the time "
             "for writing to the disk, divide by the number of parts of an array",
             file=sys.stderr,
         )
@@ -209,7 +209,7 @@ def _index(options: argparse.Namespace) -> int:
     with working("listing shards"):
         shards = list_shards(options.source, options.files)
     chosen = IndexOptions(
-        image=options.image,
+        image=options.image.lower().removeprefix(".") if options.image else None,
         label=options.label,
         classes=_lines(options.classes) if options.classes else None,
         skip_unlabelled=options.skip_unlabelled,
@@ -228,7 +228,7 @@ def _print_set(options: argparse.Namespace, folder: Path, every_class: bool = Fa
     if options.json:
         print_json({**figures_of_set(folder, every_class), **more})
     else:
-        print("\n".join(describe_set(folder, every_class)))
+        print("\n".join(map(one_line, describe_set(folder, every_class))))
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -252,7 +252,7 @@ def _verify(options: argparse.Namespace) -> int:
         with stdout_kept(options.json):
             print(f"{sum(map(len, same)) - len(same):,} images are copies of another")
             for pair in copies if options.duplicates else copies[:5]:
-                print(f"same: {printable(pair)}")
+                print(f"same: {one_line(pair)}")
     lines = [faults[0] for faults in damage] + [fault for faults in damage for fault in faults[1:]]
     rest = report("damaged", lines, options.destination / "damaged.txt", sys.stderr if options.json else sys.stdout)
     if options.json:
@@ -284,7 +284,8 @@ def _doctor(options: argparse.Namespace) -> int:
         print_json({"to_fix": problems, "findings": [{"text": one.text, "fix": one.fix or None} for one in findings]})
         return 1 if problems else 0
     for finding in findings:
-        print(f"ok   {finding.text}" if not finding.fix else f"FIX  {finding.text}\n     -> {finding.fix}")
+        text, fix = one_line(finding.text), one_line(finding.fix)
+        print(f"ok   {text}" if not fix else f"FIX  {text}\n     -> {fix}")
     print(f"{problems:,} to fix" if problems else "fit")
     return 1 if problems else 0
 
@@ -305,6 +306,7 @@ def make_parser() -> argparse.ArgumentParser:
     folder = verbs.add_parser("folder", help="shards from a folder of images, SRC/CLASS/*.jpg")
     folder.add_argument("source", type=Path, metavar="SRC")
     folder.add_argument("--classes", type=Path, metavar="FILE", help=CLASSES)
+    folder.add_argument("--files", metavar="PATTERN", help=FILES)
     folder.add_argument("--unlabelled", action="store_true", help="take every image below SRC, without classes")
     _add_writing(folder, "folder images/train shards/train --jobs 8")
     folder.set_defaults(run=_folder)

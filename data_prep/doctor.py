@@ -15,6 +15,7 @@ from data_prep.info import class_lines, class_sizes, known_size
 from data_prep.reports import SHOWN
 from data_prep.shard_list import ShardList
 from data_prep.tar import BLOCK, members
+from data_prep.verify import check_members
 from mimscale.data.manifest import Manifest, shard_faults
 from mimscale.data.order import Order, rank_positions
 from mimscale.errors import UserError
@@ -118,7 +119,10 @@ def _shards(manifest: Manifest) -> Iterator[Finding]:
 
 
 def _rest(manifest: Manifest) -> Iterator[Finding]:
-    """Images behind the last one of the index: an index that is older than the shard, or that ended at zero blocks."""
+    """Images behind the last one of the index: an index that is older than the shard, or that ended at zero blocks.
+
+    They may also have been left out on purpose, as the headers of the whole shard show.
+    """
     ends = np.cumsum(manifest.counts)
     names = [shard.name for shard in manifest.file.shards]
     bad: list[Finding] = []
@@ -127,10 +131,13 @@ def _rest(manifest: Manifest) -> Iterator[Finding]:
         tail = int((manifest.offsets[last] + -(-manifest.sizes[last] // BLOCK) * BLOCK).max())
         try:
             with ShardList(manifest.location, [name]).open(name) as file:
+                where = f"{manifest.location}/{name}"
                 more = sum(
                     sniff(member.start[:SIGNATURE_BYTES]) is not None
-                    for member in members(file, f"{manifest.location}/{name}", tail, archive=0)
+                    for member in members(file, where, tail, archive=0)
                 )
+                if more and not check_members(manifest, file, where, range(last.start, last.stop)):
+                    more = 0
         except (OSError, UserError) as error:
             bad.append(Finding(str(error), f"{VERIFY} {manifest.folder}"))
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +12,13 @@ from pathlib import Path
 from data_prep.images import SIGNATURE_BYTES, describe_content, sniff
 from data_prep.plan import Item, Source, unique_keys
 from data_prep.reports import SHOWN
-from data_prep.splits import check_classes
+from data_prep.splits import check_classes, chosen_images
+from data_prep.walk import files_below
 from mimscale.data.decode import EXTENSIONS
 from mimscale.data.names import one_line
 from mimscale.data.sidecars import is_sidecar
-from mimscale.errors import UserError
+from mimscale.errors import UserError, warn
+from mimscale.files.progress import no_progress
 
 WEAK_SIGNATURES = ("bmp", "ppm")
 PROBE_THREADS = 16  # opening a file on a network file system is mostly waiting
@@ -27,23 +28,25 @@ def read_folder(
     root: Path,
     labelled: bool,
     classes: Sequence[str] | None = None,
-    found: Callable[[int], None] = lambda files: None,
+    found: Callable[[int], None] = no_progress,
+    files: str | None = None,
 ) -> Source:
     """Labelled: the sub-folders of `root` are the classes, in sorted order, as torchvision's ImageFolder has them.
 
     Unlabelled: all images below `root`. The first bytes of a file decide whether it is an image, not its name. classes:
     the names of the sub-folders in the order of the class index, instead of the sorted one. found: called with the
-    number of files that were found since the last call. Raises UserError.
+    number of files that were found since the last call. files: pattern, see `chosen_images`. Raises UserError.
     """
     if not root.is_dir():
         raise UserError(f"source '{root}': no such folder")
     skipped: Counter[str] = Counter()
-    names = sorted(_file_names(root, skipped, found))
+    names = sorted(files_below(root, skipped, found))
     classes = _classes(root, classes) if labelled else None
     if classes is not None:
         inside = [name for name in names if os.sep in name]
         skipped["outside of the class folders"] += len(names) - len(inside)
         names = inside
+    names = chosen_images(root, names, files, labelled)
     with ThreadPoolExecutor(PROBE_THREADS) as pool:
         probed = list(pool.map(lambda name: try_probe(root / name), names))
     _refuse_unreadable(root, {name: state for name, state in zip(names, probed, strict=True) if isinstance(state, str)})
@@ -96,48 +99,13 @@ def _classes(root: Path, known: Sequence[str] | None) -> list[str]:
                 f"'{one_line(odd[0])}' is in only one of them, or twice in the list"
             )
         return list(known)
+    moved = next((n for n, name in enumerate(names) if name.isdecimal() and int(name) != n), None)
+    if moved is not None and all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+        warn(
+            f"'{root}': the class folders are numbers, in the order of text as in torchvision: '{names[moved]}' is "
+            f"class {moved}; --classes FILE gives another order"
+        )
     return names
-
-
-def _file_names(root: Path, skipped: Counter[str], found: Callable[[int], None]) -> list[str]:
-    """Paths, relative to root, of all files that are not hidden or of the system.
-
-    Each folder (device, inode) is walked once: first the real ones, then those that links lead to. A file that is
-    reached by several paths is kept and counted.
-    """
-    names: list[str] = []
-    links, walked, files_seen, again = [str(root)], set[tuple[int, int]](), set[tuple[int, int]](), 0
-    while links:
-        start, links = links, []
-        for top in start:
-            for folder, folders, files in os.walk(top):
-                if _seen(folder, walked):
-                    skipped["folders reached a second time"] += 1
-                    folders.clear()
-                    continue
-                paths = {name: os.path.join(folder, name) for name in sorted(folders) if not is_sidecar(name)}
-                links += [path for path in paths.values() if os.path.islink(path)]
-                folders[:] = [name for name, path in paths.items() if not os.path.islink(path)]
-                found(len(files))
-                for file in files:
-                    if is_sidecar(file):
-                        skipped["hidden or of the system"] += 1
-                    else:
-                        path = os.path.join(folder, file)
-                        again += os.path.exists(path) and _seen(path, files_seen)
-                        names.append(os.path.relpath(path, root))
-    if again:
-        print(f"'{root}': {again:,} images are reached by a second path too, and are kept twice", file=sys.stderr)
-    return names
-
-
-def _seen(path: str, seen: set[tuple[int, int]]) -> bool:
-    """Whether a file or folder was seen by any path; adds it."""
-    status = os.stat(path)
-    identity = status.st_dev, status.st_ino
-    known = identity in seen
-    seen.add(identity)
-    return known
 
 
 def probe(path: Path) -> tuple[bool, int, str]:

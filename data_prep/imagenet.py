@@ -8,14 +8,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.images import SIGNATURE_BYTES, sniff
 from data_prep.plan import Item, Source, unique_keys
+from data_prep.shard_list import PACKED
 from data_prep.tar import Member, members, open_for_reading
 from data_prep.val_labels import read_val_labels
+from data_prep.walk import files_below
+from mimscale.data.names import one_line
 from mimscale.data.sidecars import is_sidecar
 from mimscale.errors import UserError
 from mimscale.files.progress import no_progress
@@ -55,12 +59,14 @@ def read_21k(source: Path, done: Callable[[int], None] = no_progress) -> Source:
     """
     if not source.is_dir():
         return _class_archives(source, "imagenet-21k", done)
-    found = sorted(source.rglob("*.tar"))
-    archives = [path for path in found if not is_sidecar(str(path.relative_to(source)))]
+    images = _ImageList(done)
+    found = [source / name for name in files_below(source, images.skipped)]
+    for path in (path for path in found if PACKED.fullmatch(path.name)):
+        raise UserError(f"'{path}' is compressed, and its class would be left out; unpack it to {path.stem}")
+    archives = sorted(path for path in found if path.suffix.lower() == ".tar")
     if not archives:
         raise UserError(f"source '{source}' holds no wnid.tar; for folders of images use the verb folder")
-    images = _ImageList(done)
-    images.skipped["hidden"] += len(found) - len(archives)
+    images.skipped["that are no .tar"] += len(found) - len(archives)
     for archive in archives:
         with open_for_reading(archive) as fd:
             images.add(archive.stem, archive, members(fd, archive))
@@ -74,29 +80,25 @@ def read_val(archive: Path, truth: Path, synsets: Path | None, done: Callable[[i
     """
     wnid_of = read_val_labels(truth, synsets)
     images = _ImageList(done)
-    path_of: dict[str, Path] = {}
-    if archive.is_dir():
-        path_of = {
-            path.stem: path for path in sorted(archive.iterdir()) if path.is_file() and not is_sidecar(path.name)
-        }
-        member_of = {stem: _file_member(path) for stem, path in path_of.items()}
-    else:
-        with open_for_reading(archive) as fd:
-            member_of = {}
-            for member in members(fd, archive):
-                if is_sidecar(member.name):
-                    images.skipped["hidden"] += 1
-                elif _stem(member.name) in member_of:
-                    images.skipped["with the name of another member"] += 1
-                else:
-                    member_of[_stem(member.name)] = member
+    member_of: dict[str, Member] = {}
+    with nullcontext() if archive.is_dir() else open_for_reading(archive) as fd:
+        found = list(_flat_files(archive, images.skipped) if fd is None else members(fd, archive))
+    for member in sorted(found, key=_is_image, reverse=True):
+        name = _stem(member.name)
+        if not _is_image(member) and (is_sidecar(member.name) or name in member_of or name not in wnid_of):
+            images.takes(member)
+        elif name in member_of:
+            raise UserError(f"'{archive}' has several images '{one_line(name)}'; keep one of them")
+        else:
+            member_of[name] = member
     if member_of.keys() != wnid_of.keys():
         odd = sorted(member_of.keys() ^ wnid_of.keys())[0]
         raise UserError(
-            f"'{archive}' has {len(member_of):,} images, '{truth}' labels {len(wnid_of):,}; '{odd}' is in only one"
+            f"'{archive}' has {len(member_of):,} images, '{truth}' labels {len(wnid_of):,}; '{one_line(odd)}' is in "
+            "only one"
         )
     for name, member in member_of.items():
-        images.add(wnid_of[name], path_of.get(name, archive), [member])
+        images.add(wnid_of[name], archive / member.name if archive.is_dir() else archive, [member])
     return images.source("imagenet val", archive)
 
 
@@ -127,14 +129,20 @@ class _ImageList:
     def add(self, wnid: str, path: Path, files: Iterable[Member]) -> None:
         """Add the files that are images to a class; count the others as skipped."""
         self.wnids.add(wnid)
-        for name, offset, size, start in files:
+        for member in files:
             self._done(1)
-            if is_sidecar(name):
-                self.skipped["hidden"] += 1
-            elif sniff(start[:SIGNATURE_BYTES]) is None:
-                self.skipped["without an image's content"] += 1
-            else:
-                self.images.append(ArchiveImage(name, wnid, str(path), offset, size))
+            if self.takes(member):
+                self.images.append(ArchiveImage(member.name, wnid, str(path), member.offset, member.size))
+
+    def takes(self, member: Member) -> bool:
+        """Whether it is an image; others are counted."""
+        if is_sidecar(member.name):
+            self.skipped["hidden or of the system"] += 1
+        elif not _is_image(member):
+            self.skipped["without an image's content"] += 1
+        else:
+            return True
+        return False
 
     def source(self, kind: str, path: Path) -> Source:
         classes = sorted(self.wnids)
@@ -157,7 +165,7 @@ def _class_archives(archive: Path, kind: str, done: Callable[[int], None]) -> So
             )
         for outer in members(fd, archive):
             if is_sidecar(outer.name):
-                images.skipped["hidden"] += 1
+                images.skipped["hidden or of the system"] += 1
                 continue
             wnid, extension = _stem(outer.name), os.path.splitext(outer.name)[1]
             if extension != ".tar":
@@ -166,13 +174,21 @@ def _class_archives(archive: Path, kind: str, done: Callable[[int], None]) -> So
     return images.source(kind, archive)
 
 
-def _file_member(path: Path) -> Member:
-    """A file of its own, as a member at offset 0. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            return Member(path.name, 0, os.fstat(file.fileno()).st_size, file.read(SIGNATURE_BYTES))
-    except OSError as error:
-        raise UserError(f"source file '{path}' cannot be read: {error.strerror}") from None
+def _is_image(member: Member) -> bool:
+    return not is_sidecar(member.name) and sniff(member.start[:SIGNATURE_BYTES]) is not None
+
+
+def _flat_files(folder: Path, skipped: Counter[str]) -> Iterator[Member]:
+    """The files of a folder, as members at offset 0 of a file each. Raises UserError."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_file():
+            skipped["no regular file"] += 1
+            continue
+        try:
+            with open(path, "rb") as file:
+                yield Member(path.name, 0, os.fstat(file.fileno()).st_size, file.read(SIGNATURE_BYTES))
+        except OSError as error:
+            raise UserError(f"source file '{path}' cannot be read: {error.strerror}") from None
 
 
 def _stem(name: str) -> str:

@@ -10,7 +10,7 @@ import PIL
 from PIL import Image, features
 
 from data_prep.file_kinds import START_BYTES, begins, kind_of
-from mimscale.data.decode import FORMATS, BadImage, decode
+from mimscale.data.decode import FORMATS, BadImage, bad_image, decode
 
 MAX_BYTES = 1 << 28  # of one encoded image
 SIGNATURES = {  # extension -> first bytes of the file; "." = any byte
@@ -114,4 +114,4 @@ def _needed_change(data: bytes, options: ImageOptions) -> str:
             plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
             return "transcoded" if options.transcode and not plain else ""
     except Exception as error:  # see decode
-        raise BadImage(f"{type(error).__name__}: {error}") from error
+        raise bad_image(error, data) from error

@@ -24,7 +24,7 @@ import numpy as np
 from data_prep.index_journal import Journal, Scan
 from data_prep.labels import check_names
 from data_prep.reports import report
-from data_prep.scan_shard import ShardContents, scan_shard
+from data_prep.scan_shard import NO_IMAGE, ShardContents, scan_shard
 from data_prep.shard_list import SHARD_NAME, ShardList
 from data_prep.tar import File, read_at
 from data_prep.write_manifest import PLAN
@@ -146,12 +146,16 @@ def _map(scan: Callable[[str], Scan | str], names: list[str], jobs: int) -> Iter
 def _scan(shards: ShardList, options: IndexOptions, name: str) -> Scan | str:
     """What the shard holds, or why it cannot be indexed."""
     shown = f"{shards.location}/{name}"
-    if not SHARD_NAME.fullmatch(name) and name.lower().endswith(".tar"):
-        return f"shard '{one_line(shown)}': only letters, digits, '.', '_', '-' and .tar make its name; rename it"
+    odd = not SHARD_NAME.fullmatch(name)
+    rename = f"shard '{one_line(shown)}': only letters, digits, '.', '_', '-' and .tar make its name; rename it"
+    if odd and name.lower().endswith(".tar"):
+        return rename
     try:
         with shards.open(name) as file:
             label = None if options.label == "none" else options.label or "cls"
             contents = scan_shard(file, shown, options.image, label, options.classes or ())
+            if odd:  # named as if it were compressed
+                return rename
             size, changed = shards.identity(name)
             return Scan(name, size, changed, sha256(file) if options.checksums else None, contents)
     except UserError as error:
@@ -197,6 +201,8 @@ def _save(target: Path, shards: ShardList, scans: list[Scan], bad: dict[str, str
     labelled = options.label != "none" and any(scan.contents.labels is not None for scan in scans)
     if options.label not in (None, "none") and not labelled and any(len(scan.contents.spans) for scan in scans):
         labelled = True  # asked for, so that they are all missing is an error
+    if options.label is None and not labelled:
+        _refuse_labels_apart(shards, scans)
     if labelled and not options.skip_unlabelled:
         _refuse_unlabelled(shards, scans, options.label or "cls")
     parts = _Parts()
@@ -241,6 +247,18 @@ def _manifest_options(options: IndexOptions, labelled: bool) -> dict[str, Any]:
     label = (options.label or "cls") if labelled else None
     skip = options.skip_unlabelled
     return {"image": options.image, "label": label, "skip_unlabelled": skip, "files": options.files}
+
+
+def _refuse_labels_apart(shards: ShardList, scans: list[Scan]) -> None:
+    """Raises UserError if there are labels, but none of them beside an image: the set would have none."""
+    reasons = [reason for scan in scans for reason in scan.contents.left_out.values()]
+    apart = sum(reason.startswith(NO_IMAGE) and ".cls" in reason for reason in reasons)
+    if apart and any(len(scan.contents.spans) for scan in scans):
+        raise UserError(
+            f"{apart:,} labels .cls in '{shards.location}' do not stand beside an image of their name, and no other "
+            "label is there; make the shards again with each image and its label under one name and together, or give "
+            "--label none"
+        )
 
 
 def _refuse_unlabelled(shards: ShardList, scans: list[Scan], label: str) -> None:

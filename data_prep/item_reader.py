@@ -78,7 +78,8 @@ class ItemReader:
         try:
             return (Path(self._root) / path).read_bytes()
         except (OSError, ValueError) as error:
-            raise BadImage(f"no bytes, and the file of its path cannot be read: {error}") from None
+            reason = getattr(error, "strerror", None) or error  # without the name, so that reasons can be counted
+            raise BadImage(f"no bytes, and the file of its path cannot be read: {reason}") from None
 
 
 class _ParquetRows:
@@ -151,7 +152,16 @@ class _GroupRows:
             self.first += 0 if self._batch is None else self._batch.num_rows
             self._batch = None  # before the next one is made
             self._batch = next(self._batches)
-        return self._batch.column(0)[row - self.first].as_py()
+        return _image(self._batch.column(0)[row - self.first])
+
+
+def _image(value: Any) -> Any:
+    """Bytes, or a dict of bytes and path; a path that is not UTF-8 becomes what Python has for names of files."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        path = value["path"].as_buffer().to_pybytes().decode(errors="surrogateescape")
+        return {"bytes": value["bytes"].as_py() if "bytes" in value else None, "path": path}
 
 
 def parquet_library() -> tuple[Any, Any]:

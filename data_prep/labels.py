@@ -14,6 +14,7 @@ MAX_CLASSES = 1_000_000  # a larger number is an id, and a list of that many nam
 INFINITE = ("inf", "-inf", "+inf", "infinity", "-infinity", "+infinity")
 MISSING = ("", "nan", "-nan", "none", "null", "<na>", "n/a", "#n/a")  # as pandas, pyarrow and Excel write it
 _WHOLE = re.compile(r"([+-]?\d{1,30})(?:\.0*)?")
+_COMMA = re.compile(r"[+-]?\d+(?:,\d+)+")  # 3,0 or 1,000, which would be sorted as text
 _NUMBER = re.compile(r"[+-]?[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?")
 
 
@@ -55,6 +56,12 @@ def classes_of(
     if numbers and len(numbers) + len({values[text] for text in infinite}) == len(distinct):
         for text in infinite:
             raise UserError(f"{where}: label {one_line(text)} is no whole number; see --label")
+    if all(isinstance(value, str) and _COMMA.fullmatch(value) for value in distinct):
+        text = next(iter(values))
+        raise UserError(
+            f"{where}: label '{one_line(text)}' has a comma, as whole numbers in another notation; write them as 3, or "
+            "give the names of all classes with --classes FILE"
+        )
     if len(numbers) < len(distinct):
         names = {text: str(value) for text, value in values.items()}
         classes = sorted(set(names.values()))

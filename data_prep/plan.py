@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,8 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.images import ImageOptions
+from data_prep.labels import check_names
 from data_prep.tar import BLOCK, padded_size
 from mimscale.data import noise
+from mimscale.data.names import utf8
+from mimscale.data.sidecars import METADATA, is_sidecar
 from mimscale.errors import UserError
 
 KEY_BYTES = 90  # with its extension it fits into the 100-byte name field of a tar header
@@ -69,6 +73,8 @@ def unique_keys(names: Iterable[str]) -> list[str]:
         if len(key.encode()) > KEY_BYTES - 8:  # 8 bytes are left for the number that makes it unique
             head = key.encode()[: KEY_BYTES - 30].decode(errors="ignore")
             key = f"{head}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:16]}"
+        if METADATA.match(key) or is_sidecar(key):  # readers pass over such names
+            key = re.sub("_+", "_", key)
         plain, number = key, 1
         while key in seen:
             number += 1
@@ -94,6 +100,7 @@ class ShardPlan:
             raise UserError(
                 f"no images in '{source.description['path']}' ({describe(source.skipped) or 'it is empty'})"
             )
+        check_names([utf8(name) for name in source.classes or ()], f"'{source.description['path']}': ")
         self.source, self.images = source, images or ImageOptions()
         self.options = {
             "seed": seed,

@@ -27,6 +27,7 @@ from mimscale.errors import UserError
 
 MAX_LABEL_BYTES = 1 << 16  # of the member that holds the label
 MAX_EXTENSIONS = 3  # that a reason names
+NO_IMAGE = "no image among"  # begins a reason
 DOTTED = "a dot in its name: the extension begins at the first dot, so give --image or rename it"
 WNID = re.compile(r"(?<![a-z0-9])n\d{8}(?![0-9])")  # the name of a class of ImageNet
 
@@ -127,7 +128,7 @@ def _no_image(sample: dict[str, Member], image: str | None) -> str:
     """The reason, with the extensions that were seen: a dot in a name begins the extension."""
     seen = sorted(f".{one_line(extension)[:20]}" for extension in sample)
     more = ", ..." if len(seen) > MAX_EXTENSIONS else ""
-    return f"no image among {', '.join(seen[:MAX_EXTENSIONS])}{more}" + (f", no .{image}" if image else "")
+    return f"{NO_IMAGE} {', '.join(seen[:MAX_EXTENSIONS])}{more}" + (f", no .{image}" if image else "")
 
 
 def leave_out(left_out: dict[str, str], key: str, reason: str) -> None:
@@ -176,8 +177,8 @@ def _label(
         raise UserError(f"{where}: its label .{extension} has {member.size:,} bytes; see --label")
     text = member.start if len(member.start) == member.size else read_at(file, member.size, member.offset)
     try:
-        value = label_value(json.loads(text)[field] if field else text, names)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        value = label_value(_field(text, field) if field else text, names)
+    except (ValueError, TypeError, RecursionError):
         value = "?"
     if isinstance(value, str):
         if value in names or (not names and WNID.fullmatch(value)):
@@ -185,3 +186,11 @@ def _label(
         shown = "" if value == "?" else f": '{one_line(value)[:40]}'"
         raise UserError(f"{where}: {label} is not a class number{shown}; see --label and --classes")
     return None if value is None else check_class(value, where)
+
+
+def _field(text: bytes, name: str) -> object:
+    """A field of an object in JSON; None if it has no such field. Raises ValueError or TypeError."""
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise TypeError("no object")
+    return values.get(name)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from data_prep.splits import chosen_files
 from data_prep.tar import File, open_for_reading
+from mimscale.data.sidecars import is_sidecar
 from mimscale.data.storage import Storage, is_remote, storage, with_retries
-from mimscale.errors import UserError
+from mimscale.errors import UserError, warn
 
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 PACKED = re.compile(r".*\.(tar\.(gz|zst|xz|bz2|lz4|Z)|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
@@ -82,6 +83,7 @@ def list_shards(source: str, pattern: str | None = None) -> ShardList:
     list of its files, those that braces name: https://host/part-{000..127}.tar. pattern: of the names, see
     `chosen_files`. Raises UserError.
     """
+    below = 0
     if is_remote(source):
         location, found = _remote_names(source)
     else:
@@ -89,11 +91,17 @@ def list_shards(source: str, pattern: str | None = None) -> ShardList:
         folder = Path(location)
         if not folder.is_dir():
             raise UserError(f"shards '{source}': no such folder")
-        found = [path.name for path in folder.iterdir()]
+        paths = list(folder.iterdir())
+        found = [path.name for path in paths]
+        below = sum(len(list(path.glob("*.tar"))) for path in paths if path.is_dir() and not is_sidecar(path.name))
     wanted = sorted(name for name in found if name.lower().endswith(".tar") or PACKED.fullmatch(name))
     names = [name for name in wanted if not name.startswith(".")]
     if not names:
         raise UserError(f"'{source}' holds no .tar files; give the folder of the shards")
+    if below:
+        warn(
+            f"'{source}': {below:,} shards in folders below are not read; each of these folders has an index of its own"
+        )
     skipped = Counter({"hidden": len(wanted) - len(names)})
     chosen = chosen_files(Path(location), [Path(name) for name in names], pattern)
     return ShardList(location, [path.name for path in chosen], +skipped)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 
-from mimscale.errors import UserError
+from mimscale.errors import UserError, warn
 
 SPLITS = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
@@ -18,6 +19,7 @@ SPLITS = {
     **dict.fromkeys(("unlabeled", "unlabelled"), "unlabelled"),
     "extra": "extra",
 }
+COLUMNS = ("split", "subset", "set", "partition", "data set", "dataset")  # that may name the split of a row
 _WORD = re.compile(r"[A-Z]*[a-z]+|[A-Z]+")  # imageTrain-00 -> image, Train; trainA -> train, A; TEST -> TEST
 
 
@@ -29,22 +31,66 @@ def chosen_files(folder: Path, paths: Sequence[Path], pattern: str | None) -> li
     """
     below = {path: str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path) for path in paths}
     if pattern is not None:
-        kept = [path for path in paths if fnmatchcase(path.name, pattern) or fnmatchcase(below[path], pattern)]
-        if paths and not kept:
-            raise UserError(f"--files '{pattern}' matches none of the {len(paths):,} files of '{folder}'")
-        return kept
+        kept = set(_matching(folder, list(below.values()), pattern))
+        return [path for path in paths if below[path] in kept]
+    _refuse_several(folder, *_splits(below.values()))
+    return list(paths)
+
+
+def chosen_images(folder: Path, names: Sequence[str], pattern: str | None, labelled: bool) -> list[str]:
+    """As `chosen_files`, of images by their paths below `folder`. Any image may be called test.jpg, so they are of
+    several splits only if most names say so: of all together, or with labels of any class folder.
+    """
+    if pattern is not None:
+        return _matching(folder, names, pattern)
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        top, _, rest = name.partition(os.sep) if labelled else ("", "", name)
+        groups[top].append(rest)
+    for members in groups.values():
+        found, patterns = _splits(members)
+        if 2 * found.total() > len(members):
+            inside = {split: f"*/{one}" if labelled and "/" in one else one for split, one in patterns.items()}
+            _refuse_several(folder, found, inside)
+    return list(names)
+
+
+def _matching(folder: Path, names: Sequence[str], pattern: str) -> list[str]:
+    kept = [name for name in names if fnmatchcase(os.path.basename(name), pattern) or fnmatchcase(name, pattern)]
+    if names and not kept:
+        raise UserError(f"--files '{pattern}' matches none of the {len(names):,} files of '{folder}'")
+    return kept
+
+
+def _splits(names: Iterable[str]) -> tuple[Counter[str], dict[str, str]]:
+    """(number of files of each split, a pattern for each)."""
     found: Counter[str] = Counter()
     patterns: dict[str, str] = {}
-    for path in paths:
-        split, choice = _split_of(below[path])
+    for name in names:
+        split, choice = _split_of(name)
         if split:
             found[split] += 1
             patterns.setdefault(split, choice)
+    return found, patterns
+
+
+def _refuse_several(folder: Path, found: Counter[str], patterns: dict[str, str]) -> None:
+    """Raises UserError."""
     if len(found) > 1:
         text = ", ".join(f"{count:,} of {split}" for split, count in found.items())
         choice = " or ".join(f"--files '{pattern}'" for pattern in patterns.values())
         raise UserError(f"'{folder}' holds files of several splits ({text}); choose one with {choice}")
-    return list(paths)
+
+
+def say_rows_of_splits(table: Path, column: str, values: Iterable[str | None]) -> None:
+    """A line if the rows of a table are of several splits by their values in a column."""
+    found = Counter(SPLITS[word] for value in values if (word := (value or "").strip().lower()) in SPLITS)
+    if len(found) > 1:
+        text = ", ".join(f"{count:,} of {split}" for split, count in found.items())
+        warn(
+            f"'{table}': by its column '{column}' the rows are of several splits ({text}), and all are taken; give "
+            "each split a table of its own"
+        )
 
 
 def check_classes(root: Path, names: Sequence[str]) -> None:
@@ -62,12 +108,14 @@ def check_classes(root: Path, names: Sequence[str]) -> None:
     if not several and splits and len(splits) == len(names):
         several = [splits]
     if several:
+        train = [name for name in several[0] if (word := _split_word(name)) and SPLITS[word[0].lower()] == "train"]
         raise UserError(
             f"'{root}' is the root of a data set: {', '.join(several[0])} are splits, not classes; "
-            f"give '{root / several[0][0]}', and each split its own destination"
+            f"give '{root / (train or several[0])[0]}', and each split its own destination"
         )
 
 
+@lru_cache(maxsize=1 << 16)  # of folders above all
 def _split_word(name: str) -> re.Match[str] | None:
     return next((word for word in _WORD.finditer(name) if word[0].lower() in SPLITS), None)
 

@@ -63,8 +63,9 @@ def read_table(
     root = (table if table.is_dir() else table.parent) if root is None else root
     runs: list[int] | None = None
     names: list[str] | None = None
+    skipped: Counter[str] = Counter()
     if kind == "parquet":
-        rows, runs, names = read_parquet(table, root, options.image, options.label, options.files, done)
+        rows, runs, names = read_parquet(table, root, options.image, options.label, options.files, skipped, done)
     elif kind in ("csv", "tsv"):
         rows = read_csv(table, options.image, options.label, options.delimiter)
     elif kind in ("txt", "lst", "list"):
@@ -73,7 +74,6 @@ def read_table(
         raise UserError(
             f"table '{table}': its name must end in .txt, .csv, .tsv or .parquet (or be a folder of .parquet)"
         )
-    skipped: Counter[str] = Counter()
     if runs is None:
         rows = _files(table, rows, root, skipped, options.skip_missing, done)
     known = options.classes or names
@@ -89,7 +89,7 @@ def read_table(
         Item(key, label_of.get(row.label, -1), row.path, row.offset, row.size, row.column)
         for key, row in zip(keys, rows, strict=True)
     ]
-    return Source({"kind": "table", "path": str(table)}, items, classes, skipped, runs, str(root))
+    return Source({"kind": "table", "path": str(table)}, items, classes, +skipped, runs, str(root))
 
 
 def _file_names(rows: list[Row]) -> list[str]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data_prep.item_reader import parquet_library
-from data_prep.splits import chosen_files
+from data_prep.splits import COLUMNS, chosen_files, say_rows_of_splits
 from data_prep.table_rows import Row, choose_columns
-from mimscale.data.sidecars import is_sidecar
+from data_prep.walk import files_below
 from mimscale.errors import UserError
 from mimscale.files.progress import no_progress
 
@@ -25,13 +25,15 @@ def read_parquet(
     image: str | None,
     label: str | None,
     pattern: str | None,
+    skipped: Counter[str],
     done: Callable[[int], None] = no_progress,
 ) -> Rows:
     """(rows, lengths of the row groups, names of the classes). The lengths are None if the files hold paths instead of
-    images; the names are None unless Hugging Face's metadata gives them. Raises UserError.
+    images; the names are None unless Hugging Face's metadata gives them. skipped: gets the files that are passed over.
+    Raises UserError.
     """
     pq, pa = parquet_library()
-    files = chosen_files(table, _files_below(table), pattern) if table.is_dir() else [table]
+    files = chosen_files(table, _files_below(table, skipped), pattern) if table.is_dir() else [table]
     if not files:
         raise UserError(f"table '{table}': the folder holds no .parquet files")
     rows: list[Row] = []
@@ -43,6 +45,9 @@ def read_parquet(
             with pq.ParquetFile(path) as file:
                 column, label_column = choose_columns(path, list(file.schema_arrow.names), image, label)
                 names.append(_class_names(file.schema_arrow, label_column))
+                for name in file.schema_arrow.names:
+                    if name.lower() in COLUMNS and name not in (column, label_column):
+                        say_rows_of_splits(path, name, _texts(file.read(columns=[name])[name]))
                 kind = _checked(path, file.schema_arrow, column, label_column)
                 as_bytes = kind == "bytes" or (kind == "struct" and _stores_bytes(file, column))
                 stored.add(as_bytes)
@@ -60,19 +65,8 @@ def read_parquet(
     return rows, runs if True in stored else None, names[0]
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """Also those of sub-folders, each folder once."""
-    found: list[Path] = []
-    seen: set[tuple[int, int]] = set()
-    for top, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(top)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not is_sidecar(name))
-        found += (Path(top) / name for name in files if name.lower().endswith(".parquet") and not is_sidecar(name))
-    return sorted(found)
+def _files_below(folder: Path, skipped: Counter[str]) -> list[Path]:
+    return sorted(folder / name for name in files_below(folder, skipped) if name.lower().endswith(".parquet"))
 
 
 def _checked(path: Path, schema: Any, column: str, label: str | None) -> str:
@@ -125,30 +119,43 @@ def _groups(path: Path, file: Any, column: str, label: str | None, kind: str, as
         total = group.num_rows
         source = f"{column}.path" if kind == "struct" else column
         names = [name for name in (None if as_bytes else source, label) if name]
-        columns = file.read_row_group(number, columns=names).to_pydict() if names else {}
-        labels = ["" if value is None else _label_text(value) for value in columns[label]] if label else [""] * total
+        columns = file.read_row_group(number, columns=names) if names else {}
+        labels = [value or "" for value in _texts(columns[label])] if label else [""] * total
         if as_bytes:
             size = max(1, _column_bytes(group, column) // max(1, total))
             yield [Row(str(path), name, first + row, size, column) for row, name in enumerate(labels)]
         else:
-            paths = [value.get("path") if isinstance(value, dict) else value for value in columns[column]]
+            paths = _texts(columns[column])
             empty = sum(not value for value in paths)
             if empty:
                 raise UserError(
                     f"table '{path}': {empty:,} of {total:,} rows "
                     f"have neither image nor path in '{column}'; remove them"
                 )
-            yield [Row(str(value), name) for value, name in zip(paths, labels, strict=True)]
+            yield [Row(value or "", name) for value, name in zip(paths, labels, strict=True)]
         first += total
 
 
-def _label_text(value: Any) -> str:
-    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
+def _texts(column: Any) -> list[str | None]:
+    """The values, or those of a struct's only field, as text; bytes that are not UTF-8 as in names of files."""
+    pa = parquet_library()[1]
+    if pa.types.is_struct(column.type):
+        (column,) = column.flatten()
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if str(kind) in ("string", "large_string", "string_view"):
+        column = column.cast(pa.large_binary())
+    return [_text(value) for value in column.to_pylist()]
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")
+    return None if value is None else str(value)
 
 
 def _column_bytes(group: Any, column: str) -> int:
     chunks = (group.column(number) for number in range(group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+    return sum(chunk.total_uncompressed_size for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{column}."))
 
 
 def _class_names(schema: Any, label: str | None) -> list[str] | None:

@@ -8,9 +8,10 @@ import re
 import sys
 from pathlib import Path
 
+from data_prep.splits import COLUMNS, say_rows_of_splits
 from data_prep.table_rows import IMAGE_COLUMNS, Row, choose_columns
-from data_prep.tar import compression, unpack
 from mimscale.data.names import one_line
+from mimscale.data.packed import compression, unpack
 from mimscale.errors import UserError
 
 DELIMITERS = (",", "\t", ";", "|")
@@ -38,6 +39,9 @@ def read_csv(table: Path, image: str | None, label: str | None, delimiter: str |
                 f"table '{table}', row {number:,}: {len(line):,} fields, but {len(columns):,} columns; correct it, or "
                 "give the --delimiter"
             )
+    for number, name in enumerate(columns):
+        if name.lower() in COLUMNS and name not in (path, label):
+            say_rows_of_splits(table, name, (line[number] for line in lines[1:]))
     at, label_at = columns.index(path), columns.index(label) if label else -1
     rows = [Row(line[at], line[label_at] if label else "") for line in lines[1:]]
     empty = sum(not row.path for row in rows)
@@ -55,8 +59,10 @@ def _text(path: Path) -> str:
         if b"\0" in data[:2] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError(f"table '{path}' is no text in UTF-8: a byte of its first line is zero; save it as UTF-8")
         if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-            return data.decode("utf-16")
-        return data.decode("utf-8-sig", "surrogateescape")
+            text = data.decode("utf-16")
+        else:
+            text = data.decode("utf-8-sig", "surrogateescape")
+        return text if "\n" in text else text.replace("\r", "\n")  # as old programs of the Mac end their lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"table '{path}' cannot be read: {error}") from None
 

@@ -10,7 +10,6 @@ or executed.
 from __future__ import annotations
 
 import os
-import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,26 +18,21 @@ from typing import NamedTuple, Protocol
 
 from data_prep.file_kinds import START_BYTES, kind_of
 from mimscale.data.names import one_line
+from mimscale.data.packed import LONGEST, compression, unpack
 from mimscale.data.tar_end import BLOCK, RECORD, RestOfArchive, is_header, joined_archive, number
 from mimscale.errors import UserError
 
 __all__ = ["BLOCK", "RECORD", "BadArchive", "File", "Member", "members", "open_for_reading", "padded_size", "read_at"]
 
 MAX_EXTENDED_HEADER = 1 << 20  # bytes of a long name or a pax header
-PACKED = {  # first bytes of compressed files
-    "gzip": b"\x1f\x8b",
-    "zstd": b"\x28\xb5\x2f\xfd",
-    "xz": b"\xfd7zXZ\0",
-    "bzip2": b"BZh",
-    "lz4": b"\x04\x22M\x18",
-}
-SUFFIX = {"gzip": (".gz", ".tgz"), "zstd": (".zst",), "xz": (".xz",), "bzip2": (".bz2",), "lz4": (".lz4",)}
 _EMPTY = bytes(BLOCK)
+SPARSE = "a sparse file, of which the archive has the parts only; pack it again without --sparse"
 _REFUSED_KINDS = {
     b"2": "a symbolic link",
     b"3": "a device",
     b"4": "a device",
     b"6": "a named pipe",
+    b"S": SPARSE,
 }
 
 
@@ -110,7 +104,7 @@ def members(
     `path` is for the message.
     """
     end = size_of(file) if end is None else end
-    packed = compression(read_at(file, 8, start)) if archive is None else None
+    packed = compression(read_at(file, LONGEST, start)) if archive is None else None
     if packed is not None:
         where = f"the member at byte {start:,} of '{path}'" if start else f"'{path}'"
         raise BadArchive(f"{where} is compressed ({packed}), so its members have no offsets; {unpack(path, packed)}")
@@ -143,8 +137,8 @@ def members(
         size, kind = number(header[124:136]), header[156:157]
         if long.size is not None and kind in b"0\0":
             size = long.size
-        if kind == b"1":
-            size = 0  # whatever it says: the contents are those of another member
+        if kind in b"15":
+            size = 0  # whatever it says: a hard link has the contents of another member, and a folder none (POSIX)
         data, offset = offset + BLOCK, offset + BLOCK + padded_size(size)
         if size < 0 or offset > end:
             raise BadArchive(
@@ -162,6 +156,8 @@ def members(
                 long = _pax(read_at(file, size, data), long)
             continue
         name, link = long.name or _name(header), long.link or _text(header[157:257].split(b"\0", 1)[0])
+        if long.sparse:
+            raise BadArchive(f"{_refused(path, name)}: {SPARSE}")
         long = _Extended()
         if kind in (b"0", b"\0", b"7", b"1"):
             if name.startswith("/") or ".." in name.split("/") or not name:
@@ -185,6 +181,7 @@ class _Extended(NamedTuple):
     name: str | None = None
     link: str | None = None
     size: int | None = None
+    sparse: bool = False
 
 
 def _linked(file: File, path: Path | str, name: str, link: str, known: Mapping[str, tuple[int, int]]) -> Member:
@@ -203,19 +200,6 @@ def _plain(name: str) -> str:
 
 def _refused(path: Path | str, name: str) -> str:
     return f"'{path}': refused the member '{one_line(name)}'"
-
-
-def compression(start: bytes) -> str | None:
-    """The program whose compressed files begin with these bytes; None if it is none of the usual ones."""
-    return next((name for name, magic in PACKED.items() if start.startswith(magic)), None)
-
-
-def unpack(path: Path | str, packed: str) -> str:
-    """How to make a shard of a compressed file."""
-    shown = shlex.quote(str(path)) if "'" in str(path) else f"'{path}'"
-    if str(path).endswith(SUFFIX[packed]):
-        return f"unpack it: {packed} -d {shown}"
-    return f"unpack it: {packed} -dc {shown} > unpacked, then mv unpacked {shown}"
 
 
 def _name(header: bytes) -> str:
@@ -240,6 +224,8 @@ def _pax(data: bytes, long: _Extended) -> _Extended:
             long = long._replace(name=_text(value))
         elif key == b"linkpath":
             long = long._replace(link=_text(value))
+        elif key.startswith(b"GNU.sparse."):
+            long = long._replace(sparse=True)
         elif key == b"size" and value.isdigit() and len(value) < 20:
             long = long._replace(size=int(value))
         data = data[length:]

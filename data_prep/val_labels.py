@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 import tarfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -29,12 +31,15 @@ def read_val_labels(truth: Path, synsets: Path | None) -> dict[str, str]:
     """
     try:
         if truth.suffix == ".csv":
-            with open(truth, newline="") as file:
-                rows = [(row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file)]
+            csv.field_size_limit(sys.maxsize)  # the limit is one for the whole process
+            with open(truth, newline="", encoding="utf-8-sig") as file:
+                rows = [(row["ImageId"], (row["PredictionString"] or "").split()) for row in csv.DictReader(file)]
+            if empty := [name for name, words in rows if not words]:
+                raise UserError(f"ground truth '{truth}': '{one_line(str(empty[0]))}' has no class; complete its row")
             if len(dict(rows)) != len(rows):
                 twice, _ = Counter(name for name, _ in rows).most_common(1)[0]
                 raise UserError(f"ground truth '{truth}': '{one_line(str(twice))}' has several rows; keep one")
-            return dict(rows)
+            return {name: words[0] for name, words in rows}
         if truth.name.endswith((".tar", ".tar.gz", ".tgz")):
             with tarfile.open(truth) as devkit:
                 wnids = _class_wnids(_extract(devkit, DEVKIT_META))
@@ -52,16 +57,20 @@ def read_val_labels(truth: Path, synsets: Path | None) -> dict[str, str]:
         raise UserError(
             f"ground truth '{truth}': {error} is not in it or in the synset list; give the right file"
         ) from None
-    except (OSError, ValueError, IndexError, AttributeError, tarfile.TarError) as error:
-        raise UserError(f"ground truth '{truth}' cannot be read: {error}") from None
+    except (OSError, ValueError, IndexError, EOFError, zlib.error, csv.Error, tarfile.TarError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"ground truth '{truth}' cannot be read: {reason}") from None
 
 
 def _class_wnids(meta: bytes) -> dict[int, str]:
     """ILSVRC2012_ID -> wnid of the classes, which are the synsets without children."""
     from scipy.io import loadmat
 
-    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-    return {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
+    try:
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        return {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
+    except Exception as error:  # scipy's parser raises whatever it meets
+        raise ValueError(f"{DEVKIT_META}: {error}") from None
 
 
 def _extract(devkit: tarfile.TarFile, ending: str) -> bytes:

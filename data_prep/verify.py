@@ -88,7 +88,7 @@ def _check_shard(folder: Path, decode_all: bool, number: int) -> Checked:
                 found.append(f"{length:,} bytes, not {shard.bytes:,}")
             if shard.sha256 is not None and sha256(fd) != shard.sha256:
                 found.append("its checksum differs from the manifest")
-            found += _check_members(manifest, fd, path, rows)
+            found += check_members(manifest, fd, path, rows)
             for row, sample in enumerate(rows):
                 offset, size = int(manifest.offsets[sample]), int(manifest.sizes[sample])
                 try:
@@ -107,8 +107,8 @@ def _check_shard(folder: Path, decode_all: bool, number: int) -> Checked:
     return Checked(shard.count, [f"{shard.name}: {line}" for line in found], hashes)
 
 
-def _check_members(manifest: Manifest, fd: File, path: Path, rows: range) -> list[str]:
-    """Compare the tar headers of the shard with index and labels."""
+def check_members(manifest: Manifest, fd: File, path: Path | str, rows: range) -> list[str]:
+    """Compare the tar headers of the shard with index and labels: one line per fault. rows: its sample ids."""
     options = manifest.file.options
     odd = [name for name in ("image", "label") if not isinstance(options.get(name), str | None)]
     if odd:

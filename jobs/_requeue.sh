@@ -1,6 +1,11 @@
 # shellcheck shell=bash
-# Sourced by jobs that train, after _common.sh: saves before the time limit and requeues the job, so that it goes on from
-# its newest checkpoint under the same number. The only entry point is run_with_requeue.
+# Sourced by jobs that train or evaluate, after _common.sh: saves before the time limit and requeues the job, so that it
+# goes on under the same number from its newest checkpoint, or from what an evaluation has stored. The only entry point is
+# run_with_requeue, which a job may call several times.
+
+part=''      # of an evaluation: its protocol; each has a history of its own, and RUN_DIR need not be a finished run
+features=''  # where an evaluation keeps them, besides RUN_DIR/eval
+submitted='' # RUN_DIR at submission, where the job has changed it
 
 request_save() { # SIGNAL: forward it to the ranks, and make a file for ranks whose handler is not installed yet
   signalled=1 save_requested=1
@@ -36,10 +41,22 @@ unreachable_nodes() { # the nodes of this job on which no task can be started
   echo "${unreachable[*]}"
 }
 
-newest_step() { # step of the newest checkpoint; 0 if there is none
-  local step
-  step=$(sed -n 's/.*step-0*\([0-9]\{1,\}\).*/\1/p;T;q' "$RUN_DIR/checkpoints/latest.json" 2> /dev/null) || true
-  echo "${step:-0}"
+newest_step() { # RUN...: step of the newest checkpoint of these runs; 0 if there is none
+  local run step newest=0
+  for run; do
+    step=$(sed -n 's/.*step-0*\([0-9]\{1,\}\).*/\1/p;T;q' "$run/checkpoints/latest.json" 2> /dev/null) || true
+    [ "${step:-0}" -le "$newest" ] || newest=$step
+  done
+  echo "$newest"
+}
+
+kept() { # what a restart goes on from: the step of a checkpoint, or the bytes of an evaluation's features
+  case $part in
+    '') newest_step "$RUN_DIR" ;;
+    linear_mae) newest_step "$RUN_DIR"/eval/linear_mae-* ;; # a training run of its own
+    *) find "$RUN_DIR/eval" ${features:+"$features"} \( -name 'part-*' -o -name features.npy \) -printf '%s\n' 2> /dev/null |
+      awk '{ bytes += $1 } END { printf "%.0f\n", bytes }' || true ;;
+  esac
 }
 
 allow_fewer_nodes() { # for --nodes=A-B with MIN_NODES=A: otherwise a requeued job waits for as many tasks as before
@@ -48,16 +65,18 @@ allow_fewer_nodes() { # for --nodes=A-B with MIN_NODES=A: otherwise a requeued j
 }
 
 requeue_job() { # STEP WHY: requeue this job, unless it made no progress or was stopped, or restarts are used up
-  local saved=$1 why=$2 restart=${SLURM_RESTART_COUNT:-0} history=$RUN_DIR/job/restarts.txt last=0 pause_s terminated=''
-  local again="submit again with RUN_DIR='$RUN_DIR' to go on"
-  [ ! -s "$history" ] || last=$(sed -n '$s/.* step //p' "$history")
-  echo "job $SLURM_JOB_ID restart $restart step $saved" >> "$history"
-  [ ! -e "$RUN_DIR/stop" ] || die 1 "saved at step $saved because of $RUN_DIR/stop; remove that file and $again"
-  [ "$saved" -gt "$last" ] || [ "$why" = node ] || # a node may be lost twice between two checkpoints
-    die 1 "saved at step $saved, no further than before the last restart; not requeued; $again"
+  local saved=$1 why=$2 restart=${SLURM_RESTART_COUNT:-0} history=$RUN_DIR/job/restarts${part:+-$part}.txt last=0 pause_s
+  local terminated='' at="step $1" again="submit again with RUN_DIR='${submitted:-$RUN_DIR}' to go on"
+  [ -z "$part" ] || [ "$part" = linear_mae ] || at="feature byte $1"
+  # what an older job has stored of other weights says nothing about an evaluation
+  [ ! -s "$history" ] || last=$(sed -n "\$s/^job ${part:+$SLURM_JOB_ID }.* //p" "$history")
+  echo "job $SLURM_JOB_ID restart $restart $at" >> "$history"
+  [ ! -e "$RUN_DIR/stop" ] || die 1 "saved at $at because of $RUN_DIR/stop; remove that file and $again"
+  [ "$saved" -gt "${last:-0}" ] || [ "$why" = node ] || # a node may be lost twice between two checkpoints
+    die 1 "saved at $at, no further than before the last restart; not requeued; $again"
   [ "$restart" -lt "${MAX_RESTARTS:-20}" ] ||
-    die 1 "saved at step $saved; MAX_RESTARTS=${MAX_RESTARTS:-20} are used up; $again"
-  echo "$(date '+%F %T') saved at step $saved: requeue $((restart + 1)) of at most ${MAX_RESTARTS:-20}"
+    die 1 "saved at $at; MAX_RESTARTS=${MAX_RESTARTS:-20} are used up; $again"
+  echo "$(date '+%F %T') saved at $at: requeue $((restart + 1)) of at most ${MAX_RESTARTS:-20}"
   trap 'terminated=1' TERM
   for pause_s in 5 10 20 40 0; do # slurmctld may be restarting
     if scontrol requeue "$SLURM_JOB_ID"; then
@@ -69,7 +88,7 @@ requeue_job() { # STEP WHY: requeue this job, unless it made no progress or was 
     [ "$pause_s" = 0 ] || echo "the requeue failed; trying again in $pause_s s"
     sleep "$pause_s"
   done
-  die 1 "saved at step $saved, but SLURM refused the requeue; $again"
+  die 1 "saved at $at, but SLURM refused the requeue; $again"
 }
 
 shift_step_ids() { # two empty job steps in every other restart, so that the trainer has other step ids than before
@@ -106,25 +125,32 @@ run_with_requeue() { # PYTHON_ARGUMENTS...: like launch; saves before the time l
   now=$(job_field Restarts)
   [ "${now:-0}" -le "$restart" ] || die 1 "SLURM has restarted this job; restart $restart ends"
   if [ -n "$overdue" ] && [ -z "$saved" ]; then
-    echo "the ranks have not saved in time; the job goes on from the newest checkpoint"
-    saved=$(newest_step)
+    if [ -n "$part" ]; then
+      echo "$part has not ended in time; the job goes on from what is stored"
+    else
+      echo "the ranks have not saved in time; the job goes on from the newest checkpoint"
+    fi
+    saved=$(kept)
   fi
   # After the crash of one rank srun ends the others with TERM; they may still save and write MIMSCALE_REQUEUE_FILE.
   # A run that hung writes it too, and always fails.
   if [ -z "$saved" ] || { [ "$status" != 0 ] && [ -z "$save_requested" ] && [ "$why" != hang ]; }; then
     if [ "$status" = 0 ]; then
-      [ -e "$RUN_DIR/done" ] || die 1 "the trainer ended without finishing $RUN_DIR; not requeued"
+      [ -n "$part" ] || [ -e "$RUN_DIR/done" ] || die 1 "the trainer ended without finishing $RUN_DIR; not requeued"
+      early_stop=$save_requested # what the job runs next is asked to stop at once
+      trap 'early_stop=1' USR1
+      trap 'exit 143' TERM
       return 0
     fi
     # After the loss of a node the ranks of the other nodes crash long before SLURM marks it as down.
     lost=$(unreachable_nodes)
-    [ -n "$lost" ] || die "$status" "the trainer failed (srun exit code $status); not requeued"
-    echo "the trainer failed (srun exit code $status), and nothing can be started on $lost"
+    [ -n "$lost" ] || die "$status" "${part:-the trainer} failed (srun exit code $status); not requeued"
+    echo "${part:-the trainer} failed (srun exit code $status), and nothing can be started on $lost"
     trap 'allow_fewer_nodes; exit 143' TERM
     wait_s=$(scontrol show config | sed -n 's/^SlurmdTimeout *= \([0-9]*\).*/\1/p') || true
     sleep $((${wait_s:-300} + 120)) & # SLURM ends this shell and requeues the job when it marks the node as down
     wait $!
-    saved=$(newest_step) why=node
+    saved=$(kept) why=node
   fi
   requeue_job "$saved" "$why"
 }

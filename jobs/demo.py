@@ -159,6 +159,9 @@ def evaluate(folder: Path, seed: int, shards: Mapping[str, Path], stage: Stages,
         report = folder / f"{protocol}.json"
         words = ["-m", "mimscale", "evaluate", protocol, *runs, *common, *flags, "--out", report]
         stage(f"seed {seed}: evaluate {protocol}", *words)
+        for run in runs:  # where `mimscale report` and `mimscale runs` read it
+            (run / "eval").mkdir(exist_ok=True)
+            shutil.copyfile(report, run / "eval" / report.name)
         for row in json.loads(report.read_text())["rows"]:
             network = row["network"]
             if network.startswith("random init"):  # its shape is in the name if there are several

@@ -12,8 +12,10 @@
 set -euo pipefail
 PYTHON=${PYTHON:-python3} TARGET_PYTHON=${TARGET_PYTHON:-3.12}
 SUITE=${SUITE:-gpu} BUDGET_S=${BUDGET_S:-540} TESTS_S=${TESTS_S:-110}
-PACKAGES=(hjson pydantic pydantic-core annotated-types typing-inspection webdataset braceexpand open-clip-torch ftfy
-  wcwidth simplejpeg torchao mlxtend)
+PACKAGES=(hjson msgpack psutil py-cpuinfo pydantic pydantic-core annotated-types typing-inspection webdataset braceexpand
+  open-clip-torch ftfy wcwidth simplejpeg shtab torchao mlxtend)
+EXPECTED=(torch torchvision timm torchmetrics safetensors tensorboard sklearn einops rich transformers pytest xdist
+  pytest_timeout hypothesis) # modules
 usage() {
   sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
   exit 2
@@ -42,9 +44,23 @@ make_folder() {
   echo "  bash jobs/gpu_suite.sh run $folder"
 }
 
+check_machine() {
+  "$PYTHON" - "$SUITE" "${EXPECTED[@]}" << 'CHECK' || exit 2
+import importlib.util, sys
+suite, *expected = sys.argv[1:]
+missing = [name for name in expected if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"gpu_suite: {sys.executable} lacks {', '.join(missing)}; set PYTHON= to one that has them")
+import torch
+if suite == "gpu" and not torch.cuda.is_available():
+    sys.exit(f"gpu_suite: SUITE=gpu needs a GPU and torch {torch.__version__} sees none here; SUITE=tiny is for a CPU")
+CHECK
+}
+
 run_suite() {
   local folder=$1 site out wheels
   shift
+  check_machine
   site=$(mktemp -d) out=${OUT:-$folder/results}
   mkdir -p "$out"
   wheels=$(find "$folder" -maxdepth 1 -name '*.whl')

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ settings.load_profile("mimscale")
 os.environ[EMULATE_FP16] = "1"  # some CPUs lack fp16 arithmetic; the tests of the fp16 path must run there too
 
 
+WATCHERS = ("watchdog", "lock", "signal_watch")  # threads that may end their process
 MOST_CHARACTERS = 3000  # of a failure that is printed at once; the summary has all of it
 
 
@@ -27,6 +31,26 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_image_folder(root / "images", classes=4, per_class=20, side=48)
     assert data_prep(["folder", str(root / "images"), str(root / "shards"), "--shard-samples", "16"]) == 0
     return root / "shards"
+
+
+@pytest.fixture(autouse=True)
+def no_watcher_stays() -> Iterator[None]:
+    """No run's watcher outlives its test: it would end the process of the tests, minutes later and without a word."""
+    before = set(threading.enumerate())
+    yield
+    stay = [thread for thread in threading.enumerate() if thread.name in WATCHERS and thread not in before]
+    for thread in stay:
+        thread.join(5.0)  # one that was told to end looks at most half a second later
+    assert not [thread.name for thread in stay if thread.is_alive()]
+
+
+@pytest.fixture
+def ended_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For a run that fails in this process. The command leaves it watched to the end of its process; here that is the
+    end of the test."""
+    with ExitStack() as closing:
+        monkeypatch.setattr("mimscale.training.cli.ExitStack", lambda: closing)
+        yield
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -48,7 +48,7 @@ def run(
     for rank in map(str, range(ranks)):
         place = {**group, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(ranks)} if ranks > 1 else {}
         processes.append(SERVER.Process(target=_become, args=(words, {**environment, **place}, *ends)))
-    hung = False
+    hung, ended = False, list[int | None]()
     with ThreadPoolExecutor(2) as pool:
         printed = [pool.submit(_read, read) for read, _ in pipes]
         try:
@@ -57,7 +57,7 @@ def run(
             meanwhile([process.pid or 0 for process in processes])
             codes = _until_over(processes, time.monotonic() + LIMIT_S)
         except TimeoutError:
-            hung = True
+            hung, ended = True, [process.exitcode for process in processes]
             _end_all(processes)
         finally:
             for end in ends:
@@ -67,7 +67,9 @@ def run(
                     process.kill()
         texts = [text.result() for text in printed]
         if hung:
-            raise TimeoutError(f"{' '.join(words)}: not over after {LIMIT_S:g} s\n" + "\n".join(texts))
+            raise TimeoutError(
+                f"{' '.join(words)}: not over after {LIMIT_S:g} s, exit codes {ended}\n" + "\n".join(texts)
+            )
         code = codes[0] if ranks == 1 else int(any(codes))
         return subprocess.CompletedProcess(list(words), code, *texts)
 

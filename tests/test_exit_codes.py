@@ -39,6 +39,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.mark.usefixtures("ended_with_the_test")
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

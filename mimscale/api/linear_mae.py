@@ -22,7 +22,7 @@ from mimscale.convert.networks import Student, StudentInfo, student_from
 from mimscale.convert.read import resolve
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError, warn
-from mimscale.evals.launch import at_least, publish
+from mimscale.evals.launch import MAX_WORKERS, at_least, publish
 from mimscale.evals.networks import eval_folder
 from mimscale.evals.overlap import check_apart
 from mimscale.evals.report import table
@@ -71,6 +71,7 @@ def add_parser(protocols: Any) -> None:
     own.add_argument("--base-lr", type=_positive, default=0.1, metavar="X", help="rate per 256 images (default 0.1)")
     own.add_argument("--image-size", type=_whole, metavar="PX", help="default: as the run was trained")
     own.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of head and crops (default 0)")
+    own.add_argument("--workers", type=at_least(0, MAX_WORKERS), metavar="N", help="processes that read (default 8)")
     own.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     own.add_argument("--precision", choices=("fp32", "bf16"), help="of the encoder (default bf16 on cuda)")
     own.add_argument(
@@ -147,6 +148,7 @@ def overrides_of(path: Path, args: argparse.Namespace, train: Manifest, precisio
         "schedule.warmup_epochs": warmup,
         "schedule.base_lr": args.base_lr,
         "engine.device": args.device,
+        **({} if args.workers is None else {"data.workers": args.workers}),
     }
 
 

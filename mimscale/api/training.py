@@ -17,6 +17,7 @@ from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
 from mimscale.fault_tolerance.preemption import HANDLED
+from mimscale.files.metrics_lines import figures
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,7 @@ def _handlers_restored() -> Iterator[None]:
 def _result(run_dir: Path) -> TrainResult:
     lines = [line for line in map(_values, (run_dir / "metrics.jsonl").read_bytes().splitlines()) if line]
     last: dict[str, Any] = next((line for line in reversed(lines) if "step" in line), {})
-    metrics = {name: value for name, value in last.items() if name not in ("step", "time")}
-    return TrainResult(run_dir, checkpoint.newest_step(run_dir), (run_dir / "done").exists(), metrics)
+    return TrainResult(run_dir, checkpoint.newest_step(run_dir), (run_dir / "done").exists(), figures(last))
 
 
 def _values(line: bytes) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.recipes import validate
 from mimscale.config.run import RunConfig
 from mimscale.cost import peak
-from mimscale.cost.flops import flops_of
+from mimscale.cost.flops import arithmetic_of, flops_of
 from mimscale.data.augment import DeviceAugmentation
 from mimscale.data.device_prefetch import DevicePrefetcher
 from mimscale.data.loader import TrainLoader
@@ -87,8 +87,8 @@ class TrainStep:
     def __init__(self, config: RunConfig, options: Options, world: World, closing: ExitStack) -> None:
         self.config, self.world, self.options = config, world, options
         ds_config = load_ds_config(config.engine.ds_config)
-        self.precision = precision_of(ds_config)
-        check_precision(world.device, self.precision)
+        check_precision(world.device, precision_of(ds_config))
+        self.precision = arithmetic_of(config, precision_of(ds_config))
         check_backend(config.engine, ds_config, world.device)
         check_teachers(config, world.device)
         self.micro_batch = int(config.engine.max_micro_batch)
@@ -223,6 +223,7 @@ def _measure(step: TrainStep, options: Options) -> dict[str, Any]:
         "rank": step.world.rank,
         "ranks": step.world.size,
         "precision": step.precision,
+        "on_gpu": device.type == "cuda",
         "notes": [*step.teachers.notes, *step.engine.notes],
     }
     if options.profile or step.world.size > 1:

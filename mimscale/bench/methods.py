@@ -44,11 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from mimscale.bench._methods_report import publish
     from mimscale.bench._methods_rows import PRESETS, ROWS
     from mimscale.bench._report import table as markdown
-    from mimscale.errors import UserError
 
-    for name in ("seeds", "jobs"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be 1 or more")
     preset = PRESETS[args.preset]
     out = (args.out or Path("runs") / f"methods-{args.preset}").resolve()
     _check_preset(out, preset)

@@ -145,12 +145,23 @@ def _find_batch(args: argparse.Namespace, case: TrainCase) -> tuple[int, dict[st
 # ------------------------------------------------------------------------------------------------------------- suite
 
 
+def _needs_a_gpu() -> None:
+    import torch
+
+    from mimscale.errors import UserError
+
+    if not torch.cuda.is_available():
+        raise UserError("--suite gpu needs a GPU and torch sees none here; --suite tiny is for a CPU")
+
+
 def _run_suite(args: argparse.Namespace) -> int:
     from mimscale.bench import _suites
     from mimscale.bench._cases import run_cases
     from mimscale.bench._report import origin
     from mimscale.errors import UserError
 
+    if args.suite == "gpu":
+        _needs_a_gpu()
     cases = _suites.SUITES[args.suite]
     unknown = sorted(set(args.only or ()) - {case.name for case in cases})
     if unknown:
@@ -224,9 +235,10 @@ def _for_plan(row: dict[str, Any]) -> dict[str, Any]:
 
     if "error" in row:
         return {}
-    if row["peak_tflops"] is None:
+    if row["peak_tflops"] is None:  # a CPU, or a GPU that the table lacks, which may take any row's place
         peak = {row["precision"]: 1e12 * row["product_tflops"]}
-        return {"device": {"peak": peak, "matmul": 1.0}, "device_row": "cpu"}
+        measured = {"device": {"peak": peak, "matmul": 1.0}}
+        return measured if row["on_gpu"] else {**measured, "device_row": "cpu"}
     on = row_of(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
     return {"device": {"matmul": row["product_tflops"] / row["peak_tflops"]}, "device_row": on}
 

@@ -25,6 +25,9 @@ from mimscale.files.console import plain_console
 from mimscale.files.measurement import origin
 from mimscale.files.progress import tracked, working
 
+DIGITS = 15
+"""Of a number on the command line; a float holds it exactly."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="name (`mimscale recipes` lists them) or YAML file")
@@ -54,9 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def whole(option: str, text: str) -> int:
     """A number of GPUs or images on the command line. Raises UserError."""
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{option} {text} must be a whole number of at least 1, in digits")
+    if not (text.isascii() and text.isdecimal() and len(text) <= DIGITS) or int(text) < 1:
+        raise UserError(f"{option} {text[:40]} must be a whole number of at least 1, in at most {DIGITS} digits")
     return int(text)
+
+
+def check_nodes(option: str, gpus: int, per_node: int) -> None:
+    """Raises UserError where GPUs on several nodes do not fill them."""
+    if gpus > per_node and gpus % per_node:
+        raise UserError(
+            f"{option} {gpus} is not a multiple of --gpus-per-node {per_node}; use whole nodes, or change the latter"
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,13 +86,14 @@ def run(args: argparse.Namespace) -> int:
     for option in ("gpus", "gpus_per_node", "samples"):
         if (given := getattr(args, option)) is not None:
             setattr(args, option, whole(f"--{option.replace('_', '-')}", given))
-    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
-        raise UserError(f"--gpus {args.gpus} is not a multiple of --gpus-per-node {args.gpus_per_node}")
+    counts = None if args.simulate is None else sorted({whole("--simulate", w) for w in args.simulate.split(",")})
+    for gpus in counts or [args.gpus]:
+        check_nodes("--gpus" if counts is None else "--simulate", gpus, args.gpus_per_node)
     config, precision = report.for_gpu(load_recipe(args.recipe, args.overrides), gpu)
     planner = Planner(config, gpu, link, args.gpus, args.gpus_per_node)
     samples, assumed = samples_of(config) if args.samples is None else (args.samples, False)
-    if args.simulate is not None:
-        return simulated(planner, args, samples)
+    if counts is not None:
+        return simulated(planner, args, counts, samples)
     if args.plot is not None:
         raise UserError(f"--plot {args.plot} draws what --simulate computes; add --simulate 8,64,256")
     with working("planning"):
@@ -104,14 +116,8 @@ def titled(found: list[tables.Titled], remarks: Sequence[str] = (), *, as_json: 
     return 0
 
 
-def simulated(planner: Planner, args: argparse.Namespace, samples: int) -> int:
-    """Strong and weak scaling: tables, JSON, a plot. Returns 0."""
-    try:
-        counts = sorted({int(word) for word in args.simulate.split(",")})
-    except ValueError:
-        counts = []
-    if not counts or counts[0] < 1:
-        raise UserError(f"--simulate {args.simulate}: must be numbers of GPUs, such as 8,64,256")
+def simulated(planner: Planner, args: argparse.Namespace, counts: Sequence[int], samples: int) -> int:
+    """Strong and weak scaling over rising numbers of GPUs: tables, JSON, a plot. Returns 0."""
     if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
         raise UserError(f"--plot {args.plot}: the name must end in .png or .svg")
     with working("simulating"):

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.errors import UserError, nearest
+from mimscale.files.plain_numbers import number
 
 GIB = 2**30
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
+"""That a table of peaks may have."""
 
 
 @dataclass(frozen=True)
@@ -208,13 +211,13 @@ def with_measured(row: Device, path: Path) -> Device:
 
     `mimscale bench train --out` writes the section `device`, `bench host --out` the section `host`. The former names
     the device that it was measured on, `device_row`. Raises UserError for a file that cannot be read, for a field that
-    does not exist, and for another device than this row's.
+    does not exist, for a value that no machine has, and for another device than this row's.
     """
     try:
         values = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"--measured {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--measured {path} is not JSON: {error}") from None
     sections = values if isinstance(values, dict) else {}
     own, host = sections.get("device", {}), sections.get("host", {})
@@ -226,13 +229,19 @@ def with_measured(row: Device, path: Path) -> Device:
     measured_on = sections.get("device_row", row.name)
     if own and measured_on != row.name:
         raise UserError(f"--measured {path} was measured on {measured_on}, not on {row.name}; change --gpu or the file")
-    own = {key: value for key, value in own.items() if key not in ("name", "host")}
+    own = {key: value for key, value in own.items() if key not in ("name", "host", "source")}
     _check(path, "device", own, Device)
     _check(path, "host", host, HostCost)
     peak = {**row.peak, **own.pop("peak", {})}
-    return replace(
+    found = replace(
         row, **own, peak=peak, host=replace(row.host, **host), source=f"measured in {path}, else {row.source}"
     )
+    if found.memory <= found.reserved:
+        raise UserError(
+            f"--measured {path}: device.memory = {found.memory:g} bytes is not more than device.reserved = "
+            f"{found.reserved:g}; nothing would be left for tensors"
+        )
+    return found
 
 
 def _check(path: Path, section: str, values: Mapping[str, Any], kind: type) -> None:
@@ -242,6 +251,20 @@ def _check(path: Path, section: str, values: Mapping[str, Any], kind: type) -> N
             raise UserError(
                 f"--measured {path}: {section}.{key} is unknown{nearest(key, known)}; known: {', '.join(known)}"
             )
-        numbers = list(value.values()) if key == "peak" and isinstance(value, dict) else [value]
-        if key != "source" and not all(isinstance(n, (int, float)) and n > 0 for n in numbers):
-            raise UserError(f"--measured {path}: {section}.{key} = {value!r} must be a number above 0")
+        if key != "peak":
+            _check_number(path, f"{section}.{key}", value)
+        elif not isinstance(value, dict):
+            raise UserError(f"--measured {path}: device.peak = {value!r} must be a rate for each precision")
+        else:
+            for precision, rate in value.items():
+                if precision not in PRECISIONS:
+                    raise UserError(
+                        f"--measured {path}: device.peak.{precision} is unknown{nearest(precision, PRECISIONS)}"
+                    )
+                _check_number(path, f"device.peak.{precision}", rate)
+
+
+def _check_number(path: Path, name: str, value: Any) -> None:
+    good = number(value)
+    if good is None or good <= 0:
+        raise UserError(f"--measured {path}: {name} = {value!r:.80} must be a number above 0")

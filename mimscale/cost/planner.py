@@ -67,7 +67,8 @@ class Prediction:
 
 
 class Planner:
-    """A recipe on `ranks` GPUs. Raises UserError where the recipe cannot work, or not on that many.
+    """A recipe on `ranks` GPUs, `per_node` of them on a node. Raises UserError where the recipe cannot work, or not on
+    that many.
 
     FLOPs, memory and time of any choice come from few traces, which are kept.
     """
@@ -82,9 +83,14 @@ class Planner:
         shapes: Shapes | None = None,
     ) -> None:
         self.config, self.gpu, self.link = config, gpu, link
-        self.ranks, self.per_node = ranks, min(per_node, ranks)
+        self.ranks, self._node_size = ranks, per_node
         self.shapes = build(config) if shapes is None else shapes
         self._trace = lru_cache(maxsize=None)(self._traced)
+
+    @property
+    def per_node(self) -> int:
+        """Ranks on a node."""
+        return min(self._node_size, self.ranks)
 
     @property
     def nodes(self) -> int:
@@ -107,8 +113,7 @@ class Planner:
 
     def like(self, config: RunConfig, gpu: Device, link: Interconnect, ranks: int) -> Planner:
         """The same networks under another schedule, engine or cluster, with the same traces."""
-        per_node = max(self.per_node, min(8, ranks))
-        other = Planner(config, gpu, link, ranks, per_node, replace(self.shapes, config=config))
+        other = Planner(config, gpu, link, ranks, self._node_size, replace(self.shapes, config=config))
         other._trace = self._trace
         return other
 

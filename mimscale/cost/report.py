@@ -15,6 +15,7 @@ from mimscale.cost.devices import GIB, Device
 from mimscale.cost.flops import arithmetic_of
 from mimscale.cost.planner import Choice, Planner, Prediction, as_json, changes
 from mimscale.cost.run_cost import RunCost, run_cost
+from mimscale.files.durations import duration
 
 SMALL_MICRO_BATCH = 32
 """Images per forward pass below which the host, and not the GPU, decides a step's time."""
@@ -115,14 +116,6 @@ def gib(size: float) -> str:
     if size < GIB / 10:
         return f"{size / 2**20:.3g} MiB"
     return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.1f} GiB"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.3g} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.3g} min"
-    return f"{seconds / 3600:,.1f} h" if seconds < 172800 else f"{seconds / 86400:,.1f} days"
 
 
 def operations(count: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,6 +109,17 @@ class DataConfig(Strict):
     crops: int = Field(1, ge=1, le=1024)
     max_damaged: int | None = Field(None, ge=0)
     stream: StreamConfig | None = None
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _check_weights(cls, value: Any) -> Any:
+        """Here, since of a union pydantic would name the kind that was not meant."""
+        if isinstance(value, list):
+            raise ValueError("several data sets need weights; write {/data/a: 0.7, /data/b: 0.3}")
+        for path, weight in value.items() if isinstance(value, dict) else ():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise ValueError(f"the weight {weight} of '{without_secrets(str(path))}' must be a number above 0")
+        return value
 
     @field_validator("shards")
     @classmethod

@@ -82,12 +82,21 @@ def decode(data: bytes, wanted: object = None) -> Image.Image:
             return to_rgb(image)
     except BadImage:
         raise
-    except NoRgb as error:
-        raise BadImage(str(error)) from None
-    except UnidentifiedImageError:
-        raise BadImage(f"not an image ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise whatever their format's parser meets
-        raise BadImage(f"{type(error).__name__}: {error}") from error
+        raise bad_image(error, data) from error
+
+
+def bad_image(error: Exception, data: bytes) -> BadImage:
+    """What to raise for encoded bytes with which Pillow raised `error`; the reason is the same in every process."""
+    if isinstance(error, NoRgb):
+        return BadImage(str(error))
+    if isinstance(error, Image.DecompressionBombError):
+        return BadImage(f"more than {MAX_PIXELS:,} pixels; see MIMSCALE_MAX_PIXELS")
+    if not isinstance(error, UnidentifiedImageError):
+        return BadImage(f"{type(error).__name__}: {error}")
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return BadImage("a TIFF of a kind that Pillow cannot read; store it as 8-bit RGB or grey")
+    return BadImage(f"not an image ({', '.join(FORMATS)})")
 
 
 class Part(NamedTuple):

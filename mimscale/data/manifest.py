@@ -42,13 +42,13 @@ from mimscale.data.names import Options, Text
 from mimscale.data.shard_cache import CHUNK, Cache
 from mimscale.data.shard_files import ShardFiles, cache_key
 from mimscale.data.storage import Storage, is_remote, refuse_secrets, storage, with_retries
+from mimscale.data.tar_end import BLOCK, is_header, number
 from mimscale.errors import UserError
 from mimscale.files.atomic import atomic_write
 
 MANIFEST, INDEX, LABELS = "manifest.json", "index.npy", "labels.npy"
 MAX_REQUESTS = 16  # concurrent requests to a remote store
 LISTED, MAX_REASONS = 1000, 50  # of what was left out: keys, and different reasons
-BLOCK = 512  # bytes; the unit of tar, and the length of a header
 Ints = NDArray[np.int64]
 Sha256 = Field(pattern="^[0-9a-f]{64}$")
 
@@ -245,10 +245,10 @@ class Manifest:
         data = self._files.read(shard, size + BLOCK, offset - BLOCK)
         if len(data) != size + BLOCK:
             raise OSError(f"'{path}' ends early: {len(data) - BLOCK} of {size} bytes at {offset}")
-        if sum(data[:148]) + 256 + sum(data[156:BLOCK]) != _octal(data[148:156]):
+        if not is_header(data[:BLOCK]):
             raise OSError(f"'{path}' has no file at {offset}, or its header is damaged")
-        if _octal(data[124:136]) != size:
-            raise OSError(f"'{path}' is another shard: {_octal(data[124:136])} bytes at {offset}, not {size}")
+        if (found := number(data[124:136])) != size:
+            raise OSError(f"'{path}' is another shard: {found} bytes at {offset}, not {size}")
         return data
 
 
@@ -262,12 +262,6 @@ def _no_manifest(folder: Path) -> str:
 
 def _header(member: bytes) -> tarfile.TarInfo:
     return tarfile.TarInfo.frombuf(member[:BLOCK], "utf-8", "surrogateescape")
-
-
-def _octal(field: bytes) -> int:
-    """A number in a tar header; -1 if it is malformed."""
-    digits = field.strip(b" \0")
-    return int(digits, 8) if digits.isdigit() and b"8" not in digits and b"9" not in digits else -1
 
 
 def _unpickle(folder: Path, location: str, cache: Cache | None) -> Manifest:
@@ -407,8 +401,13 @@ def save_manifest(
 
 
 def _by_reason(reasons: Iterable[str]) -> Counter[str]:
-    """Reasons that differ in numbers only are one; beyond the MAX_REASONS most frequent, the others are one."""
-    counts = Counter(re.sub(r"[0-9][0-9,.]*", "N", reason) for reason in reasons)
+    """Reasons that differ in numbers only are one; beyond the MAX_REASONS most frequent, the others are one. The fix,
+    behind a semicolon, is the same for all.
+    """
+    counts = Counter[str]()
+    for reason in reasons:
+        what, mark, fix = reason.partition("; ")
+        counts[re.sub(r"[0-9][0-9,.]*", "N", what) + mark + fix] += 1
     kept = Counter(dict(counts.most_common(MAX_REASONS)))
     others = counts.total() - kept.total()
     return kept + Counter({"others": others})

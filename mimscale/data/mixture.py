@@ -220,6 +220,7 @@ class MixtureOrder:
 def shares(weights: Sequence[float], rows: int = ROWS) -> Ints:
     """int64 [sets]: the rows of a cycle for each weight, rounded so that they sum to `rows` (largest remainders)."""
     wanted = np.asarray(weights, dtype=np.float64)
+    wanted = wanted / wanted.max()  # the sum of very large ones would be infinite
     wanted = wanted / wanted.sum() * rows
     result = np.floor(wanted + 1e-9).astype(np.int64)
     for number in np.argsort(-(wanted - result), kind="stable")[: rows - int(result.sum())]:

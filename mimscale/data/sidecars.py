@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+METADATA = re.compile(r"__[^/]*__($|/)")  # beginnings of names that webdataset passes over
 SIDECARS = frozenset(  # in lower case
     (
         "__macosx",

@@ -7,6 +7,7 @@ must not hold credentials: they come from the environment, where the tools of th
 from __future__ import annotations
 
 import os
+import stat
 import time
 import urllib.error
 import urllib.request
@@ -36,6 +37,10 @@ class Storage(Protocol):
         """Names of the files. Raises OSError, or NotImplementedError if there is no list of them."""
 
 
+class NotOffered(OSError):
+    """The server does not do what is needed; asking again would not change that."""
+
+
 def is_remote(location: str | Path) -> bool:
     return "://" in str(location)
 
@@ -62,7 +67,7 @@ def with_retries(request: Callable[[], T]) -> T:
     for attempt in range(TRIES - 1):
         try:
             return request()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotOffered):
             raise
         except OSError:
             time.sleep(PAUSE_S * 2**attempt)
@@ -83,7 +88,10 @@ class LocalFolder:
             os.close(fd)
 
     def size(self, name: str) -> int:
-        return (self.folder / name).stat().st_size
+        status = (self.folder / name).stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a named pipe would never end
+            raise NotOffered(f"'{self.folder / name}' is no regular file")
+        return status.st_size
 
     def names(self) -> list[str]:
         return os.listdir(self.folder)
@@ -110,24 +118,31 @@ class HttpServer:
     def read(self, name: str, offset: int, size: int) -> bytes:
         def body(response: Any) -> bytes:
             if response.status != 206:
-                raise OSError("the server does not support range requests")
+                raise NotOffered("the server does not answer range requests; use one that does, or copy the files")
             return response.read()
 
         return self._request(name, {"Range": f"bytes={offset}-{offset + size - 1}"}, "GET", body)
 
     def size(self, name: str) -> int:
-        return self._request(name, {}, "HEAD", lambda response: int(response.headers["Content-Length"]))
+        def length(response: Any) -> int:
+            if "Content-Length" not in response.headers:
+                raise NotOffered("the server does not give the length; use one that does, or copy the files")
+            return int(response.headers["Content-Length"])
+
+        return self._request(name, {}, "HEAD", length)
 
     def names(self) -> list[str]:
         raise NotImplementedError
 
     def _request(self, name: str, headers: dict[str, str], method: str, result: Callable[[Any], Any]) -> Any:
-        request = urllib.request.Request(f"{self.url}/{quote(name)}", headers=headers, method=method)
+        escaped = quote(name, safe="/%", errors="surrogateescape")  # not %: an address may be escaped already
+        request = urllib.request.Request(f"{self.url}/{escaped}", headers=headers, method=method)
         try:
             with _OPENER.open(request, timeout=TIMEOUT_S) as response:
                 return result(response)
         except (OSError, HTTPException, ValueError, TypeError) as error:
-            kind = FileNotFoundError if getattr(error, "code", 0) in (404, 410) else OSError
+            missing = getattr(error, "code", 0) in (404, 410)
+            kind = FileNotFoundError if missing else NotOffered if isinstance(error, NotOffered) else OSError
             raise kind(without_secrets(f"'{self.url}/{name}': {error or type(error).__name__}")) from error
 
 
@@ -170,6 +185,7 @@ class Bucket:
         try:
             return request(f"{self.root}/{name}")
         except Exception as error:  # each object store has its own exceptions
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+            refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"  # of botocore
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else NotOffered if refused else OSError
             what = f"'{self.scheme}://{self.root}/{name}': {type(error).__name__}: {error}"
             raise kind(without_secrets(what)) from error

@@ -15,6 +15,7 @@ PLAIN = ("1", "L", "P", "RGB", "RGBX", "YCbCr", "HSV")  # Pillow's conversion ha
 ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 BITS_PER_SAMPLE, SAMPLE_FORMAT, PHOTOMETRIC = 258, 339, 262  # tags of TIFF
 UNSIGNED, SIGNED = 1, 2
+STEP = {"L;2": 85, "L;4": 17}  # of grey PNGs with 2 and 4 bits, whose pixels Pillow scales to 8
 
 
 class NoRgb(ValueError):
@@ -30,15 +31,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     - 16-bit and 32-bit integers: the highest 8 bits of the range of the stored type (12 bits: of 12). Negative values
       are refused, and values so small that all of them would be black.
     - float: 0 to 1 is black to white, rounded to the nearest; other values are refused.
-    - LAB and others: refused.
+    - LAB and others, and 8 bits with a sign: refused.
     """
+    tags = getattr(image, "tag_v2", {})  # of TIFF
     if image.mode == "F":
-        return _grey(_from_float(np.asarray(image)))
+        return _grey(_from_float(np.asarray(image), white_is_zero=tags.get(PHOTOMETRIC) == 0))
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _grey(_from_integers(image))
+    if SIGNED in tags.get(SAMPLE_FORMAT, ()):  # Pillow reads them without it
+        raise NoRgb("8-bit values with a sign: below 0 no grey is defined; store it as 8-bit RGB or grey")
     clear = image.info.get("transparency")
-    if isinstance(clear, tuple) and max(clear) > 255:  # Pillow has cut the pixels to 8 bits
+    if isinstance(clear, tuple) and (max(clear) > 255 or _stored_as(image) == "RGB;16B"):  # Pillow cuts these pixels
         raise NoRgb(f"a transparent colour of 16 bits, {clear}; store it with 8 bits or without")
+    if isinstance(clear, int) and image.mode == "L":
+        image.info["transparency"] = clear * STEP.get(_stored_as(image), 1)
     if image.mode in ALPHA or clear is not None:
         return _over_background(image)
     if image.mode == "CMYK":
@@ -48,6 +54,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode not in PLAIN:
         raise NoRgb(f"mode {image.mode} has no defined RGB; store it as 8-bit RGB")
     return image.convert("RGB")
+
+
+def _stored_as(image: Image.Image) -> str:
+    """Pillow's name for the layout of the pixels in the file, before they are loaded."""
+    arguments = image.tile[0].args if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
+    return str(arguments[0]) if isinstance(arguments, tuple) else str(arguments)
 
 
 def _grey(values: NDArray[np.uint8]) -> Image.Image:
@@ -62,13 +74,13 @@ def _over_background(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(below, rgba).convert("RGB")
 
 
-def _from_float(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _from_float(values: NDArray[np.float32], white_is_zero: bool) -> NDArray[np.uint8]:
     if not np.isfinite(values).all():
         raise NoRgb("float values that are not finite; store it with 8 bits")
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 1:
         raise NoRgb(f"float values from {low:g} to {high:g}: only 0 to 1 is black to white; store it with 8 bits")
-    return np.rint(values * 255).astype(np.uint8)
+    return np.rint((1 - values if white_is_zero else values) * 255).astype(np.uint8)
 
 
 def _from_integers(image: Image.Image) -> NDArray[np.uint8]:

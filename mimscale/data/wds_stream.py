@@ -17,10 +17,10 @@ import io
 import json
 import lzma
 import random
-import re
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,28 +30,27 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys
 
 from mimscale.data import noise
 from mimscale.data.config import DataConfig
 from mimscale.data.datasets import BatchBuilder, Empty, Load
 from mimscale.data.decode import EXTENSIONS, AnyImage, BadImage, Wanted, make_decoder
-from mimscale.data.manifest import BLOCK, MAX_REQUESTS, Ints, Manifest
+from mimscale.data.manifest import MAX_REQUESTS, Ints, Manifest
 from mimscale.data.mixture import Mixture
 from mimscale.data.names import one_line
+from mimscale.data.packed import LONGEST, compression, unpack
 from mimscale.data.sample_reader import DamagedSample
 from mimscale.data.shard_cache import Cache, read_exactly
-from mimscale.data.sidecars import is_sidecar
+from mimscale.data.sidecars import METADATA, is_sidecar
 from mimscale.data.storage import storage, with_retries
-from mimscale.data.tar_end import RestOfArchive, joined_archive
-from mimscale.errors import UserError
+from mimscale.data.tar_end import BLOCK, RestOfArchive, joined_archive
+from mimscale.errors import UserError, warn
 from mimscale.types import Batch, Damage, Needs
 
 PREFIX = "wds:"
 CHUNK = 4 << 20  # bytes per read of a shard
 REACH = 8 << 20  # bytes of a compressed shard that are kept behind the place of reading
-UNPACKERS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-METADATA = re.compile(r"__[^/]*__($|/)")  # names that webdataset passes over
+UNPACKERS: dict[str, Callable[[Any], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 MAX_DAMAGED_IN_A_ROW = 1000  # samples; after more of them a reader gives up
 NOT_EXACT = (
     "data is streamed without an index, which is not exact: a resume starts the shards again, and another number of "
@@ -175,7 +174,10 @@ class StreamDataset(IterableDataset[list[Batch]]):
             try:
                 image = self.decode(next(sample[name] for name in sorted(EXTENSIONS) if name in sample), wanted)
             except (BadImage, StopIteration) as error:
-                damage.append(Damage(sample_id, shard, key, str(error) or "no image in it"))
+                reason = (
+                    str(error) or f"no image among {', '.join(_dotted(sample))}: the first dot begins the extension"
+                )
+                damage.append(Damage(sample_id, shard, key, reason))
                 if len(damage) > MAX_DAMAGED_IN_A_ROW:
                     raise self._nothing_usable(damage) from error
                 continue
@@ -187,24 +189,34 @@ class StreamDataset(IterableDataset[list[Batch]]):
     def _encoded(self, first: int, reader: int, readers: int, damage: list[Damage]) -> Iterator[dict[str, Any]]:
         """Endless samples with encoded images: each pass distributes all shards over the readers in a new order."""
         urls = self.source.shard_paths
+        told = False
         for number in count():
             mine = noise.permutation(self.seed, "stream shards", first, number, n=len(urls))[reader::readers]
             usable = 0
             for url in (urls[i] for i in mine.tolist()):
-                for sample in _read_samples(url, damage):
+                passed = Counter[str]()
+                for sample in _read_samples(url, damage, passed):
                     usable += 1
                     yield sample
+                if passed and not told:
+                    what = ", ".join(f"{total:,} {reason}" for reason, total in passed.items())
+                    warn(f"data: members of '{one_line(url)}' are passed over: {what}; other shards are not named")
+                    told = True
             if not usable:
                 raise self._nothing_usable(damage)
 
     def _nothing_usable(self, damage: list[Damage]) -> DamagedSample:
-        last = f": {damage[-1].shard}: {damage[-1].key} ({damage[-1].reason})" if damage else ", they are empty"
+        last = f": {damage[-1].shard}: {damage[-1].key} ({damage[-1].reason})" if damage else ": they hold no images"
         return DamagedSample(f"nothing in the shards of {self.source.location} can be used{last}")
 
 
-def _read_samples(url: str, damage: list[Damage]) -> Iterator[dict[str, Any]]:
-    """The samples of one shard, as extension -> bytes. After damage the rest of the shard is skipped and recorded."""
+def _read_samples(url: str, damage: list[Damage], passed: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The samples of one shard, as extension -> bytes. After damage the rest of the shard is skipped and recorded.
+
+    passed: counts what belongs to no image.
+    """
     name = url.rpartition("/")[2]
+    passed = Counter() if passed is None else passed
 
     def record(error: Exception) -> bool:
         reason = f"{type(error).__name__}: {error.args[0] if error.args else ''}"
@@ -216,18 +228,45 @@ def _read_samples(url: str, damage: list[Damage]) -> Iterator[dict[str, Any]]:
     except OSError as error:
         record(error)
         return
-    yield from group_by_keys(_members(shard, url, record), handler=record)
+    for sample in _samples(_members(shard, url, record, passed), passed):
+        if any(extension.rpartition(".")[2] in EXTENSIONS for extension in sample):  # or it is named as damage
+            yield sample | {"__url__": url}
+        else:
+            passed["samples without an image"] += 1
 
 
-def _members(shard: _ShardFile, url: str, record: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
-    """The files of a shard, {} after each archive of it, for `group_by_keys`. Archives may be joined in one shard, and
-    the shard may be compressed with gzip, bzip2 or xz."""
+def _samples(files: Iterable[tuple[str, bytes]], passed: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Consecutive files with the same key, as `data_prep index` has them: a second one with the same extension begins
+    another sample. The extension begins at the first dot of the file's name."""
+    sample: dict[str, Any] = {}
+    for name, data in files:
+        folder, slash, file = name.rpartition("/")
+        stem, _, extension = file.partition(".")
+        key, extension = folder + slash + stem, extension.lower()
+        if not extension:
+            passed["without an extension"] += 1
+            continue
+        if sample and (key != sample["__key__"] or extension in sample):
+            yield sample
+            sample = {}
+        sample |= {extension: data, "__key__": key}
+    if sample:
+        yield sample
+
+
+def _members(
+    shard: _ShardFile, url: str, record: Callable[[Exception], bool], passed: Counter[str]
+) -> Iterator[tuple[str, bytes]]:
+    """The files of a shard, name and contents. Archives may be joined in one shard, and the shard may be compressed
+    with gzip, bzip2 or xz."""
     start: int | None = 0
+    ended = 0
     try:
-        packed = shard.read_at(0, min(6, shard.end))
-        for magic, program in UNPACKERS.items():
-            if packed.startswith(magic):
-                shard = _PackedFile(shard, program)
+        packed = compression(shard.read_at(0, min(LONGEST, shard.end)))
+        if packed in UNPACKERS:
+            shard = _PackedFile(shard, UNPACKERS[packed])
+        elif packed is not None:
+            raise OSError(f"it is compressed ({packed}), which a stream does not read; {unpack(url, packed)}")
         while start is not None:
             shard.offset = start
             stream = io.BufferedReader(shard, CHUNK)
@@ -235,7 +274,10 @@ def _members(shard: _ShardFile, url: str, record: Callable[[Exception], bool]) -
                 places: dict[str, tuple[int, int]] = {}  # of each file, for hard links to it
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
-                    if METADATA.match(member.name) or is_sidecar(member.name) or member.isdir():
+                    if member.isdir():
+                        continue
+                    if METADATA.match(member.name) or is_sidecar(member.name):
+                        passed["hidden, of the system or metadata"] += 1
                         continue
                     place = start + member.offset_data, member.size
                     if member.isreg():
@@ -249,18 +291,21 @@ def _members(shard: _ShardFile, url: str, record: Callable[[Exception], bool]) -
                             record(OSError(f"'{one_line(member.name)}' is a link or device, which is not followed"))
                         continue
                     places[member.name] = place
-                    yield {"fname": member.name, "data": data, "__url__": url}
-                length = archive.offset  # where its end mark stands
-            yield {}
+                    yield member.name, data
+                ended = start + archive.offset  # where its end mark stands
             stream.detach()
-            start = joined_archive(shard.read_at, start, start + length, shard.end)
-        if shard.is_truncated():  # tarfile does not report it
+            start = joined_archive(shard.read_at, start, ended, shard.end)
+        if shard.end - ended < BLOCK:  # no end mark; tarfile does not report it
             raise OSError("it is truncated, or a header in it is damaged: what follows was left out")
     except RestOfArchive as error:  # its message gives sizes, which are not known of a compressed shard
         packed_error = OSError("a header in it is damaged: what follows was left out")
         record(packed_error if isinstance(shard, _PackedFile) else error)
     except (OSError, tarfile.TarError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
         record(error)
+
+
+def _dotted(sample: dict[str, Any]) -> list[str]:
+    return [f".{one_line(name)[:20]}" for name in sample if not name.startswith("__")][:3]
 
 
 def _hashed_id(text: str) -> int:
@@ -274,11 +319,6 @@ class _ShardFile(io.RawIOBase):
         folder, slash, self.name = url.rpartition("/")
         self.storage = storage(folder or slash or ".")
         self.offset, self.end = 0, self.storage.size(self.name)
-
-    def is_truncated(self) -> bool:
-        """Whether the zero blocks that end a tar archive are missing."""
-        start = max(0, self.end - 2 * BLOCK)
-        return bool(self.read_at(start, self.end - start).strip(b"\0"))
 
     def readable(self) -> bool:
         return True

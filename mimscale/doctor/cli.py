@@ -26,6 +26,7 @@ from mimscale.config.deepspeed import load_ds_config, precision_of
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig, method_class
 from mimscale.cost.devices import DEVICES, interconnect
+from mimscale.cost.flops import arithmetic_of
 from mimscale.cost.planner import Planner
 from mimscale.cost.report import flops_rows, gib
 from mimscale.data.config import default_decoder
@@ -217,6 +218,9 @@ def check_recipe(config: RunConfig, report: Report) -> None:
     precision = precision_of(ds_config)
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     report.rows.append(("engine", f"{config.engine.ds_config}: ZeRO stage {stage}, {precision}"))
+    arithmetic = arithmetic_of(config, precision)
+    if arithmetic != precision:
+        report.rows.append(("", f"its frozen encoder computes in {arithmetic}"))
     if torch.cuda.is_available() and config.engine.device != "cpu":
         report.attempt(lambda: check_precision(torch.device("cuda", 0), precision))
     elif config.engine.device == "cpu":

@@ -8,7 +8,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 def top1(predictions_N: Tensor, labels_N: Tensor, classes: int) -> float:
     """Percent of int64 predictions [N] that equal the labels [N]."""
-    share = multiclass_accuracy(predictions_N, labels_N, num_classes=classes, average="micro")
+    share = multiclass_accuracy(predictions_N, labels_N, num_classes=max(classes, 2), average="micro")
     return round(100 * float(share), 4)
 
 

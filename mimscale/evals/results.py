@@ -23,7 +23,8 @@ from mimscale.evals.config import Expected
 from mimscale.files.atomic import atomic_write
 from mimscale.files.command_line import add_json, end_with_example, print_json
 from mimscale.files.console import plain_console
-from mimscale.files.eval_reports import BROKEN, Figure, figures_of, options_that_differ, parsed, scalar
+from mimscale.files.eval_reports import BROKEN, Figure, figures_below, listed, options_that_differ, parsed, scalar
+from mimscale.files.metrics_lines import STAMPS
 from mimscale.files.regular import read_regular
 
 FORMAT = 1
@@ -92,26 +93,9 @@ def gather(run_dir: Path, expected: Mapping[str, Expected]) -> dict[str, Any]:
 
 def figures_in(run_dir: Path, unreadable: list[str]) -> Iterator[Figure]:
     """Those of all reports. unreadable: gets a line for each file that is no report."""
-    folders = [run_dir / "eval", *(path / "eval" for path in _listed(run_dir, run_dir, unreadable))]
-    for path in sorted(path for folder in folders for path in _listed(folder, run_dir, unreadable)):
-        if path.suffix != ".json":
-            continue
-        name = str(path.relative_to(run_dir))
-        try:
-            yield from figures_of(path, name)
-        except BROKEN as error:
-            unreadable.append(f"{name} is no report of an evaluation ({type(error).__name__}: {error})")
-
-
-def _listed(folder: Path, run_dir: Path, unreadable: list[str]) -> list[Path]:
-    """The content of a folder, nothing where there is none."""
-    try:
-        return list(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        unreadable.append(f"{folder.relative_to(run_dir)} cannot be read ({error.strerror})")
-        return []
+    folders = [path / "eval" for path in listed(run_dir, run_dir, unreadable) if path.name != "eval"]
+    for folder in sorted([run_dir / "eval", *folders]):
+        yield from figures_below(folder, run_dir, unreadable)
 
 
 def _lines(path: Path, run_dir: Path, unreadable: list[str]) -> list[str]:
@@ -132,7 +116,7 @@ def stages_of(run_dir: Path, unreadable: list[str]) -> dict[str, dict[str, str]]
     was killed before it could say what became of it.
     """
     stages: dict[str, dict[str, str]] = {}
-    files = {path.name: path for path in _listed(run_dir / "job", run_dir, unreadable)}
+    files = {path.name: path for path in listed(run_dir / "job", run_dir, unreadable)}
     for line in _lines(files["jobs.txt"], run_dir, unreadable) if "jobs.txt" in files else ():
         stage, _, job = line.partition(" ")
         if not re.fullmatch(r"[\w.-]+", stage) or stage == "results":
@@ -160,7 +144,7 @@ def training(run_dir: Path, unreadable: list[str]) -> dict[str, Any]:
         if "step" in plain and "loss" in plain:
             last |= {"step": plain["step"], "loss": plain["loss"]}
         elif plain.get("event") == "evals":
-            last["evals"] = {key: value for key, value in plain.items() if key not in ("event", "time", "seconds")}
+            last["evals"] = {key: value for key, value in plain.items() if key not in ("event", "seconds", *STAMPS)}
     return last | {"finished": (run_dir / "done").is_file()}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mimscale.checkpoint.run_folder import git_commit
@@ -219,7 +220,21 @@ def open_data(train_path: Path, val_path: Path, labelled: bool) -> tuple[Manifes
         differ = sorted(set(train.classes or ()) ^ set(val.classes or ()))
         what = f"'{differ[0]}' is in one of them only" if differ else "their order differs"
         raise UserError(f"--train {train_path} and --val {val_path} have different classes: {what}")
+    if labelled:
+        assert train.labels is not None and val.labels is not None
+        check_several_classes(train.labels, f"--train {train_path}")
+        highest = int(val.labels.max())
+        if train.classes is None and highest > train.labels.max():
+            raise UserError(
+                f"--train {train_path} and --val {val_path} have different classes: no {highest} in --train"
+            )
     return train, val
+
+
+def check_several_classes(labels: NDArray[np.integer[Any]], given: str) -> None:
+    """given: what has these labels, in words. Raises UserError."""
+    if labels.min() == labels.max():
+        raise UserError(f"{given} has images of one class only; give a set of at least two classes")
 
 
 def _classes(*manifests: Manifest) -> int:

@@ -31,7 +31,7 @@ from mimscale.evals.frozen_student import STUDENT, StudentSkeleton, copied
 from mimscale.evals.overlap import check_shards_apart
 from mimscale.evals.parallel import all_rows
 from mimscale.evals.protocols.base import Context, Features, Protocol
-from mimscale.evals.runner import protocol_class
+from mimscale.evals.runner import check_several_classes, protocol_class
 from mimscale.evals.spectrum import rankme, spread
 from mimscale.evals.subset import Subset, evenly_spread, part_of, read_images
 from mimscale.types import normalised
@@ -87,6 +87,8 @@ def prepare(config: EvalsConfig, data: DataConfig, source: Source, global_batch:
         check_shards_apart(f"data.shards = {source.location}", source, given, val)
     for name, options_of in protocols.items():
         try:
+            if "labels" in protocol_class(name).needs:
+                check_several_classes(subsets[0].labels.numpy(), "evals.train")
             protocol_class(name).check(options_of, *(subset.as_manifest() for subset in subsets))
         except UserError as error:
             raise UserError(f"evals.protocols.{name}: {error} (or raise evals.train_samples)") from None

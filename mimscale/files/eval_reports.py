@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,9 +49,33 @@ def scalar(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
+def figures_below(folder: Path, run_dir: Path, unreadable: list[str]) -> Iterator[Figure]:
+    """Of the reports in a folder of a run, in the order of their names; none where there is no such folder. unreadable:
+    gets a line for what is no report, or cannot be read, named from `run_dir` on.
+    """
+    for path in sorted(listed(folder, run_dir, unreadable)):
+        if path.suffix == ".json":
+            name = str(path.relative_to(run_dir))
+            try:
+                yield from figures_of(path, name)
+            except BROKEN as error:
+                unreadable.append(f"{name} is no report of an evaluation ({type(error).__name__}: {error})")
+
+
+def listed(folder: Path, run_dir: Path, unreadable: list[str]) -> list[Path]:
+    """The content of a folder of a run, nothing where there is none. unreadable: gets a line if it cannot be read."""
+    try:
+        return [folder / name for name in os.listdir(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        unreadable.append(f"{folder.relative_to(run_dir)} cannot be read ({error.strerror})")
+        return []
+
+
 def figures_of(path: Path, name: str) -> list[Figure]:
-    """Every metric of every row that measures a checkpoint; baselines have no source. Raises one of BROKEN for a file
-    that is no report.
+    """Every metric of every row that measures a checkpoint of the run in whose `eval` folder the report lies; baselines
+    have no source. Raises one of BROKEN for a file that is no report.
     """
     report = parsed(read_regular(path))
     protocol = report["protocol"]
@@ -70,16 +95,39 @@ def figures_of(path: Path, name: str) -> list[Figure]:
         pool = text(row.get("pool", ""))
         return Figure(of, metric, float(value), pool, step, hashed, fingerprint, name, options, changed)
 
-    found = []
+    found: dict[tuple[str, ...], list[Figure]] = {}
     for row in report["rows"]:
         if kind == "transfer":
-            found += [figure(*words) for words in _transfer(report, row)]
+            of_row = list(_transfer(report, row))
         elif "source" in row:
-            for metric in report["metrics"] if "metrics" in report else report["columns"]:
-                if metric in row:  # of small data sets some are absent
-                    val = report["val"] if "val" in report else report.get("sets", {}).get(metric)
-                    found.append(figure(kind, metric, row[metric], row, row, val))
-    return found
+            vals = {m: report["val"] if "val" in report else report.get("sets", {}).get(m) for m in row}
+            metrics = report["metrics"] if "metrics" in report else report["columns"]
+            # of small data sets some are absent
+            of_row = [(kind, metric, row[metric], row, row, vals[metric]) for metric in metrics if metric in row]
+        else:
+            continue
+        sources = [text(source["source"]) for *_, source, _ in of_row if "source" in source]
+        found.setdefault(_run_of(sources[0]) if sources else (), []).extend(figure(*words) for words in of_row)
+    return _of_run(found, path.absolute().parent.parent.parts)
+
+
+def _run_of(source: str) -> tuple[str, ...]:
+    """Parts of the path of a checkpoint's run, or of the folder of a file."""
+    parts = Path(source).parts
+    return parts[: parts.index("checkpoints")] if "checkpoints" in parts else parts[:-1]
+
+
+def _of_run(found: Mapping[tuple[str, ...], list[Figure]], run: tuple[str, ...]) -> list[Figure]:
+    """Of the figures of several runs those of one: whose path ends most like its own, which may have moved."""
+
+    def alike(parts: tuple[str, ...]) -> int:
+        pairs = zip(reversed(parts), reversed(run), strict=False)
+        return next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(parts), len(run)))
+
+    most = max(map(alike, found), default=0)
+    if len(found) > 1:
+        return [figure for parts in found if alike(parts) == most > 0 for figure in found[parts]]
+    return [figure for figures in found.values() for figure in figures]
 
 
 def _transfer(report: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:

@@ -21,6 +21,7 @@ from rich.progress import (
 
 from mimscale.errors import warn
 from mimscale.files.console import plain_console
+from mimscale.files.durations import duration
 
 T = TypeVar("T")
 LINE_EVERY_S = 30.0
@@ -68,7 +69,7 @@ def progress(what: str, total: int, unit: str = "images") -> Iterator[Callable[[
             if not console.is_terminal and now > next_line:
                 next_line = now + LINE_EVERY_S
                 rate = done / max(now - start, 1e-6)
-                left = f", {time_text(max(0, total - done) / rate)} left" if total and rate else ""
+                left = f", {duration(max(0, total - done) / rate)} left" if total and rate else ""
                 of = f" of {total:,} {unit}" if total else f" {unit}"
                 warn(f"{what}: {done:,}{of}, {rate:,.3g} {unit}/s{left}")
 
@@ -101,7 +102,7 @@ def working(what: str, *, moving: bool = True) -> Iterator[None]:
     def speak() -> None:
         wait_s = FIRST_LINE_S
         while not ended.wait(wait_s):
-            warn(f"{what}: {time_text(time.monotonic() - start)} so far")
+            warn(f"{what}: {duration(time.monotonic() - start)} so far")
             wait_s = LINE_EVERY_S
 
     thread = threading.Thread(target=speak, daemon=True)
@@ -111,10 +112,3 @@ def working(what: str, *, moving: bool = True) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-def time_text(seconds: float) -> str:
-    """Seconds for a person: 40 s, 12 min, 3.5 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

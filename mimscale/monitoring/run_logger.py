@@ -21,6 +21,7 @@ from mimscale.config.difference import flat
 from mimscale.errors import printable, without_secrets
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 from mimscale.files.console import plain_console
+from mimscale.files.durations import duration
 from mimscale.monitoring import panel_files
 from mimscale.monitoring.config import LogConfig
 from mimscale.monitoring.panel_writer import PanelWriter
@@ -38,6 +39,7 @@ class RunLogger:
         self._trackers: Trackers | None = None
         self._panel_writer: PanelWriter | None = None
         self._progress: Progress | None = None
+        self._begun_s = time.monotonic()
 
     def start(self, *, total: int, step: int, log: LogConfig, recipe: Mapping[str, Any] | None = None) -> None:
         """After `step` steps; it starts threads. recipe: its plain values, for the trackers."""
@@ -80,7 +82,7 @@ class RunLogger:
         elif self._active:
             first, start_s = self._clock
             eta_s = (time.monotonic() - start_s) / max(1, step - first) * (self._total - step)
-            self.print(f"step {step}/{self._total}  {line}  ETA {_duration(eta_s)}")
+            self.print(f"step {step}/{self._total}  {line}  ETA {duration(eta_s)}")
 
     def log_evaluation(self, step: int, metrics: dict[str, float], seconds: float) -> None:
         """Figures of the student after `step`: an event in metrics.jsonl and, alone, in evals.jsonl; evals/NAME in the
@@ -124,7 +126,8 @@ class RunLogger:
     def _write(self, values: dict[str, Any], name: str = "metrics.jsonl") -> None:
         if not self._active:
             return
-        line = without_secrets(json.dumps({**finite(values), "time": round(time.time(), 3)}))
+        stamps = {"time": round(time.time(), 3), "uptime_s": round(time.monotonic() - self._begun_s, 3)}
+        line = without_secrets(json.dumps({**finite(values), **stamps}))
         self._writer.append(self._run_dir / name, line + "\n")
 
 
@@ -141,9 +144,3 @@ def shown(metrics: Mapping[str, float]) -> list[str]:
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """None in place of what JSON has no number for."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimscale.report import thin
-from mimscale.report.history import EVALS, Event, Row, columns
 from mimscale.report.runs import Run
+from mimscale.runs.history import EVALS, Event, Row, columns
 
 AXES = ("step", "samples", "hours")
 COLOURS = ("#3a80c2", "#d46a1f", "#26966a", "#b95f9c", "#a88000", "#7a6fd0", "#4d7f8f", "#c2514f")
@@ -157,7 +157,7 @@ def _chart(runs: Sequence[Run], name: str, shared: Any) -> Chart:
         figure.yaxis.formatter = NumeralTickFormatter(format=metric.axis)
     elif name == "lr":
         figure.yaxis.formatter = PrintfTickFormatter(format="%.1e")
-    drawn, table = [], []
+    drawn, table, ends_at = [], [], list[tuple[int, Run, Row, float]]()
     for number, run in enumerate(runs):
         rows = values_of(run, name)
         if not rows:
@@ -178,10 +178,13 @@ def _chart(runs: Sequence[Run], name: str, shared: Any) -> Chart:
             figure.line("step", "y", source=means, line_width=2.2, line_dash=dash, **options)
         if len(rows) <= 25:
             figure.scatter("step", "y", source=source, color=colour, size=4)
-        _ends_with_letter(figure, run, name, rows, number)
+        if finite := [row for row in rows if math.isfinite(row.values[name])]:
+            at = finite[-1].values[name] if means is None else float(means.data["y"][-1])
+            ends_at.append((number, run, finite[-1], at))
         if name == "loss":
             _marks_skipped(figure, run, rows)
         _marks_restarts(figure, run)
+    _letters(figure, ends_at)
     tip = [("run", "$name"), ("step", "@step{0,0}"), ("hours", "@hours{0.00}"), (metric.title, "@y{0.[0000]a}")]
     if metric.axis:
         tip[-1] = (metric.title, f"@y{{{metric.axis}}}")
@@ -279,25 +282,32 @@ def _sources(run: Run, name: str, rows: Sequence[Row]) -> tuple[Any, Any | None]
     return source(chosen, y[chosen]), source(middles, means) if len(middles) else None
 
 
-def _ends_with_letter(figure: Any, run: Run, name: str, rows: Sequence[Row], number: int) -> None:
+def _letters(figure: Any, ends_at: Sequence[tuple[int, Run, Row, float]]) -> None:
+    """At the end of each curve the letter of its run; beside each other where curves end in the same place.
+
+    ends_at: number of the run, the run, its last row, and the height of the curve there.
+    """
     from bokeh.models import ColumnDataSource
 
-    finite = [row for row in rows if math.isfinite(row.values[name])]
-    if not finite:
-        return
-    last = finite[-1]
-    data: Mapping[str, Any] = {**_x(run, [last]), "y": [last.values[name]], "text": [letter(number)]}
-    figure.text(
-        "step",
-        "y",
-        text="text",
-        source=ColumnDataSource(data),
-        x_offset=5,
-        text_baseline="middle",
-        text_font_size="12px",
-        text_font_style="bold",
-        text_color=COLOURS[number % len(COLOURS)],
-    )
+    lasts = [end.step for _, _, end, _ in ends_at]
+    heights = [height for *_, height in ends_at]
+    near_x, near_y = 0.04 * max(lasts, default=0), 0.08 * (max(heights, default=0.0) - min(heights, default=0.0))
+    placed: list[tuple[int, float]] = []
+    for number, run, last, height in ends_at:
+        before = sum(abs(last.step - x) <= near_x and abs(height - y) <= near_y for x, y in placed)
+        placed.append((last.step, height))
+        data: Mapping[str, Any] = {**_x(run, [last]), "y": [height], "text": [letter(number)]}
+        figure.text(
+            "step",
+            "y",
+            text="text",
+            source=ColumnDataSource(data),
+            x_offset=5 + 10 * before,
+            text_baseline="middle",
+            text_font_size="12px",
+            text_font_style="bold",
+            text_color=COLOURS[number % len(COLOURS)],
+        )
 
 
 def _marks_skipped(figure: Any, run: Run, rows: Sequence[Row]) -> None:

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def as_json(found: list[runs.Run]) -> dict[str, Any]:
     """What --json prints."""
-    summaries = [runs.summary(one) for one in found]
+    summaries = [runs.plain(one) for one in found]
     return {"format": 1, "runs": summaries, "differences": runs.recipe_differences(found) if len(found) > 1 else {}}
 
 

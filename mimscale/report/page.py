@@ -14,9 +14,10 @@ from typing import Any
 
 from mimscale import __version__
 from mimscale.errors import UserError, without_secrets
+from mimscale.files.durations import duration
 from mimscale.report import charts, images
-from mimscale.report.history import History
 from mimscale.report.runs import Run, clean, recipe_differences, setup_line
+from mimscale.runs.history import History
 
 LIMIT = 5_000_000
 """Bytes of a page, whatever the number of panels: images become smaller, and are left out in the end."""
@@ -51,6 +52,7 @@ def render(runs: Sequence[Run], now_s: float | None = None) -> str:
     timeline, drawn, unchanged = charts.make(runs)
     script, (timeline_div, *divs) = components([timeline, *(chart.figure for chart in drawn)])
     differing = recipe_differences(runs) if len(runs) > 1 else {}
+    figures = _figures(runs)
     context = {
         "version": __version__,
         "made": time.strftime("%Y-%m-%d %H:%M", time.localtime(now_s)),
@@ -65,7 +67,8 @@ def render(runs: Sequence[Run], now_s: float | None = None) -> str:
             for group, title in GROUPS.items()
         ],
         "unchanged": unchanged,
-        "figures": _figures(runs),
+        "figures": figures,
+        "options": _other_options(figures, len(runs)),
         "headers": _headers(runs),
         "differences": {key: [_value(value) for value in row] for key, row in differing.items()},
     }
@@ -100,19 +103,18 @@ def _template() -> Any:
 
 def _of_run(number: int, run: Run) -> dict[str, Any]:
     """What the page says of a run in words."""
-    history = run.history
-    last = history.rows[-1] if history.rows else None
-    values = {} if last is None else last.values
-    batch = run.recipe.get("schedule.global_batch")
+    history, summary = run.history, run.summary
+    step, total = summary.step, summary.total_steps
+    loss = math.nan if summary.loss is None else summary.loss
     counts = [event.kind for event in history.events]
     launch = history.launches[-1] if history.launches else {}
     shown = {
         "recipe": run.header[0] if run.header else "",
-        "step": f"{last.step:,}{f' of {run.total:,}' if run.total else ''}" if last else "none logged",
-        "epoch": f"{values['epoch']:.4g}" if "epoch" in values else "",
-        "samples": f"{last.step * batch:,}" if last and isinstance(batch, int) else "",
-        "running time": _hours(history.hours),
-        "last loss": charts.in_words(charts.METRICS["loss"], values["loss"]) if "loss" in values else "",
+        "step": "none logged" if step is None else f"{step:,} of {total:,}" if total else f"{step:,}",
+        "epoch": _of(summary.epoch, summary.epochs),
+        "samples": "" if run.samples is None else f"{run.samples:,}",
+        "running time": duration(history.hours * 3600),
+        "last loss": charts.in_words(charts.METRICS["loss"], loss) if "loss" in summary.metrics else "",
         "median throughput": _over(statistics.median, history, "images_per_s", "{:,.0f} images/s"),
         "waiting for data": _over(statistics.fmean, history, "data_wait", "{:.1%} of the time"),
         "ranks": _device(launch),
@@ -120,10 +122,10 @@ def _of_run(number: int, run: Run) -> dict[str, Any]:
     events = {
         "restarts": counts.count("restart"),
         "roll-backs": counts.count("rollback"),
-        "skipped steps": max(counts.count("skipped"), int(values.get("skipped_steps", 0) or 0)),
+        "skipped steps": max(counts.count("skipped"), int(summary.metrics.get("skipped_steps") or 0)),
         "saves": counts.count("saved"),
         "saves that failed": counts.count("save_failed") + counts.count("save_skipped"),
-        "damaged samples": max(counts.count("damaged"), int(values.get("damaged", 0) or 0)),
+        "damaged samples": max(counts.count("damaged"), int(summary.metrics.get("damaged") or 0)),
         "log lines redone": sum(map(len, history.discarded)),
     }
     always = ("restarts", "roll-backs", "skipped steps", "saves")
@@ -132,9 +134,9 @@ def _of_run(number: int, run: Run) -> dict[str, Any]:
         "name": run.name,
         "path": clean(str(run.path)),
         "setup": setup_line(run),
-        "status": run.status,
-        "reason": clean(run.reason),
-        "progress": min(1.0, last.step / run.total) if last and run.total else None,
+        "status": summary.status,
+        "reason": clean(summary.reason),
+        "progress": min(1.0, step / total) if step is not None and total else None,
         "shown": {key: value for key, value in shown.items() if value},
         "events": {key: value for key, value in events.items() if value or key in always},
         "colour": charts.COLOURS[number % len(charts.COLOURS)],
@@ -156,8 +158,8 @@ def _of_run(number: int, run: Run) -> dict[str, Any]:
     }
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.0f} s"
+def _of(part: float | None, whole: float | None) -> str:
+    return "" if part is None else f"{part:.4g}" if whole is None else f"{part:.4g} of {whole:.4g}"
 
 
 def _over(kind: Callable[[list[float]], float], history: History, name: str, shape: str) -> str:
@@ -245,8 +247,39 @@ def _figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
             if expected is not None and pool and expected.get("pool") not in (None, "", pool):
                 expected = None
             cells.append({"figure": clean(newest), "expected": clean(expected)})
-        rows.append({"protocol": clean(protocol), "metric": clean(metric), "pool": clean(pool), "cells": cells})
+        rows.append(
+            {
+                "protocol": clean(protocol),
+                "metric": clean(metric),
+                "pool": clean(pool),
+                "cells": cells,
+                "expected": _expected(cells),
+            }
+        )
     return rows
+
+
+def _expected(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the recipes expect, each value once; with letters of the runs where they do not all expect the same."""
+    found: dict[str, list[str]] = {}
+    for number, cell in enumerate(cells):
+        if cell["expected"]:
+            words = f"{cell['expected']['expected']:.1f} ({cell['expected']['source']})"
+            found.setdefault(words, []).append(charts.letter(number))
+    same = len(found) == 1 and len(next(iter(found.values()))) == len(cells)
+    return [words if same else f"{', '.join(letters)}: {words}" for words, letters in found.items()]
+
+
+def _other_options(rows: Sequence[Mapping[str, Any]], runs: int) -> list[tuple[str, list[str]]]:
+    """(options that are not the published ones, the figures that have them): a line each."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for number, cell in enumerate(row["cells"]):
+            if cell["figure"] and cell["figure"]["changed"]:
+                name = row["protocol"] if row["metric"] == row["protocol"] else f"{row['protocol']} {row['metric']}"
+                words = name if runs == 1 else f"{charts.letter(number)} {name}"
+                found.setdefault("; ".join(cell["figure"]["changed"]), {})[words] = None
+    return [(words, list(of)) for words, of in found.items()]
 
 
 def _kinds(run: Run) -> dict[str, str]:

@@ -16,10 +16,10 @@ from mimscale.config.recipe_table import Header, header_of, student_name
 from mimscale.config.recipes import recipe_names
 from mimscale.errors import UserError, printable, without_secrets
 from mimscale.evals import results
-from mimscale.files.plain_numbers import number
-from mimscale.report import history as histories
-from mimscale.report.history import History
+from mimscale.evals.config import Expected
+from mimscale.runs import history as histories
 from mimscale.runs.compare import recipe_of
+from mimscale.runs.history import History
 from mimscale.runs.summary import Summary, summary_of
 
 OF_A_RUN = ("metrics.jsonl", "launches.jsonl", "config.yaml")
@@ -27,21 +27,25 @@ OF_A_RUN = ("metrics.jsonl", "launches.jsonl", "config.yaml")
 
 @dataclass(frozen=True)
 class Run:
-    """name: short, and unlike those of the runs beside it. recipe: resolved, `section.key` -> value. results: as
-    `mimscale results` gathers them. header: of the recipe of this package that the run was started with. status,
-    reason: as `mimscale runs` has them. total: optimiser steps of the whole run. notes: what could not be read.
+    """name: short, and unlike those of the runs beside it. summary: as `mimscale runs` has it. history: the whole log.
+    recipe: resolved, `section.key` -> value. results: as `mimscale results` gathers them. header: of the recipe of this
+    package that the run was started with. notes: what could not be read.
     """
 
     path: Path
     name: str
+    summary: Summary
     history: History
     recipe: Mapping[str, Any]
     results: Mapping[str, Any]
     header: tuple[str, Header] | None
-    status: str
-    reason: str
-    total: int | None
     notes: Sequence[str]
+
+    @property
+    def samples(self) -> int | None:
+        """Seen so far; None: not known."""
+        batch, step = self.recipe.get("schedule.global_batch"), self.summary.step
+        return step * batch if isinstance(batch, int) and step is not None else None
 
 
 def read(path: Path, name: str) -> Run:
@@ -51,31 +55,32 @@ def read(path: Path, name: str) -> Run:
         raise UserError(f"{shown} is no folder; name the folders of runs, and the page last, such as report.html")
     if not any((path / file).is_file() for file in OF_A_RUN):
         raise UserError(f"{shown} is no run: it holds none of {', '.join(OF_A_RUN)}; name the folder of a run")
-    notes: list[str] = []
     try:
         history = histories.read(path)
     except OSError as error:
         raise UserError(f"{printable(str(error.filename))} cannot be read ({error.strerror}); repair it") from None
+    summary, notes, recipe = summary_of(path), list[str](), dict[str, Any]()
+    expected: Mapping[str, Expected] = {}
     if history.unreadable:
         notes.append(f"{history.unreadable} lines of metrics.jsonl or launches.jsonl are no entries; left out")
-    recipe, found = _recipe(path, notes), summary_of(path)
+    try:
+        recipe = flat(recipe_of(path))
+    except UserError as error:
+        notes.append(f"the recipe is not known: {error}")
     try:
         expected = results.expected_values(path, None)
     except UserError as error:
-        expected = {}
         notes.append(f"expected values are left out: {error}")
-    figures = results.gather(path, expected)
-    notes += [f"{line}; left out" for line in figures["unreadable"]]
+    found = results.gather(path, expected)
+    notes += [f"{line}; left out" for line in dict.fromkeys([*summary.unreadable, *found["unreadable"]])]
     return Run(
         path,
         name,
+        summary,
         history,
         {key: clean(value) for key, value in recipe.items()},
-        figures,
+        found,
         _header(history),
-        found.status,
-        found.reason,
-        _total(found, recipe),
         [clean(note) for note in notes],
     )
 
@@ -104,8 +109,9 @@ def clean(value: Any) -> Any:
 
 
 def recipe_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """`section.key` -> its value in each run, where they are not all the same."""
-    return differences([run.recipe for run in runs])
+    """`section.key` -> its value in each run, where they are not all the same; without what papers report."""
+    found = differences([run.recipe for run in runs])
+    return {key: values for key, values in found.items() if not key.startswith("expected.")}
 
 
 def setup_line(run: Run) -> str:
@@ -125,28 +131,22 @@ def setup_line(run: Run) -> str:
     return " · ".join(word for word in words if word)
 
 
-def summary(run: Run) -> dict[str, Any]:
-    """What --json prints of a run: plain values, null where unknown."""
-    history = run.history
-    last = history.rows[-1] if history.rows else None
-    batch = run.recipe.get("schedule.global_batch")
+def plain(run: Run) -> dict[str, Any]:
+    """What --json prints of a run: null where unknown."""
+    summary, history = run.summary, run.history
     kinds = [event.kind for event in history.events]
-    numbers = {} if last is None else {key: _finite(value) for key, value in last.values.items()}
+    evals = history.evals[-1].values if history.evals else {}
     return {
         "run": str(run.path),
         "name": run.name,
-        "status": run.status,
-        "reason": run.reason,
-        "step": last.step if last else 0,
-        "total_steps": run.total,
-        "samples": last.step * batch if last and isinstance(batch, int) else None,
+        "status": summary.status,
+        "reason": summary.reason,
+        "step": summary.step,
+        "total_steps": summary.total_steps,
+        "samples": run.samples,
         "hours": round(history.hours, 4),
-        "last": clean(numbers),
-        "evals": clean(
-            {k.removeprefix(histories.EVALS): _finite(v) for k, v in history.evals[-1].values.items()}
-            if history.evals
-            else {}
-        ),
+        "last": clean(summary.metrics),
+        "evals": clean({k.removeprefix(histories.EVALS): v if math.isfinite(v) else None for k, v in evals.items()}),
         "events": {clean(kind): kinds.count(kind) for kind in dict.fromkeys(kinds)},
         "discarded_lines": sum(map(len, history.discarded)),
         "launches": clean(history.launches),
@@ -159,31 +159,6 @@ def summary(run: Run) -> dict[str, Any]:
         "recipe": dict(run.recipe),
         "notes": list(run.notes),
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if abs(value) < float("inf") else None
-
-
-def _recipe(path: Path, notes: list[str]) -> dict[str, Any]:
-    try:
-        return flat(recipe_of(path))
-    except UserError as error:
-        notes.append(f"the recipe is not known: {error}")
-        return {}
-
-
-def _total(found: Summary, recipe: Mapping[str, Any]) -> int | None:
-    """Optimiser steps of the whole run; of older releases, from epochs by what the log says an epoch has."""
-    epochs, steps = recipe.get("schedule.epochs"), recipe.get("schedule.steps")
-    if found.total_steps is not None:
-        return found.total_steps
-    if isinstance(steps, int):
-        return steps
-    if not isinstance(epochs, int | float) or not found.epoch or not found.step:
-        return None
-    total = number(epochs * (found.step / found.epoch))
-    return None if total is None else round(total)
 
 
 def _header(history: History) -> tuple[str, Header] | None:

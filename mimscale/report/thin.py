@@ -35,10 +35,10 @@ def kept(x: Floats, y: Floats, columns: int = COLUMNS) -> NDArray[np.int64]:
 def means(x: Floats, y: Floats, columns: int = MEANS) -> tuple[NDArray[np.int64], Floats]:
     """(index of the middle point, mean of y) of each of `columns` equal parts of x that holds a finite y.
 
-    Nothing where `kept` keeps all points: such a curve needs no mean.
+    Nothing where there are no more than 2 * columns points: such a curve needs no mean.
     """
     finite = np.flatnonzero(np.isfinite(y))
-    if len(x) <= 2 * COLUMNS or not len(finite):
+    if len(x) <= 2 * columns or not len(finite):
         return np.zeros(0, dtype=np.int64), np.zeros(0)
     width = (x[-1] - x[0]) / columns or 1.0
     part = np.minimum(((x[finite] - x[0]) / width).astype(np.int64), columns - 1)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,9 +18,10 @@ from rich.text import Text
 from mimscale.errors import UserError, printable, warn
 from mimscale.files.command_line import add_json, end_with_example, print_json
 from mimscale.files.console import plain_console
+from mimscale.files.durations import duration
 from mimscale.runs.compare import compare
 from mimscale.runs.find import find_runs
-from mimscale.runs.summary import OTHER_SCALES, Figure, Summary, age_s, duration, summary_of
+from mimscale.runs.summary import OTHER_SCALES, Figure, Summary, age_s, summary_of
 
 COMPARE = "compare"
 WIDE = 140
@@ -86,11 +88,13 @@ def table(runs: Sequence[Summary], root: Path, width: int, metric: str | None) -
     columns += [("images/s", 92, True), ("device", 110, False), ("method", 110, False), ("why", 124, False)]
     shown = [(name, right) for name, least, right in columns if width >= least and (metric or name != "best None")]
     out = Table(box=None if width < 60 else Table().box, pad_edge=width >= 60)
-    for name, right in shown:
-        out.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right or name == "status")
-    for one in runs:
-        cells = _cells(one, root, metric)
-        out.add_row(*(Text(printable(cells[name])) for name, _ in shown))
+    rows = [[printable(cells[name]) for name, _ in shown] for cells in (_cells(one, root, metric) for one in runs)]
+    for (name, right), values in zip(shown, zip(*rows, strict=True), strict=True):
+        short = right or name == "status"
+        widest = max(map(cell_len, (name, *values))) if short else None  # rich is slow where it measures
+        out.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=short, width=widest)
+    for row in rows:
+        out.add_row(*map(Text, row))
     return out
 
 

@@ -5,7 +5,6 @@ Nothing in the folder is trusted: what is damaged is passed over, what cannot be
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.fault_tolerance.run_lock import Holder, holder_of
-from mimscale.files.eval_reports import BROKEN, figures_of
+from mimscale.files.durations import duration
+from mimscale.files.eval_reports import figures_below
+from mimscale.files.metrics_lines import figures
 from mimscale.files.plain_numbers import number, whole
 from mimscale.files.tail import objects_backwards
+from mimscale.runs.redone import Redone
 
 RUNNING, DONE, STOPPED, CRASHED, STALE, NEW = "running", "done", "stopped", "crashed", "stale", "new"
 """running: its process lives. done: it reached its last step. stopped: it ended itself, and says why. crashed: its
@@ -23,9 +25,6 @@ process is gone and has not said why. stale: no sign of life, and no proof of it
 
 TAIL = 1 << 20
 """Bytes of a file that are read at most, from its end on."""
-OLDER_TAIL = 1 << 18
-"""Of metrics.jsonl, in search of the evaluations of a run that has no evals.jsonl yet."""
-NO_FIGURES = ("event", "at", "seconds", "time")
 OTHER_SCALES = ("rankme", "spread")
 """Of the evaluations while a run trains: no accuracies."""
 
@@ -44,9 +43,9 @@ class Figure:
 
 @dataclass
 class Summary:
-    """One run. step, epoch: of the last line of metrics.jsonl. total_steps, epochs: of the whole run. metrics: that
-    line; logged: its Unix time. device: ranks and kind of device. updated: Unix time of the last sign of it. None: not
-    known.
+    """One run. step, epoch: of the last line of metrics.jsonl that counts (redone.py). total_steps, epochs: of the
+    whole run. metrics: that line, None for what is not finite; logged: its Unix time. device: ranks and kind of device.
+    updated: Unix time of the last sign of it. None: not known. unreadable: a line for each file that cannot be read.
     """
 
     path: str
@@ -64,7 +63,7 @@ class Summary:
     host: str | None = None
     launches: int = 0
     updated: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
     logged: float = 0.0
 
@@ -77,14 +76,11 @@ def summary_of(run_dir: Path) -> Summary:
     """Raises nothing."""
     found = Summary(str(run_dir))
     launch = _launch(run_dir, found)
-    ended = _metrics(run_dir, found, number(launch.get("time")) or 0.0)
+    ended = _metrics(run_dir, found)
     found.figures = sorted(_best(_figures(run_dir, found)), key=lambda figure: figure.name)
     if found.step is None and launch:
         found.step = whole(launch.get("step"))
-    per_epoch = number(launch.get("steps_per_epoch"))
-    if per_epoch is None and found.epoch and found.step:  # of older releases
-        per_epoch = found.step / found.epoch
-    if per_epoch:
+    if per_epoch := number(launch.get("steps_per_epoch")):
         found.epochs = None if found.total_steps is None else number(found.total_steps / per_epoch)
         if found.epoch is None and found.step is not None:
             found.epoch = number(found.step / per_epoch)
@@ -92,7 +88,7 @@ def summary_of(run_dir: Path) -> Summary:
         holder = holder_of(run_dir)
     except OSError as error:
         holder = None
-        found.unreadable.append(f"lock ({error.strerror or error})")
+        found.unreadable.append(_unreadable("lock", error))
     found.status, found.reason = _status(run_dir, holder, ended, launch)
     return found
 
@@ -111,18 +107,18 @@ def _launch(run_dir: Path, found: Summary) -> dict[str, Any]:
     return last
 
 
-def _metrics(run_dir: Path, found: Summary, launched_s: float) -> str | None:
+def _metrics(run_dir: Path, found: Summary) -> str | None:
     """Fill in the last line of numbers. Returns why the last launch stopped, if it says so."""
-    ended = None
+    ended, began, redone = None, False, Redone()
     for line in _objects(run_dir, "metrics.jsonl", found):
-        at_s = number(line.get("time")) or 0.0
+        event, at_s = line.get("event"), number(line.get("time")) or 0.0
         found.updated = max(found.updated or 0.0, at_s) or None
-        if line.get("event") == "stopped" and ended is None and at_s >= launched_s:
+        if event == "stopped" and ended is None and not began:
             ended = str(line.get("reason") or "asked by another rank")
-        step = whole(line.get("step"))
-        if step is not None:
-            found.step, found.logged = step, at_s
-            found.metrics = {k: v for k, v in line.items() if k not in ("step", "time") and number(v) is not None}
+        began = began or event == "start"
+        if redone.counts(line) and event is None:
+            found.step, found.logged = whole(line["step"]), at_s
+            found.metrics = {k: v for k, v in figures(line).items() if v is None or number(v) is not None}
             found.loss, found.epoch = found.metrics.get("loss"), found.metrics.get("epoch")
             found.images_per_s = found.metrics.get("images_per_s")
             break
@@ -130,25 +126,22 @@ def _metrics(run_dir: Path, found: Summary, launched_s: float) -> str | None:
 
 
 def _figures(run_dir: Path, found: Summary) -> Iterator[Figure]:
-    older = found.total_steps is None and not (run_dir / "evals.jsonl").exists()
-    name, first = "metrics.jsonl" if older else "evals.jsonl", math.inf
+    """Of evals.jsonl and of the reports. Of evaluations of one step the later counts."""
+    known: set[tuple[int | None, str]] = set()
+    first: int | None = None
     # from the last line on: of steps that were done again, after a roll-back or a resume, only the later lines count
-    for line in _objects(run_dir, name, found, OLDER_TAIL if older else TAIL):
-        if line.get("event") == "evals":
-            at = whole(line.get("at"))
-            if at is not None and (at >= first or _left(at, line, found)):
-                continue
-            first = first if at is None else at
-            for metric, value in line.items():
-                if metric not in NO_FIGURES and (share := number(value)) is not None:
-                    yield Figure(metric, share, at, name)
-    for path in sorted(run_dir.glob("eval/*.json")):
-        try:
-            for one in figures_of(path, f"eval/{path.name}"):
-                metric = one.protocol if one.metric == one.protocol else f"{one.protocol} {one.metric}"
-                yield Figure(metric, one.value, one.step, one.report)
-        except BROKEN:
-            found.unreadable.append(f"eval/{path.name} (no report of an evaluation)")
+    for line in _objects(run_dir, "evals.jsonl", found):
+        at = whole(line.get("at"))
+        if at is None or (first is not None and at > first) or _left(at, line, found):
+            continue
+        first = at
+        for metric, value in figures(line).items():
+            if (at, metric) not in known and (share := number(value)) is not None:
+                known.add((at, metric))
+                yield Figure(metric, share, at, "evals.jsonl")
+    for one in figures_below(run_dir / "eval", run_dir, found.unreadable):
+        metric = one.protocol if one.metric == one.protocol else f"{one.protocol} {one.metric}"
+        yield Figure(metric, one.value, one.step, one.report)
 
 
 def _left(at: int, line: Mapping[str, Any], found: Summary) -> bool:
@@ -185,14 +178,6 @@ def _status(run_dir: Path, holder: Holder | None, ended: str | None, launch: dic
     return CRASHED, f"{where} without a word"
 
 
-def duration(seconds: float) -> str:
-    """In one unit: 12 s, 5 min, 3 h, 2 d."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit}"
-    return f"{max(0, int(seconds))} s"
-
-
 def age_s(summary: Summary) -> float | None:
     """Seconds since the last sign of a run."""
     return None if summary.updated is None else max(0.0, time.time() - summary.updated)
@@ -204,7 +189,11 @@ def _objects(run_dir: Path, name: str, found: Summary, limit: int = TAIL) -> Ite
     except FileNotFoundError:
         return
     except OSError as error:
-        found.unreadable.append(f"{name} ({error.strerror or error})")
+        found.unreadable.append(_unreadable(name, error))
+
+
+def _unreadable(name: str, error: OSError) -> str:
+    return f"{name} cannot be read ({error.strerror or error})"
 
 
 def _changed_s(path: Path) -> float:

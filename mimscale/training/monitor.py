@@ -286,7 +286,9 @@ def check_file_size_limit(needed: int) -> None:
 
 
 def open_folder(run: TrainContext, state: TrainState) -> None:
-    """Rank 0: the configuration once, a line about this launch each time."""
+    """Rank 0: the configuration once; each time a line about this launch, and in the log the step from which it goes
+    on.
+    """
     checked = run.checked
     if not (checked.run_dir / "config.yaml").exists():
         run_folder.create(checked.run_dir, checked.config)
@@ -303,6 +305,7 @@ def open_folder(run: TrainContext, state: TrainState) -> None:
         forked_from=None if checked.parent is None else str(checked.parent),
     )
     run.writer.append(checked.run_dir / "launches.jsonl", json.dumps(launch) + "\n")
+    run.logger.log_event("start", at=state.step)
 
 
 def describe_run(run: TrainContext, state: TrainState) -> str:

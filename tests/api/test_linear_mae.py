@@ -25,7 +25,7 @@ within 15 points; chance is 33."""
 def words(run_dir: Path, data: tuple[Path, Path], *more: str) -> list[str]:  # noqa: F811
     options = ["--pool", "mean", "--epochs", "10", "--global-batch", "8", "--base-lr", "200", "--device", "cpu"]
     given = ["--train", str(data[0]), "--val", str(data[1]), *options, *more]
-    return ["evaluate", "linear_mae", str(run_dir), *given, "--override", "data.workers=0", "log.every=1"]
+    return ["evaluate", "linear_mae", str(run_dir), *given, "--workers", "0", "--override", "log.every=1"]
 
 
 def run_all(count: int, folder: Path, commands: list[list[str]]) -> None:

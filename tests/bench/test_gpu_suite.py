@@ -12,12 +12,38 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests import ranks
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "jobs" / "gpu_suite.sh"
-NEEDED = [*re.search(r"PACKAGES=\(([^)]*)\)", SCRIPT.read_text())[1].split(), "deepspeed"]  # type: ignore[index]
+WORDS = SCRIPT.read_text()
+NEEDED = [*re.search(r"PACKAGES=\(([^)]*)\)", WORDS)[1].split(), "deepspeed"]  # type: ignore[index]
+
+
+EXPECTED = re.search(r"EXPECTED=\(([^)]*)\)", WORDS)[1].split()  # type: ignore[index]
+
+
+def closure(*names: str) -> set[str]:
+    """Distributions that these need, and themselves, in their normal spelling."""
+    found: set[str] = set()
+    left = [canonicalize_name(name) for name in names]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            wanted = map(Requirement, importlib.metadata.requires(name) or [])
+            left += [canonicalize_name(r.name) for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_wheels_and_machine_are_all_that_the_project_needs() -> None:
+    """But for ninja: DeepSpeed compiles nothing here."""
+    modules = importlib.metadata.packages_distributions()
+    machine = closure(*(modules[module][0] for module in EXPECTED))
+    assert closure("mimscale") - machine - {"mimscale", "ninja"} <= {canonicalize_name(name) for name in NEEDED}
 
 
 def wheel(folder: Path, name: str) -> None:
@@ -63,6 +89,20 @@ def test_run_writes_results_as_they_come(tmp_path: Path) -> None:
     assert [row["case"] for row in rows] == ["mae", "fails"]
     assert rows[0]["images_per_s"] > 0 and "error" in rows[1]
     assert "| mae |" in (out / "suite.md").read_text() and (out / "tests.txt").read_text()
+
+
+def test_a_machine_without_a_gpu_is_refused_before_anything_is_installed(tmp_path: Path) -> None:
+    done = script("run", tmp_path, OUT=str(tmp_path / "results"), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and not done.stdout and not (tmp_path / "results").exists()
+    assert "SUITE=gpu needs a GPU" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path) -> None:
+    bare = tmp_path / "python3"  # without site-packages
+    bare.write_text(f'#!/bin/sh\nexec {sys._base_executable} -S "$@"\n')  # type: ignore[attr-defined]
+    bare.chmod(0o755)
+    done = script("run", tmp_path, PYTHON=str(bare), PYTHONPATH="")
+    assert done.returncode == 2 and "lacks torch, torchvision, timm," in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [[], ["make", "a", "b"], ["run"], ["measure"]])

@@ -179,7 +179,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         balanced(source, 30)
     for words, line in (
         (["--data", str(tmp_path / "no"), "--out", str(tmp_path / "a")], "apt-get install dataset-fashion-mnist"),
-        (["--seeds", "0", "--out", str(tmp_path / "b")], "--seeds 0 must be 1 or more"),
+        (["--seeds", "0", "--out", str(tmp_path / "b")], "--seeds 0 must be at least 1"),
     ):
         assert main(["bench", "methods", "--preset", "tiny", *words]) == 2
         error = capsys.readouterr().err

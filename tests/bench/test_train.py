@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,16 @@ def test_a_step_is_measured_with_all_its_parts(recipe: str, tmp_path: Path) -> N
     assert row["save_stall_ms"] > 0 and row["save_gib"] > 12 * 1e6 * row["parameters_millions"] / 2**30
     assert sum(row["gflop_per_image"].values()) > 0 and values["device"]["peak"]["fp32"] > 1e9
     assert "commit" in values["origin"] and values["device_name"]
+
+
+@pytest.mark.multi
+def test_a_frozen_encoders_precision_is_that_of_the_rates(tmp_path: Path) -> None:
+    recipe = tmp_path / "probe.yaml"
+    small = "student: {size: null, width: 64, depth: 1, heads: 2}\ninit: null\ndata: {image_size: 32}\n"
+    recipe.write_text(f"extends: mae_vit_b16_linear\n{small}method: {{norm_batch: 4}}\n")
+    values = measured(tmp_path, 1, str(recipe), "engine.ds_config=cpu_zero0_fp32")
+    (row,) = values["cases"]
+    assert row["precision"] == "bf16" and set(values["device"]["peak"]) == {"bf16"}
 
 
 @pytest.mark.multi
@@ -132,7 +143,10 @@ def test_the_cases_of_the_gpu_suite_are_recipes() -> None:
     for case in _suites.GPU:
         config = load_recipe(case.recipe, case.overrides)
         assert config.schedule.global_batch and "--micro-batch" in case.words
-    assert sum(min(case.limit_s, 30) for case in _suites.GPU[:16]) < _suites.BUDGETS_S["gpu"]
+    assert 30 * len(_suites.FIGURES) < _suites.BUDGETS_S["gpu"]
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    aims = page.partition("### After")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(\w+)`", aims)) == {case.name for case in _suites.FIGURES}
 
 
 def test_variants_and_plain_twins() -> None:
@@ -151,12 +165,32 @@ def test_variants_and_plain_twins() -> None:
         ([], "bench train measures a recipe or a --suite; give one of them"),
         (["mae_tiny", "--trace", "t.json"], "--trace is written by --profile; give both"),
         (["--suite", "tiny", "--only", "none"], "--only none is no case of tiny; it has mae, fails"),
+        (["mae_tiny", "--steps", "0"], "--steps 0 must be at least 1"),
+        (["mae_tiny", "--warm-up", "-1"], "--warm-up -1 must be at least 0"),
+        (["mae_tiny", "--memory-limit", "nan"], "--memory-limit nan must be a number above 0"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "train", *words]) == 2
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1
+
+
+def test_the_gpu_suite_is_refused_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first case alone would take a CPU's whole memory."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "train", "--suite", "gpu", "--out", str(tmp_path / "suite.jsonl")]) == 2
+    printed = capsys.readouterr()
+    assert "--suite gpu needs a GPU" in printed.err and not printed.out and not list(tmp_path.iterdir())
+
+
+def test_figures_for_plan_name_the_row_that_they_are_for() -> None:
+    row = {"peak_tflops": None, "product_tflops": 0.1, "precision": "fp32", "on_gpu": False}
+    assert train._for_plan(row) == {"device": {"peak": {"fp32": 1e11}, "matmul": 1.0}, "device_row": "cpu"}
+    assert "device_row" not in train._for_plan({**row, "on_gpu": True})  # a GPU that the table lacks
+    assert train._for_plan({"error": "killed"}) == {}
 
 
 def test_several_cases_refuse_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,20 +1,19 @@
 """Recipes and DeepSpeed files with one odd value: taken and buildable, or one line that names it.
 
-MIMSCALE_FUZZ=2000 python -m pytest tests/config/test_fuzz.py --hypothesis-seed=1      # the long run
+MIMSCALE_FUZZ=2000 python -m pytest -n 0 tests/config/test_fuzz.py --hypothesis-seed=1      # the long run
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mimscale.config.deepspeed import ds_config_names, load_ds_config, precision_of
@@ -23,14 +22,9 @@ from mimscale.config.run import method_class
 from mimscale.errors import UserError
 from mimscale.teachers.ensemble import build_skeletons, describe
 from mimscale.training.checked_run import prepare
+from tests.fuzz import FUZZ, no_hang
 from tests.training.test_tiny_recipes import TINY
 
-FUZZ = settings(
-    max_examples=int(os.environ.get("MIMSCALE_FUZZ", "60")),
-    deadline=None,
-    derandomize="MIMSCALE_FUZZ" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
 RECIPES = {name: load_recipe(name).dump() for name in recipe_names()}
 DS_CONFIGS = {name: load_ds_config(name) for name in ds_config_names()}
 
@@ -90,12 +84,13 @@ def test_recipes(tmp_path_factory: pytest.TempPathFactory, case: tuple[str, dict
     path = tmp_path_factory.getbasetemp() / "recipe.yaml"
     path.write_text(yaml.safe_dump(case[1], allow_unicode=True), encoding="utf-8", errors="surrogateescape")
     try:
-        config = load_recipe(str(path))
-        path.write_text(yaml.safe_dump(config.dump()))
-        assert load_recipe(str(path)).dump() == config.dump()
-        teachers = describe(build_skeletons(config.teachers, config.data.image_size))
-        with torch.device("meta"):
-            method_class(config.method.name)(config, teachers)
+        with no_hang():
+            config = load_recipe(str(path))
+            path.write_text(yaml.safe_dump(config.dump()))
+            assert load_recipe(str(path)).dump() == config.dump()
+            teachers = describe(build_skeletons(config.teachers, config.data.image_size))
+            with torch.device("meta"):
+                method_class(config.method.name)(config, teachers)
     except UserError as error:
         one_line(error)
 
@@ -110,7 +105,8 @@ def test_starts(shards: Path, tmp_path_factory: pytest.TempPathFactory, case: tu
         values["data"]["shards"] = str(shards)
     (base / "start.yaml").write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
     try:
-        prepare(load_recipe(str(base / "start.yaml"), ["engine.device=cpu"]), base / "no-run", None, ("test",))
+        with no_hang():
+            prepare(load_recipe(str(base / "start.yaml"), ["engine.device=cpu"]), base / "no-run", None, ("test",))
     except UserError as error:
         one_line(error)
     assert not (base / "no-run").exists()
@@ -123,7 +119,8 @@ def test_deepspeed_files(tmp_path_factory: pytest.TempPathFactory, case: tuple[s
     path = tmp_path_factory.getbasetemp() / "ds.json"
     path.write_text(json.dumps(case[1]))
     try:
-        values = load_ds_config(str(path))
+        with no_hang():
+            values = load_ds_config(str(path))
     except UserError as error:
         one_line(error)
         return

@@ -22,7 +22,9 @@ def test_every_row_has_a_source_and_sane_numbers() -> None:
 def test_measured_values_take_the_place_of_the_tables(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     file.write_text(
-        json.dumps({"device": {"bandwidth": 1e12, "peak": {"bf16": 5e14}}, "host": {"step_s": 0.5}, "x": 1})
+        json.dumps(
+            {"device": {"bandwidth": 1e12, "peak": {"bf16": 5e14}, "source": "me"}, "host": {"step_s": 0.5}, "x": 1}
+        )
     )
     row = device("H100", file)
     assert (row.bandwidth, row.peak["bf16"], row.host.step_s) == (1e12, 5e14, 0.5)
@@ -37,6 +39,14 @@ def test_measured_values_take_the_place_of_the_tables(tmp_path: Path) -> None:
         ("[]", "neither a section device nor a section host"),
         ('{"device": {"bandwith": 1}}', "did you mean 'bandwidth'"),
         ('{"host": {"step_s": -1}}', "must be a number above 0"),
+        ('{"host": {"step_s": true}}', "step_s = True must be a number above 0"),
+        ('{"host": {"step_s": 1' + "0" * 400 + "}}", "must be a number above 0"),
+        ('{"device": {"matmul": Infinity}}', "matmul = inf must be a number above 0"),
+        ('{"device": {"peak": 5}}', "device.peak = 5 must be a rate for each precision"),
+        ('{"device": {"peak": {"bf17": 5e14}}}', "did you mean 'bf16'"),
+        ('{"device": {"peak": {"bf16": "fast"}}}', "peak.bf16 = 'fast' must be a number above 0"),
+        ('{"device": {"memory": 1e9}}', "nothing would be left for tensors"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:

@@ -163,7 +163,10 @@ def test_an_eager_8_bit_teacher_is_slower_and_a_compiled_one_faster() -> None:
         (["mae_vit_l16", "schedule.global_batch=4095"], "does not divide over 8 ranks"),
         (["mae_vit_l16", "--samples", "0"], "--samples 0"),
         (["mae_vit_l16", "--measured", "/nowhere.json"], "cannot be read"),
-        (["mae_vit_l16", "--simulate", "8,x"], "--simulate 8,x"),
+        (["mae_vit_l16", "--samples", "9" * 5000], "in at most 15 digits"),
+        (["mae_vit_l16", "--simulate", "8,x"], "--simulate x must be a whole number"),
+        (["mae_vit_l16", "--simulate", "8,0"], "--simulate 0 must be a whole number"),
+        (["mae_vit_l16", "--simulate", "1,6,12"], "--simulate 12 is not a multiple of --gpus-per-node 8"),
         (["mae_vit_l16", "--plot", "x.svg"], "add --simulate"),
         ([], "plan needs a recipe"),
     ],
@@ -187,6 +190,14 @@ def test_a_simulation_of_many_ranks(tmp_path: Path, capsys: pytest.CaptureFixtur
     strong, weak = ([one["images_per_s"] for one in found[kind]] for kind in ("strong", "weak"))
     assert strong[0] == weak[0] and strong[2] < weak[2] < 64 * weak[0]
     assert "<svg" in (tmp_path / "s.svg").read_text()
+
+
+def test_a_simulation_has_the_nodes_that_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Four GPUs on each: twice the nodes read at the start, and 4 GPUs of 8 already share a network."""
+    found = plan_json(capsys, "mae_tiny", "--simulate", "4,8", "--gpus-per-node", "4", "--gpus", "2")
+    one, two = found["strong"]
+    assert one["start_bytes"] == 4 * one["start_bytes_node"] and one["prediction"]["crossing"] == 0
+    assert two["start_bytes"] == 4 * two["start_bytes_node"] and two["prediction"]["crossing"] > 0
 
 
 def test_every_position_is_of_one_rank() -> None:

@@ -10,14 +10,19 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 
 class WebServer:
-    """Serves a folder. faults: errors for the next GETs of a shard: "500", "stall", "truncate" or "zeros"."""
+    """Serves a folder. faults: errors for the next GETs of a shard: "500", "stall", "truncate" or "zeros".
+
+    plain: as `python -m http.server`, without ranges.  lengths: whether it gives the length of a file.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.port = folder, 0
         self.faults: list[str] = []
+        self.plain, self.lengths = False, True
         self.refused = 0  # number of requests, for any file, that get 503 instead
         self.gets: list[tuple[str, int]] = []
         self.start()
@@ -37,11 +42,12 @@ class WebServer:
                     server.refused -= 1
                     self.send_error(503)
                     return
-                path = server.folder / self.path.lstrip("/")
+                path = server.folder / unquote(self.path).lstrip("/")
                 if not path.is_file():
                     self.send_error(404)
                     return
                 data, byte_range = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                byte_range = None if server.plain else byte_range
                 if byte_range:
                     data = data[int(byte_range[1]) : int(byte_range[2]) + 1]
                 fault = ""
@@ -54,7 +60,8 @@ class WebServer:
                 if fault == "zeros":
                     data = bytes(len(data))
                 self.send_response(206 if byte_range else 200)
-                self.send_header("Content-Length", str(len(data)))
+                if server.lengths:
+                    self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 if fault == "stall":
                     time.sleep(1.0)

@@ -37,6 +37,11 @@ def test_shares_are_the_rounded_weights(weights: list[float], rows: int) -> None
     assert np.abs(found - np.array(weights) / sum(weights) * rows).max() < 1
 
 
+def test_shares_of_weights_at_the_ends_of_their_range() -> None:
+    assert shares([1e308, 1e308]).tolist() == shares([5e-324, 5e-324]).tolist() == [ROWS // 2, ROWS // 2]
+    assert shares([1e308, 1]).tolist() == [ROWS, 0]  # which is refused
+
+
 @pytest.mark.parametrize("weights", [[1.0], [0.5, 0.5], [0.6, 0.1, 0.3], [9, 1]])
 @pytest.mark.parametrize("seed", [0, 7])
 def test_each_set_has_its_share_and_each_sample_once_per_epoch_of_the_set(weights: list[float], seed: int) -> None:
@@ -144,8 +149,11 @@ def test_mistakes_are_named(two: list[Path], tmp_path: Path) -> None:
         open_source(DataConfig(shards={str(two[0]): 1, str(tmp_path / "nowhere"): 1}))
     with pytest.raises(UserError, match="are the same data set; name it once"):
         open_source(DataConfig(shards={str(two[0]): 1, f"{two[0]}/": 2}))
-    for sets in ({}, {"a": 0}, {"a": -1}, {"a": float("nan")}, {"a": float("inf")}, {"wds:a.tar": 1}):
-        with pytest.raises(ValidationError):
+    weights = (0, -1, float("nan"), float("inf"), "many", "0.5", True, None, [1])
+    odd = [({"a": 1, "b": weight}, "the weight .* of 'b' must be a number above 0") for weight in weights]
+    stream = ({"wds:a.tar": 1}, "weights need data sets with an index")
+    for sets, message in (*odd, ({}, "weights need"), stream, (["a", "b"], "several data sets need weights")):
+        with pytest.raises(ValidationError, match=message):
             DataConfig(shards=sets)
 
 

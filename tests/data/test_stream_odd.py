@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,3 +100,51 @@ def test_names_of_any_bytes(tmp_path: Path) -> None:
         found, damage = read(path, archive(members, "latin-1", kind))
         assert found == list(members.values()) and not damage
     assert _hashed_id(os.fsdecode(b"caf\xe9")) != _hashed_id(os.fsdecode(b"caf\xe8"))
+
+
+def test_what_belongs_to_no_image_is_counted_and_is_no_damage(tmp_path: Path) -> None:
+    """As index has it. A dotted name of an image is damage, since the image would be lost in silence."""
+    image = os.urandom(900)
+    apple = dict.fromkeys(("._0.jpg", "__MACOSX/0.jpg", ".DS_Store", "__meta__/shard.json"), b"\x00\x05\x16\x07")
+    members = {**apple, "0.jpg": image, "README": b"x", "0.cls": b"1", "notes.txt": b"y", "1.v2.jpg": image}
+    (tmp_path / "a.tar").write_bytes(archive(members))
+    damage: list[Damage] = []
+    passed = Counter[str]()
+    found = list(_read_samples(str(tmp_path / "a.tar"), damage, passed))
+    assert [sorted(sample) for sample in found] == [
+        ["__key__", "__url__", "cls", "jpg"],
+        ["__key__", "__url__", "v2.jpg"],
+    ]
+    assert passed == {"hidden, of the system or metadata": 4, "without an extension": 1, "samples without an image": 1}
+    assert not damage
+
+
+def test_a_second_image_with_the_same_name_is_kept(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        for data in (b"one", b"two"):
+            info = tarfile.TarInfo("a.jpg")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    found, damage = read(tmp_path / "b.tar", (tmp_path / "b.tar").read_bytes())
+    assert found == [b"one", b"two"] and not damage
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_shard_that_is_truncated_behind_contents_of_zeros(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    """Zeros at the end of the file are no end mark where a member's contents are zero."""
+    whole = archive({"0.jpg": b"x", "0.npy": bytes(4096), "1.jpg": b"y"})
+    cut = whole[: whole.index(b"1.jpg")]
+    found, damage = read(tmp_path / "a.tar", pack(cut))
+    assert found == [b"x"] and len(damage) == 1 and "truncated" in damage[0].reason
+    one_block = whole[: whole.rindex(b"y") + 512 + 512]
+    found, damage = read(tmp_path / "a.tar", pack(one_block[: len(one_block) // 512 * 512]))
+    assert found == [b"x", b"y"] and not damage
+
+
+def test_compression_that_is_not_read_is_named(tmp_path: Path) -> None:
+    found, damage = read(tmp_path / "a.tar.zst", b"\x28\xb5\x2f\xfd" + bytes(900))
+    assert (
+        not found
+        and f"it is compressed (zstd), which a stream does not read; unpack it: zstd --rm -d '{tmp_path}"
+        in (damage[0].reason)
+    )

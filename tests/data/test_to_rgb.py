@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,8 @@ def test_integers_of_tiff(values: list[int], dtype: str, bits: int, sample_forma
 
 
 def test_tiff_whose_zero_is_white() -> None:
+    quarter = np.array([0, 0.25, 1], "<f4").view("<u4").tolist()
+    assert greys(tiff(quarter, "<u4", 32, 3, photometric=0)) == [255, 191, 0]
     assert greys(tiff([0, 65535, 32767], "<u2", 16, 1, photometric=0)) == [255, 0, 128]
 
 
@@ -99,6 +102,8 @@ def test_float_from_0_to_1() -> None:
         (encoded(array([[0, 255]], "int32"), "TIFF"), "all would be black"),
         (encoded(array([[0, 255]], "uint16"), "PNG"), "all would be black"),
         (encoded(Image.new("LAB", (2, 2)), "TIFF"), "mode LAB has no defined RGB"),
+        (tiff([-1, 5], "i1", 8, 2), "8-bit values with a sign"),
+        (tiff([0, 1], "<f8", 64, 3), "a TIFF of a kind that Pillow cannot read"),
     ],
 )
 def test_what_has_no_defined_grey_is_refused(data: bytes, reason: str) -> None:
@@ -139,6 +144,24 @@ def test_a_transparent_colour_of_rgb_and_grey() -> None:
     assert greys(encoded(array([[7, 3000, 40000]], "uint16"), "PNG", transparency=3000)) == [0, 255, 156]
     with pytest.raises(BadImage, match="a transparent colour of 16 bits"):
         decode(encoded(rgb, "PNG", transparency=(4, 500, 6)))
+
+
+def png(bits: int, colours: int, row: bytes, clear: tuple[int, ...]) -> bytes:
+    """A PNG of one row of 2 pixels, which Pillow cannot write itself."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    head = (2).to_bytes(4, "big") + (1).to_bytes(4, "big") + bytes([bits, colours, 0, 0, 0])
+    parts = chunk(b"IHDR", head) + chunk(b"tRNS", b"".join(value.to_bytes(2, "big") for value in clear))
+    return b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+def test_a_transparent_grey_of_few_bits_and_a_colour_of_16_bits() -> None:
+    assert greys(png(4, 0, b"\x5f", (5,))) == [255, 255] and greys(png(4, 0, b"\x5e", (14,))) == [85, 255]
+    assert greys(png(2, 0, b"\x60", (1,))) == [255, 170] and greys(png(1, 0, b"\x40", (0,))) == [255, 255]
+    with pytest.raises(BadImage, match="a transparent colour of 16 bits, .1, 2, 3."):
+        decode(png(16, 2, bytes([0, 1, 0, 2, 0, 3, 1, 9, 2, 9, 3, 9]), (1, 2, 3)))
 
 
 def test_one_bit() -> None:

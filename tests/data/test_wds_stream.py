@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import shutil
 import subprocess
@@ -109,16 +110,19 @@ def test_nothing_is_unpickled_and_other_members_are_ignored(shards: Path, tmp_pa
     assert len(set(batch.ids.tolist())) == 1 and not batch.damage
 
 
-def test_damage_is_recorded_and_skipped(shards: Path, tmp_path: Path) -> None:
+def test_damage_is_recorded_and_skipped(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
     jpeg = Manifest.load(shards).read(0)
     write_shard(copy / "shard-000000.tar", {"a.jpg": b"no image", "b.txt": b"text", "c.jpg": jpeg})
+    write_shard(copy / "shard-000003.tar", {"._d.jpg": b"x", "d.jpg": jpeg})
     data = (copy / "shard-000001.tar").read_bytes()
     (copy / "shard-000001.tar").write_bytes(data[: len(data) // 2 + 700])
     found = batches(config(all_shards(copy)), 5)
     damage = {(d.shard, d.key): d.reason for batch in found for d in batch.damage}
-    assert "not an image" in damage["shard-000000.tar", "a"] and "no image" in damage["shard-000000.tar", "b"]
-    assert "truncated" in damage["shard-000001.tar", ""]
+    assert "not an image" in damage["shard-000000.tar", "a"] and ("shard-000000.tar", "b") not in damage
+    assert "truncated" in damage["shard-000001.tar", ""] and not any(shard == "shard-000003.tar" for shard, _ in damage)
+    said = capsys.readouterr().err
+    assert said.count("are passed over: 1 ") == 1  # the first shard that has some; a line for each would be many
     assert all(len(batch.ids) == GLOBAL for batch in found)
 
 
@@ -141,7 +145,7 @@ def test_archives_joined_in_one_shard_are_read_and_zeros_over_members_recorded(s
 def test_nothing_usable_ends_the_stream(tmp_path: Path) -> None:
     with pytest.raises(DamagedSample, match="nothing in the shards of wds:.* can be used: a.tar: a"):
         batches(config(write_shard(tmp_path / "a.tar", {"a.jpg": b"no image"})), 1)
-    with pytest.raises(DamagedSample, match="they are empty"):
+    with pytest.raises(DamagedSample, match="they hold no images"):
         batches(config(write_shard(tmp_path / "b.tar", {})), 1)
 
 
@@ -155,18 +159,29 @@ def web(shards: Path) -> Iterator[WebServer]:
 def test_a_web_server(shards: Path, web: WebServer) -> None:
     url = f"wds:{web.url}/shard-{{000000..000004}}.tar"
     assert ids(batches(config(url), 3)) == ids(batches(config(all_shards(shards)), 3))
+    (shards / "a b.tar").symlink_to("shard-000000.tar")
+    try:
+        for name in ("a b.tar", "a%20b.tar"):
+            assert not batches(config(f"wds:{web.url}/{name}"), 1)[0].damage
+    finally:
+        (shards / "a b.tar").unlink()
 
 
 @pytest.mark.parametrize(
     ("url", "world", "message"),
     [
         ("wds:{0}/nowhere.tar", 1, "nowhere.tar' cannot be opened"),
+        ("wds:{0}", 1, "is no regular file.; correct data.shards"),
+        ("wds:", 1, "is no regular file"),
+        ("wds:{0}/../pipe.tar", 1, "pipe.tar' is no regular file"),
         ("wds:ftp://host/a.tar", 1, "'ftp://' cannot be read"),
         ("wds:{0}/shard-{{000000.tar", 1, "write part-"),
         ("wds:{0}/shard-{{000000..000004}}.tar", 6, "5 shards of .* are too few for 6 ranks x 1 workers"),
     ],
 )
 def test_urls_that_are_refused(shards: Path, url: str, world: int, message: str) -> None:
+    if url.endswith("pipe.tar"):
+        os.mkfifo(shards.parent / "pipe.tar")
     with pytest.raises(UserError, match=message) as caught:
         open_source(config(url.format(shards)), world)
     assert "\n" not in str(caught.value)

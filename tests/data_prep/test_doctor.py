@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -138,3 +140,26 @@ def test_numbers_that_would_be_counted_through_for_ever_are_refused(
     with pytest.raises(SystemExit):
         main(["doctor", str(tmp_path), *(word for pair in given.items() for word in pair)])
     assert f"argument {option}: '1000000000000' must be at most 16,777,216" in capsys.readouterr().err
+
+
+def test_images_that_were_left_out_on_purpose_are_no_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the end of a shard: without a label, with another extension, or with a dot in the name."""
+    jpeg = b"\xff\xd8\xff\xe0 the header only"
+    sample = {"0.jpg": jpeg, "0.json": b'{"label": 3.0}'}
+    rests: list[tuple[dict[str, bytes], list[str]]] = [
+        ({"1.jpg": jpeg, "1.json": b'{"label": null}'}, ["--label", "json:label", "--skip-unlabelled"]),
+        ({"1.jpg": jpeg, "1.json": b"{}"}, ["--label", "json:label", "--skip-unlabelled"]),
+        ({"1.png": b"\x89PNG\r\n\x1a\n"}, ["--image", ".JPG"]),
+        ({"1.v2.jpg": jpeg}, []),
+    ]
+    for number, (rest, options) in enumerate(rests):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with tarfile.open(folder / "a.tar", "w") as tar:
+            for name, data in {**sample, **rest}.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        assert main(["index", "--checksums", str(folder), *options]) == 0 and Manifest.load(folder).samples == 1
+        capsys.readouterr()
+        assert doctor(folder, capsys, "--ranks", "1", "--global-batch", "1")[0] == 0

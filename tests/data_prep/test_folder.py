@@ -25,6 +25,7 @@ from data_prep.plan import ShardPlan
 from data_prep.write_manifest import read_sidecar
 from data_prep.write_shards import unfinished, write
 from mimscale.data.manifest import Manifest
+from mimscale.data.names import utf8
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
 
@@ -65,6 +66,7 @@ def made(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_which_files_are_taken(images: Path, made: Path) -> None:
     source = read_folder(images, labelled=True)
     assert dict(source.skipped) == {
+        "folders that are hidden or of the system": 1,
         "hidden or of the system": 1,
         "not an image": 1,
         "not an image (.txt)": 1,
@@ -321,7 +323,7 @@ def test_each_folder_is_walked_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     os.link(root / "class_000" / "000000.jpg", root / "class_001" / "same.jpg")
     (root / "class_001" / "link.jpg").symlink_to("000001.jpg")
     assert len(read_folder(root, labelled=True).items) == 10
-    assert "2 images are reached by a second path too" in capsys.readouterr().err
+    assert "2 files are reached by a second path too" in capsys.readouterr().err
 
 
 def test_a_class_that_is_a_link_to_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,3 +331,73 @@ def test_a_class_that_is_a_link_to_another(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "in" / "again").symlink_to("class_000")
     assert main(["folder", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
     assert "holds no image of its own: it is a link to 'class_000'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], parquet: bool
+) -> None:
+    """A path beyond the system's 4,096 bytes stands for any folder that cannot be listed."""
+    root = make_image_folder(tmp_path / "in", classes=1, per_class=1, side=16)
+    place = os.open(root / "class_000", os.O_RDONLY)
+    for _ in range(17):
+        os.mkdir("x" * 250, dir_fd=place)
+        place, above = os.open("x" * 250, os.O_RDONLY, dir_fd=place), place
+        os.close(above)
+    os.close(os.open("lost.jpg", os.O_CREAT, dir_fd=place))
+    os.close(place)
+    assert main(["table" if parquet else "folder", str(root), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "cannot be read: File name too long" in error and len(error) < 500 + len(str(root)) and error.count("\n") == 1
+    )
+
+
+def test_class_folders_that_are_numbers_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_image_folder(tmp_path / "in", classes=3, per_class=1, side=16)
+    for folder, name in zip(sorted((tmp_path / "in").iterdir()), ("0", "2", "10"), strict=True):
+        folder.rename(tmp_path / "in" / name)
+    assert read_folder(tmp_path / "in", labelled=True).classes == ["0", "10", "2"]
+    assert "in the order of text as in torchvision: '10' is class 1; --classes FILE" in capsys.readouterr().err
+    assert read_folder(tmp_path / "in", labelled=True, classes=["0", "2", "10"]).classes == ["0", "2", "10"]
+    assert not capsys.readouterr().err
+
+
+def test_names_of_classes_that_a_terminal_would_obey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_image_folder(tmp_path / "in", classes=2, per_class=1, side=16)
+    for folder, name in zip(sorted((tmp_path / "in").iterdir()), ("a\nb", "\x1b[31mred"), strict=True):
+        folder.rename(tmp_path / "in" / name)
+    assert run("folder", tmp_path / "in", tmp_path / "out") == 0 and run("info", "--classes", tmp_path / "out") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["0 \\x1b[31mred 1", "1 a\\nb 1"] and not any("\x1b" in line for line in lines)
+    assert Manifest.load(tmp_path / "out").classes == ["\x1b[31mred", "a\nb"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [((" ", "b"), "class 0 has an empty name"), ((r"\xe9", os.fsdecode(b"\xe9")), "is given twice")],
+)
+def test_classes_of_one_name_or_without_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, str], message: str
+) -> None:
+    make_image_folder(tmp_path / "in", classes=2, per_class=1, side=16)
+    for folder, name in zip(sorted((tmp_path / "in").iterdir()), names, strict=True):
+        folder.rename(tmp_path / "in" / name)
+    assert run("folder", tmp_path / "in", tmp_path / "out") == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", [b"caf\xe9", b"\xff\xfe", b"a%2Fb", b"x" * 255, "é".encode() * 127, b"a\\b", b"-rf", b"a\rb"], ids=repr
+)
+def test_names_of_any_bytes_and_lengths(tmp_path: Path, name: bytes) -> None:
+    """Of a class and of an image; each image keeps the class of its folder."""
+    first, second = sorted(make_image_folder(tmp_path / "one", classes=1, per_class=2, side=16).glob("*/*.jpg"))
+    for folder, image in ((os.fsdecode(name), first), ("other", second)):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / folder / os.fsdecode(name[:251] + b".jpg")).write_bytes(image.read_bytes())
+    assert run("folder", tmp_path / "in", tmp_path / "out") == 0 and run("verify", "--decode", tmp_path / "out") == 0
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.labels is not None and manifest.classes is not None and run("info", tmp_path / "out") == 0
+    found = {manifest.read(n): manifest.classes[manifest.labels[n]] for n in range(2)}
+    assert found == {first.read_bytes(): utf8(os.fsdecode(name)), second.read_bytes(): "other"}

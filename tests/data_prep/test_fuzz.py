@@ -1,48 +1,30 @@
-"""Damaged shards and tables of any kind: no traceback, no hang, nothing taken in silence.
+"""Damaged shards, data sets and tables of any kind: no traceback, no hang, nothing taken in silence.
 
-Longer: MIMSCALE_FUZZ=2000 python -m pytest -n 0 tests/data_prep/test_fuzz.py
+MIMSCALE_FUZZ=2000 python -m pytest -n 0 tests/data_prep/test_fuzz.py --hypothesis-seed=1      # the long run
 """
 
 from __future__ import annotations
 
 import gzip
 import io
-import os
-import signal
+import random
+import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.__main__ import main
+from mimscale.api.shards import open_shards
 from mimscale.data.manifest import Manifest
 from mimscale.data.wds_stream import _read_samples
+from mimscale.errors import Stopped, UserError
 from mimscale.types import Damage
-
-RUNS = int(os.environ.get("MIMSCALE_FUZZ", "60"))
-PROFILE = settings(
-    max_examples=RUNS, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
-)
-LIMIT_S = 15
-
-
-@contextmanager
-def no_hang() -> Iterator[None]:
-    def ring(*_: object) -> None:
-        raise TimeoutError(f"more than {LIMIT_S} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(LIMIT_S)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+from tests.faults.folders import harm
+from tests.fuzz import FUZZ, RUNS, no_hang
 
 
 def image(number: int) -> bytes:
@@ -101,8 +83,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-@seed(12)
-@PROFILE
+@FUZZ
 @given(damaged(), st.booleans())
 def test_index_verify_and_info_of_damaged_shards(data: bytes, skip: bool) -> None:
     """Either all of a file is accounted for, or it is refused. What is indexed is read as it was indexed."""
@@ -125,8 +106,7 @@ def test_index_verify_and_info_of_damaged_shards(data: bytes, skip: bool) -> Non
                 assert manifest.samples == 12 and not file.skipped
 
 
-@seed(12)
-@PROFILE
+@FUZZ
 @given(damaged(), st.booleans())
 def test_a_stream_of_damaged_shards(data: bytes, packed: bool) -> None:
     """What is not read is recorded. Contents are not checked by tar, but their number of bytes is."""
@@ -142,11 +122,37 @@ def test_a_stream_of_damaged_shards(data: bytes, packed: bool) -> None:
             assert names or not data  # nothing at all is never taken for a whole shard
 
 
+def contents(folder: Path) -> list[tuple[str, bytes, int]]:
+    """(key, image, label) of every sample."""
+    manifest = Manifest.load(folder)
+    assert manifest.labels is not None
+    return [(manifest.key(n), manifest.read(n), int(manifest.labels[n])) for n in range(manifest.samples)]
+
+
+@settings(FUZZ, max_examples=max(12, RUNS // 5))
+@given(st.integers(0, 2**32 - 1))
+def test_one_damaged_file_of_a_data_set(shards: Path, number: int) -> None:
+    """Every verb reports; what `verify` lets pass is what was written. All samples are read, or one line says why."""
+    dice = random.Random(number)
+    with tempfile.TemporaryDirectory() as place, no_hang():
+        folder = Path(shutil.copytree(shards, Path(place) / "set"))
+        damage = harm(folder, dice.choice(sorted(path.relative_to(folder) for path in folder.iterdir())), dice)
+        verbs = (["verify"], ["verify", "--decode"], ["info"], ["doctor", "--ranks", "2", "--global-batch", "8"])
+        verified, *codes = [main([*line, str(folder)]) for line in verbs]
+        assert {verified, *codes} <= {0, 1, 2}, damage
+        try:
+            read = sum(len(batch.ids) for batch in open_shards(folder).batches(32, image_size=32, workers=0))
+            assert read == 80, damage
+        except (UserError, Stopped) as error:
+            assert "\n" not in str(error) and verified != 0, damage
+        if verified == 0:
+            assert contents(folder) == contents(shards), damage
+
+
 ROWS = st.lists(st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=4), max_size=6)
 
 
-@seed(12)
-@PROFILE
+@FUZZ
 @given(ROWS, st.sampled_from(",;\t|"), st.binary(max_size=12), st.booleans())
 def test_tables_of_any_text(rows: list[list[str]], mark: str, junk: bytes, tabs: bool) -> None:
     with tempfile.TemporaryDirectory() as place, no_hang():

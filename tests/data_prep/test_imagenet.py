@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 from pathlib import Path
@@ -174,3 +175,74 @@ def test_incomplete_archives_are_refused(official: Path, tmp_path: Path, capsys)
         assert main(["imagenet", "--train", str(broken), str(tmp_path / "out")]) == 2
         capsys.readouterr()
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_and_odd_lists_of_labels(official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    devkit = (official / "ILSVRC2012_devkit_t12.tar.gz").read_bytes()
+    truth = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+    pack(tmp_path / "meta.tar.gz", {"x/data/meta.mat": meta()[:200] + b"?" * 99, truth: b"1\n"}, "w:gz")
+    (tmp_path / "cut.tar.gz").write_bytes(devkit[: len(devkit) // 2])
+    (tmp_path / "flip.tar.gz").write_bytes(devkit[:300] + bytes([devkit[300] ^ 255]) + devkit[301:])
+    (tmp_path / "short.csv").write_text("ImageId,PredictionString\na,n1 1\nb\n")
+    names = "cut.tar.gz", "flip.tar.gz", "meta.tar.gz", "short.csv"
+    for name in names:
+        val = ["--val", str(official / "ILSVRC2012_img_val.tar"), "--truth", str(tmp_path / name)]
+        assert main(["imagenet", *val, str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert (
+            error.count("\n") == 1
+            and f"{name}'" in error
+            and ("cannot be read" in error or "'b' has no class" in error)
+        )
+    rows = (official / "LOC_val_solution.csv").read_text().replace(" \n", f" {'1 2 3 4 ' * 20_000}\r\n")
+    (tmp_path / "long.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
+    val = ["--val", str(official / "ILSVRC2012_img_val.tar"), "--truth", str(tmp_path / "long.csv")]
+    assert main(["imagenet", *val, str(tmp_path / "out")]) == 0 and Manifest.load(tmp_path / "out").samples == 6
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_file_takes_the_place_of_an_image(
+    official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], packed: bool
+) -> None:
+    """Annotations and notes beside the validation images; and two images with one name."""
+    with tarfile.open(official / "ILSVRC2012_img_val.tar") as tar:
+        tar.extractall(tmp_path / "val")
+    more = {"ILSVRC2012_val_00000001.txt": b"x", "A.txt": b"y", ".DS_Store": b"z", "ILSVRC2012_val_00000002.AAA": b"w"}
+    for name, data in more.items():
+        (tmp_path / "val" / name).write_bytes(data)
+
+    def run(out: str) -> int:
+        source = tmp_path / "val"
+        if packed:
+            source = tmp_path / f"{out}.tar"
+            pack(source, {path.name: path.read_bytes() for path in sorted((tmp_path / "val").iterdir())})
+        truth = ["--truth", str(official / "LOC_val_solution.csv")]
+        return main(["imagenet", "--val", str(source), *truth, str(tmp_path / out)])
+
+    assert run("a") == 0
+    file = Manifest.load(tmp_path / "a").file
+    assert file.samples == 6 and file.skipped == {"hidden or of the system": 1, "without an image's content": 3}
+    (tmp_path / "val" / "ILSVRC2012_val_00000003.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    capsys.readouterr()
+    assert run("b") == 2 and "has several images 'ILSVRC2012_val_00000003'; keep one" in capsys.readouterr().err
+
+
+def test_archives_of_classes_in_any_spelling_and_compressed(
+    official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in"
+    (source / "more").mkdir(parents=True)
+    first, second = (official / f"{wnid}.tar" for wnid in sorted(WNIDS)[:2])
+    (source / f"{first.stem}.TAR").write_bytes(first.read_bytes())
+    (source / "readme.txt").write_text("x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / second.name).write_bytes(second.read_bytes())
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    assert main(["imagenet21k", str(source), str(tmp_path / "out")]) == 0
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.classes == sorted(WNIDS)[:2] and manifest.samples == 6
+    assert manifest.file.skipped == {"that are no .tar": 1}
+    (source / "n09.tar.gz").write_bytes(gzip.compress(first.read_bytes()))
+    capsys.readouterr()
+    assert main(["imagenet21k", str(source), str(tmp_path / "again")]) == 2
+    assert "n09.tar.gz' is compressed, and its class would be left out" in capsys.readouterr().err

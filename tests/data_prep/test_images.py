@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,21 @@ def test_the_manifest_lists_changes(tmp_path: Path, capsys: pytest.CaptureFixtur
     sizes = {manifest.key(sample): decode(manifest.read(sample)).size for sample in range(3)}
     assert sizes == {"large": (150, 100), "small": (120, 80), "cmyk": (120, 80)}
     assert main(["verify", "--decode", str(tmp_path / "out")]) == 0
+
+
+def test_reasons_are_the_same_whatever_the_options_and_the_process() -> None:
+    """They stand in the manifest, and are counted together: no address of memory, nor Pillow's own words for ours."""
+    bomb = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    for data, reason in (
+        (bytes(bomb), "more than .* pixels; see MIMSCALE_MAX_PIXELS"),
+        (b"II*\0" + bytes(90), "a TIFF of a kind that Pillow cannot read"),
+        (b"\xff\xd8\xff and then nothing", "not an image .JPEG"),
+    ):
+        for options in (ImageOptions(), ImageOptions(transcode=True), ImageOptions(short_side=8)):
+            with pytest.raises(BadImage, match=f"^{reason}"):
+                process_image(data, options)
 
 
 def test_nothing_decodable_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

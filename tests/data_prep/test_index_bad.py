@@ -213,6 +213,14 @@ def test_shards_on_a_web_server_in_place(tmp_path: Path, capsys: pytest.CaptureF
         assert "has no list of its files" in capsys.readouterr().err
         assert main(["index", address]) == 2
         assert "give --to DST" in capsys.readouterr().err
+        asked = len(web.gets)
+        web.plain = True
+        assert main(["index", address, "--to", str(tmp_path / "plain")]) == 2
+        assert capsys.readouterr().err.count("does not answer range requests") == 3
+        assert len(web.gets) == asked + 3  # once each: another answer is not to be expected
+        web.lengths = False
+        assert main(["index", address, "--to", str(tmp_path / "plain")]) == 2
+        assert capsys.readouterr().err.count("does not give the length") == 3
     finally:
         web.stop()
 
@@ -289,3 +297,38 @@ def test_what_no_glob_finds_and_what_holds_nothing(tmp_path: Path, capsys: pytes
         assert words in said
     assert main(["index", str(source), "--skip-bad"]) == 0
     assert Manifest.load(source).file.left_out == {"hollow.tar": "a shard without members"}
+
+
+@pytest.mark.parametrize("name", ["b.tgz", "b.tar.gz", "data (1).tar"])
+def test_a_shard_whose_name_a_manifest_cannot_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Also one that is not compressed, whatever its name says."""
+    source = folder(tmp_path / "in", shards=1)
+    (source / name).write_bytes(WHOLE)
+    assert main(["index", str(source)]) == 2
+    assert f"{name}': only letters, digits" in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert main(["index", str(source), "--skip-bad"]) == 0 and Manifest.load(source).samples == 4
+
+
+def test_headers_with_the_checksum_of_signed_bytes_are_read_as_they_are_indexed(tmp_path: Path) -> None:
+    """As some old programs wrote names outside of ASCII."""
+    data = b""
+    for name, contents in (("café.jpg", JPEG), ("café.cls", b"1")):
+        info = tarfile.TarInfo(name)
+        info.size = len(contents)
+        header = info.tobuf(tarfile.GNU_FORMAT)
+        total = sum(byte - 256 if byte > 127 else byte for byte in header[:148] + b" " * 8 + header[156:])
+        data += header[:148] + b"%06o\0 " % total + header[156:] + contents + bytes(-len(contents) % 512)
+    (tmp_path / "a.tar").write_bytes(data + bytes(1024))
+    assert main(["index", str(tmp_path)]) == 0
+    manifest = Manifest.load(tmp_path)
+    assert manifest.read(0) == JPEG and manifest.key(0) == "café" and main(["verify", str(tmp_path)]) == 0
+
+
+def test_shards_in_folders_below_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder(tmp_path / "in", shards=1)
+    folder(source / "more", shards=2)
+    assert main(["index", str(source)]) == 0
+    assert "2 shards in folders below are not read" in capsys.readouterr().err
+    assert not Manifest.load(source).file.skipped

@@ -110,6 +110,13 @@ def test_a_name_among_numbers_renumbers_no_class(odd: str) -> None:
     assert classes_of(digits_and_letters, "table")[1] == {label: n for n, label in enumerate(digits_and_letters)}
 
 
+def test_numbers_with_a_comma_are_not_sorted_as_text() -> None:
+    with pytest.raises(UserError, match="label '3,0' has a comma"):
+        classes_of(["3,0", "10,0"], "table")
+    assert classes_of(["3,0", "10,0"], "table", ["10,0", "3,0"])[1] == {"3,0": 1, "10,0": 0}
+    assert classes_of(["3,0", "cat"], "table")[0] == ["3,0", "cat"]
+
+
 def test_the_list_of_classes_decides() -> None:
     """Where labels are names, a number may be one of them, and so may a word for a missing value."""
     assert classes_of(["50", "other", "10"], "x", ["10", "50", "other"])[1] == {"50": 1, "other": 2, "10": 0}

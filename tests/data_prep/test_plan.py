@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.plan import KEY_BYTES, Item, ShardPlan, Source, describe, unique_keys
+from mimscale.data.sidecars import METADATA, is_sidecar
 from mimscale.errors import UserError
 
 
@@ -75,3 +76,11 @@ def test_a_source_without_images_is_refused() -> None:
     with pytest.raises(UserError, match="no images in '/x' .1,200 hidden, 2 without an image's content"):
         ShardPlan(empty, seed=0, shard_mb=1, shard_samples=None)
     assert describe(Counter()) == ""
+
+
+@pytest.mark.parametrize("name", ["__background__/1", "__meta__", "__MACOSX/a", "x/__MACOSX/a"])
+def test_no_key_is_one_that_readers_pass_over(name: str) -> None:
+    first, second = unique_keys([name, name])
+    for key in (first, second):
+        assert not METADATA.match(f"{key}.jpg") and not is_sidecar(f"{key}.jpg")
+    assert first != second and unique_keys(["a__b/__c", "__init"]) == ["a__b/__c", "__init"]

@@ -88,9 +88,27 @@ def test_archives_of_classes(tmp_path: Path) -> None:
     folder = write(tmp_path / "in" / "n01.tar", [("n01_1.JPEG", JPEG), ("._n01_1.JPEG", JPEG)])
     (folder / "._n01.tar").write_bytes(APPLE)
     source = read_21k(folder)
-    assert source.classes == ["n01"] and len(source.items) == 1 and source.skipped == {"hidden": 2}
+    assert source.classes == ["n01"] and len(source.items) == 1 and source.skipped == {"hidden or of the system": 2}
     whole = write(
         tmp_path / "whole" / "all.tar", [("n01.tar", (folder / "n01.tar").read_bytes()), ("._n01.tar", APPLE)]
     )
     again = read_21k(whole / "all.tar")
-    assert again.classes == ["n01"] and len(again.items) == 1 and again.skipped == {"hidden": 2}
+    assert again.classes == ["n01"] and len(again.items) == 1 and again.skipped == {"hidden or of the system": 2}
+
+
+@pytest.mark.parametrize(
+    "names", [("images/{}.jpg", "labels/{}.cls"), ("{}.jpg", "{}_label.cls"), ("x/{}.v2.jpg", "y/{}.cls")]
+)
+def test_labels_that_stand_beside_no_image_are_not_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, str]
+) -> None:
+    """As after packing two folders: the set would have no labels at all."""
+    members = [(name.format(n), data) for name, data in zip(names, (JPEG, b"1"), strict=True) for n in range(3)]
+    folder = write(tmp_path / "in" / "a.tar", [*members, ("z.jpg", JPEG)])
+    assert main(["index", str(folder)]) == 2
+    assert "3 labels .cls in" in (error := capsys.readouterr().err) and "do not stand beside an image" in error
+    assert main(["index", str(folder), "--label", "none"]) == 0 and Manifest.load(folder).labels is None
+    write(folder / "b.tar", sample(2, []))  # one label is beside its image: then those without are counted
+    capsys.readouterr()
+    assert main(["index", str(folder)]) == 2 and "have no label cls" in capsys.readouterr().err
+    assert main(["index", str(folder), "--skip-unlabelled"]) == 0 and Manifest.load(folder).samples == 1

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.splits import check_classes, chosen_files
+from data_prep.splits import check_classes, chosen_files, chosen_images
+from data_prep.table import read_table
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
@@ -100,7 +101,7 @@ def test_splits_in_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_root_and_a_zip_of_macos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for split in ("train", "val"):
+    for split in ("test", "train", "val"):
         make_image_folder(tmp_path / "in" / split, classes=2, per_class=1, side=16)
     assert main(["folder", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
     assert f"give '{tmp_path}/in/train'" in capsys.readouterr().err
@@ -108,3 +109,56 @@ def test_a_root_and_a_zip_of_macos(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "in/train/__MACOSX/class_000/._000000.jpg").write_bytes(b"x")
     assert main(["folder", str(tmp_path / "in" / "train"), str(tmp_path / "out")]) == 0
     assert Manifest.load(tmp_path / "out").classes == ["class_000", "class_001"]
+
+
+@pytest.mark.parametrize(
+    ("names", "labelled", "patterns"),
+    [
+        (["train/a/1.jpg", "train/a/2.jpg", "val/a/1.jpg"], False, ("train/*", "val/*")),
+        (["COCO_train2014_1.jpg", "COCO_val2014_2.jpg", "x.jpg"], False, ("COCO_train*", "COCO_val*")),
+        (["cat/train_1.jpg", "cat/test_1.jpg", "dog/1.jpg"], True, ("train*", "test*")),
+        (["cat/train/1.jpg", "cat/val/1.jpg", "dog/1.jpg"], True, ("*/train/*", "*/val/*")),
+    ],
+)
+def test_images_of_several_splits(
+    names: list[str], labelled: bool, patterns: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (image,) = make_image_folder(tmp_path / "one", classes=1, per_class=1, side=16).glob("*/*.jpg")
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, tmp_path / "in" / name)
+    words = ["folder", str(tmp_path / "in"), *([] if labelled else ["--unlabelled"])]
+    assert main([*words, str(tmp_path / "out")]) == 2
+    assert f"--files '{patterns[0]}'" in (error := capsys.readouterr().err) and f"--files '{patterns[1]}'" in error
+    if labelled:
+        shutil.rmtree(tmp_path / "in" / "dog")  # with a pattern, a class without images
+    left = [name for name in names if not name.startswith("dog")]
+    for number, (pattern, total) in enumerate(((patterns[0], sum("train" in name for name in left)), ("*", len(left)))):
+        assert main([*words, str(tmp_path / f"out{number}"), "--files", pattern]) == 0
+        assert Manifest.load(tmp_path / f"out{number}").samples == total
+
+
+def test_images_that_may_be_called_anything() -> None:
+    crawled = ["test.jpg", "train station.jpg", *(f"{n}.jpg" for n in range(3))]
+    assert chosen_images(Path("x"), crawled, None, labelled=False) == crawled
+    classes = ["bullet train/train 1.jpg", "bullet train/train 2.jpg", "test tube/test 1.jpg", "cat/1.jpg"]
+    assert chosen_images(Path("x"), classes, None, labelled=True) == classes
+    val = ["n01/ILSVRC2012_val_1.JPEG", "n02/ILSVRC2012_val_2.JPEG"]
+    assert chosen_images(Path("x"), val, None, labelled=True) == val
+    with pytest.raises(UserError, match="matches none of the 2 files"):
+        chosen_images(Path("x"), val, "train*", labelled=True)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_rows_of_several_splits_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = sorted(map(str, make_image_folder(tmp_path / "in", classes=1, per_class=3, side=16).glob("*/*.jpg")))
+    for splits, said in ((["train", "Train", "val"], "2 of train, 1 of validation"), (["train", "train", "x"], "")):
+        if kind == "csv":
+            rows = "".join(f"{path},{split}\n" for path, split in zip(images, splits, strict=True))
+            (tmp_path / "a.csv").write_text(f"path,Split\n{rows}")
+        else:
+            pq.write_table(pa.table({"path": images, "Split": splits}), tmp_path / "a.parquet")
+        assert len(read_table(tmp_path / f"a.{kind}").items) == 3
+        error = capsys.readouterr().err
+        assert said in error and (error.count("\n") == 1) == bool(said)

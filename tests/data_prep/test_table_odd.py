@@ -259,3 +259,38 @@ def test_columns_of_views_and_of_dates(tmp_path: Path, capsys: pytest.CaptureFix
     pq.write_table(pa.table({"image": images, "label": [datetime.date(2020, 1, 1)]}), tmp_path / "b.parquet")
     assert main(["table", str(tmp_path / "b.parquet"), str(tmp_path / "out2")]) == 2
     assert "column 'label' holds date32" in capsys.readouterr().err
+
+
+def test_texts_of_parquet_that_are_not_utf8(root: Path, tmp_path: Path) -> None:
+    """As programs write them that do not check: labels, paths, and paths beside bytes that are null."""
+    name = os.fsdecode(b"caf\xe9.jpg")
+    (tmp_path / name).write_bytes((root / "0.jpg").read_bytes())
+    (tmp_path / "tea.jpg").write_bytes((root / "1.jpg").read_bytes())
+    paths = pa.array([b"caf\xe9.jpg", b"tea.jpg"]).view(pa.string())
+    pq.write_table(pa.table({"path": paths, "label": paths}), tmp_path / "paths.parquet")
+    source = read_table(tmp_path / "paths.parquet")
+    assert [os.path.basename(item.path) for item in source.items] == source.classes == [name, "tea.jpg"]
+    struct = pa.StructArray.from_arrays(
+        [pa.array([None, b"\xff\xd8\xff"], pa.binary()), paths], names=["bytes", "path"]
+    )
+    pq.write_table(pa.table({"image": struct}), tmp_path / "struct.parquet")
+    assert main(["table", str(tmp_path / "struct.parquet"), str(tmp_path / "out"), "--no-check"]) == 0
+    manifest = Manifest.load(tmp_path / "out")
+    assert {manifest.read(n) for n in range(2)} == {(root / "0.jpg").read_bytes(), b"\xff\xd8\xff"}
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "txt"])
+def test_lines_that_end_with_carriage_returns_only(root: Path, kind: str) -> None:
+    mark = "\t" if kind == "tsv" else ","
+    rows = ["0.jpg", "1.jpg"] if kind == "txt" else [f"path{mark}label", f"0.jpg{mark}cat", f"1.jpg{mark}dog"]
+    assert names(root, "\r".join([*rows, ""]), f"mac.{kind}") == (
+        TWO if kind != "txt" else [("0.jpg", ""), ("1.jpg", "")]
+    )
+
+
+def test_hidden_parquet_files_are_counted(root: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [(root / "0.jpg").read_bytes()]}), tmp_path / "a.parquet")
+    (tmp_path / "._a.parquet").write_bytes(b"\0\5\x16\7")
+    (tmp_path / ".cache").mkdir()
+    source = read_table(tmp_path)
+    assert source.skipped == {"hidden or of the system": 1, "folders that are hidden or of the system": 1}

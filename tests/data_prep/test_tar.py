@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import subprocess
 import tarfile
@@ -13,8 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.tar import BLOCK, MAX_EXTENDED_HEADER, BadArchive, members, open_for_reading
+from data_prep.__main__ import main
+from data_prep.tar import BLOCK, MAX_EXTENDED_HEADER, RECORD, BadArchive, members, open_for_reading
+from mimscale.data.manifest import Manifest
+from mimscale.data.wds_stream import _read_samples
 from mimscale.errors import UserError
+from mimscale.types import Damage
 
 
 def pack(path: Path, names: dict[str, bytes], **options) -> Path:
@@ -202,3 +208,94 @@ def test_bytes_behind_the_end_are_named(tmp_path: Path, tail: bytes) -> None:
     path.write_bytes(path.read_bytes() + tail)
     with pytest.raises(BadArchive, match="that are no joined archive"):
         listed(path)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 5])
+def test_a_folder_has_no_contents_whatever_size_its_header_gives(tmp_path: Path, blocks: int) -> None:
+    """Some programs store the size of the folder itself. Here that many bytes would end at a member."""
+    header = tarfile.TarInfo("folder")
+    header.type, header.size = tarfile.DIRTYPE, blocks * BLOCK - 10
+    contents = {f"folder/{n}.jpg": b"x" * 400 for n in range(4)}
+    packed = pack(tmp_path / "a.tar", contents).read_bytes()
+    (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + packed)
+    assert listed(tmp_path / "a.tar") == list(contents.items())
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert tar.getnames() == ["folder", *contents]
+
+
+@pytest.mark.parametrize(
+    "options", [["gnu"], *(["pax", f"--sparse-version={n}"] for n in ("0.0", "0.1", "1.0"))], ids="-".join
+)
+def test_sparse_files_are_named(tmp_path: Path, options: list[str]) -> None:
+    """What an archive stores of them begins with a list of holes, or lacks them."""
+    with open(tmp_path / "a.jpg", "wb") as file:
+        file.write(b"\xff\xd8\xff")
+        file.seek(1 << 20)
+        file.write(b"end")
+    subprocess.run(
+        ["tar", "--sparse", f"--format={options[0]}", *options[1:], "-cf", "x.tar", "a.jpg"], cwd=tmp_path, check=True
+    )
+    with pytest.raises(BadArchive, match="a.jpg': a sparse file"):
+        listed(tmp_path / "x.tar")
+
+
+ENDS = {  # how a shard of two archives goes on behind the first -> (the bytes, whether it is whole)
+    "joined": (lambda one, two: one + two, True),
+    "joined_unpadded": (lambda one, two: shortened(one) + two, True),
+    "an_empty_one_between": (lambda one, two: one + bytes(RECORD) + two, False),  # as zeros over a member
+    "a_header_damaged": (lambda one, two: one + b"?" + two[1:], False),
+    "zeros_over_a_header": (lambda one, two: one[: 3 * BLOCK] + bytes(BLOCK) + one[4 * BLOCK :], False),
+    "text_behind": (lambda one, two: one + b"<html>" * 200, False),
+    "truncated_behind": (lambda one, two: one + two[: 3 * BLOCK], False),
+}
+
+
+def shortened(archive: bytes) -> bytes:
+    archive = archive.rstrip(b"\0")
+    return archive + bytes(-len(archive) % BLOCK + 2 * BLOCK)
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_every_reader_reads_to_the_end_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """index, verify, doctor, imagenet's tar of tars, imagenet21k's folder and the stream: all of it, or damage."""
+    make, whole = ENDS[name]
+    images = [b"\xff\xd8\xff\xe0" + bytes([n + 1]) * 600 for n in range(6)]
+    one, two = (
+        pack(tmp_path / "x", {f"{n}.jpg": images[n] for n in part}, format=tarfile.USTAR_FORMAT).read_bytes()
+        for part in (range(4), range(4, 6))
+    )
+    data = make(one, two)
+    for folder in ("set", "before", "tars"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "set" / "a.tar").write_bytes(data)
+    assert main(["index", str(tmp_path / "set")]) == (0 if whole else 2)
+    (tmp_path / "before" / "a.tar").write_bytes(one)
+    assert main(["index", "--checksums", str(tmp_path / "before")]) == 0
+    shard = tmp_path / ("set" if whole else "before") / "a.tar"
+    shard.write_bytes(data)
+    file = json.loads((shard.parent / "manifest.json").read_text())
+    file["shards"][0] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (shard.parent / "manifest.json").write_text(json.dumps(file))
+    capsys.readouterr()
+    assert main(["verify", str(shard.parent)]) == (0 if whole else 1)
+    bad = (
+        0 if whole or name == "zeros_over_a_header" else 1
+    )  # doctor reads what is behind the last image; verify the rest
+    assert main(["doctor", str(shard.parent), "--ranks", "1", "--global-batch", "1"]) == bad
+    (tmp_path / "tars" / "n01.tar").write_bytes(data)
+    pack(tmp_path / "outer.tar", {"n01.tar": data})
+    sources = (
+        ["imagenet21k", tmp_path / "tars"],
+        ["imagenet21k", tmp_path / "outer.tar"],
+        ["imagenet", "--train", tmp_path / "outer.tar"],
+    )
+    for number, source in enumerate(sources):
+        out = tmp_path / f"out{number}"
+        assert main([*map(str, source), str(out), "--no-check"]) == (0 if whole else 2)
+        assert not whole or Manifest.load(out).samples == 6
+    damage: list[Damage] = []
+    read = [sample["jpg"] for sample in _read_samples(str(shard), damage)]
+    assert (read, damage) == (images, []) if whole else len(damage) == 1 and read == images[: len(read)]
+    assert not whole or Manifest.load(tmp_path / "set").samples == 6

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from tests.test_imports import LEVELS
 PAGES = [ROOT / name for name in load_script("docs/build_site.py").page_names()]
 TOP = ("mimscale", "docs", "examples", "jobs", "data_prep", "ds_configs", "tests")
 IGNORED = {"jobs/site.env"}  # what a user makes; git ignores it
-GAP = "\0"  # a value inside a message
+GAP, END = "\0", "\1"  # a value inside a message; the end of one
 
 
 def without_code(text: str) -> str:
@@ -117,30 +119,49 @@ def test_commands_name_verbs() -> None:
 # ------------------------------------------------------------------------------------------------ messages
 
 
+def text_of(node: ast.expr) -> str:
+    """A literal's text, GAP where a value is put in; "" for anything else."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else GAP for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
 @lru_cache
-def messages() -> frozenset[str]:
-    """All texts in the sources; where a value is put in stands GAP."""
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@lru_cache
+def messages() -> str:
+    """All texts in the sources, with END behind each; where a value is put in stands GAP."""
     texts = []
     for folder in ("mimscale", "data_prep", "jobs"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.JoinedStr):
-                    parts = (p.value if isinstance(p, ast.Constant) else GAP for p in node.values)
-                    texts.append("".join(map(str, parts)))
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    texts.append(node.value)
+            for node in ast.walk(parsed(path)):
+                if isinstance(node, ast.expr) and (text := text_of(node)):
+                    texts.append(text)
     for path in sorted((ROOT / "jobs").iterdir()):
         if path.suffix in (".sh", ".sbatch") or path.name == "submit":
             texts += re.sub(r"\$(\{[^}]*\}|\w+)", GAP, path.read_text()).splitlines()
-    return frozenset(texts)
+    return "".join(f"{text}{END}" for text in dict.fromkeys(texts))
 
 
 def occurs(message: str) -> bool:
     """Whether one text of the sources has the message's parts in this order, with values where it has `…`."""
-    return any(in_order(message.split("…"), text) for text in messages())
+    parts, texts = message.split("…"), messages()
+    longest = max(parts, key=len)
+    place = texts.find(longest)
+    while place >= 0:
+        end = texts.find(END, place)
+        if in_order(parts, texts[texts.rfind(END, 0, place) + 1 : end]):
+            return True
+        place = texts.find(longest, end)
+    return False
 
 
 def in_order(parts: list[str], text: str) -> bool:
+    if max(parts, key=len) not in text:  # most texts are told apart by this alone
+        return False
     place = 0
     for part in parts:
         place = text.find(part, place)
@@ -151,8 +172,10 @@ def in_order(parts: list[str], text: str) -> bool:
 
 
 def quoted_messages() -> list[str]:
+    """All that stands in backquotes in the first column."""
     page = without_code((ROOT / "docs" / "troubleshooting.md").read_text())
-    return re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    cells = re.findall(r"^\| (`.+?) \| ", page, re.MULTILINE)
+    return [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
 
 
 def test_quoted_messages_are_in_the_code() -> None:
@@ -172,6 +195,45 @@ def test_quoted_messages_have_words_of_their_own() -> None:
     """`…: …` alone would be found anywhere."""
     short = [message for message in quoted_messages() if len(re.findall(r"[A-Za-z]{2,}", message)) < 2]
     assert set(short) <= {"BAD NODE …: …", "unknown key …"}
+
+
+def refusals(tree: ast.Module) -> Iterator[str]:
+    """What refuses a user's input: texts of `UserError` and its kinds, and those of the checks of a recipe's sections.
+
+    A text without two words of its own only carries another message.
+    """
+    checks = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and _is_check(f)]
+    for names, inside in (({"UserError", "BadArchive"}, [tree]), ({"ValueError"}, checks)):
+        for node in (node for part in inside for node in ast.walk(part)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names and node.args:
+                words = text_of(node.args[0])
+                if len(re.findall(r"\b[A-Za-z]{2,}\b", words)) > 1:
+                    yield words
+
+
+def _is_check(function: ast.FunctionDef) -> bool:
+    return any("_validator" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def test_every_refusal_has_a_row() -> None:
+    rows = [message.split("…") for message in quoted_messages()]
+    missing = []
+    for path in (path for folder in ("mimscale", "data_prep") for path in sorted((ROOT / folder).rglob("*.py"))):
+        found = [text for text in refusals(parsed(path)) if not any(in_order(row, text) for row in rows)]
+        missing += [f"{path.relative_to(ROOT)}: {text.replace(GAP, '…')}" for text in found]
+    assert not missing, "docs/troubleshooting.md has no row for:\n" + "\n".join(missing)
+
+
+def test_refusals_are_found() -> None:
+    source = """
+        @model_validator(mode="after")
+        def check(self):
+            raise ValueError(f"no {self.x} at all")
+        def other(x):
+            raise ValueError("not for users")
+        raise UserError(f"{x}: {y}", UserError(f"one " f"{x} two"))
+    """
+    assert set(refusals(ast.parse(inspect.cleandoc(source)))) == {f"no {GAP} at all", f"one {GAP} two"}
 
 
 # ------------------------------------------------------------------------------------------------ diagram and versions

@@ -24,7 +24,9 @@ from data_prep.folder import read_folder
 from data_prep.plan import ShardPlan
 from data_prep.write_shards import unfinished, write
 from mimscale.__main__ import main
+from mimscale.config.recipes import load_recipe
 from mimscale.data.synthetic import make_image_folder
+from mimscale.doctor import cli
 
 MODEL = "vit_tiny_patch16_224.augreg_in21k"
 REPO = f"timm/{MODEL}"
@@ -216,3 +218,9 @@ def test_fetch_without_network(tmp_path: Path, shards: Path) -> None:
     problems = [line for line in result.stderr.splitlines() if line.startswith("problem: ")]
     assert len(problems) == 1 and "from http://127.0.0.1:9" in problems[0] and "copy the file here" in problems[0]
     assert "Traceback" not in result.stderr
+
+
+def test_a_frozen_encoder_has_its_own_precision() -> None:
+    report = cli.Report()
+    cli.check_recipe(load_recipe("mae_vit_b16_linear", ["init=null"]), report)
+    assert ("", "its frozen encoder computes in bf16") in report.rows and not report.problems

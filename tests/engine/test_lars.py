@@ -128,6 +128,35 @@ def test_official_linear_probe_step_by_step(name: str) -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_accumulation_as_in_the_official_program(name: str) -> None:
+    """Its loop with accum_iter = 2, in plain torch on the stored features: each micro-batch has statistics of its own,
+    and its loss is halved. No golden file of the probe accumulates."""
+    g, t = golden.load("mae_linprobe_train_dev"), training_golden.linear_probe(accumulation=2)
+    head = nn.Sequential(nn.BatchNorm1d(g.config["embed"], eps=1e-6, affine=False), nn.Linear(g.config["embed"], 10))
+    head.load_state_dict({key: g[f"history/head.{key}"][0] for key in head.state_dict()})
+    momenta = {key: torch.zeros_like(p) for key, p in head.named_parameters()}
+    engine = build(t, name)
+    pairs = zip(t.batches, g["features_per_microstep"], strict=True)
+    for lr in (3.2, 6.4, 4.8, 1.6):
+        head.zero_grad()
+        for batch, features in islice(pairs, 2):
+            engine.forward_backward(batch, {})
+            (nn.functional.cross_entropy(head(features), batch.labels) / 2).backward()  # type: ignore[arg-type]
+        engine.step(lr, 0.0)
+        for key, p in head.named_parameters():
+            assert p.grad is not None
+            scale = 1e-3 * p.data.norm() / p.grad.norm() if p.dim() > 1 else 1.0
+            momenta[key] = 0.9 * momenta[key] + scale * p.grad
+            p.data -= lr * momenta[key]
+        values, found = weights(engine), buffers_of(engine)
+        for key, expected in head.state_dict().items():
+            close(values[f"head.{key}"].float(), expected.float(), 1e-5)
+        for key, expected in momenta.items():
+            close(found[f"head.{key}"], expected.flatten(), 1e-5)
+    engine.close()
+
+
 @pytest.mark.parametrize("shape", [(10, 64), (3, 5, 7)])
 def test_is_timms_with_its_two_groups(shape: tuple[int, ...]) -> None:
     """timm's default leaves the trust ratio out where there is no weight decay; a group of its own brings it back."""

@@ -34,6 +34,14 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"]
 
 
+def without_names(shards: Path, copy: Path) -> Path:
+    """The data set as `data_prep index` makes it of samples with numbers of classes."""
+    shutil.copytree(shards, copy)
+    manifest = copy / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "classes": None}))
+    return copy
+
+
 def test_knn_has_raw_pixels_and_the_random_network_beside_the_run(
     data: tuple[Path, Path], run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +122,17 @@ def test_refusals(data: tuple[Path, Path], run_dir: Path, tmp_path: Path, capsys
     four = shards(images, tmp_path / "four")
     unlabelled = shards(images, tmp_path / "unlabelled", labelled=False)
     assert "different classes: 'class_003'" in refused("knn", run_dir, val=four)
+    nameless = [without_names(path, tmp_path / f"nameless {path.name}") for path in (train, four)]
+    assert "different classes: no 3 in --train" in refused("knn", run_dir, train=nameless[0], val=nameless[1])
+    one, other = (
+        shards(
+            make_image_folder(tmp_path / f"one {seed}", classes=1, per_class=3, side=32, seed=seed),
+            tmp_path / f"{seed}",
+        )
+        for seed in (3, 4)
+    )
+    for name in protocol_names():
+        assert "has images of one class only" in refused(name, run_dir, train=one, val=other)
     assert "without labels" in refused("knn", run_dir, train=unlabelled)
     assert "without labels" in refused("linear", run_dir, val=unlabelled)
     assert "training set itself" in refused("knn", run_dir, val=train)

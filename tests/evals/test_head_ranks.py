@@ -40,6 +40,5 @@ def test_one_and_two_ranks_agree(data: tuple[Path, Path], tmp_path: Path, protoc
         (found[count],) = json.loads(out.read_text())["rows"]
     heads = found[1]["heads"]
     assert len(heads) == {"sweep": 2 * 2 * 2 * 3, "attentive": 2}[protocol] and found[1]["steps"] == 12
-    for one, two in zip(heads, found[2]["heads"], strict=True):
-        assert (one["held_out"], one["val"]) == pytest.approx((two["held_out"], two["val"]), abs=100 / 12 + 0.1)
+    assert found[1] == found[2]  # to the bit
     assert found[1][f"{protocol}_val_chosen"] == max(head["val"] for head in heads)

@@ -104,6 +104,20 @@ def test_what_is_no_report_is_named_and_left_out(
     assert "eval/other.json" in capsys.readouterr().err
 
 
+def test_of_a_report_of_several_runs_only_the_own_rows_count(run_dir: Path, tmp_path: Path) -> None:
+    """`mimscale evaluate knn A B` writes the whole table into both; the folders may have moved since."""
+    rows = [
+        row(step=9, knn=value) | {"source": f"/scratch/{name}/checkpoints/step-00000009"}
+        for name, value in (("seed-0/run", 11.0), ("seed-1/run", 22.0), ("seed-1/other", 33.0))
+    ]
+    rows.append(row(step=None, knn=44.0) | {"source": "/scratch/clip.safetensors"})
+    (tmp_path / "seed-1").mkdir()
+    moved = run_dir.rename(tmp_path / "seed-1" / "run")
+    (moved / "eval" / "all.json").write_text(report("knn", *rows))
+    found = [f["value"] for f in results(moved)["figures"] if f["report"] == "eval/all.json"]
+    assert found == [22.0]
+
+
 def test_a_pipe_and_numbers_that_json_lacks(run_dir: Path) -> None:
     os.mkfifo(run_dir / "eval" / "pipe.json")
     (run_dir / "metrics.jsonl").write_text(

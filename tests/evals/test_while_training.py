@@ -196,6 +196,10 @@ def test_a_bad_section_is_one_line(section: dict[str, Any], line: str) -> None:
         ({"val": "TRAIN", "train": "VAL"}, "is the training set itself; give data that data.shards = "),
         ({"val": "UNLABELLED"}, "has samples without labels"),
         ({"val": "OTHER"}, "has other classes than evals.train"),
+        (
+            {"protocols": {"ridge": {}}, "train_samples": 2},
+            "evals.protocols.ridge: evals.train has images of one class",
+        ),
     ],
 )
 @pytest.mark.usefixtures("greedy")

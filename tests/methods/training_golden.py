@@ -322,10 +322,13 @@ def _finetune(name: str) -> TrainingGolden:
     return _official_run(g, run, method, _micro_batches(g, **noise), finetune_names.from_official)
 
 
-def linear_probe() -> TrainingGolden:
-    """LARS; BatchNorm's statistics of each micro-batch, whose count is left to tests/engine/test_lars.py."""
+def linear_probe(accumulation: int = 1) -> TrainingGolden:
+    """LARS; BatchNorm's statistics of each micro-batch, whose count is left to tests/engine/test_lars.py.
+
+    accumulation: above 1 the steps are others than the stored ones, and only start and batches hold.
+    """
     g = golden.load("mae_linprobe_train_dev")
-    c = g.config
+    c = {**g.config, "accum": accumulation}
     section = {"name": "linear_probe", "classes": c["classes"], "pool": "mean" if c["global_pool"] else "cls"}
     section["norm_batch"] = c["batch"]
     student = {"width": c["embed"], "depth": c["depth"], "heads": c["heads"], "patch": c["patch"]}

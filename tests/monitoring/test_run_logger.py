@@ -32,6 +32,7 @@ def test_lines_and_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     event, step = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert event["event"] == "saved" and event["at"] == 1
     assert step["step"] == 2 and step["loss"] == 0.5 and step["grad_norm"] is None
+    assert 0 <= event["uptime_s"] <= step["uptime_s"] < time.monotonic() and event["time"] > 1e9
     assert "step 2/4" in capsys.readouterr().err
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [s.value for s in board.Scalars("loss")] == [0.5]

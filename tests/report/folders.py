@@ -21,26 +21,33 @@ HOSTILE = "</script><script>window.broken=1</script><img src=x onerror=window.br
 
 
 class Folder:
-    """A run of `mae_tiny` whose clock is ours."""
+    """A run of `mae_tiny` whose clock is ours. wrong_s: by how much the machine's goes wrong."""
 
     def __init__(self, path: Path, *overrides: str) -> None:
-        self.path, self.now_s = path, BEGIN
+        self.path, self.now_s, self.wrong_s = path, BEGIN, 0.0
+        self._begun_s = self.now_s
         self.config = load_recipe("mae_tiny", overrides)
         run_folder.create(path, self.config)
 
     def launch(self, step: int = 0, **values: Any) -> None:
         self.now_s += 100
         known = {"ranks": 2, "device": "cpu", "ds_config": "cpu_zero2_fp32", "forked_from": None, "recipe": "mae_tiny"}
+        known |= {"method": "mae", "total_steps": 60, "steps_per_epoch": 12}
         line = run_folder.launch(["mimscale", "train", "mae_tiny"], step=step, **known)
-        self._append("launches.jsonl", {**line, "time": self.now_s, **values})
+        self._append("launches.jsonl", {**line, "time": self.now_s + self.wrong_s, **values})
+        self._begun_s = self.now_s
+        self.event("start", at=step)
 
     def step(self, step: int, **values: float | None) -> None:
         self.now_s += 36
         usual = {"loss": 0.3 + math.exp(-step / 40), "lr": 1e-3 * step, "images_per_s": 500.0, "data_wait": 0.02}
-        self._append("metrics.jsonl", {"step": step, **usual, "loss_scale": 1.0, **values, "time": self.now_s})
+        self._append("metrics.jsonl", {"step": step, **usual, "loss_scale": 1.0, **values, **self._stamps()})
 
     def event(self, name: str, **values: Any) -> None:
-        self._append("metrics.jsonl", {"event": name, **values, "time": self.now_s})
+        self._append("metrics.jsonl", {"event": name, **values, **self._stamps()})
+
+    def _stamps(self) -> dict[str, float]:
+        return {"time": self.now_s + self.wrong_s, "uptime_s": self.now_s - self._begun_s}
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
         with (self.path / name).open("a") as file:

@@ -12,8 +12,7 @@ import pytest
 from mimscale.__main__ import main
 from mimscale.fault_tolerance.run_lock import RunLock
 from mimscale.report import page
-from mimscale.report.runs import names, read
-from mimscale.report.runs import summary as summary_of
+from mimscale.report.runs import names, plain, read
 from tests.report import folders
 
 
@@ -43,6 +42,25 @@ def test_the_page_and_its_summary_say_the_same(tmp_path: Path, capsys: pytest.Ca
     assert len(text) < 5_000_000 and not re.search(r"""(?:src|href)=["'](?!data:|#)""", text.rpartition("</main>")[0])
     for words in ("71.2", "60 of 60", "rolled back", "student.width", "data:image/jpeg;base64,", "node7"):
         assert words in text
+
+
+def test_expected_values_stand_once_or_with_their_runs(tmp_path: Path) -> None:
+    made = [
+        folders.Folder(tmp_path / name, f"expected.knn={{value: {value}, source: 'a paper'}}")
+        for name, value in (("a", 40.0), ("b", 40.0), ("c", 41.5))
+    ]
+    for run in made:
+        run.launch()
+        folders.add_evaluation(run, "knn", 40.0)
+        path = run.path / "eval" / "knn.json"
+        changed = {"differs_from_paper": ["crop_pct = 1"], "name": "knn"}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "protocol": changed}))
+    runs = [read(run.path, run.path.name) for run in made]
+    assert "A, B: 40.0 (a paper)<br>C: 41.5 (a paper)" in page.render(runs)
+    same = page.render(runs[:2])
+    assert ">40.0 (a paper)<" in same and "A, B: 40.0" not in same
+    assert same.count("crop_pct = 1.</p>") == 1 and "A knn; B knn: crop_pct = 1." in same
+    assert "expected.knn" not in page.render(runs).partition("what differs")[2].partition("all 1")[0]
 
 
 def test_runs_in_every_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,8 +100,17 @@ def test_a_folder_of_which_little_is_left(tmp_path: Path, capsys: pytest.Capture
     (found,) = summary(capsys, run.path)["runs"]
     assert found["step"] == 60 and found["samples"] is None and found["launches"] == []
     assert any("config.yaml is not YAML" in note for note in found["notes"])
-    assert any("eval/knn.json is no report" in note for note in found["notes"])
+    assert sum("eval/knn.json is no report" in note for note in found["notes"]) == 1
     assert "is no panel" in page.render([read(run.path, "run")])
+
+
+def test_a_folder_of_reports_that_cannot_be_read_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = folders.Folder(tmp_path / "run")
+    (run.path / "eval").symlink_to("eval")
+    (found,) = summary(capsys, run.path)["runs"]
+    assert found["notes"] == ["eval cannot be read (Too many levels of symbolic links); left out"]
 
 
 def test_names_are_the_shortest_that_differ(tmp_path: Path) -> None:
@@ -98,7 +125,7 @@ def test_secrets_stay_out(tmp_path: Path) -> None:
     )
     run.launch(command=["train", "data.shards=s3://key:hunter2@bucket/x"])
     found = read(run.path, "run")
-    assert "hunter2" not in page.render([found]) + json.dumps(summary_of(found))
+    assert "hunter2" not in page.render([found]) + json.dumps(plain(found))
 
 
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

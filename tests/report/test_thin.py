@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mimscale.report.thin import COLUMNS, kept, means
+from mimscale.report.thin import COLUMNS, MEANS, kept, means
 
 
 def test_a_short_curve_is_kept_whole() -> None:
     x = np.arange(2.0 * COLUMNS)
-    assert kept(x, x).tolist() == list(range(2 * COLUMNS)) and not len(means(x, x)[0])
+    assert kept(x, x).tolist() == list(range(2 * COLUMNS))
+    assert len(means(x, x)[0]) == MEANS and not len(means(x[: 2 * MEANS], x[: 2 * MEANS])[0])
 
 
 @pytest.mark.parametrize("spike", [1e6, -1e6, np.nan, np.inf])

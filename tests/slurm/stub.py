@@ -10,7 +10,8 @@ stub.deaf_s: seconds before the signal handlers are installed.  stub.deaf: ignor
 stub.crash_rank: this rank exits with 9 if there is a file `crash`.  stub.exit: exits at once with this code.
 stub.frozen: the step number does not increase.  stub.hang_at: at this step of the first start, saves and ends as the
 watchdog does.  stub.every: rank 0 saves every this many steps.
-evaluate leaves a report; that of STUB_FAILING_VERB fails, that of STUB_SLOW_VERB never ends its first start.
+evaluate leaves a report; that of STUB_FAILING_VERB fails, those in STUB_SLOW_VERBS never end their first start; knn
+stores features before.
 results is the real verb.
 Every rank makes a file `ready.RESTART.RANK` when its signal handlers are installed.
 Rank 0 holds the run lock, and the file `saves` has a line "RESTART STEP" for each of its checkpoints.
@@ -92,7 +93,11 @@ def evaluate(verb: str, run_dir: Path, arguments: list[str]) -> int:
     (run_dir / f"evaluated.{verb}.{rank}").write_text(json.dumps(arguments))
     if os.environ.get("STUB_FAILING_VERB") == verb:
         return 5
-    while os.environ.get("STUB_SLOW_VERB") == verb and restart == "0":
+    if verb == "knn" and rank == "0":
+        folder = run_dir / "eval" / "features" / "mean-1f0c"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "part-000000.safetensors").write_bytes(bytes(1234))
+    while verb in os.environ.get("STUB_SLOW_VERBS", "").split() and restart == "0":
         time.sleep(0.1)
     if rank == "0":
         row = {"network": "stub", "source": str(run_dir), "step": 5, "pool": "mean", verb: 50.0}

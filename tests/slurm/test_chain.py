@@ -89,7 +89,7 @@ def test_a_failing_training_leaves_results_too(site: Site) -> None:
 def test_a_preempted_evaluation_goes_on(site: Site) -> None:
     """It is requeued under its number; what gathers the results waits for its second start."""
     (site.run_dir / "job").mkdir(parents=True)
-    jobs = submitted(site, STAGES="evaluate results", VERBS="knn", STUB_SLOW_VERB="knn")
+    jobs = submitted(site, STAGES="evaluate results", VERBS="knn", STUB_SLOW_VERBS="knn")
     site.cluster.until("the evaluation", (site.run_dir / "evaluated.knn.3").exists)
     done = site.cluster.run("scontrol", "requeue", jobs["knn"])
     assert done.returncode == 0, done.stderr
@@ -97,6 +97,37 @@ def test_a_preempted_evaluation_goes_on(site: Site) -> None:
     found = results(site, jobs)
     assert site.cluster.show(jobs["knn"])["Restarts"] == "1"
     assert states(found) == {"knn": "done"} and [f["protocol"] for f in found["figures"]] == ["knn"]
+
+
+def test_evaluations_near_their_time_limit(site: Site) -> None:
+    """One that has stored more than before its last start is requeued; one that has not would never end."""
+    (site.run_dir / "job").mkdir(parents=True)
+    one = "--nodes=1 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1"
+    verbs = {"STUB_SLOW_VERBS": "knn linear top1", "VERBS": "knn linear", "EVAL_OPTS": one, "FINETUNE_OPTS": one}
+    jobs = submitted(site, STAGES="evaluate finetune results", FINETUNE_CHANGES="stub.steps=2", **verbs)
+    folders = {"knn": site.run_dir, "linear": site.run_dir, "finetune": site.run_dir / "finetune"}
+    for stage, folder in folders.items():
+        verb = "top1" if stage == "finetune" else stage
+        site.cluster.until(verb, (folder / f"evaluated.{verb}.0").exists)
+        if verb == "linear":  # its restart 0, which found the same
+            history = site.run_dir / "job" / "restarts-linear.txt"
+            history.write_text(f"job {jobs[verb]} restart 0 feature byte 1234\n")
+        site.cluster.end_in(jobs[stage], 20)  # of which the ranks get four fifths
+        site.interrupt(jobs[stage])
+    site.cluster.start_now(jobs["knn"])
+    site.cluster.start_now(jobs["finetune"])
+    found = results(site, jobs)
+    assert states(found) == {"knn": "done", "linear": "failed", "finetune": "done"}
+    assert {stage: site.cluster.show(jobs[stage])["Restarts"] for stage in folders} == {
+        "knn": "1", "linear": "0", "finetune": "1"
+    }  # fmt: skip
+    assert (
+        "saved at feature byte 1234: requeue 1 of" in (knn := site.log(jobs["knn"])) and "has not ended in time" in knn
+    )
+    assert "saved at step 2: requeue 1 of" in site.log(jobs["finetune"])
+    refused = site.log(jobs["linear"])
+    assert "saved at feature byte 1234, no further than before the last restart; not requeued" in refused
+    assert f"submit again with RUN_DIR='{site.run_dir}' to go on" in refused
 
 
 def test_a_preempted_finetuning_goes_on(site: Site) -> None:

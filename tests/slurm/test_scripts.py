@@ -69,7 +69,8 @@ def test_headers(path: Path) -> None:
     assert options["ntasks-per-node"] == options.get("gpus-per-node", "1"), "one rank uses one GPU"
     assert options["output"].startswith("slurm-%x-"), "without the folder there would be no log"
     assert options["job-name"] == path.stem and options["open-mode"] == "append" and "requeue" in options
-    assert path not in PRETRAIN or options["signal"] == "B:USR1@300"
+    of_hours = "_requeue.sh" in path.read_text()
+    assert options.get("signal") == ("B:USR1@300" if of_hours else None) and of_hours >= (path in PRETRAIN)
 
 
 def test_every_site_setting_is_in_the_example() -> None:

@@ -176,6 +176,7 @@ def test_trackers_change_no_bit_and_a_resume_continues_their_runs(start: Open, t
     assert ranks.curve(run.checked.run_dir) == plain
     assert all(torch.equal(expected[name], tensor) for name, tensor in weights(run).items())
     assert events(run, "tracker_failed") == []
+    assert [event["at"] for event in events(run, "start")] == [0, 5]
     identity = json.loads((run.checked.run_dir / "wandb.json").read_text())["id"]
     assert len(list(run.checked.run_dir.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb"))) == 2
     (known,) = (tmp_path / "mlruns").glob("*/*/metrics/loss")

@@ -121,6 +121,7 @@ class Hungry(mae.MAE):
 """
 
 
+@pytest.mark.usefixtures("ended_with_the_test")
 def test_a_run_that_runs_out_of_memory(
     tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

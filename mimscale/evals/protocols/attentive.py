@@ -55,6 +55,10 @@ class Attentive(Protocol):
     needs: ClassVar = frozenset({"tokens", "labels"})
     metrics: ClassVar = {"attentive": "attentive, {head}", "attentive_val_chosen": "chosen on val"}
     constants: ClassVar = {"optimizer": "lars", "momentum": MOMENTUM, "trust_coefficient": TRUST, "crop": "centre"}
+    departs: ClassVar = (
+        "one centre crop per image, where the release of efficient probing draws a random crop each time; the rate is "
+        "chosen on held-out training images and the last epoch counts, where the release reports the best epoch on val",
+    )
 
     def __init__(self, config: AttentiveConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -83,15 +87,8 @@ class Attentive(Protocol):
             found = [head(values) for head in heads]
             return torch.stack(found, dim=1) if found else values.new_zeros(len(values), 0, 1)
 
-        everywhere = torch.arange(len(val.labels))
-        scores = {
-            "held_out": sgd_heads.accuracies(logits, train, parts.outside, c),
-            "val": sgd_heads.accuracies(logits, val, everywhere, c),
-        }
-        found = {key: sgd_heads.gathered(numbers, values, len(config.rates)) for key, values in scores.items()}
-        rows: list[dict[str, Any]] = [
-            {"rate": rate, **{key: values[n] for key, values in found.items()}} for n, rate in enumerate(config.rates)
-        ]
+        scores = sgd_heads.scores(logits, train, parts.outside, val, numbers, len(config.rates), c)
+        rows: list[dict[str, Any]] = [{"rate": rate, **of} for rate, of in zip(config.rates, scores, strict=True)]
         result = sgd_heads.choice("attentive", rows, "rate", config.rates)
         return {
             **result,

@@ -141,7 +141,7 @@ def hold_out(labels_N: NDArray[np.int64], fraction: float, seed: int) -> NDArray
         members = random.permutation(np.flatnonzero(labels_N == label))
         held[members[: min(len(members) - 1, -int(-len(members) * fraction // 1))]] = True
     if not held.any():
-        raise UserError("every class has one training sample only; the linear protocol needs at least two")
+        raise UserError("every class of the training set has one sample only, of which none can be held out; give two")
     return held
 
 

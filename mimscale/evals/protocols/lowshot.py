@@ -19,7 +19,7 @@ from mimscale.config.base import Strict
 from mimscale.data.manifest import Manifest
 from mimscale.errors import UserError
 from mimscale.evals.logistic_regression import MAX_ITERATIONS, TOLERANCE, Classifier, Rows, fit, predict, scaling_of
-from mimscale.evals.metrics import top1
+from mimscale.evals.metrics import mean_per_class, top1
 from mimscale.evals.parallel import all_sum
 from mimscale.evals.protocols.base import Context, Features, Protocol, Results
 
@@ -89,18 +89,21 @@ class LowShot(Protocol):
         chosen = self._choices(train.labels.numpy())
         scaling = scaling_of(train.values, c.rank, c.world)
         queries = scaling(val.values)
-        found = torch.zeros(len(chosen), 3, dtype=torch.float64)  # accuracy, l2, converged
+        found = torch.zeros(len(chosen), 4, dtype=torch.float64)  # accuracy, the same per class, l2, converged
         for draw in range(c.rank, len(chosen), c.world):
             ids = torch.from_numpy(chosen[draw])
             rows = Rows(train.values[ids], train.labels[ids], c.classes, c.device, scaling=scaling, parts=1)
             classifier, l2 = few_labels(rows, train.labels[ids])
-            accuracy = top1(predict(classifier, queries), val.labels, c.classes)
-            found[draw] = torch.tensor([accuracy, l2, classifier.converged], dtype=torch.float64)
-        draws, strengths, converged = all_sum(found).T.tolist()
+            predicted = predict(classifier, queries)
+            accuracy = top1(predicted, val.labels, c.classes)
+            per_class = mean_per_class(predicted, val.labels, c.classes)
+            found[draw] = torch.tensor([accuracy, per_class, l2, classifier.converged], dtype=torch.float64)
+        draws, per_class_draws, strengths, converged = all_sum(found).T.tolist()
         cut = [str(draw) for draw, done in enumerate(converged) if not done]
         return {
             "lowshot": statistics.fmean(draws),
-            "lowshot_sd": statistics.stdev(draws) if len(draws) > 1 else 0.0,
+            "lowshot_per_class": statistics.fmean(per_class_draws),
+            **({"lowshot_sd": statistics.stdev(draws)} if len(draws) > 1 else {}),
             "lowshot_draws": draws,
             "lowshot_l2": strengths,
             "labels": [len(ids) for ids in chosen],

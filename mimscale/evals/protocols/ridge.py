@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mimscale.config.base import Strict
-from mimscale.evals.metrics import top1
+from mimscale.evals.metrics import mean_per_class, top1
 from mimscale.evals.parallel import all_rows, all_sum, rows_of
 from mimscale.evals.protocols.base import Features, Protocol, Results
 
@@ -43,7 +43,11 @@ class Ridge(Protocol):
         pieces = val.values[mine_val].split(CHUNK)
         predicted = [found.outputs(piece.to(c.device)).argmax(dim=1).cpu() for piece in pieces]
         every = all_rows(torch.cat(predicted), len(val.values), c.rank, c.world)
-        return {"ridge": top1(every, val.labels, c.classes), "l2": found.l2}
+        return {
+            "ridge": top1(every, val.labels, c.classes),
+            "ridge_per_class": mean_per_class(every, val.labels, c.classes),
+            "l2": found.l2,
+        }
 
 
 class Classifier(NamedTuple):

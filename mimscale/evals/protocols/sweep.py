@@ -77,6 +77,10 @@ class Sweep(Protocol):
     blocks: ClassVar = max(BLOCKS)
     metrics: ClassVar = {"sweep": "linear sweep", "sweep_val_chosen": "chosen on val"}
     constants: ClassVar = {"momentum": MOMENTUM, "weight_decay": 0.0, "schedule": "cosine to 0", "crop": "centre"}
+    departs: ClassVar = (
+        "one centre crop per image, where DINOv2's release draws a random crop and flip each time; the head is chosen "
+        "on held-out training images, where the release chooses on val; BatchNorm is a further axis of the grid",
+    )
 
     def __init__(self, config: SweepConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -88,25 +92,19 @@ class Sweep(Protocol):
         sgd_heads.split(torch.tensor(train.labels), seed=0)
 
     def run(self, train: Features, val: Features) -> Results:
-        """Rank r trains the heads r, r + world, ...: each sees the same batches wherever it is trained."""
+        """Ranks share the heads: each sees the same batches wherever it is trained."""
         c = self.context
         parts = sgd_heads.split(train.labels, c.seed)
         batch = sgd_heads.batch_of(self.config.global_batch, len(parts.inside))
         steps = self.config.steps or max(LEAST_STEPS, round(self.config.epochs * len(parts.inside) / batch))
         heads = all_heads(train.values.shape, self.config.rates)
-        mine = heads[c.rank :: c.world]
+        mine = share_of(heads, c.rank, c.world)
         trained = TrainedTogether(mine, train.values.shape[-1], c)
         fit(trained, train, parts.inside, batch, steps)
-        everywhere = torch.arange(len(val.labels))
-        scores = {
-            "held_out": sgd_heads.accuracies(trained.logits, train, parts.outside, c),
-            "val": sgd_heads.accuracies(trained.logits, val, everywhere, c),
-        }
         numbers = [head.number for head in mine]
-        found = {key: sgd_heads.gathered(numbers, values, len(heads)) for key, values in scores.items()}
+        scores = sgd_heads.scores(trained.logits, train, parts.outside, val, numbers, len(heads), c)
         rows: list[dict[str, Any]] = [
-            {**head.input._asdict(), "rate": head.rate, **{key: values[n] for key, values in found.items()}}
-            for n, head in enumerate(heads)
+            {**head.input._asdict(), "rate": head.rate, **of} for head, of in zip(heads, scores, strict=True)
         ]
         result = sgd_heads.choice("sweep", rows, "rate", self.config.rates)
         return {**result, "steps": steps, "batch": batch, "held_out_images": len(parts.outside)}
@@ -121,6 +119,19 @@ def all_heads(shape: Sequence[int], rates: Sequence[float]) -> list[Head]:
     return [Head(n, i, rate) for n, (i, rate) in enumerate((i, rate) for i in inputs for rate in rates)]
 
 
+def share_of(heads: Sequence[Head], rank: int, world: int) -> list[Head]:
+    """The heads that a rank trains: all of an input, so that their matrix product, and each number, is the same for any
+    number of ranks. The widest inputs are given out first, each to the rank that has the least.
+    """
+    load, mine = [0] * world, list[Head]()
+    widest_first = sorted(_by_input(heads), key=lambda group: -_width(group[0]))
+    for of, group in widest_first:
+        owner = load.index(min(load))
+        load[owner] += _width(of)
+        mine += group if owner == rank else []
+    return sorted(mine, key=lambda head: head.number)
+
+
 class TrainedTogether(nn.Module):
     """Some heads of a sweep; those of one input are one matrix product.
 
@@ -133,7 +144,7 @@ class TrainedTogether(nn.Module):
         self.inputs = [of for of, _ in _by_input(heads)]
         self.norms, self.weights, self.biases = nn.ModuleList(), nn.ParameterList(), nn.ParameterList()
         for of, group in _by_input(heads):
-            features = width * (of.blocks + (of.pool == "cls+mean"))
+            features = width * _width(of)
             self.norms.append(nn.BatchNorm1d(features, eps=EPS, affine=False) if of.norm else nn.Identity())
             drawn = [_weights(features, context.classes, context.seed, head.number) for head in group]
             self.weights.append(nn.Parameter(torch.stack(drawn, dim=1)))
@@ -169,6 +180,11 @@ def fit(heads: TrainedTogether, train: Features, rows: Tensor, batch: int, steps
             heads.add_gradients(*sgd_heads.rows_on(heads.context.device, train, some), batch / 256)
             optimizer.step()
     heads.eval()
+
+
+def _width(of: Input) -> int:
+    """Of an input, in widths of the network."""
+    return of.blocks + (of.pool == "cls+mean")
 
 
 def _by_input(heads: Sequence[Head]) -> list[tuple[Input, list[Head]]]:

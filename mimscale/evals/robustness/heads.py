@@ -22,7 +22,7 @@ from mimscale.evals.networks import Network, features_folder
 from mimscale.evals.protocols.linear import HOLD_OUT, full_data, hold_out
 from mimscale.evals.robustness.classes import outputs_of
 from mimscale.evals.robustness.classifiers import PREDICTION, Classifier, class_names, digest, linear_logits
-from mimscale.evals.runner import Settings, extraction_of, networks_of
+from mimscale.evals.runner import Settings, check_several_classes, extraction_of, networks_of
 
 Check = Callable[[list[str]], None]
 """Raises UserError where a classifier with outputs of these names cannot answer for the data sets."""
@@ -83,6 +83,7 @@ def _frozen(paths: Sequence[Path], settings: Settings, train: Path, check: Check
     manifest = Manifest.load(train)
     if manifest.labels is None or manifest.labels.min() < 0 or manifest.classes is None:
         raise UserError(f"--train {train} has samples without labels; prepare it without --unlabelled")
+    check_several_classes(manifest.labels, f"--train {train}")
     check(manifest.classes)
     return manifest, networks_of(paths, settings.pools, settings)
 

@@ -28,6 +28,7 @@ from mimscale.errors import UserError, printable
 from mimscale.evals.launch import add_shared, check_out, default_outs, on_ranks, publish
 from mimscale.evals.metrics import mean_per_class, top1
 from mimscale.evals.options import config_of
+from mimscale.evals.protocols.base import Protocol
 from mimscale.evals.robustness.classifiers import Classifier
 from mimscale.evals.robustness.heads import own_classifier, predictions_of
 from mimscale.evals.runner import Settings, evaluate, open_data, protocol_class
@@ -164,10 +165,16 @@ def checked(pair: Pair, protocols: Sequence[str]) -> str:
     set that does not do for one of the protocols.
     """
     train, val = open_data(pair.train, pair.val, labelled=True)
+    metric = str(val.file.source.get("metric", "top-1"))
     for name in protocols:
         kind = protocol_class(name)
+        if metric == PER_CLASS and kind.unit != Protocol.unit:
+            raise UserError(
+                f"--protocols {name} reports {kind.unit}, and --sets {pair.name} asks for {metric} accuracy; leave one "
+                f"of them out"
+            )
         kind.check(config_of({}, kind.Config), train, val)
-    return str(val.file.source.get("metric", "top-1"))
+    return metric
 
 
 def value_of(row: Mapping[str, Any], key: str, metric: str, protocol: str) -> float:

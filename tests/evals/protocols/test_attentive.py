@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,8 +52,20 @@ def test_ranks_share_the_rates(digits: Digits) -> None:
     whole = Attentive(config, Context(10, 0, CPU)).run(train, val)["heads"]
     parts = [Attentive(config, Context(10, 0, CPU, rank, 2)).run(train, val)["heads"] for rank in range(2)]
     for number, head in enumerate(whole):
-        for key in ("held_out", "val"):
+        for key in ("held_out", "val", "val_per_class"):
             assert sum(part[number][key] for part in parts) == head[key]
+
+
+def test_heads_that_diverge_are_not_chosen(digits: Digits) -> None:
+    train, val = as_tokens(digits)
+
+    def found(*rates: float) -> dict[str, Any]:
+        return Attentive(AttentiveConfig(steps=10, rates=rates), Context(10, 0, CPU)).run(train, val)
+
+    both = found(1e8, 5.0)
+    assert both["chosen"]["rate"] == 5 and both["heads"][0]["val"] == both["heads"][0]["held_out"] == 0
+    (warning,) = found(1e8)["warnings"]
+    assert "with lower --rates the heads may not diverge" in warning
 
 
 def test_the_global_generator_is_left_alone() -> None:
@@ -73,4 +87,4 @@ def test_reference(digits: Digits, head: Kind, seed: int) -> None:
     found = Attentive(config, Context(10, seed, CPU)).run(train, val)
     print(found["attentive"], found["chosen"])
     assert found["attentive"] == pytest.approx(REFERENCE[head], abs=4.0)
-    assert found["attentive_val_chosen"] >= found["attentive"]
+    assert found["attentive_val_chosen"] >= found["attentive"] == pytest.approx(found["attentive_per_class"], abs=2.0)

@@ -95,5 +95,5 @@ def test_hold_out_takes_a_part_of_each_class_and_never_all() -> None:
     assert [int(held[labels == c].sum()) for c in range(3)] == [2, 1, 0]
     assert np.array_equal(held, hold_out(labels, 0.1, seed=3))
     assert not np.array_equal(held, hold_out(labels, 0.1, seed=4))
-    with pytest.raises(UserError, match="at least two"):
+    with pytest.raises(UserError, match="one sample only, of which none can be held out"):
         hold_out(np.arange(5), 0.1, seed=0)

@@ -157,6 +157,8 @@ def test_refusals(sets: Path, run_dir: Path, tmp_path: Path, capsys: pytest.Capt
     assert "--sets pets: the name is given twice" in refused("--sets", pets, pets)
     assert "no such folder" in refused("--sets", pets, f"b={tmp_path / 'x'}:{tmp_path / 'y'}")
     assert "protocol = 'knm' is unknown; did you mean 'knn'?" in refused("--sets", pets, "--protocols", "knm")
+    text = "--protocols retrieval reports percent mAP, and --sets pets asks for mean per-class accuracy"
+    assert text in refused("--sets", pets, "--protocols", "knn", "retrieval")
     assert "is not NAME=RUN with a NAME of --sets (pets)" in refused("--sets", pets, "--classifiers", "cars=x")
     assert "holds no fine-tuned classifier" in refused("--sets", pets, "--classifiers", f"pets={run_dir}")
     ft = save_run(tmp_path / "ft", small_run("finetune"))
