@@ -31,7 +31,7 @@ from mimscale.data.manifest import Manifest
 from mimscale.data.names import one_line
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError, warn
-from mimscale.files.command_line import Help, add_json, end_with_example, print_json, stdout_kept
+from mimscale.files.command_line import Parser, add_json, end_with_example, print_json, stdout_kept
 from mimscale.files.durations import duration
 from mimscale.files.progress import progress, working
 
@@ -300,7 +300,7 @@ def _lines(path: Path) -> list[str]:
 
 def make_parser() -> argparse.ArgumentParser:
     text = "Make and check data sets of tar shards."
-    top = argparse.ArgumentParser(prog="python -m data_prep", description=text, formatter_class=Help)
+    top = Parser(prog="python -m data_prep", description=text)
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
     folder = verbs.add_parser("folder", help="shards from a folder of images, SRC/CLASS/*.jpg")

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from mimscale import __version__
 from mimscale.distributed.end_process import end_process
 from mimscale.errors import Stopped, UserError, printable, warn
-from mimscale.files.command_line import Help, end_with_example
+from mimscale.files.command_line import Parser, end_with_example
 
 VERBS = {
     "train": ("mimscale.training.cli", "pre-train a student; resumes what the run folder holds"),
@@ -67,14 +67,12 @@ def without_local_rank(arguments: Sequence[str]) -> list[str]:
 
 def make_parser(verbs: Collection[str]) -> tuple[argparse.ArgumentParser, dict[str, Any]]:
     """The parser, and the modules of the verbs that are named: only these are imported and know their arguments."""
-    parser = argparse.ArgumentParser(
-        prog="mimscale", description="Masked-image-modeling pre-training at scale.", formatter_class=Help
-    )
+    parser = Parser(prog="mimscale", description="Masked-image-modeling pre-training at scale.")
     parser.add_argument("--version", action="version", version=f"mimscale {__version__}")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     modules = {}
     for name, (path, text) in VERBS.items():
-        sub = subparsers.add_parser(name, help=text, description=text, formatter_class=Help)
+        sub = subparsers.add_parser(name, help=text, description=text)
         if name in verbs:
             modules[name] = importlib.import_module(path)
             modules[name].add_arguments(sub)
@@ -144,8 +142,10 @@ def entry() -> NoReturn:
         code = main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except BaseException:
-        traceback.print_exc()
+        warn(traceback.format_exc().rstrip())
         code = 1
     end_process(code)
 

@@ -16,8 +16,13 @@ class UserError(ValueError):
     """
 
     def __init__(self, *values: object, everywhere: bool = False) -> None:
-        super().__init__(*(without_secrets(value) if isinstance(value, str) else value for value in values))
+        super().__init__(*(_one_line(value) if isinstance(value, str) else value for value in values))
         self.everywhere = everywhere
+
+
+def _one_line(text: str) -> str:
+    """Without secrets, and with `\\n` for the end of a line inside a value."""
+    return without_secrets(text.strip().replace("\n", "\\n"))
 
 
 class Stopped(RuntimeError):
@@ -40,16 +45,30 @@ def printable(text: str) -> str:
 
 def without_secrets(text: str) -> str:
     """The text with each URL in it cut down to scheme, host and path: a user, a query or a fragment may be a secret."""
-
-    def bare(match: re.Match[str]) -> str:
-        scheme, _, rest = match[0].partition("://")
-        host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
-        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
-
-    return _URL.sub(bare, text)
+    return _URL.sub(lambda match: match[1] + _bare(match[2]), text)
 
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"|]*")
+def _bare(rest: str) -> str:
+    """What follows `scheme://`, without user, query and fragment."""
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    _, _, port = host.partition(":")
+    unescaped = port and not port.isdecimal() and not host.startswith("[")  # of a password with / in it: S3's may have
+    if "@" in host:
+        rest = host.rpartition("@")[2] + rest[len(host) :]
+    elif unescaped:
+        rest = rest.rpartition("@")[2]
+    return re.split(r"[?#]", rest, maxsplit=1)[0]
+
+
+def is_address(path: object) -> bool:
+    """Whether what is to be a path of this machine is a URL: it would become a folder named `s3:`."""
+    return re.match(rf"(?:wds:)?(?:{_SCHEMES}|file):/", str(path), re.IGNORECASE) is not None
+
+
+_SCHEMES = "https?|s3[an]?|gs|gcs|ftps?|sftp|ssh|hdfs|hf|az|abfss?"
+_URL = re.compile(  # `:/` is what pathlib leaves of `://`; the next address in a list begins a match of its own
+    rf"([a-z][a-z0-9+.-]*://|\b(?:{_SCHEMES}):/)((?:(?!(?:::)?\b(?:{_SCHEMES}):/)[^\s'\"|])*)", re.IGNORECASE
+)
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ud800-\udfff\ufeff]"
 )

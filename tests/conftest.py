@@ -40,7 +40,7 @@ def no_watcher_stays() -> Iterator[None]:
     yield
     stay = [thread for thread in threading.enumerate() if thread.name in WATCHERS and thread not in before]
     for thread in stay:
-        thread.join(5.0)  # one that was told to end looks at most half a second later
+        thread.join(5.0)  # one that was told to end does so within half a second
     assert not [thread.name for thread in stay if thread.is_alive()]
 
 

@@ -67,6 +67,11 @@ def test_impossible_runs_are_refused_before_any_rank_connects(
     assert "File name too long" in refusal(capsys, *folder, tmp_path / ("x" * 300))
     assert "a\\udcff is not UTF-8; name a folder" in refusal(capsys, *folder, tmp_path / "a\udcff")
     assert "null" in refusal(capsys, *folder, f"{tmp_path}/a\0b")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "broken").symlink_to("nowhere")
+    assert "recipe.yaml/x cannot be used: Not a directory" in refusal(capsys, *folder, recipe / "x")
+    assert "loop cannot be used: Too many levels of symbolic links" in refusal(capsys, *folder, tmp_path / "loop")
+    assert "broken is a link to nothing; make the folder" in refusal(capsys, *folder, tmp_path / "broken")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["hang"]
 
 
@@ -114,6 +119,9 @@ def test_variables_of_launchers_are_refused(
 
 
 def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "mae_tiny", "--run-dir", ""])  # "$RUN_DIR" of a shell that does not know it
+    assert "argument --run-dir: an empty path; name a file or folder" in capsys.readouterr().err
     for words in ([], ["fly"], ["train"], ["train", "mae_vit_b16", "--speed"]):
         with pytest.raises(SystemExit) as stop:
             main(words)

@@ -36,7 +36,7 @@ from mimscale.config.difference import differences
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import RunConfig
 from mimscale.distributed.coordination import Coordinator
-from mimscale.errors import UserError, printable
+from mimscale.errors import UserError, is_address, printable, without_secrets
 from mimscale.files.atomic import atomic_write
 from mimscale.files.regular import special_files
 
@@ -53,18 +53,31 @@ PACKAGES = (
     "simplejpeg",
 )
 
+WRITTEN = (
+    *("launches.jsonl", "metrics.jsonl", "damaged.jsonl", "evals.jsonl", "left_out.jsonl", "lock", "lock.held"),
+    *("checkpoints", "hang", "job", "panels", "tensorboard", "wandb"),
+)
+"""What a run appends to or writes in."""
+REPLACED = ("config.yaml", "wandb.json", "mlflow.json", "guard.json", "done", "stop")
+"""What appears whole, in the place of whatever stood there."""
+
 
 def check_names(*folders: Path) -> None:
     """Raise UserError for folders that no file system or no library can name."""
     for folder in folders:
         shown = printable(str(folder)) if len(str(folder)) < 300 else f"{printable(str(folder)[:80])}..."
+        if is_address(folder):
+            raise UserError(f"--run-dir {shown} is an address; name a folder on a disk of this machine")
         try:
             str(folder).encode()
         except UnicodeEncodeError:
             raise UserError(f"--run-dir {shown} is not UTF-8; name a folder in UTF-8") from None
         try:
-            os.lstat(folder)
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            os.stat(folder)
+        except FileNotFoundError:
+            if os.path.islink(folder):
+                raise UserError(f"--run-dir {shown} is a link to nothing; make the folder that it points to") from None
+        except PermissionError:
             pass  # what it means depends on who asks
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
@@ -72,10 +85,21 @@ def check_names(*folders: Path) -> None:
 
 
 def refuse_special_files(*folders: Path) -> None:
-    """Raise UserError for a named pipe, socket or device in a run folder, which would hang whoever opens it."""
+    """Raise UserError for a named pipe, socket or device in a run folder, which would hang whoever opens it, and for a
+    link in the place of what a run goes on writing: it would write, and remove old checkpoints, in another place.
+
+    Nothing else is read: the folder may turn out to be somebody's home.
+    """
     for folder in folders:
-        for path, kind in special_files(folder):
-            raise UserError(f"{path} is {kind}, not a file of a run; remove it, and start again")
+        for name in WRITTEN:
+            if os.path.islink(folder / name):
+                raise UserError(
+                    f"{folder / name} is a link, which a run that writes does not follow; put in its place what it "
+                    f"points to (the run folder as a whole may be a link)"
+                )
+        for name in (*WRITTEN, *REPLACED):
+            for path, kind in special_files(folder / name):
+                raise UserError(f"{path} is {kind}, not a file of a run; remove it, and start again")
 
 
 def existing_run(run_dir: Path) -> RunConfig | None:
@@ -197,7 +221,7 @@ def launch(command: Sequence[str], **values: Any) -> dict[str, Any]:
     """Who, what and with which versions, for launches.jsonl. Of the environment only SLURM's job number is kept."""
     return {
         "time": round(time.time(), 3),
-        "command": list(command),
+        "command": [without_secrets(word) for word in command],
         "host": platform.node(),
         "python": platform.python_version(),
         "packages": versions(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import (
@@ -16,6 +17,7 @@ from pydantic import (
 )
 
 from mimscale.config.key_texts import key_texts
+from mimscale.errors import is_address, without_secrets
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -58,6 +60,20 @@ class Strict(BaseModel):
             raise ValueError(f"{shown} is no number or text; YAML reads yes, no, on and off as true and false")
         return result
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _holds_no_secret(cls, value: Any) -> Any:
+        """The recipe is kept in the run folder, and printed."""
+        for text in _texts_in(value):
+            shown = without_secrets(str(text))
+            if isinstance(text, Path) and is_address(text):
+                raise ValueError(f"'{shown}' is an address; give a path of this machine")
+            if isinstance(text, str) and shown != text:
+                raise ValueError(
+                    f"'{shown}' was given with credentials in it; remove them and set them in the environment"
+                )
+        return value
+
     @model_validator(mode="after")
     def _numbers_are_sane(self) -> Strict:
         for place, number in numbers_in(dict(self)):
@@ -69,6 +85,18 @@ class Strict(BaseModel):
 def _admits_bool(annotation: Any) -> bool:
     inner = get_args(annotation)
     return annotation in (bool, Any) or any(_admits_bool(each) for each in inner)
+
+
+def _texts_in(value: Any) -> Iterator[str | Path]:
+    """Every text and path in plain values, keys too; sections inside are left to themselves."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from (*_texts_in(key), *_texts_in(inner))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts_in(inner)
+    elif isinstance(value, (str, Path)):
+        yield value
 
 
 def numbers_in(value: Any, place: str = "") -> Iterator[tuple[str, float]]:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from mimscale.config.deepspeed_file import DeepSpeedFile
 from mimscale.config.registry import first_line
 from mimscale.errors import UserError, nearest
+from mimscale.files.regular import read_regular
 
 PRECISIONS: tuple[Literal["fp16", "bf16"], ...] = ("fp16", "bf16")
 DS_REFUSED = (
@@ -52,7 +53,7 @@ def load_ds_config(name: str) -> dict[str, Any]:
     path = Path(name)
     if path.suffix == ".json":
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_regular(path).decode("utf-8")
         except OSError as error:
             raise UserError(f"engine.ds_config = '{name}' cannot be read: {error.strerror}") from None
         except ValueError:  # not UTF-8, or a path with a null byte

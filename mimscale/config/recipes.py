@@ -18,6 +18,7 @@ from mimscale.config.extends import merged
 from mimscale.config.registry import first_line
 from mimscale.config.run import RunConfig
 from mimscale.errors import UserError
+from mimscale.files.regular import read_regular
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -132,7 +133,7 @@ def _is_file(recipe: str) -> bool:
 def _read_yaml(recipe: str) -> dict[str, Any]:
     if _is_file(recipe):
         try:
-            text = Path(recipe).read_text(encoding="utf-8")
+            text = read_regular(Path(recipe)).decode("utf-8")
         except OSError as error:
             raise UserError(f"recipe '{recipe}' cannot be read: {error.strerror}") from None
         except ValueError:  # not UTF-8, or a path with a null byte

@@ -200,7 +200,8 @@ class Manifest:
         """The keys of all samples, in order: reads only their tar headers, by several threads. Raises OSError."""
 
         def name(sample_id: int) -> str:
-            header = self._files.read(self.shard_of(sample_id), BLOCK, int(self.offsets[sample_id]) - BLOCK)
+            shard, offset, _ = self._place(sample_id)
+            header = self._files.read(shard, BLOCK, offset - BLOCK)
             return os.path.splitext(_header(header).name)[0]
 
         with ThreadPoolExecutor(MAX_REQUESTS) as pool:
@@ -210,9 +211,9 @@ class Manifest:
         """Ask the system to read these samples in the background. Errors are raised by `read`, not here."""
         if is_remote(self.location) and self.cache is None:
             return
-        for sample_id, shard in zip(ids.tolist(), self.locate(ids)[0].tolist(), strict=True):
+        for sample_id in ids.tolist():
             with suppress(OSError):
-                offset, size = int(self.offsets[sample_id]), int(self.sizes[sample_id])
+                shard, offset, size = self._place(sample_id)
                 self._files.will_need(shard, size + BLOCK, offset - BLOCK)
 
     def shard_key(self, shard: int) -> str:
@@ -235,13 +236,20 @@ class Manifest:
         """Close all open shards; the next read opens them again."""
         self._files.close()
 
-    def _read_member(self, sample_id: int) -> bytes:
-        """Tar header and contents of a sample's image. The header must agree with the index. Raises OSError."""
+    def _place(self, sample_id: int) -> tuple[int, int, int]:
+        """Shard number, offset and size of a sample's image. Raises OSError for numbers that its shard cannot have."""
         shard = self.shard_of(sample_id)
         offset, size = self.index[sample_id].tolist()
+        entry = self.file.shards[shard]
+        if offset < BLOCK or size < 0 or offset + size > entry.bytes:
+            place = f"{size} bytes at {offset} of {entry.bytes}"
+            raise OSError(f"'{self.location}/{entry.name}': the index is damaged: {place}")
+        return shard, offset, size
+
+    def _read_member(self, sample_id: int) -> bytes:
+        """Tar header and contents of a sample's image. The header must agree with the index. Raises OSError."""
+        shard, offset, size = self._place(sample_id)
         path = f"{self.location}/{self.file.shards[shard].name}"
-        if offset < BLOCK or size < 0:
-            raise OSError(f"'{path}': the index is damaged: {size} bytes at {offset}")
         data = self._files.read(shard, size + BLOCK, offset - BLOCK)
         if len(data) != size + BLOCK:
             raise OSError(f"'{path}' ends early: {len(data) - BLOCK} of {size} bytes at {offset}")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,13 +17,53 @@ import torch.distributed as dist
 from mimscale.errors import UserError
 
 T = TypeVar("T")
+OPENS_S, GONE_S = 5.0, 16.0  # between the signs of life of ranks that open the process group; without one
+
+
+class Waits(Protocol):
+    """What a thread that watches a rank asks of it. world: number of ranks.
+
+    waiting: number, name and start (on the monotonic clock) of the call in which this rank waits for others.
+    """
+
+    world: int
+    waiting: tuple[int, str, float] | None
+
+    def absent(self) -> list[int]:
+        """Ranks that do not take part in this call, as far as this rank knows. For the thread that watches."""
+
+
+class Opening:
+    """In the place of the `Coordinator` while the process group is opened, in calls that say nothing of the others.
+
+    A rank that was killed after all had met would leave them there until the group's timeout. Each gives a sign of
+    life in the store; rank 0, which serves it, reads them.
+    """
+
+    def __init__(self, store: dist.Store | None, rank: int, world: int) -> None:
+        now_s = time.monotonic()
+        self._store, self._rank, self.world = store, rank, world
+        self.waiting: tuple[int, str, float] | None = (0, "open_process_group", now_s) if world > 1 else None
+        self._next_s = 0.0
+        others = range(1, world) if rank == 0 else ()
+        self._signs, self._seen_s = dict.fromkeys(others, 0), dict.fromkeys(others, now_s)
+
+    def absent(self) -> list[int]:
+        now_s = time.monotonic()
+        if self._store is not None and now_s >= self._next_s:
+            self._next_s = now_s + OPENS_S
+            self._store.add(f"opens/{self._rank}", 1)
+            for rank, known in self._signs.items():
+                signs = self._store.add(f"opens/{rank}", 0)
+                if signs != known:
+                    self._signs[rank], self._seen_s[rank] = signs, now_s
+        return [rank for rank, seen_s in self._seen_s.items() if now_s - seen_s > GONE_S]
 
 
 class Coordinator:
     """The control plane of a run. Without an initialised process group it is that of a single rank.
 
-    store: in which ranks that wait leave a note, so that `absent` knows for whom. waiting: number, name and start
-    (on the monotonic clock) of the call in which this rank waits for others, for a thread that watches it.
+    store: in which ranks that wait leave a note, so that `absent` knows for whom. waiting: see `Waits`.
     """
 
     def __init__(self, store: dist.Store | None = None, timeout_s: float = 1800.0) -> None:

@@ -61,11 +61,16 @@ def _kinds(environment: MutableMapping[str, str]) -> list[tuple[str, str, str]]:
 
 
 def _torch_place(environment: MutableMapping[str, str]) -> Place:
+    counted = next((names[1] for names in _kinds(environment)), None)  # by srun or mpirun, which need neither
+
+    def fix(name: str) -> str:
+        return f"unset {name}: {counted} is set too" if counted else f"{START}, or unset {name} for one process"
+
     if "WORLD_SIZE" not in environment:
-        raise UserError(f"RANK = {environment['RANK']} without WORLD_SIZE; {START}, or unset RANK for one process")
+        raise UserError(f"RANK = {environment['RANK']} without WORLD_SIZE; {fix('RANK')}")
     size = _number(environment, "WORLD_SIZE", least=1)
     if "RANK" not in environment and size > 1:
-        raise UserError(f"WORLD_SIZE = {size} without RANK; {START}, or unset WORLD_SIZE for one process")
+        raise UserError(f"WORLD_SIZE = {size} without RANK; {fix('WORLD_SIZE')}")
     rank = _number(environment, "RANK") if "RANK" in environment else 0
     local = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else None
     return _checked(Place(rank, size, local), "RANK")

@@ -126,7 +126,7 @@ def _store(world: World, address: str, waiting: _Waiting) -> dist.Store:
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun serves it for its ranks
     serves = world.rank == 0 and not of_agent
     while not serves and not _listens(host, port):
-        waiting.pause(lambda: "rank 0")
+        waiting.pause(lambda: "the torchrun that started this rank" if of_agent else "rank 0")
     limit = timedelta(seconds=60)
     try:
         store = dist.TCPStore(host, port, world.size, serves, limit, wait_for_workers=False, multi_tenant=True)

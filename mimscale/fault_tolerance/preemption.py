@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from mimscale.distributed.coordination import Coordinator
+from mimscale.distributed.coordination import Waits
 from mimscale.distributed.launcher import LAUNCHED
 from mimscale.distributed.rendezvous import AGAIN_S, REPORT_S, named
 from mimscale.errors import warn
@@ -49,6 +49,7 @@ class Preemption:
         self._poll_s = poll_s
         self._next_poll_s = 0.0
         self._interrupted_s = -ECHO_S
+        self._pid = os.getpid()
         self.reason: str | None = None
         self.phase: Literal["start", "loop", "end"] = "start"
         self.step_s, self._raised_s = 0.0, math.inf
@@ -61,6 +62,8 @@ class Preemption:
         self.reason = signal.Signals(number).name
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a worker that was just forked, and that the trainer ends
         now_s, first = time.monotonic(), self.reason != "SIGINT"
         if first:
             self.reason, self._interrupted_s = "SIGINT", now_s
@@ -94,7 +97,7 @@ class SignalWatch:
 
     def __init__(self, preemption: Preemption, rank: int, report_s: float = REPORT_S) -> None:
         self._preemption, self._rank, self._report_s = preemption, rank, report_s
-        self.coordinator: Coordinator | None = None
+        self.coordinator: Waits | None = None
         self._parent = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
         self._asked: tuple[str, int, float] | None = None  # what asked first, the exit code, when
         self._interrupts: list[float] = []
@@ -169,7 +172,7 @@ class SignalWatch:
             whom = "others"
             if self.coordinator is not None and waiting is not None:
                 with suppress(Exception):
-                    whom = named(self.coordinator.absent()) or whom
+                    whom = named(absent) if (absent := self.coordinator.absent()) else whom
             self._leave(f"{reason} while it waits for {whom}", code)
 
     def _waiting(self) -> tuple[int, str, float] | None:

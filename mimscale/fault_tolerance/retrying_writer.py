@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mimscale.errors import warn
 from mimscale.files.atomic import atomic_write
+from mimscale.files.regular import open_to_write
 
 _NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # what waiting does not change
 
@@ -62,7 +63,7 @@ class RetryingWriter:
             self._refused[path] = error
 
     def _append(self, path: Path) -> None:
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        file = open_to_write(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
             if path not in self._begun:
                 self._begun.add(path)

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from mimscale.errors import Stopped, UserError, warn
-from mimscale.files.regular import read_regular
+from mimscale.files.regular import open_to_write, read_regular
 
 BEAT_S = 10.0
 WATCHED = 6  # beats without which a holder on another host counts as dead
@@ -108,7 +108,7 @@ class RunLock:
         }
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._held = os.open(run_dir / "lock.held", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._held = open_to_write(run_dir / "lock.held", os.O_RDWR | os.O_CREAT)
             self._locked = self._lock()
             self._resolve_claim(self._read())
             self._write_claim()
@@ -216,7 +216,7 @@ class RunLock:
         self._write(json.dumps(self._claim).encode().ljust(_BEAT_AT), 0)
 
     def _write(self, content: bytes, at: int) -> None:
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        file = open_to_write(self.path, os.O_WRONLY | os.O_CREAT)
         try:
             os.pwrite(file, content, at)
         finally:

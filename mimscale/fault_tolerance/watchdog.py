@@ -30,6 +30,7 @@ from mimscale.errors import warn
 from mimscale.fault_tolerance.config import WatchdogConfig
 from mimscale.fault_tolerance.preemption import leave_requeue_marker
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
+from mimscale.files.regular import open_to_write
 
 EXIT_CODE = 75  # "try again later"
 
@@ -93,7 +94,8 @@ class Watchdog:
         folder = self._run_dir / "hang"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with (folder / f"rank-{self._rank}.txt").open("a") as file:
+            path = folder / f"rank-{self._rank}.txt"
+            with os.fdopen(open_to_write(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a") as file:
                 file.write(text + "\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)

@@ -10,10 +10,33 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mimscale.errors import is_address, printable
 
 WIDTH, LINES = 100, 40
 """The screen that the help of every verb fits."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments of `type=Path` are paths of this machine, and what is refused is printed without secrets."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": Help, **options})
+        self.register("type", Path, local_path)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+def local_path(text: str) -> Path:
+    """Raises ArgumentTypeError for an address, and for no name, as of a shell's variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path; name a file or folder")
+    if is_address(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is an address; give a path of this machine")
+    return Path(text)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,17 +34,32 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
-def special_files(folder: Path) -> Iterator[tuple[Path, str]]:
-    """(path, what it is) of all pipes, sockets and devices below a folder, also those that a link stands for.
+def read_head(path: Path, size: int) -> bytes:
+    """The first bytes; raises OSError at once for what is no regular file."""
+    with open_regular(path) as file:
+        return file.read(size)
+
+
+def open_to_write(path: Path, flags: int) -> int:
+    """As `os.open`; raises OSError for a link, because what it points to may be somebody else's."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link, which is not followed", str(path)) from None
+        raise
+
+
+def special_files(place: Path) -> Iterator[tuple[Path, str]]:
+    """(path, what it is) of a place and all below it that is a pipe, a socket or a device, also where a link says so.
 
     Links to folders are not followed. What cannot be listed is passed over: whoever opens it will say so.
     """
-    for top, _, names in os.walk(folder):
-        for name in names:
-            path = Path(top, name)
-            try:
-                kind = KINDS.get(stat.S_IFMT(path.stat().st_mode))
-            except OSError:  # a link to nothing, or a file that was removed meanwhile
-                continue
-            if kind is not None:
-                yield path, kind
+    below = (Path(top, name) for top, _, names in os.walk(place) for name in names)
+    for path in chain([place], below):
+        try:
+            kind = KINDS.get(stat.S_IFMT(path.stat().st_mode))
+        except OSError:  # a link to nothing, or a file that was removed meanwhile
+            continue
+        if kind is not None:
+            yield path, kind

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mimscale.errors import UserError
+from mimscale.files.regular import read_head
 
 KEYS = (
     *("model", "state_dict", "model_state_dict", "module", "teacher", "target_encoder", "student", "encoder"),
@@ -45,10 +46,10 @@ PREFIXES = ("module.", "model.", "net.", "network.")
 
 TOWERS = (
     *("teacher.backbone.", "backbone.", "teacher.", "base_encoder.", "encoder_q.", "ema_model.", "visual.trunk."),
-    "image_encoder.",
+    *("image_encoder.", *PREFIXES),
 )
-"""In front of the network among the heads of self-distillation, MoCo, averages, Lightning modules and text towers; the
-first that fits is taken."""
+"""In front of the network among the heads of self-distillation, MoCo, averages, Lightning modules (where a loss has
+parameters too) and text towers; the first that fits is taken."""
 
 QUANTISED = (torch.int8, torch.uint8, torch.bool, torch.qint8, torch.quint8, torch.float8_e4m3fn, torch.float8_e5m2)
 """Types that no weight is trained in. int64 is left: it is the index of relative positions, or a counter."""
@@ -122,8 +123,39 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+        if what := _other_kind(path):
+            raise UserError(f"{path} is not a whole safetensors file: it is {what}") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} is not a whole safetensors file ({reason[:200]}); get it again") from None
+
+
+OTHERS: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`"),
+    (b"<!doctype", "a web page, which a server sent in place of the file; get it again"),
+    (b"<html", "a web page, which a server sent in place of the file; get it again"),
+    (b"\x1f\x8b", "packed with gzip; unpack it"),
+    (b"\x89hdf", "an HDF5 file, as Keras writes it; save its weights with torch or safetensors"),
+    (b"\x93numpy", "a numpy array; save named tensors with torch or safetensors"),
+)
+"""First bytes, in lower case, of files that people take for weights, and what they are."""
+
+LEGACY = "in torch's legacy .tar format; load it with torch, and save its tensors anew"
+
+
+def _other_kind(path: Path) -> str:
+    """What a file is that is no file of weights at all, and what to do; "" where that cannot be told."""
+    try:
+        head = read_head(path, 4096)
+    except OSError:
+        return ""
+    if not head:
+        return "empty; get it again"
+    if head.startswith(b"PK") and b".npy" in head:
+        return "an archive of numpy arrays; save named tensors with torch or safetensors"
+    what = next((what for start, what in OTHERS if head.lstrip().lower().startswith(start)), "")
+    if not what and len(head) < 4096 and head.isascii() and b"\0" not in head:
+        return "a text file; get the file of weights"
+    return what
 
 
 def _unpickled(path: Path) -> Any:
@@ -133,6 +165,8 @@ def _unpickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is no pickle fails in as many ways as there are bytes
         text = str(error)
+        if what := LEGACY if "legacy .tar format" in text else _other_kind(path):
+            raise UserError(f"{path} cannot be read as a torch checkpoint: it is {what}") from None
         if "TorchScript" in text:
             raise UserError(f"{path} is a TorchScript archive, which holds code; save its state_dict() alone") from None
         refused = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"but got <class '([\w.]+)'>", text)
@@ -179,10 +213,17 @@ def _plain_dict(*factory: Any) -> dict[Any, Any]:
     return {}
 
 
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(n, str) and isinstance(t, Tensor) for n, t in value.items())
+
+
 def _mapping_of_tensors(path: Path, content: Any) -> tuple[dict[str, Tensor], list[str]]:
     notes: list[str] = []
     while isinstance(content, Mapping):
         key = next((key for key in KEYS if isinstance(content.get(key), Mapping) and content[key]), None)
+        states = [name for name, value in content.items() if isinstance(name, str) and _holds_tensors(value)]
+        if key is None and len(states) == 1 and not _holds_tensors(content):
+            key = states[0]  # a name of one program's own
         if key is None:
             break
         others = [other for other in KEYS if other != key and isinstance(content.get(other), Mapping)]

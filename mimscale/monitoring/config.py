@@ -35,11 +35,11 @@ class MlflowConfig(Strict):
     uri: str | None = None
     experiment: str = Field("mimscale", min_length=1)
 
-    @field_validator("uri")
+    @field_validator("uri", mode="before")  # whose advice is better than that for any secret
     @classmethod
-    def _uri(cls, uri: str | None) -> str | None:
-        if uri is None:
-            return None
+    def _uri(cls, uri: object) -> object:
+        if not isinstance(uri, str):
+            return uri
         scheme, separator, rest = uri.partition(":")
         if not separator or scheme.partition("+")[0] not in STORES:
             raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from mimscale.checkpoint import run_folder
 from mimscale.config.deepspeed import precision_of
 from mimscale.config.run import RunConfig, method_class
-from mimscale.distributed.coordination import Coordinator
+from mimscale.distributed.coordination import Coordinator, Opening
 from mimscale.distributed.rendezvous import meet, while_meeting
 from mimscale.distributed.world import World
 from mimscale.engine.base import Engine
@@ -72,6 +72,7 @@ def build(checked: CheckedRun, startup: StartupTimer, closing: ExitStack) -> Tra
         closing.callback(lock.release)
     startup.end("lock")
     store = meet(world, preemption.leave_if_asked)
+    signal_watch.coordinator = Opening(store, world.rank, world.size)
     with while_meeting(world):
         open_process_group(world, config.engine)
         watchdog.coordinator = signal_watch.coordinator = coordinator = Coordinator(store)

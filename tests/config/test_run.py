@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,12 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
             load_recipe(str(bad))
     with pytest.raises(UserError, match="No such file"):
         load_recipe(str(tmp_path / "none.yaml"))
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="pipe.yaml' cannot be read: it is a named pipe, not a file"):
+        load_recipe(str(tmp_path / "pipe.yaml"))
+    with pytest.raises(UserError, match="zero.json' cannot be read: it is a device, not a file"):
+        deepspeed.load_ds_config(str(tmp_path / "zero.json"))
     with pytest.raises(UserError, match="did you mean 'mae_vit_b16'"):
         load_recipe("mae_vit_b61")
 

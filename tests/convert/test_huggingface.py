@@ -119,7 +119,8 @@ def test_the_encoder_of_each_method(name: str, section: Mapping[str, Any], image
     near(features.tokens, ours[:, 1:])
 
     assert main(["convert", str(folder), str(tmp_path / "timm"), "--to", "timm"]) == 0
-    near(timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval().forward_features(images), ours)
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    near(model.eval().forward_features(images), ours)
 
 
 @pytest.mark.parametrize(("norm_pix", "ratio", "unit"), [(True, 0.75, None), (False, 0.6, None), (True, 0.3, 32)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -165,6 +166,21 @@ def test_a_truncated_shard_is_an_error(copy: Path) -> None:
     os.truncate(copy / "shard-000000.tar", int(manifest.offsets[3]) + 10)
     with pytest.raises(OSError, match="ends early: 10 of"):
         manifest.read(3)
+
+
+@pytest.mark.parametrize(("column", "value"), [(0, 2**40), (1, 2**40), (1, 2**62), (0, -(2**40)), (1, -1)])
+def test_numbers_of_an_index_that_no_shard_has(column: int, value: int, copy: Path) -> None:
+    """With the checksum that belongs to them: one sample is damaged, and no memory is taken for it."""
+    index = np.load(copy / "index.npy")
+    index[3, column] = value
+    np.save(copy / "index.npy", index)
+    file = json.loads((copy / "manifest.json").read_text())
+    file["index"]["index.npy"] = hashlib.sha256((copy / "index.npy").read_bytes()).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(file))
+    manifest = Manifest.load(copy)
+    with pytest.raises(OSError, match=r"shard-000000\.tar"):
+        manifest.read(3)
+    assert manifest.read(2)
 
 
 @pytest.mark.parametrize("name", ["../../../../etc/hostname", "..", "/dev/zero", "other.npy", "pipe.npy"])

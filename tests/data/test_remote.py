@@ -316,7 +316,16 @@ def test_a_server_that_redirects_elsewhere_is_not_followed(tmp_path: Path) -> No
     [
         ("https://user:pw@host:80/a/b.tar?X-Sig=1&y=2#z", "https://host:80/a/b.tar"),
         ("'s3://key:secret@bucket/x': denied", "'s3://bucket/x': denied"),
-        ("wds:https://t@h/a-{0..3}.tar?q=1::http://h/b.tar?s", "wds:https://h/a-{0..3}.tar"),
+        ("wds:https://t@h/a-{0..3}.tar?q=1::http://h/b.tar?s", "wds:https://h/a-{0..3}.tar::http://h/b.tar"),
+        ("wds:https://h/a.tar::https://u:pw@h2/b.tar", "wds:https://h/a.tar::https://h2/b.tar"),
+        ("{https://u:pw@h/a,https://u:pw@h/b}", "{https://h/a,https://h/b}"),
+        ("https:/user:pw@host/a.pth?sig=1 is absent", "https:/host/a.pth is absent"),  # of pathlib
+        ("/cwd/s3:/key:pw@bucket/x", "/cwd/s3:/bucket/x"),
+        ("s3://AKIA:a/b+c?d@bucket/x", "s3://bucket/x"),
+        ("https://host:8080/a@b/x?e=f@g", "https://host:8080/a@b/x"),
+        ("http://[::1]:80/a@b?token=pw", "http://[::1]:80/a@b"),
+        ("HTTPS://user@host", "HTTPS://host"),
+        ("n1:/export/x@y, C:/a?b", "n1:/export/x@y, C:/a?b"),
         ("a mail to me@host, 50 % of x?", "a mail to me@host, 50 % of x?"),
         ("https://host", "https://host"),
     ],

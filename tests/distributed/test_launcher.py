@@ -6,6 +6,8 @@ import os
 import re
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mimscale.__main__ import without_local_rank
 from mimscale.distributed import launcher
@@ -58,7 +60,9 @@ def test_place(variables: dict[str, str], expected: tuple[int, int, int | None])
         ({"WORLD_SIZE": ""}, "WORLD_SIZE = '' is no whole number"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE = '0' is no whole number"),
         ({"RANK": "0", "WORLD_SIZE": "2.0"}, "WORLD_SIZE = '2.0' is no whole number"),
-        ({"WORLD_SIZE": "2", **MASTER}, "WORLD_SIZE = 2 without RANK"),
+        ({"WORLD_SIZE": "2", **MASTER}, "WORLD_SIZE = 2 without RANK; start with torchrun or srun, or unset"),
+        ({**STEP, "WORLD_SIZE": "4"}, "WORLD_SIZE = 4 without RANK; unset WORLD_SIZE: SLURM_STEP_NUM_TASKS is set too"),
+        ({"PMI_SIZE": "4", "PMI_RANK": "1", "RANK": "1"}, "without WORLD_SIZE; unset RANK: PMI_SIZE is set too"),
         ({"RANK": "2", "WORLD_SIZE": "2", **MASTER}, "RANK = 2, but WORLD_SIZE = 2"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a", **MASTER}, "LOCAL_RANK = 'a' is no whole number"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE = 2 without MASTER_ADDR and MASTER_PORT"),
@@ -156,3 +160,46 @@ def test_messages_start_with_the_variable() -> None:
     with pytest.raises(UserError) as refused:
         place({"RANK": "1", "WORLD_SIZE": "1"})
     assert re.match("RANK = 1, but WORLD_SIZE = 1: ranks count from 0", str(refused.value))
+
+
+NAMES = [
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"),
+    *("SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_JOB_ID"),
+    *("SLURM_STEP_ID", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    *("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE"),
+]
+VALUES = [
+    "",
+    " ",
+    "0",
+    "1",
+    "2",
+    "3",
+    "-1",
+    "+1",
+    "1.0",
+    "01",
+    "x",
+    "\u0663",
+    "9" * 40,
+    "n[1-2]",
+    "[",
+    "2(x2),1",
+    "a\nb",
+]
+
+
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(st.sampled_from(NAMES), st.sampled_from(VALUES), max_size=8))
+def test_any_variables_are_adopted_or_refused_in_one_line(variables: dict[str, str]) -> None:
+    environment = {"PATH": "/nonexistent", **variables}
+    try:
+        found = adopt(environment)
+    except UserError as error:
+        assert "\n" not in str(error).strip() and len(str(error)) < 400
+        return
+    assert 0 <= found.rank < found.size
+    if found.size > 1:
+        assert [environment[name] for name in ("RANK", "WORLD_SIZE")] == [str(found.rank), str(found.size)]
+        assert environment["MASTER_ADDR"] and 1 <= int(environment["MASTER_PORT"]) <= 65535
+        assert place(environment) == Place(found.rank, found.size, found.local_rank or 0)

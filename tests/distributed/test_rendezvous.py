@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mimscale.distributed import coordination
+from mimscale.distributed.coordination import Opening
 from mimscale.distributed.rendezvous import meet, named, while_meeting
 from mimscale.distributed.world import World, free_port
 from mimscale.errors import UserError
@@ -69,10 +71,23 @@ def test_one_rank_waits_for_nobody() -> None:
     assert meet(World(0, 1, 0, torch.device("cpu"))) is None
 
 
-@pytest.mark.parametrize(("rank", "whom"), [(0, "2 of 3 ranks, ranks 1, 2"), (1, "rank 0")])
+@pytest.mark.parametrize(
+    ("rank", "agent", "whom"),
+    [
+        (0, "False", "2 of 3 ranks, ranks 1, 2"),
+        (1, "False", "rank 0"),
+        (0, "True", "the torchrun that started this rank"),  # a variable that was copied from another launch
+    ],
+)
 def test_a_lonely_rank_says_for_whom_and_hears(
-    launch: Launch, rank: int, whom: str, capfd: pytest.CaptureFixture[str]
+    launch: Launch,
+    rank: int,
+    agent: str,
+    whom: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
     said = ""
 
     def waits() -> bool:
@@ -133,6 +148,23 @@ def test_a_port_in_use(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
         with pytest.raises(UserError, match="MASTER_PORT = .* is in use on"):
             launch.rank(0, 2).result(60)
+
+
+def test_a_rank_that_opens_no_process_group_is_named(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 reads the signs of life of the others; one that gave some and then fell silent is named too."""
+    monkeypatch.setattr(coordination, "OPENS_S", 0.0)
+    stores = [rank.result(60) for rank in [launch.rank(rank, 3) for rank in range(3)]]
+    first, second, third = (Opening(store, rank, 3) for rank, store in enumerate(stores))
+    monkeypatch.setattr(coordination, "GONE_S", 0.0)
+    assert second.absent() == [] and third.absent() == []  # only rank 0 reports
+    third.absent()
+    second.absent()
+    assert first.absent() == []  # both have just been seen
+    third.absent()
+    assert first.absent() == [1]
+    time.sleep(0.01)
+    assert first.absent() == [1, 2]
+    assert Opening(None, 0, 1).waiting is None
 
 
 def test_names_of_many_ranks() -> None:

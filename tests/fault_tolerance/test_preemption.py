@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from mimscale.fault_tolerance.preemption import SIGNALS, Preemption, ignore_signals, leave_requeue_marker
+from mimscale.fault_tolerance.preemption import HANDLED, SIGNALS, Preemption, ignore_signals, leave_requeue_marker
 from mimscale.fault_tolerance.retrying_writer import RetryingWriter
 
 
 @pytest.fixture(autouse=True)
 def restore_handlers() -> Iterator[None]:
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in HANDLED]
     yield
-    for number, handler in zip(SIGNALS, before, strict=True):
+    for number, handler in zip(HANDLED, before, strict=True):
         signal.signal(number, handler)
 
 
@@ -27,6 +27,21 @@ def test_signal_raises_the_flag(number: signal.Signals) -> None:
     assert not preemption.raised()
     os.kill(os.getpid(), number)
     assert preemption.raised() and preemption.reason == number.name
+
+
+def test_a_worker_that_was_just_forked_prints_no_traceback_of_ctrl_c() -> None:
+    """Until it ignores the signal itself, it has the trainer's handler."""
+    preemption = Preemption([])
+    worker = os.fork()
+    if worker == 0:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0 if preemption.reason is None else 1)
+        except BaseException:
+            os._exit(2)
+    assert os.waitpid(worker, 0)[1] == 0
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_stop_file(tmp_path: Path) -> None:

@@ -71,6 +71,16 @@ def test_a_second_ctrl_c_leaves_at_once(recipe: Path, tmp_path: Path) -> None:
     assert done.stderr.strip().splitlines()[-1] == "mimscale train: interrupted"
 
 
+def test_ctrl_c_while_the_process_ends() -> None:
+    """In the seconds that libraries get at the exit."""
+    code = (
+        "import atexit, os, time; from mimscale.distributed.end_process import end_process; "
+        "atexit.register(lambda: [(os.kill(os.getpid(), 2), time.sleep(1.5)) for _ in range(9)]); end_process(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_rank_that_waits_for_the_others_to_come(
     number: signal.Signals, code: int, recipe: Path, tmp_path: Path
@@ -126,8 +136,11 @@ def test_what_the_batch_script_ignores_stays_ignored(monkeypatch: pytest.MonkeyP
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("phase", ["start", "loop"])
-def test_a_rank_that_waits_in_a_collective(phase: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("phase", "call"),
+    [("open", "open_process_group (number 0)"), ("start", "gather (number 2)"), ("loop", "gather (number 2)")],
+)
+def test_a_rank_that_waits_in_a_call(phase: str, call: str, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
 
     def strike(pids: list[int]) -> None:
@@ -137,7 +150,7 @@ def test_a_rank_that_waits_in_a_collective(phase: str, tmp_path: Path) -> None:
         os.kill(pids[1], signal.SIGKILL)
 
     done = ranks.run(2, "tests.fault_tolerance.waits", phase, mark, check=False, meanwhile=strike)
-    assert "rank 0 has waited for rank 1 for " in done.stderr and "in gather (number 2)" in done.stderr
+    assert "rank 0 has waited for rank 1 for " in done.stderr and f"in {call}" in done.stderr
     assert "rank 0 leaves without saving: SIGTERM while it waits for rank 1" in done.stderr
 
 

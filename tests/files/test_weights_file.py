@@ -7,7 +7,9 @@ import collections
 import datetime
 import fractions
 import pathlib
+import tarfile
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,10 @@ CASES: dict[str, tuple[Any, str]] = {
     "timm_average": ({"state_dict_ema": STATE}, "under 'state_dict_ema'"),
     "model_and_average": ({"model": STATE, "model_ema": below("x.")}, "under 'model', not those under model_ema"),
     "lightning": ({"state_dict": below("model."), "pytorch-lightning_version": "2"}, "names without model."),
+    "lightning_and_its_loss": (
+        {"state_dict": {**below("model."), "criterion.scale": torch.ones(1)}},
+        "what is below model., 1 other tensors left out",
+    ),
     "lightning_backbone": (
         {"state_dict": {**below("backbone."), **below("momentum_backbone."), "classifier.weight": torch.ones(2)}},
         "what is below backbone., 6 other tensors left out",
@@ -87,6 +93,7 @@ CASES: dict[str, tuple[Any, str]] = {
     ),
     "image_tower": (below("visual.trunk.") | {"text.token": torch.ones(1)}, "what is below visual.trunk."),
     "ema_only": ({"ema_state_dict": STATE, "steps": 3}, "the weights under 'ema_state_dict'"),
+    "a_name_of_its_own": ({"shadow": STATE, "decay": 0.99, "optimizer": {"state": {0: {}}}}, "under 'shadow'"),
     "nested": ({"state_dict": {"model": below("module.")}}, "the weights under 'model'"),
 }
 
@@ -145,8 +152,11 @@ def test_harmless_things_beside_the_weights(beside: str, tmp_path: Path) -> None
 
 def test_a_type_that_is_refused_is_named(tmp_path: Path) -> None:
     torch.save({"model": STATE, "lr": fractions.Fraction(1, 3)}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"holds a fractions\.Fraction, which could run code\); save its tensors alone"):
+    line = r"holds a fractions\.Fraction, which could run code\); save its tensors alone"
+    with warnings.catch_warnings(record=True) as said, pytest.raises(UserError, match=line):
+        warnings.simplefilter("always")
         read_weights(tmp_path / "w.pth")
+    assert not said  # torch's own warning would say it twice
 
 
 @pytest.mark.parametrize(
@@ -166,6 +176,36 @@ def test_files_without_named_tensors(content: Any, line: str, tmp_path: Path) ->
     with pytest.raises(UserError) as error:
         read_weights(tmp_path / "w.pth")
     assert line in str(error.value)
+
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "it is empty; get it again"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "it is a pointer of Git LFS, not the file"),
+    "page": (b"\n<!DOCTYPE html><html>Not found</html>", "it is a web page, which a server sent in place of the file"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(60), "it is packed with gzip; unpack it"),
+    "text": (b"epoch 1 loss 0.5\n" * 9, "it is a text file; get the file of weights"),
+    "keras": (b"\x89HDF\r\n\x1a\n" + bytes(60), "it is an HDF5 file, as Keras writes it"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kind", FILES)
+def test_what_is_no_file_of_weights_is_named_for_what_it_is(kind: str, suffix: str, tmp_path: Path) -> None:
+    content, line = FILES[kind]
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"w{suffix} (cannot be read as|is not) a .*: {line}"):
+        read_weights(path)
+
+
+def test_numpy_and_old_archives_are_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "w.npz", cls_token=np.ones(3))
+    with pytest.raises(UserError, match=": it is an archive of numpy arrays; save named tensors"):
+        read_weights(tmp_path / "w.npz")
+    with tarfile.open(tmp_path / "w.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    with pytest.raises(UserError, match=": it is in torch's legacy .tar format"):
+        read_weights(tmp_path / "w.tar")
 
 
 @pytest.mark.parametrize(

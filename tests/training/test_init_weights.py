@@ -175,6 +175,21 @@ def test_what_does_not_fit_is_one_line(
     assert line in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("kind", ["run", "file"])
+def test_weights_that_are_not_finite_are_refused(kind: str, value: float, tmp_path: Path) -> None:
+    method, run = build("mae")
+    with torch.no_grad():
+        method.student.get_parameter("blocks.1.mlp.fc1.bias")[3] = value
+    path = tmp_path / "weights.pth"
+    if kind == "run":
+        path = save_run(tmp_path / "run", method, run)
+    else:
+        torch.save(mae.to_official(method.state_dict(), run).weights, path)
+    with pytest.raises(UserError, match=r"holds inf or NaN in 1 tensors, first .*blocks\.1\.mlp\.fc1\.bias; take an"):
+        started(MAE, METHODS["mae"][1], path)
+
+
 def test_weights_are_identified_by_their_hash(tmp_path: Path) -> None:
     folder, _ = saved_run(tmp_path / "run", "mae")
     digest = checkpoint.sha256(identity_file(resolve(folder)))

@@ -21,7 +21,7 @@ from mimscale.bench._operators import counting
 from mimscale.checkpoint import format as checkpoint
 from mimscale.config.recipes import load_recipe
 from mimscale.config.run import method_class
-from mimscale.errors import Stopped
+from mimscale.errors import Stopped, UserError
 from mimscale.fault_tolerance.preemption import HANDLED
 from mimscale.monitoring import panel_files
 from mimscale.monitoring.metrics import StartupTimer
@@ -37,28 +37,37 @@ from mimscale.training.speed import step_cost
 from mimscale.training.state import TrainState
 from mimscale.types import Damage, StepInfo
 from tests import ranks
+from tests.monitoring.test_run_logger import no_file_may_exceed
 
 Open = Callable[..., tuple[TrainContext, Monitor, TrainState]]
 
 
 @pytest.fixture
-def start(tmp_path: Path, shards: Path) -> Iterator[Open]:
-    """Build a run of 12 steps that saves every 4, and its monitor. Everything is closed after the test."""
+def start(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+    """Build a run of 12 steps that saves every 4, and its monitor. Everything is closed after the test.
+
+    A signal to the process of the tests, such as that of `timeout`, is for pytest: the run would save one step later.
+    """
     handlers = {number: signal.getsignal(number) for number in HANDLED}
+    monkeypatch.delenv("MIMSCALE_STOP_FILE", raising=False)
     closing = ExitStack()
+
+    def restore_handlers() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def build(**sections: dict[str, Any]) -> tuple[TrainContext, Monitor, TrainState]:
         sections["engine"] = {"backend": "torch", "ds_config": "cpu_zero0_fp32", **sections.get("engine", {})}
         path = ranks.recipe(tmp_path, shards, **sections)
         checked = prepare(load_recipe(str(path)), tmp_path / "run", None, ("test",))
         run = setup.build(checked, StartupTimer(), closing)
+        restore_handlers()
         state = recovery.restore(run).launched()
         return run, Monitor(run, state), state
 
     yield build
     closing.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    restore_handlers()
 
 
 def advance(run: TrainContext, monitor: Monitor, state: TrainState, steps: int) -> TrainState:
@@ -224,6 +233,14 @@ def test_too_many_damaged_samples_end_the_run_with_one_line(start: Open) -> None
     with pytest.raises(Stopped, match=r"2 samples cannot be used, data.max_damaged allows 0"):
         monitor.finish(state)
     assert checkpoint.newest_step(run.checked.run_dir) == state.step
+
+
+def test_a_limit_of_file_sizes_is_noticed_before_the_first_step(start: Open, tmp_path: Path) -> None:
+    """ulimit -f: else the run would train for hours and end without a checkpoint."""
+    line = r"may write files of 300000 bytes, and a checkpoint needs \d+ on each rank"
+    with no_file_may_exceed(300_000), pytest.raises(UserError, match=line):
+        start()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_python_collects_garbage_only_at_set_steps(start: Open) -> None:
