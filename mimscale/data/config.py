@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -117,7 +118,10 @@ class DataConfig(Strict):
         if isinstance(value, list):
             raise ValueError("several data sets need weights; write {/data/a: 0.7, /data/b: 0.3}")
         for path, weight in value.items() if isinstance(value, dict) else ():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            number = math.nan
+            with suppress(TypeError, ValueError):  # YAML has 1e-3 as text
+                number = math.nan if isinstance(weight, bool) else float(weight)
+            if not 0 < number < math.inf:
                 raise ValueError(f"the weight {weight} of '{without_secrets(str(path))}' must be a number above 0")
         return value
 

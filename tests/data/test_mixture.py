@@ -149,7 +149,8 @@ def test_mistakes_are_named(two: list[Path], tmp_path: Path) -> None:
         open_source(DataConfig(shards={str(two[0]): 1, str(tmp_path / "nowhere"): 1}))
     with pytest.raises(UserError, match="are the same data set; name it once"):
         open_source(DataConfig(shards={str(two[0]): 1, f"{two[0]}/": 2}))
-    weights = (0, -1, float("nan"), float("inf"), "many", "0.5", True, None, [1])
+    weights = (0, -1, float("nan"), float("inf"), "many", "1e999", True, None, [1])
+    assert DataConfig(shards={"a": "1e-3", "b": 2}).shards == {"a": 0.001, "b": 2.0}
     odd = [({"a": 1, "b": weight}, "the weight .* of 'b' must be a number above 0") for weight in weights]
     stream = ({"wds:a.tar": 1}, "weights need data sets with an index")
     for sets, message in (*odd, ({}, "weights need"), stream, (["a", "b"], "several data sets need weights")):
