@@ -215,7 +215,7 @@ def _is_check(function: ast.FunctionDef) -> bool:
 
 def test_every_refusal_has_a_row() -> None:
     quoted = [message.split("…") for message in quoted_messages()]
-    rows = [(max(parts, key=len), parts) for parts in quoted]  # the longest part alone says most of them apart
+    rows = [(max(parts, key=len), parts) for parts in quoted]  # the longest part alone is enough for most of them
     missing = []
     for path in (path for folder in ("mimscale", "data_prep") for path in sorted((ROOT / folder).rglob("*.py"))):
         texts = refusals(parsed(path))
