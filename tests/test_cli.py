@@ -75,6 +75,7 @@ def test_impossible_runs_are_refused_before_any_rank_connects(
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["hang"]
 
 
+@pytest.mark.usefixtures("ended_with_the_test")
 def test_teacher_mismatches_are_refused(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
