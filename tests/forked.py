@@ -82,8 +82,8 @@ def _read(pipe: Connection) -> str:
 
 def _until_over(processes: Sequence[BaseProcess], end_s: float) -> list[int]:
     """Wait for all or the first failure, and then for the rest, asked to end. Their exit codes. Raises TimeoutError."""
-    while any(process.exitcode is None for process in processes):
-        left = [process.sentinel for process in processes if process.exitcode is None]
+    # asked once a round: between two questions the last one may end, and a wait for nobody lasts until end_s
+    while left := [process.sentinel for process in processes if process.exitcode is None]:
         if not multiprocessing.connection.wait(left, max(0.0, end_s - time.monotonic())):
             raise TimeoutError
         if any(process.exitcode for process in processes):

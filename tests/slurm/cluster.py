@@ -203,8 +203,12 @@ class Cluster:
         self._until(f"{node} to be down", lambda: self._state(node).startswith("DOWN"), 60)
 
     def declare_down(self, node: str) -> None:
-        """Mark the node as down at once, as SLURM does after its timeout."""
-        self._client("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        """Mark the node as down at once, as SLURM does after its timeout.
+
+        Drained as well: an answer that the node sent before it was lost would return it to service.
+        """
+        for state in ("drain", "down"):
+            self._client("scontrol", "update", f"nodename={node}", f"state={state}", "reason=test")
 
     def repair(self) -> None:
         """Restart everything that a test stopped."""
