@@ -86,6 +86,7 @@ def _table(options: argparse.Namespace) -> int:
         skip_unlabelled=options.skip_unlabelled,
         skip_missing=options.skip_missing,
         files=options.files,
+        where=options.where,
         delimiter=options.delimiter,
     )
     with progress("listing", 0, "rows") as advance:
@@ -314,6 +315,7 @@ def make_parser() -> argparse.ArgumentParser:
     table = verbs.add_parser("table", help="shards from a list of images: .txt, .csv, .tsv or .parquet")
     table.add_argument("source", type=Path, metavar="SRC", help="the file, or a folder of .parquet files")
     table.add_argument("--files", metavar="PATTERN", help=FILES)
+    table.add_argument("--where", metavar="COLUMN=VALUE", help="only rows with this value, for example split=train")
     table.add_argument("--root", type=Path, metavar="DIR", help="folder of relative paths (default: the folder of SRC)")
     table.add_argument(
         "--image", metavar="COLUMN", help="of image paths or bytes (default: the first of the usual names)"

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
-from mimscale.errors import UserError, warn
+from mimscale.errors import UserError
 
 SPLITS = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
@@ -19,7 +19,6 @@ SPLITS = {
     **dict.fromkeys(("unlabeled", "unlabelled"), "unlabelled"),
     "extra": "extra",
 }
-COLUMNS = ("split", "subset", "set", "partition", "data set", "dataset")  # that may name the split of a row
 _WORD = re.compile(r"[A-Z]*[a-z]+|[A-Z]+")  # imageTrain-00 -> image, Train; trainA -> train, A; TEST -> TEST
 
 
@@ -80,17 +79,6 @@ def _refuse_several(folder: Path, found: Counter[str], patterns: dict[str, str])
         text = ", ".join(f"{count:,} of {split}" for split, count in found.items())
         choice = " or ".join(f"--files '{pattern}'" for pattern in patterns.values())
         raise UserError(f"'{folder}' holds files of several splits ({text}); choose one with {choice}")
-
-
-def say_rows_of_splits(table: Path, column: str, values: Iterable[str | None]) -> None:
-    """A line if the rows of a table are of several splits by their values in a column."""
-    found = Counter(SPLITS[word] for value in values if (word := (value or "").strip().lower()) in SPLITS)
-    if len(found) > 1:
-        text = ", ".join(f"{count:,} of {split}" for split, count in found.items())
-        warn(
-            f"'{table}': by its column '{column}' the rows are of several splits ({text}), and all are taken; give "
-            "each split a table of its own"
-        )
 
 
 def check_classes(root: Path, names: Sequence[str]) -> None:

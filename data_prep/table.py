@@ -16,7 +16,7 @@ from data_prep.labels import classes_of, label_value
 from data_prep.plan import Item, Source, unique_keys
 from data_prep.reports import SHOWN
 from data_prep.table_parquet import read_parquet
-from data_prep.table_rows import Row
+from data_prep.table_rows import Row, RowChoice
 from data_prep.table_text import read_csv, read_lines
 from mimscale.data.names import one_line
 from mimscale.errors import UserError
@@ -31,7 +31,7 @@ class TableOptions:
     """image, label: names of the columns; by default the first of IMAGE_COLUMNS and of LABEL_COLUMNS that exists. label
     "none" = unlabelled. classes: their names in the order of the class index. skip_unlabelled, skip_missing: leave out
     rows without a label, or whose file cannot be read, which are refused by default. files: pattern of the names of
-    parquet files. delimiter: of a CSV file, found by default.
+    parquet files. where: COLUMN=PATTERN of the rows that are taken. delimiter: of a CSV file, found by default.
     """
 
     image: str | None = None
@@ -40,6 +40,7 @@ class TableOptions:
     skip_unlabelled: bool = False
     skip_missing: bool = False
     files: str | None = None
+    where: str | None = None
     delimiter: str | None = None
 
 
@@ -64,16 +65,22 @@ def read_table(
     runs: list[int] | None = None
     names: list[str] | None = None
     skipped: Counter[str] = Counter()
+    choice = RowChoice(table, options.where)
     if kind == "parquet":
-        rows, runs, names = read_parquet(table, root, options.image, options.label, options.files, skipped, done)
+        rows, runs, names = read_parquet(
+            table, root, options.image, options.label, options.files, choice, skipped, done
+        )
     elif kind in ("csv", "tsv"):
-        rows = read_csv(table, options.image, options.label, options.delimiter)
+        rows = read_csv(table, options.image, options.label, choice, options.delimiter)
     elif kind in ("txt", "lst", "list"):
         rows = read_lines(table)
+        choice.of(table, [], (), lambda name: [])
     else:
         raise UserError(
             f"table '{table}': its name must end in .txt, .csv, .tsv or .parquet (or be a folder of .parquet)"
         )
+    choice.finish()
+    skipped["other rows than --where takes"] += choice.left_out
     if runs is None:
         rows = _files(table, rows, root, skipped, options.skip_missing, done)
     known = options.classes or names

@@ -6,12 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
 from data_prep.item_reader import parquet_library
-from data_prep.splits import COLUMNS, chosen_files, say_rows_of_splits
-from data_prep.table_rows import Row, choose_columns
+from data_prep.splits import chosen_files
+from data_prep.table_rows import Row, RowChoice, choose_columns
 from data_prep.walk import files_below
 from mimscale.errors import UserError
 from mimscale.files.progress import no_progress
@@ -25,6 +27,7 @@ def read_parquet(
     image: str | None,
     label: str | None,
     pattern: str | None,
+    choice: RowChoice,
     skipped: Counter[str],
     done: Callable[[int], None] = no_progress,
 ) -> Rows:
@@ -45,15 +48,16 @@ def read_parquet(
             with pq.ParquetFile(path) as file:
                 column, label_column = choose_columns(path, list(file.schema_arrow.names), image, label)
                 names.append(_class_names(file.schema_arrow, label_column))
-                for name in file.schema_arrow.names:
-                    if name.lower() in COLUMNS and name not in (column, label_column):
-                        say_rows_of_splits(path, name, _texts(file.read(columns=[name])[name]))
+                chosen = choice.of(path, file.schema_arrow.names, (column, label_column), partial(_column, file))
+                taken = None if chosen is None else iter(chosen)
                 kind = _checked(path, file.schema_arrow, column, label_column)
                 as_bytes = kind == "bytes" or (kind == "struct" and _stores_bytes(file, column))
                 stored.add(as_bytes)
                 for group_rows in _groups(path, file, column, label_column, kind, as_bytes):
-                    rows += group_rows
                     done(len(group_rows))
+                    if taken is not None:
+                        group_rows = list(compress(group_rows, islice(taken, len(group_rows))))
+                    rows += group_rows
                     runs += [len(group_rows)] if group_rows else []
         except (OSError, pa.ArrowException) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -145,6 +149,12 @@ def _texts(column: Any) -> list[str | None]:
     if str(kind) in ("string", "large_string", "string_view"):
         column = column.cast(pa.large_binary())
     return [_text(value) for value in column.to_pylist()]
+
+
+def _column(file: Any, name: str) -> list[str]:
+    column = file.read(columns=[name])[name]
+    nested = parquet_library()[1].types.is_nested(column.type)
+    return [value or "" for value in (map(str, column.to_pylist()) if nested else _texts(column))]
 
 
 def _text(value: Any) -> str | None:

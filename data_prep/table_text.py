@@ -6,10 +6,10 @@ import csv
 import io
 import re
 import sys
+from itertools import compress
 from pathlib import Path
 
-from data_prep.splits import COLUMNS, say_rows_of_splits
-from data_prep.table_rows import IMAGE_COLUMNS, Row, choose_columns
+from data_prep.table_rows import IMAGE_COLUMNS, Row, RowChoice, choose_columns
 from mimscale.data.names import one_line
 from mimscale.data.packed import compression, unpack
 from mimscale.errors import UserError
@@ -23,7 +23,9 @@ def read_lines(table: Path) -> list[Row]:
     return [Row(line, "") for line in lines if line.strip()]
 
 
-def read_csv(table: Path, image: str | None, label: str | None, delimiter: str | None = None) -> list[Row]:
+def read_csv(
+    table: Path, image: str | None, label: str | None, choice: RowChoice, delimiter: str | None = None
+) -> list[Row]:
     """The first line names the columns. delimiter: None = the one that gives the columns. Raises UserError."""
     text = _text(table)
     if excel := re.match(r"sep=(.)\r?\n", text):  # Excel's own first line
@@ -39,11 +41,11 @@ def read_csv(table: Path, image: str | None, label: str | None, delimiter: str |
                 f"table '{table}', row {number:,}: {len(line):,} fields, but {len(columns):,} columns; correct it, or "
                 "give the --delimiter"
             )
-    for number, name in enumerate(columns):
-        if name.lower() in COLUMNS and name not in (path, label):
-            say_rows_of_splits(table, name, (line[number] for line in lines[1:]))
+    body = lines[1:]
+    taken = choice.of(table, columns, (path, label), lambda name: [line[columns.index(name)] for line in body])
+    body = body if taken is None else list(compress(body, taken))
     at, label_at = columns.index(path), columns.index(label) if label else -1
-    rows = [Row(line[at], line[label_at] if label else "") for line in lines[1:]]
+    rows = [Row(line[at], line[label_at] if label else "") for line in body]
     empty = sum(not row.path for row in rows)
     if empty:
         raise UserError(f"table '{table}': {empty:,} of {len(rows):,} rows have no {path}; complete or remove them")

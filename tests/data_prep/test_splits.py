@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from data_prep.__main__ import main
 from data_prep.splits import check_classes, chosen_files, chosen_images
-from data_prep.table import read_table
+from data_prep.table import TableOptions, read_table
 from mimscale.data.manifest import Manifest
 from mimscale.data.synthetic import make_image_folder
 from mimscale.errors import UserError
@@ -149,16 +150,65 @@ def test_images_that_may_be_called_anything() -> None:
         chosen_images(Path("x"), val, "train*", labelled=True)
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_rows_of_several_splits_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+@pytest.fixture(params=["csv", "paths in parquet", "images in parquet", "a folder of parquet"])
+def table_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[list[str]], Path]:
+    """Makes a table of one image per row, whose column "Split" holds the given values."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    images = sorted(map(str, make_image_folder(tmp_path / "in", classes=1, per_class=3, side=16).glob("*/*.jpg")))
-    for splits, said in ((["train", "Train", "val"], "2 of train, 1 of validation"), (["train", "train", "x"], "")):
-        if kind == "csv":
-            rows = "".join(f"{path},{split}\n" for path, split in zip(images, splits, strict=True))
+    images = sorted(make_image_folder(tmp_path / "in", classes=1, per_class=5, side=16).glob("*/*.jpg"))
+
+    def make(splits: list[str]) -> Path:
+        if request.param == "csv":
+            rows = "".join(f"{path},{split}\n" for path, split in zip(images, splits, strict=False))
             (tmp_path / "a.csv").write_text(f"path,Split\n{rows}")
-        else:
-            pq.write_table(pa.table({"path": images, "Split": splits}), tmp_path / "a.parquet")
-        assert len(read_table(tmp_path / f"a.{kind}").items) == 3
-        error = capsys.readouterr().err
-        assert said in error and (error.count("\n") == 1) == bool(said)
+            return tmp_path / "a.csv"
+        column = [str(path) if request.param == "paths in parquet" else path.read_bytes() for path in images]
+        table = pa.table({"image": column[: len(splits)], "Split": splits})
+        if request.param != "a folder of parquet":
+            pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+            return tmp_path / "a.parquet"
+        (tmp_path / "a").mkdir(exist_ok=True)
+        for row in range(len(splits)):  # each file is of one split
+            pq.write_table(table.slice(row, 1), tmp_path / "a" / f"{row}.parquet")
+        return tmp_path / "a"
+
+    return make
+
+
+def test_rows_of_several_splits_are_refused(table_of: Callable[[list[str]], Path]) -> None:
+    with pytest.raises(UserError, match=r"\(2 of train, 1 of val\); choose one with --where 'Split=train' or --where"):
+        read_table(table_of(["train", "Train ", "val"]))
+    assert len(read_table(table_of(["train", "TRAIN", "x"])).items) == 3
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"), [("Split=train", [0, 2]), ("Split=VAL*", [1, 3]), ("Split=*", range(5)), ("Split=", [4])]
+)
+def test_rows_of_one_split(table_of: Callable[[list[str]], Path], where: str, rows: Sequence[int]) -> None:
+    table = table_of(["train", "val", "Train", "validation", ""])
+    every = read_table(table, options=TableOptions(where="Split=*"))
+    source = read_table(table, options=TableOptions(where=where))
+    assert [(item.path, item.offset) for item in source.items] == [
+        (every.items[n].path, every.items[n].offset) for n in rows
+    ]
+    assert source.skipped.get("other rows than --where takes", 0) == 5 - len(rows)
+    assert source.runs is None or sum(source.runs) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("Split=test", "matches none of the 2 rows of '.*'; 'Split' holds 'train', 'val'$"),
+        ("split=train", r"has no column 'split' \(it has .*, Split\); see --where"),
+        ("train", "--where 'train' is not COLUMN=VALUE"),
+        ("=train", "--where '=train' is not COLUMN=VALUE"),
+    ],
+)
+def test_a_choice_of_rows_that_cannot_be(table_of: Callable[[list[str]], Path], where: str, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        read_table(table_of(["train", "val"]), options=TableOptions(where=where))
+
+
+def test_a_list_has_no_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a.jpg\n")
+    with pytest.raises(UserError, match=r"has no column 'split' \(it has none\)"):
+        read_table(tmp_path / "a.txt", options=TableOptions(where="split=train"))
