@@ -66,8 +66,10 @@ def is_address(path: object) -> bool:
 
 
 _SCHEMES = "https?|s3[an]?|gs|gcs|ftps?|sftp|ssh|hdfs|hf|az|abfss?"
-_URL = re.compile(  # `:/` is what pathlib leaves of `://`; the next address in a list begins a match of its own
-    rf"([a-z][a-z0-9+.-]*://|\b(?:{_SCHEMES}):/)((?:(?!(?:::)?\b(?:{_SCHEMES}):/)[^\s'\"|])*)", re.IGNORECASE
+_NO_NEXT = rf"(?!(?:::)?\b(?:{_SCHEMES}):/)"  # the next address in a list begins a match of its own
+_URL = re.compile(  # `:/` is what pathlib leaves of `://`; a quote ends an address, not a password in it
+    rf"((?<=[a-z0-9+.-])://|\b(?:{_SCHEMES}):/(?!/))((?:(?:{_NO_NEXT}[^\s/@])*@)?(?:{_NO_NEXT}[^\s'\"|])*)",
+    re.IGNORECASE,
 )
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ud800-\udfff\ufeff]"
