@@ -19,6 +19,7 @@ done              made by the run: it reached its last step
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -265,6 +266,23 @@ def head_commit() -> str | None:
         return next((words[0] for words in packed if words[1:] == [name]), None)
     except (OSError, ValueError):
         return None
+
+
+def code() -> dict[str, str]:
+    """What computes here, for ranks that are to be the same: this package's source, Python and the packages."""
+    return {
+        "code": f"{head_commit() or 'installed'}, {source_digest()[:12]}",
+        "python": platform.python_version(),
+        **{name: str(version) for name, version in versions().items()},
+    }
+
+
+def source_digest() -> str:
+    """sha256 over this package's modules, whether they are in a repository, changed, or installed."""
+    digest, root = hashlib.sha256(), Path(__file__).resolve().parent.parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str | None]:

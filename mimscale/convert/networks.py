@@ -64,7 +64,11 @@ def student_of(
     loaded: Loaded, *, image_size: int | None = None, heads: int | None = None
 ) -> tuple[Student, StudentInfo]:
     """As `student_from`, of tensors that were read before."""
-    path, encoder = loaded.path, encoder_of(loaded.weights)
+    path = loaded.path
+    strangers = parts_that_no_student_has(loaded)
+    if strangers:
+        raise UserError(f"{path} holds a ViT with {' and '.join(strangers)}, which students do not have")
+    encoder = encoder_of(loaded.weights)
     relative = relative_table(encoder) is not None
     positions = next((name for name in (SHARED_TABLE, OWN_TABLE) if name in encoder), "pos_embed")
     convolutional = "patch_embed1.proj.weight" in encoder
@@ -72,9 +76,6 @@ def student_of(
     if convolutional:
         needed = (positions, "patch_embed2.proj.weight", "patch_embed3.proj.weight")
         needed = (*needed, *(f"blocks{stage}.0.mlp.fc1.weight" for stage in (1, 2, 3)))
-    strangers = parts_that_no_student_has(loaded)
-    if strangers:
-        raise UserError(f"{path} holds a ViT with {' and '.join(strangers)}, which students do not have")
     missing = [name for name in needed if name not in encoder]
     if missing:
         kind = "ConvMAE encoder" if convolutional else "ViT with a class token"
@@ -125,6 +126,7 @@ STRANGERS = (
     (r"(^|\.)(embeddings\.class_embedding|visual\.class_embedding)$", "a norm before its blocks (CLIP)"),
     (r"(^|\.)layer_scale1\.lambda1$", "layer scale (DINOv2)"),
     (r"(^|\.)register_tokens$", "register tokens"),
+    (r"(^|\.)(dist_token|distillation_token)$", "a distillation token (DeiT)"),
 )
 """Names of tensors that belong to a ViT of another kind, and what they are."""
 

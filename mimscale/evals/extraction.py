@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mimscale.data.manifest import Manifest
 from mimscale.distributed.coordination import Coordinator
+from mimscale.distributed.same_ranks import flat, refuse_different
 from mimscale.errors import UserError, warn
 from mimscale.evals.cache import Array, Stored, check_room, chunk_length, size_text
 from mimscale.evals.features import Key, chunks
@@ -50,6 +51,8 @@ def features_of(
         for network in networks
         for pool, shape in shapes(network, how.device).items()
     }
+    parts = (flat(f"{name}, {pool}, of {what}", array.of) for (name, pool), array in arrays.items())
+    refuse_different({key: value for part in parts for key, value in part.items()}, ranks)
     length = min(chunk_length(manifest.samples, array.shape) for array in arrays.values())
     if not how.cache:
         return _in_memory(networks, manifest, what, how, ranks, arrays, length)

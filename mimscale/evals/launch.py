@@ -12,7 +12,9 @@ import torch
 from rich.table import Table
 
 from mimscale.checkpoint import format as checkpoint
+from mimscale.checkpoint import run_folder
 from mimscale.distributed.coordination import Coordinator
+from mimscale.distributed.same_ranks import refuse_different
 from mimscale.distributed.world import close_process_group, from_environment
 from mimscale.errors import UserError, printable
 from mimscale.evals.networks import eval_folder
@@ -26,6 +28,8 @@ T = TypeVar("T")
 CROP_PCT = 0.875
 MAX_IMAGE_SIZE, MAX_WORKERS = 8192, 1024  # as a recipe's section `data` has them
 MAX_SEED = 2**63 - 1
+PER_RANK = ("train", "val", "cache", "workers", "out", "json", "device")
+"""Options in which nodes may differ: data is compared by its fingerprint, the device after it was found."""
 
 
 def add_shared(parser: argparse.ArgumentParser, pooled: bool) -> None:
@@ -70,12 +74,17 @@ def add_shared(parser: argparse.ArgumentParser, pooled: bool) -> None:
 
 
 def with_ranks(args: argparse.Namespace, work: Callable[[torch.device, Coordinator], T]) -> T:
-    """Join the other ranks of this launch and call `work` on each. Raises UserError."""
+    """Join the other ranks of this launch and call `work` on each. Raises UserError, also where they were not given the
+    same.
+    """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     world = from_environment(args.device)
     ranks = join(world)
     try:
+        if ranks.world > 1:
+            given = {f"--{key.replace('_', '-')}": repr(vars(args)[key]) for key in vars(args) if key not in PER_RANK}
+            refuse_different({**given, "device": world.device.type, **run_folder.code()}, ranks)
         return work(world.device, ranks)
     finally:
         close_process_group()

@@ -15,6 +15,7 @@ from torch import Tensor
 from mimscale.data.loader import eval_batches
 from mimscale.data.manifest import Manifest
 from mimscale.distributed.coordination import Coordinator
+from mimscale.distributed.same_ranks import refuse_different
 from mimscale.evals.classifier import Classifier, load_classifier
 from mimscale.evals.launch import MAX_IMAGE_SIZE, MAX_WORKERS, at_least, default_outs, publish, share
 from mimscale.evals.overlap import check_apart_from_training
@@ -116,6 +117,7 @@ def measure(
 
     for path in dict.fromkeys(runs):
         found, crop, counts = ranks.on_all_ranks(counted, path)
+        refuse_different({f"{path.name}: sha256": found.sha256, "val": val.fingerprint}, ranks)
         rows.append(
             {
                 "network": path.name + (" (ema)" if ema else ""),

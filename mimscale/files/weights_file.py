@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mimscale.errors import UserError
+from mimscale.files import torchvision_names
 from mimscale.files.regular import read_head
 
 KEYS = (
@@ -54,7 +55,9 @@ parameters too) and text towers; the first that fits is taken."""
 QUANTISED = (torch.int8, torch.uint8, torch.bool, torch.qint8, torch.quint8, torch.float8_e4m3fn, torch.float8_e5m2)
 """Types that no weight is trained in. int64 is left: it is the index of relative positions, or a counter."""
 
-_TOWER_ANCHORS = ("patch_embed.proj.weight", "embeddings.cls_token", "embeddings.class_embedding")
+_TOWER_ANCHORS = (
+    *("patch_embed.proj.weight", "embeddings.cls_token", "embeddings.class_embedding", torchvision_names.ANCHOR),
+)
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")  # DINOv2's chunks of blocks; the second number counts through
 
 
@@ -115,6 +118,9 @@ def unwrapped(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[s
     if _TOWER_ANCHORS[0] in found and any(_CHUNKED.match(name) for name in found):  # EfficientNet's are not chunks
         found = {_CHUNKED.sub(r"blocks.\1.", name): tensor for name, tensor in found.items()}
         notes.append("blocks out of their chunks")
+    if torchvision_names.ANCHOR in found:
+        found = torchvision_names.to_timm(found)
+        notes.append("torchvision's names as timm's")
     return found, tuple(notes)
 
 

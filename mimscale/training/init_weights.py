@@ -59,6 +59,12 @@ def load_into(method: Method, run: RunConfig) -> tuple[str, ...]:
             f"init.weights = {loaded.path} holds inf or NaN in {len(spoilt)} tensors, first {spoilt[0]}; "
             f"take an older checkpoint or get the file again"
         )
+    strangers = parts_that_no_student_has(loaded)
+    if strangers:
+        raise UserError(
+            f"init.weights = {loaded.path} holds a ViT with {' and '.join(strangers)}, which students do not have; "
+            f"take other weights"
+        )
     weights, target = (_all_of(loaded, method), method) if whole else (encoder_of(loaded.weights), method.student)
     own: State = target.state_dict()
     if whole and loaded.run is not None and loaded.run.method.name != run.method.name:
@@ -118,12 +124,6 @@ def _all_of(loaded: Loaded, method: Method) -> State:
 
 def _same_shape(loaded: Loaded, run: RunConfig, weights: State, own: State, prefix: str) -> None:
     """Raises UserError for another kind or size of student, in the terms of the recipe."""
-    strangers = parts_that_no_student_has(loaded)
-    if strangers:
-        raise UserError(
-            f"init.weights = {loaded.path} holds a ViT with {' and '.join(strangers)}, which students do not have; "
-            f"take other weights"
-        )
     theirs, ours = (_describe(state, prefix) for state in (weights, own))
     known = loaded.run.student if loaded.run is not None else loaded.student
     if known is not None and theirs == ours and known.heads != run.student.heads:

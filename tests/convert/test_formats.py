@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor
+from torchvision.models import VisionTransformer
 
 from mimscale.__main__ import main
 from mimscale.checkpoint import run_folder
@@ -18,7 +20,8 @@ from mimscale.config.run import RunConfig
 from mimscale.convert.formats import maskalign, openmmlab, timm
 from mimscale.convert.formats.base import encoder_of, format_of, formats
 from mimscale.convert.names import same
-from mimscale.convert.networks import is_whole_model, student_from
+from mimscale.convert.networks import classifier_of, is_whole_model, student_from
+from mimscale.convert.read import read
 from mimscale.errors import UserError
 from tests import golden
 from tests.convert.runs import METHODS, build
@@ -261,3 +264,23 @@ def test_a_vit_of_another_kind_is_named(
     assert f"holds a ViT with {what}" in line and line.endswith("which students do not have\n")
     with pytest.raises(UserError, match=what):
         student_from(tmp_path / "w.safetensors", heads=4)
+
+
+@pytest.mark.parametrize("wrap", ["{}", "module.{}", "backbone.{}"])
+def test_torchvisions_vit(wrap: str, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    sizes = {"image_size": 48, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
+    network = VisionTransformer(**sizes, num_classes=5).eval()
+    torch.nn.init.normal_(network.heads.head.weight)
+    state = {wrap.format(name): tensor for name, tensor in network.state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    old = {n.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): t for n, t in state.items()}
+    torch.save(old, tmp_path / "old.pth")
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        for name in ("w.pth", "old.pth"):
+            vit, info = student_from(tmp_path / name, heads=4)
+            assert (info.config.width, info.config.depth, info.image_size) == (64, 2, 48)
+            head = classifier_of(read(tmp_path / name))
+            theirs = network(images)
+            close(F.linear(vit.eval()(images).tokens[:, 0], head["head.weight"], head["head.bias"]), theirs)

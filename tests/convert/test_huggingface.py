@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from mimscale.methods.finetune import Finetune
 from mimscale.methods.mae import MAE
 from mimscale.methods.mrmae import MRMAE
 from mimscale.models.token_selection import raster_order
+from mimscale.training.init_weights import load_into
 from mimscale.types import Masks
 from tests.convert.runs import IMAGES, INFO, MAE_SECTION, STUDENT, build, refused, save_run
 from tests.golden import run_config
@@ -273,3 +275,23 @@ def test_what_no_student_computes_is_refused(tmp_path: Path) -> None:
         (tmp_path / "parts" / name).write_text("{}")
     with pytest.raises(UserError, match="holds its weights in several files; save the model in one model.safetensors"):
         read(tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "what"),
+    [
+        ("Dinov2", {"use_swiglu_ffn": True}, "layer scale (DINOv2)"),
+        ("DINOv3ViT", {}, "layer scale (DINOv2) and register tokens"),
+        ("DeiT", {}, "a distillation token (DeiT)"),
+    ],
+)
+def test_networks_of_another_kind_are_named(kind: str, changes: dict[str, Any], what: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    config = getattr(transformers, f"{kind}Config")(**sizes, image_size=64, **changes)
+    state = getattr(transformers, f"{kind}Model")(config).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=re.escape(f"holds a ViT with {what}, which students do not have")):
+        student_from(tmp_path / "w.pth", heads=3)
+    run = run_config(MAE_SECTION, STUDENT, 64, init={"weights": str(tmp_path / "w.pth")})
+    with pytest.raises(UserError, match=re.escape(f"holds a ViT with {what}, which students do not have; take other")):
+        load_into(MAE(run, {}), run)

@@ -1,6 +1,6 @@
 """A launch whose ranks were not given the same:  python -m tests.training.ranks_apart CASE.json
 
-CASE.json: for each rank, {"words": arguments of `mimscale train`, "folder": where that rank stands, "package": a
+CASE.json: for each rank, {"words": arguments of `mimscale`, "folder": where that rank stands, "package": a
 version that it seems to have}. Each rank writes CASE.json.RANK: the exit code and what was printed.
 """
 
@@ -25,6 +25,6 @@ if __name__ == "__main__":
     real, changed = run_folder._version, mine.get("package")
     run_folder._version = lambda package: changed if changed and package == "timm" else real(package)
     with contextlib.redirect_stderr(io.StringIO()) as printed:
-        code = main(["train", *mine["words"]])
+        code = main(mine["words"])
     Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps({"code": code, "stderr": printed.getvalue()}))
     end_process(0)

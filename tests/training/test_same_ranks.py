@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from data_prep.__main__ import main as data_prep
+from mimscale.checkpoint.run_folder import source_digest
 from mimscale.config.deepspeed import load_ds_config
-from mimscale.training.same_ranks import difference, source_digest
+from mimscale.distributed.same_ranks import difference
 from tests import ranks
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -49,7 +50,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str
         case = []
         for rank, given in enumerate(both):
             folder = root / name / (f"node{rank}" if name in ("content of one file", "data", "not shared") else "")
-            words = [str(recipe), "--run-dir", "run", *given["words"]]
+            words = ["train", str(recipe), "--run-dir", "run", *given["words"]]
             case.append({**given, "words": words, "folder": str(folder)})
         cases.append(case)
     for rank in (0, 1):
