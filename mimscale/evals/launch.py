@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,13 +84,35 @@ def with_ranks(args: argparse.Namespace, work: Callable[[torch.device, Coordinat
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     world = from_environment(args.device)
     ranks = join(world)
+    with _ended_by_ctrl_c(world.size):
+        try:
+            return work(world.device, ranks)
+        finally:
+            close_process_group()
+
+
+@contextmanager
+def _ended_by_ctrl_c(ranks: int) -> Iterator[None]:
+    """Of several ranks each ends at once: Python's own handler is not called while a rank waits for another one.
+
+    Nothing is lost: the feature cache and the checkpoints of a probe are whole whenever a process is killed.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    ours = ranks > 1 and before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
+<<<<<<< HEAD
         if ranks.world > 1:
             given = {f"--{key.replace('_', '-')}": repr(vars(args)[key]) for key in vars(args) if key not in PER_RANK}
             refuse_different({**given, "device": world.device.type, **run_folder.code()}, ranks)
         return work(world.device, ranks)
+=======
+        yield
+>>>>>>> main
     finally:
-        close_process_group()
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def on_ranks(args: argparse.Namespace, work: Callable[[Settings, Coordinator], T]) -> T | None:
