@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,7 +43,7 @@ SKIP_UNLABELLED = "leave out images whose label is missing, empty, NaN or -1, in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 damage found, 2 bad input or a full disk, 130 interrupted."""
+    """Exit code: 0 done, 1 damage found, 2 bad input, a full disk or a killed worker, 130 interrupted."""
     options = make_parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):  # names may have bytes that no terminal can show
         with suppress(AttributeError, OSError):  # of a notebook, which shows any text, or of another stream
@@ -64,6 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"data_prep: {error.strerror or error}{where}; fix it, then the same command continues where it stopped",
             file=sys.stderr,
+        )
+        return 2
+    except BrokenProcessPool:
+        warn(
+            "data_prep: a worker process was killed, as the system does it where memory is short; give fewer --jobs, "
+            "then the same command continues where it stopped"
         )
         return 2
     except KeyboardInterrupt:

@@ -86,6 +86,11 @@ def with_ranks(args: argparse.Namespace, work: Callable[[torch.device, Coordinat
     ranks = join(world)
     with _ended_by_ctrl_c(world.size):
         try:
+            if ranks.world > 1:
+                given = {
+                    f"--{key.replace('_', '-')}": repr(vars(args)[key]) for key in vars(args) if key not in PER_RANK
+                }
+                refuse_different({**given, "device": world.device.type, **run_folder.code()}, ranks)
             return work(world.device, ranks)
         finally:
             close_process_group()
@@ -102,14 +107,7 @@ def _ended_by_ctrl_c(ranks: int) -> Iterator[None]:
     if ours:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-<<<<<<< HEAD
-        if ranks.world > 1:
-            given = {f"--{key.replace('_', '-')}": repr(vars(args)[key]) for key in vars(args) if key not in PER_RANK}
-            refuse_different({**given, "device": world.device.type, **run_folder.code()}, ranks)
-        return work(world.device, ranks)
-=======
         yield
->>>>>>> main
     finally:
         if ours:
             signal.signal(signal.SIGINT, before)

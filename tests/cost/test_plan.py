@@ -192,6 +192,14 @@ def test_a_simulation_of_many_ranks(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "<svg" in (tmp_path / "s.svg").read_text()
 
 
+def test_a_dollar_in_the_name_of_a_recipe_begins_no_formula(tmp_path: Path) -> None:
+    recipe = tmp_path / "a$_{$.yaml"
+    recipe.write_text("extends: mae_vit_b16\n")
+    words = [str(recipe), "--gpu", "h100", "--simulate", "8,64", "--plot", str(tmp_path / "s.svg")]
+    assert main(["plan", *words]) == 0
+    assert "<svg" in (tmp_path / "s.svg").read_text()
+
+
 def test_a_simulation_has_the_nodes_that_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     """Four GPUs on each: twice the nodes read at the start, and 4 GPUs of 8 already share a network."""
     found = plan_json(capsys, "mae_tiny", "--simulate", "4,8", "--gpus-per-node", "4", "--gpus", "2")

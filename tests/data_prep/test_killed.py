@@ -65,3 +65,23 @@ def test_thirty_times(tmp_path: Path) -> None:
         assert start(folder, jobs=1).wait() == 0
         assert files(folder) == expected
     assert len(moments) > KILLS / 3, "too few kills at different moments"
+
+
+@pytest.mark.multi
+def test_a_worker_that_the_system_kills(tmp_path: Path) -> None:
+    images = make_image_folder(tmp_path / "images", classes=2, per_class=20, side=48)
+    data_prep = [sys.executable, "-m", "data_prep"]
+    make = [*data_prep, "folder", str(images), str(tmp_path / "out"), "--shard-samples", "2"]
+    subprocess.run(make, check=True, capture_output=True)
+    command = [*data_prep, "verify", str(tmp_path / "out"), "--jobs", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    workers: list[int] = []
+    while not workers and process.poll() is None:
+        for task in Path(f"/proc/{process.pid}/task").glob("*/children"):
+            children = task.read_text().split()
+            workers += [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    printed = process.communicate()[1]
+    assert process.returncode == 2 and "Traceback" not in printed
+    assert printed.splitlines()[-1].startswith("data_prep: a worker process was killed, ")
+    assert subprocess.run(command, capture_output=True).returncode == 0
