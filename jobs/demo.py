@@ -19,10 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mimscale.checkpoint.run_folder import git_commit
+from mimscale.files.console import plain_console
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = os.environ.get("DEMO_DEVICE", "cpu")
@@ -52,7 +53,7 @@ CONV_RANDOM = "random init ConvViT"
 METRICS = {"knn": "kNN", "linear": "linear", "lowshot": "5-shot"}
 OVER_RANDOM, OVER_CONTROL = 12.0, 8.0  # required margins of MaskAlign, in points, in kNN and with 5 labels per class
 Scores = dict[str, dict[str, float]]  # network -> metric -> percent, of one seed
-console = Console(highlight=False)
+console = plain_console()
 
 
 # ------------------------------------------------------------------------------------------------ stages
@@ -81,13 +82,16 @@ class Stages:
             for line in process.stdout:
                 file.write(line)
                 if line.strip():
-                    status.update(f"{name}  [dim]{line.strip()[:100]}[/dim]")
+                    status.update(Text.assemble(name, "  ", (line.strip()[:100], "dim")))
             code = process.wait()
         if code:
-            console.print(f"[red]failed[/red]  {name} (exit code {code}), {log} ends with:", soft_wrap=True)
-            console.print("".join(log.read_text().splitlines(keepends=True)[-15:]), markup=False)
+            console.print(
+                Text.assemble(("failed", "red"), f"  {name} (exit code {code}), {log} ends with:"), soft_wrap=True
+            )
+            console.print("".join(log.read_text().splitlines(keepends=True)[-15:]))
             raise SystemExit(1)
-        console.print(f"[green]done[/green] {time.monotonic() - start_s:6.1f} s  {name}", soft_wrap=True)
+        seconds = time.monotonic() - start_s
+        console.print(Text.assemble(("done", "green"), f" {seconds:6.1f} s  {name}"), soft_wrap=True)
 
 
 def prepare(out: Path, stage: Stages) -> dict[str, Path]:
@@ -223,7 +227,7 @@ def verdict(scores: Sequence[Scores], scale: float) -> int:
     """Print the margins that are not reached. Exit code 1 if there are any."""
     missed = failures(scores, scale)
     for line in missed:
-        console.print(f"[red]not reached[/red]  {line}")
+        console.print(Text.assemble(("not reached", "red"), f"  {line}"))
     return 1 if missed else 0
 
 
