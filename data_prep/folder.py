@@ -43,9 +43,7 @@ def read_folder(
     names = sorted(files_below(root, skipped, found))
     classes = _classes(root, classes) if labelled else None
     if classes is not None:
-        inside = [name for name in names if os.sep in name]
-        skipped["outside of the class folders"] += len(names) - len(inside)
-        names = inside
+        names = _inside(root, names, classes, skipped)
     names = chosen_images(root, names, files, labelled)
     with ThreadPoolExecutor(PROBE_THREADS) as pool:
         probed = list(pool.map(lambda name: try_probe(root / name), names))
@@ -54,9 +52,12 @@ def read_folder(
     keys = unique_keys(os.path.splitext(name)[0] for name in names)
     label_of = {name: label for label, name in enumerate(classes or [])}
     items = []
+    left_out: dict[str, str] = {}
     for name, key, (is_image, size, reason) in zip(names, keys, states, strict=True):
         if not is_image:
             skipped[reason] += 1
+            if _named_as_image(name):
+                left_out[name] = reason
         else:
             label = label_of.get(name.split(os.sep, 1)[0], -1)
             items.append(Item(key, label, str(root / name), 0, size))
@@ -65,7 +66,25 @@ def read_folder(
         folder = root / classes[min(empty)]
         where = f" of its own: it is a link to '{os.readlink(folder)}'" if folder.is_symlink() else ""
         raise UserError(f"class folder '{folder}' holds no image{where}; fill it or remove it")
-    return Source({"kind": "folder", "path": str(root)}, items, classes, +skipped)
+    return Source({"kind": "folder", "path": str(root)}, items, classes, +skipped, left_out)
+
+
+def _named_as_image(name: str) -> bool:
+    return os.path.splitext(name)[1][1:].lower() in EXTENSIONS
+
+
+def _inside(root: Path, names: Sequence[str], classes: Sequence[str], skipped: Counter[str]) -> list[str]:
+    """The files in the class folders. Raises UserError where most images lie beside these folders, not in them."""
+    inside = [name for name in names if os.sep in name]
+    beside = sum(map(_named_as_image, names)) - sum(map(_named_as_image, inside))
+    if beside > len(inside):
+        raise UserError(
+            f"source '{root}': {beside:,} images lie beside its class folders ('{one_line(classes[0])}'"
+            f"{', ...' if len(classes) > 1 else ''}) and {len(inside):,} files in them; take all images without "
+            "classes with --unlabelled, or move them into the folders"
+        )
+    skipped["outside of the class folders"] += len(names) - len(inside)
+    return inside
 
 
 def try_probe(path: Path) -> tuple[bool, int, str] | str:
@@ -118,7 +137,7 @@ def probe(path: Path) -> tuple[bool, int, str]:
     with open(path, "rb") as file:
         start, size = file.read(SIGNATURE_BYTES), os.fstat(file.fileno()).st_size
     kind, extension = sniff(start), os.path.splitext(path.name)[1][1:].lower()
-    named = extension in EXTENSIONS
+    named = _named_as_image(path.name)
     if kind is not None and (named or kind not in WEAK_SIGNATURES):
         return True, size, ""
     return False, size, describe_content(start) + ("" if named else f" (.{extension})" if _plain(extension) else "")

@@ -47,6 +47,7 @@ class Item(NamedTuple):
 @dataclass(frozen=True)
 class Source:
     """All images of a data set. description: for the manifest. skipped: reason -> number of files left out.
+    left_out: name -> reason of those among them that were to be images.
 
     root: folder of relative paths that rows of parquet files have instead of bytes.
     runs: lengths of consecutive runs of items that should be read together (row groups of parquet); None = no runs.
@@ -58,6 +59,7 @@ class Source:
     items: list[Item]
     classes: list[str] | None
     skipped: Counter[str] = field(default_factory=Counter)
+    left_out: dict[str, str] = field(default_factory=dict)
     runs: list[int] | None = None
     root: str = ""
     png_encoder: str | None = None

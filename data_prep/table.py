@@ -65,6 +65,7 @@ def read_table(
     runs: list[int] | None = None
     names: list[str] | None = None
     skipped: Counter[str] = Counter()
+    left_out: dict[str, str] = {}
     choice = RowChoice(table, options.where)
     if kind == "parquet":
         rows, runs, names = read_parquet(
@@ -82,7 +83,7 @@ def read_table(
     choice.finish()
     skipped["other rows than --where takes"] += choice.left_out
     if runs is None:
-        rows = _files(table, rows, root, skipped, options.skip_missing, done)
+        rows = _files(table, rows, root, skipped, left_out, options.skip_missing, done)
     known = options.classes or names
     rows, runs = _labelled_rows(table, rows, runs, options.skip_unlabelled, skipped, known or ())
     values = {row.label for row in rows}
@@ -96,7 +97,7 @@ def read_table(
         Item(key, label_of.get(row.label, -1), row.path, row.offset, row.size, row.column)
         for key, row in zip(keys, rows, strict=True)
     ]
-    return Source({"kind": "table", "path": str(table)}, items, classes, +skipped, runs, str(root))
+    return Source({"kind": "table", "path": str(table)}, items, classes, +skipped, left_out, runs, str(root))
 
 
 def _file_names(rows: list[Row]) -> list[str]:
@@ -115,6 +116,7 @@ def _files(
     rows: list[Row],
     root: Path,
     skipped: Counter[str],
+    left_out: dict[str, str],
     skip_missing: bool,
     done: Callable[[int], None],
 ) -> list[Row]:
@@ -129,12 +131,11 @@ def _files(
         _refuse_missing(table, missing, len(rows))
     kept = []
     for row, path, found in zip(rows, paths, probed, strict=True):
-        if isinstance(found, str):
-            skipped[f"files that cannot be read ({found})"] += 1
-        elif found[0]:
+        if not isinstance(found, str) and found[0]:
             kept.append(Row(str(path), row.label, 0, found[1]))
         else:
-            skipped[found[2]] += 1
+            left_out[row.path] = f"files that cannot be read ({found})" if isinstance(found, str) else found[2]
+            skipped[left_out[row.path]] += 1
     return kept
 
 

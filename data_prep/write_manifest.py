@@ -27,6 +27,7 @@ class PlanFile(BaseModel):
     """plan.json, which reserves a destination for one plan.
 
     plan: its hash. description: of the source. skipped: reason -> files of the source that are not in the plan.
+    left_out: name -> reason of the first of them that were to be images.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +39,7 @@ class PlanFile(BaseModel):
     classes: list[Text] | None
     description: Options
     skipped: dict[str, int] = Field(default_factory=dict)
+    left_out: dict[Text, Text] = Field(default_factory=dict)
 
 
 class Sidecar(BaseModel):
@@ -130,4 +132,5 @@ def _save(folder: Path, plan: PlanFile, sidecars: dict[int, Sidecar]) -> None:
         left_out=left_out,
         changed=changed,
         skipped=plan.skipped,
+        skipped_names=plan.left_out,
     )

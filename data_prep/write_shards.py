@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from data_prep.plan import Item, ShardPlan
 from data_prep.tar import BLOCK, RECORD, padded_size
 from data_prep.write_manifest import PLAN, PlanFile, Sidecar, read_plan, read_sidecar, shard_path, write_manifest
 from mimscale.data.decode import BadImage
+from mimscale.data.manifest import LISTED
 from mimscale.errors import UserError
 from mimscale.files.atomic import atomic_stream, atomic_write
 
@@ -44,6 +46,7 @@ def reserve_folder(folder: Path, plan: ShardPlan) -> None:
         classes=source.classes,
         description=source.description,
         skipped=dict(source.skipped),
+        left_out=dict(islice(source.left_out.items(), LISTED)),
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -375,12 +375,14 @@ def save_manifest(
     left_out: Mapping[str, str] | None = None,
     changed: Mapping[str, int] | None = None,
     skipped: Mapping[str, int] | None = None,
+    skipped_names: Mapping[str, str] | None = None,
     bad_shards: Mapping[str, str] | None = None,
     location: str | None = None,
 ) -> None:
     """Write index, labels and, last, manifest.json. The same arguments give the same bytes.
 
-    left_out: all of them; they are counted by reason, and the first LISTED are stored. skipped: others, as counts.
+    left_out: all of them; they are counted by reason, and the first LISTED are stored. skipped: others, as counts;
+    skipped_names: name -> reason of some of these.
     """
     counts = Counter(skipped or {})
     counts.update(_by_reason((left_out or {}).values()))
@@ -399,7 +401,7 @@ def save_manifest(
         source=dict(source),
         shards=list(shards),
         index=checksums,
-        left_out=dict(islice((left_out or {}).items(), LISTED)),
+        left_out=dict(islice({**(skipped_names or {}), **(left_out or {})}.items(), LISTED)),
         changed=dict(changed or {}),
         skipped=dict(sorted(counts.items())),
         bad_shards=dict(bad_shards or {}),

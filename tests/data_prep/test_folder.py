@@ -83,6 +83,39 @@ def test_which_files_are_taken(images: Path, made: Path) -> None:
         assert manifest.key(sample).split("/")[0] == manifest.classes[manifest.labels[sample]]
 
 
+def test_what_was_to_be_an_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_image_folder(tmp_path / "in", classes=1, per_class=3, side=16)
+    for name in ("text.jpg", "empty.PNG", "notes.txt"):
+        (tmp_path / "in/class_000" / name).write_text("" if "empty" in name else "a text")
+    assert run("folder", tmp_path / "in", tmp_path / "out") == 0
+    printed = capsys.readouterr().err
+    named = Manifest.load(tmp_path / "out").file.left_out
+    assert named == {"class_000/empty.PNG": "not an image: it is empty", "class_000/text.jpg": "not an image"}
+    assert all(f"left out: {name}: {reason}\n" in printed for name, reason in named.items())
+    assert Manifest.load(tmp_path / "out").file.skipped == dict.fromkeys(
+        ("not an image: it is empty", "not an image", "not an image (.txt)"), 1
+    )
+
+    images = sorted(str(path) for path in (tmp_path / "in").glob("*/0*.jpg"))
+    (tmp_path / "t.csv").write_text("\n".join(["path", *images, "in/class_000/text.jpg", "in/gone.jpg", ""]))
+    assert run("table", tmp_path / "t.csv", tmp_path / "out2", "--skip-missing") == 0
+    named = Manifest.load(tmp_path / "out2").file.left_out
+    assert {name.split("/")[-1] for name in named} == {"text.jpg", "gone.jpg"}
+
+
+def test_images_beside_the_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One folder below a folder of images makes no class of its images alone."""
+    make_image_folder(tmp_path / "in", classes=1, per_class=2, side=16)
+    image = next((tmp_path / "in").glob("*/*.jpg")).read_bytes()
+    for number in range(3):
+        (tmp_path / f"in/{number}.jpg").write_bytes(image)
+    assert run("folder", tmp_path / "in", tmp_path / "out") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "3 images lie beside its class folders ('class_000') and 2 files in them; take all" in line
+    assert run("folder", tmp_path / "in", tmp_path / "out", "--unlabelled") == 0
+    assert Manifest.load(tmp_path / "out").samples == 5
+
+
 def test_classes_are_torchvisions(tmp_path: Path) -> None:
     make_image_folder(tmp_path, classes=5, per_class=1)
     for folder, name in zip(sorted(tmp_path.iterdir()), ("9", "10", "b", "B", "n01"), strict=True):
